@@ -1,0 +1,11 @@
+"""Test-wide set-up: shape types of `models` are checked at run time, and nothing phones home."""
+
+import os
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+install_import_hook("models", "beartype.beartype")

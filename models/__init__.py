@@ -1,0 +1,1 @@
+"""The method: pyramid, flow and transformer of LapFlow, in pure PyTorch."""

@@ -4,6 +4,8 @@ import os
 
 from jaxtyping import install_import_hook
 
+from tests.support.s3_server import s3 as s3
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,0 +1,1 @@
+"""Flow matching over the scales of a pyramid: what to train and how to sample."""

@@ -1,0 +1,1 @@
+"""The network: a transformer whose weights, but not attention, are separate for each scale."""

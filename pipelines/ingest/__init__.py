@@ -1,0 +1,1 @@
+"""Write datasets as shards, and check them."""

@@ -1,0 +1,1 @@
+"""Evaluation: features, Fréchet distance, label agreement, and the report that joins them."""

@@ -1,0 +1,1 @@
+"""Metrics: recorded on the device, reduced rarely, tracked without ever stopping training."""

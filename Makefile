@@ -1,0 +1,54 @@
+# Everything goes through .venv, which the first command that needs it creates.
+#   make train       set everything up and train on handwritten digits (+exp=digits)
+#   make test        set everything up and run all tests;  make test-fast  the quick part
+#   make check       linters, types, import contracts;     make format     apply ruff's format
+#   make ui          open the MLflow pages of the runs on this machine
+#   make clean-venv  remove .venv
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+EXP ?= digits
+ARGS ?=
+LAPFLOW_HOME ?= $(HOME)/lapflow
+
+export RAY_USAGE_STATS_ENABLED ?= 0
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export DO_NOT_TRACK ?= 1
+
+.PHONY: train test test-fast check format ui setup clean-venv golden
+
+train: setup
+	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+golden: setup
+	$(BIN)/python -m tests.golden.render
+
+ui: setup
+	$(BIN)/python -m mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(LAPFLOW_HOME)/mlflow.db
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt install.sh
+	./install.sh $(PYTHON) $(VENV)
+	touch $@
+
+clean-venv:
+	rm -rf $(VENV)

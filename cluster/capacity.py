@@ -1,0 +1,52 @@
+"""Whether a cluster can hold the workers: counting, no effects."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.contract import ClusterConfig, ClusterTooSmall
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What one node offers."""
+
+    cpus: float
+    gpus: float
+
+
+def gpus_per_worker(config: ClusterConfig, nodes: Sequence[Node]) -> int:
+    """The GPUs of one worker: as configured, or for `auto` 1 where there is any GPU at all."""
+    if config.gpus_per_worker == "auto":
+        return 1 if any(node.gpus >= 1 for node in nodes) else 0
+    return config.gpus_per_worker
+
+
+def workers_that_fit(nodes: Sequence[Node], *, cpus: int, gpus: int) -> int:
+    """How many workers of `cpus` cores and `gpus` GPUs each the nodes hold; none spans two nodes."""
+    return sum(
+        int(min(node.cpus // cpus, node.gpus // gpus if gpus else float("inf"))) for node in nodes
+    )
+
+
+def require_room(config: ClusterConfig, nodes: Sequence[Node], *, gpus: int) -> None:
+    """Refuses a cluster that could not hold the workers even if it were idle.
+
+    Raises:
+        ClusterTooSmall: With what is needed and what is there.
+    """
+    room = workers_that_fit(nodes, cpus=config.cpus_per_worker, gpus=gpus)
+    if room >= config.workers:
+        return
+    raise ClusterTooSmall(
+        f"{config.workers} workers do not fit on the cluster: they need "
+        f"{resources(config.workers * config.cpus_per_worker, config.workers * gpus)} "
+        f"({resources(config.cpus_per_worker, gpus)} each, none spanning two nodes), and the cluster has "
+        f"{resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))} on {len(nodes)} node(s), "
+        f"room for {room}. Set cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker lower, "
+        "or add nodes."
+    )
+
+
+def resources(cpus: float, gpus: float) -> str:
+    """The amounts in words, GPUs only where there are some."""
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")

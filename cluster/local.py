@@ -1,0 +1,224 @@
+"""Workers as plain processes of this machine: the contract without Ray, for tests, debugging, notebooks.
+
+A worker that dies or raises fails the run and its peers are ended: nothing is started again. Everything
+listens on 127.0.0.1. A Ctrl-C in the terminal reaches the caller alone, since the workers ignore SIGINT
+and SIGTERM; they end with their caller, however it ends.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from socket import socket
+
+from cluster.contract import (
+    ClusterConfig,
+    ClusterTooSmall,
+    Message,
+    Outcome,
+    Payload,
+    Worker,
+    WorkerContext,
+)
+from cluster.failure import Failure, attend, died, root_cause
+from cluster.process_group import Rendezvous, Seat, join, listen
+
+_HOST = "127.0.0.1"
+_TICK_S = 0.1
+_PEER_GRACE_S = 1.0
+"""How long the first failure waits for others, one of which may be its cause."""
+_EXIT_GRACE_S = 10.0
+"""How long a worker that returned may take to end its process."""
+
+
+def run(
+    config: ClusterConfig,
+    worker: Worker,
+    payload: Payload,
+    *,
+    on_message: Callable[[Message], None],
+    stop: threading.Event,
+) -> Outcome:
+    """Runs the worker in `config.workers` processes; see `cluster.launcher.run`."""
+    with _processes(config, worker, payload) as processes:
+        stopped = _watch(processes, on_message=on_message, stop=stop)
+    return Outcome(status="stopped" if stopped else "finished")
+
+
+def _watch(
+    processes: dict[Connection, SpawnProcess],
+    *,
+    on_message: Callable[[Message], None],
+    stop: threading.Event,
+) -> bool:
+    """Passes messages and the stop request on until every worker returned; True if a stop was asked."""
+    running = dict(zip(processes, range(len(processes)), strict=True))
+    failures: list[Failure] = []
+    deadline = float("inf")
+    stopped = False
+    while running and time.monotonic() < deadline:
+        # Not stop.wait(): the event may be set by a signal handler that interrupts this very thread, and
+        # would then wait for the lock that wait() holds.
+        if stop.is_set() and not stopped:
+            stopped = True
+            for channel in running:
+                _ask_to_stop(channel)
+        for channel in wait(list(running), timeout=_TICK_S):
+            assert isinstance(channel, Connection)
+            try:
+                news: Message | Failure | None = channel.recv()
+            except (EOFError, OSError):
+                rank = running[channel]
+                processes[channel].join(_PEER_GRACE_S)
+                news = died(rank, 0, processes[channel].exitcode)
+            if isinstance(news, dict):
+                on_message(news)
+                continue
+            del running[channel]
+            if news is not None:
+                failures.append(news)
+                deadline = min(deadline, time.monotonic() + _PEER_GRACE_S)
+    if failures:
+        raise root_cause(failures).error()
+    return stopped
+
+
+def _ask_to_stop(channel: Connection) -> None:
+    try:
+        channel.send("stop")
+    except OSError:
+        pass  # It just died: reading the channel tells more.
+
+
+@contextmanager
+def _processes(
+    config: ClusterConfig, worker: Worker, payload: Payload
+) -> Iterator[dict[Connection, SpawnProcess]]:
+    """Starts the workers, by their channels and in the order of ranks; ends those left at the end."""
+    devices = _devices(config)
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, SpawnProcess] = {}
+    try:
+        with listen(_HOST) as listener, _interrupts_blocked():
+            rendezvous = Rendezvous(
+                host=_HOST, port=listener.getsockname()[1], timeout_s=config.start_timeout_s
+            )
+            for rank, device in enumerate(devices):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_main,
+                    kwargs={
+                        "seat": Seat(
+                            rank=rank,
+                            world_size=config.workers,
+                            local_rank=rank,
+                            local_world_size=config.workers,
+                        ),
+                        "rendezvous": rendezvous,
+                        "listener": listener if rank == 0 else None,
+                        "device": device,
+                        "threads": config.cpus_per_worker,
+                        "worker": worker,
+                        "payload": payload,
+                        "channel": theirs,
+                    },
+                    name=f"worker-{rank}",
+                )
+                process.start()
+                processes[ours] = process
+                theirs.close()
+        yield processes
+        for process in processes.values():
+            process.join(_EXIT_GRACE_S)
+    finally:
+        for channel, process in processes.items():
+            process.kill()
+            process.join()
+            channel.close()
+
+
+def _devices(config: ClusterConfig) -> list[str]:
+    if config.gpus_per_worker == 0:
+        return ["cpu"] * config.workers
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if config.gpus_per_worker == "auto" and gpus == 0:
+        return ["cpu"] * config.workers
+    if gpus < config.workers:
+        raise ClusterTooSmall(
+            f"{config.workers} workers with one GPU each do not fit on this machine, which has {gpus} "
+            "GPUs. Set cluster.workers lower, or cluster.gpus_per_worker=0 to run on the CPU."
+        )
+    return [f"cuda:{index}" for index in range(config.workers)]
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Blocks SIGINT in this thread, so that processes started meanwhile are born deaf to it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _main(
+    *,
+    seat: Seat,
+    rendezvous: Rendezvous,
+    listener: socket | None,
+    device: str,
+    threads: int,
+    worker: Worker,
+    payload: Payload,
+    channel: Connection,
+) -> None:
+    """A worker's process."""
+    # `ray job stop` and service managers signal every process; the caller decides what it means.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stop = threading.Event()
+    threading.Thread(target=_hear, args=(channel, stop), daemon=True).start()
+    sending = threading.Lock()
+
+    def send(news: Message | Failure | None) -> None:
+        with sending:
+            channel.send(news)
+
+    context = WorkerContext(
+        rank=seat.rank,
+        world_size=seat.world_size,
+        local_rank=seat.local_rank,
+        local_world_size=seat.local_world_size,
+        attempt=0,
+        device=device,
+        stop_requested=stop.is_set,
+        tell=send,
+    )
+
+    def enter(context: WorkerContext, payload: Payload) -> None:
+        join(
+            seat,
+            rendezvous,
+            device=device,
+            threads=threads,
+            node_address=_HOST,
+            listener=listener,
+        )
+        worker(context, payload)
+
+    send(attend(enter, context, payload))
+
+
+def _hear(channel: Connection, stop: threading.Event) -> None:
+    """Waits for the stop request; ends the process when the caller's is gone."""
+    try:
+        while channel.recv() == "stop":
+            stop.set()
+    except (EOFError, OSError):
+        os._exit(1)

@@ -1,0 +1,79 @@
+"""How Ray Train forms the process group: as `cluster.process_group` says, on the nodes' own addresses.
+
+Ray's own torch backend would import torch in the driver and in the controller, neither of which uses it
+(seconds of each start), listen on every interface, and let gloo follow the host's name.
+"""
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.backend import Backend, BackendConfig
+
+from cluster.process_group import Rendezvous, Seat, join, listen
+
+_listeners: list[socket.socket] = []
+"""Of rank 0's process: the socket between being opened and being joined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RendezvousConfig(BackendConfig):  # type: ignore[misc]
+    """What the workers need to enter the group.
+
+    Attributes:
+        gpu: Whether each worker has a GPU.
+        threads: Compute threads of a worker.
+        timeout_s: How long the workers wait for one another.
+    """
+
+    gpu: bool
+    threads: int
+    timeout_s: float
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The class that Ray Train's controller calls."""
+        return _Rendezvous
+
+
+class _Rendezvous(Backend):  # type: ignore[misc]
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: RendezvousConfig) -> None:
+        host, port = worker_group.execute_single(0, _open)
+        rendezvous = Rendezvous(host=host, port=port, timeout_s=backend_config.timeout_s)
+        worker_group.execute(_enter, rendezvous, backend_config)
+
+
+def _open() -> tuple[str, int]:
+    host = ray.util.get_node_ip_address()
+    _listeners.append(listen(host))
+    return host, _listeners[-1].getsockname()[1]
+
+
+def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
+    context = ray.train.get_context()
+    join(
+        Seat(
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+            local_world_size=context.get_local_world_size(),
+        ),
+        rendezvous,
+        device=device(gpu=config.gpu),
+        threads=config.threads,
+        node_address=ray.util.get_node_ip_address(),
+        listener=_listeners.pop() if _listeners else None,
+    )
+
+
+def device(*, gpu: bool) -> str:
+    """This worker's device: its GPU's place among those of the node's workers, all visible to it."""
+    if not gpu:
+        return "cpu"
+    from ray.train.torch import get_device
+
+    return str(get_device())

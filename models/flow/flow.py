@@ -1,0 +1,142 @@
+"""The flow: every choice that training and sampling must share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from models.axes import Bands
+from models.flow.path import GvpPath, LinearPath, Path
+from models.flow.stages import Stages, default_critical_times
+from models.flow.times import TimeSampler, logit_normal, uniform
+from models.pyramid import check_size, split
+
+_PATHS: Mapping[str, type[LinearPath] | type[GvpPath]] = {"linear": LinearPath, "gvp": GvpPath}
+_TIME_SAMPLERS: Mapping[str, TimeSampler] = {"uniform": uniform, "logit_normal": logit_normal}
+_NOISES = ("banded", "independent")
+
+
+class FlowConfigError(ValueError):
+    """A flow configuration that contradicts itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Choices that define a flow.
+
+    Attributes:
+        scales: Number of scales, K.
+        critical_times: T_1 > ... > T_{K-1}; None takes the paper's for K scales.
+        path: "linear" (paper) or "gvp" (its ablation).
+        noise: "banded" splits one full-resolution draw by the pyramid; "independent" draws unit
+            noise for every scale.
+        time_sampler: "uniform" (paper) or "logit_normal".
+        scale_weights: Weight of each scale's loss, coarse to fine; None weighs all by 1.
+
+    Raises:
+        FlowConfigError: A name is unknown, or a tuple does not fit the number of scales.
+        StagesError: The critical times do not decrease strictly inside (0, 1).
+    """
+
+    scales: int = 2
+    critical_times: tuple[float, ...] | None = None
+    path: Literal["linear", "gvp"] = "linear"
+    noise: Literal["banded", "independent"] = "banded"
+    time_sampler: Literal["uniform", "logit_normal"] = "uniform"
+    scale_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("path", _PATHS),
+            ("noise", _NOISES),
+            ("time_sampler", _TIME_SAMPLERS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise FlowConfigError(f"{name}={value!r} is unknown; use one of {sorted(known)}.")
+        stages = self.stages
+        if stages.scales != self.scales:
+            raise FlowConfigError(
+                f"critical_times={self.critical_times} cut the time axis for {stages.scales} "
+                f"scales, but scales={self.scales}: give {self.scales - 1} times, or none at all "
+                "for the defaults."
+            )
+        weights = self.scale_weights
+        if weights is not None and (len(weights) != self.scales or min(weights) <= 0):
+            raise FlowConfigError(
+                f"scale_weights={weights} must hold one positive weight for each of the "
+                f"{self.scales} scales, coarse to fine."
+            )
+
+    @property
+    def stages(self) -> Stages:
+        """The stages these choices describe."""
+        times = self.critical_times
+        return Stages(default_critical_times(self.scales) if times is None else times)
+
+
+class Flow:
+    """Stages, path, noise and time sampler of one configuration.
+
+    Attributes:
+        config: The choices it was made from.
+        stages: When each scale is active.
+        path: Path of every band.
+        time_sampler: Map from unit uniforms to training times.
+        scale_weights: Weight of each scale's loss, coarse to fine.
+    """
+
+    def __init__(self, config: FlowConfig) -> None:
+        self.config = config
+        self.stages = config.stages
+        self.path: Path = _PATHS[config.path]()
+        self.time_sampler = _TIME_SAMPLERS[config.time_sampler]
+        self.scale_weights = config.scale_weights or (1.0,) * config.scales
+
+    def noise_size(self, *, channels: int, image_size: int) -> int:
+        """Count the normal numbers one image's noise is made from.
+
+        Raises:
+            PyramidError: The image size does not fit the number of scales.
+        """
+        return sum(channels * size**2 for size in self._drawn_sizes(image_size))
+
+    def noise_bands(self, noise: Float[Tensor, "b n"], *, channels: int, image_size: int) -> Bands:
+        """Shape standard normal numbers into the noise of every scale.
+
+        Banded noise has the variance 1/4, 3/4 per element for two scales and 1/16, 3/16, 3/4 for
+        three, coarse to fine; independent noise has variance 1.
+
+        Args:
+            noise: As many numbers for each image as ``noise_size`` says.
+            channels: Channels of the images.
+            image_size: Height and width of the images.
+
+        Raises:
+            FlowConfigError: ``noise`` holds another count of numbers.
+            PyramidError: The image size does not fit the number of scales.
+        """
+        needed = self.noise_size(channels=channels, image_size=image_size)
+        if noise.shape[1] != needed:
+            raise FlowConfigError(
+                f"{self.config.noise} noise of a {channels}x{image_size}x{image_size} image with "
+                f"{self.config.scales} scales takes {needed} numbers, got {noise.shape[1]}."
+            )
+        sizes = self._drawn_sizes(image_size)
+        drawn = torch.split(noise, [channels * size**2 for size in sizes], dim=1)
+        bands = tuple(
+            part.reshape(-1, channels, size, size) for part, size in zip(drawn, sizes, strict=True)
+        )
+        if self.config.noise == "banded":
+            return split(bands[0], self.config.scales)
+        return bands
+
+    def _drawn_sizes(self, image_size: int) -> list[int]:
+        """Grid sizes for which numbers are drawn, coarse to fine."""
+        check_size(image_size, scales=self.config.scales)
+        if self.config.noise == "banded":
+            return [image_size]
+        return [image_size >> k for k in reversed(range(self.config.scales))]

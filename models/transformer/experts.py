@@ -1,0 +1,124 @@
+"""The experts: each scale's own weights, which is all but attention, time and labels."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.axes import Band
+from models.transformer.attention import HeadTokens
+
+Tokens = Float[Tensor, "_b _n d"]
+_EPS = 1e-6
+
+
+def linear(inputs: int, outputs: int, *, std: float | None = None) -> nn.Linear:
+    """Linear layer with zero bias and weights drawn Xavier-uniform, or normal with ``std``."""
+    layer = nn.Linear(inputs, outputs)
+    if std is None:
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """Linear layer that starts as zero, for modulation and output (adaLN-Zero)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def per_scale(scales: int, build: Callable[[int], nn.Module]) -> nn.ModuleDict:
+    """Build one module for each scale, named by the paper's k (0 is the finest).
+
+    Args:
+        scales: Number of scales, K.
+        build: Makes the module of scale k.
+
+    Returns:
+        ``scale{K-1}`` ... ``scale0``, in the order coarse to fine.
+    """
+    return nn.ModuleDict({f"scale{k}": build(k) for k in reversed(range(scales))})
+
+
+class Modulation(NamedTuple):
+    """What the condition does to one half of a block, each ``[b, 1, d]``."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulated_norm(
+    tokens: Tokens, shift: Float[Tensor, "_b 1 d"], scale: Float[Tensor, "_b 1 d"]
+) -> Tokens:
+    """Normalise the tokens, then scale them by ``1 + scale`` and shift them."""
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=_EPS)
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+class BlockExpert(nn.Module):
+    """One scale's weights in one block: modulation, attention projections and MLP."""
+
+    def __init__(self, *, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.heads = heads
+        self.modulation = zero_linear(width, 6 * width)
+        self.qkv = linear(width, 3 * width)
+        self.query_norm = nn.RMSNorm(width // heads, eps=_EPS) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(width // heads, eps=_EPS) if qk_norm else nn.Identity()
+        self.projection = linear(width, width)
+        self.mlp_hidden = linear(width, hidden)
+        self.mlp_output = linear(hidden, width)
+
+    def modulate(self, condition: Float[Tensor, "b d"]) -> tuple[Modulation, Modulation]:
+        """Turn the condition into the modulations of attention and MLP."""
+        parts = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def attention_inputs(
+        self, tokens: Tokens, modulation: Modulation
+    ) -> tuple[HeadTokens, HeadTokens, HeadTokens]:
+        """Project tokens to queries, keys and values."""
+        normed = modulated_norm(tokens, modulation.shift, modulation.scale)
+        qkv = rearrange(self.qkv(normed), "b n (i heads e) -> i b n heads e", i=3, heads=self.heads)
+        query, key, value = qkv.unbind(0)
+        return self.query_norm(query), self.key_norm(key), value
+
+    def attention_output(
+        self, tokens: Tokens, gathered: Float[Tensor, "_b _n d"], modulation: Modulation
+    ) -> Tokens:
+        """Add what attention gathered to the tokens."""
+        return torch.addcmul(tokens, modulation.gate, self.projection(gathered))
+
+    def feed_forward(self, tokens: Tokens, modulation: Modulation) -> Tokens:
+        """Add the MLP's output to the tokens."""
+        normed = modulated_norm(tokens, modulation.shift, modulation.scale)
+        hidden = F.gelu(self.mlp_hidden(normed), approximate="tanh")
+        return torch.addcmul(tokens, modulation.gate, self.mlp_output(hidden))
+
+
+class FinalExpert(nn.Module):
+    """One scale's last layer: modulated norm and the projection of tokens back to a band."""
+
+    def __init__(self, *, patch_size: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.modulation = zero_linear(width, 2 * width)
+        self.projection = zero_linear(width, patch_size**2 * channels)
+
+    def forward(self, tokens: Float[Tensor, "b n d"], condition: Float[Tensor, "b d"]) -> Band:
+        """Project the tokens of a square grid to a band."""
+        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
+        patches: Tensor = self.projection(modulated_norm(tokens, shift, scale))
+        grid = round(tokens.shape[1] ** 0.5)
+        p = self.patch_size
+        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid, p=p, q=p)

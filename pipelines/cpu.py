@@ -1,0 +1,74 @@
+"""The reference decoder: Pillow and a few lines of torch, one image after the other."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+from pipelines.batch import Bands
+from pipelines.decode import DecodeConfig
+from pipelines.encoded import BadImageError, open_image, pixels
+from pipelines.errors import UndecodableImageError
+
+
+class PillowDecoder:
+    """Decodes on the host; see `pipelines.decode.Decoder` for the contract.
+
+    Args:
+        config: What images are made into.
+        device: Where the bands go.
+    """
+
+    def __init__(self, config: DecodeConfig, *, device: str) -> None:
+        self._config = config
+        self._device = device
+
+    def __call__(self, images: Sequence[bytes]) -> Bands:
+        """Decode a batch."""
+        decoded = []
+        bad: dict[int, str] = {}
+        for place, data in enumerate(images):
+            try:
+                decoded.append(self._decode(data))
+            except BadImageError as error:
+                bad[place] = str(error)
+        if bad:
+            raise UndecodableImageError(list(bad), next(iter(bad.values())))
+        batch = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
+        return _split(batch.to(self._device) / 127.5 - 1.0, scales=self._config.scales)
+
+    def _decode(self, data: bytes) -> NDArray[np.float32]:
+        image = pixels(open_image(data), channels=self._config.channels).astype(np.float32)
+        height, width, _ = image.shape
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = image[top : top + side, left : left + side]
+        return square if side == self._config.image_size else _resize(square, self._config)
+
+
+def _resize(square: NDArray[np.float32], config: DecodeConfig) -> NDArray[np.float32]:
+    """Resize with an antialiased linear filter that sees the edge pixels repeated outside."""
+    side, size = len(square), config.image_size
+    margin = side // size + 2
+    padded = np.pad(square, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
+    box = (margin, margin, margin + side, margin + side)
+    planes = [
+        Image.fromarray(padded[..., channel]).resize(
+            (size, size), Image.Resampling.BILINEAR, box=box
+        )
+        for channel in range(config.channels)
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def _split(images: Tensor, *, scales: int) -> Bands:
+    bands = []
+    for _ in range(scales - 1):
+        coarse = avg_pool2d(images, 2)
+        bands.append(images - interpolate(coarse, scale_factor=2, mode="nearest"))
+        images = coarse
+    return (images, *reversed(bands))

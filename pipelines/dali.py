@@ -1,0 +1,180 @@
+"""The production decoder: one NVIDIA DALI graph from encoded bytes to Laplacian bands.
+
+On a GPU decoding is DALI's "mixed" kind and the bands never visit the host; without one the same
+graph runs on the processor. 2 x 2 means are linear resizes by one half without antialiasing, which
+DALI computes exactly; nearest-neighbour resizes copy values, so adding the bands up again gives the
+image. (Strided slices would be the obvious alternative and give wrong data in DALI 2.4.)
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from pipelines.batch import Bands
+from pipelines.decode import DecodeConfig
+from pipelines.encoded import BadImageError, as_png, is_plain, open_image, pixels
+from pipelines.errors import DataError, UndecodableImageError
+
+
+class _Encoded(NamedTuple):
+    """An image that DALI can read, and its size in pixels."""
+
+    data: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+class DaliDecoder:
+    """Decodes with DALI; see `pipelines.decode.Decoder` for the contract.
+
+    Args:
+        config: What images are made into.
+        device: "cpu" or "cuda:N".
+    """
+
+    def __init__(self, config: DecodeConfig, *, device: str) -> None:
+        place = torch.device(device)
+        if place.type not in ("cpu", "cuda"):
+            raise DataError(f"DALI decodes on 'cpu' or 'cuda:N', not on {device!r}.")
+        self._config = config
+        self._gpu = (place.index or 0) if place.type == "cuda" else None
+        self._outputs = _HostOutputs() if self._gpu is None else _GpuOutputs(self._gpu)
+        self._capacity = 0
+        self._pipelines: dict[bool, Any] = {}
+
+    def __call__(self, images: Sequence[bytes]) -> Bands:
+        """Decode a batch."""
+        prepared = []
+        bad: dict[int, str] = {}
+        for place, data in enumerate(images):
+            try:
+                prepared.append(self._prepare(data))
+            except BadImageError as error:
+                bad[place] = str(error)
+        if bad:
+            raise UndecodableImageError(list(bad), next(iter(bad.values())))
+        try:
+            return self._run(prepared)
+        except RuntimeError as error:
+            # The batch is lost and DALI names no image, so each one is tried by itself.
+            culprits = [
+                place for place, image in enumerate(prepared) if not self._can_decode(image)
+            ]
+            if not culprits:
+                raise
+            raise UndecodableImageError(culprits, "its data is damaged") from error
+
+    def _prepare(self, data: bytes) -> _Encoded:
+        """Check an image, and rewrite one that decoders may differ on."""
+        header = open_image(data)
+        if not is_plain(header, data, channels=self._config.channels):
+            data = as_png(pixels(header, channels=self._config.channels))
+        return _Encoded(np.frombuffer(data, dtype=np.uint8), header.width, header.height)
+
+    def _can_decode(self, image: _Encoded) -> bool:
+        try:
+            self._run([image])
+        except RuntimeError:
+            return False
+        return True
+
+    def _run(self, images: Sequence[_Encoded]) -> Bands:
+        size = self._config.image_size
+        resize = any((image.width, image.height) != (size, size) for image in images)
+        inputs: dict[str, Any] = {"encoded": [image.data for image in images]}
+        if resize:
+            sides = (min(image.width, image.height) for image in images)
+            inputs["side"] = [np.full(2, side, dtype=np.float32) for side in sides]
+        if len(images) > self._capacity:
+            self._capacity = len(images)
+            self._pipelines.clear()
+        if resize not in self._pipelines:
+            self._pipelines[resize] = self._build(resize=resize)
+        try:
+            return self._outputs(self._pipelines[resize].run(**inputs))
+        except RuntimeError:
+            # DALI calls a pipeline that has failed invalid.
+            del self._pipelines[resize]
+            raise
+
+    def _build(self, *, resize: bool) -> Any:
+        pipeline = Pipeline(
+            batch_size=self._capacity,
+            num_threads=self._config.decode_threads,
+            device_id=self._gpu,
+            prefetch_queue_depth=1,
+            exec_pipelined=False,
+            exec_async=False,
+        )
+        with pipeline:
+            pipeline.set_outputs(*self._graph(resize=resize))
+        pipeline.build()
+        return pipeline
+
+    def _graph(self, *, resize: bool) -> list[Any]:
+        config = self._config
+        images = fn.decoders.image(
+            fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
+            device="cpu" if self._gpu is None else "mixed",
+            output_type=types.GRAY if config.channels == 1 else types.RGB,
+            adjust_orientation=False,
+        )
+        if resize:
+            side = fn.external_source(name="side", dtype=types.FLOAT, ndim=1)
+            images = fn.crop(images, crop=side, rounding="truncate")
+            images = _resize(images, config.image_size, types.INTERP_LINEAR, antialias=True)
+        images = fn.cast(images, dtype=types.FLOAT) / 127.5 - 1.0
+        images = fn.transpose(images, perm=[2, 0, 1], output_layout="CHW")
+        bands = []
+        size = config.image_size
+        for _ in range(config.scales - 1):
+            coarse = _resize(images, size // 2, types.INTERP_LINEAR, antialias=False)
+            bands.append(images - _resize(coarse, size, types.INTERP_NN, antialias=False))
+            images, size = coarse, size // 2
+        return [images, *reversed(bands)]
+
+
+def _resize(images: Any, size: int, interpolation: Any, *, antialias: bool) -> Any:
+    return fn.resize(
+        images,
+        size=[size, size],
+        interp_type=interpolation,
+        antialias=antialias,
+        dtype=types.FLOAT,
+    )
+
+
+class _HostOutputs:
+    """Copies a pipeline's outputs, which DALI will overwrite, into tensors of their own."""
+
+    def __call__(self, outputs: Sequence[Any]) -> Bands:
+        return tuple(torch.from_numpy(np.array(output.as_array())) for output in outputs)
+
+
+class _GpuOutputs:
+    """The same on a GPU, without waiting for the work queued by the training loop.
+
+    The copies run on a stream of their own. Their memory is declared as used by the stream that
+    was current when the decoder was made, so that it is not handed out again too early.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._consumer = torch.cuda.current_stream(index)
+        self._stream = torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+    def __call__(self, outputs: Sequence[Any]) -> Bands:
+        with torch.cuda.stream(self._stream):
+            bands = tuple(self._copy(output) for output in outputs)
+        self._stream.synchronize()
+        return bands
+
+    def _copy(self, output: Any) -> Tensor:
+        copy: Tensor = from_dlpack(output.as_tensor()).clone()
+        copy.record_stream(self._consumer)
+        return copy

@@ -1,0 +1,222 @@
+"""From a dataset and a place in the run to batches: read, decode, replace what is bad.
+
+The loader has no state that a resumed run would miss: a batch depends on the dataset, the seed and
+the cursor alone, and each batch comes with the cursor behind it. All ranks walk through the same
+global batches, and rank r takes the r-th of W equal, contiguous slices.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from pipelines.batch import Batch, Cursor
+from pipelines.dataset import ImageDataset, RawImage
+from pipelines.decode import DecodeConfig, DecoderName, make_decoder
+from pipelines.errors import (
+    BadDataError,
+    DataError,
+    IndivisibleBatchError,
+    LabelOutOfRangeError,
+    UndecodableImageError,
+)
+from pipelines.order import SampleOrder, replacement
+from pipelines.prefetch import Prefetched
+
+logger = logging.getLogger(__name__)
+
+# A share of bad images means little for a handful of them: judge it over at least this many.
+_JUDGED_IMAGES = 10_000
+_REPLACEMENTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How batches are made.
+
+    Attributes:
+        decoder: "dali", or "pillow", the slow reference.
+        prefetch_batches: Batches made ahead of the training loop.
+        max_bad_share: Undecodable images tolerated, as a share of those read by this rank since
+            the loader started (or of 10 000 while it has read fewer). 0 tolerates none.
+        shuffle_block_samples: Samples are shuffled within blocks of this length of the randomly
+            ordered shards. Larger mixes better and needs more shards at a time.
+    """
+
+    decoder: DecoderName = "dali"
+    prefetch_batches: int = 2
+    max_bad_share: float = 0.001
+    shuffle_block_samples: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.prefetch_batches < 1:
+            raise DataError(f"prefetch_batches must be at least 1, got {self.prefetch_batches}.")
+        if not 0 <= self.max_bad_share < 1:
+            raise DataError(f"max_bad_share must be in [0, 1), got {self.max_bad_share}.")
+
+
+class Loader:
+    """Batches of Laplacian bands for one rank.
+
+    Args:
+        dataset: Where the images come from.
+        config: How batches are made.
+        decode: What images are made into.
+        seed: Seed of the sample order, the same on all ranks.
+        batch_images: Size of the global batch.
+        rank: This process's number among all.
+        world_size: How many there are.
+        device: Where bands and labels go, "cpu" or "cuda:N".
+        classes: If given, labels are checked to lie in [0, classes).
+
+    Raises:
+        IndivisibleBatchError: world_size does not divide batch_images.
+        EmptyDatasetError: There is nothing to read.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        config: LoaderConfig,
+        decode: DecodeConfig,
+        seed: int,
+        batch_images: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str = "cpu",
+        classes: int | None = None,
+    ) -> None:
+        if batch_images < 1 or batch_images % world_size:
+            raise IndivisibleBatchError(
+                f"A global batch of {batch_images} images cannot be shared equally by {world_size} "
+                f"ranks. Choose a multiple of {world_size}, for example "
+                f"{-(-max(batch_images, 1) // world_size) * world_size}."
+            )
+        if not 0 <= rank < world_size:
+            raise DataError(f"Ranks count from 0 to {world_size - 1}, got {rank}.")
+        self._dataset = dataset
+        self._config = config
+        self._order = SampleOrder(
+            dataset.shard_sizes, seed=seed, block_samples=config.shuffle_block_samples
+        )
+        self._decoder = make_decoder(config.decoder, decode, device=device)
+        self._batch_images = batch_images
+        self._slice_images = batch_images // world_size
+        self._slice_start = rank * self._slice_images
+        self._device = device
+        self._classes = classes
+        self._prefetched: Prefetched[tuple[Batch, Cursor]] | None = None
+        self._read_images = 0
+        self._bad_images = 0
+        self.data_wait_s = 0.0
+        """Seconds that the consumer of batches has waited for them, in all."""
+
+    def batches(self, start: Cursor) -> Iterator[tuple[Batch, Cursor]]:
+        """Read on from a cursor, for ever.
+
+        Batches are made ahead in a thread, which ends when the iterator is closed or `close` is
+        called; a further call of `batches` closes the one before.
+
+        Args:
+            start: Where to start. Any count of images will do.
+
+        Yields:
+            This rank's slice of each global batch, and the cursor behind that batch.
+
+        Raises:
+            BadDataError: More images than allowed cannot be decoded.
+            DataError: Another problem with the dataset, see `pipelines.errors`.
+        """
+        self.close()
+        prefetched = Prefetched(self._make(start), depth=self._config.prefetch_batches)
+        self._prefetched = prefetched
+        with closing(prefetched):
+            while True:
+                asked_s = time.perf_counter()
+                item = next(prefetched, None)
+                self.data_wait_s += time.perf_counter() - asked_s
+                if item is None:
+                    return
+                yield item
+
+    def close(self) -> None:
+        """End the thread, if there is one."""
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _make(self, start: Cursor) -> Iterator[tuple[Batch, Cursor]]:
+        images = start.images
+        while True:
+            batch = self._load(images + self._slice_start)
+            images += self._batch_images
+            yield batch, Cursor(images)
+
+    def _load(self, start: int) -> Batch:
+        ids = [int(sample_id) for sample_id in self._order.sample_ids(start, self._slice_images)]
+        samples = [self._dataset.read(sample_id) for sample_id in ids]
+        self._read_images += len(samples)
+        replaced: set[int] = set()
+        for attempt in count():
+            try:
+                bands = self._decoder([sample.data for sample in samples])
+                break
+            except UndecodableImageError as error:
+                for place in error.indices:
+                    self._count_bad(samples[place], reason=error.reason, attempt=attempt)
+                    stand_in = replacement(ids[place], attempt=attempt, samples=len(self._dataset))
+                    samples[place] = self._dataset.read(stand_in)
+                replaced.update(error.indices)
+        self._check_labels(samples)
+        return Batch(
+            bands=bands,
+            labels=torch.tensor([sample.label for sample in samples]).to(self._device),
+            sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+            skipped=len(replaced),
+        )
+
+    def _count_bad(self, sample: RawImage, *, reason: str, attempt: int) -> None:
+        shard = self._dataset.shard_of(sample.sample_id)
+        self._bad_images += 1
+        logger.warning(
+            "skipping sample %d in shard %s, which cannot be decoded (%s)",
+            *(sample.sample_id, shard, reason),
+        )
+        allowed = self._config.max_bad_share * max(self._read_images, _JUDGED_IMAGES)
+        if self._bad_images > allowed or attempt >= _REPLACEMENTS:
+            raise BadDataError(
+                f"{self._bad_images} of {self._read_images} images read cannot be decoded, more "
+                f"than max_bad_share={self._config.max_bad_share} allows. The last one is sample "
+                f"{sample.sample_id} in shard {shard} ({reason}); the log names the others. Check "
+                "the dataset with python -m pipelines.ingest.verify and write it again without "
+                "them, or raise max_bad_share if you can do without that many."
+            )
+
+    def _check_labels(self, samples: Sequence[RawImage]) -> None:
+        if self._classes is None:
+            return
+        for sample in samples:
+            if not 0 <= sample.label < self._classes:
+                raise LabelOutOfRangeError(
+                    f"Sample {sample.sample_id} in shard {self._dataset.shard_of(sample.sample_id)}"
+                    f" has the label {sample.label}, and the model has {self._classes} classes, 0 "
+                    f"to {self._classes - 1}. Set the number of classes to that of the dataset."
+                )

@@ -1,0 +1,214 @@
+"""Images in shards (the MDS format of streaming), read by sample id.
+
+streaming's dataset class is not used: it decides the order by itself, shares memory between ranks
+that outlives them, and ends an epoch early without an error when a shard cannot be fetched. Which
+sample comes when is the business of `pipelines.order`; here every failure raises.
+"""
+
+import hashlib
+import logging
+import mmap
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.cache import ShardCache, default_cache_dir
+from pipelines.dataset import RawImage
+from pipelines.errors import CorruptShardError, MissingShardError
+from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN, Shard, parse_index
+from pipelines.source import Source, SourceConfig
+from pipelines.torchvision_cpu import allow_torchvision
+
+logger = logging.getLogger(__name__)
+
+_DOWNLOADS = 2  # a shard that arrives corrupt is fetched once more
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig(SourceConfig):
+    """How shards are fetched and kept.
+
+    Attributes:
+        cache_dir: Folder on this node for fetched shards, shared by all processes. None: a private
+            folder under the temporary folder for an object store, and no copy at all for a local
+            prefix. Nothing is ever removed from it; it grows to the size of the dataset.
+    """
+
+    cache_dir: str | None = None
+
+
+class ShardedImages:
+    """A dataset in shards, with random access.
+
+    A shard is fetched when one of its samples is first read, and checked against the size and hash
+    in the index, once in each process.
+
+    Args:
+        prefix: Local folder or URL (s3://bucket/folder) that holds index.json.
+        config: Cache folder, attempts and time limits.
+
+    Raises:
+        MissingDatasetError: There is no index.json.
+        InvalidIndexError: It is damaged, hostile or of another kind.
+        EmptyDatasetError: It lists no samples.
+        StoreUnreachableError: The store refuses, or does not answer.
+        CacheUnusableError: The cache folder cannot be written.
+    """
+
+    def __init__(self, prefix: str, *, config: ShardsConfig | None = None) -> None:
+        config = config or ShardsConfig()
+        self._source = Source(prefix, config=config)
+        index = self._source.read_index()
+        self._shards = parse_index(index, prefix=self._source.prefix)
+        self._ends = list(accumulate(shard.samples for shard in self._shards))
+        self._cache: ShardCache | None = None
+        self._folder = Path(self._source.prefix)
+        if not self._source.is_local or config.cache_dir is not None:
+            root = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+            self._cache = ShardCache(root, prefix=self._source.prefix, index=index)
+            self._folder = self._cache.folder
+        self._readers = [_reader(self._folder, shard) for shard in self._shards]
+        self._checked: set[int] = set()
+        self.digest = hashlib.sha256(index).hexdigest()
+        """SHA-256 of index.json: which version of which dataset this is."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """Samples in each shard."""
+        return [shard.samples for shard in self._shards]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def shard_of(self, sample_id: int) -> str:
+        """Name the file a sample lies in."""
+        return self._shards[self._locate(sample_id)].name
+
+    def read(self, sample_id: int) -> RawImage:
+        """Read one sample, fetching its shard if needed.
+
+        Raises:
+            MissingShardError: The store does not have the shard.
+            CorruptShardError: The shard differs from what the index says.
+            StoreUnreachableError: The store refuses, or does not answer.
+            CacheUnusableError: The cache folder cannot be written.
+        """
+        number = self._locate(sample_id)
+        shard, reader = self._shards[number], self._readers[number]
+        place = sample_id - (self._ends[number] - shard.samples)
+        if number not in self._checked:
+            self._provide(shard)
+            self._checked.add(number)
+        try:
+            sample = reader.get_item(place)
+        except FileNotFoundError:  # the cache was cleaned behind our back
+            self._provide(shard)
+            sample = reader.get_item(place)
+        except (ValueError, IndexError) as error:
+            raise CorruptShardError(
+                f"Sample {sample_id} in shard {shard.name} of {self._source.prefix} is malformed "
+                f"({error}), although the shard is as it was written. Write the dataset again."
+            ) from error
+        return RawImage(sample[IMAGE_COLUMN], int(sample[LABEL_COLUMN]), sample_id)
+
+    def _locate(self, sample_id: int) -> int:
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"There is no sample {sample_id}; the dataset holds {len(self)}.")
+        return bisect_right(self._ends, sample_id)
+
+    def _provide(self, shard: Shard) -> None:
+        """Make sure that the shard is here and is what the index says."""
+        path = self._folder / shard.name
+        if self._cache is None:
+            if not path.is_file():
+                raise self._missing(shard)
+            if problem := _problem(path, shard):
+                raise self._corrupt(shard, problem)
+            return
+        if path.is_file() and not _problem(path, shard):
+            return
+        with self._cache.fetching(shard.name) as folder:
+            # Another process may have been faster, or the cached file is bad.
+            if path.is_file():
+                if not (problem := _problem(path, shard)):
+                    return
+                logger.warning("cached shard %s %s; fetching it again", path, problem)
+                path.unlink()
+            self._fetch(shard, folder)
+
+    def _fetch(self, shard: Shard, folder: Path) -> None:
+        assert self._cache is not None
+        problem: str | None = None
+        for attempt in range(1, _DOWNLOADS + 1):
+            fetched = folder / str(attempt)
+            try:
+                self._source.fetch(shard.name, fetched)
+            except FileNotFoundError as error:
+                raise self._missing(shard) from error
+            problem = _problem(fetched, shard)
+            if problem is None:
+                self._cache.keep(shard.name, fetched=fetched)
+                return
+            logger.warning("shard %s/%s %s", self._source.prefix, shard.name, problem)
+            fetched.unlink()
+        raise self._corrupt(shard, f"{problem}, also when fetched a second time")
+
+    def _missing(self, shard: Shard) -> MissingShardError:
+        return MissingShardError(
+            f"Shard {shard.name} is listed in the index of {self._source.prefix} and is not there. "
+            "Restore the file, or write the dataset again."
+        )
+
+    def _corrupt(self, shard: Shard, problem: str) -> CorruptShardError:
+        return CorruptShardError(
+            f"Shard {shard.name} of {self._source.prefix} {problem}. Restore the file from where "
+            "the dataset was made, or write the dataset again."
+        )
+
+
+def _reader(folder: Path, shard: Shard) -> Any:
+    """Give streaming's reader of one shard, set to leave images encoded."""
+    allow_torchvision()
+    from streaming.base.format.base.reader import FileInfo
+    from streaming.base.format.mds import MDSReader
+
+    return MDSReader(
+        dirname=str(folder),
+        split=None,
+        column_encodings=[
+            column.encoding if column.name == LABEL_COLUMN else "bytes" for column in shard.columns
+        ],
+        column_names=[column.name for column in shard.columns],
+        column_sizes=[column.size for column in shard.columns],
+        compression=None,
+        hashes=[shard.hash_name],
+        raw_data=FileInfo(shard.name, shard.size_bytes, {shard.hash_name: shard.hash_value}),
+        samples=shard.samples,
+        size_limit=None,
+        zip_data=None,
+    )
+
+
+def _problem(path: Path, shard: Shard) -> str | None:
+    """Say how a file differs from what the index says of it, or None if it does not."""
+    allow_torchvision()
+    from streaming.base.hashing import get_hash
+
+    size = path.stat().st_size
+    if size != shard.size_bytes:
+        return f"is {size} bytes long instead of {shard.size_bytes}"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if get_hash(shard.hash_name, content) != shard.hash_value:
+            return f"does not have the {shard.hash_name} hash in the index"
+        # A count, then one offset for each sample and one for the end.
+        head_bytes = 4 * (shard.samples + 2)
+        table = np.frombuffer(content[:head_bytes], dtype="<u4").astype(np.int64)
+    offsets = np.concatenate([[head_bytes], table[1:], [shard.size_bytes]])
+    if table[0] != shard.samples or np.any(np.diff(offsets) < 0):
+        return "does not hold the table of samples that the format asks for"
+    return None

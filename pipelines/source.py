@@ -1,0 +1,181 @@
+"""Where a dataset's files come from: a local folder, or a prefix of an object store.
+
+The transfer itself is streaming's, for any store it knows by URL. Retries are ours, because a
+training run wants a log line for each and an error that names the cause at the end.
+"""
+
+import errno
+import logging
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipelines.errors import (
+    CacheUnusableError,
+    DataError,
+    MissingDatasetError,
+    StoreUnreachableError,
+)
+from pipelines.index import INDEX_NAME
+from pipelines.torchvision_cpu import allow_torchvision
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT_S = 16.0
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket"}
+_REFUSED_CODES = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """How patient a source is.
+
+    Attributes:
+        download_attempts: Tries for each file before the store counts as unreachable, with
+            pauses of 1, 2, 4, 8, 16, 16, … seconds between them.
+        download_timeout_s: Silence of the store after which one try ends.
+    """
+
+    download_attempts: int = 6
+    download_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.download_attempts < 1 or self.download_timeout_s <= 0:
+            raise DataError(
+                "download_attempts must be at least 1 and download_timeout_s above 0, got "
+                f"{self.download_attempts} and {self.download_timeout_s}."
+            )
+
+
+class Source:
+    """The files under one prefix.
+
+    An S3 endpoint other than AWS is taken from the environment variable S3_ENDPOINT_URL, and
+    credentials from the usual AWS chain.
+
+    Args:
+        prefix: A path, or a URL such as s3://bucket/folder.
+        config: Attempts and time limits.
+
+    Raises:
+        DataError: There is no reader for that kind of URL, or it carries credentials.
+    """
+
+    def __init__(self, prefix: str, *, config: SourceConfig) -> None:
+        self.prefix = prefix.rstrip("/") or prefix
+        self.is_local = "://" not in prefix
+        self._config = config
+        if not self.is_local and "@" in urlsplit(prefix).netloc:
+            raise DataError(
+                "A dataset's URL must not carry a user name or password. Use the AWS credential "
+                "chain (environment, profile or instance role)."
+            )
+        self._downloader: Any = None if self.is_local else self._connect()
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy one file to a local path, with retries.
+
+        Args:
+            name: The file's checked name under the prefix.
+            path: Where to put it; nothing may lie there.
+
+        Raises:
+            FileNotFoundError: The store answers that there is no such file.
+            StoreUnreachableError: It refuses, or does not answer.
+            CacheUnusableError: The local path cannot be written.
+        """
+        if self._downloader is None:
+            self._downloader = self._connect()
+        url = f"{self.prefix}/{name}"
+        attempts = self._config.download_attempts
+        for attempt in range(1, attempts + 1):
+            try:
+                self._downloader.download(url, str(path), self._config.download_timeout_s)
+                return
+            except Exception as error:
+                path.unlink(missing_ok=True)
+                self._raise_if_final(error, url=url, path=path)
+                if attempt == attempts:
+                    raise StoreUnreachableError(
+                        f"{url} could not be fetched in {attempts} attempts; the last one gave "
+                        f"{describe_failure(error)}. Check that the store is up and, if it is "
+                        "not AWS, that S3_ENDPOINT_URL names it."
+                    ) from error
+                wait_s = min(2.0 ** (attempt - 1), _LONGEST_WAIT_S) + random.random() / 2
+                logger.warning(
+                    "fetching %s failed (attempt %d of %d), trying again in %.0f s: %s",
+                    *(url, attempt, attempts, wait_s, describe_failure(error)),
+                )
+                self._downloader.clean_up()
+                time.sleep(wait_s)
+
+    def read_index(self) -> bytes:
+        """Fetch the content of index.json.
+
+        Raises:
+            MissingDatasetError: There is none.
+            StoreUnreachableError: The store refuses, or does not answer.
+        """
+        with tempfile.TemporaryDirectory(prefix="lapflow-index-") as folder:
+            path = Path(self.prefix if self.is_local else folder) / INDEX_NAME
+            try:
+                if not self.is_local:
+                    self.fetch(INDEX_NAME, path)
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise MissingDatasetError(
+                    f"There is no dataset at {self.prefix}: it has no {INDEX_NAME}. Check the "
+                    "prefix (splits are folders of their own, as in …/train), or write the "
+                    "dataset first, for example with python -m pipelines.ingest.digits "
+                    f"--prefix …; an ingest that was interrupted leaves no {INDEX_NAME} and can "
+                    "simply be run again."
+                ) from error
+
+    def _connect(self) -> Any:
+        allow_torchvision()
+        from streaming.base.storage import CloudDownloader
+
+        try:
+            return CloudDownloader.get(self.prefix)
+        except (ValueError, ImportError) as error:
+            raise DataError(
+                f"Datasets cannot be read from {self.prefix!r} ({error}). Give a local folder or "
+                "an s3:// URL."
+            ) from error
+
+    @staticmethod
+    def _raise_if_final(error: Exception, *, url: str, path: Path) -> None:
+        """Raise for the failures that another attempt cannot mend."""
+        code = _answer_code(error)
+        if isinstance(error, FileNotFoundError) or code in _MISSING_CODES:
+            raise FileNotFoundError(url) from error
+        if code in _REFUSED_CODES or type(error).__name__ in _NO_CREDENTIALS:
+            raise StoreUnreachableError(
+                f"The store refused to give {url} ({describe_failure(error)}). Check that the "
+                "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
+                "instance role) are right and may read the bucket."
+            ) from error
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise CacheUnusableError(
+                f"{url} cannot be copied to {path.parent} ({error}). Free some space, or set "
+                "cache_dir to a folder on a local disk that this user may write."
+            ) from error
+
+
+def _answer_code(error: Exception) -> str | None:
+    """Give the code in a store's answer (the shape botocore's errors have), if there was one."""
+    response = getattr(error, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return None if code is None else str(code)
+
+
+def describe_failure(error: Exception) -> str:
+    """Say in one line how a transfer failed."""
+    code = _answer_code(error)
+    return f"{type(error).__name__}{f' {code}' if code else ''}: {error}"

@@ -1,0 +1,256 @@
+"""A real S3 server for the tests: OpenStack Swift with its s3api, on free loopback ports.
+
+Swift comes from PyPI into the same virtual environment as the tests, checks signatures, honours
+`If-None-Match: *` and keeps its data on disk, so what passes here is not an artefact of a mock.
+Four single-process servers start in about two seconds and hold about 240 MB together.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RINGS = ("account", "container", "object")
+SERVERS = (*RINGS, "proxy")
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+
+PIPELINE = (
+    "catch_errors gatekeeper healthcheck cache listing_formats bulk s3api tempauth slo dlo copy "
+    "symlink versioned_writes"
+)
+FILTER_OPTIONS = {
+    # Nothing answers there: Swift then works without a cache, which is what a short test wants.
+    "cache": "use = egg:swift#memcache\nmemcache_servers = 127.0.0.1:1\nlog_level = CRITICAL",
+    "s3api": "use = egg:swift#s3api\nlocation = us-east-1",
+    "tempauth": "use = egg:swift#tempauth\nuser_test_tester = testing .admin",
+    "versioned_writes": "use = egg:swift#versioned_writes\nallow_object_versioning = true",
+}
+
+
+class S3ServerStartError(RuntimeError):
+    """The Swift servers did not come up; the message ends with what they logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Server:
+    """A running S3 endpoint and the one account it knows.
+
+    Attributes:
+        endpoint_url: e.g. "http://127.0.0.1:41234".
+        access_key: The account's key.
+        secret_key: The account's secret.
+        directory: Where the servers keep data and logs.
+    """
+
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+    directory: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point boto3, streaming and MLflow at this server."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "S3_ENDPOINT_URL": self.endpoint_url,
+            "MLFLOW_S3_ENDPOINT_URL": self.endpoint_url,
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
+
+    def client(self) -> Any:
+        """A boto3 S3 client of this server that reads nothing from the environment."""
+        import boto3
+        from botocore.config import Config
+
+        session = boto3.Session(
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+        )
+        config = Config(s3={"addressing_style": "path"}, proxies={})
+        return session.client("s3", endpoint_url=self.endpoint_url, config=config)
+
+    def make_bucket(self, name: str) -> str:
+        """Creates a bucket, or keeps the one that exists, and returns its `s3://name` URI."""
+        client = self.client()
+        existing = {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}
+        if name not in existing:
+            client.create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+
+@contextmanager
+def s3_server(directory: Path) -> Iterator[S3Server]:
+    """Runs Swift under `directory` until the block ends.
+
+    Args:
+        directory: An empty folder on a file system with extended attributes (not NFS).
+
+    Raises:
+        S3ServerStartError: A server ended early or the proxy did not answer in time.
+    """
+    ports = dict(zip(SERVERS, _free_ports(len(SERVERS)), strict=True))
+    _write_configuration(directory, ports)
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name in SERVERS:
+            processes[name] = _start(name, directory)
+        endpoint_url = f"http://127.0.0.1:{ports['proxy']}"
+        _wait_until_up(endpoint_url, processes, directory)
+        yield S3Server(
+            endpoint_url=endpoint_url,
+            access_key="test:tester",
+            secret_key="testing",
+            directory=directory,
+        )
+    finally:
+        _stop(list(processes.values()))
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for the whole test session; give every test a bucket of its own."""
+    with s3_server(tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+def _binary(name: str) -> str:
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise S3ServerStartError(
+            f"{path} is missing: install the development dependencies (pip install -e '.[dev]')."
+        )
+    return str(path)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports nobody listens on; all are held until the last is known, so they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _write_configuration(directory: Path, ports: dict[str, int]) -> None:
+    from swift.common.ring import RingBuilder
+
+    etc, devices = directory / "etc", directory / "node"
+    etc.mkdir(parents=True)
+    (devices / "d1").mkdir(parents=True)
+    (etc / "swift.conf").write_text(
+        "[swift-hash]\nswift_hash_path_suffix = suffix\nswift_hash_path_prefix = prefix\n"
+        "[storage-policy:0]\nname = Policy-0\ndefault = yes\n"
+    )
+    user = pwd.getpwuid(os.getuid()).pw_name
+    for name in SERVERS:
+        default = (
+            f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {ports[name]}\nworkers = 0\n"
+            f"user = {user}\nswift_dir = {etc}\nlog_level = WARNING\n"
+        )
+        (etc / f"{name}.conf").write_text(default + _application(name, devices))
+    for name in RINGS:
+        ring = RingBuilder(part_power=4, replicas=1, min_part_hours=1)
+        ring.add_dev(
+            {
+                "region": 1,
+                "zone": 1,
+                "ip": "127.0.0.1",
+                "port": ports[name],
+                "device": "d1",
+                "weight": 1.0,
+            }
+        )
+        ring.rebalance()
+        ring.get_ring().save(str(etc / f"{name}.ring.gz"))
+
+
+def _application(name: str, devices: Path) -> str:
+    if name != "proxy":
+        return (
+            f"devices = {devices}\nmount_check = false\ndisable_fallocate = true\n"
+            f"[pipeline:main]\npipeline = {name}-server\n"
+            f"[app:{name}-server]\nuse = egg:swift#{name}\n"
+        )
+    filters = "".join(
+        f"[filter:{each}]\n{FILTER_OPTIONS.get(each, f'use = egg:swift#{each}')}\n"
+        for each in PIPELINE.split()
+    )
+    return (
+        f"[pipeline:main]\npipeline = {PIPELINE} proxy-server\n"
+        f"[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n{filters}"
+    )
+
+
+def _start(name: str, directory: Path) -> subprocess.Popen[bytes]:
+    # The shim asks the kernel (PR_SET_PDEATHSIG) to end the server with its parent, so that a
+    # killed test session leaves nothing behind.
+    shim = (
+        "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, int(signal.SIGTERM)); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    server = [_binary(f"swift-{name}-server"), str(directory / "etc" / f"{name}.conf")]
+    with open(directory / f"{name}.log", "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", shim, *server],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _wait_until_up(
+    endpoint_url: str, processes: dict[str, subprocess.Popen[bytes]], directory: Path
+) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < deadline:
+        for name, process in processes.items():
+            if process.poll() is not None:
+                raise S3ServerStartError(
+                    f"swift-{name}-server ended with code {process.returncode}.\n"
+                    + _log_tail(directory / f"{name}.log")
+                )
+        try:
+            with opener.open(f"{endpoint_url}/healthcheck", timeout=1.0):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    logs = "\n".join(_log_tail(directory / f"{name}.log") for name in SERVERS)
+    raise S3ServerStartError(f"{endpoint_url} did not answer in {START_TIMEOUT_S:.0f} s.\n{logs}")
+
+
+def _log_tail(path: Path, lines: int = 20) -> str:
+    return f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

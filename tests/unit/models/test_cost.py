@@ -1,0 +1,189 @@
+"""Costs against the module itself, the executed operations, and the published table."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.cost import (
+    CostError,
+    ModelShape,
+    attention_pairs,
+    average_multiply_adds,
+    multiply_adds,
+    parameters,
+    state_bytes,
+)
+from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from models.transformer.presets import PRESETS, preset
+
+# parameters in millions for K = 1, 2, 3; GMAC for K = 1; K = 2: coarse, both, average;
+# K = 3: one, two, three active, average
+TABLE = {
+    "S": "33 65 97 | 6.05 | 1.41 7.61 4.51 | 0.35 1.77 8.01 3.36",
+    "B": "130 259 388 | 23.0 | 5.56 28.9 17.2 | 1.41 6.98 30.4 12.9",
+    "L": "458 913 1369 | 80.7 | 19.7 101.2 60.4 | 5.0 24.7 106.4 45.2",
+    "XL": "675 1347 2019 | 118.6 | 29.0 148.7 88.9 | 7.4 36.5 156.4 66.5",
+}
+
+
+def shape_of(
+    config: TransformerConfig, *, scales: int, channels: int, image_size: int, classes: int
+) -> ModelShape:
+    return ModelShape(
+        depth=config.depth,
+        width=config.width,
+        heads=config.heads,
+        patch_size=config.patch_size,
+        mlp_ratio=config.mlp_ratio,
+        qk_norm=config.qk_norm,
+        scales=scales,
+        channels=channels,
+        image_size=image_size,
+        classes=classes,
+    )
+
+
+def latent_shape(size: str, scales: int) -> ModelShape:
+    return shape_of(preset(f"{size}/2"), scales=scales, channels=4, image_size=32, classes=1000)
+
+
+@pytest.mark.parametrize("size", TABLE)
+def test_published_table_to_its_printed_digits(size: str) -> None:
+    shapes = [latent_shape(size, scales) for scales in (1, 2, 3)]
+    columns = [[parameters(shape).total / 1e6 for shape in shapes]]
+    for shape in shapes:
+        counts = [multiply_adds(shape, active=active) for active in range(1, shape.scales + 1)]
+        average = [average_multiply_adds(shape)] if shape.scales > 1 else []
+        columns.append([count / 1e9 for count in counts + average])
+    for printed, computed in zip(TABLE[size].split("|"), columns, strict=True):
+        for digits, value in zip(printed.split(), computed, strict=True):
+            decimals = len(digits.partition(".")[2])
+            assert f"{value:.{decimals}f}" == digits
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_formula_counts_the_parameters_of_every_preset(name: str) -> None:
+    sizes = {"scales": 2, "channels": 4, "image_size": 32, "classes": 1000}
+    with torch.device("meta"):
+        model = LapFlowTransformer(preset(name), **sizes)
+    counted = sum(p.numel() for p in model.parameters())
+    assert parameters(shape_of(preset(name), **sizes)).total == counted
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_formula_counts_the_parameters_of_each_scale(scales: int, qk_norm: bool) -> None:
+    config = TransformerConfig(
+        depth=3, width=20, heads=5, patch_size=1, mlp_ratio=2.5, qk_norm=qk_norm
+    )
+    sizes = {"scales": scales, "channels": 3, "image_size": 8, "classes": 7}
+    model = LapFlowTransformer(config, **sizes)
+    counted = parameters(shape_of(config, **sizes))
+    named = dict(model.named_parameters())
+    assert counted.total == sum(p.numel() for p in named.values())
+    for k in range(scales):
+        own = [p.numel() for name, p in named.items() if f".scale{k}." in name]
+        assert counted.per_scale == sum(own)
+    assert counted.shared == sum(p.numel() for n, p in named.items() if "scale" not in n)
+
+
+@pytest.mark.parametrize(("scales", "active"), [(1, 1), (2, 1), (2, 2), (3, 3)])
+def test_formula_counts_the_executed_multiply_adds(scales: int, active: int) -> None:
+    config = TransformerConfig(depth=2, width=24, heads=3, mlp_ratio=3.0)
+    sizes = {"scales": scales, "channels": 2, "image_size": 16, "classes": 3}
+    model = LapFlowTransformer(config, **sizes)
+    states = tuple(torch.randn(1, 2, 16 >> k, 16 >> k) for k in reversed(range(scales)))
+    counter = FlopCounterMode(display=False)
+    # The CPU's flash kernel is not in the counter's registry; the plain one is.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        model(states[:active], torch.rand(1), torch.tensor([0]))
+    shape = shape_of(config, **sizes)
+    assert counter.get_total_flops() == 2 * multiply_adds(shape, active=active)
+
+
+def test_attention_and_token_ratios_of_equal_thirds() -> None:
+    single = attention_pairs(latent_shape("XL", 1))
+    three = latent_shape("XL", 3)
+    dense = sum(attention_pairs(three, active=a, dense=True) for a in (1, 2, 3)) / 3
+    prefix = sum(attention_pairs(three, active=a) for a in (1, 2, 3)) / 3
+    assert f"{dense / single:.3f}" == "0.608"
+    assert prefix == (3 * 16 * 16 + 2 * 64 * 80 + 256 * 336) / 3
+    assert f"{prefix / single:.4f}" == "0.4935"
+    assert sum(latent_shape("XL", 2).keys) / 2 / 256 == 0.75
+    assert sum(three.keys) / 3 / 256 == 0.5625
+
+
+def test_average_follows_the_critical_times() -> None:
+    shape = latent_shape("S", 2)
+    coarse, both = multiply_adds(shape, active=1), multiply_adds(shape)
+    average = average_multiply_adds(shape, critical_times=(0.9,))
+    assert average == pytest.approx(0.9 * coarse + 0.1 * both)
+
+
+def test_questions_without_an_answer_are_refused() -> None:
+    shape = latent_shape("S", 2)
+    with pytest.raises(CostError, match="active=3"):
+        multiply_adds(shape, active=3)
+    with pytest.raises(CostError, match="active=0"):
+        attention_pairs(shape, active=0)
+    with pytest.raises(CostError, match="give 1 times"):
+        average_multiply_adds(shape, critical_times=(0.6, 0.3))
+    with pytest.raises(CostError, match="zero_stage=4"):
+        state_bytes(shape, zero_stage=4, world_size=1, precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "whole", "split"),
+    [
+        # bytes for each parameter: held whole by every rank; split over the ranks
+        (0, "fp32", 4 + 4 + 8 + 4, 0),
+        (0, "bf16", 2 + 2 + 12 + 4, 0),
+        (1, "bf16", 2 + 2, 12 + 4),
+        (2, "bf16", 2, 2 + 12 + 4),
+        (3, "bf16", 0, 2 + 2 + 12 + 4),
+        (2, "fp32", 4, 4 + 12 + 4),
+    ],
+)
+def test_zero_splits_what_its_stage_says(
+    stage: int, precision: str, whole: int, split: int
+) -> None:
+    shape = latent_shape("S", 2)
+    count = parameters(shape).total
+    got = state_bytes(shape, zero_stage=stage, world_size=8, precision=precision)
+    assert got.activations == 0
+    assert got.total == pytest.approx(count * (whole + split / 8), abs=64)
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3])
+def test_activation_estimate_is_near_what_autograd_keeps(scales: int) -> None:
+    config = TransformerConfig(depth=3, width=64, heads=2)
+    sizes = {"scales": scales, "channels": 4, "image_size": 32, "classes": 10}
+    model = LapFlowTransformer(config, **sizes)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    images = 6
+    states = tuple(
+        torch.randn(images * (k + 1) // scales, 4, 32 >> k, 32 >> k)
+        for k in reversed(range(scales))
+    )
+    labels = torch.zeros(images, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(states, torch.rand(images), labels)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    estimate = state_bytes(
+        shape_of(config, **sizes),
+        zero_stage=0,
+        world_size=1,
+        precision="fp32",
+        images_per_rank=images,
+    ).activations
+    assert len(outputs) == scales
+    assert estimate == pytest.approx(measured, rel=0.02)

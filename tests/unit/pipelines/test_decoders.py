@@ -1,0 +1,180 @@
+"""DALI, the Pillow reference and the models' pyramid are one contract."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.pyramid import merge, split
+from pipelines.cpu import PillowDecoder
+from pipelines.dali import DaliDecoder
+from pipelines.decode import DecodeConfig, Decoder, make_decoder
+from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
+from tests.unit.pipelines import pictures
+
+DECODERS = ("dali", "pillow")
+
+
+def config(size: int = 16, *, channels: int = 3, scales: int = 2) -> DecodeConfig:
+    return DecodeConfig(image_size=size, channels=channels, scales=scales, decode_threads=1)
+
+
+def decoder(name: str, size: int = 16, *, channels: int = 3, scales: int = 2) -> Decoder:
+    return make_decoder(name, config(size, channels=channels, scales=scales), device="cpu")
+
+
+def assert_near(bands: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    assert len(bands) == len(expected)
+    for band, other in zip(bands, expected, strict=True):
+        assert band.dtype == other.dtype == torch.float32
+        torch.testing.assert_close(band, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decoders_agree_on_every_kind(channels: int) -> None:
+    dali, pillow = (decoder(name, channels=channels) for name in DECODERS)
+    for kind, data in pictures.GOOD.items():
+        bands, expected = dali([data]), pillow([data])
+        assert bands[-1].shape == (1, channels, 16, 16), kind
+        assert_near(bands, expected)
+
+
+@pytest.mark.parametrize("size", [2, 8, 32, 48, 256])
+def test_decoders_agree_on_every_size(size: int) -> None:
+    data = list(pictures.GOOD.values())
+    assert_near(decoder("dali", size)(data), decoder("pillow", size)(data))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("scales", "size", "channels"), [(1, 7, 3), (2, 8, 1), (3, 64, 3)])
+def test_bands_are_those_of_the_models(name: str, scales: int, size: int, channels: int) -> None:
+    images = [pictures.png(size, size, seed=seed) for seed in range(3)]
+    bands = decoder(name, size, channels=channels, scales=scales)(images)
+    mode = "L" if channels == 1 else "RGB"
+    plain = [np.asarray(Image.open(io.BytesIO(data)).convert(mode)) for data in images]
+    pixels = torch.from_numpy(np.stack(plain)).reshape(3, size, size, channels)
+    whole = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert [band.shape[-1] for band in bands] == [
+        size >> scale for scale in reversed(range(scales))
+    ]
+    assert_near(bands, split(whole, scales))
+    torch.testing.assert_close(merge(bands), whole, rtol=0, atol=1e-6)
+
+
+def test_values_fill_the_range() -> None:
+    black, white = (pictures.encode(np.full((4, 4), value, np.uint8)) for value in (0, 255))
+    (image,) = decoder("dali", 4, channels=1, scales=1)([black, white])
+    assert image[0].eq(-1).all()
+    assert image[1].eq(1).all()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_deep_images_keep_their_high_bytes(name: str) -> None:
+    for channels in (1, 3):
+        data, high = pictures.deep_png(channels=channels)
+        (image,) = decoder(name, channels=channels, scales=1)([data])
+        expected = torch.from_numpy(high).permute(2, 0, 1).float() / 127.5 - 1
+        assert_near((image[0],), (expected,))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_central_square_is_kept_whatever_the_tags_say(name: str) -> None:
+    data = pictures.with_orientation(16, 20)
+    decoded = torch.from_numpy(np.array(Image.open(io.BytesIO(data))))
+    (image,) = decoder(name, 16, scales=1)([data])
+    expected = decoded[:, 2:18].permute(2, 0, 1).float() / 127.5 - 1
+    assert_near((image[0],), (expected,))
+
+
+def test_neighbours_in_the_batch_change_nothing() -> None:
+    """So a run on another number of ranks sees the same bits."""
+    dali = decoder("dali")
+    exact, others = pictures.jpeg(), [pictures.png(20, 30), pictures.GOOD["CMYK JPEG"]]
+    alone = dali([exact])
+    together = dali([*others, exact])
+    for one, many in zip(alone, together, strict=True):
+        assert torch.equal(one[0], many[2])
+
+
+def test_bands_are_the_callers_to_keep() -> None:
+    dali = decoder("dali")
+    first = dali([pictures.png(seed=1)])
+    kept = [band.clone() for band in first]
+    dali([pictures.png(seed=2)])
+    for band, copy in zip(first, kept, strict=True):
+        assert torch.equal(band, copy)
+        band.zero_()
+
+
+def test_batches_may_grow_and_shrink() -> None:
+    dali, pillow = (decoder(name) for name in DECODERS)
+    images = [pictures.png(seed=seed) for seed in range(5)]
+    for count in (2, 5, 1, 4):
+        assert_near(dali(images[:count]), pillow(images[:count]))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("kind", pictures.BAD)
+def test_bad_images_are_named(name: str, kind: str) -> None:
+    decode = decoder(name)
+    good = [pictures.png(seed=seed) for seed in range(3)]
+    with pytest.raises(UndecodableImageError, match=r"\[1\] of the batch cannot be") as raised:
+        decode([good[0], pictures.BAD[kind], *good[1:]])
+    assert raised.value.indices == (1,)
+    assert_near(decode(good), decoder("pillow")(good))
+
+
+def test_all_bad_images_of_a_batch_are_named() -> None:
+    cut = pictures.jpeg(40, 40)[:700]
+    for name in DECODERS:
+        with pytest.raises(UndecodableImageError) as raised:
+            decoder(name)([cut, pictures.png(), cut, pictures.jpeg(), cut])
+        assert raised.value.indices == (0, 2, 4)
+
+
+def test_failures_that_are_not_the_images_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    dali = DaliDecoder(config(), device="cpu")
+    calls = iter([True])
+
+    def fail_once(images: object) -> tuple[torch.Tensor, ...]:
+        if next(calls, False):
+            raise RuntimeError("out of memory")
+        return ()
+
+    monkeypatch.setattr(dali, "_run", fail_once)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        dali([pictures.png()])
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(UnsplittableImageError, match=r"28 x 28 .* 4 scales.* multiple of 8.*24"):
+        config(28, scales=4)
+    for wrong in ({"channels": 4}, {"scales": 0}, {"decode_threads": 0}):
+        with pytest.raises(DataError):
+            DecodeConfig(**({"image_size": 8} | wrong))
+    with pytest.raises(DataError, match="no decoder 'opencv'"):
+        make_decoder("opencv", config(), device="cpu")
+    with pytest.raises(DataError, match="'meta'"):
+        DaliDecoder(config(), device="meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gpu_graph_gives_the_same_bands(channels: int) -> None:
+    images = [data for kind, data in pictures.GOOD.items() if "JPEG" not in kind]
+    gpu = DaliDecoder(config(channels=channels), device="cuda:0")
+    expected = PillowDecoder(config(channels=channels), device="cuda:0")
+    for _ in range(3):
+        bands = gpu(images)
+        assert all(band.is_cuda for band in bands)
+        for band, other in zip(bands, expected(images), strict=True):
+            torch.testing.assert_close(band, other, rtol=0, atol=1e-5)
+    jpegs = [pictures.jpeg(16, 16, seed=seed) for seed in range(8)]
+    for band, other in zip(gpu(jpegs), expected(jpegs), strict=True):
+        assert (band - other).abs().mean() < 0.01  # nvJPEG rounds its own way
+    with pytest.raises(UndecodableImageError) as raised:
+        gpu([jpegs[0], pictures.BAD["half a JPEG"]])
+    assert raised.value.indices == (1,)

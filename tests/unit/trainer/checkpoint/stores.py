@@ -1,0 +1,121 @@
+"""Stores for tests: one in memory, and one around another that watches or breaks operations."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from trainer.checkpoint.errors import MissingObject
+from trainer.checkpoint.layout import check_key
+from trainer.checkpoint.store import Store
+
+Result = TypeVar("Result")
+
+
+class MemoryStore:
+    """A store in a dict."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def put(self, key: str, data: bytes) -> None:
+        self.objects[check_key(key)] = data
+
+    def create(self, key: str, data: bytes) -> bool:
+        with self._lock:
+            return self.objects.setdefault(check_key(key), data) is data
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self.objects[check_key(key)]
+        except KeyError:
+            raise MissingObject(f"There is no object at {self.uri(key)}.") from None
+
+    def delete(self, key: str) -> None:
+        self.objects.pop(check_key(key), None)
+
+    def uri(self, key: str) -> str:
+        return f"memory://{check_key(key)}"
+
+    def list(self, prefix: str) -> dict[str, int]:
+        if prefix:
+            check_key(prefix.removesuffix("/"))
+        with self._lock:
+            return {
+                key: len(data)
+                for key, data in sorted(self.objects.items())
+                if key.startswith(prefix)
+            }
+
+
+class WatchedStore:
+    """Calls `watch(number, verb, key, "before" | "after")` around each operation of another store.
+
+    What `watch` raises is what the caller sees: before the operation it did not happen, after it
+    its answer was lost.
+    """
+
+    def __init__(self, store: Store, watch: Callable[[int, str, str, str], None]) -> None:
+        self._store = store
+        self._watch = watch
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def put(self, key: str, data: bytes) -> None:
+        self._around("put", key, lambda: self._store.put(key, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._around("create", key, lambda: self._store.create(key, data))
+
+    def get(self, key: str) -> bytes:
+        return self._around("get", key, lambda: self._store.get(key))
+
+    def delete(self, key: str) -> None:
+        self._around("delete", key, lambda: self._store.delete(key))
+
+    def uri(self, key: str) -> str:
+        return self._store.uri(key)
+
+    def list(self, prefix: str) -> dict[str, int]:
+        return self._around("list", prefix, lambda: self._store.list(prefix))
+
+    def _around(self, verb: str, key: str, operation: Callable[[], Result]) -> Result:
+        with self._lock:
+            number = self._count
+            self._count += 1
+        self._watch(number, verb, key, "before")
+        result = operation()
+        self._watch(number, verb, key, "after")
+        return result
+
+
+class Killed(BaseException):
+    """The process is gone: nothing of it catches this."""
+
+
+def killed_at(store: Store, number: int, moment: str) -> WatchedStore:
+    """A store whose users die at that operation, and cannot do anything from then on."""
+    dead = threading.Event()
+
+    def watch(current: int, verb: str, key: str, when: str) -> None:
+        if dead.is_set() and when == "before":
+            raise Killed
+        if current == number and when == moment:
+            dead.set()
+            raise Killed
+
+    return WatchedStore(store, watch)
+
+
+def count_operations(store: Store, act: Callable[[Store], object]) -> list[str]:
+    """The verbs `act` uses on the store, in order."""
+    verbs: list[str] = []
+
+    def watch(number: int, verb: str, key: str, when: str) -> None:
+        if when == "before":
+            verbs.append(verb)
+
+    act(WatchedStore(store, watch))
+    return verbs

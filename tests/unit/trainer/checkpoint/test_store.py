@@ -1,0 +1,117 @@
+"""What every store promises, checked on all of them alike."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from trainer.checkpoint.errors import InvalidKey, MissingObject
+from trainer.checkpoint.store import Store
+
+
+def test_an_object_is_read_back_as_written(store: Store) -> None:
+    data = bytes(range(256)) * 100
+    store.put("a/b/c.bin", data)
+    assert store.get("a/b/c.bin") == data
+
+
+def test_an_empty_object_exists(store: Store) -> None:
+    store.put("empty", b"")
+    assert store.get("empty") == b""
+    assert store.list("") == {"empty": 0}
+
+
+def test_an_object_of_several_parts_is_read_back_as_written(store: Store) -> None:
+    data = os.urandom(33 * 1024**2)
+    store.put("large", data)
+    assert store.get("large") == data
+    assert store.list("large") == {"large": len(data)}
+
+
+def test_put_replaces(store: Store) -> None:
+    store.put("a", b"old, and longer")
+    store.put("a", b"new")
+    assert store.get("a") == b"new"
+
+
+def test_create_succeeds_once_and_leaves_the_first(store: Store) -> None:
+    assert store.create("x/MANIFEST.json", b"first")
+    assert not store.create("x/MANIFEST.json", b"second")
+    assert store.get("x/MANIFEST.json") == b"first"
+
+
+def test_one_of_many_concurrent_creators_wins(store: Store) -> None:
+    start = threading.Barrier(6)
+    won: list[bytes] = []
+
+    def create(data: bytes) -> None:
+        start.wait()
+        if store.create("race", data):
+            won.append(data)
+
+    threads = [threading.Thread(target=create, args=(bytes([n]) * 50,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.get("race") == won[0]
+
+
+def test_a_missing_object_is_named(store: Store) -> None:
+    with pytest.raises(MissingObject, match="nowhere/at-all"):
+        store.get("nowhere/at-all")
+
+
+def test_delete_removes_and_does_not_mind_absence(store: Store) -> None:
+    store.put("a/b", b"1")
+    store.delete("a/b")
+    store.delete("a/b")
+    store.delete("never/was")
+    assert store.list("") == {}
+    with pytest.raises(MissingObject):
+        store.get("a/b")
+
+
+def test_a_deleted_key_can_be_created_again(store: Store) -> None:
+    assert store.create("a/b/c", b"1")
+    store.delete("a/b/c")
+    assert store.create("a/b/c", b"22")
+    assert store.list("a/") == {"a/b/c": 2}
+
+
+def test_list_is_sorted_and_takes_any_prefix(store: Store) -> None:
+    for key in ("b/2", "a/10", "a/9", "ab", "a-b/1", "b/1/x"):
+        store.put(key, key.encode())
+    assert list(store.list("")) == ["a-b/1", "a/10", "a/9", "ab", "b/1/x", "b/2"]
+    assert list(store.list("a/")) == ["a/10", "a/9"]
+    assert list(store.list("a")) == ["a-b/1", "a/10", "a/9", "ab"]
+    assert list(store.list("a/1")) == ["a/10"]
+    assert store.list("b/1/") == {"b/1/x": 5}
+    assert store.list("c/d/") == {}
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\b", "a\nb", "a/.tmp-1"]
+)
+def test_unsafe_keys_are_refused(store: Store, key: str) -> None:
+    with pytest.raises(InvalidKey):
+        store.put(key, b"")
+    with pytest.raises(InvalidKey):
+        store.create(key, b"")
+    with pytest.raises(InvalidKey):
+        store.get(key)
+    with pytest.raises(InvalidKey):
+        store.delete(key)
+
+
+def test_list_does_not_leave_the_store(store: Store) -> None:
+    for prefix in ("../", "/", "a/../../"):
+        with pytest.raises(InvalidKey):
+            store.list(prefix)
+
+
+def test_a_uri_ends_with_the_key(store: Store) -> None:
+    assert store.uri("run/checkpoints/1").endswith("/run/checkpoints/1")

@@ -1,0 +1,180 @@
+"""Small worlds for checkpoint tests: model states, their splits over ranks, ranks as threads."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.saver import CheckpointConfig, Checkpoints
+from trainer.checkpoint.store import Store
+from trainer.state import Fragment
+
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+SHAPES = {"embed.weight": (5, 7), "scales.0.bias": (3,), "scales.1.weight": (2, 3, 4), "gain": ()}
+SCIENCE = {"science": {"flow": {"scales": 2}}, "science_hash": "a1b2"}
+RUN = "night-1"
+
+State = dict[str, dict[str, Tensor]]
+"""Flat tensors by kind and parameter."""
+Result = TypeVar("Result")
+
+
+def random_state(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> State:
+    """Random bits, so that NaNs with payloads, infinities and negative zeros are among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        kind: {
+            name: torch.randint(
+                -(2**31), 2**31, (math.prod(shape),), generator=generator, dtype=torch.int32
+            ).view(torch.float32)
+            for name, shape in shapes.items()
+        }
+        for kind in KINDS
+    }
+
+
+def empty_state(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> State:
+    return {
+        kind: {name: torch.zeros(math.prod(shape)) for name, shape in shapes.items()}
+        for kind in KINDS
+    }
+
+
+def same_bits(one: State, other: State) -> bool:
+    return all(
+        torch.equal(one[kind][name].view(torch.int32), other[kind][name].view(torch.int32))
+        for kind in KINDS
+        for name in one[kind]
+    )
+
+
+def even_cuts(world: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> list[int]:
+    """Where ZeRO cuts the concatenation of all parameters."""
+    total = sum(map(math.prod, shapes.values()))
+    return [min(total, rank * -(-total // world)) for rank in range(1, world)]
+
+
+def split(
+    state: State, cuts: Sequence[int], shapes: Mapping[str, tuple[int, ...]] = SHAPES
+) -> list[list[Fragment]]:
+    """The fragments of each rank when the concatenation of all parameters is cut there."""
+    bounds = [0, *cuts, sum(map(math.prod, shapes.values()))]
+    ranks = []
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        fragments = []
+        offset = 0
+        for name, shape in shapes.items():
+            numel = math.prod(shape)
+            start, stop = max(low - offset, 0), min(high - offset, numel)
+            if start < stop:
+                views = {kind: state[kind][name][start:stop] for kind in KINDS}
+                fragments.append(Fragment(name=name, start=start, shape=shape, tensors=views))
+            offset += numel
+        ranks.append(fragments)
+    return ranks
+
+
+class RankEnded(Exception):
+    """Another rank ended while this one waited for it: what a process group reports."""
+
+
+def on_ranks(
+    world: int, act: Callable[[int, Callable[[object], list[object]]], Result]
+) -> list[Result | BaseException]:
+    """Runs `act(rank, gather)` in a thread per rank; gather pickles, as torch.distributed does.
+
+    Returns:
+        What each rank returned, or what it ended with.
+    """
+    barrier = threading.Barrier(world, timeout=20)
+    slots: list[bytes] = [b""] * world
+    outcomes: list[Any] = [None] * world
+
+    def rank_main(rank: int) -> None:
+        def gather(value: object) -> list[object]:
+            try:
+                slots[rank] = pickle.dumps(value)
+                barrier.wait()
+                everyone = [pickle.loads(slot) for slot in slots]
+                barrier.wait()
+            except threading.BrokenBarrierError as error:
+                raise RankEnded from error
+            return everyone
+
+        try:
+            outcomes[rank] = act(rank, gather)
+        except BaseException as error:
+            outcomes[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def checkpoints(
+    store: Store,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    gather: Callable[[object], list[object]] = lambda value: [value],
+    keep_last: int = 2,
+) -> Checkpoints:
+    config = CheckpointConfig(keep_last=keep_last)
+    return Checkpoints(
+        store, run=RUN, config=config, rank=rank, world_size=world, gather=gather
+    )
+
+
+def save(
+    store: Store,
+    state: State,
+    *,
+    images: int,
+    world: int = 1,
+    keep_last: int = 2,
+    science: Mapping[str, Any] = SCIENCE,
+) -> list[str | BaseException]:
+    """Saves a state by that many ranks; its train state holds `images`."""
+    fragments = split(state, even_cuts(world))
+
+    def act(rank: int, gather: Callable[[object], list[object]]) -> str:
+        return checkpoints(
+            store, rank=rank, world=world, gather=gather, keep_last=keep_last
+        ).save(images=images, fragments=fragments[rank], train_state={"images": images}, **science)
+
+    return on_ranks(world, act)
+
+
+def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
+    """What a run that starts on this store resumes from, with fall-back past damaged ones."""
+    from trainer.checkpoint.errors import DamagedCheckpoint
+
+    state = empty_state()
+    fragments = split(state, even_cuts(world))
+
+    def act(rank: int, gather: Callable[[object], list[object]]) -> int | None:
+        mine = checkpoints(store, rank=rank, world=world, gather=gather)
+        while (manifest := mine.newest_valid()) is not None:
+            try:
+                return mine.restore(manifest, fragments[rank])["images"]
+            except DamagedCheckpoint:
+                continue
+        return None
+
+    outcomes = on_ranks(world, act)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    assert len(set(outcomes)) == 1
+    images = outcomes[0]
+    return None if images is None else (images, state)

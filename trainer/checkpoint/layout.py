@@ -1,0 +1,77 @@
+"""Where the objects of a checkpoint lie: pure functions between names and keys.
+
+    <run>/checkpoints/<images>/MANIFEST.json                      the commit
+    <run>/checkpoints/<images>/<attempt>/rank-00000.safetensors   content, never overwritten
+
+Each save has a random attempt of its own, so two writers never touch the same content.
+"""
+
+from __future__ import annotations
+
+import re
+
+from trainer.checkpoint.errors import InvalidKey
+
+IMAGES_DIGITS = 12
+MAX_IMAGES = 10**IMAGES_DIGITS - 1
+MAX_KEY_LENGTH = 900  # S3 allows 1024 bytes, and the store's own prefix comes on top
+MANIFEST_NAME = "MANIFEST.json"
+
+# No segment begins with a dot: that rules out "..", and keeps a store's temporary files apart.
+_SEGMENT = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9_=+@.-]*")
+
+
+def check_key(key: str) -> str:
+    """Return the key if it is safe on every store.
+
+    Raises:
+        InvalidKey: It is empty, absolute, too long, climbs out with "..", has a part that begins
+            with a dot, or uses other characters than letters, digits and `_ = + @ . -`.
+    """
+    if len(key) > MAX_KEY_LENGTH or not all(map(_SEGMENT.fullmatch, key.split("/"))):
+        shown = key if len(key) <= 100 else key[:100] + "…"
+        raise InvalidKey(
+            f"{shown!r} cannot name an object: use up to {MAX_KEY_LENGTH} letters, digits and "
+            "_ = + @ . - in parts separated by single slashes, no part beginning with a dot."
+        )
+    return key
+
+
+def checkpoints_prefix(run: str) -> str:
+    """Return the prefix of all checkpoints of a run, with its closing slash."""
+    return check_key(run) + "/checkpoints/"
+
+
+def checkpoint_key(run: str, images: int) -> str:
+    """Return the folder of the checkpoint taken after `images` images, without closing slash."""
+    if not 0 <= images <= MAX_IMAGES:
+        raise InvalidKey(f"a checkpoint after {images} images has no key: 0 to {MAX_IMAGES} have.")
+    return f"{checkpoints_prefix(run)}{images:0{IMAGES_DIGITS}d}"
+
+
+def manifest_key(run: str, images: int) -> str:
+    """Return the key whose existence commits a checkpoint."""
+    return f"{checkpoint_key(run, images)}/{MANIFEST_NAME}"
+
+
+def attempt_prefix(run: str, images: int, attempt: str) -> str:
+    """Return the prefix of the content one attempt to save writes, with its closing slash."""
+    return check_key(f"{checkpoint_key(run, images)}/{attempt}") + "/"
+
+
+def object_key(run: str, images: int, attempt: str, rank: int) -> str:
+    """Return the key of one rank's content."""
+    return f"{attempt_prefix(run, images, attempt)}rank-{rank:05d}.safetensors"
+
+
+def images_of(run: str, key: str) -> int | None:
+    """Return the images of the checkpoint a key belongs to, or None if it belongs to none."""
+    folder, _, rest = key.removeprefix(checkpoints_prefix(run)).partition("/")
+    if not rest or not re.fullmatch(rf"[0-9]{{{IMAGES_DIGITS}}}", folder):
+        return None
+    return int(folder) if key.startswith(checkpoint_key(run, int(folder)) + "/") else None
+
+
+def tensor_key(kind: str, name: str, start: int) -> str:
+    """Return the name of one slice inside a content object."""
+    return f"{kind}/{name}@{start}"

@@ -1,0 +1,255 @@
+"""The manifest that makes a set of objects a checkpoint, and its distrustful reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from trainer.checkpoint import layout
+from trainer.checkpoint.errors import InvalidKey, InvalidManifest, NewerManifest
+from trainer.checkpoint.spans import Span
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 256 * 1024**2
+MAX_ELEMENTS = 2**44
+MAX_DIMENSIONS = 8
+MAX_RANKS = 10**5
+BYTES_PER_ELEMENT = 4  # everything is float32
+_CHECKSUM = "sha256"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectEntry:
+    """One content object.
+
+    Attributes:
+        key: Where it lies in the store.
+        size_bytes: Its size.
+        sha256: Hash of its bytes, in hexadecimal.
+        fragments: The slice of each parameter it holds.
+    """
+
+    key: str
+    size_bytes: int
+    sha256: str
+    fragments: Mapping[str, Span]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        format_version: Version of this format.
+        run: Name of the run.
+        images: Images the run had seen.
+        attempt: Random name of the save that wrote it.
+        world_size: Ranks of the run at that time.
+        science_hash: Hash of `science`, as the caller computes it.
+        science: The configuration that determines the result, as JSON values.
+        train_state: Counters of the run, as JSON values.
+        kinds: What each object holds of each slice: "ema", "exp_avg", "exp_avg_sq", "master".
+        parameters: Shape of every parameter of the model.
+        objects: The content.
+        versions: Packages that wrote it.
+    """
+
+    format_version: int = FORMAT_VERSION
+    run: str
+    images: int
+    attempt: str
+    world_size: int
+    science_hash: str
+    science: Mapping[str, Any]
+    train_state: Mapping[str, Any]
+    kinds: tuple[str, ...]
+    parameters: Mapping[str, tuple[int, ...]]
+    objects: tuple[ObjectEntry, ...]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> bytes:
+        """Return canonical JSON that carries the SHA-256 of its own body.
+
+        Raises:
+            InvalidManifest: Something in it is not a JSON value, such as a NaN.
+        """
+        try:
+            body = asdict(self)
+            return _canonical({**body, _CHECKSUM: _digest(body)})
+        except (TypeError, ValueError) as error:
+            raise InvalidManifest(
+                f"The checkpoint of {self.run} after {self.images} images cannot be described in "
+                f"JSON ({error}): keep numbers that are finite, text, lists and string-keyed "
+                "dicts in the configuration and the train state."
+            ) from error
+
+    @classmethod
+    def from_json(cls, data: bytes, *, run: str, images: int) -> Manifest:
+        """Read a manifest, believing nothing.
+
+        Args:
+            data: What `to_json` returned.
+            run: The run the manifest was found under.
+            images: The images it was found under.
+
+        Raises:
+            NewerManifest: Its format came after this code.
+            InvalidManifest: It is damaged, belongs elsewhere, or names keys or sizes that no save
+                would have written.
+        """
+        place = f"The manifest {layout.manifest_key(run, images)}"
+        try:
+            if len(data) > MAX_MANIFEST_BYTES:
+                raise _Rejected(f"it has {len(data)} bytes")
+            body = _json_object(data)
+            version = body.get("format_version")
+            if type(version) is int and version > FORMAT_VERSION:
+                raise NewerManifest(
+                    f"{place} has format {version}, and this code reads up to {FORMAT_VERSION}: "
+                    "use the newer version of the code that wrote it."
+                )
+            if body.pop(_CHECKSUM, None) != _digest(body):
+                raise _Rejected("its checksum is wrong, so it was changed after it was written")
+            manifest = _parsed(body)
+            if (manifest.run, manifest.images) != (run, images):
+                raise _Rejected(f"it belongs to run {manifest.run!r} at {manifest.images} images")
+            return manifest
+        except (_Rejected, InvalidKey) as error:
+            reason = str(error).rstrip(".")
+            raise InvalidManifest(
+                f"{place} cannot be used: {reason}. Resume from another checkpoint."
+            ) from error
+
+
+class _Rejected(ValueError):
+    """Why a manifest is refused."""
+
+
+def _canonical(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(body)).hexdigest()
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+        _canonical(body)
+    except (RecursionError, ValueError) as error:
+        raise _Rejected(f"it is not plain JSON ({error})") from error
+    return _mapping(body, "it")
+
+
+def _parsed(body: Mapping[str, Any]) -> Manifest:
+    _fields(body, Manifest)
+    _whole(body["format_version"], "format_version", low=1, high=FORMAT_VERSION)
+    run = layout.check_key(_text(body["run"], "run"))
+    images = _whole(body["images"], "images", low=0, high=layout.MAX_IMAGES)
+    prefix = layout.attempt_prefix(run, images, _text(body["attempt"], "attempt"))
+    kinds = tuple(_text(kind, "a kind") for kind in _sequence(body["kinds"], "kinds"))
+    parameters = {
+        name: _shape(shape, name)
+        for name, shape in _mapping(body["parameters"], "parameters").items()
+    }
+    objects = tuple(
+        _entry(entry, prefix=prefix, parameters=parameters, kinds=len(kinds))
+        for entry in _sequence(body["objects"], "objects")
+    )
+    if len({entry.key for entry in objects}) != len(objects):
+        raise _Rejected("it names an object twice")
+    return Manifest(
+        run=run,
+        images=images,
+        attempt=body["attempt"],
+        world_size=_whole(body["world_size"], "world_size", low=1, high=MAX_RANKS),
+        science_hash=_text(body["science_hash"], "science_hash"),
+        science=_mapping(body["science"], "science"),
+        train_state=_mapping(body["train_state"], "train_state"),
+        kinds=kinds,
+        parameters=parameters,
+        objects=objects,
+        versions={
+            name: _text(version, "a version")
+            for name, version in _mapping(body["versions"], "versions").items()
+        },
+    )
+
+
+def _entry(
+    value: object, *, prefix: str, parameters: Mapping[str, tuple[int, ...]], kinds: int
+) -> ObjectEntry:
+    body = _mapping(value, "an object")
+    _fields(body, ObjectEntry)
+    key = layout.check_key(_text(body["key"], "key"))
+    if not key.startswith(prefix):
+        raise _Rejected(f"its object {key} lies outside {prefix}")
+    fragments = {}
+    for name, span in _mapping(body["fragments"], "fragments").items():
+        if name not in parameters:
+            raise _Rejected(f"{key} holds {reprlib.repr(name)}, which is no parameter")
+        numel = math.prod(parameters[name])
+        start, length = (_whole(n, name, low=0, high=numel) for n in _pair(span, name))
+        if start + length > numel:
+            raise _Rejected(f"{key} holds more of {name} than its {numel} elements")
+        fragments[name] = Span(start, length)
+    content = BYTES_PER_ELEMENT * kinds * sum(span.numel for span in fragments.values())
+    # A safetensors header has a few hundred bytes for each slice, beside the content itself.
+    most = content + 2**20 + 2**12 * kinds * len(fragments)
+    return ObjectEntry(
+        key=key,
+        size_bytes=_whole(body["size_bytes"], f"size of {key}", low=content, high=most),
+        sha256=_text(body["sha256"], "sha256"),
+        fragments=fragments,
+    )
+
+
+def _fields(body: Mapping[str, Any], kind: type[Manifest] | type[ObjectEntry]) -> None:
+    expected = {field.name for field in fields(kind)}
+    if set(body) != expected:
+        odd = ", ".join(sorted(expected ^ set(body)))
+        raise _Rejected(f"it lacks or has unknown fields: {odd}")
+
+
+def _mapping(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _Rejected(f"{what} is not a JSON object")
+    return value
+
+
+def _sequence(value: object, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _Rejected(f"{what} is not a list")
+    return value
+
+
+def _pair(value: object, what: str) -> list[Any]:
+    if len(_sequence(value, what)) != 2:
+        raise _Rejected(f"the slice of {what} is not [start, numel]")
+    return _sequence(value, what)
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise _Rejected(f"{what} is not text")
+    return value
+
+
+def _whole(value: object, what: str, *, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise _Rejected(f"{what} is {reprlib.repr(value)}, not a whole number from {low} to {high}")
+    return value
+
+
+def _shape(value: object, name: str) -> tuple[int, ...]:
+    sizes = _sequence(value, f"shape of {name}")
+    shape = tuple(_whole(size, f"shape of {name}", low=0, high=MAX_ELEMENTS) for size in sizes)
+    if len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_ELEMENTS:
+        raise _Rejected(f"the shape of {name} is too large")
+    return shape

@@ -1,0 +1,129 @@
+"""What checkpoints need of the place they are kept in, and how to open one from its URI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+from urllib.parse import urlsplit
+
+from trainer.checkpoint.errors import InvalidStoreUri
+
+
+class Store(Protocol):
+    """Objects of bytes under keys such as "a/b/c"; a reader never sees half an object.
+
+    Every method raises `StoreError` when the store fails, `StoreUnreachable` when it does not
+    answer, and `InvalidKey` for an unsafe key. Methods may be called from several threads.
+    """
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, whole or not at all; an older one under this key is replaced."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object only if there is none: True for exactly one of many writers."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Read an object, or raise `MissingObject`."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that does not exist is fine."""
+        ...
+
+    def uri(self, key: str) -> str:
+        """Return the full address of a key, for people and other programs."""
+        ...
+
+    def list(self, prefix: str) -> dict[str, int]:
+        """Return all keys that begin with `prefix`, sorted, and the size of each in bytes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """Where things are kept and how to reach it; a local folder needs no more than `uri`.
+
+    Credentials are not settings: they come from the environment, `profile`, or the machine's role.
+
+    Attributes:
+        uri: "s3://bucket/prefix" or a local folder; None is a folder in the job's home.
+        endpoint_url: An S3 service other than AWS; None takes S3_ENDPOINT_URL, else AWS.
+        region: The bucket's region; None takes the environment's.
+        profile: Section of the AWS credentials file; None takes the environment's.
+        addressing_style: "auto" is "path" for an endpoint of your own and "virtual" on AWS.
+        retries: Tries of one request, with growing pauses, before it fails.
+        connect_timeout_s: Seconds to wait for a connection.
+        read_timeout_s: Seconds to wait for each part of an answer.
+    """
+
+    uri: str | None = None
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    retries: int = 5
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.endpoint_url is not None:
+            check_endpoint(self.endpoint_url)
+        if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
+            raise ValueError(
+                f"store.retries={self.retries}, store.connect_timeout_s={self.connect_timeout_s} "
+                f"and store.read_timeout_s={self.read_timeout_s} must all be above 0"
+            )
+
+
+def check_endpoint(url: str) -> str:
+    """Return the endpoint if it is a plain web address.
+
+    Raises:
+        InvalidStoreUri: It is not, or it carries a user or password, which would reach logs.
+    """
+    if "@" in url:
+        raise InvalidStoreUri(
+            "The S3 endpoint contains '@': leave credentials out of it and set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY in the environment."
+        )
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise InvalidStoreUri(
+            f"The S3 endpoint {url!r} is not a web address: write e.g. 'http://localhost:9000'."
+        )
+    return url
+
+
+def open_store(uri: str, config: StoreConfig) -> Store:
+    """Open the store at `uri`; nothing is written or contacted yet.
+
+    Args:
+        uri: "s3://bucket/prefix", "file:///folder", or the path of a local folder.
+        config: How to reach an object store.
+
+    Raises:
+        InvalidStoreUri: The scheme is unknown, the bucket is missing, or the URI carries
+            credentials.
+        StoreError: The settings name an AWS profile that does not exist.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if separator and scheme not in ("s3", "file"):
+        raise InvalidStoreUri(
+            f"Checkpoints cannot be kept at {scheme}://…: give 's3://bucket/prefix' or the path "
+            "of a local folder."
+        )
+    if scheme == "s3" and separator:
+        from trainer.checkpoint.store_s3 import S3Store
+
+        bucket, _, prefix = rest.partition("/")
+        return S3Store(bucket, prefix=prefix.strip("/"), config=config)
+    from trainer.checkpoint.store_local import LocalStore
+
+    path = rest if separator else uri
+    if not path or (separator and not path.startswith("/")):
+        raise InvalidStoreUri(
+            f"{uri!r} names no folder: give 's3://bucket/prefix', 'file:///folder' or a path."
+        )
+    return LocalStore(Path(path))

@@ -1,0 +1,226 @@
+"""A store in an S3 bucket, on AWS or any service that speaks S3; the only user of boto3."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore import exceptions as aws
+from botocore.config import Config
+from s3transfer.exceptions import RetriesExceededError
+
+from trainer.checkpoint.errors import (
+    InvalidStoreUri,
+    MissingObject,
+    StoreError,
+    StoreUnreachable,
+)
+from trainer.checkpoint.layout import check_key
+from trainer.checkpoint.store import StoreConfig, check_endpoint
+
+MIB = 1024**2
+# Parts of 32 MiB allow objects of 300 GiB, and four at a time fill a 10 Gbit/s link.
+TRANSFER = TransferConfig(
+    multipart_threshold=32 * MIB, multipart_chunksize=32 * MIB, max_concurrency=4
+)
+CONFLICT_TRIES = 8
+
+_CREDENTIALS = (
+    "give a valid key by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the AWS profile in "
+    "store.profile, or the machine's role"
+)
+_NO_CREDENTIALS = (
+    aws.NoCredentialsError,
+    aws.PartialCredentialsError,
+    aws.CredentialRetrievalError,
+    aws.TokenRetrievalError,
+    aws.SSOError,
+)
+_NO_ANSWER = (
+    aws.ConnectionError,
+    aws.HTTPClientError,
+    aws.IncompleteReadError,
+    RetriesExceededError,
+)
+_CAUSES = {
+    "NoSuchBucket": "the bucket does not exist; create it or correct the name",
+    "InvalidAccessKeyId": f"the access key is unknown there; {_CREDENTIALS}",
+    "SignatureDoesNotMatch": f"the access key or its secret is wrong; {_CREDENTIALS}",
+    "ExpiredToken": f"the credentials have expired; {_CREDENTIALS}",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "AccessDenied": "these credentials may not do this; grant s3:GetObject, s3:PutObject, "
+    "s3:DeleteObject and s3:ListBucket, or use others",
+    "403": f"access is refused; {_CREDENTIALS}, and grant it this bucket",
+    "PermanentRedirect": "the bucket is in another region; set store.region",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set store.region",
+    "NotImplemented": "the service lacks an operation that safe checkpoints need (PUT with "
+    "If-None-Match); update it or use another",
+    "QuotaExceeded": "the quota is used up; raise it or delete something",
+    "XMinioStorageFull": "its disks are full; free space",
+}
+
+
+class S3Store:
+    """Objects under a prefix of a bucket.
+
+    Large objects travel in parts, several at a time; parts of an upload that died are no object.
+
+    Args:
+        bucket: The bucket, which must exist.
+        prefix: What all keys begin with, without slashes at its ends; empty for none.
+        config: Endpoint, timeouts, retries.
+
+    Raises:
+        InvalidStoreUri: The bucket's name is not one.
+        InvalidKey: The prefix has unsafe parts.
+        StoreError: `config.profile` does not exist.
+    """
+
+    def __init__(self, bucket: str, *, prefix: str, config: StoreConfig) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}", bucket):
+            raise InvalidStoreUri(
+                "After s3:// comes the name of a bucket: 3 to 63 letters, digits and . - and no "
+                "credentials, as in 's3://bucket/prefix'."
+            )
+        self._bucket = bucket
+        self._prefix = f"{check_key(prefix)}/" if prefix else ""
+        self._endpoint = config.endpoint_url or os.environ.get("S3_ENDPOINT_URL")
+        if self._endpoint is not None:
+            check_endpoint(self._endpoint)
+        style = config.addressing_style
+        if style == "auto" and self._endpoint is not None:
+            style = "path"  # a name per bucket is rarely set up outside AWS
+        with self._explained("open", ""):
+            session = boto3.Session(profile_name=config.profile, region_name=config.region)
+            self._client: Any = session.client(
+                "s3",
+                endpoint_url=self._endpoint,
+                config=Config(
+                    s3={"addressing_style": style},
+                    retries={"mode": "standard", "total_max_attempts": config.retries},
+                    connect_timeout=config.connect_timeout_s,
+                    read_timeout=config.read_timeout_s,
+                ),
+            )
+
+    def put(self, key: str, data: bytes) -> None:
+        """Upload an object, in parts if it is large."""
+        name = self._name(key)
+        with self._explained("write", key):
+            self._client.upload_fileobj(io.BytesIO(data), self._bucket, name, Config=TRANSFER)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Upload a small object on condition that there is none."""
+        name = self._name(key)
+        with self._explained("write", key):
+            for attempt in range(CONFLICT_TRIES):
+                try:
+                    self._client.put_object(
+                        Bucket=self._bucket, Key=name, Body=data, IfNoneMatch="*"
+                    )
+                    return True
+                except aws.ClientError as error:
+                    status = _status(error)
+                    if status == 412:  # exists
+                        return False
+                    if status != 409 or attempt == CONFLICT_TRIES - 1:
+                        raise
+                # 409: another write of this key is under way, and which one wins is open.
+                time.sleep(0.1 * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def get(self, key: str) -> bytes:
+        """Download an object, in parts if it is large."""
+        name = self._name(key)
+        data = io.BytesIO()
+        with self._explained("read", key):
+            try:
+                self._client.download_fileobj(self._bucket, name, data, Config=TRANSFER)
+            except aws.ClientError as error:
+                # The download begins with a HEAD, whose answer gives no reason; a listing's does.
+                self._client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1)
+                if _status(error) != 404:
+                    raise
+                raise MissingObject(f"There is no object at {self.uri(key)}.") from error
+        return data.getvalue()
+
+    def delete(self, key: str) -> None:
+        """Delete an object."""
+        name = self._name(key)
+        with self._explained("delete", key):
+            self._client.delete_object(Bucket=self._bucket, Key=name)
+
+    def uri(self, key: str) -> str:
+        """Return the s3:// URI of a key."""
+        return f"s3://{self._bucket}/{self._name(key)}"
+
+    def list(self, prefix: str) -> dict[str, int]:
+        """List the keys, a thousand a request."""
+        if prefix:
+            check_key(prefix.removesuffix("/"))
+        sizes: dict[str, int] = {}
+        with self._explained("list", prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    sizes[item["Key"].removeprefix(self._prefix)] = item["Size"]
+        return dict(sorted(sizes.items()))
+
+    def _name(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    @contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        """Turns the errors of boto3 into ours; their own text may quote a credential."""
+        place = f"s3://{self._bucket}/{self._prefix}{key}"
+        if self._endpoint is not None:
+            place += f" at {self._endpoint}"
+        try:
+            yield
+        except _NO_CREDENTIALS as error:
+            raise StoreError(
+                f"Cannot {verb} {place}: no usable credentials were found; {_CREDENTIALS}."
+            ) from error
+        except _NO_ANSWER as error:
+            if "Invalid header value" in str(error):
+                raise StoreError(
+                    f"Cannot {verb} {place}: the access key or session token contains a line "
+                    "break or another character that cannot be sent; set it anew."
+                ) from None  # the cause quotes them
+            raise StoreUnreachable(
+                f"Cannot {verb} {place}: the service does not answer ({type(error).__name__}); "
+                "check that it runs, and the address in store.endpoint_url or S3_ENDPOINT_URL."
+            ) from error
+        except aws.ClientError as error:
+            code, status = _code(error), _status(error)
+            if status >= 500 and code not in _CAUSES:
+                raise StoreUnreachable(
+                    f"Cannot {verb} {place}: the service fails or is overloaded (HTTP {status} "
+                    f"{code}) after all retries; look at its state, or raise store.retries."
+                ) from error
+            cause = _CAUSES.get(code, "look the code up in the service's manual")
+            raise StoreError(
+                f"Cannot {verb} {place}: refused with HTTP {status} {code}: {cause}."
+            ) from error
+        except aws.BotoCoreError as error:
+            raise StoreError(
+                f"Cannot {verb} {place}: {type(error).__name__}: {error}; check the settings in "
+                "store and the AWS environment variables."
+            ) from error
+
+
+def _code(error: aws.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _status(error: aws.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,0 +1,31 @@
+"""AdamW as every engine builds it, and access to its moments before and after the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from trainer.schedule import OptimConfig
+
+
+def adamw(parameters: Iterable[Tensor], optim: OptimConfig) -> torch.optim.AdamW:
+    """Build torch's AdamW from the settings every engine shares."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        weight_decay=optim.weight_decay,
+    )
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return AdamW's state of a parameter, creating the zeros that its first step would create."""
+    state = optimizer.state[parameter]
+    if "exp_avg" not in state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(parameter.detach())
+        state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+    return state

@@ -1,0 +1,74 @@
+"""What the training step needs of an engine, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from trainer.state import Fragment
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How weights, gradients and optimizer state are held and updated.
+
+    Attributes:
+        kind: "zero" is DeepSpeed ZeRO; "plain" is the torch reference that replicates everything.
+        zero_stage: ZeRO stage, 1 (optimizer state sharded) or 2 (gradients too).
+        precision: Weights and activations; "bf16" keeps fp32 master weights, moments and EMA.
+        micro_batch: Images per rank in one forward pass; None takes the rank's whole share.
+        deepspeed: Passed on to DeepSpeed's own configuration, over what the fields above render.
+    """
+
+    kind: Literal["zero", "plain"] = "zero"
+    zero_stage: int = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batch: int | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOutcome:
+    """What one optimizer update did.
+
+    Attributes:
+        applied: False when a non-finite gradient on any rank made every rank skip the update.
+        gradient_norm: Global gradient norm before clipping; infinite when skipped.
+    """
+
+    applied: bool
+    gradient_norm: float
+
+
+class Engine(Protocol):
+    """Forward, backward and update of one model over all ranks, with an EMA on the fp32 shards."""
+
+    def __call__(
+        self, states: tuple[Tensor, ...], time: Tensor, labels: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run the model in the engine's precision; results come back in float32."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of one micro-batch; `last` closes the accumulation of an update."""
+        ...
+
+    def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
+        """Apply the accumulated gradient on all ranks, or on none when it is not finite."""
+        ...
+
+    def fragments(self) -> Sequence[Fragment]:
+        """Return live views of the fp32 shard this rank owns, by parameter name."""
+        ...
+
+    def load_fragments(self, updates: int) -> None:
+        """Make the model follow fragments that were just overwritten; `updates` were applied."""
+        ...
+
+    def ema_weights(self) -> AbstractContextManager[nn.Module]:
+        """Put the EMA weights into the model for the length of a `with` block, on every rank."""
+        ...

@@ -1,0 +1,47 @@
+"""DeepSpeed's configuration, rendered from typed fields by a pure function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.engine.protocol import EngineConfig
+
+
+def zero_config(
+    config: EngineConfig, *, micro_batch: int, accumulation: int, world_size: int, clip_norm: float
+) -> dict[str, Any]:
+    """Render the dictionary that `deepspeed.initialize` takes.
+
+    Args:
+        config: The engine's typed fields; `config.deepspeed` is merged over the result.
+        micro_batch: Images per rank and forward pass.
+        accumulation: Forward passes per update.
+        world_size: Number of ranks.
+        clip_norm: Largest global gradient norm; 0 is off.
+
+    Returns:
+        A plain dictionary, JSON-able.
+    """
+    rendered: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": {"stage": config.zero_stage, "round_robin_gradients": False},
+        # The optimizer is torch's AdamW, which needs no compiled extension.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    return _merged(rendered, config.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _merged(result[key], value)
+        else:
+            result[key] = value
+    return result

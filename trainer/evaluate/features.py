@@ -1,0 +1,122 @@
+"""Feature extractors for the Fréchet distance, chosen by name.
+
+Numbers from different extractors cannot be compared: only "inception" gives what the literature
+calls FID. "random_conv" needs no download and serves small images and machines without a network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FeatureName = Literal["random_conv", "inception"]
+
+
+class FeatureExtractor(Protocol):
+    """Maps images in [-1, 1], shape [n, c, h, w], to features, shape [n, d]."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract features."""
+        ...
+
+
+class MissingWeights(ValueError):
+    """The extractor's weights are neither on disk nor downloadable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Which features measure distance.
+
+    Attributes:
+        name: "random_conv" or "inception".
+        inception_weights: Local file of the FID Inception weights
+            (pt_inception-2015-12-05-6726825d.pth); None downloads them when online.
+    """
+
+    name: FeatureName = "random_conv"
+    inception_weights: str | None = None
+
+
+class RandomConvFeatures:
+    """A fixed random convolutional network: 64 features, the same on every machine.
+
+    Three layers of orthogonal filters with leaky rectifiers, one stride-2 step, and the mean and
+    the deviation over positions of the last layer. Random features of this kind separate image
+    distributions although nothing was learned (compare Naeem et al. 2020, section 4).
+
+    Args:
+        channels: Channels of the images.
+    """
+
+    def __init__(self, channels: int) -> None:
+        generator = torch.Generator().manual_seed(20260219)
+        widths = (channels, 16, 32, 32)
+        self._filters = []
+        for inputs, outputs in pairwise(widths):
+            weight = torch.empty(outputs, inputs, 3, 3)
+            nn.init.orthogonal_(weight, gain=2.0**0.5, generator=generator)
+            self._filters.append(weight)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract 64 features per image."""
+        x = images.float()
+        for layer, weight in enumerate(self._filters):
+            x = F.leaky_relu(
+                F.conv2d(x, weight.to(x.device), padding=1, stride=2 if layer == 1 else 1), 0.2
+            )
+        return torch.cat((x.mean(dim=(2, 3)), x.std(dim=(2, 3))), dim=1)
+
+
+class InceptionFeatures:
+    """The 2048 pool features of the TensorFlow Inception network that defines FID.
+
+    Args:
+        weights: Local weights file, or None to download it.
+
+    Raises:
+        MissingWeights: If the file is missing, the download fails, or the package is not installed.
+    """
+
+    def __init__(self, weights: str | None) -> None:
+        try:
+            from pipelines.torchvision_cpu import ensure_torchvision
+
+            ensure_torchvision()
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise MissingWeights(
+                "eval.features.name=inception needs the package torch-fidelity: "
+                'pip install "lapflow-trainer[inception]"'
+            ) from error
+        try:
+            self._network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+            )
+        except OSError as error:
+            raise MissingWeights(
+                f"Inception weights cannot be loaded ({error}); put the file on disk and set "
+                f"eval.features.inception_weights (now {weights}), or use "
+                "eval.features.name=random_conv"
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract 2048 features per image; grey images are repeated to three channels."""
+        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        bytes_ = (rgb * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        features: Tensor = self._network.to(images.device)(bytes_)[0]
+        return features
+
+
+def feature_extractor(config: FeatureConfig, *, channels: int) -> FeatureExtractor:
+    """Build the extractor that the configuration names."""
+    if config.name == "inception":
+        return InceptionFeatures(config.inception_weights)
+    return RandomConvFeatures(channels)

@@ -1,0 +1,129 @@
+"""The evaluation at the end of a run: all ranks draw samples, the first measures them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.flow.flow import Flow
+from models.flow.sampler import network_evaluations
+from trainer.checkpoint.store import Store
+from trainer.engine.protocol import Engine
+from trainer.evaluate.grid import grid_png
+from trainer.evaluate.report import (
+    EvalConfig,
+    EvaluationReport,
+    LabelledImages,
+    evaluate,
+    evaluation_key,
+)
+from trainer.evaluate.samples import ImageShape, draw
+from trainer.metrics.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalEvaluation:
+    """Draws and measures the samples of a trained run.
+
+    Attributes:
+        config: What to draw and measure.
+        flow: The flow the model was trained with.
+        shape: Shape of one image.
+        device: Device of the model.
+        untrained: Builds the model with its initial weights, where training started.
+        held_out: Gives batches of held-out real images and labels.
+        train: Gives batches of the training images and labels.
+    """
+
+    config: EvalConfig
+    flow: Flow
+    shape: ImageShape
+    device: torch.device
+    untrained: Callable[[], nn.Module]
+    held_out: Callable[[], LabelledImages]
+    train: Callable[[], LabelledImages]
+
+    def run(
+        self, engine: Engine, *, images: int, rank: int, store: Store, run: str, tracker: Tracker
+    ) -> None:
+        """Evaluate the EMA weights; a collective call.
+
+        Args:
+            engine: Holds the EMA.
+            images: Images the weights were trained on.
+            rank: This rank; the first one measures and publishes.
+            store: Where results go.
+            run: Name of the run.
+            tracker: Takes the figures and the grid.
+        """
+        labels = torch.arange(self.config.samples) % self.shape.classes
+        with engine.ema_weights() as model:
+            samples = self._draw(model, labels)
+            grid = self.draw_grid(model)
+        untrained = self._draw(self.untrained().to(self.device), labels)
+        if rank != 0:
+            return
+        report = evaluate(
+            self.config,
+            images=images,
+            samples=(samples, labels),
+            untrained=untrained,
+            held_out=self.held_out,
+            train=self.train,
+            network_evaluations=network_evaluations(self.config.sampler, self.flow),
+        )
+        self._publish(report, samples, labels, grid, store=store, run=run, tracker=tracker)
+
+    def draw_grid(self, model: nn.Module) -> Tensor:
+        """Draw one row of `grid_columns` images for each class shown; a collective call."""
+        classes = min(self.config.grid_classes, self.shape.classes)
+        return self._draw(model, torch.arange(classes).repeat_interleave(self.config.grid_columns))
+
+    def _draw(self, model: nn.Module, labels: Tensor) -> Tensor:
+        return draw(
+            model,
+            flow=self.flow,
+            config=self.config.sampler,
+            shape=self.shape,
+            labels=labels,
+            seed=self.config.seed,
+            batch=self.config.batch,
+            device=self.device,
+        )
+
+    def _publish(
+        self,
+        report: EvaluationReport,
+        samples: Tensor,
+        labels: Tensor,
+        grid: Tensor,
+        *,
+        store: Store,
+        run: str,
+        tracker: Tracker,
+    ) -> None:
+        picture = grid_png(grid, columns=self.config.grid_columns)
+        # The report comes last: where it is, the evaluation is complete.
+        results = {
+            "samples.npz": _npz(samples, labels),
+            "grid.png": picture,
+            "report.json": json.dumps(report.to_dict(), indent=2).encode(),
+        }
+        for name, data in results.items():
+            store.put(evaluation_key(run, report.images, name), data)
+        tracker.metrics(report.metrics(), images=report.images)
+        tracker.image("evaluation", picture, images=report.images)
+
+
+def _npz(samples: Tensor, labels: Tensor) -> bytes:
+    """Pack samples as FID tools expect them: uint8 NHWC under arr_0, labels under arr_1."""
+    pixels = (samples * 127.5 + 127.5).round().clamp(0, 255).byte()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, pixels.permute(0, 2, 3, 1).numpy(), labels.numpy())
+    return buffer.getvalue()

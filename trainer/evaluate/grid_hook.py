@@ -1,0 +1,53 @@
+"""The hook that draws the same grid of samples every so many images, so that progress is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from trainer.clock import due
+from trainer.engine.protocol import Engine
+from trainer.evaluate.grid import grid_png
+from trainer.hooks import UpdateReport
+from trainer.metrics.tracker import Tracker
+
+
+class SampleGrids:
+    """Draws a grid from the EMA weights.
+
+    Args:
+        engine: Holds the EMA.
+        draw: Draws the grid's images from a model, on all ranks; fixed noise and labels.
+        tracker: Takes the picture on rank 0.
+        interval_images: How often; 0 is never.
+        columns: Images per row.
+        rank: This rank.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        draw: Callable[[nn.Module], Tensor],
+        tracker: Tracker,
+        interval_images: int,
+        columns: int,
+        rank: int,
+    ) -> None:
+        self._engine = engine
+        self._draw = draw
+        self._tracker = tracker
+        self._interval_images = interval_images
+        self._columns = columns
+        self._rank = rank
+
+    def after_update(self, report: UpdateReport) -> None:
+        """Draw when the interval is due; a collective call."""
+        if not due(report.images_before, report.images, self._interval_images):
+            return
+        with self._engine.ema_weights() as model:
+            images = self._draw(model)
+        if self._rank == 0:
+            picture = grid_png(images, columns=self._columns)
+            self._tracker.image("samples", picture, images=report.images)

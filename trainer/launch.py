@@ -1,0 +1,171 @@
+"""The command: compose the configuration, check everything, run the job, show what came out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import TextIO
+
+import yaml
+
+from trainer.schema import ConfigError, JobConfig, to_dict, validate
+
+_DESCRIPTION = """\
+Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate it.
+
+  python -m trainer.launch +exp=digits                 train on real images in minutes, on a laptop
+  python -m trainer.launch +exp=digits train.seed=1 run=digits-1
+  python -m trainer.launch +exp=imagenet_xl dry_run=true    what XL costs, before anything starts
+  ray job submit --working-dir . -- python -m trainer.launch +exp=digits
+
+Run the same command again and the run goes on from its newest valid checkpoint."""
+
+_EPILOG = """\
+common settings (every key is listed by --cfg job):
+  run=NAME                     name of the run; the default is the experiment's
+  resume=auto|never|URI        continue it, insist on a new one, or start from a checkpoint
+  dry_run=true                 print the configuration and its cost, then stop
+  train.total_images=N         length of the run; train.global_batch=N, train.seed=N
+  model=xl_2 data=... optim=...   another member of a group under configs/
+  cluster.workers=N            one worker per device; cluster.backend=local runs without Ray
+  store.uri=s3://BUCKET/PREFIX store.endpoint_url=http://HOST:PORT
+                               where shards, checkpoints and results are; credentials come from
+                               the usual AWS places
+  tracking.uri=http://HOST:5000   an MLflow server instead of a file under home
+  home=FOLDER                  local files; default $LAPFLOW_HOME or ~/lapflow
+
+exit codes: 0 done, 1 failed, 2 refused before it began, 130 or 143 stopped by a signal with a
+final checkpoint"""
+
+_REFUSED, _FAILED = 2, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        job = compose(options.overrides)
+        validate(job)
+        if options.cfg or job.dry_run:
+            _say(yaml.safe_dump(to_dict(job), sort_keys=False))
+            if job.dry_run:
+                from trainer.cost_table import cost_table
+
+                _say(cost_table(job))
+            return 0
+        return _launch(job)
+    except ValueError as error:
+        # A user's mistake is a ValueError subclass of ours, with a message meant for them; a bare
+        # one is a bug and keeps its traceback.
+        if type(error) is ValueError:
+            raise
+        _say(f"error: {error}", to=sys.stderr)
+        return _REFUSED
+
+
+def compose(overrides: Sequence[str]) -> JobConfig:
+    """Compose a configuration from the YAML under configs/ and overrides of the command line.
+
+    Raises:
+        ConfigError: For an unknown experiment, group member or key, or a value of another type.
+    """
+    from trainer.composition import composed
+
+    return composed(overrides)
+
+
+def _launch(job: JobConfig) -> int:
+    from cluster.failure import WorkerFailed
+    from cluster.launcher import run
+    from trainer import places
+    from trainer.checkpoint.errors import StoreError
+    from trainer.preflight import preflight
+    from trainer.summary import Console, summary
+    from trainer.worker import train_worker
+
+    began = time.monotonic()
+    console = Console()
+    console.note(f"run {job.run}: {places.run_uri(job)}")
+    try:
+        newest = preflight(job, note=console.note)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    if newest is not None:
+        console.note(f"continuing after {newest.images:,} images; resume=never would refuse")
+    report = summary(job, seconds=0.0)
+    if newest is not None and newest.images >= job.train.total_images and report is not None:
+        console.note("this run is complete; train.total_images=N makes it longer")
+        _say(report)
+        return 0
+
+    stop, received = _stop_on_signals()
+    try:
+        outcome = run(
+            job.cluster, train_worker, to_dict(job), on_message=console.message, stop=stop
+        )
+    except WorkerFailed as error:
+        if isinstance(error, ValueError):
+            raise
+        _say(f"error: {error}", to=sys.stderr)
+        _say(f"run the same command again to continue from {console.last_checkpoint}")
+        return _FAILED
+    if outcome.status == "stopped" and not console.finished:
+        console.note(f"stopped; run the same command again to continue {console.last_checkpoint}")
+        return 128 + (received[0] if received else signal.SIGINT)
+    _say(summary(job, seconds=time.monotonic() - began) or "the run left no report")
+    return 0
+
+
+def _stop_on_signals() -> tuple[threading.Event, list[int]]:
+    """Turn the first SIGINT or SIGTERM into a stop request and the second into an interrupt."""
+    stop = threading.Event()
+    received: list[int] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        _say("stopping after a final checkpoint; once more ends at once")
+        stop.set()
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop, received
+
+
+def _parser() -> argparse.ArgumentParser:
+    from trainer.composition import members
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.launch",
+        description=_DESCRIPTION,
+        epilog=f"experiments: {', '.join(members('exp'))}\n\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
+    parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    return parser
+
+
+def _say(text: str, *, to: TextIO | None = None) -> None:
+    stream = to or sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

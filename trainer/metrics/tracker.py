@@ -1,0 +1,69 @@
+"""What training needs of an experiment tracker; one that keeps nothing serves every other rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are tracked.
+
+    Attributes:
+        uri: MLflow tracking URI: `http(s)://…` for a server, `sqlite:///…` for a file; None is a
+            SQLite file in the home folder of the job.
+        experiment: MLflow experiment that holds the runs.
+        required: Refuse to start when the tracker cannot be reached. Once training runs, a lost
+            tracker never stops it either way.
+        flush_timeout_s: Longest wait at the end for points that are still on their way.
+    """
+
+    uri: str | None = None
+    experiment: str = "lapflow"
+    required: bool = True
+    flush_timeout_s: float = 30.0
+
+
+class Tracker(Protocol):
+    """Takes what a run reports. No method raises for a tracker that is away."""
+
+    def config(self, resolved: Mapping[str, Any]) -> None:
+        """Record the resolved configuration."""
+        ...
+
+    def metrics(self, values: Mapping[str, float], *, images: int) -> None:
+        """Record values at a position of the run."""
+        ...
+
+    def image(self, name: str, png: bytes, *, images: int) -> None:
+        """Record a picture at a position of the run."""
+        ...
+
+    def tag(self, name: str, value: str) -> None:
+        """Attach or replace a named text."""
+        ...
+
+    def close(self, status: str) -> None:
+        """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""
+        ...
+
+
+class SilentTracker:
+    """Keeps nothing: the tracker of every rank but the first."""
+
+    def config(self, resolved: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+    def metrics(self, values: Mapping[str, float], *, images: int) -> None:
+        """Ignore."""
+
+    def image(self, name: str, png: bytes, *, images: int) -> None:
+        """Ignore."""
+
+    def tag(self, name: str, value: str) -> None:
+        """Ignore."""
+
+    def close(self, status: str) -> None:
+        """Ignore."""

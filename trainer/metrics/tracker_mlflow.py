@@ -1,0 +1,215 @@
+"""MLflow as the tracker: a background thread sends, so an outage costs training nothing.
+
+Calls only append to a queue. The thread sends in order and retries the head of the queue until it
+gets through, so points of an outage arrive when the server is back; what is left when the run ends
+is waited for up to `flush_timeout_s` and then counted in a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.metrics.tracker import TrackingConfig
+
+# A dead server must not hold one call for minutes: our own queue retries. Users can override.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+
+_log = logging.getLogger(__name__)
+
+_RUN_TAG = "lapflow.run"
+_MAX_PARAMETER_CHARACTERS = 500
+_QUEUE_CALLS = 100_000
+_LONGEST_PAUSE_S = 15.0
+
+
+class TrackerUnreachable(ValueError):
+    """The tracking server or file cannot be used; the message says which and what to do."""
+
+
+def tracking_uri(config: TrackingConfig, home: str) -> str:
+    """Return the configured URI, or that of the SQLite file in the home folder."""
+    return config.uri or f"sqlite:///{Path(home) / 'mlflow.db'}"
+
+
+def check_tracker(config: TrackingConfig, home: str) -> None:
+    """Create the experiment if needed, which proves that the tracker can be written.
+
+    Raises:
+        TrackerUnreachable: If it cannot.
+    """
+    uri = tracking_uri(config, home)
+    try:
+        _experiment_id(_client(uri), config.experiment, uri, home)
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise TrackerUnreachable(
+            f"MLflow at tracking.uri={uri} cannot be used: {cause}. Start the server or correct "
+            "tracking.uri; tracking.required=false trains without waiting for it"
+        ) from error
+
+
+class MlflowTracker:
+    """One MLflow run per training run, found again by name when the run is resumed.
+
+    Args:
+        config: Where to track.
+        home: Folder of the default SQLite file and its artifacts.
+        run: The training run's name.
+        store_uri: The run's place in the store; with the name it identifies the MLflow run.
+    """
+
+    def __init__(self, config: TrackingConfig, *, home: str, run: str, store_uri: str) -> None:
+        self._config = config
+        self._home = home
+        self._run = run
+        self._identity = store_uri
+        self._uri = tracking_uri(config, home)
+        self._run_id = ""
+        self._newest: dict[str, int] = {}
+        self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE_CALLS)
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def config(self, resolved: Mapping[str, Any]) -> None:
+        """Record the configuration: an artifact in full, and flat parameters for comparisons."""
+        import yaml
+
+        text = yaml.safe_dump(dict(resolved), sort_keys=False)
+        flat = _flat(resolved)
+
+        def send(client: Any) -> None:
+            client.log_text(self._run_id, text, "config.yaml")
+            known = client.get_run(self._run_id).data.params
+            # MLflow refuses to change a parameter; a resumed run may differ operationally.
+            for name, value in flat.items():
+                if name not in known:
+                    client.log_param(self._run_id, name, value[:_MAX_PARAMETER_CHARACTERS])
+
+        self._put(send)
+
+    def metrics(self, values: Mapping[str, float], *, images: int) -> None:
+        """Record values with images as MLflow's step; a resumed run repeats no point."""
+        from mlflow.entities import Metric
+
+        timestamp = int(time.time() * 1000)
+
+        def send(client: Any) -> None:
+            fresh = [
+                Metric(name, value, timestamp, images)
+                for name, value in values.items()
+                if images > self._newest_step(client, name)
+            ]
+            client.log_batch(self._run_id, metrics=fresh)
+            self._newest.update({metric.key: images for metric in fresh})
+
+        self._put(send)
+
+    def image(self, name: str, png: bytes, *, images: int) -> None:
+        """Store a picture as the artifact `<name>/<images>.png`."""
+
+        def send(client: Any) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{images:012d}.png"
+                path.write_bytes(png)
+                client.log_artifact(self._run_id, str(path), artifact_path=name)
+
+        self._put(send)
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._put(lambda client: client.set_tag(self._run_id, name, value))
+
+    def close(self, status: str) -> None:
+        """End the run and wait for the queue, but not longer than configured."""
+        self._put(lambda client: client.set_terminated(self._run_id, status))
+        self._calls.put(None)
+        self._thread.join(self._config.flush_timeout_s)
+        if self._thread.is_alive():
+            _log.warning(
+                "MLflow at %s did not take the last %d calls within %.0f s; they are lost, "
+                "the run itself is not",
+                self._uri,
+                self._calls.qsize(),
+                self._config.flush_timeout_s,
+            )
+
+    def _put(self, call: Callable[[Any], None]) -> None:
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            _log.warning("MLflow has been away too long: a tracking call was dropped")
+
+    def _send_all(self) -> None:
+        client: Any = None
+        while (call := self._calls.get()) is not None:
+            pause = 0.5
+            while True:
+                try:
+                    client = client or self._open()
+                    call(client)
+                    break
+                except Exception as error:
+                    _log.warning(
+                        "MLflow at %s: %s; trying again in %.1f s", self._uri, error, pause
+                    )
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _open(self) -> Any:
+        client = _client(self._uri)
+        experiment = _experiment_id(client, self._config.experiment, self._uri, self._home)
+        found = client.search_runs(
+            [experiment], f"tags.`{_RUN_TAG}` = '{self._identity}'", max_results=1
+        )
+        if found:
+            self._run_id = found[0].info.run_id
+            client.update_run(self._run_id, status="RUNNING")
+        else:
+            tags = {_RUN_TAG: self._identity}
+            self._run_id = client.create_run(experiment, run_name=self._run, tags=tags).info.run_id
+        return client
+
+    def _newest_step(self, client: Any, name: str) -> int:
+        if name not in self._newest:
+            history = client.get_metric_history(self._run_id, name)
+            self._newest[name] = max((point.step for point in history), default=-1)
+        return self._newest[name]
+
+
+def _client(uri: str) -> Any:
+    import mlflow
+
+    # MLflow and Alembic report every schema migration of a new SQLite file.
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client: Any, name: str, uri: str, home: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    local = uri.startswith("sqlite:")
+    location = (Path(home) / "mlartifacts").resolve().as_uri() if local else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

@@ -1,0 +1,81 @@
+"""Checks before any process starts: what the run needs is there, writable, and of this run."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+
+from trainer import places
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import Store, open_store
+from trainer.data import open_split
+from trainer.metrics.tracker_mlflow import TrackerUnreachable, check_tracker
+from trainer.resume import check_start, open_checkpoint
+from trainer.schema import ConfigError, JobConfig
+
+
+def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None:
+    """Check the home folder, the store, the tracker, the data set and the start.
+
+    Args:
+        job: The validated configuration.
+        note: Takes a line for the user.
+
+    Returns:
+        The run's newest valid checkpoint, if there is one.
+
+    Raises:
+        ConfigError: For a place that cannot be used or a start that would mix runs.
+        StoreError: If the store cannot be reached or written.
+        TrackerUnreachable: If MLflow cannot be used and `tracking.required` is true.
+        DataError: If the data set is missing or damaged.
+    """
+    os.environ.update(places.object_store_environment(job))
+    _check_home(job)
+    store = open_store(places.runs_uri(job), job.store)
+    _check_writable(store, job.run)
+    newest = Checkpoints.reader(store, run=job.run).newest_valid()
+    check_start(job, newest)
+    if newest is None and job.resume not in ("auto", "never"):
+        open_checkpoint(job.resume, job.store)
+    try:
+        check_tracker(job.tracking, str(places.home(job)))
+    except TrackerUnreachable as error:
+        if job.tracking.required:
+            raise
+        note(f"warning: {error}")
+    _prepare_data(job, note)
+    return newest
+
+
+def _check_home(job: JobConfig) -> None:
+    home = places.home(job)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe = home / f".probe-{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"home={job.home} cannot be written: {error}; set home=FOLDER, or LAPFLOW_HOME in the "
+            "environment, to a folder you may write"
+        ) from error
+
+
+def _check_writable(store: Store, run: str) -> None:
+    key = f"{run}/probe-{uuid.uuid4().hex}"
+    store.put(key, b"written to see whether this store can be written")
+    store.delete(key)
+
+
+def _prepare_data(job: JobConfig, note: Callable[[str], None]) -> None:
+    if job.data.prepare == "digits":
+        from pipelines.ingest.digits import ensure_digits
+
+        ensure_digits(places.data_prefix(job))
+    sizes = {split: len(open_split(job, split)) for split in ("train", "test")}
+    note(
+        f"data {places.data_prefix(job)}: {sizes['train']:,} training and {sizes['test']:,} held-out images"
+    )

@@ -1,0 +1,130 @@
+"""Where a run starts: from its own newest checkpoint, from another run's, or from nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from trainer import places
+from trainer.checkpoint.errors import DamagedCheckpoint
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.engine.protocol import Engine
+from trainer.schema import ConfigError, JobConfig, difference, science, science_hash
+from trainer.state import TrainState
+
+_CHECKPOINT_URI = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)/?")
+
+
+def check_start(job: JobConfig, own: Manifest | None) -> None:
+    """Refuse a start that would mix different runs.
+
+    Args:
+        job: The configuration.
+        own: Newest valid checkpoint of the run's name, if there is one.
+
+    Raises:
+        ConfigError: If the checkpoint belongs to another configuration, if `resume=never` meets a
+            run that exists, or if `resume` is neither a mode nor a checkpoint's URI.
+    """
+    if job.resume == "never" and own is not None:
+        raise ConfigError(
+            f"resume=never, but run={job.run} already has a checkpoint of {own.images:,} images at "
+            f"{places.run_uri(job)}; choose another run=NAME, or resume=auto to continue it"
+        )
+    if job.resume not in ("auto", "never"):
+        parse_uri(job.resume)
+    if own is not None:
+        _check_science(job, own, f"run={job.run}")
+
+
+def parse_uri(uri: str) -> tuple[str, str, int]:
+    """Split a checkpoint's URI into the place of its runs, the run's name and images seen.
+
+    Raises:
+        ConfigError: If it is not the URI of a checkpoint.
+    """
+    match = _CHECKPOINT_URI.fullmatch(uri)
+    if match is None:
+        raise ConfigError(
+            f"{uri!r} is neither auto, never, nor the URI of a checkpoint, which looks like "
+            "…/runs/NAME/checkpoints/000000100000"
+        )
+    return match["runs"], match["run"], int(match["images"])
+
+
+def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Checkpoints, Manifest]:
+    """Open a checkpoint by its URI.
+
+    Args:
+        uri: Where it is.
+        config: How to reach its store.
+
+    Raises:
+        ConfigError: If there is no valid checkpoint there.
+    """
+    runs, run, images = parse_uri(uri)
+    checkpoints = Checkpoints.reader(open_store(runs, config), run=run)
+    manifest = checkpoints.manifest(images)
+    if manifest is None:
+        raise ConfigError(f"there is no valid checkpoint at {uri}; list the folder above it")
+    return checkpoints, manifest
+
+
+def restore(
+    job: JobConfig,
+    *,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    tell: Callable[[dict[str, object]], None],
+) -> TrainState:
+    """Bring the engine to where the run left off; a collective call.
+
+    A checkpoint whose content turns out damaged is passed over for the one before it.
+
+    Args:
+        job: The configuration.
+        engine: Holds freshly initialised weights.
+        checkpoints: The run's own checkpoints.
+        tell: Takes a note for the user.
+
+    Returns:
+        The run's counters.
+    """
+    before: int | None = None
+    while (manifest := checkpoints.newest_valid(before=before)) is not None:
+        try:
+            return _load(checkpoints, manifest, engine, tell)
+        except DamagedCheckpoint as damage:
+            tell({"kind": "warning", "text": str(damage)})
+            before = manifest.images
+    if job.resume not in ("auto", "never"):
+        source, manifest = open_checkpoint(job.resume, job.store)
+        _check_science(job, manifest, job.resume)
+        return _load(source, manifest, engine, tell)
+    return TrainState()
+
+
+def _load(
+    checkpoints: Checkpoints,
+    manifest: Manifest,
+    engine: Engine,
+    tell: Callable[[dict[str, object]], None],
+) -> TrainState:
+    state = TrainState.from_dict(checkpoints.restore(manifest, engine.fragments()))
+    engine.load_fragments(state.updates)
+    uri = checkpoints.uri(manifest.images)
+    tell({"kind": "resumed", "images": state.images, "uri": uri})
+    return state
+
+
+def _check_science(job: JobConfig, manifest: Manifest, place: str) -> None:
+    wanted = science(job)
+    if manifest.science_hash == science_hash(wanted):
+        return
+    changes = "; ".join(difference(manifest.science, wanted)) or "its format"
+    raise ConfigError(
+        f"the checkpoint of {manifest.images:,} images of {place} was trained with other settings "
+        f"({changes}); use those settings to continue it, or another run=NAME to start anew"
+    )

@@ -1,0 +1,46 @@
+"""The optimizer's settings and its learning-rate schedule, a pure function of images seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW as DiT and SiT use it; constant learning rate by default.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        epsilon: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Largest global gradient norm; 0 switches clipping off.
+        warmup_images: Images over which the rate rises linearly from 0.
+        decay: What follows the warm-up: "constant", or "cosine" down to `final_ratio`.
+        final_ratio: Rate at the end of the run as a share of the peak.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    warmup_images: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    final_ratio: float = 0.0
+
+
+def learning_rate(config: OptimConfig, *, images: int, total_images: int) -> float:
+    """Return the learning rate of the update that starts after `images` images."""
+    if images < config.warmup_images:
+        return config.learning_rate * (images + 1) / config.warmup_images
+    if config.decay == "constant":
+        return config.learning_rate
+    span = max(1, total_images - config.warmup_images)
+    progress = min(1.0, (images - config.warmup_images) / span)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_ratio + (1.0 - config.final_ratio) * cosine)

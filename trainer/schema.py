@@ -1,0 +1,319 @@
+"""The job's configuration: every component's own dataclass, joined and checked across fields.
+
+Defaults live in the dataclasses. Hydra's YAML only picks and overrides; `from_dict` turns what it
+composed into dataclasses and refuses what does not fit, `validate` refuses impossible combinations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from cluster.contract import ClusterConfig
+from models.flow.flow import FlowConfig
+from models.transformer.lapflow import TransformerConfig
+from pipelines.loader import LoaderConfig
+from trainer.checkpoint.saver import CheckpointConfig
+from trainer.checkpoint.store import StoreConfig
+from trainer.engine.protocol import EngineConfig
+from trainer.evaluate.report import EvalConfig
+from trainer.metrics.tracker import TrackingConfig
+from trainer.schedule import OptimConfig
+from trainer.step import TrainConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used; the message names the key, the value and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images a run is trained on.
+
+    Attributes:
+        name: Name of the data set, and of its folder in the store.
+        prefix: Where its MDS shards are (`train/` and `test/` below it), a folder or `s3://…`;
+            None is `datasets/<name>` in the store.
+        prepare: Write the shards when they are missing: "digits" from scikit-learn, or "none".
+        space: "pixel" images, or precomputed "latent" arrays.
+        image_size: Height and width of images or latents.
+        channels: Channels of images or latents.
+        classes: Number of classes.
+    """
+
+    name: str = "digits"
+    prefix: str | None = None
+    prepare: Literal["none", "digits"] = "none"
+    space: Literal["pixel", "latent"] = "pixel"
+    image_size: int = 8
+    channels: int = 1
+    classes: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What a run prints and writes along the way; it cannot change the result.
+
+    Attributes:
+        log_interval_images: Images between two progress lines and metric points.
+        threads: CPU threads of one worker's tensor operations.
+    """
+
+    log_interval_images: int = 5000
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Everything one job needs.
+
+    Attributes:
+        run: Name of the run; running the same name again resumes it.
+        home: Folder for what stays on this machine: caches, logs, the default store and tracker.
+        resume: "auto" continues the run from its newest valid checkpoint, "never" insists on a new
+            run, a checkpoint's URI starts the run from there.
+        dry_run: Print the resolved configuration and its cost, then stop.
+        data: The images.
+        model: The transformer.
+        flow: The flow over scales.
+        optim: Optimizer and schedule.
+        train: Seed, length, batch, label dropout, EMA.
+        eval: Samples and figures.
+        engine: Sharding and precision.
+        cluster: Workers and failure policy.
+        loader: Decoding and prefetching.
+        store: The object store of shards, checkpoints and results.
+        checkpoint: How often, and how many are kept.
+        tracking: MLflow.
+        runtime: Progress and threads.
+    """
+
+    run: str = "run"
+    home: str = "~/lapflow"
+    resume: str = "auto"
+    dry_run: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TransformerConfig
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+# Fields of scientific components that cannot change the trained weights.
+_OPERATIONAL = {"data": {"prefix", "prepare"}, "train": {"max_skipped_updates"}}
+
+
+def defaults(kind: type[Any] = JobConfig) -> dict[str, Any]:
+    """Return every key with its default; "???" marks what a configuration must set."""
+    result: dict[str, Any] = {}
+    types = typing.get_type_hints(kind)
+    for spec in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(types[spec.name]):
+            result[spec.name] = defaults(typing.cast(type[Any], types[spec.name]))
+        elif spec.default is not dataclasses.MISSING:
+            result[spec.name] = _plain(spec.default)
+        elif spec.default_factory is not dataclasses.MISSING:
+            result[spec.name] = _plain(spec.default_factory())
+        else:
+            result[spec.name] = "???"
+    return result
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
+    """Build a configuration dataclass from plain values.
+
+    Args:
+        kind: The dataclass.
+        values: Plain values, nested like the dataclass; missing keys take their defaults.
+        path: Key of `values` in the whole configuration, for messages.
+
+    Returns:
+        The dataclass.
+
+    Raises:
+        ConfigError: For an unknown key, a missing one, or a value of another type.
+    """
+    types = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise ConfigError(unknown_key(f"{path}{unknown[0]}", [f"{path}{name}" for name in types]))
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        key, wanted = f"{path}{name}", types[name]
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{key}={value!r} must be a group of settings, not a value")
+            arguments[name] = from_dict(typing.cast(type[Any], wanted), value, path=f"{key}.")
+            continue
+        try:
+            arguments[name] = TypeAdapter(wanted).validate_python(value)
+        except ValidationError as error:
+            reason = "; ".join(sorted({detail["msg"] for detail in error.errors()}))
+            raise ConfigError(f"{key}={value!r} cannot be used: {reason}") from error
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{path or 'the configuration '}: {error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain values that YAML and JSON can hold."""
+    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """Say that a key does not exist and which one was probably meant."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    siblings = ", ".join(sorted(known))
+    return f"there is no setting {key}{hint} (settings here: {siblings})"
+
+
+def science(job: JobConfig) -> dict[str, Any]:
+    """Return the settings that decide the trained weights: what a resumed run must not change."""
+    everything = to_dict(job)
+    chosen = {
+        group: {
+            key: value
+            for key, value in everything[group].items()
+            if key not in _OPERATIONAL.get(group, set())
+        }
+        for group in ("data", "model", "flow", "optim", "train")
+    }
+    if job.optim.decay == "constant":
+        # Then the length is only when to stop: a finished run may go on.
+        del chosen["train"]["total_images"]
+    return chosen
+
+
+def science_hash(chosen: Mapping[str, Any]) -> str:
+    """Return a short digest of the scientific settings."""
+    text = json.dumps(chosen, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the settings that differ, as `key: old -> new`."""
+    lines: list[str] = []
+    for key in sorted(set(before) | set(after)):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
+def micro_batch(job: JobConfig) -> int:
+    """Return images per rank and forward pass."""
+    return job.engine.micro_batch or job.train.global_batch // job.cluster.workers
+
+
+def validate(job: JobConfig) -> None:
+    """Refuse combinations that cannot work.
+
+    Raises:
+        ConfigError: Naming the keys, their values and a fix.
+    """
+    _check_name(job.run)
+    _check_batch(job)
+    _check_shapes(job)
+    if job.engine.kind == "zero" and job.engine.zero_stage not in (1, 2):
+        raise ConfigError(
+            f"engine.zero_stage={job.engine.zero_stage} is not available; use 1 (optimizer state "
+            "sharded) or 2 (gradients too)"
+        )
+    if job.engine.kind == "plain" and job.engine.precision != "fp32":
+        raise ConfigError(
+            f"engine.precision={job.engine.precision} needs engine.kind=zero; the plain engine is "
+            "the fp32 reference"
+        )
+    if job.data.prepare == "digits" and (job.data.image_size, job.data.channels) != (8, 1):
+        raise ConfigError(
+            f"data.prepare=digits makes grey images of 8 x 8 pixels, but data.image_size="
+            f"{job.data.image_size} and data.channels={job.data.channels}; set them to 8 and 1"
+        )
+    if not 0.0 <= job.train.label_dropout < 1.0:
+        raise ConfigError(f"train.label_dropout={job.train.label_dropout} must be in [0, 1)")
+    if job.eval.sampler.guidance_scale != 1.0 and job.train.label_dropout == 0.0:
+        raise ConfigError(
+            f"eval.sampler.guidance_scale={job.eval.sampler.guidance_scale} needs a null label, "
+            "which train.label_dropout=0 never trains; set train.label_dropout=0.1 or "
+            "eval.sampler.guidance_scale=1"
+        )
+
+
+def _check_name(run: str) -> None:
+    allowed = all(c.isalnum() or c in "._-" for c in run)
+    if not run or not allowed or run[0] in ".-" or len(run) > 100:
+        raise ConfigError(
+            f"run={run!r} cannot name a folder; use letters, digits, '.', '_' and '-', starting "
+            "with a letter or digit, 100 at most"
+        )
+
+
+def _check_batch(job: JobConfig) -> None:
+    batch, workers, scales = job.train.global_batch, job.cluster.workers, job.flow.scales
+    if workers < 1:
+        raise ConfigError(f"cluster.workers={workers} must be at least 1")
+    unit = workers * scales
+    if batch < 1 or batch % unit:
+        raise ConfigError(
+            f"train.global_batch={batch} cannot be dealt to cluster.workers={workers} with equal "
+            f"shares of flow.scales={scales} stages; use a multiple of {unit}, such as "
+            f"{max(1, round(batch / unit)) * unit}"
+        )
+    share, micro = batch // workers, micro_batch(job)
+    if micro < 1 or share % micro or micro % scales:
+        fitting = [m for m in range(scales, share + 1, scales) if share % m == 0]
+        raise ConfigError(
+            f"engine.micro_batch={micro} must divide each rank's {share} images and be a multiple "
+            f"of flow.scales={scales}; possible values: {', '.join(map(str, fitting))}"
+        )
+
+
+def _check_shapes(job: JobConfig) -> None:
+    size, patch, scales = job.data.image_size, job.model.patch_size, job.flow.scales
+    unit = patch * 2 ** (scales - 1)
+    if size < unit or size % unit:
+        most = 1
+        while size % (patch * 2**most) == 0:
+            most += 1
+        raise ConfigError(
+            f"data.image_size={size} cannot hold flow.scales={scales} with model.patch_size="
+            f"{patch}: the coarsest band must be a whole number of patches, so the size must be a "
+            f"multiple of {unit}; at this size flow.scales can be at most {most}"
+        )
+    if job.model.width % job.model.heads:
+        raise ConfigError(
+            f"model.heads={job.model.heads} does not divide model.width={job.model.width}; "
+            "choose a divisor"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value

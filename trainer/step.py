@@ -1,0 +1,151 @@
+"""One training update: micro-batches through the objective, one gradient, one AdamW step.
+
+All randomness of an image (noise, time, label dropout) is a function of the run's seed and the
+image's position in the run. So an update is the same on any number of ranks, up to the rounding of
+sums, and exactly the same when it is repeated after a crash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.ema import EmaConfig, ema_decay
+from models.flow.objective import Objective
+from pipelines.batch import Batch
+from trainer import rng
+from trainer.engine.protocol import Engine, UpdateOutcome
+from trainer.metrics.buffer import MetricBuffer
+from trainer.schedule import OptimConfig, learning_rate
+from trainer.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What one training run is, apart from model, data and optimizer.
+
+    Attributes:
+        seed: Seed of every random stream and of the initial weights.
+        total_images: Length of the run; an image seen twice counts twice.
+        global_batch: Images per update over all ranks.
+        label_dropout: Share of labels replaced by the null label, which guidance needs.
+        ema: The weights' moving average.
+        max_skipped_updates: Updates in a row that may be skipped for a non-finite gradient before
+            the run stops.
+    """
+
+    seed: int = 0
+    total_images: int = 1_000_000
+    global_batch: int = 256
+    label_dropout: float = 0.1
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    max_skipped_updates: int = 10
+
+
+class NonFiniteGradient(RuntimeError):
+    """Too many updates in a row had a gradient that is not finite."""
+
+
+class TrainStep:
+    """Turns batches into updates.
+
+    Args:
+        engine: Holds the model and its optimizer.
+        objective: The flow-matching loss.
+        config: Run settings.
+        optim: Optimizer settings, for the learning rate.
+        metrics: Takes losses, gradient norm and counts.
+        noise_size: Normal numbers an image needs.
+        null_label: Label index that stands for "no class".
+        micro_batch: Images per forward pass on this rank.
+        device: Device of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        objective: Objective,
+        config: TrainConfig,
+        optim: OptimConfig,
+        metrics: MetricBuffer,
+        noise_size: int,
+        null_label: int,
+        micro_batch: int,
+        device: torch.device,
+    ) -> None:
+        self._engine = engine
+        self._objective = objective
+        self._config = config
+        self._optim = optim
+        self._metrics = metrics
+        self._noise_size = noise_size
+        self._null_label = null_label
+        self._micro_batch = micro_batch
+        self._device = device
+        self._skipped_in_a_row = 0
+
+    def __call__(self, batch: Batch, state: TrainState, *, first_image: int) -> UpdateOutcome:
+        """Run one update.
+
+        Args:
+            batch: This rank's images.
+            state: The run's counters before the update.
+            first_image: Position in the run of the batch's first image.
+
+        Returns:
+            What the update did.
+
+        Raises:
+            NonFiniteGradient: If too many updates in a row had to be skipped.
+        """
+        count = len(batch.labels)
+        for start in range(0, count, self._micro_batch):
+            stop = start + self._micro_batch
+            loss = self._loss(batch, slice(start, stop), first_image=first_image + start)
+            self._engine.backward(loss, last=stop >= count)
+        rate = learning_rate(
+            self._optim, images=state.images, total_images=self._config.total_images
+        )
+        ema = self._config.ema
+        outcome = self._engine.update(
+            learning_rate=rate,
+            ema_decay=ema_decay(state.updates, decay=ema.decay, warmup=ema.warmup),
+        )
+        self._record(outcome, rate)
+        return outcome
+
+    def _loss(self, batch: Batch, part: slice, *, first_image: int) -> Tensor:
+        labels = batch.labels[part].to(self._device)
+        seed, count = self._config.seed, len(labels)
+        place = {"first": first_image, "count": count, "device": self._device}
+        dropped = rng.uniforms(seed, "label dropout", **place) < self._config.label_dropout
+        report = self._objective(
+            self._engine,
+            bands=tuple(band[part].to(self._device) for band in batch.bands),
+            labels=torch.where(dropped, self._null_label, labels),
+            uniforms=rng.uniforms(seed, "time", **place),
+            noise=rng.normals(seed, "noise", size=self._noise_size, **place),
+        )
+        self._metrics.record("loss/total", report.total)
+        scales = len(report.per_scale)
+        for position, loss in enumerate(report.per_scale):
+            self._metrics.record(f"loss/scale_{scales - 1 - position}", loss)
+        return report.total
+
+    def _record(self, outcome: UpdateOutcome, rate: float) -> None:
+        self._metrics.record("learning_rate", rate)
+        self._metrics.record("skipped_updates", float(not outcome.applied), reduction="max")
+        if outcome.applied:
+            self._metrics.record("gradient_norm", outcome.gradient_norm)
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self._config.max_skipped_updates:
+            raise NonFiniteGradient(
+                f"the gradient was not finite in {self._skipped_in_a_row} updates in a row "
+                f"(train.max_skipped_updates={self._config.max_skipped_updates}); lower "
+                "optim.learning_rate, set optim.clip_norm, or use engine.precision=fp32"
+            )

@@ -1,0 +1,113 @@
+"""What the user sees: progress while the job runs, and the table of results at its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from trainer import places
+from trainer.checkpoint.errors import MissingObject
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import open_store
+from trainer.clock import format_duration
+from trainer.evaluate.report import EvaluationReport, evaluation_key
+from trainer.metrics.tracker_mlflow import tracking_uri
+from trainer.schema import JobConfig
+
+
+class Console:
+    """Prints notes and the workers' messages.
+
+    Attributes:
+        last_checkpoint: URI of the newest checkpoint heard of, or "".
+        finished: Whether the workers said that the run reached its end.
+    """
+
+    def __init__(self) -> None:
+        self.last_checkpoint = ""
+        self.finished = False
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    def message(self, message: Mapping[str, Any]) -> None:
+        """Show what a worker told."""
+        match message.get("kind"):
+            case "progress" | "note":
+                self.note(str(message["text"]))
+            case "warning":
+                self.note(f"warning: {message['text']}")
+            case "checkpoint":
+                self.last_checkpoint = str(message["uri"])
+                self.note(f"checkpoint: {message['uri']}")
+            case "resumed":
+                self.last_checkpoint = str(message["uri"])
+                self.note(f"resumed after {message['images']:,} images from {message['uri']}")
+            case "end":
+                self.finished = message["end"] == "finished"
+
+
+def summary(job: JobConfig, *, seconds: float) -> str | None:
+    """Render the closing table of a complete run, or None if it has no report.
+
+    Args:
+        job: The configuration.
+        seconds: Wall time of this launch; 0 leaves it out.
+    """
+    store = open_store(places.runs_uri(job), job.store)
+    newest = Checkpoints.reader(store, run=job.run).newest_valid()
+    if newest is None:
+        return None
+    try:
+        text = store.get(evaluation_key(job.run, newest.images, "report.json"))
+    except MissingObject:
+        return None
+    report = EvaluationReport.from_dict(json.loads(text))
+
+    def place(name: str) -> str:
+        return store.uri(evaluation_key(job.run, newest.images, name))
+
+    rows = [
+        (
+            "run",
+            f"{job.run}, {report.images:,} images"
+            + (f", {format_duration(seconds)} in this launch" if seconds else ""),
+        ),
+        ("samples", place("samples.npz")),
+        ("sample grid", place("grid.png")),
+        ("checkpoint", store.uri(f"{job.run}/checkpoints/{newest.images:012d}")),
+        (
+            f"Fréchet distance ({report.features})",
+            f"{report.frechet:.4f} of {report.samples:,} samples to held-out images "
+            f"({report.network_evaluations} network evaluations per sample)",
+        ),
+        (
+            "  real halves / untrained",
+            (
+                f"{report.frechet_real_halves:.4f} / {report.frechet_untrained:.4f}: "
+                f"{report.gap_closed:.1%} of the gap closed"
+            ),
+        ),
+    ]
+    if report.labels is not None:
+        rows.append(
+            (
+                "classifier reads the label",
+                f"{report.labels.samples:.1%} of samples, {report.labels.held_out:.1%} of held-out "
+                "images",
+            )
+        )
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return f"{table}\n\n{_look(job)}"
+
+
+def _look(job: JobConfig) -> str:
+    if job.tracking.uri is not None and job.tracking.uri.startswith("http"):
+        return f"look at the run: {job.tracking.uri}"
+    uri = tracking_uri(job.tracking, str(places.home(job)))
+    return f"look at the run: {sys.executable} -m mlflow ui --backend-store-uri {uri}"

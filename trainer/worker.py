@@ -1,0 +1,190 @@
+"""One worker, from configuration to a trained and evaluated model: the page to read first.
+
+Every rank runs this page. The cluster has made the process group; what is assembled here is the
+model, the objective, the engine, the data, the state, the hooks and the loop, in that order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.contract import WorkerContext
+from models.flow.flow import Flow
+from models.flow.objective import Objective
+from models.transformer.lapflow import LapFlowTransformer
+from trainer import places, rng
+from trainer.checkpoint.hook import PeriodicSave
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import open_store
+from trainer.data import open_split, real_images, training_loader
+from trainer.engine.build import build_engine
+from trainer.evaluate.final import FinalEvaluation
+from trainer.evaluate.grid_hook import SampleGrids
+from trainer.evaluate.samples import ImageShape
+from trainer.hooks import Hook
+from trainer.loop import train
+from trainer.metrics.buffer import MetricBuffer
+from trainer.metrics.progress import Progress
+from trainer.metrics.tracker import SilentTracker, Tracker
+from trainer.metrics.tracker_mlflow import MlflowTracker
+from trainer.resume import restore
+from trainer.schema import JobConfig, from_dict, micro_batch, science, science_hash, to_dict
+from trainer.step import TrainStep
+from trainer.stop_vote import StopVote
+
+
+def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
+    """Train one rank's part of the job to its end, an agreed stop, or an error.
+
+    Args:
+        context: Rank, device and the line to the driver.
+        payload: The job's configuration as plain values.
+    """
+    job = from_dict(JobConfig, payload)
+    tell = context.tell if context.rank == 0 else _keep_quiet
+    os.environ.update(places.object_store_environment(job))
+    torch.set_num_threads(job.runtime.threads)
+    device = torch.device(context.device)
+
+    flow = Flow(job.flow)
+    engine = build_engine(
+        initial_model(job).to(device),
+        config=job.engine,
+        optim=job.optim,
+        micro_batch=micro_batch(job),
+        rank_batch=job.train.global_batch // context.world_size,
+        world_size=context.world_size,
+    )
+
+    store = open_store(places.runs_uri(job), job.store)
+    checkpoints = Checkpoints(
+        store,
+        run=job.run,
+        config=job.checkpoint,
+        rank=context.rank,
+        world_size=context.world_size,
+        gather=_gather,
+    )
+    state = restore(job, engine=engine, checkpoints=checkpoints, tell=tell)
+    tracker: Tracker = SilentTracker()
+    if context.rank == 0:
+        tracker = MlflowTracker(
+            job.tracking, home=str(places.home(job)), run=job.run, store_uri=places.run_uri(job)
+        )
+        tracker.config(to_dict(job))
+
+    metrics = MetricBuffer(device)
+    step = TrainStep(
+        engine=engine,
+        objective=Objective(flow),
+        config=job.train,
+        optim=job.optim,
+        metrics=metrics,
+        noise_size=flow.noise_size(channels=job.data.channels, image_size=job.data.image_size),
+        null_label=job.data.classes,
+        micro_batch=micro_batch(job),
+        device=device,
+    )
+    evaluation = FinalEvaluation(
+        config=job.eval,
+        flow=flow,
+        shape=ImageShape(
+            channels=job.data.channels, size=job.data.image_size, classes=job.data.classes
+        ),
+        device=device,
+        untrained=lambda: initial_model(job),
+        held_out=lambda: real_images(job, "test", context),
+        train=lambda: real_images(job, "train", context),
+    )
+
+    chosen = science(job)
+
+    def save() -> None:
+        uri = checkpoints.save(
+            images=state.images,
+            fragments=engine.fragments(),
+            train_state=state.to_dict(),
+            science=chosen,
+            science_hash=science_hash(chosen),
+        )
+        tracker.tag("checkpoint", uri)
+        tell({"kind": "checkpoint", "images": state.images, "uri": uri})
+
+    hooks: list[Hook] = [
+        Progress(
+            metrics=metrics,
+            tracker=tracker,
+            tell=tell,
+            interval_images=job.runtime.log_interval_images,
+            total_images=job.train.total_images,
+            start_images=state.images,
+            rank=context.rank,
+        ),
+        PeriodicSave(save, interval_images=job.checkpoint.interval_images),
+        SampleGrids(
+            engine=engine,
+            draw=evaluation.draw_grid,
+            tracker=tracker,
+            interval_images=job.eval.grid_interval_images,
+            columns=job.eval.grid_columns,
+            rank=context.rank,
+        ),
+    ]
+    started_at = state.images
+    try:
+        with training_loader(job, open_split(job, "train"), context) as loader:
+            end = train(
+                state,
+                loader=loader,
+                step=step,
+                hooks=hooks,
+                stop=StopVote(context.stop_requested),
+                total_images=job.train.total_images,
+                rank=context.rank,
+            )
+        if state.images > started_at and not checkpoints.is_saved(state.images):
+            save()
+        if end == "finished":
+            tell({"kind": "note", "text": "evaluating the EMA weights"})
+            evaluation.run(
+                engine,
+                images=state.images,
+                rank=context.rank,
+                store=store,
+                run=job.run,
+                tracker=tracker,
+            )
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close("FINISHED" if end == "finished" else "KILLED")
+    tell({"kind": "end", "end": end, "images": state.images})
+
+
+def initial_model(job: JobConfig) -> LapFlowTransformer:
+    """Build the model with the initial weights that the run's seed decides, alike on all ranks."""
+    torch.manual_seed(rng.derived_seed(job.train.seed, "weights"))
+    return LapFlowTransformer(
+        job.model,
+        scales=job.flow.scales,
+        channels=job.data.channels,
+        image_size=job.data.image_size,
+        classes=job.data.classes,
+    )
+
+
+def _keep_quiet(_message: dict[str, Any]) -> None:
+    """Stand in for the line to the driver on every rank but the first."""
+
+
+def _gather(value: object) -> list[object]:
+    if not dist.is_initialized():
+        return [value]
+    everyone: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone

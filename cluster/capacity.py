@@ -40,10 +40,10 @@ def require_room(config: ClusterConfig, nodes: Sequence[Node], *, gpus: int) -> 
     raise ClusterTooSmall(
         f"{config.workers} workers do not fit on the cluster: they need "
         f"{resources(config.workers * config.cpus_per_worker, config.workers * gpus)} "
-        f"({resources(config.cpus_per_worker, gpus)} each, none spanning two nodes), and the cluster has "
-        f"{resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))} on {len(nodes)} node(s), "
-        f"room for {room}. Set cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker lower, "
-        "or add nodes."
+        f"({resources(config.cpus_per_worker, gpus)} each, none spanning two nodes), and the "
+        f"cluster has {resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))} on "
+        f"{len(nodes)} node(s), room for {room}. Set cluster.workers, cluster.cpus_per_worker or "
+        "cluster.gpus_per_worker lower, or add nodes."
     )
 
 

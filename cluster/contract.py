@@ -1,9 +1,10 @@
 """What a worker, its launcher and their caller agree on, whichever backend runs the workers.
 
 A worker is a plain function `worker(context, payload)`. When it is called, the process group of
-`torch.distributed` spans all workers (nccl on GPUs, gloo otherwise) and the usual variables (`RANK`,
-`WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) are set. When it returns on
-every rank the run is finished. The callable must be importable by name, and the payload is plain data.
+`torch.distributed` spans all workers (nccl on GPUs, gloo otherwise) and the usual variables
+(`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) are set. When
+it returns on every rank the run is finished. The callable must be importable by name, and the
+payload is plain data.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,11 @@ class ClusterConfig:
         workers: Number of worker processes, one device each.
         cpus_per_worker: Cores reserved for a worker; also its number of compute threads.
         gpus_per_worker: 0 or 1; `auto` is 1 where the cluster (or this machine) has any GPU.
-        address: Ray only. `auto` joins the cluster of `RAY_ADDRESS` (set inside a Ray job) or the one
-            that `ray start` left running on this machine, and starts a private one otherwise; `local`
-            always starts a private one; `host:port` joins that cluster.
-        max_failures: Ray only. How many times the workers are started again after one of them died or
-            raised anything but a ValueError.
+        address: Ray only. `auto` joins the cluster of `RAY_ADDRESS` (set inside a Ray job) or the
+            one that `ray start` left running on this machine, and starts a private one otherwise;
+            `local` always starts a private one; `host:port` joins that cluster.
+        max_failures: Ray only. How many times the workers are started again after one of them died
+            or raised anything but a ValueError.
         start_timeout_s: How long to wait for free resources, and for all workers to meet.
         scratch_dir: Parent of the run's temporary directory (Ray's sessions and logs); None is the
             system's. Keep it short: Ray puts sockets there, whose paths may have 107 characters.
@@ -67,8 +68,8 @@ class ClusterConfig:
                 )
         if self.gpus_per_worker not in (0, 1, "auto"):
             raise ClusterConfigError(
-                f"cluster.gpus_per_worker is {self.gpus_per_worker!r}; a worker drives one device, so it "
-                "must be 0, 1 or 'auto'. Use more workers for more GPUs."
+                f"cluster.gpus_per_worker is {self.gpus_per_worker!r}; a worker drives one device, "
+                "so it must be 0, 1 or 'auto'. Use more workers for more GPUs."
             )
         if not self.start_timeout_s > 0:
             raise ClusterConfigError(
@@ -76,8 +77,9 @@ class ClusterConfig:
             )
         if "://" in self.address:
             raise ClusterConfigError(
-                f"cluster.address is {self.address!r}; Ray is joined by 'host:port', without a scheme. An "
-                "http:// address is that of the job server: use it with `ray job submit`."
+                f"cluster.address is {self.address!r}; Ray is joined by 'host:port', without a "
+                "scheme. An http:// address is that of the job server: use it with `ray job "
+                "submit`."
             )
 
 
@@ -92,10 +94,10 @@ class WorkerContext:
         local_world_size: Number of workers on its node.
         attempt: How many times the workers were started before: 0, and one more after each failure.
         device: `cpu` or `cuda:N`.
-        stop_requested: True once the caller asked for a stop. A local flag, free to read at every step;
-            ranks may see it at different steps, so they must agree before they act on it.
-        tell: Sends a small dict to the caller's `on_message`. Does not wait; the messages of one rank
-            arrive in order.
+        stop_requested: True once the caller asked for a stop. A local flag, free to read at every
+            step; ranks may see it at different steps, so they must agree before they act on it.
+        tell: Sends a small dict to the caller's `on_message`. Does not wait; the messages of one
+            rank arrive in order.
     """
 
     rank: int

@@ -95,8 +95,8 @@ def died(rank: int, attempt: int, exit_code: int | None) -> Failure:
 def root_cause(failures: Sequence[Failure]) -> Failure:
     """The failure to report out of those of one attempt, given in the order of their arrival.
 
-    When a worker goes, its peers fail in their collectives moments later or sooner: a refusal or a death
-    explains them, and an exception that does not speak of a lost peer explains one that does.
+    When a worker goes, its peers fail in their collectives moments later or sooner: a refusal or a
+    death explains them, and an exception that does not speak of a lost peer explains one that does.
     """
 
     def weight(failure: Failure) -> int:

@@ -20,11 +20,11 @@ def run(
         config: Where, and how many.
         worker: An importable function; see `cluster.contract`.
         payload: Plain data for every worker.
-        on_message: Called in this thread with each message that a worker tells. What it raises ends the
-            run.
-        stop: Set it (from a signal handler, say) to ask the workers to stop; they learn of it within
-            0.3 s and end when they choose to. An exception that a signal handler raises here, such as
-            KeyboardInterrupt, ends the workers at once.
+        on_message: Called in this thread with each message that a worker tells. What it raises ends
+            the run.
+        stop: Set it (from a signal handler, say) to ask the workers to stop; they learn of it
+            within 0.3 s and end when they choose to. An exception that a signal handler raises
+            here, such as KeyboardInterrupt, ends the workers at once.
 
     Returns:
         How the run ended.

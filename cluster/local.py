@@ -1,8 +1,9 @@
-"""Workers as plain processes of this machine: the contract without Ray, for tests, debugging, notebooks.
+"""Workers as plain processes of this machine: the contract without Ray, for tests, debugging,
+notebooks.
 
-A worker that dies or raises fails the run and its peers are ended: nothing is started again. Everything
-listens on 127.0.0.1. A Ctrl-C in the terminal reaches the caller alone, since the workers ignore SIGINT
-and SIGTERM; they end with their caller, however it ends.
+A worker that dies or raises fails the run and its peers are ended: nothing is started again.
+Everything listens on 127.0.0.1. A Ctrl-C in the terminal reaches the caller alone, since the
+workers ignore SIGINT and SIGTERM; they end with their caller, however it ends.
 """
 
 import multiprocessing
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from socket import socket
@@ -62,8 +64,8 @@ def _watch(
     deadline = float("inf")
     stopped = False
     while running and time.monotonic() < deadline:
-        # Not stop.wait(): the event may be set by a signal handler that interrupts this very thread, and
-        # would then wait for the lock that wait() holds.
+        # Not stop.wait(): the event may be set by a signal handler that interrupts this very
+        # thread, and would then wait for the lock that wait() holds.
         if stop.is_set() and not stopped:
             stopped = True
             for channel in running:
@@ -152,8 +154,9 @@ def _devices(config: ClusterConfig) -> list[str]:
         return ["cpu"] * config.workers
     if gpus < config.workers:
         raise ClusterTooSmall(
-            f"{config.workers} workers with one GPU each do not fit on this machine, which has {gpus} "
-            "GPUs. Set cluster.workers lower, or cluster.gpus_per_worker=0 to run on the CPU."
+            f"{config.workers} workers with one GPU each do not fit on this machine, which has "
+            f"{gpus} GPUs. Set cluster.workers lower, or cluster.gpus_per_worker=0 to run on the "
+            "CPU."
         )
     return [f"cuda:{index}" for index in range(config.workers)]
 
@@ -161,6 +164,8 @@ def _devices(config: ClusterConfig) -> list[str]:
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """Blocks SIGINT in this thread, so that processes started meanwhile are born deaf to it."""
+    # Python starts this process of its own together with the first one, and then unblocks SIGINT.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

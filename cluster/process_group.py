@@ -1,8 +1,9 @@
 """The torch.distributed process group of a run: how a worker enters and leaves it.
 
-The rendezvous store listens on the one address that the workers know it by (torch alone would listen on
-every interface), and gloo talks on the interface that carries the node's address: left alone it follows
-the host's name, which many Linux systems resolve to a loopback address that other nodes cannot reach.
+The rendezvous store listens on the one address that the workers know it by (torch alone would
+listen on every interface), and gloo talks on the interface that carries the node's address: left
+alone it follows the host's name, which many Linux systems resolve to a loopback address that other
+nodes cannot reach.
 """
 
 import os
@@ -106,9 +107,7 @@ def join(
     )
 
 
-def _store(
-    seat: Seat, rendezvous: Rendezvous, listener: socket.socket | None
-) -> "dist.TCPStore":
+def _store(seat: Seat, rendezvous: Rendezvous, listener: socket.socket | None) -> "dist.TCPStore":
     import torch.distributed as dist
 
     return dist.TCPStore(
@@ -125,8 +124,8 @@ def _store(
 def leave() -> None:
     """Leaves the group together with all others, if this process is still in it.
 
-    The barrier is not for show: a rank that tears its connections down while a peer still uses them now
-    and then aborts the peer's process.
+    The barrier is not for show: a rank that tears its connections down while a peer still uses them
+    now and then aborts the peer's process.
     """
     import torch.distributed as dist
 

@@ -1,6 +1,7 @@
 """The actor between a run's driver and its workers: messages and failures one way, a stop the other."""
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ray
@@ -10,11 +11,22 @@ from cluster.contract import Message
 from cluster.failure import Failure
 
 
-class Begun(int):
-    """The number of an attempt, told when its workers begin."""
+@dataclass(frozen=True)
+class Begun:
+    """The workers of an attempt began."""
+
+    attempt: int
 
 
-News: TypeAlias = Message | Failure | Begun
+@dataclass(frozen=True)
+class Ended:
+    """A worker of an attempt returned."""
+
+    attempt: int
+    rank: int
+
+
+News: TypeAlias = Message | Failure | Begun | Ended
 
 
 class Mailbox:
@@ -36,10 +48,9 @@ class Mailbox:
         """Takes a message of a worker."""
         self._news.append(message)
 
-    async def end(self, failure: Failure | None) -> None:
+    async def end(self, end: Ended | Failure) -> None:
         """Called by each worker when it is done, with what went wrong if anything did."""
-        if failure is not None:
-            self._news.append(failure)
+        self._news.append(end)
 
     async def fetch(self) -> list[News]:
         """Hands over all news since the last call, in the order of arrival."""

@@ -1,7 +1,8 @@
-"""How Ray Train forms the process group: as `cluster.process_group` says, on the nodes' own addresses.
+"""How Ray Train forms the process group: as `cluster.process_group` says, on the nodes' own
+addresses.
 
-Ray's own torch backend would import torch in the driver and in the controller, neither of which uses it
-(seconds of each start), listen on every interface, and let gloo follow the host's name.
+Ray's own torch backend would import torch in the driver and in the controller, neither of which
+uses it (seconds of each start), listen on every interface, and let gloo follow the host's name.
 """
 
 import socket

@@ -1,14 +1,16 @@
 """The connection to Ray: joins a running cluster, or starts a private one and ends it again.
 
-A private cluster lives on this machine alone. Everything of it listens on 127.0.0.1: the control server
-(GCS), the raylet, the agents and every worker, on ports chosen at random; there is no dashboard. Ray
-also asks for a token, which it keeps in ~/.ray/auth_token (`RAY_AUTH_MODE=disabled` turns that off). The
-daemons are children of this process that ignore the terminal's Ctrl-C, inherit its environment
-(credentials too, so none has to be passed on) and are ended by the kernel when it dies.
+A private cluster lives on this machine alone. Everything of it listens on 127.0.0.1: the control
+server (GCS), the raylet, the agents and every worker, on ports chosen at random; there is no
+dashboard. Ray also asks for a token, which it keeps in ~/.ray/auth_token (`RAY_AUTH_MODE=disabled`
+turns that off). The daemons are children of this process that ignore the terminal's Ctrl-C, inherit
+its environment (credentials too, so none has to be passed on) and are ended by the kernel when it
+dies.
 
-A joined cluster is only left again, which ends this run's workers and nothing else. Its workers find the
-caller's modules when the caller is a Ray job (`ray job submit --working-dir . -- python -m …` ships the
-code), or when the code lies at the same path on every node; nothing is uploaded from here.
+A joined cluster is only left again, which ends this run's workers and nothing else. Its workers
+find the caller's modules when the caller is a Ray job (`ray job submit --working-dir . -- python -m
+…` ships the code), or when the code lies at the same path on every node; nothing is uploaded from
+here.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray._private.utils import read_ray_address
@@ -56,8 +59,8 @@ class Session:
 def session(config: ClusterConfig) -> Iterator[Session]:
     """Connects to Ray for the time of the block.
 
-    Ray's logs of a private cluster are kept, and named in the log, if the block raises anything but a
-    ValueError.
+    Ray's logs of a private cluster are kept, and named in the log, if the block raises anything but
+    a ValueError.
 
     Raises:
         ClusterConfigError: RAY_ADDRESS is not an address to join.
@@ -65,25 +68,45 @@ def session(config: ClusterConfig) -> Iterator[Session]:
     """
     if ray.is_initialized():
         raise ClusterUnavailable(
-            "This process is connected to Ray already. Call ray.shutdown() first; to run on that cluster "
-            "set cluster.address to its host:port."
+            "This process is connected to Ray already. Call ray.shutdown() first; to run on that "
+            "cluster set cluster.address to its host:port."
         )
     scratch = Path(tempfile.mkdtemp(prefix="lapflow-", dir=config.scratch_dir))
+    children = psutil.Process().children()
+    daemons: list[psutil.Process] = []
     private = False
     keep = False
     try:
         with _signal_handlers_kept():
             private = _connect(config, scratch)
+        daemons = [child for child in psutil.Process().children() if child not in children]
         yield Session(private=private, nodes=_nodes(), scratch=scratch)
     except Exception as error:
         keep = private and not isinstance(error, ValueError)
         raise
     finally:
+        workers = [worker for daemon in daemons for worker in _descendants(daemon)]
         ray.shutdown()
+        # Left alone, the workers of a private cluster notice only seconds later that it is gone.
+        _end(daemons + workers)
         if keep:
             _log.warning("Ray's logs are kept in %s/ray/session_latest/logs.", scratch)
         else:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
 
 
 def _connect(config: ClusterConfig, scratch: Path) -> bool:
@@ -91,8 +114,8 @@ def _connect(config: ClusterConfig, scratch: Path) -> bool:
     began = time.monotonic()
     address = _address_to_join(config)
     if address is not None:
-        # Without an address Ray itself reads the environment and then what `ray start` left behind, and
-        # only then takes up a token by itself.
+        # Without an address Ray itself reads the environment and then what `ray start` left behind,
+        # and only then takes up a token by itself.
         found = config.address == "auto"
         try:
             ray.init(
@@ -100,16 +123,18 @@ def _connect(config: ClusterConfig, scratch: Path) -> bool:
             )
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             raise ClusterUnavailable(
-                f"The Ray cluster at {address} cannot be joined: {error} Check that it runs and that its "
-                "version of Ray and its RAY_AUTH_MODE are this environment's; set cluster.address=local "
-                "to start a private cluster instead."
+                f"The Ray cluster at {address} cannot be joined: {error} Check that it runs and "
+                "that its version of Ray and its RAY_AUTH_MODE are this environment's; set "
+                "cluster.address=local to start a private cluster instead."
             ) from error
     else:
         _start(config, scratch)
     nodes = _nodes()
     _log.info(
         "%s: %d node(s), %s (%.1f s).",
-        "Started a private Ray cluster" if address is None else f"Joined the Ray cluster at {address}",
+        "Started a private Ray cluster"
+        if address is None
+        else f"Joined the Ray cluster at {address}",
         len(nodes),
         resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)),
         time.monotonic() - began,
@@ -124,15 +149,15 @@ def _address_to_join(config: ClusterConfig) -> str | None:
     address = os.environ.get("RAY_ADDRESS") or read_ray_address()
     if address is not None and "://" in address:
         raise ClusterConfigError(
-            f"RAY_ADDRESS is {address!r}, the address of a job server. Submit this command to it with "
-            "`ray job submit --working-dir . -- …`, or unset RAY_ADDRESS to run here."
+            f"RAY_ADDRESS is {address!r}, the address of a job server. Submit this command to it "
+            "with `ray job submit --working-dir . -- …`, or unset RAY_ADDRESS to run here."
         )
     return None if address == "local" else address
 
 
 def _start(config: ClusterConfig, scratch: Path) -> None:
-    # On Linux Ray replaces 127.0.0.1 by the address the host is reached by, unless it believes that it
-    # cannot form clusters here, as on macOS.
+    # On Linux Ray replaces 127.0.0.1 by the address the host is reached by, unless it believes that
+    # it cannot form clusters here, as on macOS.
     reachable = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     search_path = os.environ.get("PYTHONPATH")
@@ -152,8 +177,8 @@ def _start(config: ClusterConfig, scratch: Path) -> None:
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterUnavailable(
-            f"No private Ray cluster could be started in {scratch}: {error} Check the free memory, disk "
-            "and length of that path (cluster.scratch_dir), or use cluster.backend=local."
+            f"No private Ray cluster could be started in {scratch}: {error} Check the free memory, "
+            "disk and length of that path (cluster.scratch_dir), or use cluster.backend=local."
         ) from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = reachable

@@ -1,12 +1,12 @@
 """Workers by Ray Train: placed on one or many nodes, and started again when one of them is lost.
 
-The driver only waits: Ray Train's controller starts the workers, watches them and restarts the whole
-group after a failure, up to `ClusterConfig.max_failures` times. Messages and the stop request go through
-an actor of our own (`cluster.ray_mailbox`); Ray Train's checkpoints are not used.
+The driver only waits: Ray Train's controller starts the workers, watches them and restarts the
+whole group after a failure, up to `ClusterConfig.max_failures` times. Messages and the stop request
+go through an actor of our own (`cluster.ray_mailbox`); Ray Train's checkpoints are not used.
 
-`ray job stop` sends the driver SIGTERM and, three seconds later, SIGKILL, whereupon Ray ends the workers.
-A last step that takes longer needs `RAY_JOB_STOP_WAIT_TIME_S` in the environment of `ray start` on the
-head node. What listens where is told in `cluster.ray_session`.
+`ray job stop` sends the driver SIGTERM and, three seconds later, SIGKILL, whereupon Ray ends the
+workers. A last step that takes longer needs `RAY_JOB_STOP_WAIT_TIME_S` in the environment of `ray
+start` on the head node. What listens where is told in `cluster.ray_session`.
 """
 
 import contextlib
@@ -35,12 +35,13 @@ from cluster.contract import (
     WorkerContext,
 )
 from cluster.failure import Failure, WorkerFailed, attend, root_cause
-from cluster.ray_mailbox import Begun, open_mailbox
+from cluster.ray_mailbox import Begun, Ended, open_mailbox
 from cluster.ray_rendezvous import RendezvousConfig, device
 from cluster.ray_session import Session, session
 
 _TICK_S = 0.2
 _STOP_WAIT_S = 30.0
+_TIDY_UP_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ def _trainer(
     gpus: int,
     connected: Session,
 ) -> DataParallelTrainer:
-    # A closure and not train_loop_config: the controller would unpickle that, and import the worker's
-    # module with all that it needs.
+    # A closure and not train_loop_config: the controller would unpickle that, and import the
+    # worker's module with all that it needs.
     def loop() -> None:
         _work(worker, payload, mailbox, gpu=gpus > 0)
 
@@ -132,14 +133,15 @@ class _Watch:
         self._on_message = on_message
         self._stop = stop
         self._attempt = -1
+        self._ended: set[int] = set()
         self._failures: list[Failure] = []
 
     def run(self) -> Outcome:
         stopped = False
         try:
-            while self._fit.is_alive():
-                # Not stop.wait(): the event may be set by a signal handler that interrupts this very
-                # thread, and would then wait for the lock that wait() holds.
+            while self._fit.is_alive() and len(self._ended) < self._config.workers:
+                # Not stop.wait(): the event may be set by a signal handler that interrupts this
+                # very thread, and would then wait for the lock that wait() holds.
                 if self._stop.is_set() and not stopped:
                     stopped = True
                     ray.get(self._mailbox.ask_to_stop.remote())
@@ -150,27 +152,35 @@ class _Watch:
             self._take_news()
         except ray.exceptions.RayError as error:
             raise ClusterUnavailable(f"The connection to Ray was lost: {error}") from error
-        if self._fit.error is not None:
+        if len(self._ended) == self._config.workers:
+            # All returned, so that whatever Ray Train still has to tidy up is no matter of the
+            # run's.
+            self._fit.join(_TIDY_UP_S)
+        elif self._fit.error is not None:
             raise self._error(self._fit.error)
         return Outcome(status="stopped" if stopped else "finished", restarts=self._attempt)
 
     def _take_news(self) -> None:
         for news in ray.get(self._mailbox.fetch.remote()):
-            if isinstance(news, Begun):
-                if news > 0:
-                    _log.warning(
-                        "The workers were started again (%d of at most %d restarts).",
-                        news,
-                        self._config.max_failures,
-                    )
-                self._attempt = int(news)
-            elif isinstance(news, Failure):
-                self._failures.append(news)
-                if news.kind == "refused":
+            match news:
+                case Begun(attempt):
+                    self._attempt, self._ended = attempt, set()
+                    if attempt > 0:
+                        _log.warning(
+                            "The workers were started again (%d of at most %d restarts).",
+                            attempt,
+                            self._config.max_failures,
+                        )
+                case Ended(attempt, rank):
+                    if attempt == self._attempt:
+                        self._ended.add(rank)
+                case Failure(kind="refused"):
                     raise news.error()
-                _log.warning("Worker %d failed: %s", news.rank, news.text)
-            else:
-                self._on_message(news)
+                case Failure():
+                    self._failures.append(news)
+                    _log.warning("Worker %d failed: %s", news.rank, news.text)
+                case _:
+                    self._on_message(news)
 
     def _error(self, error: BaseException) -> Exception:
         """What to raise for the error that Ray Train ended with."""
@@ -178,9 +188,7 @@ class _Watch:
         if isinstance(error, WorkerGroupError):
             told = {failure.rank for failure in failures}
             failures += [
-                Failure(
-                    rank=rank, attempt=self._attempt, kind="died", text=f"died: {_first_line(cause)}"
-                )
+                _untold(rank, self._attempt, cause)
                 for rank, cause in error.worker_failures.items()
                 if rank not in told
             ]
@@ -191,8 +199,19 @@ class _Watch:
         return ClusterUnavailable(f"Ray failed: {error}")
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _untold(rank: int, attempt: int, error: BaseException) -> Failure:
+    """The failure of a worker that could not tell it itself."""
+    cause = getattr(error, "health_check_failure", error)
+    if isinstance(cause, ray.exceptions.RayActorError):
+        text = "was lost with its process or its node (killed by hand, or because memory ran out)"
+        return Failure(rank=rank, attempt=attempt, kind="died", text=f"{text}: {_line(cause)}")
+    return Failure(
+        rank=rank, attempt=attempt, kind="raised", text=f"{type(cause).__name__}: {_line(cause)}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _wait_for_room(config: ClusterConfig, gpus: int, stop: threading.Event) -> bool:
@@ -207,8 +226,8 @@ def _wait_for_room(config: ClusterConfig, gpus: int, stop: threading.Event) -> b
         now = f"{resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
         if time.monotonic() > deadline:
             raise ClusterTooSmall(
-                f"The workers need {resources(cpus, gpus)}, and after {config.start_timeout_s:g} s only "
-                f"{now}: other jobs hold the rest of the cluster. Wait for them, ask for less "
+                f"The workers need {resources(cpus, gpus)}, and after {config.start_timeout_s:g} s "
+                f"only {now}: other jobs hold the rest of the cluster. Wait for them, ask for less "
                 "(cluster.workers, cluster.cpus_per_worker), or raise cluster.start_timeout_s."
             )
         if not waiting:
@@ -230,7 +249,8 @@ def _environment(config: ClusterConfig, connected: Session) -> Iterator[None]:
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
     if connected.private:
-        # Nobody collects metrics of a private cluster or preempts its one node; each costs a process.
+        # Nobody collects metrics of a private cluster or preempts its one node; each costs a
+        # process.
         settings |= {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
@@ -262,7 +282,7 @@ def _work(worker: Worker, payload: Payload, mailbox: Any, *, gpu: bool) -> None:
     )
     failure = attend(worker, context, payload)
     # The answer comes after all messages before it, and with it this process may end.
-    ray.get(mailbox.end.remote(failure))
+    ray.get(mailbox.end.remote(failure or Ended(attempt, rank)))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":
         raise RuntimeError(failure.text)

@@ -13,6 +13,7 @@ from models.flow.stages import Stages, default_critical_times
 
 _TIME_FREQUENCIES = 256
 _FULL_BYTES = 4
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 class CostError(ValueError):
@@ -219,9 +220,11 @@ def state_bytes(
             f"zero_stage={zero_stage} must be 0 to 3, world_size={world_size} at least 1 and "
             f"images_per_rank={images_per_rank} not negative."
         )
+    if precision not in _ELEMENT_BYTES:
+        raise CostError(f"precision={precision!r} is unknown; use one of {list(_ELEMENT_BYTES)}.")
     whole = parameters(shape).total
     part = math.ceil(whole / world_size)
-    element = {"fp32": 4, "bf16": 2}[precision]
+    element = _ELEMENT_BYTES[precision]
     stateful = part if zero_stage >= 1 else whole
     copies = 2 if precision == "fp32" and zero_stage == 0 else 3
     return StateBytes(

@@ -82,7 +82,7 @@ class ShardCache:
         flat = name.replace("/", "%")
         partial = self.folder / ".partial" / flat
         with _usable(self.folder):
-            lock = (self.folder / ".locks" / flat).open("wb")
+            lock = (self.folder / ".locks" / f"{flat}.lock").open("wb")
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with _usable(self.folder):

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
@@ -36,6 +39,10 @@ class ImageDataset(Protocol):
         Args:
             sample_id: 0 <= sample_id < len(self).
         """
+        ...
+
+    def prepare(self, sample_ids: NDArray[np.int64]) -> None:
+        """Bring near what is needed to read these samples soon."""
         ...
 
     def shard_of(self, sample_id: int) -> str:

@@ -67,7 +67,7 @@ class Shard:
     columns: tuple[Column, ...]
 
 
-class _Problem(Exception):  # noqa: N818 - never leaves this module
+class _Problem(Exception):
     """Something in the index is not as it should be."""
 
 

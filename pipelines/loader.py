@@ -1,8 +1,8 @@
 """From a dataset and a place in the run to batches: read, decode, replace what is bad.
 
-The loader has no state that a resumed run would miss: a batch depends on the dataset, the seed and
-the cursor alone, and each batch comes with the cursor behind it. All ranks walk through the same
-global batches, and rank r takes the r-th of W equal, contiguous slices.
+The loader has no state that a resumed run would miss (the tally of bad images starts anew): a batch
+depends on the dataset, the seed and the cursor alone, and comes with the cursor behind it. All ranks
+walk through the same global batches, and rank r takes the r-th of W equal, contiguous slices.
 """
 
 import logging
@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -112,7 +112,7 @@ class Loader:
         self._slice_start = rank * self._slice_images
         self._device = device
         self._classes = classes
-        self._prefetched: Prefetched[tuple[Batch, Cursor]] | None = None
+        self._threads: list[Prefetched[Any]] = []
         self._read_images = 0
         self._bad_images = 0
         self.data_wait_s = 0.0
@@ -121,8 +121,9 @@ class Loader:
     def batches(self, start: Cursor) -> Iterator[tuple[Batch, Cursor]]:
         """Read on from a cursor, for ever.
 
-        Batches are made ahead in a thread, which ends when the iterator is closed or `close` is
-        called; a further call of `batches` closes the one before.
+        Batches are made ahead in one thread, and shards are fetched ahead, by a block or two of
+        the order, in another. Both end when the iterator is closed or `close` is called; a further
+        call of `batches` closes the one before.
 
         Args:
             start: Where to start. Any count of images will do.
@@ -135,22 +136,23 @@ class Loader:
             DataError: Another problem with the dataset, see `pipelines.errors`.
         """
         self.close()
-        prefetched = Prefetched(self._make(start), depth=self._config.prefetch_batches)
-        self._prefetched = prefetched
-        with closing(prefetched):
+        fetched = Prefetched(self._fetch(start), depth=1)
+        made = Prefetched(self._make(start, fetched), depth=self._config.prefetch_batches)
+        self._threads = [fetched, made]
+        with closing(fetched), closing(made):
             while True:
                 asked_s = time.perf_counter()
-                item = next(prefetched, None)
+                item = next(made, None)
                 self.data_wait_s += time.perf_counter() - asked_s
                 if item is None:
                     return
                 yield item
 
     def close(self) -> None:
-        """End the thread, if there is one."""
-        if self._prefetched is not None:
-            self._prefetched.close()
-            self._prefetched = None
+        """End the threads, if there are any."""
+        for thread in self._threads:
+            thread.close()
+        self._threads = []
 
     def __enter__(self) -> Self:
         return self
@@ -163,9 +165,20 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _make(self, start: Cursor) -> Iterator[tuple[Batch, Cursor]]:
-        images = start.images
+    def _fetch(self, start: Cursor) -> Iterator[int]:
+        """Prepare one block of the order after the other, giving the position where each ends."""
+        for end, ids in self._order.blocks(start.images):
+            self._dataset.prepare(ids)
+            yield end
+
+    def _make(self, start: Cursor, fetched: Iterator[int]) -> Iterator[tuple[Batch, Cursor]]:
+        images = ready = start.images
         while True:
+            while ready < images + self._batch_images:
+                block_end = next(fetched, None)
+                if block_end is None:
+                    return
+                ready = block_end
             batch = self._load(images + self._slice_start)
             images += self._batch_images
             yield batch, Cursor(images)

@@ -10,7 +10,7 @@ Permutations are made by sorting raw Philox words. NumPy promises that raw words
 between versions; it does not promise that for `Generator.permutation`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -77,7 +77,7 @@ class SampleOrder:
                 "the data prefix is the one that was ingested."
             )
         self._shards = lru_cache(maxsize=2)(self._compute_shards)
-        self._block = lru_cache(maxsize=2)(self._compute_block)
+        self._block = lru_cache(maxsize=4)(self._compute_block)
 
     def sample_ids(self, start: int, count: int) -> SampleIds:
         """Give the samples at positions start, …, start + count - 1 of the run.
@@ -98,6 +98,20 @@ class SampleOrder:
             ids[done : done + len(part)] = part
             done += len(part)
         return ids
+
+    def blocks(self, start: int) -> Iterator[tuple[int, SampleIds]]:
+        """Walk through the blocks from the one with position `start` on, for ever.
+
+        Yields:
+            The position at which the block ends, and the samples in it.
+        """
+        position = start
+        while True:
+            epoch, place = divmod(position, self.samples)
+            number = place // self._block_samples
+            ids = self._block(epoch, number)
+            position = epoch * self.samples + number * self._block_samples + len(ids)
+            yield position, ids
 
     def _compute_shards(self, epoch: int) -> tuple[SampleIds, SampleIds]:
         """Give the shards in their order of the epoch, and the place in it where each one ends."""

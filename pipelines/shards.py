@@ -8,21 +8,25 @@ sample comes when is the business of `pipelines.order`; here every failure raise
 import hashlib
 import logging
 import mmap
+import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.cache import ShardCache, default_cache_dir
 from pipelines.dataset import RawImage
-from pipelines.errors import CorruptShardError, MissingShardError
+from pipelines.errors import CorruptShardError, DataError, MissingShardError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN, Shard, parse_index
 from pipelines.source import Source, SourceConfig
-from pipelines.torchvision_cpu import allow_torchvision
+from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +38,19 @@ class ShardsConfig(SourceConfig):
     """How shards are fetched and kept.
 
     Attributes:
-        cache_dir: Folder on this node for fetched shards, shared by all processes. None: a private
-            folder under the temporary folder for an object store, and no copy at all for a local
-            prefix. Nothing is ever removed from it; it grows to the size of the dataset.
+        cache_dir: Folder on this node for fetched shards, shared by all processes; None for a
+            private one under the temporary folder. Nothing is ever removed from it: it grows to
+            the size of the dataset. Datasets at a local path are read in place, without it.
+        download_threads: Shards that one process fetches at a time.
     """
 
     cache_dir: str | None = None
+    download_threads: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.download_threads < 1:
+            raise DataError(f"download_threads must be at least 1, got {self.download_threads}.")
 
 
 class ShardedImages:
@@ -49,7 +60,8 @@ class ShardedImages:
     in the index, once in each process.
 
     Args:
-        prefix: Local folder or URL (s3://bucket/folder) that holds index.json.
+        prefix: Local folder or URL (s3://bucket/folder, file:///shared/folder) that holds
+            index.json.
         config: Cache folder, attempts and time limits.
 
     Raises:
@@ -62,13 +74,14 @@ class ShardedImages:
 
     def __init__(self, prefix: str, *, config: ShardsConfig | None = None) -> None:
         config = config or ShardsConfig()
+        self._threads = config.download_threads
         self._source = Source(prefix, config=config)
         index = self._source.read_index()
         self._shards = parse_index(index, prefix=self._source.prefix)
         self._ends = list(accumulate(shard.samples for shard in self._shards))
         self._cache: ShardCache | None = None
         self._folder = Path(self._source.prefix)
-        if not self._source.is_local or config.cache_dir is not None:
+        if not self._source.is_local:
             root = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
             self._cache = ShardCache(root, prefix=self._source.prefix, index=index)
             self._folder = self._cache.folder
@@ -101,9 +114,7 @@ class ShardedImages:
         number = self._locate(sample_id)
         shard, reader = self._shards[number], self._readers[number]
         place = sample_id - (self._ends[number] - shard.samples)
-        if number not in self._checked:
-            self._provide(shard)
-            self._checked.add(number)
+        self._check(number)
         try:
             sample = reader.get_item(place)
         except FileNotFoundError:  # the cache was cleaned behind our back
@@ -115,6 +126,45 @@ class ShardedImages:
                 f"({error}), although the shard is as it was written. Write the dataset again."
             ) from error
         return RawImage(sample[IMAGE_COLUMN], int(sample[LABEL_COLUMN]), sample_id)
+
+    def prepare(self, sample_ids: NDArray[np.int64]) -> None:
+        """Fetch and check the shards of these samples, several at a time.
+
+        Raises:
+            DataError: As for `read`.
+        """
+        numbers = set(np.searchsorted(self._ends, sample_ids, side="right").tolist())
+        todo = deque(sorted(numbers - self._checked))
+        if not todo:
+            return
+        # The processes of a node start at different places, so as not to wait for each other.
+        todo.rotate(os.getpid() % len(todo))
+        errors: list[Exception] = []
+
+        def work() -> None:
+            while todo and not errors:
+                try:
+                    number = todo.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    self._check(number)
+                except Exception as error:
+                    errors.append(error)
+
+        # Daemons, unlike the threads of an executor, do not hold up the end of the process.
+        threads = [Thread(target=work, daemon=True) for _ in range(self._threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _check(self, number: int) -> None:
+        if number not in self._checked:
+            self._provide(self._shards[number])
+            self._checked.add(number)
 
     def _locate(self, sample_id: int) -> int:
         if not 0 <= sample_id < len(self):
@@ -173,7 +223,7 @@ class ShardedImages:
 
 def _reader(folder: Path, shard: Shard) -> Any:
     """Give streaming's reader of one shard, set to leave images encoded."""
-    allow_torchvision()
+    ensure_torchvision()
     from streaming.base.format.base.reader import FileInfo
     from streaming.base.format.mds import MDSReader
 
@@ -196,7 +246,7 @@ def _reader(folder: Path, shard: Shard) -> Any:
 
 def _problem(path: Path, shard: Shard) -> str | None:
     """Say how a file differs from what the index says of it, or None if it does not."""
-    allow_torchvision()
+    ensure_torchvision()
     from streaming.base.hashing import get_hash
 
     size = path.stat().st_size

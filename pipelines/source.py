@@ -8,6 +8,7 @@ import errno
 import logging
 import random
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.index import INDEX_NAME
-from pipelines.torchvision_cpu import allow_torchvision
+from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class Source:
     credentials from the usual AWS chain.
 
     Args:
-        prefix: A path, or a URL such as s3://bucket/folder.
+        prefix: A path of this node, or a URL such as s3://bucket/folder. file:///path is a folder
+            on a shared file system, to be treated like a store.
         config: Attempts and time limits.
 
     Raises:
@@ -76,7 +78,11 @@ class Source:
                 "A dataset's URL must not carry a user name or password. Use the AWS credential "
                 "chain (environment, profile or instance role)."
             )
-        self._downloader: Any = None if self.is_local else self._connect()
+        self._root = self.prefix.removeprefix("file://")
+        # One for each thread: a downloader drops its connection when a transfer fails.
+        self._downloaders = threading.local()
+        if not self.is_local:
+            self._downloaders.own = self._connect()
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy one file to a local path, with retries.
@@ -90,13 +96,13 @@ class Source:
             StoreUnreachableError: It refuses, or does not answer.
             CacheUnusableError: The local path cannot be written.
         """
-        if self._downloader is None:
-            self._downloader = self._connect()
-        url = f"{self.prefix}/{name}"
+        downloader = getattr(self._downloaders, "own", None) or self._connect()
+        self._downloaders.own = downloader
+        url = f"{self._root}/{name}"
         attempts = self._config.download_attempts
         for attempt in range(1, attempts + 1):
             try:
-                self._downloader.download(url, str(path), self._config.download_timeout_s)
+                downloader.download(url, str(path), self._config.download_timeout_s)
                 return
             except Exception as error:
                 path.unlink(missing_ok=True)
@@ -112,7 +118,7 @@ class Source:
                     "fetching %s failed (attempt %d of %d), trying again in %.0f s: %s",
                     *(url, attempt, attempts, wait_s, describe_failure(error)),
                 )
-                self._downloader.clean_up()
+                downloader.clean_up()
                 time.sleep(wait_s)
 
     def read_index(self) -> bytes:
@@ -138,11 +144,11 @@ class Source:
                 ) from error
 
     def _connect(self) -> Any:
-        allow_torchvision()
+        ensure_torchvision()
         from streaming.base.storage import CloudDownloader
 
         try:
-            return CloudDownloader.get(self.prefix)
+            return CloudDownloader.get(self._root)
         except (ValueError, ImportError) as error:
             raise DataError(
                 f"Datasets cannot be read from {self.prefix!r} ({error}). Give a local folder or "

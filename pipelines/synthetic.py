@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.dataset import RawImage
 from pipelines.encoded import as_png
@@ -49,6 +50,9 @@ class SyntheticImages:
 
     def __len__(self) -> int:
         return self._images
+
+    def prepare(self, sample_ids: NDArray[np.int64]) -> None:
+        """Do nothing: images are made when they are read."""
 
     def shard_of(self, sample_id: int) -> str:
         """Name the pretended shard of an image."""

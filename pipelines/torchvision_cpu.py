@@ -35,7 +35,7 @@ class _Declarer(importlib.abc.MetaPathFinder):
 _declarer = _Declarer()
 
 
-def allow_torchvision() -> None:
+def ensure_torchvision() -> None:
     """Make a later `import torchvision` work; call it before importing streaming."""
     if torch.version.cuda is None and _declarer not in sys.meta_path:
         sys.meta_path.insert(0, _declarer)

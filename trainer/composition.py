@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.schema import ConfigError, JobConfig, defaults, from_dict, unknown_key
 
+# Settings of DeepSpeed's own, which it checks itself: +engine.deepspeed.KEY=VALUE
+_FREE = "engine.deepspeed."
+
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -100,16 +103,13 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         if not folder.is_dir() and not _fits(bare, known):
             siblings = [name for name in known if name.split(".")[0] == bare.split(".")[0]]
             return unknown_key(bare, siblings or sorted({name.split(".")[0] for name in known}))
-        if not folder.is_dir() and key.startswith("+"):
+        if not folder.is_dir() and key.startswith("+") and not bare.startswith(_FREE):
             return f"{key}={value}: this setting exists, so write it without +: {bare}={value}"
     return " ".join(str(error).split())
 
 
 def _fits(key: str, known: Sequence[str]) -> bool:
-    return any(
-        name == key or name.startswith(f"{key}.") or key.startswith("engine.deepspeed.")
-        for name in known
-    )
+    return key.startswith(_FREE) or any(name == key or name.startswith(f"{key}.") for name in known)
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:

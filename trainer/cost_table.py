@@ -47,6 +47,7 @@ def cost_table(job: JobConfig) -> str:
         precision=job.engine.precision,
         images_per_rank=micro_batch(job),
     )
+    share = job.train.global_batch // job.cluster.workers
     updates = -(-job.train.total_images // job.train.global_batch)
     rows = [
         ("parameters", _si(count.total, "")),
@@ -61,11 +62,7 @@ def cost_table(job: JobConfig) -> str:
         ("training, FLOPs per image", _si(6 * average, "FLOP")),
         ("training, FLOPs in all", _si(6 * average * job.train.total_images, "FLOP")),
         ("updates", f"{updates:,} of {job.train.global_batch:,} images"),
-        (
-            "batch",
-            f"{job.cluster.workers} ranks x {job.train.global_batch // job.cluster.workers} images, "
-            f"{micro_batch(job)} in one pass",
-        ),
+        ("batch", f"{job.cluster.workers} ranks x {share} images, {micro_batch(job)} in one pass"),
         ("memory per rank", ""),
         ("  weights", _gib(memory.weights)),
         ("  gradients", _gib(memory.gradients)),

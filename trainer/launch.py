@@ -14,7 +14,8 @@ from typing import TextIO
 
 import yaml
 
-from trainer.schema import ConfigError, JobConfig, to_dict, validate
+from trainer.schema import ConfigError, JobConfig, to_dict
+from trainer.validate import validate
 
 _DESCRIPTION = """\
 Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate it.

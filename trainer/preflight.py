@@ -77,5 +77,6 @@ def _prepare_data(job: JobConfig, note: Callable[[str], None]) -> None:
         ensure_digits(places.data_prefix(job))
     sizes = {split: len(open_split(job, split)) for split in ("train", "test")}
     note(
-        f"data {places.data_prefix(job)}: {sizes['train']:,} training and {sizes['test']:,} held-out images"
+        f"data {places.data_prefix(job)}: {sizes['train']:,} training and "
+        f"{sizes['test']:,} held-out images"
     )

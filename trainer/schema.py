@@ -1,7 +1,7 @@
 """The job's configuration: every component's own dataclass, joined and checked across fields.
 
 Defaults live in the dataclasses. Hydra's YAML only picks and overrides; `from_dict` turns what it
-composed into dataclasses and refuses what does not fit, `validate` refuses impossible combinations.
+composed into dataclasses and refuses what does not fit, `trainer.validate` what cannot be combined.
 """
 
 from __future__ import annotations
@@ -225,88 +225,6 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str 
 def micro_batch(job: JobConfig) -> int:
     """Return images per rank and forward pass."""
     return job.engine.micro_batch or job.train.global_batch // job.cluster.workers
-
-
-def validate(job: JobConfig) -> None:
-    """Refuse combinations that cannot work.
-
-    Raises:
-        ConfigError: Naming the keys, their values and a fix.
-    """
-    _check_name(job.run)
-    _check_batch(job)
-    _check_shapes(job)
-    if job.engine.kind == "zero" and job.engine.zero_stage not in (1, 2):
-        raise ConfigError(
-            f"engine.zero_stage={job.engine.zero_stage} is not available; use 1 (optimizer state "
-            "sharded) or 2 (gradients too)"
-        )
-    if job.engine.kind == "plain" and job.engine.precision != "fp32":
-        raise ConfigError(
-            f"engine.precision={job.engine.precision} needs engine.kind=zero; the plain engine is "
-            "the fp32 reference"
-        )
-    if job.data.prepare == "digits" and (job.data.image_size, job.data.channels) != (8, 1):
-        raise ConfigError(
-            f"data.prepare=digits makes grey images of 8 x 8 pixels, but data.image_size="
-            f"{job.data.image_size} and data.channels={job.data.channels}; set them to 8 and 1"
-        )
-    if not 0.0 <= job.train.label_dropout < 1.0:
-        raise ConfigError(f"train.label_dropout={job.train.label_dropout} must be in [0, 1)")
-    if job.eval.sampler.guidance_scale != 1.0 and job.train.label_dropout == 0.0:
-        raise ConfigError(
-            f"eval.sampler.guidance_scale={job.eval.sampler.guidance_scale} needs a null label, "
-            "which train.label_dropout=0 never trains; set train.label_dropout=0.1 or "
-            "eval.sampler.guidance_scale=1"
-        )
-
-
-def _check_name(run: str) -> None:
-    allowed = all(c.isalnum() or c in "._-" for c in run)
-    if not run or not allowed or run[0] in ".-" or len(run) > 100:
-        raise ConfigError(
-            f"run={run!r} cannot name a folder; use letters, digits, '.', '_' and '-', starting "
-            "with a letter or digit, 100 at most"
-        )
-
-
-def _check_batch(job: JobConfig) -> None:
-    batch, workers, scales = job.train.global_batch, job.cluster.workers, job.flow.scales
-    if workers < 1:
-        raise ConfigError(f"cluster.workers={workers} must be at least 1")
-    unit = workers * scales
-    if batch < 1 or batch % unit:
-        raise ConfigError(
-            f"train.global_batch={batch} cannot be dealt to cluster.workers={workers} with equal "
-            f"shares of flow.scales={scales} stages; use a multiple of {unit}, such as "
-            f"{max(1, round(batch / unit)) * unit}"
-        )
-    share, micro = batch // workers, micro_batch(job)
-    if micro < 1 or share % micro or micro % scales:
-        fitting = [m for m in range(scales, share + 1, scales) if share % m == 0]
-        raise ConfigError(
-            f"engine.micro_batch={micro} must divide each rank's {share} images and be a multiple "
-            f"of flow.scales={scales}; possible values: {', '.join(map(str, fitting))}"
-        )
-
-
-def _check_shapes(job: JobConfig) -> None:
-    size, patch, scales = job.data.image_size, job.model.patch_size, job.flow.scales
-    unit = patch * 2 ** (scales - 1)
-    if size < unit or size % unit:
-        most = 1
-        while size % (patch * 2**most) == 0:
-            most += 1
-        raise ConfigError(
-            f"data.image_size={size} cannot hold flow.scales={scales} with model.patch_size="
-            f"{patch}: the coarsest band must be a whole number of patches, so the size must be a "
-            f"multiple of {unit}; at this size flow.scales can be at most {most}"
-        )
-    if job.model.width % job.model.heads:
-        raise ConfigError(
-            f"model.heads={job.model.heads} does not divide model.width={job.model.width}; "
-            "choose a divisor"
-        )
 
 
 def _plain(value: Any) -> Any:

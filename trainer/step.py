@@ -119,15 +119,21 @@ class TrainStep:
 
     def _loss(self, batch: Batch, part: slice, *, first_image: int) -> Tensor:
         labels = batch.labels[part].to(self._device)
-        seed, count = self._config.seed, len(labels)
-        place = {"first": first_image, "count": count, "device": self._device}
-        dropped = rng.uniforms(seed, "label dropout", **place) < self._config.label_dropout
+        seed, count, device = self._config.seed, len(labels), self._device
+
+        def uniforms(stream: str) -> Tensor:
+            return rng.uniforms(seed, stream, first=first_image, count=count, device=device)
+
+        noise = rng.normals(
+            seed, "noise", first=first_image, count=count, size=self._noise_size, device=device
+        )
+        dropped = uniforms("label dropout") < self._config.label_dropout
         report = self._objective(
             self._engine,
             bands=tuple(band[part].to(self._device) for band in batch.bands),
             labels=torch.where(dropped, self._null_label, labels),
-            uniforms=rng.uniforms(seed, "time", **place),
-            noise=rng.normals(seed, "noise", size=self._noise_size, **place),
+            uniforms=uniforms("time"),
+            noise=noise,
         )
         self._metrics.record("loss/total", report.total)
         scales = len(report.per_scale)

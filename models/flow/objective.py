@@ -102,10 +102,10 @@ class Objective:
         scales = self._flow.stages.scales
         if len(bands) != scales:
             raise BatchError(f"the flow has {scales} scales, but the batch has {len(bands)} bands.")
-        if batch % scales:
+        if batch < 1 or batch % scales:
             raise BatchError(
                 f"a batch of {batch} images cannot be dealt out to {scales} stages in equal "
-                f"shares: make the batch of every rank a multiple of {scales}."
+                f"shares: make the batch of every rank a positive multiple of {scales}."
             )
 
 

@@ -48,8 +48,10 @@ class PatchEmbed(nn.Module):
         """Embed a band, in the precision of the weights."""
         p = self.patch_size
         patches = rearrange(band, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        tokens: Tensor = self.projection(patches.to(self.projection.weight.dtype))
-        return tokens + self.positions
+        precision = self.projection.weight.dtype
+        tokens: Tensor = self.projection(patches.to(precision))
+        # Whoever casts the weights may leave the buffers as they are; DeepSpeed does.
+        return tokens + self.positions.to(precision)
 
 
 class TimeEmbed(nn.Module):

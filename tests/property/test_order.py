@@ -1,5 +1,7 @@
 """Properties of the sample order, and the very sequence that runs already rely on."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -87,6 +89,18 @@ def test_a_block_touches_only_a_window_of_shards(
         carried = shards & seen_before
         assert len(carried) <= 1
         seen_before |= shards
+
+
+@QUICK
+@given(SIZES, SEEDS, BLOCKS, st.integers(0, 300))
+def test_blocks_are_the_order_cut_up(sizes: list[int], seed: int, block: int, start: int) -> None:
+    order = make(sizes, seed, block)
+    position = None
+    for end, ids in islice(order.blocks(start), 5):
+        first = end - len(ids)
+        assert order.sample_ids(first, len(ids)).tolist() == ids.tolist()
+        assert first <= start < end if position is None else first == position
+        position = end
 
 
 @QUICK

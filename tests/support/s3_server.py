@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import pytest
 
 RINGS = ("account", "container", "object")
 SERVERS = (*RINGS, "proxy")
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 
 PIPELINE = (
@@ -75,8 +76,9 @@ class S3Server:
             "no_proxy": "127.0.0.1,localhost",
         }
 
+    @cached_property
     def client(self) -> Any:
-        """A boto3 S3 client of this server that reads nothing from the environment."""
+        """A boto3 S3 client of this server, whatever the environment says."""
         import boto3
         from botocore.config import Config
 
@@ -90,7 +92,7 @@ class S3Server:
 
     def make_bucket(self, name: str) -> str:
         """Creates a bucket, or keeps the one that exists, and returns its `s3://name` URI."""
-        client = self.client()
+        client = self.client
         existing = {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}
         if name not in existing:
             client.create_bucket(Bucket=name)

@@ -37,6 +37,16 @@ def check_key(key: str) -> str:
     return key
 
 
+def check_prefix(prefix: str) -> None:
+    """Check that safe keys can begin so: with nothing, a key, or a key and a slash.
+
+    Raises:
+        InvalidKey: They cannot.
+    """
+    if prefix:
+        check_key(prefix.removesuffix("/"))
+
+
 def checkpoints_prefix(run: str) -> str:
     """Return the prefix of all checkpoints of a run, with its closing slash."""
     return check_key(run) + "/checkpoints/"

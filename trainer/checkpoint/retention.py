@@ -35,8 +35,8 @@ def remains(keys: Collection[str], *, run: str, used: Collection[str], committed
         keys: Keys under the run's checkpoints.
         run: Name of the run.
         used: Keys the checkpoints that stay consist of.
-        committed: Images of the checkpoint just saved. What lies beyond it may be a save still
-            under way; a save at or before it has come too late.
+        committed: Images of the checkpoint just saved. A save before it has come too late; one
+            at it, or beyond, may be another writer's that is still under way.
 
     Returns:
         Keys to delete, without manifests.
@@ -44,7 +44,7 @@ def remains(keys: Collection[str], *, run: str, used: Collection[str], committed
     late = []
     for key in keys:
         images = layout.images_of(run, key)
-        if images is None or images > committed or key == layout.manifest_key(run, images):
+        if images is None or images >= committed or key == layout.manifest_key(run, images):
             continue
         if key not in used:
             late.append(key)

@@ -22,7 +22,11 @@ class Store(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object only if there is none: True for exactly one of many writers."""
+        """Write an object only if there is none, and tell whether this was done.
+
+        Of many writers one succeeds. Some S3 services (OpenStack Swift) look first and write then,
+        so two that come in the same moment may both hear True, and the later object stands.
+        """
         ...
 
     def get(self, key: str) -> bytes:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.checkpoint.errors import MissingObject, StoreError
-from trainer.checkpoint.layout import check_key
+from trainer.checkpoint.layout import check_key, check_prefix
 
 TEMPORARY = ".tmp-"  # no key has a part that begins with a dot
 
@@ -78,6 +78,7 @@ class LocalStore:
 
     def list(self, prefix: str) -> dict[str, int]:
         """Walk the folder the prefix names."""
+        check_prefix(prefix)
         folder, _, _ = prefix.rpartition("/")
         top = self._path(folder) if folder else self._root
         sizes: dict[str, int] = {}

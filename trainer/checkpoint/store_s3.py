@@ -22,7 +22,7 @@ from trainer.checkpoint.errors import (
     StoreError,
     StoreUnreachable,
 )
-from trainer.checkpoint.layout import check_key
+from trainer.checkpoint.layout import check_key, check_prefix
 from trainer.checkpoint.store import StoreConfig, check_endpoint
 
 MIB = 1024**2
@@ -163,8 +163,7 @@ class S3Store:
 
     def list(self, prefix: str) -> dict[str, int]:
         """List the keys, a thousand a request."""
-        if prefix:
-            check_key(prefix.removesuffix("/"))
+        check_prefix(prefix)
         sizes: dict[str, int] = {}
         with self._explained("list", prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(

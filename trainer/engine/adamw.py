@@ -23,7 +23,7 @@ def adamw(parameters: Iterable[Tensor], optim: OptimConfig) -> torch.optim.AdamW
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """Return AdamW's state of a parameter, creating the zeros that its first step would create."""
-    state = optimizer.state[parameter]
+    state: dict[str, Tensor] = optimizer.state[parameter]
     if "exp_avg" not in state:
         state["step"] = torch.tensor(0.0)
         state["exp_avg"] = torch.zeros_like(parameter.detach())

@@ -8,7 +8,9 @@ own formats, world sizes or pickles.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -159,7 +161,7 @@ def _import_deepspeed() -> Any:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
-    import logging
-
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's business, and a line per rank for every user.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     return deepspeed

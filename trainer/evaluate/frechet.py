@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ class FeatureStatistics:
     covariance: NDArray[np.float64]
 
     @staticmethod
-    def of(features: NDArray[np.floating]) -> FeatureStatistics:
+    def of(features: NDArray[np.floating[Any]]) -> FeatureStatistics:
         """Summarise features of shape [n, d].
 
         Raises:

@@ -164,7 +164,7 @@ def _statistics(extract: FeatureExtractor, images: Tensor, batch: int) -> Featur
     # Samples are measured as the 8-bit pictures that people and other tools would see.
     seen = ((images * 127.5 + 127.5).round().clamp(0, 255) - 127.5) / 127.5
     return FeatureStatistics.of(
-        np.concatenate([extract(part).cpu().numpy() for part in seen.split(batch)])
+        np.concatenate([extract(part).cpu().numpy() for part in torch.split(seen, batch)])
     )
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 
+class InvalidTrackingUri(ValueError):
+    """A tracking address that must not be used."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where runs are tracked.
@@ -24,6 +28,13 @@ class TrackingConfig:
     experiment: str = "lapflow"
     required: bool = True
     flush_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.uri is not None and "@" in self.uri:
+            raise InvalidTrackingUri(
+                "tracking.uri contains '@': leave credentials out of it and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
 
 
 class Tracker(Protocol):

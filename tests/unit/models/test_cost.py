@@ -121,6 +121,7 @@ def test_average_follows_the_critical_times() -> None:
     assert average == pytest.approx(0.9 * coarse + 0.1 * both)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_questions_without_an_answer_are_refused() -> None:
     shape = latent_shape("S", 2)
     with pytest.raises(CostError, match="active=3"):
@@ -131,6 +132,8 @@ def test_questions_without_an_answer_are_refused() -> None:
         average_multiply_adds(shape, critical_times=(0.6, 0.3))
     with pytest.raises(CostError, match="zero_stage=4"):
         state_bytes(shape, zero_stage=4, world_size=1, precision="bf16")
+    with pytest.raises(CostError, match="precision='fp8'"):
+        state_bytes(shape, zero_stage=0, world_size=1, precision="fp8")
 
 
 @pytest.mark.parametrize(

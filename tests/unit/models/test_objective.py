@@ -124,8 +124,9 @@ def test_exact_velocities_have_no_loss() -> None:
 
 def test_batches_that_cannot_be_dealt_out_are_refused() -> None:
     flow = Flow(FlowConfig(scales=2))
-    with pytest.raises(BatchError, match="batch of 3 images"):
-        Objective(flow)(Recorder(), **batch(flow, images=3))
+    for images in (0, 3):
+        with pytest.raises(BatchError, match=f"batch of {images} images"):
+            Objective(flow)(Recorder(), **batch(flow, images=images))
     data = batch(flow, images=4)
     with pytest.raises(BatchError, match="has 1 bands"):
         Objective(flow)(Recorder(), **(data | {"bands": data["bands"][1:]}))

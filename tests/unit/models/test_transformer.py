@@ -135,7 +135,7 @@ def test_the_finest_scale_is_scale_zero() -> None:
     assert positions["patch_embed.scale1.positions"].shape == (16, 24)
 
 
-@pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
+@pytest.mark.parametrize("mode", ["whole module", "parameters", "autocast"])
 def test_bfloat16_stays_near_float32(mode: str) -> None:
     model = tiny_model(scales=2).float()
     states = tuple(s.float() for s in tiny_states(scales=2, batches=[3, 2]))
@@ -144,7 +144,11 @@ def test_bfloat16_stays_near_float32(mode: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             rounded = model(states, TIME.float(), LABELS)
     else:
-        rounded = model.bfloat16()(states, TIME.float(), LABELS)
+        if mode == "whole module":
+            model.bfloat16()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        rounded = model(states, TIME.float(), LABELS)
     for got, want in zip(rounded, exact, strict=True):
         assert got.dtype == torch.float32
         assert (got - want).norm() < 0.1 * want.norm()

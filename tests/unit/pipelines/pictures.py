@@ -33,9 +33,7 @@ def png(height: int = 16, width: int = 16, *, mode: str = "RGB", seed: int = 0) 
 def jpeg(
     height: int = 16, width: int = 16, *, mode: str = "RGB", seed: int = 0, **options: object
 ) -> bytes:
-    return encode(
-        Image.fromarray(photo(height, width, seed=seed)).convert(mode), "JPEG", **options
-    )
+    return encode(Image.fromarray(photo(height, width, seed=seed)).convert(mode), "JPEG", **options)
 
 
 def raw_png(width: int, height: int, *, depth: int, colour: int, rows: bytes) -> bytes:
@@ -80,9 +78,7 @@ GOOD = {
     "RGB PNG with alpha": png(mode="RGBA"),
     "16 bit grey PNG": deep_png(channels=1)[0],
     "16 bit RGB PNG": deep_png(channels=3)[0],
-    "PNG with a transparent colour": encode(
-        Image.fromarray(photo(16, 16)), transparency=(1, 2, 3)
-    ),
+    "PNG with a transparent colour": encode(Image.fromarray(photo(16, 16)), transparency=(1, 2, 3)),
     "grey JPEG": jpeg(mode="L"),
     "RGB JPEG": jpeg(),
     "JPEG without chroma subsampling": jpeg(subsampling=0),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from trainer.checkpoint.errors import MissingObject
-from trainer.checkpoint.layout import check_key
+from trainer.checkpoint.layout import check_key, check_prefix
 from trainer.checkpoint.store import Store
 
 Result = TypeVar("Result")
@@ -40,8 +40,7 @@ class MemoryStore:
         return f"memory://{check_key(key)}"
 
     def list(self, prefix: str) -> dict[str, int]:
-        if prefix:
-            check_key(prefix.removesuffix("/"))
+        check_prefix(prefix)
         with self._lock:
             return {
                 key: len(data)

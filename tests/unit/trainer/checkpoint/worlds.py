@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.agreement import Gather, alone
+from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.saver import CheckpointConfig, Checkpoints
 from trainer.checkpoint.store import Store
 from trainer.state import Fragment
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 SHAPES = {"embed.weight": (5, 7), "scales.0.bias": (3,), "scales.1.weight": (2, 3, 4), "gain": ()}
+# A NaN with a payload, a signalling NaN, infinity, negative zero, the least positive number.
+DELICATE = (0x7FC12345, 0x7F800001, 0x7F800000, -(2**31), 1)
 SCIENCE = {"science": {"flow": {"scales": 2}}, "science_hash": "a1b2"}
 RUN = "night-1"
 
@@ -26,16 +32,17 @@ Result = TypeVar("Result")
 
 
 def random_state(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> State:
-    """Random bits, so that NaNs with payloads, infinities and negative zeros are among them."""
+    """Random bits, and in larger parameters what arithmetic would not preserve."""
     generator = torch.Generator().manual_seed(seed)
+
+    def values(numel: int) -> Tensor:
+        bits = torch.randint(-(2**31), 2**31, (numel,), generator=generator, dtype=torch.int32)
+        if numel > 2 * len(DELICATE):
+            bits[: len(DELICATE)] = torch.tensor(DELICATE, dtype=torch.int32)
+        return bits.view(torch.float32)
+
     return {
-        kind: {
-            name: torch.randint(
-                -(2**31), 2**31, (math.prod(shape),), generator=generator, dtype=torch.int32
-            ).view(torch.float32)
-            for name, shape in shapes.items()
-        }
-        for kind in KINDS
+        kind: {name: values(math.prod(shape)) for name, shape in shapes.items()} for kind in KINDS
     }
 
 
@@ -66,7 +73,7 @@ def split(
     """The fragments of each rank when the concatenation of all parameters is cut there."""
     bounds = [0, *cuts, sum(map(math.prod, shapes.values()))]
     ranks = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         fragments = []
         offset = 0
         for name, shape in shapes.items():
@@ -84,34 +91,55 @@ class RankEnded(Exception):
     """Another rank ended while this one waited for it: what a process group reports."""
 
 
-def on_ranks(
-    world: int, act: Callable[[int, Callable[[object], list[object]]], Result]
-) -> list[Result | BaseException]:
-    """Runs `act(rank, gather)` in a thread per rank; gather pickles, as torch.distributed does.
+class ThreadGroup:
+    """A process group of threads: gathers in rounds, and ends for all when one rank ends."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._rounds: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def gather_of(self, rank: int) -> Gather:
+        """The gather of one rank; it pickles, as torch.distributed does."""
+        rounds = itertools.count()
+
+        def gather(value: object) -> list[object]:
+            round_ = self._rounds[next(rounds)]
+            with self._changed:
+                round_[rank] = pickle.dumps(value)
+                self._changed.notify_all()
+                self._changed.wait_for(
+                    lambda: self._ended or len(round_) == self._world, timeout=30
+                )
+            if len(round_) < self._world:
+                raise RankEnded
+            return [pickle.loads(round_[each]) for each in range(self._world)]
+
+        return gather
+
+    def end(self) -> None:
+        """Called by a rank that ends early."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+def on_ranks(world: int, act: Callable[[int, Gather], Result]) -> list[Result | BaseException]:
+    """Runs `act(rank, gather)` in a thread per rank.
 
     Returns:
         What each rank returned, or what it ended with.
     """
-    barrier = threading.Barrier(world, timeout=20)
-    slots: list[bytes] = [b""] * world
+    group = ThreadGroup(world)
     outcomes: list[Any] = [None] * world
 
     def rank_main(rank: int) -> None:
-        def gather(value: object) -> list[object]:
-            try:
-                slots[rank] = pickle.dumps(value)
-                barrier.wait()
-                everyone = [pickle.loads(slot) for slot in slots]
-                barrier.wait()
-            except threading.BrokenBarrierError as error:
-                raise RankEnded from error
-            return everyone
-
         try:
-            outcomes[rank] = act(rank, gather)
+            outcomes[rank] = act(rank, group.gather_of(rank))
         except BaseException as error:
             outcomes[rank] = error
-            barrier.abort()
+            group.end()
 
     threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -126,13 +154,11 @@ def checkpoints(
     *,
     rank: int = 0,
     world: int = 1,
-    gather: Callable[[object], list[object]] = lambda value: [value],
+    gather: Gather = alone,
     keep_last: int = 2,
 ) -> Checkpoints:
     config = CheckpointConfig(keep_last=keep_last)
-    return Checkpoints(
-        store, run=RUN, config=config, rank=rank, world_size=world, gather=gather
-    )
+    return Checkpoints(store, run=RUN, config=config, rank=rank, world_size=world, gather=gather)
 
 
 def save(
@@ -147,22 +173,20 @@ def save(
     """Saves a state by that many ranks; its train state holds `images`."""
     fragments = split(state, even_cuts(world))
 
-    def act(rank: int, gather: Callable[[object], list[object]]) -> str:
-        return checkpoints(
-            store, rank=rank, world=world, gather=gather, keep_last=keep_last
-        ).save(images=images, fragments=fragments[rank], train_state={"images": images}, **science)
+    def act(rank: int, gather: Gather) -> str:
+        return checkpoints(store, rank=rank, world=world, gather=gather, keep_last=keep_last).save(
+            images=images, fragments=fragments[rank], train_state={"images": images}, **science
+        )
 
     return on_ranks(world, act)
 
 
 def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
     """What a run that starts on this store resumes from, with fall-back past damaged ones."""
-    from trainer.checkpoint.errors import DamagedCheckpoint
-
     state = empty_state()
     fragments = split(state, even_cuts(world))
 
-    def act(rank: int, gather: Callable[[object], list[object]]) -> int | None:
+    def act(rank: int, gather: Gather) -> int | None:
         mine = checkpoints(store, rank=rank, world=world, gather=gather)
         while (manifest := mine.newest_valid()) is not None:
             try:

@@ -1,0 +1,96 @@
+"""One conformance suite for both engines, on real gloo ranks, against one plain process."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.contract import ClusterConfig
+from cluster.launcher import run
+from tests.support import engine_worker
+
+pytestmark = pytest.mark.slow
+
+ENGINES = [
+    pytest.param({"kind": "plain"}, id="plain"),
+    pytest.param({"kind": "zero", "zero_stage": 1}, id="zero1"),
+    pytest.param({"kind": "zero", "zero_stage": 2}, id="zero2"),
+]
+
+
+def on_ranks(worker: Callable[..., None], ranks: int, payload: dict[str, Any]) -> list[Any]:
+    told: list[Any] = []
+    config = ClusterConfig(backend="local", workers=ranks, gpus_per_worker=0)
+    run(config, worker, payload, on_message=told.append, stop=threading.Event())
+    return told
+
+
+def assert_close(
+    first: dict[str, list[float]], second: dict[str, list[float]], **tolerance
+) -> None:
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        torch.testing.assert_close(
+            torch.tensor(values),
+            torch.tensor(second[name]),
+            msg=lambda m, n=name: f"{n}: {m}",
+            **tolerance,
+        )
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    (told,) = on_ranks(engine_worker.conformance, 1, {"variants": [{"kind": "plain"}]})
+    return told
+
+
+def test_every_engine_trains_like_one_plain_process(reference):
+    variants = [
+        {"kind": "plain"},
+        {"kind": "zero", "zero_stage": 1},
+        {"kind": "zero", "zero_stage": 2},
+        {"kind": "plain", "micro_batch": 2},
+        {"kind": "zero", "zero_stage": 1, "micro_batch": 2},
+        {"kind": "zero", "zero_stage": 2, "micro_batch": 2},
+    ]
+    told = on_ranks(engine_worker.conformance, 2, {"variants": variants})
+    assert len(told) == len(variants)
+    clipped = [norm > engine_worker.OPTIM.clip_norm for _, norm in reference["history"]]
+    assert any(clipped), "the test must exercise clipping"
+    for result in told:
+        torch.testing.assert_close(
+            torch.tensor(result["history"]), torch.tensor(reference["history"]), rtol=1e-5, atol=0
+        )
+        assert_close(result["state"], reference["state"], rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_keeps_fp32_masters_and_stays_near(reference):
+    variants = [{"kind": "zero", "zero_stage": 2, "precision": "bf16"}]
+    (told,) = on_ranks(engine_worker.conformance, 2, {"variants": variants})
+    losses = torch.tensor(told["history"])[:, 0]
+    torch.testing.assert_close(losses, torch.tensor(reference["history"])[:, 0], rtol=3e-2, atol=0)
+    masters = torch.tensor(told["state"]["master/time_embed.mlp.0.weight"])
+    assert not torch.equal(masters, masters.bfloat16().float())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_moved_state_trains_on_bit_for_bit(engine):
+    (told,) = on_ranks(engine_worker.reload, 2, {"engine": engine})
+    assert told["resumed"] == told["straight"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ema_weights_are_in_the_model_only_inside_the_block(engine):
+    (told,) = on_ranks(engine_worker.ema, 2, {"engine": engine})
+    assert told["inside"] == told["expected"]
+    assert told["after_look"] == told["without_look"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_nan_on_one_rank_is_skipped_by_all_and_training_goes_on(engine):
+    (told,) = on_ranks(engine_worker.nonfinite, 2, {"engine": engine})
+    assert told["applied"] == [False, False]
+    assert told["unmoved"]
+    assert told["next"][0][0] > 0

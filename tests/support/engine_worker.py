@@ -1,0 +1,178 @@
+"""What the engine tests run on every rank; results go back as plain lists of numbers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+
+from cluster.contract import WorkerContext
+from models.flow.flow import Flow, FlowConfig
+from models.flow.objective import Objective
+from models.pyramid import split
+from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from trainer import rng
+from trainer.engine.build import build_engine
+from trainer.engine.protocol import Engine, EngineConfig
+from trainer.schedule import OptimConfig
+
+BATCH = 8
+# AdamW divides by the gradient's size, so with its usual epsilon a gradient of almost nothing turns
+# rounding into a full step. This epsilon keeps the update a smooth function of the gradient.
+OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
+
+
+def build(context: WorkerContext, *, micro_batch: int, **engine: Any) -> Engine:
+    """Wrap a tiny LapFlow with the same initial weights on every rank and in every call."""
+    torch.manual_seed(0)
+    model = LapFlowTransformer(
+        TransformerConfig(depth=2, width=16, heads=2),
+        scales=2,
+        channels=1,
+        image_size=8,
+        classes=3,
+    )
+    # Zero-initialised output layers would leave most gradients of the first updates at zero.
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return build_engine(
+        model,
+        config=EngineConfig(**engine),
+        optim=OPTIM,
+        micro_batch=micro_batch,
+        rank_batch=BATCH // context.world_size,
+        world_size=context.world_size,
+    )
+
+
+def updates(
+    engine: Engine, context: WorkerContext, *, count: int, first: int = 0, micro_batch: int
+) -> list[tuple[float, float]]:
+    """Run updates on images that are a function of their position; return (loss, norm)."""
+    objective = Objective(Flow(FlowConfig()))
+    share = BATCH // context.world_size
+    results = []
+    for update in range(first, first + count):
+        start = update * BATCH + context.rank * share
+        total = 0.0
+        for offset in range(0, share, micro_batch):
+            place: dict[str, Any] = {"first": start + offset, "count": micro_batch}
+            images = rng.normals(1, "images", size=64, **place).view(-1, 1, 8, 8)
+            loss = objective(
+                engine,
+                bands=split(images, 2),
+                labels=(torch.arange(micro_batch) + start + offset) % 3,
+                uniforms=rng.uniforms(1, "time", **place),
+                noise=rng.normals(1, "noise", size=64, **place),
+            ).total
+            engine.backward(loss, last=offset + micro_batch >= share)
+            total += loss.item() * micro_batch / share
+        outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
+        assert outcome.applied
+        results.append((mean_over_ranks(total), outcome.gradient_norm))
+    return results
+
+
+def mean_over_ranks(value: float) -> float:
+    """Average a number over ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(tensor)
+    return float(tensor / torch.distributed.get_world_size())
+
+
+def state(engine: Engine) -> dict[str, list[float]]:
+    """Gather every parameter's master, moments and EMA over all ranks, whole."""
+    wholes: dict[str, torch.Tensor] = {}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    mine = [
+        (f.name, f.start, f.shape, {k: t.clone() for k, t in f.tensors.items()})
+        for f in engine.fragments()
+    ]
+    torch.distributed.all_gather_object(everyone, mine)
+    for rank in everyone:
+        for name, start, shape, tensors in rank:
+            for kind, tensor in tensors.items():
+                size = int(torch.Size(shape).numel())
+                whole = wholes.setdefault(f"{kind}/{name}", torch.full((size,), float("nan")))
+                whole[start : start + tensor.numel()] = tensor
+    return {name: whole.tolist() for name, whole in wholes.items()}
+
+
+def conformance(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Train every variant alike and tell losses, norms and final states."""
+    for variant in payload["variants"]:
+        micro = variant.pop("micro_batch", BATCH // context.world_size)
+        engine = build(context, micro_batch=micro, **variant)
+        history = updates(engine, context, count=4, micro_batch=micro)
+        final = state(engine)
+        if context.rank == 0:
+            context.tell({"history": history, "state": final})
+
+
+def reload(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Train 4 updates; then 2, move the state into a fresh engine, and 2 more; tell both states."""
+    engine_settings = payload["engine"]
+    micro = BATCH // context.world_size
+    straight = build(context, micro_batch=micro, **engine_settings)
+    updates(straight, context, count=4, micro_batch=micro)
+    first = build(context, micro_batch=micro, **engine_settings)
+    updates(first, context, count=2, micro_batch=micro)
+    second = build(context, micro_batch=micro, **engine_settings)
+    for source, target in zip(first.fragments(), second.fragments(), strict=True):
+        for kind, tensor in target.tensors.items():
+            tensor.copy_(source.tensors[kind])
+    second.load_fragments(2)
+    updates(second, context, count=2, first=2, micro_batch=micro)
+    told = {"straight": state(straight), "resumed": state(second)}
+    if context.rank == 0:
+        context.tell(told)
+
+
+def ema(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Tell whether the model holds the EMA inside `ema_weights` and trains on unchanged after it."""
+    micro = BATCH // context.world_size
+    looked = build(context, micro_batch=micro, **payload["engine"])
+    plain = build(context, micro_batch=micro, **payload["engine"])
+    for engine in (looked, plain):
+        updates(engine, context, count=2, micro_batch=micro)
+    expected = {
+        name.removeprefix("ema/"): values
+        for name, values in state(looked).items()
+        if name.startswith("ema/")
+    }
+    with looked.ema_weights() as model:
+        inside = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+    for engine in (looked, plain):
+        updates(engine, context, count=1, first=2, micro_batch=micro)
+    told = {
+        "inside": inside,
+        "expected": expected,
+        "after_look": state(looked),
+        "without_look": state(plain),
+    }
+    if context.rank == 0:
+        context.tell(told)
+
+
+def nonfinite(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Give one rank a NaN loss; tell every rank's outcome and whether the state moved."""
+    micro = BATCH // context.world_size
+    engine = build(context, micro_batch=micro, **payload["engine"])
+    updates(engine, context, count=1, micro_batch=micro)
+    before = state(engine)
+    velocity = engine(
+        (torch.ones(2, 1, 4, 4), torch.ones(1, 1, 8, 8)), torch.rand(2), torch.tensor([0, 1])
+    )
+    loss = sum(v.square().mean() for v in velocity)
+    assert isinstance(loss, torch.Tensor)
+    engine.backward(loss * (float("nan") if context.rank == 1 else 1.0), last=True)
+    outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
+    applied: list[Any] = [None] * context.world_size
+    torch.distributed.all_gather_object(applied, outcome.applied)
+    unmoved = state(engine) == before
+    history = updates(engine, context, count=1, first=1, micro_batch=micro)
+    if context.rank == 0:
+        context.tell({"applied": applied, "unmoved": unmoved, "next": history})

@@ -1,0 +1,190 @@
+"""Writing datasets: whole or not at all, never over another one."""
+
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.errors import EmptyDatasetError, MissingDatasetError, OccupiedPrefixError
+from pipelines.ingest import digits, verify
+from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
+from pipelines.shards import ShardedImages
+from tests.unit.pipelines import pictures
+from tests.unit.pipelines.conftest import SAMPLES
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def broken(images: list[LabelledImage], after: int) -> Iterator[LabelledImage]:
+    yield from images[:after]
+    raise OSError("the source went away")
+
+
+def test_writing_the_same_again_changes_nothing(prefix: Path, images: list[LabelledImage]) -> None:
+    before = files_in(prefix)
+    write_dataset(images, str(prefix), shard_bytes=2000)
+    assert files_in(prefix) == before
+    assert sorted(path.name for path in prefix.parent.iterdir()) == [".dataset.lock", "dataset"]
+
+
+@pytest.mark.parametrize("other", ["fewer", "more", "changed", "regrouped"])
+def test_another_dataset_is_not_replaced(
+    prefix: Path, images: list[LabelledImage], other: str
+) -> None:
+    before = files_in(prefix)
+    chosen, shard_bytes = {
+        "fewer": (images[:-8], 2000),
+        "more": (images + images, 2000),
+        "changed": ([*images[:-1], LabelledImage(images[-1].data, 99)], 2000),
+        "regrouped": (images, 4000),
+    }[other]
+    with pytest.raises(OccupiedPrefixError, match=r"holds another dataset.*another prefix"):
+        write_dataset(chosen, str(prefix), shard_bytes=shard_bytes)
+    assert files_in(prefix) == before
+
+
+def test_other_files_are_not_replaced(tmp_path: Path, images: list[LabelledImage]) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("…")
+    (tmp_path / "file").write_text("…")
+    for name in ("thesis", "file"):
+        with pytest.raises(OccupiedPrefixError, match="holds other files"):
+            write_dataset(images, str(tmp_path / name))
+    (tmp_path / "empty").mkdir()
+    write_dataset(images, str(tmp_path / "empty"))
+    assert has_dataset(str(tmp_path / "empty"))
+
+
+def test_an_interrupted_write_is_no_dataset(tmp_path: Path, images: list[LabelledImage]) -> None:
+    target = tmp_path / "new" / "train"
+    with pytest.raises(OSError, match="went away"):
+        write_dataset(broken(images, 30), str(target), shard_bytes=2000)
+    assert not has_dataset(str(target))
+    with pytest.raises(MissingDatasetError, match="interrupted"):
+        ShardedImages(str(target))
+    write_dataset(images, str(target), shard_bytes=2000)
+    assert len(ShardedImages(str(target))) == SAMPLES
+    assert sorted(path.name for path in target.parent.iterdir()) == [".train.lock", "train"]
+
+
+def test_a_killed_write_is_no_dataset(tmp_path: Path, images: list[LabelledImage]) -> None:
+    def die() -> Iterator[LabelledImage]:
+        yield from images[:30]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    arguments = (die(), str(tmp_path / "train"))
+    process = multiprocessing.get_context("fork").Process(
+        target=write_dataset, args=arguments, kwargs={"shard_bytes": 2000}
+    )
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert list((tmp_path / ".train.building").glob("*.mds"))
+    assert not has_dataset(str(tmp_path / "train"))
+    write_dataset(images, str(tmp_path / "train"), shard_bytes=2000)
+    assert len(ShardedImages(str(tmp_path / "train"))) == SAMPLES
+    assert not (tmp_path / ".train.building").exists()
+
+
+def test_two_writers_at_once_agree(tmp_path: Path, images: list[LabelledImage]) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=write_dataset, args=(images, str(tmp_path / "train")))
+        for _ in range(2)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(30)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert len(ShardedImages(str(tmp_path / "train"))) == SAMPLES
+
+
+def test_nothing_to_write(tmp_path: Path) -> None:
+    with pytest.raises(EmptyDatasetError, match="no images to write"):
+        write_dataset([], str(tmp_path / "train"))
+    assert not has_dataset(str(tmp_path / "train"))
+
+
+@pytest.fixture(scope="module")
+def digits_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("digits")
+    digits.main(["--prefix", f"{prefix}/"])
+    return prefix
+
+
+def test_digits_are_split_by_class(digits_prefix: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    train, test = (verify.verify(str(digits_prefix / split)) for split in ("train", "test"))
+    assert train.images + test.images == 1797
+    assert not train.undecodable
+    assert train.images_per_size == {(8, 8): train.images}
+    for label in range(digits.CLASSES):
+        members = train.images_per_class[label] + test.images_per_class[label]
+        assert test.images_per_class[label] == round(0.2 * members)
+    source = load_digits()
+    every = {
+        (image.tobytes(), label)
+        for image, label in zip(
+            np.rint(source.images * 255 / 16).astype(np.uint8), source.target.tolist(), strict=True
+        )
+    }
+    dataset = ShardedImages(str(digits_prefix / "test"))
+    for sample_id in range(len(dataset)):
+        sample = dataset.read(sample_id)
+        with Image.open(io.BytesIO(sample.data)) as image:
+            assert image.mode == "L"
+            assert (np.asarray(image).tobytes(), sample.label) in every
+
+
+def test_digits_are_written_once(
+    digits_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(digits_prefix, tmp_path / "digits")
+    before = files_in(copy / "test")
+    shutil.rmtree(copy / "test")
+    digits.ensure_digits(str(copy))
+    assert files_in(copy / "test") == before  # the same split again
+    monkeypatch.setattr(digits, "_load", lambda: pytest.fail("read the source again"))
+    digits.ensure_digits(str(copy))
+
+
+def test_verify_names_what_cannot_be_decoded(
+    tmp_path: Path, images: list[LabelledImage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = str(tmp_path / "train")
+    write_dataset([*images[:5], LabelledImage(pictures.BAD["half a PNG"], 3)], target)
+    assert verify.main(["--prefix", target]) == 1
+    output = capsys.readouterr().out
+    assert "6 images in 1 shards" in output
+    assert "1 images cannot be decoded\n  sample 5 in shard shard.00000.mds: " in output
+
+
+def test_light_modules_do_not_load_heavy_packages() -> None:
+    """`streaming` and DALI take seconds to import; settings must not."""
+    script = (
+        "import sys, pipelines.batch, pipelines.order, pipelines.loader, pipelines.decode, "
+        "pipelines.source, pipelines.shards, pipelines.ingest.digits\n"
+        "heavy = {'streaming', 'nvidia.dali', 'torchvision', 'sklearn', 'boto3', 'transformers'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.stdout == "[]\n"

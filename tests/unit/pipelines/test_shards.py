@@ -1,0 +1,445 @@
+"""Reading shards, in place and through the cache, and all that can be wrong with them."""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.errors import (
+    CacheUnusableError,
+    CorruptShardError,
+    DataError,
+    EmptyDatasetError,
+    InvalidIndexError,
+    MissingDatasetError,
+    MissingShardError,
+    StoreUnreachableError,
+)
+from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.shards import ShardedImages, ShardsConfig
+
+
+def cached(prefix: Path, cache: Path, **config: Any) -> ShardedImages:
+    """The dataset as if it were remote: read through a cache."""
+    return ShardedImages(f"file://{prefix}", config=ShardsConfig(cache_dir=str(cache), **config))
+
+
+def read_all(dataset: ShardedImages) -> list[tuple[bytes, int, int]]:
+    samples = [dataset.read(sample_id) for sample_id in range(len(dataset))]
+    return [(sample.data, sample.label, sample.sample_id) for sample in samples]
+
+
+def expected(images: list[LabelledImage]) -> list[tuple[bytes, int, int]]:
+    return [(image.data, image.label, number) for number, image in enumerate(images)]
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.mds"))
+
+
+def flip(path: Path, place: int = -10) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pauses between attempts, taken without waiting."""
+    taken: list[float] = []
+    monkeypatch.setattr("pipelines.source.time.sleep", taken.append)
+    return taken
+
+
+class Refusing:
+    """A downloader whose store fails with the given errors, one for each call, then works."""
+
+    def __init__(self, errors: list[Exception], real: Any = None) -> None:
+        self.errors = errors
+        self.real = real
+        self.calls = 0
+
+    def download(self, url: str, path: str, timeout: float) -> None:
+        self.calls += 1
+        if self.errors:
+            Path(path).write_bytes(b"half")  # what a broken transfer may leave
+            raise self.errors.pop(0)
+        self.real.download(url, path, timeout)
+
+    def clean_up(self) -> None:
+        pass
+
+
+def answer(code: str) -> Exception:
+    """An error of the shape that botocore raises."""
+    error = Exception(f"An error occurred ({code})")
+    error.response = {"Error": {"Code": code}}  # type: ignore[attr-defined]
+    return error
+
+
+def test_samples_come_back_as_written(prefix: Path, images: list[LabelledImage]) -> None:
+    dataset = ShardedImages(f"{prefix}/")
+    assert len(dataset) == len(images)
+    assert sum(dataset.shard_sizes) == len(images)
+    assert len(dataset.shard_sizes) > 3
+    assert read_all(dataset) == expected(images)
+    assert dataset.shard_of(0) == "shard.00000.mds"
+    assert dataset.shard_of(dataset.shard_sizes[0]) == "shard.00001.mds"
+    assert re.fullmatch("[0-9a-f]{64}", dataset.digest)
+
+
+def test_datasets_of_others_are_read(tmp_path: Path, images: list[LabelledImage]) -> None:
+    from streaming.base.format.mds import MDSWriter
+
+    columns = {"label": "uint16", "image": "bytes", "name": "str", "weight": "float32"}
+    folder = tmp_path / "other"
+    with MDSWriter(out=str(folder), columns=columns, hashes=["xxh64"]) as writer:
+        for image in images:
+            sample = {"image": image.data, "label": np.uint16(image.label), "name": "é"}
+            writer.write(sample | {"weight": np.float32(1)})
+    assert read_all(ShardedImages(str(folder))) == expected(images)
+
+
+def test_the_cache_holds_only_what_was_read(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    dataset.read(0)
+    assert [path.name for path in shards_in(tmp_path / "cache")] == ["shard.00000.mds"]
+    assert read_all(dataset) == expected(images)
+    for shard in shards_in(prefix):
+        shard.unlink()
+    assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)  # all from the cache
+
+
+@pytest.mark.parametrize("sample_id", [-1, 48])
+def test_samples_that_are_not_there(prefix: Path, sample_id: int) -> None:
+    with pytest.raises(IndexError, match=f"no sample {sample_id}; the dataset holds 48"):
+        ShardedImages(str(prefix)).read(sample_id)
+
+
+def test_no_dataset(tmp_path: Path) -> None:
+    for missing in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(MissingDatasetError, match=r"no index\.json.*ingest"):
+            ShardedImages(str(missing))
+
+
+def test_an_empty_dataset(prefix: Path) -> None:
+    (prefix / "index.json").write_text('{"version": 2, "shards": []}')
+    with pytest.raises(EmptyDatasetError):
+        ShardedImages(str(prefix))
+
+
+def test_a_hostile_index_touches_nothing(prefix: Path, tmp_path: Path) -> None:
+    index = json.loads((prefix / "index.json").read_text())
+    index["shards"][0]["raw_data"]["basename"] = "../escaped.mds"
+    shutil.copy(shards_in(prefix)[0], prefix.parent / "escaped.mds")
+    (prefix / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidIndexError, match="escaped"):
+        cached(prefix, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("through_cache", [False, True])
+def test_a_missing_shard(prefix: Path, tmp_path: Path, through_cache: bool) -> None:
+    shards_in(prefix)[1].unlink()
+    dataset = cached(prefix, tmp_path / "c") if through_cache else ShardedImages(str(prefix))
+    dataset.read(0)
+    with pytest.raises(MissingShardError, match=r"shard\.00001\.mds .*is not there"):
+        dataset.read(dataset.shard_sizes[0])
+
+
+@pytest.mark.parametrize("through_cache", [False, True])
+def test_a_corrupt_shard(prefix: Path, tmp_path: Path, through_cache: bool) -> None:
+    flip(shards_in(prefix)[0])
+    dataset = cached(prefix, tmp_path / "c") if through_cache else ShardedImages(str(prefix))
+    for _ in range(2):  # asking again does not get it past the check
+        with pytest.raises(CorruptShardError, match=r"shard\.00000\.mds .*sha256") as raised:
+            dataset.read(0)
+    assert ("second time" in str(raised.value)) == through_cache
+    assert shards_in(prefix)[0].exists()  # the original is never deleted
+    if through_cache:
+        assert not shards_in(tmp_path / "c")
+
+
+def test_a_shard_of_another_length(prefix: Path) -> None:
+    shard = shards_in(prefix)[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CorruptShardError, match=r"is \d+ bytes long instead of \d+"):
+        ShardedImages(str(prefix)).read(0)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_shard_whose_table_lies(prefix: Path, count: int) -> None:
+    """The hash is right: whoever wrote the shard wrote the index too."""
+    import hashlib
+
+    shard = shards_in(prefix)[0]
+    content = bytearray(shard.read_bytes())
+    content[4 * count : 4 * count + 4] = (2**32 - 1).to_bytes(4, "little")
+    shard.write_bytes(content)
+    index = json.loads((prefix / "index.json").read_text())
+    index["shards"][0]["raw_data"]["hashes"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (prefix / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CorruptShardError, match="table of samples"):
+        ShardedImages(str(prefix)).read(0)
+
+
+def test_a_cached_file_that_went_bad_is_fetched_again(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage], caplog: pytest.LogCaptureFixture
+) -> None:
+    read_all(cached(prefix, tmp_path / "cache"))
+    bad = shards_in(tmp_path / "cache")
+    flip(bad[0])
+    bad[1].write_bytes(b"")
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)
+    assert [record.getMessage().count("fetching it again") for record in caplog.records] == [1, 1]
+
+
+def test_a_bad_transfer_is_fetched_again(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    fetch = dataset._source.fetch
+    damaged = []
+
+    def damage_first(name: str, path: Path) -> None:
+        fetch(name, path)
+        if name not in damaged:
+            damaged.append(name)
+            flip(path)
+
+    monkeypatch.setattr(dataset._source, "fetch", damage_first)
+    assert read_all(dataset) == expected(images)
+    assert len(damaged) == len(dataset.shard_sizes)
+
+
+def test_a_cache_cleaned_during_the_run(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    read_all(dataset)
+    for shard in shards_in(tmp_path / "cache"):
+        shard.unlink()
+    assert read_all(dataset) == expected(images)
+
+
+def test_each_shard_is_hashed_once(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.shards
+
+    checked = []
+    problem = pipelines.shards._problem
+    monkeypatch.setattr(
+        pipelines.shards,
+        "_problem",
+        lambda path, shard: (checked.append(shard.name), problem(path, shard))[1],
+    )
+    dataset = ShardedImages(str(prefix))
+    read_all(dataset)
+    read_all(dataset)
+    assert len(checked) == len(set(checked)) == len(dataset.shard_sizes)
+
+
+def test_a_dataset_written_anew_has_a_new_cache(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    old = cached(prefix, tmp_path / "cache")
+    read_all(old)
+    shutil.rmtree(prefix)
+    fewer = images[:20]
+    write_dataset(fewer, str(prefix), shard_bytes=2000)
+    new = cached(prefix, tmp_path / "cache")
+    assert read_all(new) == expected(fewer)
+    assert new.digest != old.digest
+
+
+def test_a_flaky_store_is_asked_again(
+    prefix: Path,
+    tmp_path: Path,
+    images: list[LabelledImage],
+    waits: list[float],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    source = dataset._source
+    source._downloaders.own = Refusing(
+        [ConnectionError("reset"), TimeoutError("slow"), answer("503")], source._connect()
+    )
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        assert read_all(dataset) == expected(images)
+    assert [round(wait) for wait in waits] == pytest.approx([1, 2, 4], abs=1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert "attempt 3 of 6" in lines[2]
+    assert "503" in lines[2]
+
+
+def test_an_unreachable_store(prefix: Path, tmp_path: Path, waits: list[float]) -> None:
+    dataset = cached(prefix, tmp_path / "cache", download_attempts=3)
+    dataset._source._downloaders.own = Refusing([ConnectionError("refused")] * 100)
+    with pytest.raises(StoreUnreachableError, match=r"3 attempts.*refused.*S3_ENDPOINT_URL"):
+        dataset.read(0)
+    assert len(waits) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (answer("403"), StoreUnreachableError, "refused to give .*credentials"),
+        (answer("NoSuchKey"), MissingShardError, "is not there"),
+        (OSError(28, "No space left on device"), CacheUnusableError, "Free some space"),
+    ],
+)
+def test_failures_that_time_does_not_heal(
+    prefix: Path,
+    tmp_path: Path,
+    waits: list[float],
+    error: Exception,
+    kind: type[Exception],
+    words: str,
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    dataset._source._downloaders.own = Refusing([error])
+    with pytest.raises(kind, match=words):
+        dataset.read(0)
+    assert not waits
+
+
+def test_a_cache_that_cannot_be_written(prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheUnusableError, match=r"file.*cannot be written.*cache_dir"):
+        cached(prefix, tmp_path / "file" / "cache")
+
+
+def test_the_default_cache_must_be_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.cache import default_cache_dir
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = default_cache_dir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheUnusableError, match="belongs to another user"):
+        default_cache_dir()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("ftp://host/data", "cannot be read from 'ftp://host/data'"),
+        ("s3://key:hunter2@bucket/data", "must not carry a user name or password"),
+    ],
+)
+def test_urls_that_are_not_read(prefix: str, words: str) -> None:
+    with pytest.raises(DataError, match=words) as raised:
+        ShardedImages(prefix)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_impossible_settings_are_refused() -> None:
+    for wrong in (
+        {"download_attempts": 0},
+        {"download_timeout_s": 0.0},
+        {"download_threads": 0},
+    ):
+        with pytest.raises(DataError, match="at least 1"):
+            ShardsConfig(**wrong)  # type: ignore[arg-type]
+
+
+def read_in_process(prefix: Path, cache: Path, *, slow: bool) -> tuple[Any, Any]:
+    """Start a process that reads everything once it is told to; returns it and a pipe to it."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def work() -> None:
+        dataset = cached(prefix, cache)
+        fetch = dataset._source.fetch
+
+        def tell(name: str, path: Path) -> None:
+            if slow:
+                path.write_bytes(b"half a shard")
+            theirs.send(name)
+            time.sleep(60 if slow else 0.02)
+            fetch(name, path)
+
+        dataset._source.fetch = tell  # type: ignore[method-assign]
+        theirs.send("ready")
+        theirs.recv()
+        theirs.send(read_all(dataset))
+
+    process = context.Process(target=work)
+    process.start()
+    assert ours.recv() == "ready"
+    return process, ours
+
+
+def test_shards_are_prepared_together(prefix: Path, tmp_path: Path) -> None:
+    dataset = cached(prefix, tmp_path / "cache", download_threads=3)
+    fetch = dataset._source.fetch
+    together = threading.Barrier(3)
+
+    def meet(name: str, path: Path) -> None:
+        together.wait(10)
+        fetch(name, path)
+
+    dataset._source.fetch = meet  # type: ignore[method-assign]
+    first, second, third, *_ = np.cumsum([0, *dataset.shard_sizes])
+    dataset.prepare(np.array([third, first, second, first + 1]))
+    names = ["shard.00000.mds", "shard.00001.mds", "shard.00002.mds"]
+    assert [path.name for path in shards_in(tmp_path / "cache")] == names
+
+
+def test_failures_to_prepare_are_raised(prefix: Path, tmp_path: Path) -> None:
+    shards_in(prefix)[2].unlink()
+    dataset = cached(prefix, tmp_path / "cache")
+    with pytest.raises(MissingShardError, match=r"shard\.00002\.mds"):
+        dataset.prepare(np.arange(len(dataset)))
+
+
+def test_processes_share_a_cache(
+    prefix: Path,
+    tmp_path: Path,
+    images: list[LabelledImage],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # a launcher's word must not matter
+        monkeypatch.setenv(name, "8")
+    readers = [read_in_process(prefix, tmp_path / "cache", slow=False) for _ in range(2)]
+    for _, pipe in readers:
+        pipe.send("go")
+    fetched = []
+    for process, pipe in readers:
+        while isinstance(message := pipe.recv(), str):
+            fetched.append(message)
+        assert message == expected(images)
+        process.join(10)
+    assert sorted(fetched) == [path.name for path in shards_in(prefix)]  # each one once
+
+
+def test_a_reader_killed_amid_a_download_blocks_nobody(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    process, pipe = read_in_process(prefix, tmp_path / "cache", slow=True)
+    pipe.send("go")
+    assert pipe.recv() == "shard.00000.mds"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    assert list((tmp_path / "cache").rglob(".partial/*/*"))  # the half shard is there
+    started_s = time.monotonic()
+    assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)
+    assert time.monotonic() - started_s < 10
+    assert not list((tmp_path / "cache").rglob(".partial/*"))

@@ -1,0 +1,114 @@
+"""The same, from a real S3 server."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.batch import Cursor
+from pipelines.decode import DecodeConfig
+from pipelines.errors import (
+    CorruptShardError,
+    MissingDatasetError,
+    MissingShardError,
+    OccupiedPrefixError,
+    StoreUnreachableError,
+)
+from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
+from pipelines.loader import Loader, LoaderConfig
+from pipelines.shards import ShardedImages, ShardsConfig
+from tests.support.s3_server import S3Server
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3.make_bucket("images")
+
+
+def keys(s3: S3Server, prefix: str) -> list[str]:
+    listing = s3.client.list_objects_v2(Bucket="images", Prefix=prefix)
+    return [entry["Key"] for entry in listing.get("Contents", [])]
+
+
+def config(cache: Path) -> ShardsConfig:
+    return ShardsConfig(cache_dir=str(cache), download_attempts=2, download_timeout_s=5)
+
+
+def test_round_trip(
+    s3: S3Server, bucket: str, tmp_path: Path, pristine: Path, images: list[LabelledImage]
+) -> None:
+    prefix = f"{bucket}/round/train"
+    assert not has_dataset(prefix)
+    write_dataset(images, prefix, shard_bytes=2000)
+    assert has_dataset(prefix)
+    remote = ShardedImages(prefix, config=config(tmp_path))
+    local = ShardedImages(str(pristine))
+    assert remote.digest == local.digest
+    batches = []
+    for dataset in (remote, local):
+        with Loader(
+            dataset,
+            config=LoaderConfig(),
+            decode=DecodeConfig(image_size=8),
+            seed=0,
+            batch_images=48,
+        ) as loader:
+            batches.append(next(loader.batches(Cursor()))[0])
+    for one, other in zip(batches[0].bands, batches[1].bands, strict=True):
+        assert torch.equal(one, other)
+    write_dataset(images, prefix, shard_bytes=2000)  # the same again
+    with pytest.raises(OccupiedPrefixError):
+        write_dataset(images[:9], prefix, shard_bytes=2000)
+
+
+def test_an_interrupted_upload_is_no_dataset(
+    s3: S3Server, bucket: str, images: list[LabelledImage]
+) -> None:
+    def broken() -> object:
+        yield from images[:30]
+        raise OSError("the source went away")
+
+    prefix = f"{bucket}/broken/train"
+    with pytest.raises(OSError, match="went away"):
+        write_dataset(broken(), prefix, shard_bytes=2000)  # type: ignore[arg-type]
+    assert keys(s3, "broken/")
+    assert not has_dataset(prefix)
+    write_dataset(images, prefix, shard_bytes=2000)
+    assert has_dataset(prefix)
+
+
+def test_damage_in_the_store(
+    s3: S3Server, bucket: str, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    prefix = f"{bucket}/damaged"
+    write_dataset(images, prefix, shard_bytes=2000)
+    s3.client.put_object(Bucket="images", Key="damaged/shard.00000.mds", Body=b"junk")
+    s3.client.delete_object(Bucket="images", Key="damaged/shard.00001.mds")
+    dataset = ShardedImages(prefix, config=config(tmp_path))
+    with pytest.raises(CorruptShardError, match=r"shard\.00000\.mds .*second time"):
+        dataset.read(0)
+    with pytest.raises(MissingShardError, match=r"shard\.00001\.mds"):
+        dataset.read(dataset.shard_sizes[0])
+    assert dataset.read(len(dataset) - 1).data == images[-1].data
+
+
+def test_mistakes_are_named(
+    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MissingDatasetError, match="no dataset at s3://images/nothing"):
+        ShardedImages(f"{bucket}/nothing", config=config(tmp_path))
+    with pytest.raises(MissingDatasetError, match="s3://no-such-bucket/data"):
+        ShardedImages("s3://no-such-bucket/data", config=config(tmp_path))
+    with pytest.raises(StoreUnreachableError, match="no-such-bucket"):
+        write_dataset([LabelledImage(b"x", 0)], "s3://no-such-bucket/data")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreUnreachableError, match=r"refused to give .*credentials"):
+        ShardedImages(f"{bucket}/nothing", config=config(tmp_path))
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("pipelines.source.time.sleep", lambda seconds: None)
+    with pytest.raises(StoreUnreachableError, match=r"2 attempts.*127\.0\.0\.1:1"):
+        ShardedImages(f"{bucket}/nothing", config=config(tmp_path))

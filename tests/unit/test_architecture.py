@@ -1,0 +1,47 @@
+"""Laws of the house that no linter knows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("trainer", "models", "pipelines", "cluster")
+SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+
+
+def test_the_method_knows_no_process_groups():
+    offenders = [
+        path.name
+        for path in (ROOT / "models").rglob("*.py")
+        if re.search(r"torch\.distributed|import distributed", path.read_text())
+    ]
+    assert offenders == []
+
+
+def test_rooms_have_names_of_their_own():
+    vague = {"utils", "util", "common", "helpers", "helper", "misc"}
+    assert [path for path in SOURCES if vague & {path.stem, path.parent.name}] == []
+
+
+def test_files_stay_small():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 300}
+    assert long == {}
+
+
+def test_nothing_is_unpickled():
+    loads = re.compile(r"\b(pickle|cloudpickle|joblib|dill)\b|torch\.load\(|weights_only=False")
+    assert [str(path) for path in SOURCES if loads.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+@pytest.mark.parametrize("patch", [2, 4])
+def test_model_files_are_the_presets(size, patch):
+    import yaml
+
+    from models.transformer.presets import preset
+
+    values = yaml.safe_load((ROOT / "configs" / "model" / f"{size}_{patch}.yaml").read_text())
+    wanted = preset(f"{size.upper()}/{patch}")
+    assert values == {name: getattr(wanted, name) for name in values}
+    assert set(values) == {"depth", "width", "heads", "patch_size"}

@@ -1,0 +1,488 @@
+"""Saving and restoring: bit for bit, on any number of ranks, past what is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
+from tests.unit.trainer.checkpoint.worlds import (
+    KINDS,
+    RUN,
+    SCIENCE,
+    SHAPES,
+    State,
+    checkpoints,
+    empty_state,
+    even_cuts,
+    load_newest,
+    on_ranks,
+    random_state,
+    same_bits,
+    save,
+    split,
+)
+from trainer.checkpoint import layout
+from trainer.checkpoint.agreement import Gather
+from trainer.checkpoint.content import fill, load_weights
+from trainer.checkpoint.errors import (
+    CheckpointConflict,
+    CheckpointMismatch,
+    DamagedCheckpoint,
+    InvalidManifest,
+    RankFailed,
+    StoreError,
+    StoreUnreachable,
+)
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import Store
+from trainer.state import Fragment
+
+QUICK = settings(max_examples=40, deadline=None)
+TOTAL = sum(map(math.prod, SHAPES.values()))
+
+
+def manifest_keys(store: Store) -> list[str]:
+    return [key for key in store.list("") if key.endswith(layout.MANIFEST_NAME)]
+
+
+def contents(store: Store, images: int) -> list[str]:
+    keys = store.list(layout.checkpoint_key(RUN, images) + "/")
+    return [key for key in keys if key.endswith(".safetensors")]
+
+
+def replace_object(store: Store, key: str, data: bytes) -> None:
+    store.delete(key)
+    store.put(key, data)
+
+
+def flip_middle_bit(store: Store, key: str) -> None:
+    data = bytearray(store.get(key))
+    data[len(data) // 2] ^= 1
+    replace_object(store, key, bytes(data))
+
+
+def test_a_state_comes_back_bit_for_bit(store: Store) -> None:
+    state = random_state(0)
+    uris = save(store, state, images=64, world=3)
+    assert uris == [store.uri(f"{RUN}/checkpoints/000000000064")] * 3
+    images, loaded = load_newest(store, world=3) or (None, empty_state())
+    assert images == 64
+    assert same_bits(loaded, state)
+    assert torch.isnan(loaded["ema"]["embed.weight"]).any()
+
+
+def test_another_number_of_ranks_goes_on_from_it(store: Store) -> None:
+    state = random_state(1)
+    save(store, state, images=64, world=3)
+    for world in (1, 2, 5):
+        _, loaded = load_newest(store, world=world) or (None, empty_state())
+        assert same_bits(loaded, state)
+
+
+@QUICK
+@given(st.data(), st.integers(0, 2**31))
+def test_any_split_restores_any_other(data: st.DataObject, seed: int) -> None:
+    shapes = {
+        f"p{index}": tuple(shape)
+        for index, shape in enumerate(
+            data.draw(st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5))
+        )
+    }
+    total = sum(map(math.prod, shapes.values()))
+    if total == 0:
+        return
+    cuts = st.lists(st.integers(0, total), max_size=4).map(sorted)
+    state, target, store = random_state(seed, shapes), empty_state(shapes), MemoryStore()
+    before = split(state, data.draw(cuts), shapes)
+    after = split(target, data.draw(cuts), shapes)
+    # Some ranks hold replicas of what others hold, as data-parallel groups do.
+    before += [before[n] for n in data.draw(st.lists(st.integers(0, len(before) - 1), max_size=2))]
+
+    def save_rank(rank: int, gather: Gather) -> str:
+        mine = checkpoints(store, rank=rank, world=len(before), gather=gather)
+        return mine.save(images=8, fragments=before[rank], train_state={}, **SCIENCE)
+
+    assert len(set(on_ranks(len(before), save_rank))) == 1
+    reader = Checkpoints.reader(store, run=RUN)
+    manifest = reader.newest_valid()
+    assert manifest is not None
+    assert manifest.world_size == len(before)
+
+    def restore_rank(rank: int, gather: Gather) -> dict[str, object]:
+        mine = checkpoints(store, rank=rank, world=len(after), gather=gather)
+        return mine.restore(manifest, after[rank])
+
+    assert on_ranks(len(after), restore_rank) == [{}] * len(after)
+    assert same_bits(target, state)
+    # Nothing was written twice.
+    written = sum(span.numel for entry in manifest.objects for span in entry.fragments.values())
+    assert written == total
+
+
+def test_a_rank_reads_only_what_it_needs() -> None:
+    store, state = MemoryStore(), random_state(2)
+    save(store, state, images=64, world=4)
+    manifest = Checkpoints.reader(store, run=RUN).newest_valid()
+    assert manifest is not None
+    for world, expected in ((4, 1), (2, 2), (1, 4)):
+        mine = split(empty_state(), even_cuts(world))[0]
+        reads = count_operations(store, lambda watched: fill(watched, manifest, mine))  # noqa: B023
+        assert reads == ["get"] * expected
+
+
+def test_whole_weights_are_read_for_sampling(store: Store) -> None:
+    state = random_state(3)
+    save(store, state, images=64, world=2)
+    manifest = Checkpoints.reader(store, run=RUN).newest_valid()
+    assert manifest is not None
+    for which in ("ema", "master"):
+        weights = load_weights(store, manifest, which)
+        assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == SHAPES
+        for name, tensor in weights.items():
+            flat = tensor.reshape(-1).view(torch.int32)
+            assert torch.equal(flat, state[which][name].view(torch.int32))
+
+
+def test_the_manifest_says_what_was_saved() -> None:
+    store = MemoryStore()
+    save(store, random_state(0), images=64, world=2)
+    manifest = Checkpoints.reader(store, run=RUN).manifest(64)
+    assert manifest is not None
+    assert manifest.science == SCIENCE["science"]
+    assert manifest.science_hash == SCIENCE["science_hash"]
+    assert manifest.kinds == tuple(sorted(KINDS))
+    assert manifest.parameters == SHAPES
+    assert manifest.world_size == 2
+    assert "torch" in manifest.versions
+    assert Checkpoints.reader(store, run=RUN).manifest(63) is None
+
+
+def test_saving_does_not_change_the_live_state() -> None:
+    state, twin = random_state(4), random_state(4)
+    save(MemoryStore(), state, images=1, world=2)
+    assert same_bits(state, twin)
+
+
+def test_there_is_nothing_to_resume_in_an_empty_store(store_at_hand: Store) -> None:
+    assert Checkpoints.reader(store_at_hand, run=RUN).newest_valid() is None
+
+
+def test_runs_do_not_see_each_other() -> None:
+    store = MemoryStore()
+    save(store, random_state(0), images=64)
+    for other in ("night", "night-10", "night-1x"):
+        assert Checkpoints.reader(store, run=other).newest_valid() is None
+
+
+def test_newest_valid_before_a_position() -> None:
+    store = MemoryStore()
+    for images in (10, 20):
+        save(store, random_state(images), images=images)
+    reader = Checkpoints.reader(store, run=RUN)
+    found = [reader.newest_valid(before=before) for before in (21, 20, 10)]
+    assert [manifest and manifest.images for manifest in found] == [20, 10, None]
+
+
+def test_a_process_knows_what_it_saved_or_restored() -> None:
+    store = MemoryStore()
+    mine = checkpoints(store)
+    fragments = split(random_state(0), [])[0]
+    assert not mine.is_saved(64)
+    mine.save(images=64, fragments=fragments, train_state={}, **SCIENCE)
+    assert mine.is_saved(64)
+    other = checkpoints(store)
+    manifest = other.newest_valid()
+    assert manifest is not None
+    assert not other.is_saved(64)
+    other.restore(manifest, fragments)
+    assert other.is_saved(64)
+    assert other.uri(64) == store.uri(f"{RUN}/checkpoints/000000000064")
+
+
+DAMAGE: dict[str, Callable[[Store, str], None]] = {
+    "flipped bit": flip_middle_bit,
+    "truncated": lambda store, key: replace_object(store, key, store.get(key)[:-7]),
+    "empty": lambda store, key: replace_object(store, key, b""),
+    "missing": lambda store, key: store.delete(key),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+@pytest.mark.parametrize("what", ["content", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(
+    store_at_hand: Store,
+    damage: Callable[[Store, str], None],
+    what: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = store_at_hand
+    old, new = random_state(5), random_state(6)
+    save(store, old, images=64, world=2)
+    save(store, new, images=128, world=2)
+    bad = contents(store, 128)[1] if what == "content" else manifest_keys(store)[-1]
+    damage(store, bad)
+    with caplog.at_level(logging.WARNING):
+        images, loaded = load_newest(store, world=2) or (None, empty_state())
+    assert images == 64
+    assert same_bits(loaded, old)
+    if (what, damage) != ("manifest", DAMAGE["missing"]):
+        # Without a manifest it never was a checkpoint; otherwise somebody should know.
+        assert "000000000128" in caplog.text
+
+
+def test_an_object_of_another_checkpoint_is_noticed() -> None:
+    store = MemoryStore()
+    save(store, random_state(7), images=64, world=2)
+    save(store, random_state(8), images=128, world=2)
+    store.objects[contents(store, 128)[0]] = store.objects[contents(store, 64)[0]]
+    images, _ = load_newest(store) or (None, None)
+    assert images == 64
+
+
+def test_all_damaged_is_nothing_to_resume() -> None:
+    store = MemoryStore()
+    save(store, random_state(0), images=64)
+    store.delete(contents(store, 64)[0])
+    assert load_newest(store) is None
+
+
+def test_an_unreachable_store_is_no_reason_to_start_anew() -> None:
+    class Gone(MemoryStore):
+        def get(self, key: str) -> bytes:
+            raise StoreUnreachable("gone")
+
+    store = Gone()
+    save(store, random_state(0), images=64)
+    outcomes = on_ranks(
+        2, lambda rank, gather: checkpoints(store, rank=rank, world=2, gather=gather).newest_valid()
+    )
+    assert [type(outcome) for outcome in outcomes] == [StoreUnreachable] * 2
+
+
+def test_content_that_is_not_what_the_manifest_says_is_damage() -> None:
+    store = MemoryStore()
+    save(store, random_state(0), images=64)
+    manifest = Checkpoints.reader(store, run=RUN).newest_valid()
+    assert manifest is not None
+    renamed = dataclasses.replace(manifest, kinds=(*manifest.kinds, "momentum"))
+    extra = [
+        dataclasses.replace(each, tensors={**each.tensors, "momentum": torch.zeros(each.numel)})
+        for each in split(empty_state(), [])[0]
+    ]
+    with pytest.raises(DamagedCheckpoint, match="does not hold"):
+        checkpoints(store).restore(renamed, extra)
+
+
+def mutated(
+    fragments: list[Fragment], change: Callable[[Fragment], Fragment | None]
+) -> list[Fragment]:
+    return [new for new in map(change, fragments) if new is not None]
+
+
+MISFITS: dict[str, tuple[Callable[[Fragment], Fragment | None], str]] = {
+    "parameter the model lacks": (
+        lambda each: None if each.name == "gain" else each,
+        "1 parameters that the model lacks, such as gain",
+    ),
+    "parameter the checkpoint lacks": (
+        lambda each: dataclasses.replace(each, name=each.name.replace("gain", "bias")),
+        "has a parameter bias that the checkpoint",
+    ),
+    "other shape": (
+        lambda each: dataclasses.replace(each, shape=tuple(reversed(each.shape))),
+        "embed.weight has shape",
+    ),
+    "kind the engine lacks": (
+        lambda each: dataclasses.replace(
+            each, tensors={kind: each.tensors[kind] for kind in KINDS if kind != "ema"}
+        ),
+        "also holds ema of",
+    ),
+    "kind the checkpoint lacks": (
+        lambda each: dataclasses.replace(
+            each, tensors={**each.tensors, "momentum": torch.zeros(each.numel)}
+        ),
+        "but no momentum",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS.keys())
+def test_another_model_is_refused_by_all_ranks_before_anything_is_read(
+    change: Callable[[Fragment], Fragment | None], message: str
+) -> None:
+    store = MemoryStore()
+    save(store, random_state(0), images=64)
+    state = random_state(9)
+    ranks = [mutated(each, change) for each in split(state, even_cuts(2))]
+    manifest = Checkpoints.reader(store, run=RUN).newest_valid()
+    assert manifest is not None
+    outcomes = on_ranks(
+        2,
+        lambda rank, gather: checkpoints(store, rank=rank, world=2, gather=gather).restore(
+            manifest, ranks[rank]
+        ),
+    )
+    assert [type(outcome) for outcome in outcomes] == [CheckpointMismatch] * 2
+    assert message in str(outcomes[0])
+    assert same_bits(state, random_state(9))
+
+
+def save_each(store: Store, ranks: list[list[Fragment]], **changes: object) -> list[object]:
+    def act(rank: int, gather: Gather) -> str:
+        mine = checkpoints(store, rank=rank, world=len(ranks), gather=gather)
+        settings = {"images": 64, "train_state": {}, **SCIENCE}
+        settings.update({name: each[rank] for name, each in changes.items()})  # type: ignore[index]
+        return mine.save(fragments=ranks[rank], **settings)
+
+    return on_ranks(len(ranks), act)
+
+
+def test_ranks_that_do_not_fit_together_save_nothing() -> None:
+    store = MemoryStore()
+    ranks = split(random_state(0), even_cuts(2))
+    gap = [ranks[0], ranks[1][1:]]
+    twice = [ranks[0], [*ranks[1], ranks[1][0]]]
+    kinds = [
+        ranks[0],
+        [dataclasses.replace(each, tensors={"ema": each.tensors["ema"]}) for each in ranks[1]],
+    ]
+    shapes = [
+        ranks[0],
+        [dataclasses.replace(each, shape=(1000, *each.shape)) for each in ranks[1]],
+    ]
+    attempts = [
+        save_each(store, gap),
+        save_each(store, twice),
+        save_each(store, kinds),
+        save_each(store, shapes),
+        save_each(store, [[], []]),
+        save_each(store, ranks, images=[64, 65]),
+        save_each(store, ranks, science_hash=["a", "b"]),
+    ]
+    for outcomes in attempts:
+        assert [type(outcome) for outcome in outcomes] == [CheckpointMismatch] * 2
+        assert len({str(outcome) for outcome in outcomes}) == 1
+    assert store.objects == {}
+
+
+def test_a_train_state_json_cannot_hold_is_refused_by_all_ranks() -> None:
+    store = MemoryStore()
+    ranks = split(random_state(0), even_cuts(2))
+    outcomes = save_each(store, ranks, train_state=[{"loss": math.nan}, {}])
+    assert [type(outcome) for outcome in outcomes] == [InvalidManifest] * 2
+    assert manifest_keys(store) == []
+
+
+class FullOnRankOne(MemoryStore):
+    """The disk of rank 1 is full."""
+
+    error: Exception = StoreError("Cannot write: the disk is full; free space.")
+
+    def put(self, key: str, data: bytes) -> None:
+        if key.endswith("rank-00001.safetensors"):
+            raise self.error
+        super().put(key, data)
+
+
+def test_a_full_disk_on_one_rank_fails_the_save_on_all() -> None:
+    store = FullOnRankOne()
+    save(store, random_state(0), images=64, world=1)
+    outcomes = save(store, random_state(1), images=128, world=3)
+    assert [str(outcome) for outcome in outcomes] == [str(store.error)] * 3
+    assert [type(outcome) for outcome in outcomes] == [StoreError] * 3
+    # What the others wrote is gone again: it might be what fills the disk.
+    assert contents(store, 128) == []
+    assert (load_newest(store) or [None])[0] == 64
+
+
+def test_an_unforeseen_error_on_one_rank_fails_the_save_on_all() -> None:
+    store = FullOnRankOne()
+    store.error = MemoryError("host memory")
+    outcomes = save(store, random_state(1), images=128, world=3)
+    assert [type(outcome) for outcome in outcomes] == [RankFailed] * 3
+    assert str(outcomes[0]) == "Rank 1 failed with MemoryError: host memory"
+
+
+def test_two_writers_of_one_checkpoint_end_with_one() -> None:
+    store = MemoryStore()
+    states: list[State] = [random_state(n) for n in range(4)]
+    outcomes = on_ranks(4, lambda rank, _: save(store, states[rank], images=64, keep_last=1)[0])
+    assert len(set(outcomes)) == 1
+    assert len(manifest_keys(store)) == 1
+    _, loaded = load_newest(store) or (None, empty_state())
+    assert any(same_bits(loaded, state) for state in states)
+    save(store, states[0], images=128, keep_last=1)
+    assert len(store.objects) == 2  # what the losers wrote is gone
+
+
+def test_a_checkpoint_of_another_configuration_is_not_taken_for_ours() -> None:
+    store = MemoryStore()
+    save(store, random_state(0), images=64)
+    outcomes = save(
+        store, random_state(1), images=64, world=2, science={**SCIENCE, "science_hash": "other"}
+    )
+    assert [type(outcome) for outcome in outcomes] == [CheckpointConflict] * 2
+    assert "choose another run name" in str(outcomes[0])
+    _, loaded = load_newest(store) or (None, empty_state())
+    assert same_bits(loaded, random_state(0))
+
+
+def test_a_checkpoint_in_a_newer_format_is_not_overwritten() -> None:
+    store = MemoryStore()
+    key = layout.manifest_key(RUN, 64)
+    newer = json.dumps({"format_version": 99}).encode()
+    store.put(key, newer)
+    outcomes = save(store, random_state(0), images=64)
+    assert [type(outcome) for outcome in outcomes] == [CheckpointConflict]
+    assert store.get(key) == newer
+
+
+@pytest.mark.parametrize("what", ["content", "manifest"])
+def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_by_again(what: str) -> None:
+    store = MemoryStore()
+    save(store, random_state(0), images=64)
+    flip = contents(store, 64)[0] if what == "content" else manifest_keys(store)[0]
+    flip_middle_bit(store, flip)
+    fragments = split(empty_state(), [])[0]
+    mine = checkpoints(store)
+    if what == "content":
+        manifest = mine.newest_valid()
+        assert manifest is not None
+        with pytest.raises(DamagedCheckpoint):
+            mine.restore(manifest, fragments)
+    assert mine.newest_valid() is None
+    again = split(random_state(1), [])[0]
+    mine.save(images=64, fragments=again, train_state={"images": 64}, **SCIENCE)
+    _, loaded = load_newest(store) or (None, empty_state())
+    assert same_bits(loaded, random_state(1))
+
+
+def test_retention_keeps_the_last_and_deletes_all_of_the_others() -> None:
+    store = MemoryStore()
+    for images in range(10, 60, 10):
+        save(store, random_state(images), images=images, world=2, keep_last=2)
+    assert {layout.images_of(RUN, key) for key in store.objects} == {40, 50}
+    assert len(store.objects) == 2 * (1 + 2)
+
+
+def test_a_failing_retention_does_not_fail_the_save(caplog: pytest.LogCaptureFixture) -> None:
+    class Undeletable(MemoryStore):
+        def delete(self, key: str) -> None:
+            raise StoreError(f"Cannot delete {key}: refused.")
+
+    store = Undeletable()
+    for images in (10, 20, 30):
+        (uri,) = save(store, random_state(images), images=images, keep_last=1)
+        assert isinstance(uri, str)
+    assert (load_newest(store) or [None])[0] == 30
+    assert "old checkpoints" in caplog.text

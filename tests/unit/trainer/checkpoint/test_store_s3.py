@@ -1,0 +1,173 @@
+"""The S3 store against a real server: what goes wrong is explained, without credentials."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.s3_server import S3Server
+from trainer.checkpoint.errors import (
+    CheckpointError,
+    InvalidKey,
+    InvalidStoreUri,
+    StoreError,
+    StoreUnreachable,
+)
+from trainer.checkpoint.store import Store, StoreConfig, open_store
+
+OPERATIONS: dict[str, Callable[[Store], object]] = {
+    "get": lambda store: store.get("key"),
+    "put": lambda store: store.put("key", b"1"),
+    "create": lambda store: store.create("key", b"1"),
+    "list": lambda store: store.list(""),
+    "delete": lambda store: store.delete("key"),
+}
+
+
+def errors_of(store: Store) -> dict[str, CheckpointError]:
+    """What each operation raises."""
+    errors = {}
+    for name, operation in OPERATIONS.items():
+        with pytest.raises(CheckpointError) as caught:
+            operation(store)
+        errors[name] = caught.value
+    return errors
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3.make_bucket(f"errors-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "wrong-SECRET-4711"),
+        ("AWS_ACCESS_KEY_ID", "wrong-KEY-4711"),
+        ("AWS_SESSION_TOKEN", "token-4711\nand-more"),
+    ],
+)
+def test_wrong_credentials(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    for error in errors_of(open_store(f"{bucket}/run", StoreConfig(retries=1))).values():
+        assert isinstance(error, StoreError)
+        assert f"{bucket}/run" in str(error)
+        assert "AWS_ACCESS_KEY_ID" in str(error) or "token contains a line break" in str(error)
+        for secret in ("4711", "testing", "test:tester", "AWS4-HMAC"):
+            assert secret not in str(error)
+            assert secret not in str(error.__cause__)
+
+
+@pytest.mark.slow
+def test_a_missing_bucket(bucket: str) -> None:
+    for error in errors_of(open_store("s3://no-such-bucket/run", StoreConfig())).values():
+        assert isinstance(error, StoreError)
+        assert "s3://no-such-bucket/run" in str(error)
+        assert "the bucket does not exist; create it" in str(error)
+
+
+def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-4711")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-4711")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        store = open_store("s3://bucket/run", StoreConfig(endpoint_url=endpoint, retries=1))
+        for error in errors_of(store).values():
+            assert isinstance(error, StoreUnreachable)
+            assert endpoint in str(error)
+            assert "s3://bucket/run" in str(error)
+            assert "4711" not in str(error)
+
+
+def test_an_endpoint_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        config = StoreConfig(endpoint_url=endpoint, retries=1, read_timeout_s=0.2)
+        with pytest.raises(StoreUnreachable, match="does not answer"):
+            open_store("s3://bucket/run", config).get("key")
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    store = open_store("s3://bucket/run", StoreConfig(endpoint_url="http://127.0.0.1:9"))
+    with pytest.raises(StoreError, match="no usable credentials were found"):
+        store.put("key", b"1")
+
+
+def test_a_profile_that_does_not_exist() -> None:
+    with pytest.raises(StoreError, match="nobody-here"):
+        open_store("s3://bucket/run", StoreConfig(profile="nobody-here"))
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://", "s3:///run", "s3://KEY-4711:secret@bucket/run", "s3://b/"]
+)
+def test_bad_buckets_are_refused_without_quoting_them(uri: str) -> None:
+    with pytest.raises(InvalidStoreUri) as caught:
+        open_store(uri, StoreConfig())
+    assert "4711" not in str(caught.value)
+
+
+def test_bad_prefixes_are_refused() -> None:
+    with pytest.raises(InvalidKey):
+        open_store("s3://bucket/../other", StoreConfig())
+
+
+@pytest.mark.parametrize("url", ["localhost:9000", "ftp://x", "http://", "http://user:4711@host"])
+def test_bad_endpoints_are_refused_without_quoting_credentials(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidStoreUri) as caught:
+        StoreConfig(endpoint_url=url)
+    assert "4711" not in str(caught.value)
+    monkeypatch.setenv("S3_ENDPOINT_URL", url)
+    with pytest.raises(InvalidStoreUri):
+        open_store("s3://bucket/run", StoreConfig())
+
+
+@pytest.mark.slow
+def test_listing_goes_past_one_page(bucket: str, s3: S3Server) -> None:
+    store = open_store(f"{bucket}/run", StoreConfig())
+    for number in range(5):
+        store.put(f"n/{number}", b"")
+    original = store._client.get_paginator  # type: ignore[attr-defined]
+
+    class SmallPages:
+        def paginate(self, **request: str) -> object:
+            return original("list_objects_v2").paginate(**request, PaginationConfig={"PageSize": 2})
+
+    store._client.get_paginator = lambda name: SmallPages()  # type: ignore[attr-defined]
+    assert list(store.list("n/")) == [f"n/{number}" for number in range(5)]
+
+
+@pytest.mark.slow
+def test_an_unfinished_upload_is_no_object(bucket: str, s3: S3Server) -> None:
+    name = bucket.removeprefix("s3://")
+    client = s3.client
+    upload = client.create_multipart_upload(Bucket=name, Key="run/large")["UploadId"]
+    client.upload_part(
+        Bucket=name, Key="run/large", UploadId=upload, PartNumber=1, Body=b"x" * 5 * 1024**2
+    )
+    store = open_store(f"{bucket}/run", StoreConfig())
+    assert store.list("") == {}
+    with pytest.raises(CheckpointError, match="no object"):
+        store.get("large")

@@ -1,0 +1,181 @@
+"""Evaluation figures against closed forms, and what they must not depend on."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.flow.flow import Flow, FlowConfig
+from models.flow.sampler import SamplerConfig
+from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from trainer.evaluate.classifier import label_agreement
+from trainer.evaluate.features import (
+    FeatureConfig,
+    MissingWeights,
+    RandomConvFeatures,
+    feature_extractor,
+)
+from trainer.evaluate.frechet import FeatureStatistics, frechet_distance
+from trainer.evaluate.grid import grid_png
+from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluate
+from trainer.evaluate.samples import ImageShape, draw
+
+
+def statistics(mean, covariance):
+    return FeatureStatistics(mean=np.asarray(mean, float), covariance=np.asarray(covariance, float))
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    first = statistics([1, 2, 3], np.diag([1.0, 4.0, 9.0]))
+    second = statistics([1, 0, 3], np.diag([4.0, 4.0, 1.0]))
+    # |m1 - m2|^2 + sum (sigma1 - sigma2)^2
+    assert frechet_distance(first, second) == pytest.approx(4 + 1 + 0 + 4, rel=1e-12)
+
+
+def test_frechet_distance_is_a_symmetric_zero_on_itself_even_when_rank_deficient():
+    rng = np.random.default_rng(0)
+    first = FeatureStatistics.of(rng.normal(size=(10, 64)))
+    second = FeatureStatistics.of(rng.normal(size=(12, 64)) + 1)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(first, second) == pytest.approx(
+        frechet_distance(second, first), rel=1e-7
+    )
+
+
+def test_frechet_distance_agrees_with_the_matrix_square_root():
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(1)
+    a, b = (FeatureStatistics.of(rng.normal(size=(500, 8)) @ rng.normal(size=(8, 8))) for _ in "ab")
+    root = np.trace(sqrtm(a.covariance @ b.covariance).real)
+    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance) - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_statistics_refuse_what_they_cannot_summarise():
+    with pytest.raises(ValueError, match="at least 2"):
+        FeatureStatistics.of(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="not finite"):
+        FeatureStatistics.of(np.array([[0.0], [np.nan]]))
+
+
+def test_random_features_are_fixed_and_tell_distributions_apart():
+    extract = RandomConvFeatures(1)
+    smooth = torch.linspace(-1, 1, 8).expand(64, 1, 8, 8) + 0.01 * torch.randn(64, 1, 8, 8)
+    noise = torch.randn(64, 1, 8, 8)
+    assert extract(smooth).shape == (64, 64)
+    assert torch.equal(extract(smooth), RandomConvFeatures(1)(smooth))
+    near = FeatureStatistics.of(extract(smooth[:32]).numpy())
+    same = FeatureStatistics.of(extract(smooth[32:]).numpy())
+    far = FeatureStatistics.of(extract(noise).numpy())
+    assert frechet_distance(near, far) > 100 * frechet_distance(near, same)
+
+
+def test_inception_without_its_file_says_what_to_do(tmp_path):
+    missing = str(tmp_path / "inception.pth")
+    with pytest.raises(MissingWeights, match=r"inception_weights .*random_conv"):
+        feature_extractor(FeatureConfig(name="inception", inception_weights=missing), channels=3)
+
+
+def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch):
+    from pipelines.torchvision_cpu import allow_torchvision
+
+    allow_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
+
+    # The constructor builds random weights before it loads a file: those are the file here.
+    torch.save({}, tmp_path / "nothing.pth")
+    built: dict[str, torch.Tensor] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(Network, "load_state_dict", lambda self, _: built.update(self.state_dict()))
+        Network("random", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth"))
+    weights = str(tmp_path / "inception.pth")
+    torch.save(built, weights)
+
+    extract = feature_extractor(
+        FeatureConfig(name="inception", inception_weights=weights), channels=1
+    )
+    features = extract(torch.rand(2, 1, 16, 16) * 2 - 1)
+    assert features.shape == (2, 2048)
+    assert torch.isfinite(features).all()
+
+
+def test_a_grid_shows_every_image_in_its_place():
+    images = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 0.0, 1.0)])
+    picture = np.asarray(Image.open(io.BytesIO(grid_png(images, columns=2))))
+    assert picture.shape == (64, 64, 3)
+    assert [int(picture[y, x, 0]) for y, x in ((5, 5), (5, 40), (40, 5), (40, 40))] == [
+        0,
+        128,
+        255,
+        0,
+    ]
+
+
+def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():
+    torch.manual_seed(0)
+    model = LapFlowTransformer(
+        TransformerConfig(depth=1, width=16, heads=2), scales=2, channels=1, image_size=8, classes=4
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    settings = {
+        "flow": Flow(FlowConfig()),
+        "config": SamplerConfig(steps=4, guidance_scale=2.0),
+        "shape": ImageShape(channels=1, size=8, classes=4),
+        "labels": torch.arange(6) % 4,
+        "device": torch.device("cpu"),
+    }
+    whole = draw(model, seed=1, batch=6, **settings)
+    torch.testing.assert_close(
+        draw(model, seed=1, batch=4, **settings), whole, rtol=1e-5, atol=1e-5
+    )
+    assert not torch.allclose(draw(model, seed=2, batch=6, **settings), whole, atol=0.1)
+
+
+def two_classes(count: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    images = (labels[:, None, None, None] * 1.0 - 0.5) + 0.1 * torch.randn(
+        count, 1, 8, 8, generator=generator
+    )
+    return images, labels
+
+
+def test_the_classifier_reads_what_was_asked_for_and_not_what_was_not():
+    train, held_out, good = (two_classes(60, seed) for seed in range(3))
+    wrong = (good[0], 1 - good[1])
+    assert label_agreement(train=train, held_out=held_out, samples=good).samples == 1.0
+    agreement = label_agreement(train=train, held_out=held_out, samples=wrong)
+    assert (agreement.samples, agreement.held_out) == (0.0, 1.0)
+
+
+def test_a_report_puts_each_figure_beside_its_references():
+    held_out, train, perfect = (two_classes(200, seed) for seed in range(3))
+    untrained = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    report = evaluate(
+        EvalConfig(classifier=True),
+        images=7,
+        samples=perfect,
+        untrained=untrained,
+        held_out=lambda: [held_out],
+        train=lambda: [train],
+        network_evaluations=3,
+    )
+    assert report.frechet < report.frechet_untrained / 50
+    assert 0.97 < report.gap_closed < 1.05
+    assert report.labels is not None
+    assert report.labels.samples == 1.0
+    assert EvaluationReport.from_dict(report.to_dict()) == report
+    start = evaluate(
+        EvalConfig(),
+        images=7,
+        samples=(untrained, perfect[1]),
+        untrained=untrained,
+        held_out=lambda: [held_out],
+        train=lambda: [train],
+        network_evaluations=3,
+    )
+    assert start.gap_closed == 0.0

@@ -1,0 +1,97 @@
+"""Metrics: what is recorded comes out reduced as declared; pace is arithmetic on a clock."""
+
+import pytest
+import torch
+
+from trainer.clock import due, format_duration
+from trainer.hooks import UpdateReport
+from trainer.metrics.buffer import MetricBuffer
+from trainer.metrics.progress import Progress
+from trainer.metrics.throughput import Throughput
+from trainer.metrics.tracker import InvalidTrackingUri, SilentTracker, TrackingConfig
+
+
+def test_values_are_reduced_as_declared_and_forgotten_by_the_flush():
+    buffer = MetricBuffer("cpu")
+    for value in (1.0, 2.0, 6.0):
+        buffer.record("mean", torch.tensor(value))
+        buffer.record("sum", value, reduction="sum")
+        buffer.record("max", value, reduction="max")
+    assert buffer.flush() == {"mean": 3.0, "sum": 9.0, "max": 6.0}
+    assert buffer.flush() == {}
+
+
+def test_recording_keeps_no_graph_and_does_not_change_the_value():
+    buffer = MetricBuffer("cpu")
+    value = torch.ones((), requires_grad=True) * 2
+    buffer.record("loss", value)
+    buffer.record("loss", value)
+    assert buffer.flush() == {"loss": 2.0}
+    assert value.item() == 2.0
+
+
+def test_one_metric_has_one_reduction():
+    buffer = MetricBuffer("cpu")
+    buffer.record("x", 1.0)
+    with pytest.raises(ValueError, match="reduced by mean, not by max"):
+        buffer.record("x", 1.0, reduction="max")
+
+
+def test_pace_is_measured_over_the_window_since_the_last_call():
+    now = [100.0]
+    throughput = Throughput(1000, now=lambda: now[0])
+    now[0] += 4.0
+    pace = throughput.pace(images=1800, total_images=2800, waited_s=1.0)
+    assert (pace.images_per_s, pace.data_wait_share, pace.remaining_s) == (200.0, 0.25, 5.0)
+    now[0] += 1.0
+    pace = throughput.pace(images=2800, total_images=2800, waited_s=1.0)
+    assert (pace.images_per_s, pace.data_wait_share, pace.remaining_s) == (1000.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "interval", "expected"),
+    [
+        (0, 99, 100, False),
+        (0, 100, 100, True),
+        (100, 199, 100, False),
+        (99, 350, 100, True),
+        (5, 9, 0, False),
+    ],
+)
+def test_due_when_a_multiple_is_crossed(before, after, interval, expected):
+    assert due(before, after, interval) is expected
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(44.6, "45s"), (185, "3m05s"), (7620, "2h07m")])
+def test_durations_are_written_for_people(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
+    told: dict[int, list] = {0: [], 1: []}
+    for rank in told:
+        metrics = MetricBuffer("cpu")
+        progress = Progress(
+            metrics=metrics,
+            tracker=SilentTracker(),
+            tell=told[rank].append,
+            interval_images=100,
+            total_images=260,
+            start_images=0,
+            rank=rank,
+        )
+        for before in range(0, 260, 52):
+            metrics.record("loss/total", 0.5)
+            progress.after_update(
+                UpdateReport(images_before=before, images=before + 52, updates=1, waited_s=0.0)
+            )
+    assert [message["images"] for message in told[0]] == [104, 208, 260]
+    assert "104/260 images (40%)" in told[0][0]["text"]
+    assert "total 0.5000" in told[0][0]["text"]
+    assert told[1] == []
+
+
+def test_credentials_in_the_tracking_uri_are_refused_and_not_repeated():
+    with pytest.raises(InvalidTrackingUri) as caught:
+        TrackingConfig(uri="http://me:hunter2@host")
+    assert "hunter2" not in str(caught.value)

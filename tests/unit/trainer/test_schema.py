@@ -1,0 +1,141 @@
+"""The configuration: every mistake is refused with the key, the value and a fix."""
+
+import dataclasses
+import re
+
+import pytest
+
+from trainer.composition import composed, members, settings
+from trainer.sample import SampleConfig
+from trainer.schema import (
+    ConfigError,
+    JobConfig,
+    defaults,
+    difference,
+    from_dict,
+    science,
+    science_hash,
+    to_dict,
+)
+from trainer.validate import validate
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        validate(composed(overrides))
+    assert type(caught.value) is not ValueError
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", members("exp"))
+def test_every_experiment_is_valid(name):
+    job = composed([f"+exp={name}"])
+    validate(job)
+    assert job.run == name
+
+
+def test_a_configuration_survives_the_way_to_the_workers():
+    job = composed(["+exp=digits", "flow=three_scales", "+engine.deepspeed.a={b: 1}"])
+    assert from_dict(JobConfig, to_dict(job)) == job
+
+
+def test_the_command_line_wins_over_the_experiment():
+    job = composed(["+exp=digits", "model=b_2", "train.seed=7", "run=mine"])
+    assert (job.model.width, job.train.seed, job.run) == (768, 7, "mine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["+exp=digitz"], ["exp=digitz", "digits", "imagenet_xl"]),
+        (["exp=digits"], ["+exp=digits"]),
+        (["+exp=digits", "optim.learning_rat=1"], ["optim.learning_rat", "optim.learning_rate?"]),
+        (["+exp=digits", "modle=xl_2"], ["modle", "model"]),
+        (["+exp=digits", "model=xxl"], ["model=xxl", "xl_2"]),
+        (["+exp=digits", "train.seed=two"], ["train.seed='two'", "integer"]),
+        (["+exp=digits", "+train.seed=2"], ["without +", "train.seed=2"]),
+        (["+exp=digits", "engine.kind=magic"], ["engine.kind='magic'", "zero"]),
+        (["+exp=digits", "train.global_batch=130"], ["train.global_batch=130", "128"]),
+        (["+exp=digits", "cluster.workers=3"], ["train.global_batch=128", "cluster.workers=3"]),
+        (["+exp=digits", "engine.micro_batch=24"], ["engine.micro_batch=24", "32"]),
+        (
+            ["+exp=digits", "flow.scales=4", "flow.critical_times=null"],
+            ["data.image_size=8", "flow.scales=4", "at most 3"],
+        ),
+        (["+exp=digits", "model.heads=5"], ["heads=5", "width=96"]),
+        (["+exp=digits", "engine.zero_stage=3"], ["engine.zero_stage=3", "2"]),
+        (["+exp=digits", "engine=plain", "engine.precision=bf16"], ["bf16", "engine.kind=zero"]),
+        (["+exp=digits", "train.label_dropout=0"], ["guidance_scale=1.5", "label_dropout=0"]),
+        (["+exp=digits", "train.label_dropout=1.5"], ["train.label_dropout=1.5"]),
+        (["+exp=digits", "flow.critical_times=[0.2,0.5]"], ["critical_times"]),
+        (["+exp=digits", "data.image_size=16"], ["data.image_size=16", "data.prepare=digits"]),
+        (["+exp=digits", "run=../else"], ["run='../else'"]),
+        (["+exp=digits", "store.endpoint_url=http://me:secret@host"], ["credentials"]),
+        (["+exp=digits", "tracking.uri=http://me:secret@host"], ["tracking.uri"]),
+        (["+exp=digits", "cluster.workers=0"], ["workers", "0"]),
+        (["+exp=digits", "eval.sampler.steps=0"], ["steps=0"]),
+    ],
+)
+def test_mistakes_are_named_with_their_value_and_a_fix(overrides, parts):
+    message = refused(*overrides)
+    for part in parts:
+        assert part in message, message
+    assert "secret" not in message
+
+
+def test_nothing_composed_can_name_code_to_run():
+    assert "_target_" in refused("+exp=digits", "+model._target_=os.system")
+
+
+def test_science_holds_what_decides_the_weights_and_nothing_else():
+    base = composed(["+exp=digits"])
+    for operational in (
+        "cluster.workers=1",
+        "engine.zero_stage=1",
+        "checkpoint.keep_last=9",
+        "tracking.experiment=other",
+        "eval.samples=10",
+        "train.total_images=512000",
+        "data.prefix=s3://bucket/digits",
+    ):
+        assert science(composed(["+exp=digits", operational])) == science(base), operational
+    for scientific in (
+        "train.seed=1",
+        "optim.learning_rate=1e-4",
+        "model.depth=5",
+        "flow=one_scale",
+    ):
+        other = science(composed(["+exp=digits", scientific]))
+        assert science_hash(other) != science_hash(science(base)), scientific
+    assert difference(science(base), science(composed(["+exp=digits", "train.seed=1"]))) == [
+        "train.seed: 0 -> 1"
+    ]
+
+
+def test_the_length_is_science_once_the_rate_decays_with_it():
+    cosine = ["+exp=digits", "optim.decay=cosine"]
+    longer = [*cosine, "train.total_images=512000"]
+    assert science(composed(cosine)) != science(composed(longer))
+
+
+def test_every_setting_is_documented():
+    def check(config: object) -> None:
+        for field in dataclasses.fields(config):
+            documentation = type(config).__doc__ or ""
+            assert re.search(rf"^ +{field.name}:", documentation, re.M), (config, field.name)
+            if dataclasses.is_dataclass(value := getattr(config, field.name)):
+                check(value)
+
+    check(composed(["+exp=digits"]))
+
+
+def test_what_must_be_given_is_asked_for():
+    assert defaults(SampleConfig)["checkpoint"] == "???"
+    with pytest.raises(ConfigError, match="checkpoint"):
+        settings(SampleConfig, ["columns=3"])
+    with pytest.raises(ConfigError, match="colums"):
+        settings(SampleConfig, ["checkpoint=x", "colums=3"])
+    with pytest.raises(ConfigError, match="key=value"):
+        settings(SampleConfig, ["checkpoint"])

@@ -22,7 +22,7 @@ def gpus_per_worker(config: ClusterConfig, nodes: Sequence[Node]) -> int:
 
 
 def workers_that_fit(nodes: Sequence[Node], *, cpus: int, gpus: int) -> int:
-    """How many workers of `cpus` cores and `gpus` GPUs each the nodes hold; none spans two nodes."""
+    """How many workers of `cpus` cores and `gpus` GPUs the nodes hold; none spans two of them."""
     return sum(
         int(min(node.cpus // cpus, node.gpus // gpus if gpus else float("inf"))) for node in nodes
     )

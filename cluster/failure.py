@@ -1,4 +1,4 @@
-"""Failures of workers: how they are recorded where they happen, and told apart where they are raised."""
+"""Failures of workers: recorded where they happen, told apart where they are raised."""
 
 import signal
 import traceback
@@ -83,7 +83,7 @@ def attend(worker: Worker, context: WorkerContext, payload: Payload) -> Failure 
 
 
 def died(rank: int, attempt: int, exit_code: int | None) -> Failure:
-    """The failure of a worker whose process ended by itself with `exit_code` (minus the signal's number)."""
+    """The failure of a worker whose process ended; a negative code is a signal's number."""
     how = f"ended with exit code {exit_code}"
     if exit_code is not None and exit_code < 0:
         how = f"was ended by {signal.Signals(-exit_code).name}"

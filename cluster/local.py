@@ -1,5 +1,4 @@
-"""Workers as plain processes of this machine: the contract without Ray, for tests, debugging,
-notebooks.
+"""Workers as plain processes of this machine, without Ray: for tests, debugging and notebooks.
 
 A worker that dies or raises fails the run and its peers are ended: nothing is started again.
 Everything listens on 127.0.0.1. A Ctrl-C in the terminal reaches the caller alone, since the
@@ -12,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -58,7 +57,7 @@ def _watch(
     on_message: Callable[[Message], None],
     stop: threading.Event,
 ) -> bool:
-    """Passes messages and the stop request on until every worker returned; True if a stop was asked."""
+    """Passes messages and the stop on until every worker returned; True if a stop was asked."""
     running = dict(zip(processes, range(len(processes)), strict=True))
     failures: list[Failure] = []
     deadline = float("inf")
@@ -70,8 +69,8 @@ def _watch(
             stopped = True
             for channel in running:
                 _ask_to_stop(channel)
-        for channel in wait(list(running), timeout=_TICK_S):
-            assert isinstance(channel, Connection)
+        readable = wait(list(running), timeout=_TICK_S)
+        for channel in [channel for channel in running if channel in readable]:
             try:
                 news: Message | Failure | None = channel.recv()
             except (EOFError, OSError):
@@ -91,17 +90,16 @@ def _watch(
 
 
 def _ask_to_stop(channel: Connection) -> None:
-    try:
+    # A worker that just died is found when its channel is read.
+    with suppress(OSError):
         channel.send("stop")
-    except OSError:
-        pass  # It just died: reading the channel tells more.
 
 
 @contextmanager
 def _processes(
     config: ClusterConfig, worker: Worker, payload: Payload
 ) -> Iterator[dict[Connection, SpawnProcess]]:
-    """Starts the workers, by their channels and in the order of ranks; ends those left at the end."""
+    """Starts the workers, in the order of ranks and keyed by channel; ends them after the block."""
     devices = _devices(config)
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, SpawnProcess] = {}

@@ -10,12 +10,8 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import psutil
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this fails; a peer that dies is noticed at once."""
@@ -98,19 +94,7 @@ def join(
     torch.set_num_threads(threads)
     if device != "cpu":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl",
-        store=_store(seat, rendezvous, listener),
-        rank=seat.rank,
-        world_size=seat.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
-
-
-def _store(seat: Seat, rendezvous: Rendezvous, listener: socket.socket | None) -> "dist.TCPStore":
-    import torch.distributed as dist
-
-    return dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         rendezvous.host,
         rendezvous.port,
         seat.world_size,
@@ -119,6 +103,14 @@ def _store(seat: Seat, rendezvous: Rendezvous, listener: socket.socket | None) -
         wait_for_workers=False,
         master_listen_fd=None if listener is None else listener.detach(),
     )
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=store,
+        rank=seat.rank,
+        world_size=seat.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    store.set_timeout(COLLECTIVE_TIMEOUT)
 
 
 def leave() -> None:

@@ -1,4 +1,4 @@
-"""The actor between a run's driver and its workers: messages and failures one way, a stop the other."""
+"""The actor between a run's driver and its workers: news one way, the stop request the other."""
 
 import asyncio
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ News: TypeAlias = Message | Failure | Begun | Ended
 
 
 class Mailbox:
-    """Holds what the workers tell until the driver fetches it, and the stop request until they ask."""
+    """Holds what the workers tell until the driver fetches it, and the stop until they ask."""
 
     def __init__(self) -> None:
         self._news: list[News] = []

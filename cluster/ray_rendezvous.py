@@ -1,5 +1,4 @@
-"""How Ray Train forms the process group: as `cluster.process_group` says, on the nodes' own
-addresses.
+"""How Ray Train forms the process group: as `cluster.process_group` says, on the nodes' addresses.
 
 Ray's own torch backend would import torch in the driver and in the controller, neither of which
 uses it (seconds of each start), listen on every interface, and let gloo follow the host's name.
@@ -72,7 +71,7 @@ def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
 
 
 def device(*, gpu: bool) -> str:
-    """This worker's device: its GPU's place among those of the node's workers, all visible to it."""
+    """This worker's device: its GPU's place among those of the node's workers, all visible."""
     if not gpu:
         return "cpu"
     from ray.train.torch import get_device

@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -160,8 +159,6 @@ def _start(config: ClusterConfig, scratch: Path) -> None:
     # it cannot form clusters here, as on macOS.
     reachable = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
-    search_path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = _search_path()
     try:
         ray.init(
             address="local",
@@ -182,15 +179,6 @@ def _start(config: ClusterConfig, scratch: Path) -> None:
         ) from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = reachable
-        os.environ.pop("PYTHONPATH")
-        if search_path is not None:
-            os.environ["PYTHONPATH"] = search_path
-
-
-def _search_path() -> str:
-    """Where this process finds modules that are not installed, for workers to find them there too."""
-    entries = [entry or os.getcwd() for entry in sys.path if "-packages" not in entry]
-    return os.pathsep.join(entries)
 
 
 def _nodes() -> tuple[Node, ...]:

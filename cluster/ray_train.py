@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -61,7 +62,9 @@ def run(
         if not _wait_for_room(config, gpus, stop):
             return Outcome(status="stopped")
         mailbox = open_mailbox(config.workers)
-        fit = _Fit(_trainer(config, worker, payload, mailbox, gpus, connected))
+        fit = _Fit(
+            _trainer(config, worker, payload, mailbox=mailbox, gpus=gpus, scratch=connected.scratch)
+        )
         fit.start()
         return _Watch(config, mailbox, fit, on_message=on_message, stop=stop).run()
 
@@ -70,9 +73,10 @@ def _trainer(
     config: ClusterConfig,
     worker: Worker,
     payload: Payload,
+    *,
     mailbox: Any,
     gpus: int,
-    connected: Session,
+    scratch: Path,
 ) -> DataParallelTrainer:
     # A closure and not train_loop_config: the controller would unpickle that, and import the
     # worker's module with all that it needs.
@@ -92,7 +96,7 @@ def _trainer(
         ),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=str(connected.scratch),
+            storage_path=str(scratch),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
@@ -116,7 +120,7 @@ class _Fit(threading.Thread):
 
 
 class _Watch:
-    """The driver's side of a run: passes news and the stop request on until the workers are done."""
+    """The driver's side of a run: passes news and the stop on until the workers are done."""
 
     def __init__(
         self,
@@ -215,7 +219,7 @@ def _line(error: BaseException) -> str:
 
 
 def _wait_for_room(config: ClusterConfig, gpus: int, stop: threading.Event) -> bool:
-    """Waits until the cluster has free what the workers need; False if a stop was asked meanwhile."""
+    """Waits until what the workers need is free; False if a stop was asked meanwhile."""
     cpus, gpus = config.workers * config.cpus_per_worker, config.workers * gpus
     deadline = time.monotonic() + config.start_timeout_s
     waiting = False

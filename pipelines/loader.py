@@ -1,8 +1,9 @@
 """From a dataset and a place in the run to batches: read, decode, replace what is bad.
 
-The loader has no state that a resumed run would miss (the tally of bad images starts anew): a batch
-depends on the dataset, the seed and the cursor alone, and comes with the cursor behind it. All ranks
-walk through the same global batches, and rank r takes the r-th of W equal, contiguous slices.
+The loader has no state that a resumed run would miss (only the tally of bad images starts anew): a
+batch depends on the dataset, the seed and the cursor alone, and comes with the cursor behind it.
+All ranks walk through the same global batches, and rank r takes the r-th of W equal, contiguous
+slices.
 """
 
 import logging

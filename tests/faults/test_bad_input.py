@@ -1,0 +1,177 @@
+"""Bad input gets one clear paragraph and a non-zero exit, and nothing half-written counts as done."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.ingest.digits import ensure_digits
+from trainer.launch import main
+
+pytestmark = pytest.mark.slow
+
+TINY = [
+    "+exp=digits",
+    "cluster.backend=local",
+    "cluster.workers=1",
+    "model.depth=1",
+    "model.width=16",
+    "train.global_batch=64",
+    "train.total_images=256",
+    "checkpoint.interval_images=128",
+    "eval.samples=20",
+    "eval.sampler.steps=2",
+    "eval.classifier=false",
+    "data.prepare=none",
+]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    ensure_digits(str(folder))
+    return folder
+
+
+@pytest.fixture
+def copied(digits, tmp_path) -> Path:
+    return Path(shutil.copytree(digits, tmp_path / "digits"))
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("LAPFLOW_HOME", str(tmp_path / "home"))
+
+    def run(*overrides: str) -> tuple[int, str]:
+        code = main([*TINY, *overrides])
+        written = capfd.readouterr()
+        return code, written.out + written.err
+
+    return run
+
+
+def assert_refused(code: int, output: str, *parts: str) -> None:
+    assert code == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    for part in parts:
+        assert part in errors[0], errors[0]
+    assert "Traceback" not in output
+
+
+def test_missing_data(launch, tmp_path):
+    assert_refused(*launch(f"data.prefix={tmp_path}/nowhere"), f"{tmp_path}/nowhere")
+
+
+def test_empty_data(launch, tmp_path):
+    folder = tmp_path / "empty" / "train"
+    folder.mkdir(parents=True)
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": []}))
+    assert_refused(*launch(f"data.prefix={folder.parent}"), str(folder))
+
+
+def test_a_corrupt_shard_stops_the_run_and_is_named(launch, copied, tmp_path):
+    (shard,) = (copied / "train").glob("*.mds")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert_refused(*launch(f"data.prefix={copied}"), shard.name)
+    assert not list((tmp_path / "home").rglob("MANIFEST.json"))
+
+
+def test_a_truncated_image_is_counted_and_skipped_until_there_are_too_many(launch, tmp_path):
+    from pipelines.ingest.write import LabelledImage, write_dataset
+    from pipelines.shards import ShardedImages
+
+    whole = tmp_path / "whole"
+    ensure_digits(str(whole))
+    for split in ("train", "test"):
+        images = ShardedImages(f"{whole}/{split}")
+        samples = [images.read(index) for index in range(len(images))]
+        write_dataset(
+            (
+                LabelledImage(
+                    sample.data[:40] if split == "train" and sample.sample_id == 9 else sample.data,
+                    sample.label,
+                )
+                for sample in samples
+            ),
+            f"{tmp_path}/broken/{split}",
+        )
+    prefix = f"data.prefix={tmp_path}/broken"
+    # One pass over all images meets the broken one.
+    code, output = launch(prefix, "train.total_images=1536", "run=tolerant")
+    assert code == 0, output
+    assert "sample 9" in output
+    code, output = launch(
+        prefix, "train.total_images=1536", "run=strict", "loader.max_bad_share=0"
+    )
+    assert_refused(code, output, "sample 9", "max_bad_share")
+
+
+def test_an_unreachable_store(launch, digits):
+    code, output = launch(
+        f"data.prefix={digits}",
+        "store.uri=s3://bucket/lapflow",
+        "store.endpoint_url=http://127.0.0.1:9",
+        "store.retries=1",
+        "store.connect_timeout_s=1",
+    )
+    assert_refused(code, output, "127.0.0.1:9")
+
+
+def test_an_unreachable_tracker_is_refused_or_tolerated_as_configured(launch, digits):
+    away = [f"data.prefix={digits}", "tracking.uri=http://127.0.0.1:9"]
+    assert_refused(*launch(*away), "tracking.uri=http://127.0.0.1:9", "tracking.required=false")
+    code, output = launch(*away, "tracking.required=false", "tracking.flush_timeout_s=1")
+    assert code == 0, output
+    assert "warning: MLflow" in output
+
+
+def test_an_unwritable_home_and_store(launch, digits, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert_refused(*launch(f"data.prefix={digits}", f"home={blocked}/home"), f"{blocked}/home")
+    assert_refused(*launch(f"data.prefix={digits}", f"store.uri={blocked}/store"), str(blocked))
+
+
+def test_a_checkpoint_of_another_configuration_and_every_mode_of_resume(launch, digits, tmp_path):
+    prefix = f"data.prefix={digits}"
+    code, output = launch(prefix, "run=first")
+    assert code == 0, output
+    assert_refused(
+        *launch(prefix, "run=first", "optim.learning_rate=5e-4"),
+        "optim.learning_rate: 0.001 -> 0.0005",
+        "run=",
+    )
+    assert_refused(*launch(prefix, "run=first", "resume=never"), "resume=never", "run=first")
+    assert_refused(*launch(prefix, "run=x", "resume=sometimes"), "sometimes", "auto")
+    missing = f"{tmp_path}/home/store/runs/first/checkpoints/000000000999"
+    assert_refused(*launch(prefix, "run=x", f"resume={missing}"), missing)
+    source = f"{tmp_path}/home/store/runs/first/checkpoints/000000000128"
+    code, output = launch(prefix, "run=second", f"resume={source}")
+    assert code == 0, output
+    assert f"resumed after 128 images from {source}" in output
+    code, output = launch(prefix, "run=first", "train.total_images=512")
+    assert code == 0, output
+    assert "resumed after 256 images" in output
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(launch, digits, tmp_path):
+    prefix = f"data.prefix={digits}"
+    assert launch(prefix, "run=first")[0] == 0
+    newest = tmp_path / "home/store/runs/first/checkpoints/000000000256"
+    (shard,) = newest.rglob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 4
+    shard.write_bytes(data)
+    code, output = launch(prefix, "run=first", "train.total_images=512")
+    assert code == 0, output
+    assert "SHA-256" in output
+    assert "resumed after 128 images" in output
+
+
+def test_latents_are_refused_before_anything_starts(launch, digits):
+    code, output = launch(f"data.prefix={digits}", "data.space=latent")
+    assert_refused(code, output, "data.space=latent", "dry_run=true")

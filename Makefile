@@ -16,6 +16,8 @@ LAPFLOW_HOME ?= $(HOME)/lapflow
 export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
+# Threads of several processes that wait for each other by spinning cost more than they bring.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: train test test-fast check format ui setup clean-venv golden
 

@@ -40,9 +40,12 @@ from cluster.ray_mailbox import Begun, Ended, open_mailbox
 from cluster.ray_rendezvous import RendezvousConfig, device
 from cluster.ray_session import Session, session
 
-_TICK_S = 0.2
-_STOP_WAIT_S = 30.0
+_TICK_S = 0.1
+"""How often the driver looks for news and a stop request."""
+_HEAR_S = 0.15
+"""How often each worker asks for it."""
 _TIDY_UP_S = 5.0
+"""What Ray Train gets to end by itself after the workers returned."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def run(
         require_room(config, connected.nodes, gpus=gpus)
         if not _wait_for_room(config, gpus, stop):
             return Outcome(status="stopped")
-        mailbox = open_mailbox(config.workers)
+        mailbox = open_mailbox()
         fit = _Fit(
             _trainer(config, worker, payload, mailbox=mailbox, gpus=gpus, scratch=connected.scratch)
         )
@@ -286,14 +289,14 @@ def _work(worker: Worker, payload: Payload, mailbox: Any, *, gpu: bool) -> None:
     )
     failure = attend(worker, context, payload)
     # The answer comes after all messages before it, and with it this process may end.
-    ray.get(mailbox.end.remote(failure or Ended(attempt, rank)))
+    ray.get(mailbox.put.remote(failure or Ended(attempt, rank)))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":
         raise RuntimeError(failure.text)
 
 
 def _hear(mailbox: Any, stop: threading.Event) -> None:
-    """Waits for the stop request as long as the worker lives."""
-    while not stop.is_set():
-        if ray.get(mailbox.stop_asked.remote(_STOP_WAIT_S)):
-            stop.set()
+    """Sets `stop` soon after the driver asked for it."""
+    while not ray.get(mailbox.stop_asked.remote()):
+        time.sleep(_HEAR_S)
+    stop.set()

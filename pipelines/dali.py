@@ -129,8 +129,8 @@ class DaliDecoder:
             side = fn.external_source(name="side", dtype=types.FLOAT, ndim=1)
             images = fn.crop(images, crop=side, rounding="truncate")
             images = _resize(images, config.image_size, types.INTERP_LINEAR, antialias=True)
-        images = fn.cast(images, dtype=types.FLOAT) / 127.5 - 1.0
-        images = fn.transpose(images, perm=[2, 0, 1], output_layout="CHW")
+        middle = [127.5] * config.channels
+        images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=middle, std=middle)
         bands = []
         size = config.image_size
         for _ in range(config.scales - 1):

@@ -80,9 +80,9 @@ def test_inception_without_its_file_says_what_to_do(tmp_path):
 
 
 def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch):
-    from pipelines.torchvision_cpu import allow_torchvision
+    from pipelines.torchvision_cpu import ensure_torchvision
 
-    allow_torchvision()
+    ensure_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
     # The constructor builds random weights before it loads a file: those are the file here.

@@ -25,7 +25,10 @@ class MemoryStore:
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
-            return self.objects.setdefault(check_key(key), data) is data
+            if check_key(key) in self.objects:
+                return False
+            self.objects[key] = data
+            return True
 
     def get(self, key: str) -> bytes:
         try:

@@ -239,6 +239,16 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(
         assert "000000000128" in caplog.text
 
 
+def test_a_truncated_object_shows_without_reading_it() -> None:
+    store = MemoryStore()
+    for images in (64, 128):
+        save(store, random_state(images), images=images)
+    DAMAGE["truncated"](store, contents(store, 128)[0])
+    manifest = Checkpoints.reader(store, run=RUN).newest_valid()
+    assert manifest is not None
+    assert manifest.images == 64
+
+
 def test_an_object_of_another_checkpoint_is_noticed() -> None:
     store = MemoryStore()
     save(store, random_state(7), images=64, world=2)
@@ -473,6 +483,32 @@ def test_retention_keeps_the_last_and_deletes_all_of_the_others() -> None:
         save(store, random_state(images), images=images, world=2, keep_last=2)
     assert {layout.images_of(RUN, key) for key in store.objects} == {40, 50}
     assert len(store.objects) == 2 * (1 + 2)
+
+
+def test_a_damaged_checkpoint_between_kept_ones_stays_for_somebody_to_look_at() -> None:
+    store = MemoryStore()
+    for images in (10, 20):
+        save(store, random_state(images), images=images, world=2)
+    store.delete(contents(store, 20)[0])
+    left = store.list(layout.checkpoint_key(RUN, 20))
+    save(store, random_state(30), images=30, world=2, keep_last=2)
+    assert store.list(layout.checkpoint_key(RUN, 20)) == left
+    save(store, random_state(40), images=40, world=2, keep_last=2)
+    assert {layout.images_of(RUN, key) for key in store.objects} == {30, 40}
+
+
+def test_a_commit_whose_answer_was_lost_and_repeated_is_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Repeating(MemoryStore):
+        def create(self, key: str, data: bytes) -> bool:
+            super().create(key, data)
+            return super().create(key, data)
+
+    store = Repeating()
+    uris = save(store, random_state(0), images=64)
+    assert uris == [store.uri(layout.checkpoint_key(RUN, 64))]
+    assert "another process" not in caplog.text
 
 
 def test_a_failing_retention_does_not_fail_the_save(caplog: pytest.LogCaptureFixture) -> None:

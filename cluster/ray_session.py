@@ -111,7 +111,7 @@ def _end(processes: list[psutil.Process]) -> None:
 def _connect(config: ClusterConfig, scratch: Path) -> bool:
     """Joins or starts a cluster; True if it was started."""
     began = time.monotonic()
-    address = _address_to_join(config)
+    address = address_to_join(config)
     if address is not None:
         # Without an address Ray itself reads the environment and then what `ray start` left behind,
         # and only then takes up a token by itself.
@@ -141,7 +141,7 @@ def _connect(config: ClusterConfig, scratch: Path) -> bool:
     return address is None
 
 
-def _address_to_join(config: ClusterConfig) -> str | None:
+def address_to_join(config: ClusterConfig) -> str | None:
     """The address of the cluster to join; None to start one."""
     if config.address != "auto":
         return None if config.address == "local" else config.address

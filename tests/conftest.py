@@ -4,7 +4,9 @@ import os
 
 from jaxtyping import install_import_hook
 
-from tests.support.s3_server import s3 as s3
+from tests.support.s3_server import s3
+
+__all__ = ["s3"]  # fixtures for all tests
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -9,7 +9,7 @@ from trainer import places
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.engine.protocol import Engine
 from trainer.schema import ConfigError, JobConfig, difference, science, science_hash
 from trainer.state import TrainState
@@ -54,22 +54,26 @@ def parse_uri(uri: str) -> tuple[str, str, int]:
     return match["runs"], match["run"], int(match["images"])
 
 
-def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Checkpoints, Manifest]:
+def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, Checkpoints, Manifest]:
     """Open a checkpoint by its URI.
 
     Args:
         uri: Where it is.
         config: How to reach its store.
 
+    Returns:
+        The store of its run, the run's checkpoints, and this one's manifest.
+
     Raises:
         ConfigError: If there is no valid checkpoint there.
     """
     runs, run, images = parse_uri(uri)
-    checkpoints = Checkpoints.reader(open_store(runs, config), run=run)
+    store = open_store(runs, config)
+    checkpoints = Checkpoints.reader(store, run=run)
     manifest = checkpoints.manifest(images)
     if manifest is None:
         raise ConfigError(f"there is no valid checkpoint at {uri}; list the folder above it")
-    return checkpoints, manifest
+    return store, checkpoints, manifest
 
 
 def restore(
@@ -100,7 +104,7 @@ def restore(
             tell({"kind": "warning", "text": str(damage)})
             before = manifest.images
     if job.resume not in ("auto", "never"):
-        source, manifest = open_checkpoint(job.resume, job.store)
+        _, source, manifest = open_checkpoint(job.resume, job.store)
         _check_science(job, manifest, job.resume)
         return _load(source, manifest, engine, tell)
     return TrainState()

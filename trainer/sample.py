@@ -17,6 +17,7 @@ import torch
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler import SamplerConfig
 from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.store import StoreConfig
@@ -94,11 +95,11 @@ def draw_grid(config: SampleConfig) -> Path:
     """
     name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name if config.device == "auto" else config.device)
-    checkpoints, manifest = open_checkpoint(config.checkpoint, config.store)
+    store, _, manifest = open_checkpoint(config.checkpoint, config.store)
     data = from_dict(DataConfig, manifest.science["data"])
     flow = Flow(from_dict(FlowConfig, manifest.science["flow"]))
     model = _model(manifest, data)
-    model.load_state_dict(checkpoints.weights(manifest, config.weights))
+    model.load_state_dict(load_weights(store, manifest, config.weights))
     classes = config.classes or tuple(range(min(10, data.classes)))
     beyond = [label for label in classes if not 0 <= label < data.classes]
     if beyond:

@@ -1,4 +1,4 @@
-"""Bad input gets one clear paragraph and a non-zero exit, and nothing half-written counts as done."""
+"""Bad input gets one clear paragraph and a non-zero exit; nothing half-written counts."""
 
 import json
 import shutil
@@ -104,9 +104,7 @@ def test_a_truncated_image_is_counted_and_skipped_until_there_are_too_many(launc
     code, output = launch(prefix, "train.total_images=1536", "run=tolerant")
     assert code == 0, output
     assert "sample 9" in output
-    code, output = launch(
-        prefix, "train.total_images=1536", "run=strict", "loader.max_bad_share=0"
-    )
+    code, output = launch(prefix, "train.total_images=1536", "run=strict", "loader.max_bad_share=0")
     assert_refused(code, output, "sample 9", "max_bad_share")
 
 

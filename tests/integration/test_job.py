@@ -1,7 +1,7 @@
-"""The main job through every real component at once: an S3 server, an MLflow server, Ray, DeepSpeed.
+"""The main job through every real component at once.
 
-The store is reached over HTTP with boto3 and by streaming; DALI decodes; metrics go to MLflow over
-HTTP. Nothing is replaced by a stand-in.
+An S3 server over HTTP, reached by boto3 and by streaming; Ray, DeepSpeed and DALI; an MLflow server.
+Nothing is replaced by a stand-in.
 """
 
 import io

@@ -132,7 +132,7 @@ def reload(context: WorkerContext, payload: dict[str, Any]) -> None:
 
 
 def ema(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """Tell whether the model holds the EMA inside `ema_weights` and trains on unchanged after it."""
+    """Tell what the model holds inside `ema_weights`, and how it trains on after it."""
     micro = BATCH // context.world_size
     looked = build(context, micro_batch=micro, **payload["engine"])
     plain = build(context, micro_batch=micro, **payload["engine"])

@@ -1,4 +1,4 @@
-"""Whole jobs as a user starts them: a process, its output, its signals, and what it leaves behind."""
+"""Whole jobs as a user starts them: a process, its output, its signals, what it leaves."""
 
 from __future__ import annotations
 

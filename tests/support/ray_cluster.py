@@ -105,7 +105,7 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     """Ends the node, whose processes all belong to the session that the command leads."""
     head.send_signal(signal.SIGTERM)
     try:
-        head.wait(timeout=10)
+        head.wait(timeout=3)
     except subprocess.TimeoutExpired:
         head.kill()
         head.wait()

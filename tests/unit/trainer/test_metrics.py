@@ -69,12 +69,12 @@ def test_durations_are_written_for_people(seconds, text):
 
 def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
     told: dict[int, list] = {0: [], 1: []}
-    for rank in told:
+    for rank, messages in told.items():
         metrics = MetricBuffer("cpu")
         progress = Progress(
             metrics=metrics,
             tracker=SilentTracker(),
-            tell=told[rank].append,
+            tell=messages.append,
             interval_images=100,
             total_images=260,
             start_images=0,

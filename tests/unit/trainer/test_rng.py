@@ -38,7 +38,8 @@ def test_seed_and_stream_name_decide():
 
 def test_uniforms_are_uniform_and_below_one():
     values = rng.uniforms(7, "time", first=0, count=50_000)
-    assert values.min() >= 0 and values.max() < 1
+    assert values.min() >= 0
+    assert values.max() < 1
     assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3
 
 

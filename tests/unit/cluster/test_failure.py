@@ -1,0 +1,87 @@
+import pytest
+
+from cluster.contract import WorkerContext
+from cluster.failure import Failure, WorkerFailed, WorkerRefused, attend, died, root_cause
+
+CONTEXT = WorkerContext(
+    rank=3,
+    world_size=4,
+    local_rank=1,
+    local_world_size=2,
+    attempt=2,
+    device="cpu",
+    stop_requested=lambda: False,
+    tell=lambda message: None,
+)
+
+
+def raising(error):
+    def worker(context, payload):
+        raise error
+
+    return worker
+
+
+def failure(rank, kind, text):
+    return Failure(rank=rank, attempt=0, kind=kind, text=text)
+
+
+def test_a_worker_that_returns_is_no_failure():
+    assert attend(lambda context, payload: None, CONTEXT, {}) is None
+
+
+def test_a_value_error_is_a_refusal_in_its_own_words():
+    class Mistake(ValueError):
+        pass
+
+    told = attend(raising(Mistake("use blue")), CONTEXT, {})
+    assert told is not None
+    assert (told.rank, told.attempt, told.kind) == (3, 2, "refused")
+    error = told.error()
+    assert isinstance(error, WorkerRefused)
+    assert isinstance(error, ValueError)
+    assert str(error) == "use blue"
+    assert error.traceback_tail.endswith("Mistake: use blue")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), SystemExit("boom"), KeyboardInterrupt("boom")]
+)
+def test_whatever_else_is_raised_is_told_with_its_traceback(error):
+    told = attend(raising(error), CONTEXT, {})
+    assert told is not None
+    assert told.kind == "raised"
+    assert str(told.error()).startswith(f"Worker 3 failed with {type(error).__name__}: boom\n")
+    assert "in worker" in str(told.error())
+
+
+def test_a_signal_is_named():
+    assert "SIGKILL" in str(died(1, 0, -9).error())
+    assert "memory" in str(died(1, 0, -9).error())
+    assert str(died(1, 0, 3).error()) == "Worker 1 ended with exit code 3."
+    assert isinstance(died(1, 0, 3).error(), WorkerFailed)
+
+
+GLOO = failure(0, "raised", "RuntimeError: [gloo/pair.cc] Connection closed by peer")
+BUG = failure(1, "raised", "KeyError: 'colour'")
+DEATH = failure(2, "died", "was ended by SIGKILL")
+MISTAKE = failure(3, "refused", "use blue")
+
+
+@pytest.mark.parametrize(
+    ("failures", "cause"),
+    [
+        ([GLOO, BUG], BUG),
+        ([GLOO, DEATH, BUG], DEATH),
+        ([GLOO, DEATH, MISTAKE], MISTAKE),
+        ([GLOO], GLOO),
+    ],
+)
+def test_the_cause_is_told_apart_from_its_consequences(failures, cause):
+    assert root_cause(failures) is cause
+
+
+def test_of_equals_the_first_counts():
+    later = failure(0, "raised", "TypeError: late")
+    assert root_cause([BUG, later]) is BUG
+    assert root_cause([later, BUG]) is later

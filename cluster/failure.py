@@ -1,5 +1,6 @@
 """Failures of workers: recorded where they happen, told apart where they are raised."""
 
+import re
 import signal
 import traceback
 from collections.abc import Sequence
@@ -12,7 +13,11 @@ from cluster.process_group import leave
 TRACEBACK_LINES = 25
 """How much of a worker's traceback is passed on."""
 
-_LOST_PEER_SIGNS = ("gloo", "nccl", "connection", "peer", "socket", "tcpstore")
+_LOST_PEER = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore|dist(backend|network)error",
+    re.IGNORECASE,
+)
+"""What an exception says whose only cause is that another worker is gone."""
 
 
 class WorkerFailed(RuntimeError):
@@ -102,7 +107,6 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
     def weight(failure: Failure) -> int:
         if failure.kind != "raised":
             return 0 if failure.kind == "refused" else 1
-        text = failure.text.lower()
-        return 3 if any(sign in text for sign in _LOST_PEER_SIGNS) else 2
+        return 3 if _LOST_PEER.search(failure.text) else 2
 
     return min(failures, key=weight)

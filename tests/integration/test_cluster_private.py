@@ -93,6 +93,8 @@ def watch(driver: subprocess.Popen[str]) -> Transcript:
     family: list[psutil.Process] = []
     listening: set[str] = set()
     for line in driver.stdout:
+        if not line.startswith("{"):
+            continue  # Ray itself remarks on the killed worker.
         said.append(json.loads(line))
         if len([one for one in said if one.get("attempt") == 1]) == 2 and not family:
             family = psutil.Process(driver.pid).children(recursive=True)

@@ -1,6 +1,6 @@
 """The main job through every real component at once.
 
-An S3 server over HTTP, reached by boto3 and by streaming; Ray, DeepSpeed and DALI; an MLflow server.
+An S3 server reached over HTTP, an MLflow server, Ray, DeepSpeed, streaming and DALI.
 Nothing is replaced by a stand-in.
 """
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socket import create_server
@@ -110,7 +110,8 @@ def _end(head: subprocess.Popen[bytes]) -> None:
         head.kill()
         head.wait()
     for process in _session(head.pid):
-        os.kill(process, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def _session(leader: int) -> list[int]:

@@ -25,6 +25,7 @@ SHAPES = {"embed.weight": (5, 7), "scales.0.bias": (3,), "scales.1.weight": (2, 
 DELICATE = (0x7FC12345, 0x7F800001, 0x7F800000, -(2**31), 1)
 SCIENCE = {"science": {"flow": {"scales": 2}}, "science_hash": "a1b2"}
 RUN = "night-1"
+MOST_FALLBACKS = 10
 
 State = dict[str, dict[str, Tensor]]
 """Flat tensors by kind and parameter."""
@@ -188,12 +189,15 @@ def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
 
     def act(rank: int, gather: Gather) -> int | None:
         mine = checkpoints(store, rank=rank, world=world, gather=gather)
-        while (manifest := mine.newest_valid()) is not None:
+        for _ in range(MOST_FALLBACKS):
+            manifest = mine.newest_valid()
+            if manifest is None:
+                return None
             try:
                 return mine.restore(manifest, fragments[rank])["images"]
             except DamagedCheckpoint:
                 continue
-        return None
+        raise AssertionError("a damaged checkpoint is offered again and again")
 
     outcomes = on_ranks(world, act)
     for outcome in outcomes:

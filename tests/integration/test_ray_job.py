@@ -1,0 +1,63 @@
+"""The command as a Ray job on a cluster that `ray start` began."""
+
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from tests.support.job import ROOT, SMALL
+from tests.support.ray_cluster import ray_cluster
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import StoreConfig, open_store
+
+pytestmark = pytest.mark.slow
+
+TOTAL = 19200
+COMMAND = (
+    *("--working-dir", str(ROOT), "--", "python", "-m", "trainer.launch"),
+    *(setting for setting in SMALL if not setting.startswith("cluster.address")),
+    f"train.total_images={TOTAL}",
+)
+
+
+def newest_images(home: Path) -> int:
+    store = open_store(f"{home}/store/runs", StoreConfig())
+    manifest = Checkpoints.reader(store, run="digits").newest_valid()
+    return 0 if manifest is None else manifest.images
+
+
+def test_stop_leaves_a_final_checkpoint_and_submitting_again_finishes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAPFLOW_HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_cluster(cpus=2) as cluster:
+        submitted = cluster.job("submit", "--no-wait", "--submission-id", "first", *COMMAND)
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+        deadline = time.monotonic() + 180
+        while newest_images(tmp_path) < 5120:
+            assert time.monotonic() < deadline, cluster.job("logs", "first").stdout
+            time.sleep(0.1)
+        # The command `ray job stop` does the same after importing for seconds.
+        client = JobSubmissionClient(cluster.dashboard)
+        assert client.stop_job("first")
+        while client.get_job_status("first") not in (JobStatus.STOPPED, JobStatus.FAILED):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        log = cluster.job("logs", "first").stdout
+        stopped_at = newest_images(tmp_path)
+        assert 5120 < stopped_at < TOTAL, log
+        assert "stopped; run the same command again" in log
+        assert f"{stopped_at:012d}" in log
+
+        again = cluster.job("submit", "--submission-id", "second", *COMMAND)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert f"resumed after {stopped_at:,} images" in again.stdout
+        assert "classifier reads the label" in again.stdout
+        assert client.get_job_status("second") == JobStatus.SUCCEEDED
+    assert newest_images(tmp_path) == TOTAL
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        runs = database.execute("SELECT name, status FROM runs").fetchall()
+        steps = database.execute("SELECT step FROM metrics WHERE key = 'loss/total'").fetchall()
+    assert runs == [("digits", "FINISHED")]
+    assert sorted(step for (step,) in steps) == sorted(set(range(1280, TOTAL + 1, 1280)))

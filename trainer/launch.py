@@ -62,11 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = compose(options.overrides)
         validate(job)
         if options.cfg or job.dry_run:
-            _say(yaml.safe_dump(to_dict(job), sort_keys=False))
-            if job.dry_run:
-                from trainer.cost_table import cost_table
-
-                _say(cost_table(job))
+            _say(described(job))
             return 0
         return _launch(job)
     except ValueError as error:
@@ -89,6 +85,14 @@ def compose(overrides: Sequence[str]) -> JobConfig:
     return composed(overrides)
 
 
+def described(job: JobConfig) -> str:
+    """Return the configuration as YAML, with what it costs as comments below."""
+    from trainer.cost_table import cost_table
+
+    table = "\n".join(f"# {line}" for line in cost_table(job).splitlines())
+    return f"{yaml.safe_dump(to_dict(job), sort_keys=False)}\n{table}"
+
+
 def _launch(job: JobConfig) -> int:
     from cluster.failure import WorkerFailed
     from cluster.launcher import run
@@ -105,10 +109,8 @@ def _launch(job: JobConfig) -> int:
         newest = preflight(job, note=console.note)
     except StoreError as error:
         raise ConfigError(str(error)) from error
-    if newest is not None:
-        console.note(f"continuing after {newest.images:,} images; resume=never would refuse")
-    report = summary(job, seconds=0.0)
-    if newest is not None and newest.images >= job.train.total_images and report is not None:
+    complete = newest is not None and newest.images >= job.train.total_images
+    if complete and (report := summary(job, seconds=0.0)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
         _say(report)
         return 0
@@ -158,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
-    parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--cfg", choices=["job"], help="print the resolved configuration and its cost, then stop"
+    )
     return parser
 
 

@@ -44,8 +44,12 @@ class TrainConfig:
     max_skipped_updates: int = 10
 
 
-class NonFiniteGradient(RuntimeError):
-    """Too many updates in a row had a gradient that is not finite."""
+class NonFiniteGradient(ValueError):
+    """Too many updates in a row had a gradient that is not finite.
+
+    A ValueError, because the settings are at fault: started again, the run would repeat itself to
+    the bit.
+    """
 
 
 class TrainStep:

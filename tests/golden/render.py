@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from trainer.composition import composed, members
-from trainer.cost_table import cost_table
-from trainer.schema import to_dict
+from trainer.launch import described
 
 FOLDER = Path(__file__).parent / "configs"
 
 
 def rendered(experiment: str) -> str:
     """Return an experiment's configuration as YAML, its cost table below as comments."""
-    job = composed([f"+exp={experiment}", "home=HOME"])
-    table = "\n".join(f"# {line}".rstrip() for line in cost_table(job).splitlines())
-    return f"{yaml.safe_dump(to_dict(job), sort_keys=False)}\n{table}\n"
+    return f"{described(composed([f'+exp={experiment}', 'home=HOME']))}\n"
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def test_every_checkpoint_is_committed_and_whole(finished, store):
 def test_results_are_in_the_store(finished, store):
     folder = "digits/evaluation/000000012800"
     grid = Image.open(io.BytesIO(store.get(f"{folder}/grid.png")))
-    assert grid.size == (10 * 32, 10 * 32)
+    assert grid.size == (10 * 52 + 4, 10 * 52 + 4)
     samples = np.load(io.BytesIO(store.get(f"{folder}/samples.npz")))
     assert samples["arr_0"].shape == (100, 8, 8, 1)
     assert samples["arr_0"].dtype == np.uint8
@@ -153,5 +153,5 @@ def test_a_grid_is_drawn_from_any_checkpoint(finished, s3, tmp_path):
             check=True,
         )
         grids.append(np.asarray(Image.open(output)))
-    assert grids[0].shape == (2 * 32, 4 * 32)
+    assert grids[0].shape == (2 * 52 + 4, 4 * 52 + 4)
     assert not np.array_equal(*grids)

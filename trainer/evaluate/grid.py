@@ -8,11 +8,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-_SHORTEST_SIDE = 32
+_SHORTEST_SIDE = 48
+_GAP = 4
+_GAP_COLOUR = 96
 
 
 def grid_png(images: Tensor, *, columns: int) -> bytes:
-    """Lay images out row by row.
+    """Lay images out row by row with a gap between them.
 
     Args:
         images: Shape [n, c, h, w] with c of 1 or 3, values in [-1, 1].
@@ -22,17 +24,17 @@ def grid_png(images: Tensor, *, columns: int) -> bytes:
         PNG bytes; small images are enlarged without smoothing so that people can see them.
     """
     count, channels, height, width = images.shape
-    rows = -(-count // columns)
-    values = (images.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
-    canvas = np.zeros((rows * height, columns * width, channels), dtype=np.uint8)
-    for index, image in enumerate(values):
-        top, left = index // columns * height, index % columns * width
-        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    picture = Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
-    factor = max(1, _SHORTEST_SIDE // height)
-    picture = picture.resize(
-        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    rows, factor = -(-count // columns), max(1, _SHORTEST_SIDE // height)
+    cell_height, cell_width = height * factor + _GAP, width * factor + _GAP
+    canvas = np.full(
+        (rows * cell_height + _GAP, columns * cell_width + _GAP, channels), _GAP_COLOUR, np.uint8
     )
+    values = (images.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    large = values.repeat(factor, axis=2).repeat(factor, axis=3).transpose(0, 2, 3, 1)
+    for index, image in enumerate(large):
+        top = index // columns * cell_height + _GAP
+        left = index % columns * cell_width + _GAP
+        canvas[top : top + height * factor, left : left + width * factor] = image
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -102,16 +102,13 @@ def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monk
     assert torch.isfinite(features).all()
 
 
-def test_a_grid_shows_every_image_in_its_place():
+def test_a_grid_shows_every_image_in_its_place_with_a_gap_around_it():
     images = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 0.0, 1.0)])
     picture = np.asarray(Image.open(io.BytesIO(grid_png(images, columns=2))))
-    assert picture.shape == (64, 64, 3)
-    assert [int(picture[y, x, 0]) for y, x in ((5, 5), (5, 40), (40, 5), (40, 40))] == [
-        0,
-        128,
-        255,
-        0,
-    ]
+    # 8 pixels become 48, and 4 lie between images and around them.
+    assert picture.shape == (108, 108, 3)
+    places = {(4, 4): 0, (51, 51): 0, (4, 56): 128, (56, 4): 255, (56, 56): 96, (52, 4): 96}
+    assert {place: int(picture[place][0]) for place in places} == places
 
 
 def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():

@@ -3,14 +3,16 @@
 A private cluster lives on this machine alone. Everything of it listens on 127.0.0.1: the control
 server (GCS), the raylet, the agents and every worker, on ports chosen at random; there is no
 dashboard. Ray also asks for a token, which it keeps in ~/.ray/auth_token (`RAY_AUTH_MODE=disabled`
-turns that off). The daemons are children of this process that ignore the terminal's Ctrl-C, inherit
-its environment (credentials too, so none has to be passed on) and are ended by the kernel when it
-dies.
+turns that off). The daemons are children of this process. They ignore the terminal's Ctrl-C,
+inherit the environment (credentials too, so none has to be passed on) and are ended by the kernel
+when this process dies, the last of them a minute later. A SIGTERM ends them, though: it must go to
+this process alone, which then stops the workers, and not to its process group or control group
+(systemd: `KillMode=mixed`).
 
 A joined cluster is only left again, which ends this run's workers and nothing else. Its workers
 find the caller's modules when the caller is a Ray job (`ray job submit --working-dir . -- python -m
-…` ships the code), or when the code lies at the same path on every node; nothing is uploaded from
-here.
+…` ships the code), or when the directory the caller was started in has the same path on every node;
+nothing is uploaded from here.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -35,6 +38,8 @@ from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailab
 
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Ray's shared memory here: it only carries the worker function and messages."""
+
+_ANSWER_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -112,28 +117,14 @@ def _connect(config: ClusterConfig, scratch: Path) -> bool:
     """Joins or starts a cluster; True if it was started."""
     began = time.monotonic()
     address = address_to_join(config)
-    if address is not None:
-        # Without an address Ray itself reads the environment and then what `ray start` left behind,
-        # and only then takes up a token by itself.
-        found = config.address == "auto"
-        try:
-            ray.init(
-                address=None if found else address, log_to_driver=False, logging_level=logging.ERROR
-            )
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise ClusterUnavailable(
-                f"The Ray cluster at {address} cannot be joined: {error} Check that it runs and "
-                "that its version of Ray and its RAY_AUTH_MODE are this environment's; set "
-                "cluster.address=local to start a private cluster instead."
-            ) from error
-    else:
+    if address is None:
         _start(config, scratch)
+    else:
+        _join(address, found=config.address == "auto")
     nodes = _nodes()
     _log.info(
         "%s: %d node(s), %s (%.1f s).",
-        "Started a private Ray cluster"
-        if address is None
-        else f"Joined the Ray cluster at {address}",
+        "Started a private Ray cluster" if address is None else f"Joined the Ray cluster {address}",
         len(nodes),
         resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)),
         time.monotonic() - began,
@@ -142,16 +133,53 @@ def _connect(config: ClusterConfig, scratch: Path) -> bool:
 
 
 def address_to_join(config: ClusterConfig) -> str | None:
-    """The address of the cluster to join; None to start one."""
+    """The address of the cluster to join; None to start one.
+
+    Raises:
+        ClusterConfigError: RAY_ADDRESS is not an address to join.
+    """
     if config.address != "auto":
         return None if config.address == "local" else config.address
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    address = os.environ.get("RAY_ADDRESS")
     if address is not None and "://" in address:
         raise ClusterConfigError(
             f"RAY_ADDRESS is {address!r}, the address of a job server. Submit this command to it "
             "with `ray job submit --working-dir . -- …`, or unset RAY_ADDRESS to run here."
         )
-    return None if address == "local" else address
+    if address:
+        return None if address == "local" else address
+    left: str | None = read_ray_address()
+    if left and not _answers(left):
+        _log.warning("The cluster that `ray start` left at %s does not answer; ignoring it.", left)
+        return None
+    return left
+
+
+def _answers(address: str) -> bool:
+    """Whether anything listens there. Ray itself would go on trying for many minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _join(address: str, *, found: bool) -> None:
+    try:
+        if not _answers(address):
+            raise ConnectionError("nothing answers there.")
+        # Without an address Ray itself reads the environment and then what `ray start` left, and
+        # only then takes up a token by itself.
+        ray.init(
+            address=None if found else address, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ClusterUnavailable(
+            f"The Ray cluster at {address} cannot be joined: {error} Check that it runs and that "
+            "its version of Ray and its RAY_AUTH_MODE are this environment's; set "
+            "cluster.address=local to start a private cluster instead."
+        ) from error
 
 
 def _start(config: ClusterConfig, scratch: Path) -> None:

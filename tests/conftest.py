@@ -11,5 +11,7 @@ __all__ = ["s3"]  # fixtures for all tests
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Ray cannot change its mind about tokens within one process, and some tests go without.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 install_import_hook("models", "beartype.beartype")

@@ -94,6 +94,7 @@ def described(job: JobConfig) -> str:
 
 
 def _launch(job: JobConfig) -> int:
+    from cluster.contract import ClusterUnavailable
     from cluster.failure import WorkerFailed
     from cluster.launcher import run
     from trainer import places
@@ -120,11 +121,12 @@ def _launch(job: JobConfig) -> int:
         outcome = run(
             job.cluster, train_worker, to_dict(job), on_message=console.message, stop=stop
         )
-    except WorkerFailed as error:
+    except (WorkerFailed, ClusterUnavailable) as error:
         if isinstance(error, ValueError):
             raise
         _say(f"error: {error}", to=sys.stderr)
-        _say(f"run the same command again to continue from {console.last_checkpoint}")
+        if console.last_checkpoint:
+            _say(f"run the same command again to continue from {console.last_checkpoint}")
         return _FAILED
     if outcome.status == "stopped" and not console.finished:
         console.note(f"stopped; run the same command again to continue {console.last_checkpoint}")

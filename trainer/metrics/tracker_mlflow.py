@@ -28,6 +28,8 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 _log = logging.getLogger(__name__)
 
 _RUN_TAG = "lapflow.run"
+# Without it MLflow's pages open on what concerns language models.
+_MODEL_TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 _MAX_PARAMETER_CHARACTERS = 500
 _QUEUE_CALLS = 100_000
 _LONGEST_PAUSE_S = 15.0
@@ -202,7 +204,9 @@ def _experiment_id(client: Any, name: str, uri: str, home: str) -> str:
         return str(experiment.experiment_id)
     local = uri.startswith("sqlite:")
     location = (Path(home) / "mlartifacts").resolve().as_uri() if local else None
-    return str(client.create_experiment(name, artifact_location=location))
+    return str(
+        client.create_experiment(name, artifact_location=location, tags=_MODEL_TRAINING_PAGES)
+    )
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

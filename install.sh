@@ -32,8 +32,10 @@ echo "setting up $venv with torch $torch ($build build); this takes a few minute
 if [ "$build" = gpu ] || [ "$(uname -s)" != Linux ]; then
     "${pip[@]}" "torch==$torch"
 else
-    "${pip[@]}" "torch==$torch+cpu" 2>/dev/null ||
-        "${pip[@]}" --extra-index-url "$index" --retries 1 --timeout 15 "torch==$torch+cpu" 2>/dev/null ||
+    if ! "${pip[@]}" "torch==$torch+cpu" 2>/dev/null &&
+        ! "${pip[@]}" --extra-index-url "$index" --retries 1 --timeout 15 "torch==$torch+cpu" 2>/dev/null; then
+        echo "no CPU build of torch $torch was found, also not at $index; installing the ordinary build"
         "${pip[@]}" "torch==$torch"
+    fi
 fi
 "${pip[@]}" --constraint constraints.txt --editable '.[dev]'

@@ -4,9 +4,8 @@ import os
 
 from jaxtyping import install_import_hook
 
-from tests.support.s3_server import s3
-
-__all__ = ["s3"]  # fixtures for all tests
+# Before anything imports `models`.
+install_import_hook("models", "beartype.beartype")
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -14,4 +13,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Ray cannot change its mind about tokens within one process, and some tests go without.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-install_import_hook("models", "beartype.beartype")
+from tests.support.finished import finished  # noqa: E402
+from tests.support.s3_server import s3  # noqa: E402
+
+__all__ = ["finished", "s3"]  # fixtures for all tests

@@ -37,6 +37,8 @@ def composed(overrides: Sequence[str]) -> JobConfig:
     Raises:
         ConfigError: For an unknown experiment, member or key, or a value of another type.
     """
+    if _experiment(overrides) is None:
+        raise ConfigError(f"no experiment is named: +exp=NAME, one of {', '.join(members('exp'))}")
     ConfigStore.instance().store(name="schema", node=defaults())
     try:
         with initialize_config_dir(config_dir=str(CONFIG_FOLDER), version_base="1.3"):

@@ -14,7 +14,9 @@ from typing import TextIO
 
 import yaml
 
-from trainer.schema import ConfigError, JobConfig, to_dict
+from trainer.checkpoint.errors import CheckpointError
+from trainer.mistakes import is_users_mistake
+from trainer.schema import JobConfig, to_dict
 from trainer.validate import validate
 
 _DESCRIPTION = """\
@@ -65,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(described(job))
             return 0
         return _launch(job)
-    except ValueError as error:
-        # A user's mistake is a ValueError subclass of ours, with a message meant for them; a bare
-        # one is a bug and keeps its traceback.
-        if type(error) is ValueError:
+    except (ValueError, CheckpointError) as error:
+        if not is_users_mistake(error) and not isinstance(error, CheckpointError):
             raise
         _say(f"error: {error}", to=sys.stderr)
         return _REFUSED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def compose(overrides: Sequence[str]) -> JobConfig:
@@ -98,7 +100,6 @@ def _launch(job: JobConfig) -> int:
     from cluster.failure import WorkerFailed
     from cluster.launcher import run
     from trainer import places
-    from trainer.checkpoint.errors import StoreError
     from trainer.preflight import preflight
     from trainer.summary import Console, summary
     from trainer.worker import train_worker
@@ -106,14 +107,11 @@ def _launch(job: JobConfig) -> int:
     began = time.monotonic()
     console = Console()
     console.note(f"run {job.run}: {places.run_uri(job)}")
-    try:
-        newest = preflight(job, note=console.note)
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
+    newest = preflight(job, note=console.note)
     complete = newest is not None and newest.images >= job.train.total_images
-    if complete and (report := summary(job, seconds=0.0)) is not None:
+    if complete and (table := summary(job, seconds=0.0)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
-        _say(report)
+        _say(table)
         return 0
 
     stop, received = _stop_on_signals()
@@ -122,12 +120,10 @@ def _launch(job: JobConfig) -> int:
             job.cluster, train_worker, to_dict(job), on_message=console.message, stop=stop
         )
     except (WorkerFailed, ClusterUnavailable) as error:
-        if isinstance(error, ValueError):
-            raise
         _say(f"error: {error}", to=sys.stderr)
         if console.last_checkpoint:
             _say(f"run the same command again to continue from {console.last_checkpoint}")
-        return _FAILED
+        return _REFUSED if isinstance(error, ValueError) and not console.begun else _FAILED
     if outcome.status == "stopped" and not console.finished:
         console.note(f"stopped; run the same command again to continue {console.last_checkpoint}")
         return 128 + (received[0] if received else signal.SIGINT)

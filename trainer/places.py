@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from trainer.schema import JobConfig
@@ -44,7 +45,7 @@ def object_store_environment(job: JobConfig) -> dict[str, str]:
     """
     settings = {
         "S3_ENDPOINT_URL": job.store.endpoint_url,
-        "MLFLOW_S3_ENDPOINT_URL": job.store.endpoint_url,
+        "MLFLOW_S3_ENDPOINT_URL": os.environ.get("MLFLOW_S3_ENDPOINT_URL", job.store.endpoint_url),
         "AWS_DEFAULT_REGION": job.store.region,
         "AWS_PROFILE": job.store.profile,
     }

@@ -6,14 +6,17 @@ import os
 import uuid
 from collections.abc import Callable
 
+from pipelines.shards import ShardedImages
 from trainer import places
+from trainer.checkpoint.layout import MANIFEST_NAME, checkpoints_prefix
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import Store, open_store
 from trainer.data import open_split
+from trainer.evaluate.features import feature_extractor
 from trainer.metrics.tracker_mlflow import TrackerUnreachable, check_tracker
-from trainer.resume import check_start, open_checkpoint
-from trainer.schema import ConfigError, JobConfig
+from trainer.resume import all_damaged, check_start, open_checkpoint
+from trainer.schema import ConfigError, JobConfig, science
 
 
 def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None:
@@ -36,17 +39,30 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
     _check_home(job)
     store = open_store(places.runs_uri(job), job.store)
     _check_writable(store, job.run)
-    newest = Checkpoints.reader(store, run=job.run).newest_valid()
-    check_start(job, newest)
-    if newest is None and job.resume not in ("auto", "never"):
-        open_checkpoint(job.resume, job.store)
+    # Builds it once, which finds missing weights now and not after the last image.
+    feature_extractor(job.eval.features, channels=job.data.channels)
     try:
         check_tracker(job.tracking, str(places.home(job)))
     except TrackerUnreachable as error:
         if job.tracking.required:
             raise
         note(f"warning: {error}")
-    _prepare_data(job, note)
+    images = _prepared_data(job, note)
+    newest = _newest(job, store)
+    check_start(job, science(job, data_digest=images.digest), newest)
+    if job.resume not in ("auto", "never"):
+        if newest is None:
+            open_checkpoint(job.resume, job.store)
+        else:
+            note(f"run {job.run} has checkpoints of its own and continues; {job.resume} began it")
+    return newest
+
+
+def _newest(job: JobConfig, store: Store) -> Manifest | None:
+    newest = Checkpoints.reader(store, run=job.run).newest_valid()
+    committed = any(key.endswith(MANIFEST_NAME) for key in store.list(checkpoints_prefix(job.run)))
+    if newest is None and committed:
+        raise all_damaged(job)
     return newest
 
 
@@ -70,13 +86,13 @@ def _check_writable(store: Store, run: str) -> None:
     store.delete(key)
 
 
-def _prepare_data(job: JobConfig, note: Callable[[str], None]) -> None:
+def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> ShardedImages:
     if job.data.prepare == "digits":
         from pipelines.ingest.digits import ensure_digits
 
         ensure_digits(places.data_prefix(job))
-    sizes = {split: len(open_split(job, split)) for split in ("train", "test")}
+    train, test = open_split(job, "train"), open_split(job, "test")
     note(
-        f"data {places.data_prefix(job)}: {sizes['train']:,} training and "
-        f"{sizes['test']:,} held-out images"
+        f"data {places.data_prefix(job)}: {len(train):,} training and {len(test):,} held-out images"
     )
+    return train

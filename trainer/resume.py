@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from trainer import places
 from trainer.checkpoint.errors import DamagedCheckpoint
@@ -11,17 +12,18 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.engine.protocol import Engine
-from trainer.schema import ConfigError, JobConfig, difference, science, science_hash
+from trainer.schema import ConfigError, JobConfig, difference, science_hash
 from trainer.state import TrainState
 
 _CHECKPOINT_URI = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)/?")
 
 
-def check_start(job: JobConfig, own: Manifest | None) -> None:
+def check_start(job: JobConfig, chosen: Mapping[str, Any], own: Manifest | None) -> None:
     """Refuse a start that would mix different runs.
 
     Args:
         job: The configuration.
+        chosen: Its science.
         own: Newest valid checkpoint of the run's name, if there is one.
 
     Raises:
@@ -36,7 +38,7 @@ def check_start(job: JobConfig, own: Manifest | None) -> None:
     if job.resume not in ("auto", "never"):
         parse_uri(job.resume)
     if own is not None:
-        _check_science(job, own, f"run={job.run}")
+        _check_science(chosen, own, f"run={job.run}")
 
 
 def parse_uri(uri: str) -> tuple[str, str, int]:
@@ -78,6 +80,7 @@ def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, Checkpoints, 
 
 def restore(
     job: JobConfig,
+    chosen: Mapping[str, Any],
     *,
     engine: Engine,
     checkpoints: Checkpoints,
@@ -89,12 +92,17 @@ def restore(
 
     Args:
         job: The configuration.
+        chosen: Its science.
         engine: Holds freshly initialised weights.
         checkpoints: The run's own checkpoints.
         tell: Takes a note for the user.
 
     Returns:
         The run's counters.
+
+    Raises:
+        ConfigError: If every checkpoint of the run is damaged, or `resume` names one that does not
+            fit.
     """
     before: int | None = None
     while (manifest := checkpoints.newest_valid(before=before)) is not None:
@@ -103,11 +111,25 @@ def restore(
         except DamagedCheckpoint as damage:
             tell({"kind": "warning", "text": str(damage)})
             before = manifest.images
+    if before is not None:
+        # The engine may hold part of what was read; and a new run must not replace the evidence.
+        raise all_damaged(job)
     if job.resume not in ("auto", "never"):
         _, source, manifest = open_checkpoint(job.resume, job.store)
-        _check_science(job, manifest, job.resume)
-        return _load(source, manifest, engine, tell)
+        _check_science(chosen, manifest, job.resume)
+        try:
+            return _load(source, manifest, engine, tell)
+        except DamagedCheckpoint as damage:
+            raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
     return TrainState()
+
+
+def all_damaged(job: JobConfig) -> ConfigError:
+    """Return the error for a run that has checkpoints and none that can be used."""
+    return ConfigError(
+        f"run={job.run} has checkpoints at {places.run_uri(job)}, and each of them is damaged; "
+        "restore the store, remove that folder to start the run anew, or choose another run=NAME"
+    )
 
 
 def _load(
@@ -123,8 +145,7 @@ def _load(
     return state
 
 
-def _check_science(job: JobConfig, manifest: Manifest, place: str) -> None:
-    wanted = science(job)
+def _check_science(wanted: Mapping[str, Any], manifest: Manifest, place: str) -> None:
     if manifest.science_hash == science_hash(wanted):
         return
     changes = "; ".join(difference(manifest.science, wanted)) or "its format"

@@ -24,6 +24,7 @@ from trainer.checkpoint.store import StoreConfig
 from trainer.composition import settings
 from trainer.evaluate.grid import grid_png
 from trainer.evaluate.samples import ImageShape, draw
+from trainer.mistakes import is_users_mistake
 from trainer.resume import open_checkpoint
 from trainer.schema import ConfigError, DataConfig, from_dict
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = draw_grid(from_dict(SampleConfig, settings(SampleConfig, options.overrides)))
     except (CheckpointError, ValueError) as error:
-        if type(error) is ValueError:
+        if not is_users_mistake(error) and not isinstance(error, CheckpointError):
             raise
         sys.stderr.write(f"error: {error}\n")
         return 2

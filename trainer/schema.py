@@ -66,11 +66,9 @@ class RuntimeConfig:
 
     Attributes:
         log_interval_images: Images between two progress lines and metric points.
-        threads: CPU threads of one worker's tensor operations.
     """
 
     log_interval_images: int = 5000
-    threads: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ class JobConfig:
         store: The object store of shards, checkpoints and results.
         checkpoint: How often, and how many are kept.
         tracking: MLflow.
-        runtime: Progress and threads.
+        runtime: Progress.
     """
 
     run: str = "run"
@@ -172,6 +170,9 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         return kind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{path or 'the configuration '}: {error}") from error
+    except ValueError as error:
+        # A component names its own field; the user needs to know whose.
+        raise ConfigError(f"{path.rstrip('.')}: {error}" if path else str(error)) from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -187,8 +188,13 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"there is no setting {key}{hint} (settings here: {siblings})"
 
 
-def science(job: JobConfig) -> dict[str, Any]:
-    """Return the settings that decide the trained weights: what a resumed run must not change."""
+def science(job: JobConfig, *, data_digest: str) -> dict[str, Any]:
+    """Return what decides the trained weights: what a resumed run must not change.
+
+    Args:
+        job: The configuration.
+        data_digest: Which version of which data set it is trained on.
+    """
     everything = to_dict(job)
     chosen = {
         group: {
@@ -198,6 +204,9 @@ def science(job: JobConfig) -> dict[str, Any]:
         }
         for group in ("data", "model", "flow", "optim", "train")
     }
+    chosen["data_set"] = {"index_sha256": data_digest}
+    chosen["engine"] = {key: everything["engine"][key] for key in ("precision", "deepspeed")}
+    chosen["loader"] = {"shuffle_block_samples": everything["loader"]["shuffle_block_samples"]}
     if job.optim.decay == "constant":
         # Then the length is only when to stop: a finished run may go on.
         del chosen["train"]["total_images"]
@@ -224,7 +233,9 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str 
 
 def micro_batch(job: JobConfig) -> int:
     """Return images per rank and forward pass."""
-    return job.engine.micro_batch or job.train.global_batch // job.cluster.workers
+    if job.engine.micro_batch is None:
+        return job.train.global_batch // job.cluster.workers
+    return job.engine.micro_batch
 
 
 def _plain(value: Any) -> Any:

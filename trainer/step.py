@@ -118,6 +118,7 @@ class TrainStep:
             learning_rate=rate,
             ema_decay=ema_decay(state.updates, decay=ema.decay, warmup=ema.warmup),
         )
+        self._metrics.record("skipped_images", float(batch.skipped), reduction="sum")
         self._record(outcome, rate)
         return outcome
 

@@ -14,7 +14,7 @@ from trainer.checkpoint.store import open_store
 from trainer.clock import format_duration
 from trainer.evaluate.report import EvaluationReport, evaluation_key
 from trainer.metrics.tracker_mlflow import tracking_uri
-from trainer.schema import JobConfig
+from trainer.schema import JobConfig, to_dict
 
 
 class Console:
@@ -23,11 +23,13 @@ class Console:
     Attributes:
         last_checkpoint: URI of the newest checkpoint heard of, or "".
         finished: Whether the workers said that the run reached its end.
+        begun: Whether training has made progress in this launch.
     """
 
     def __init__(self) -> None:
         self.last_checkpoint = ""
         self.finished = False
+        self.begun = False
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -37,7 +39,10 @@ class Console:
     def message(self, message: Mapping[str, Any]) -> None:
         """Show what a worker told."""
         match message.get("kind"):
-            case "progress" | "note":
+            case "progress":
+                self.begun = True
+                self.note(str(message["text"]))
+            case "note":
                 self.note(str(message["text"]))
             case "warning":
                 self.note(f"warning: {message['text']}")
@@ -52,7 +57,7 @@ class Console:
 
 
 def summary(job: JobConfig, *, seconds: float) -> str | None:
-    """Render the closing table of a complete run, or None if it has no report.
+    """Render the closing table of a complete run, or None if it has no report of these settings.
 
     Args:
         job: The configuration.
@@ -67,6 +72,8 @@ def summary(job: JobConfig, *, seconds: float) -> str | None:
     except MissingObject:
         return None
     report = EvaluationReport.from_dict(json.loads(text))
+    if report.settings != to_dict(job.eval):
+        return None
 
     def place(name: str) -> str:
         return store.uri(evaluation_key(job.run, newest.images, name))

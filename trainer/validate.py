@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.engine.zero_config import zero_config
 from trainer.schema import ConfigError, JobConfig, micro_batch
 
 
@@ -11,7 +12,9 @@ def validate(job: JobConfig) -> None:
     Raises:
         ConfigError: Naming the keys, their values and a fix.
     """
-    _check_name(job.run)
+    _check_name("run", job.run)
+    _check_name("data.name", job.data.name)
+    _check_ranges(job)
     _check_batch(job)
     _check_shapes(job)
     if job.engine.kind == "zero" and job.engine.zero_stage not in (1, 2):
@@ -39,12 +42,46 @@ def validate(job: JobConfig) -> None:
         )
 
 
-def _check_name(run: str) -> None:
-    allowed = all(c.isalnum() or c in "._-" for c in run)
-    if not run or not allowed or run[0] in ".-" or len(run) > 100:
+def _check_name(key: str, name: str) -> None:
+    allowed = all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
+    if not name or not allowed or name[0] in ".-" or len(name) > 100:
         raise ConfigError(
-            f"run={run!r} cannot name a folder; use letters, digits, '.', '_' and '-', starting "
+            f"{key}={name!r} cannot name a folder; use letters, digits, '.', '_' and '-', starting "
             "with a letter or digit, 100 at most"
+        )
+
+
+def _check_ranges(job: JobConfig) -> None:
+    least = {
+        "train.total_images": (job.train.total_images, 1),
+        "train.max_skipped_updates": (job.train.max_skipped_updates, 0),
+        "eval.samples": (job.eval.samples, 2),
+        "eval.batch": (job.eval.batch, 1),
+        "eval.grid_columns": (job.eval.grid_columns, 1),
+        "eval.grid_classes": (job.eval.grid_classes, 1),
+        "eval.grid_interval_images": (job.eval.grid_interval_images, 0),
+        "eval.sampler.steps": (job.eval.sampler.steps, job.flow.scales),
+        "runtime.log_interval_images": (job.runtime.log_interval_images, 0),
+        "optim.learning_rate": (job.optim.learning_rate, 0),
+        "optim.clip_norm": (job.optim.clip_norm, 0),
+        "optim.warmup_images": (job.optim.warmup_images, 0),
+        "data.classes": (job.data.classes, 1),
+    }
+    for key, (value, minimum) in least.items():
+        if not value >= minimum:
+            raise ConfigError(f"{key}={value} must be at least {minimum}")
+    if job.data.space == "pixel" and job.data.channels not in (1, 3):
+        raise ConfigError(
+            f"data.channels={job.data.channels} must be 1 (grey) or 3 (RGB) for images"
+        )
+    rendered = zero_config(
+        job.engine, micro_batch=1, accumulation=1, world_size=1, clip_norm=job.optim.clip_norm
+    )
+    own = sorted(set(job.engine.deepspeed) & set(rendered) - {"zero_optimization"})
+    if own:
+        raise ConfigError(
+            f"engine.deepspeed.{own[0]} is decided by other settings (train.global_batch, "
+            "engine.micro_batch, optim.clip_norm, engine.precision); change those"
         )
 
 

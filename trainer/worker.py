@@ -32,10 +32,12 @@ from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.progress import Progress
 from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.metrics.tracker_mlflow import MlflowTracker
+from trainer.mistakes import is_users_mistake
 from trainer.resume import restore
 from trainer.schema import JobConfig, from_dict, micro_batch, science, science_hash, to_dict
 from trainer.step import TrainStep
 from trainer.stop_vote import StopVote
+from trainer.told_warnings import warnings_told
 
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
@@ -45,10 +47,19 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         context: Rank, device and the line to the driver.
         payload: The job's configuration as plain values.
     """
-    job = from_dict(JobConfig, payload)
+    try:
+        with warnings_told(context.tell, rank=context.rank):
+            _train(context, from_dict(JobConfig, payload))
+    except ValueError as error:
+        if is_users_mistake(error):
+            raise
+        # The cluster takes a ValueError for a refusal, which is neither retried nor traced.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _train(context: WorkerContext, job: JobConfig) -> None:
     tell = context.tell if context.rank == 0 else _keep_quiet
     os.environ.update(places.object_store_environment(job))
-    torch.set_num_threads(job.runtime.threads)
     device = torch.device(context.device)
 
     flow = Flow(job.flow)
@@ -70,11 +81,16 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         world_size=context.world_size,
         gather=_gather,
     )
-    state = restore(job, engine=engine, checkpoints=checkpoints, tell=tell)
+    images = open_split(job, "train")
+    chosen = science(job, data_digest=images.digest)
+    state = restore(job, chosen, engine=engine, checkpoints=checkpoints, tell=tell)
     tracker: Tracker = SilentTracker()
     if context.rank == 0:
         tracker = MlflowTracker(
-            job.tracking, home=str(places.home(job)), run=job.run, store_uri=places.run_uri(job)
+            job.tracking,
+            home=str(places.home(job)),
+            run=job.run,
+            identity=f"{places.run_uri(job)} {science_hash(chosen)}",
         )
         tracker.config(to_dict(job))
 
@@ -102,8 +118,6 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         train=lambda: real_images(job, "train", context),
     )
 
-    chosen = science(job)
-
     def save() -> None:
         uri = checkpoints.save(
             images=state.images,
@@ -113,6 +127,7 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
             science_hash=science_hash(chosen),
         )
         tracker.tag("checkpoint", uri)
+        tracker.tag(f"checkpoint.{state.images:012d}", uri)
         tell({"kind": "checkpoint", "images": state.images, "uri": uri})
 
     hooks: list[Hook] = [
@@ -135,9 +150,8 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
             rank=context.rank,
         ),
     ]
-    started_at = state.images
     try:
-        with training_loader(job, open_split(job, "train"), context) as loader:
+        with training_loader(job, images, context) as loader:
             end = train(
                 state,
                 loader=loader,
@@ -147,7 +161,7 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
                 total_images=job.train.total_images,
                 rank=context.rank,
             )
-        if state.images > started_at and not checkpoints.is_saved(state.images):
+        if state.images > 0 and not checkpoints.is_saved(state.images):
             save()
         if end == "finished":
             tell({"kind": "note", "text": "evaluating the EMA weights"})

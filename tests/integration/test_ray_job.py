@@ -14,7 +14,7 @@ from trainer.checkpoint.store import StoreConfig, open_store
 
 pytestmark = pytest.mark.slow
 
-TOTAL = 19200
+TOTAL = 12800
 COMMAND = (
     *("--working-dir", str(ROOT), "--", "python", "-m", "trainer.launch"),
     *(setting for setting in SMALL if not setting.startswith("cluster.address")),
@@ -35,7 +35,7 @@ def test_stop_leaves_a_final_checkpoint_and_submitting_again_finishes(tmp_path, 
         submitted = cluster.job("submit", "--no-wait", "--submission-id", "first", *COMMAND)
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
         deadline = time.monotonic() + 180
-        while newest_images(tmp_path) < 5120:
+        while newest_images(tmp_path) < 2560:
             assert time.monotonic() < deadline, cluster.job("logs", "first").stdout
             time.sleep(0.1)
         # The command `ray job stop` does the same after importing for seconds.
@@ -46,7 +46,7 @@ def test_stop_leaves_a_final_checkpoint_and_submitting_again_finishes(tmp_path, 
             time.sleep(0.1)
         log = cluster.job("logs", "first").stdout
         stopped_at = newest_images(tmp_path)
-        assert 5120 < stopped_at < TOTAL, log
+        assert 2560 < stopped_at < TOTAL, log
         assert "stopped; run the same command again" in log
         assert f"{stopped_at:012d}" in log
 
@@ -60,4 +60,4 @@ def test_stop_leaves_a_final_checkpoint_and_submitting_again_finishes(tmp_path, 
         runs = database.execute("SELECT name, status FROM runs").fetchall()
         steps = database.execute("SELECT step FROM metrics WHERE key = 'loss/total'").fetchall()
     assert runs == [("digits", "FINISHED")]
-    assert sorted(step for (step,) in steps) == sorted(set(range(1280, TOTAL + 1, 1280)))
+    assert sorted(step for (step,) in steps) == sorted(set(range(640, TOTAL + 1, 640)))

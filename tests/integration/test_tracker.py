@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def tracker(config, tmp_path):
-    return MlflowTracker(config, home=str(tmp_path), run="r", store_uri="s3://bucket/runs/r")
+    return MlflowTracker(config, home=str(tmp_path), run="r", identity="s3://bucket/runs/r 0123")
 
 
 def history(client, run_id, name):
@@ -62,6 +62,19 @@ def test_an_outage_loses_no_point_and_a_resumed_run_repeats_none(tmp_path):
         assert run.data.params == {"train.seed": "0", "run": "r"}
         artifacts = [item.path for item in client.list_artifacts(run.info.run_id, "samples")]
         assert artifacts == ["samples/000000000030.png"]
+
+
+def test_a_call_that_mlflow_refuses_is_dropped_and_does_not_hold_up_the_rest(tmp_path, caplog):
+    config = TrackingConfig(flush_timeout_s=60)
+    check_tracker(config, str(tmp_path))
+    refused = tracker(config, tmp_path)
+    refused.metrics({"not allowed: \n": 1.0}, images=1)
+    refused.metrics({"loss": 2.0}, images=2)
+    refused.close("FINISHED")
+    assert "refuses a call, which is dropped" in caplog.text
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("lapflow").experiment_id])
+    assert history(client, run.info.run_id, "loss") == [(2, 2.0)]
 
 
 def test_a_server_that_never_comes_back_costs_the_flush_time_and_a_warning(tmp_path, caplog):

@@ -107,72 +107,71 @@ def conformance(context: WorkerContext, payload: dict[str, Any]) -> None:
         micro = variant.pop("micro_batch", BATCH // context.world_size)
         engine = build(context, micro_batch=micro, **variant)
         history = updates(engine, context, count=4, micro_batch=micro)
-        final = state(engine)
-        if context.rank == 0:
-            context.tell({"history": history, "state": final})
+        tell_once(context, {"history": history, "state": state(engine)})
 
 
 def reload(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Train 4 updates; then 2, move the state into a fresh engine, and 2 more; tell both states."""
-    engine_settings = payload["engine"]
     micro = BATCH // context.world_size
-    straight = build(context, micro_batch=micro, **engine_settings)
-    updates(straight, context, count=4, micro_batch=micro)
-    first = build(context, micro_batch=micro, **engine_settings)
-    updates(first, context, count=2, micro_batch=micro)
-    second = build(context, micro_batch=micro, **engine_settings)
-    for source, target in zip(first.fragments(), second.fragments(), strict=True):
-        for kind, tensor in target.tensors.items():
-            tensor.copy_(source.tensors[kind])
-    second.load_fragments(2)
-    updates(second, context, count=2, first=2, micro_batch=micro)
-    told = {"straight": state(straight), "resumed": state(second)}
-    if context.rank == 0:
-        context.tell(told)
+    for settings in payload["engines"]:
+        straight, first, second = (build(context, micro_batch=micro, **settings) for _ in range(3))
+        updates(straight, context, count=4, micro_batch=micro)
+        updates(first, context, count=2, micro_batch=micro)
+        for source, target in zip(first.fragments(), second.fragments(), strict=True):
+            for kind, tensor in target.tensors.items():
+                tensor.copy_(source.tensors[kind])
+        second.load_fragments(2)
+        updates(second, context, count=2, first=2, micro_batch=micro)
+        tell_once(context, {"straight": state(straight), "resumed": state(second)})
 
 
 def ema(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Tell what the model holds inside `ema_weights`, and how it trains on after it."""
     micro = BATCH // context.world_size
-    looked = build(context, micro_batch=micro, **payload["engine"])
-    plain = build(context, micro_batch=micro, **payload["engine"])
-    for engine in (looked, plain):
-        updates(engine, context, count=2, micro_batch=micro)
-    expected = {
-        name.removeprefix("ema/"): values
-        for name, values in state(looked).items()
-        if name.startswith("ema/")
-    }
-    with looked.ema_weights() as model:
-        inside = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
-    for engine in (looked, plain):
-        updates(engine, context, count=1, first=2, micro_batch=micro)
-    told = {
-        "inside": inside,
-        "expected": expected,
-        "after_look": state(looked),
-        "without_look": state(plain),
-    }
-    if context.rank == 0:
-        context.tell(told)
+    for settings in payload["engines"]:
+        looked, plain = (build(context, micro_batch=micro, **settings) for _ in range(2))
+        for engine in (looked, plain):
+            updates(engine, context, count=2, micro_batch=micro)
+        expected = {
+            name.removeprefix("ema/"): values
+            for name, values in state(looked).items()
+            if name.startswith("ema/")
+        }
+        with looked.ema_weights() as model:
+            inside = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+        for engine in (looked, plain):
+            updates(engine, context, count=1, first=2, micro_batch=micro)
+        told = {
+            "inside": inside,
+            "expected": expected,
+            "after_look": state(looked),
+            "without_look": state(plain),
+        }
+        tell_once(context, told)
 
 
 def nonfinite(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Give one rank a NaN loss; tell every rank's outcome and whether the state moved."""
     micro = BATCH // context.world_size
-    engine = build(context, micro_batch=micro, **payload["engine"])
-    updates(engine, context, count=1, micro_batch=micro)
-    before = state(engine)
-    velocity = engine(
-        (torch.ones(2, 1, 4, 4), torch.ones(1, 1, 8, 8)), torch.rand(2), torch.tensor([0, 1])
-    )
-    loss = sum(v.square().mean() for v in velocity)
-    assert isinstance(loss, torch.Tensor)
-    engine.backward(loss * (float("nan") if context.rank == 1 else 1.0), last=True)
-    outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
-    applied: list[Any] = [None] * context.world_size
-    torch.distributed.all_gather_object(applied, outcome.applied)
-    unmoved = state(engine) == before
-    history = updates(engine, context, count=1, first=1, micro_batch=micro)
+    for settings in payload["engines"]:
+        engine = build(context, micro_batch=micro, **settings)
+        updates(engine, context, count=1, micro_batch=micro)
+        before = state(engine)
+        velocity = engine(
+            (torch.ones(2, 1, 4, 4), torch.ones(1, 1, 8, 8)), torch.rand(2), torch.tensor([0, 1])
+        )
+        loss = sum(v.square().mean() for v in velocity)
+        assert isinstance(loss, torch.Tensor)
+        engine.backward(loss * (float("nan") if context.rank == 1 else 1.0), last=True)
+        outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
+        applied: list[Any] = [None] * context.world_size
+        torch.distributed.all_gather_object(applied, outcome.applied)
+        unmoved = state(engine) == before
+        history = updates(engine, context, count=1, first=1, micro_batch=micro)
+        tell_once(context, {"applied": applied, "unmoved": unmoved, "next": history})
+
+
+def tell_once(context: WorkerContext, message: dict[str, Any]) -> None:
+    """Tell a message from the first rank."""
     if context.rank == 0:
-        context.tell({"applied": applied, "unmoved": unmoved, "next": history})
+        context.tell(message)

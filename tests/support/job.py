@@ -28,13 +28,13 @@ SMALL = (
     "model.depth=2",
     "model.width=32",
     "train.global_batch=64",
-    "train.total_images=12800",
-    "checkpoint.interval_images=2560",
+    "train.total_images=6400",
+    "checkpoint.interval_images=1280",
     "checkpoint.keep_last=100",
-    "runtime.log_interval_images=1280",
+    "runtime.log_interval_images=640",
     "eval.samples=100",
     "eval.sampler.steps=2",
-    "eval.grid_interval_images=6400",
+    "eval.grid_interval_images=3200",
     "cluster.address=local",
 )
 

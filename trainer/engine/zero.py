@@ -125,17 +125,19 @@ class ZeroEngine:
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the shards, not full copies: EMA in, gather, and the masters back afterwards."""
         kept = [master.detach().clone() for master in self._masters]
+        self._overwrite_masters(self._ema)
+        self._zero.update_lp_params()
         try:
-            self._gather_from(self._ema)
             yield self._deepspeed.module
         finally:
-            self._gather_from(kept)
+            self._overwrite_masters(kept)
+        # Not after an error: the other ranks would not be in this collective.
+        self._zero.update_lp_params()
 
     @torch.no_grad()
-    def _gather_from(self, shards: Sequence[Tensor]) -> None:
+    def _overwrite_masters(self, shards: Sequence[Tensor]) -> None:
         for master, shard in zip(self._masters, shards, strict=True):
             master.copy_(shard)
-        self._zero.update_lp_params()
 
     def _flats(self, group_index: int, flat_ema: Tensor) -> dict[str, Tensor]:
         master = self._masters[group_index]

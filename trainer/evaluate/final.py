@@ -72,6 +72,7 @@ class FinalEvaluation:
         report = evaluate(
             self.config,
             images=images,
+            device=self.device,
             samples=(samples, labels),
             untrained=untrained,
             held_out=self.held_out,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.flow.sampler import SamplerConfig
 from trainer import rng
 from trainer.evaluate.classifier import LabelAgreement, label_agreement
-from trainer.evaluate.features import FeatureConfig, FeatureExtractor, feature_extractor
+from trainer.evaluate.features import FeatureConfig, feature_extractor
 from trainer.evaluate.frechet import FeatureStatistics, frechet_distance
 
 LabelledImages = Iterable[tuple[Tensor, Tensor]]
@@ -66,6 +68,7 @@ class EvaluationReport:
             generator could reach with so few images.
         gap_closed: Share of the way from untrained to real halves, 1 is all of it.
         network_evaluations: Network calls per image; a guided pair counts as two.
+        settings: The evaluation's configuration.
         labels: What a classifier of real images reads in the samples; None when not asked for.
     """
 
@@ -77,6 +80,7 @@ class EvaluationReport:
     frechet_real_halves: float
     gap_closed: float
     network_evaluations: int
+    settings: dict[str, Any]
     labels: LabelAgreement | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +111,7 @@ def evaluate(
     config: EvalConfig,
     *,
     images: int,
+    device: torch.device,
     samples: tuple[Tensor, Tensor],
     untrained: Tensor,
     held_out: Callable[[], LabelledImages],
@@ -118,6 +123,7 @@ def evaluate(
     Args:
         config: What to measure.
         images: Images the weights had been trained on.
+        device: Where features are extracted.
         samples: Generated images [n, c, h, w] and requested labels [n].
         untrained: Images drawn the same way from the initial weights.
         held_out: Gives batches of real images the model has never seen, and their labels.
@@ -127,8 +133,13 @@ def evaluate(
     Returns:
         The figures.
     """
-    extract = feature_extractor(config.features, channels=samples[0].shape[1])
-    real = np.concatenate([extract(batch).cpu().numpy() for batch, _ in held_out()])
+    extractor = feature_extractor(config.features, channels=samples[0].shape[1])
+
+    def extract(part: Tensor) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = extractor(part.to(device)).cpu().numpy()
+        return features
+
+    real = np.concatenate([extract(batch) for batch, _ in held_out()])
     order = torch.randperm(
         len(real), generator=torch.Generator().manual_seed(rng.derived_seed(0, "real halves"))
     ).numpy()
@@ -154,17 +165,21 @@ def evaluate(
         frechet=reached,
         frechet_untrained=start,
         frechet_real_halves=floor,
-        gap_closed=(start - reached) / (start - floor),
+        gap_closed=(start - reached) / (start - floor) if start > floor else 0.0,
         network_evaluations=network_evaluations,
+        # As JSON would hold them, so that a report read back compares equal.
+        settings=json.loads(json.dumps(asdict(config))),
         labels=labels,
     )
 
 
-def _statistics(extract: FeatureExtractor, images: Tensor, batch: int) -> FeatureStatistics:
+def _statistics(
+    extract: Callable[[Tensor], NDArray[np.float32]], images: Tensor, batch: int
+) -> FeatureStatistics:
     # Samples are measured as the 8-bit pictures that people and other tools would see.
     seen = ((images * 127.5 + 127.5).round().clamp(0, 255) - 127.5) / 127.5
     return FeatureStatistics.of(
-        np.concatenate([extract(part).cpu().numpy() for part in torch.split(seen, batch)])
+        np.concatenate([extract(part) for part in torch.split(seen, batch)])
     )
 
 

@@ -7,6 +7,7 @@ is waited for up to `flush_timeout_s` and then counted in a warning.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import queue
@@ -31,7 +32,9 @@ _RUN_TAG = "lapflow.run"
 # Without it MLflow's pages open on what concerns language models.
 _MODEL_TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 _MAX_PARAMETER_CHARACTERS = 500
+_PARAMETERS_PER_CALL = 100
 _QUEUE_CALLS = 100_000
+_TRIES_OF_A_CALL_AT_FAULT = 3
 _LONGEST_PAUSE_S = 15.0
 
 
@@ -68,14 +71,15 @@ class MlflowTracker:
         config: Where to track.
         home: Folder of the default SQLite file and its artifacts.
         run: The training run's name.
-        store_uri: The run's place in the store; with the name it identifies the MLflow run.
+        identity: Tells the training run from every other: its place and its science. A resumed run
+            has the same, a run begun anew in the same place with other settings has not.
     """
 
-    def __init__(self, config: TrackingConfig, *, home: str, run: str, store_uri: str) -> None:
+    def __init__(self, config: TrackingConfig, *, home: str, run: str, identity: str) -> None:
         self._config = config
         self._home = home
         self._run = run
-        self._identity = store_uri
+        self._identity = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._uri = tracking_uri(config, home)
         self._run_id = ""
         self._newest: dict[str, int] = {}
@@ -86,6 +90,7 @@ class MlflowTracker:
     def config(self, resolved: Mapping[str, Any]) -> None:
         """Record the configuration: an artifact in full, and flat parameters for comparisons."""
         import yaml
+        from mlflow.entities import Param
 
         text = yaml.safe_dump(dict(resolved), sort_keys=False)
         flat = _flat(resolved)
@@ -94,9 +99,14 @@ class MlflowTracker:
             client.log_text(self._run_id, text, "config.yaml")
             known = client.get_run(self._run_id).data.params
             # MLflow refuses to change a parameter; a resumed run may differ operationally.
-            for name, value in flat.items():
-                if name not in known:
-                    client.log_param(self._run_id, name, value[:_MAX_PARAMETER_CHARACTERS])
+            fresh = [
+                Param(name, value[:_MAX_PARAMETER_CHARACTERS])
+                for name, value in flat.items()
+                if name not in known
+            ]
+            for start in range(0, len(fresh), _PARAMETERS_PER_CALL):
+                part = fresh[start : start + _PARAMETERS_PER_CALL]
+                client.log_batch(self._run_id, params=part)
 
         self._put(send)
 
@@ -135,7 +145,7 @@ class MlflowTracker:
     def close(self, status: str) -> None:
         """End the run and wait for the queue, but not longer than configured."""
         self._put(lambda client: client.set_terminated(self._run_id, status))
-        self._calls.put(None)
+        self._put(None)
         self._thread.join(self._config.flush_timeout_s)
         if self._thread.is_alive():
             _log.warning(
@@ -146,7 +156,7 @@ class MlflowTracker:
                 self._config.flush_timeout_s,
             )
 
-    def _put(self, call: Callable[[Any], None]) -> None:
+    def _put(self, call: Callable[[Any], None] | None) -> None:
         try:
             self._calls.put_nowait(call)
         except queue.Full:
@@ -155,18 +165,29 @@ class MlflowTracker:
     def _send_all(self) -> None:
         client: Any = None
         while (call := self._calls.get()) is not None:
-            pause = 0.5
-            while True:
+            pause, at_fault = 0.5, 0
+            while at_fault < _TRIES_OF_A_CALL_AT_FAULT:
                 try:
                     client = client or self._open()
                     call(client)
                     break
                 except Exception as error:
+                    # If MLflow answers another question, it is not away: the call is at fault.
+                    at_fault += self._answers()
                     _log.warning(
                         "MLflow at %s: %s; trying again in %.1f s", self._uri, error, pause
                     )
                     time.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                _log.warning("MLflow at %s refuses a call, which is dropped", self._uri)
+
+    def _answers(self) -> bool:
+        try:
+            _client(self._uri).search_experiments(max_results=1)
+        except Exception:
+            return False
+        return True
 
     def _open(self) -> Any:
         client = _client(self._uri)

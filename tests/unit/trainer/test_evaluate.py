@@ -155,6 +155,7 @@ def test_a_report_puts_each_figure_beside_its_references():
     report = evaluate(
         EvalConfig(classifier=True),
         images=7,
+        device=torch.device("cpu"),
         samples=perfect,
         untrained=untrained,
         held_out=lambda: [held_out],
@@ -169,6 +170,7 @@ def test_a_report_puts_each_figure_beside_its_references():
     start = evaluate(
         EvalConfig(),
         images=7,
+        device=torch.device("cpu"),
         samples=(untrained, perfect[1]),
         untrained=untrained,
         held_out=lambda: [held_out],

@@ -68,7 +68,7 @@ def test_a_call_that_mlflow_refuses_is_dropped_and_does_not_hold_up_the_rest(tmp
     config = TrackingConfig(flush_timeout_s=60)
     check_tracker(config, str(tmp_path))
     refused = tracker(config, tmp_path)
-    refused.metrics({"not allowed: \n": 1.0}, images=1)
+    refused.metrics({"x" * 2000: 1.0}, images=1)
     refused.metrics({"loss": 2.0}, images=2)
     refused.close("FINISHED")
     assert "refuses a call, which is dropped" in caplog.text

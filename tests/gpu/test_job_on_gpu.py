@@ -1,0 +1,28 @@
+"""The whole job on a GPU: NCCL, bf16, DALI's mixed decoder, through Ray and DeepSpeed."""
+
+import sqlite3
+
+import pytest
+import torch
+
+from tests.support.job import SMALL, job
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_job_runs_on_one_gpu_and_resumes(precision, tmp_path):
+    settings = [*SMALL, "cluster.workers=1", f"engine.precision={precision}"]
+    with job(*settings, home=tmp_path) as first:
+        assert first.wait() == 0, first.output
+    with job(*settings, "train.total_images=7680", home=tmp_path) as second:
+        assert second.wait() == 0, second.output
+        assert "resumed after 6,400 images" in second.output
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        query = "SELECT max(value) FROM metrics WHERE key = 'memory_device_gib'"
+        ((peak_gib,),) = database.execute(query)
+    assert peak_gib > 0

@@ -15,6 +15,7 @@ from typing import TextIO
 import yaml
 
 from trainer.checkpoint.errors import CheckpointError
+from trainer.composition import composed, members
 from trainer.mistakes import is_users_mistake
 from trainer.schema import JobConfig, to_dict
 from trainer.validate import validate
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        job = compose(options.overrides)
+        job = composed(options.overrides)
         validate(job)
         if options.cfg or job.dry_run:
             _say(described(job))
@@ -74,17 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _REFUSED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-
-
-def compose(overrides: Sequence[str]) -> JobConfig:
-    """Compose a configuration from the YAML under configs/ and overrides of the command line.
-
-    Raises:
-        ConfigError: For an unknown experiment, group member or key, or a value of another type.
-    """
-    from trainer.composition import composed
-
-    return composed(overrides)
 
 
 def described(job: JobConfig) -> str:
@@ -127,7 +117,11 @@ def _launch(job: JobConfig) -> int:
     if outcome.status == "stopped" and not console.finished:
         console.note(f"stopped; run the same command again to continue {console.last_checkpoint}")
         return 128 + (received[0] if received else signal.SIGINT)
-    _say(summary(job, seconds=time.monotonic() - began) or "the run left no report")
+    table = summary(job, seconds=time.monotonic() - began)
+    if table is None:
+        _say("error: the run ended without a report; run the same command again", to=sys.stderr)
+        return _FAILED
+    _say(table)
     return 0
 
 
@@ -149,8 +143,6 @@ def _stop_on_signals() -> tuple[threading.Event, list[int]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from trainer.composition import members
-
     parser = argparse.ArgumentParser(
         prog="python -m trainer.launch",
         description=_DESCRIPTION,

@@ -54,7 +54,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         if newest is None:
             open_checkpoint(job.resume, job.store)
         else:
-            note(f"run {job.run} has checkpoints of its own and continues; {job.resume} began it")
+            note(f"run {job.run} continues from its own checkpoints; resume=URI only begins a run")
     return newest
 
 

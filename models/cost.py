@@ -1,19 +1,18 @@
-"""What a model costs: parameters, multiply-adds, and bytes on each rank. Analytic, without torch.
+"""What a model computes: parameters and multiply-adds. Analytic: no model is built.
 
-Notation: d width, L depth, N_k tokens of scale k, A_k keys that a token of scale k sees (its own
-scale's and all coarser ones'). A multiply-add is one multiplication and one addition, 2 FLOPs;
-training takes about 6 FLOPs for each multiply-add of the forward pass.
+Notation: d width, L depth, N_k tokens of scale k, A_k keys that a token of scale k sees. A
+multiply-add is one multiplication and one addition, 2 FLOPs; training takes about 6 FLOPs for each
+multiply-add of the forward pass. What it takes to hold is in ``models.memory``.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import accumulate
 
 from models.flow.stages import Stages, default_critical_times
+from models.transformer.config import Part, TransformerConfig, check_image
 
 _TIME_FREQUENCIES = 256
-_FULL_BYTES = 4
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 class CostError(ValueError):
@@ -21,45 +20,72 @@ class CostError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """All sizes of a model that its cost depends on.
+class ModelShape(TransformerConfig):
+    """All sizes of a model that its cost depends on: a transformer and what it is built for.
 
     Attributes:
-        depth: Number of blocks, L.
-        width: Width of a token, d.
-        heads: Attention heads.
-        patch_size: Side of a patch.
         scales: Number of scales, K.
         channels: Channels of the images or latents.
         image_size: Height and width of the images or latents.
         classes: Number of classes, without the null label.
-        mlp_ratio: Width of the MLP's hidden layer, in widths.
-        qk_norm: Whether queries and keys have norms with learned gains.
+
+    Raises:
+        TransformerConfigError: A size is not positive, or sizes do not fit each other.
     """
 
-    depth: int
-    width: int
-    heads: int
-    patch_size: int
     scales: int
     channels: int
     image_size: int
     classes: int
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_image(
+            self,
+            scales=self.scales,
+            channels=self.channels,
+            image_size=self.image_size,
+            classes=self.classes,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        config: TransformerConfig,
+        *,
+        scales: int,
+        channels: int,
+        image_size: int,
+        classes: int,
+    ) -> "ModelShape":
+        """Join a transformer's sizes and those of what it is built for."""
+        return cls(
+            **{field.name: getattr(config, field.name) for field in fields(TransformerConfig)},
+            scales=scales,
+            channels=channels,
+            image_size=image_size,
+            classes=classes,
+        )
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """Tokens of each scale, coarse to fine."""
+    def patches(self) -> tuple[int, ...]:
+        """Patches of each scale, coarse to fine."""
         return tuple(
             ((self.image_size >> k) // self.patch_size) ** 2 for k in reversed(range(self.scales))
         )
 
     @property
-    def keys(self) -> tuple[int, ...]:
-        """Keys that a token of each scale sees, coarse to fine."""
-        tokens = self.tokens
-        return tuple(sum(tokens[: position + 1]) for position in range(self.scales))
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of each scale, coarse to fine: its patches, and on the coarsest class tokens."""
+        coarsest, *finer = self.patches
+        return (coarsest + self.class_tokens, *finer)
+
+    def keys(self, active: int) -> tuple[int, ...]:
+        """Keys that a token of each active scale sees, coarse to fine."""
+        tokens = self.tokens[:active]
+        if self.attention == "own_scale":
+            return tokens
+        return (sum(tokens),) * active if self.attention == "full" else tuple(accumulate(tokens))
 
     @property
     def mlp_width(self) -> int:
@@ -77,27 +103,30 @@ class Parameters:
     """Parameter counts.
 
     Attributes:
-        shared: Time embedding and label table.
-        per_scale: Each scale's own weights; the same for every scale.
-        total: All scales and what they share.
+        shared: Time embedding, label table and positions of class tokens.
+        per_scale: Each scale's own weights, coarse to fine; what some scales share counts for the
+            coarsest of them.
     """
 
     shared: int
-    per_scale: int
-    total: int
+    per_scale: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All scales and what they share."""
+        return self.shared + sum(self.per_scale)
 
 
 def parameters(shape: ModelShape) -> Parameters:
     """Count the parameters: for mlp_ratio 4, 18 d^2 + 15 d for each block and scale."""
-    d, hidden, patch = shape.width, shape.mlp_width, shape.patch_elements
-    attention = 4 * d * d + 4 * d + (2 * (d // shape.heads) if shape.qk_norm else 0)
-    mlp = 2 * d * hidden + hidden + d
-    modulation = 6 * d * d + 6 * d
-    embed = patch * d + d
-    final = d * patch + patch + 2 * d * d + 2 * d
-    per_scale = shape.depth * (attention + mlp + modulation) + embed + final
-    shared = _TIME_FREQUENCIES * d + d + d * d + d + (shape.classes + 1) * d
-    return Parameters(shared=shared, per_scale=per_scale, total=shared + shape.scales * per_scale)
+    d = shape.width
+    counts = _part_parameters(shape)
+    per_scale = tuple(
+        sum(count for part, count in counts.items() if shape.ties.owner(k, part) == k)
+        for k in reversed(range(shape.scales))
+    )
+    time_and_label = _TIME_FREQUENCIES * d + d + d * d + d + (shape.classes + 1) * d
+    return Parameters(shared=time_and_label + shape.class_tokens * d, per_scale=per_scale)
 
 
 def multiply_adds(shape: ModelShape, *, active: int | None = None) -> int:
@@ -111,11 +140,15 @@ def multiply_adds(shape: ModelShape, *, active: int | None = None) -> int:
         CostError: ``active`` is not between 1 and the number of scales.
     """
     d, hidden, patch = shape.width, shape.mlp_width, shape.patch_elements
-    active = _checked_active(shape, active)
+    active = checked_active(shape, active)
+    modulations = 1 if shape.modulation == "shared" else shape.depth
     total = _TIME_FREQUENCIES * d + d * d
-    for tokens, keys in zip(shape.tokens[:active], shape.keys[:active], strict=True):
+    for patches, tokens, keys in zip(
+        shape.patches[:active], shape.tokens[:active], shape.keys(active), strict=True
+    ):
         products = tokens * (4 * d * d + 2 * d * hidden) + 2 * tokens * keys * d
-        total += shape.depth * (products + 6 * d * d) + 2 * tokens * patch * d + 2 * d * d
+        total += shape.depth * products + modulations * 6 * d * d
+        total += 2 * patches * patch * d + 2 * d * d
     return total
 
 
@@ -146,116 +179,58 @@ def average_multiply_adds(
     )
 
 
+def training_multiply_adds(shape: ModelShape) -> float:
+    """Average the forward multiply-adds of a training image: every stage has an equal share.
+
+    A backward pass takes twice as many again.
+    """
+    return sum(multiply_adds(shape, active=a) for a in range(1, shape.scales + 1)) / shape.scales
+
+
 def attention_pairs(shape: ModelShape, *, active: int | None = None, dense: bool = False) -> int:
     """Count the query-key pairs that one attention layer computes for one image.
 
     Args:
         shape: The model.
         active: Number of active scales, the coarsest ones; None means all.
-        dense: Count what a masked attention over all tokens computes, instead of the prefixes.
+        dense: Count what a masked attention over all tokens computes, instead of the keys seen.
 
     Raises:
         CostError: ``active`` is not between 1 and the number of scales.
     """
-    active = _checked_active(shape, active)
+    active = checked_active(shape, active)
+    tokens = shape.tokens[:active]
     if dense:
-        return shape.keys[active - 1] ** 2
-    return sum(
-        tokens * keys
-        for tokens, keys in zip(shape.tokens[:active], shape.keys[:active], strict=True)
-    )
+        return sum(tokens) ** 2
+    return sum(n * keys for n, keys in zip(tokens, shape.keys(active), strict=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StateBytes:
-    """Bytes that one rank holds during training.
-
-    Attributes:
-        weights: Weights of the forward pass.
-        gradients: Gradients.
-        optimizer: Two AdamW moments, and the float32 master weights where they are a copy.
-        ema: Moving average of the weights, in float32.
-        activations: Estimate of what the forward pass keeps for the backward pass.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
-
-
-def state_bytes(
-    shape: ModelShape,
-    *,
-    zero_stage: int,
-    world_size: int,
-    precision: Literal["fp32", "bf16"],
-    images_per_rank: int = 0,
-) -> StateBytes:
-    """Predict the bytes on each rank with DeepSpeed ZeRO and AdamW.
-
-    Stage 1 splits optimizer state and moving average over the ranks, stage 2 the gradients too,
-    stage 3 the weights too. Stages 1 to 3 keep float32 master weights beside the forward pass's in
-    either precision; stage 0 only in bf16. Communication buffers and the allocator's waste are not
-    counted.
-
-    Args:
-        shape: The model.
-        zero_stage: 0 to 3.
-        world_size: Number of ranks.
-        precision: Of weights, gradients and activations.
-        images_per_rank: Images of one micro-batch, dealt out evenly to the stages.
+def checked_active(shape: ModelShape, active: int | None) -> int:
+    """Return the number of active scales, all by default.
 
     Raises:
-        CostError: An argument is out of range.
+        CostError: ``active`` is not between 1 and the number of scales.
     """
-    if zero_stage not in range(4) or world_size < 1 or images_per_rank < 0:
-        raise CostError(
-            f"zero_stage={zero_stage} must be 0 to 3, world_size={world_size} at least 1 and "
-            f"images_per_rank={images_per_rank} not negative."
-        )
-    if precision not in _ELEMENT_BYTES:
-        raise CostError(f"precision={precision!r} is unknown; use one of {list(_ELEMENT_BYTES)}.")
-    whole = parameters(shape).total
-    part = math.ceil(whole / world_size)
-    element = _ELEMENT_BYTES[precision]
-    stateful = part if zero_stage >= 1 else whole
-    copies = 2 if precision == "fp32" and zero_stage == 0 else 3
-    return StateBytes(
-        weights=element * (part if zero_stage >= 3 else whole),
-        gradients=element * (part if zero_stage >= 2 else whole),
-        optimizer=_FULL_BYTES * copies * stateful,
-        ema=_FULL_BYTES * stateful,
-        activations=element * _activation_elements(shape, images=images_per_rank),
-    )
-
-
-def _activation_elements(shape: ModelShape, *, images: int) -> int:
-    """Numbers kept for the backward pass, without recomputation.
-
-    In widths: 12 for each token and block, for the inputs and outputs of norms, projections and
-    attention, and 2 MLP widths around the activation; 2 for each key of a scale that joins its keys
-    and values to those of coarser ones; 3 for each token in the last layer. The scale at position
-    p is carried by (K - p) of K images. What does not grow with the tokens is left out.
-    """
-    total = 0.0
-    for position, (tokens, keys) in enumerate(zip(shape.tokens, shape.keys, strict=True)):
-        share = (shape.scales - position) / shape.scales
-        joined = 2 * keys * shape.width if position else 0
-        block = tokens * (12 * shape.width + 2 * shape.mlp_width) + joined
-        total += share * images * (shape.depth * block + 3 * tokens * shape.width)
-    return math.ceil(total)
-
-
-def _checked_active(shape: ModelShape, active: int | None) -> int:
     if active is None:
         return shape.scales
     if not 1 <= active <= shape.scales:
         raise CostError(f"active={active} must be between 1 and the model's {shape.scales} scales.")
     return active
+
+
+def _part_parameters(shape: ModelShape) -> Mapping[Part, int]:
+    """Parameters of each part of one scale, over all blocks."""
+    d, hidden, patch = shape.width, shape.mlp_width, shape.patch_elements
+    head_norms = 2 * (d // shape.heads) if shape.qk_norm else 0
+    modulation = 6 * d * d + 6 * d
+    return {
+        "embedding": patch * d + d,
+        "attention": shape.depth * (4 * d * d + 4 * d + head_norms),
+        "mlp": shape.depth * (2 * d * hidden + hidden + d),
+        "modulation": (
+            modulation + shape.depth * 6 * d
+            if shape.modulation == "shared"
+            else shape.depth * modulation
+        ),
+        "output": d * patch + patch + 2 * d * d + 2 * d,
+    }

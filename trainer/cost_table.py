@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from models.cost import (
-    ModelShape,
-    average_multiply_adds,
-    multiply_adds,
-    parameters,
-    state_bytes,
-)
+from models.cost import ModelShape, average_multiply_adds, multiply_adds, parameters
+from models.memory import state_bytes
 from trainer.schema import JobConfig, micro_batch
 
 
@@ -23,13 +18,8 @@ def cost_table(job: JobConfig) -> str:
     Returns:
         Lines for a terminal.
     """
-    shape = ModelShape(
-        depth=job.model.depth,
-        width=job.model.width,
-        heads=job.model.heads,
-        patch_size=job.model.patch_size,
-        mlp_ratio=job.model.mlp_ratio,
-        qk_norm=job.model.qk_norm,
+    shape = ModelShape.of(
+        job.model,
         scales=job.flow.scales,
         channels=job.data.channels,
         image_size=job.data.image_size,
@@ -52,7 +42,10 @@ def cost_table(job: JobConfig) -> str:
     rows = [
         ("parameters", _si(count.total, "")),
         ("  shared by all scales", _si(count.shared, "")),
-        (f"  per scale, {shape.scales} scales", _si(count.per_scale, "")),
+        *(
+            (f"  scale {shape.scales - 1 - position}", _si(own, ""))
+            for position, own in enumerate(count.per_scale)
+        ),
     ]
     for active in range(1, shape.scales + 1):
         scales = "coarsest scale" if active == 1 else f"{active} scales active"

@@ -1,44 +1,92 @@
-"""Block-causal attention over scales without a mask.
+"""Attention over the tokens of several scales, without a mask.
 
-A scale sees itself and the coarser scales. With tokens ordered coarse to fine, those are a prefix,
-so one plain attention call for each scale does what one masked call over all tokens would, without
-the work that the mask throws away and on every fast kernel.
+In the paper's block-causal attention a scale sees itself and the coarser scales. With tokens
+ordered coarse to fine, those are a prefix, so one plain attention call for each scale does what one
+masked call over all tokens would, without the work that the mask throws away and on every fast
+kernel. The two ablations of the paper need no mask either.
+
+In all of them image ``i`` of a scale is image ``i`` of every coarser scale; a finer scale may hold
+fewer images. Arguments and results are tuples over the scales, coarse to fine; results hold heads
+side by side.
 """
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from models.transformer.config import AttentionKind
+
 HeadTokens = Float[Tensor, "_b _n _heads _e"]
 """Queries, keys or values of one scale."""
+
+Gathered = tuple[Float[Tensor, "_b _n _d"], ...]
+"""For each scale what its tokens gathered."""
 
 
 def prefix_attention(
     queries: tuple[HeadTokens, ...],
     keys: tuple[HeadTokens, ...],
     values: tuple[HeadTokens, ...],
-) -> tuple[Float[Tensor, "_b _n _d"], ...]:
-    """Attend from each scale to itself and all coarser scales.
+) -> Gathered:
+    """Attend from each scale to itself and all coarser scales (the paper's causal mask)."""
+    return tuple(
+        _attend(query, _prefix(keys[: position + 1]), _prefix(values[: position + 1]))
+        for position, query in enumerate(queries)
+    )
 
-    Args:
-        queries: For each scale, coarse to fine. Image ``i`` of a scale is image ``i`` of every
-            coarser scale; a finer scale may hold fewer images.
-        keys: Keys, of the same shapes.
-        values: Values, of the same shapes.
 
-    Returns:
-        For each scale what its tokens gathered, heads side by side.
+def own_scale_attention(
+    queries: tuple[HeadTokens, ...],
+    keys: tuple[HeadTokens, ...],
+    values: tuple[HeadTokens, ...],
+) -> Gathered:
+    """Attend from each scale to itself alone (the paper's ablation without exchange)."""
+    return tuple(_attend(*scale) for scale in zip(queries, keys, values, strict=True))
+
+
+def full_attention(
+    queries: tuple[HeadTokens, ...],
+    keys: tuple[HeadTokens, ...],
+    values: tuple[HeadTokens, ...],
+) -> Gathered:
+    """Attend from each scale to all scales that the image carries (the ablation without a mask).
+
+    Images that carry the same scales are neighbours, so there is one call for each number of them.
     """
-    mixed = []
-    for position, query in enumerate(queries):
-        seen_keys = _prefix(keys[: position + 1])
-        seen_values = _prefix(values[: position + 1])
-        gathered = F.scaled_dot_product_attention(
-            query.transpose(1, 2), seen_keys.transpose(1, 2), seen_values.transpose(1, 2)
-        )
-        mixed.append(gathered.transpose(1, 2).flatten(2))
-    return tuple(mixed)
+    tokens = [query.shape[1] for query in queries]
+    batches = [query.shape[0] for query in queries]
+    gathered: list[list[Tensor]] = [[] for _ in queries]
+    # From the images that carry all scales, the first of the batch, to those with the coarsest.
+    for first, last in pairwise((0, *reversed(batches))):
+        if first == last:
+            continue
+        carried = sum(batch > first for batch in batches)
+        joined = [
+            torch.cat([part[first:last] for part in parts[:carried]], dim=1)
+            for parts in (queries, keys, values)
+        ]
+        mixed = torch.split(_attend(*joined), tokens[:carried], dim=1)
+        for scale, part in zip(gathered, mixed, strict=False):
+            scale.append(part)
+    return tuple(torch.cat(parts) for parts in gathered)
+
+
+ATTENTIONS: Mapping[AttentionKind, Callable[..., Gathered]] = {
+    "causal": prefix_attention,
+    "full": full_attention,
+    "own_scale": own_scale_attention,
+}
+
+
+def _attend(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> Float[Tensor, "_b _n _d"]:
+    mixed = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _prefix(scales: tuple[HeadTokens, ...]) -> HeadTokens:

@@ -5,42 +5,41 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.transformer.attention import prefix_attention
+from models.transformer.attention import ATTENTIONS
+from models.transformer.config import TransformerConfig
 from models.transformer.experts import BlockExpert, Tokens, per_scale
+from models.transformer.ties import tie_blocks
 
 
 class Block(nn.Module):
     """Mixture-of-Transformers block with adaLN-Zero conditioning."""
 
-    def __init__(
-        self, *, scales: int, width: int, heads: int, mlp_ratio: float, qk_norm: bool
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *, scales: int) -> None:
         super().__init__()
-        self.experts = per_scale(
-            scales,
-            lambda _: BlockExpert(width=width, heads=heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm),
-        )
+        self.experts = per_scale(scales, lambda _: BlockExpert(config))
+        tie_blocks(self.experts, config.ties)
+        self._attention = ATTENTIONS[config.attention]
 
     def forward(
-        self, tokens: tuple[Tokens, ...], condition: Float[Tensor, "_b d"]
+        self, tokens: tuple[Tokens, ...], conditions: tuple[Float[Tensor, "_b _c"], ...]
     ) -> tuple[Tokens, ...]:
         """Transform the tokens of the active scales.
 
         Args:
             tokens: Tokens of the active scales, coarse to fine.
-            condition: Activated conditioning vector of each image of the batch.
+            conditions: What each scale's modulation is made from, for the images of its tokens.
         """
         experts = [cast(BlockExpert, e) for e in list(self.experts.values())[: len(tokens)]]
         modulations = [
-            expert.modulate(condition[: x.shape[0]])
-            for expert, x in zip(experts, tokens, strict=True)
+            expert.modulate(condition)
+            for expert, condition in zip(experts, conditions, strict=True)
         ]
         projected = [
             expert.attention_inputs(x, for_attention)
             for expert, x, (for_attention, _) in zip(experts, tokens, modulations, strict=True)
         ]
         queries, keys, values = zip(*projected, strict=True)
-        gathered = prefix_attention(queries, keys, values)
+        gathered = self._attention(queries, keys, values)
         outputs = []
         for expert, x, mixed, (for_attention, for_mlp) in zip(
             experts, tokens, gathered, modulations, strict=True

@@ -15,7 +15,7 @@ _FREQUENCIES = 256
 _LONGEST_PERIOD = 10_000.0
 
 
-def sincos_positions(grid: int, width: int) -> Float[Tensor, "n d"]:
+def sincos_positions(grid: int, width: int, *, spacing: int = 1) -> Float[Tensor, "n d"]:
     """Fixed 2-D positions of a square grid of tokens, row by row.
 
     A quarter of the width each holds the sine and cosine of the column and of the row.
@@ -23,8 +23,10 @@ def sincos_positions(grid: int, width: int) -> Float[Tensor, "n d"]:
     Args:
         grid: Tokens along a side.
         width: Width of a token; divisible by 4.
+        spacing: Distance of neighbouring tokens, in patches of a finer grid that covers the same
+            image. A token lies in the middle of the patches it covers.
     """
-    steps = torch.arange(grid, dtype=torch.float64)
+    steps = (torch.arange(grid, dtype=torch.float64) + 0.5) * spacing - 0.5
     rates = _LONGEST_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = steps[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -34,15 +36,26 @@ def sincos_positions(grid: int, width: int) -> Float[Tensor, "n d"]:
 
 
 class PatchEmbed(nn.Module):
-    """Band of one scale to tokens: patches, projected, plus positions on that scale's grid."""
+    """Band of one scale to tokens: patches, projected, plus positions.
+
+    Args:
+        patch_size: Side of a patch.
+        channels: Channels of the band.
+        grid: Patches along a side of the band.
+        width: Width of a token.
+        spacing: Distance of neighbouring patches in the unit of positions.
+    """
 
     positions: Tensor
 
-    def __init__(self, *, patch_size: int, channels: int, grid: int, width: int) -> None:
+    def __init__(
+        self, *, patch_size: int, channels: int, grid: int, width: int, spacing: int
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.projection = linear(patch_size**2 * channels, width)
-        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        positions = sincos_positions(grid, width, spacing=spacing)
+        self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, band: Band) -> Float[Tensor, "_b n d"]:
         """Embed a band, in the precision of the weights."""
@@ -88,3 +101,16 @@ class LabelEmbed(nn.Module):
         """Look up one vector for each image."""
         embedded: Tensor = self.table(labels)
         return embedded
+
+
+class ClassTokens(nn.Module):
+    """In-context class tokens: a label's vector once for each of some learned positions."""
+
+    def __init__(self, *, count: int, width: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.empty(count, width))
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, label: Float[Tensor, "b d"]) -> Float[Tensor, "b count d"]:
+        """Make the tokens of each image."""
+        return label[:, None] + self.positions

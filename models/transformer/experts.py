@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.axes import Band
 from models.transformer.attention import HeadTokens
+from models.transformer.config import TransformerConfig
 
 Tokens = Float[Tensor, "_b _n d"]
 _EPS = 1e-6
@@ -64,23 +65,41 @@ def modulated_norm(
     return torch.addcmul(shift, normed, 1 + scale)
 
 
+class Offset(nn.Module):
+    """Adds a learned vector that starts as zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(width))
+
+    def forward(self, vectors: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
+        """Add the offset."""
+        return vectors + self.offset
+
+
 class BlockExpert(nn.Module):
     """One scale's weights in one block: modulation, attention projections and MLP."""
 
-    def __init__(self, *, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio)
-        self.heads = heads
-        self.modulation = zero_linear(width, 6 * width)
+        width = config.width
+        hidden = int(width * config.mlp_ratio)
+        self.heads = config.heads
+        shared = config.modulation == "shared"
+        self.modulation = Offset(6 * width) if shared else zero_linear(width, 6 * width)
         self.qkv = linear(width, 3 * width)
-        self.query_norm = nn.RMSNorm(width // heads, eps=_EPS) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(width // heads, eps=_EPS) if qk_norm else nn.Identity()
+        self.query_norm = self._head_norm(config)
+        self.key_norm = self._head_norm(config)
         self.projection = linear(width, width)
         self.mlp_hidden = linear(width, hidden)
         self.mlp_output = linear(hidden, width)
 
-    def modulate(self, condition: Float[Tensor, "b d"]) -> tuple[Modulation, Modulation]:
-        """Turn the condition into the modulations of attention and MLP."""
+    def modulate(self, condition: Float[Tensor, "b c"]) -> tuple[Modulation, Modulation]:
+        """Turn the condition into the modulations of attention and MLP.
+
+        Args:
+            condition: One vector for each image; with shared modulation six of them side by side.
+        """
         parts = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
@@ -104,6 +123,12 @@ class BlockExpert(nn.Module):
         normed = modulated_norm(tokens, modulation.shift, modulation.scale)
         hidden = F.gelu(self.mlp_hidden(normed), approximate="tanh")
         return torch.addcmul(tokens, modulation.gate, self.mlp_output(hidden))
+
+    @staticmethod
+    def _head_norm(config: TransformerConfig) -> nn.Module:
+        if config.qk_norm:
+            return nn.RMSNorm(config.width // config.heads, eps=_EPS)
+        return nn.Identity()
 
 
 class FinalExpert(nn.Module):

@@ -1,70 +1,29 @@
 """The LapFlow network: a Mixture-of-Transformers over the scales of a pyramid."""
 
-from dataclasses import dataclass
-
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.axes import Bands
 from models.transformer.block import Block
-from models.transformer.embed import LabelEmbed, PatchEmbed, TimeEmbed
-from models.transformer.experts import FinalExpert, per_scale
-
-
-class TransformerConfigError(ValueError):
-    """Transformer sizes that do not fit each other, the image, or the number of scales."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Sizes of the transformer.
-
-    Attributes:
-        depth: Number of blocks.
-        width: Width of a token.
-        heads: Attention heads.
-        patch_size: Side of a patch, on every scale.
-        mlp_ratio: Width of the MLP's hidden layer, in widths.
-        qk_norm: Normalise queries and keys (RMS, with learned gains for each scale).
-
-    Raises:
-        TransformerConfigError: A size is not positive, or ``width`` is not divisible by ``heads``
-            and by 4.
-    """
-
-    depth: int
-    width: int
-    heads: int
-    patch_size: int = 2
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "patch_size", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise TransformerConfigError(f"{name}={getattr(self, name)} must be positive.")
-        if self.width % self.heads:
-            raise TransformerConfigError(
-                f"width={self.width} is not divisible by heads={self.heads}: every head gets an "
-                "equal share of the width."
-            )
-        if self.width % 4:
-            raise TransformerConfigError(
-                f"width={self.width} is not divisible by 4: the positions of a token take a "
-                "quarter each for the sine and cosine of its row and column."
-            )
+from models.transformer.config import TransformerConfig, check_image
+from models.transformer.embed import ClassTokens, LabelEmbed, PatchEmbed, TimeEmbed
+from models.transformer.experts import FinalExpert, per_scale, zero_linear
+from models.transformer.ties import tie_embeddings, tie_outputs
 
 
 class LapFlowTransformer(nn.Module):
     """Predicts the velocity of every active scale.
 
-    A scale's tokens see those of its own and of coarser scales only, so the outputs of coarse
-    scales do not depend on finer ones, and leaving scales out that are not active is exact. With
-    one scale it is a DiT. Every weight comes from torch's default generator, in module order.
+    With causal attention a scale's tokens see those of its own and of coarser scales only, so the
+    outputs of coarse scales do not depend on finer ones, and leaving scales out that are not active
+    is exact. With one scale it is a DiT. Every weight comes from torch's default generator, in
+    module order; tying scales leaves the other weights as they would be.
 
     Parameters are named by the paper's k: ``blocks.3.experts.scale0.qkv.weight`` belongs to the
-    finest scale. Names without ``scale`` are shared by all scales.
+    finest scale. Names without ``scale`` are shared by all scales; what some scales share is named
+    after the coarsest of them.
     """
 
     def __init__(
@@ -86,35 +45,39 @@ class LapFlowTransformer(nn.Module):
             classes: Number of classes; label ``classes`` is the null label.
 
         Raises:
-            TransformerConfigError: The image does not divide into patches on every scale, or a
-                count is not positive.
+            TransformerConfigError: The image does not divide into patches on every scale, a count
+                is not positive, or scales are tied that there are not.
         """
         super().__init__()
-        _check_image(config, scales=scales, channels=channels, image_size=image_size)
-        if classes < 1:
-            raise TransformerConfigError(f"classes={classes} must be at least 1.")
+        check_image(
+            config, scales=scales, channels=channels, image_size=image_size, classes=classes
+        )
         width, patch = config.width, config.patch_size
+        self._config = config
         self.time_embed = TimeEmbed(width)
         self.label_embed = LabelEmbed(classes=classes, width=width)
         self.patch_embed = per_scale(
             scales,
             lambda k: PatchEmbed(
-                patch_size=patch, channels=channels, grid=(image_size >> k) // patch, width=width
+                patch_size=patch,
+                channels=channels,
+                grid=(image_size >> k) // patch,
+                width=width,
+                spacing=2**k if config.positions == "aligned" else 1,
             ),
         )
-        self.blocks = nn.ModuleList(
-            Block(
-                scales=scales,
-                width=width,
-                heads=config.heads,
-                mlp_ratio=config.mlp_ratio,
-                qk_norm=config.qk_norm,
-            )
-            for _ in range(config.depth)
-        )
+        tie_embeddings(self.patch_embed, config.ties)
+        self.blocks = nn.ModuleList(Block(config, scales=scales) for _ in range(config.depth))
         self.final = per_scale(
             scales, lambda _: FinalExpert(patch_size=patch, channels=channels, width=width)
         )
+        tie_outputs(self.final, config.ties)
+        if config.class_tokens:
+            self.class_tokens = ClassTokens(count=config.class_tokens, width=width)
+        if config.modulation == "shared":
+            self.modulation = nn.ModuleDict(
+                {f"scale{k}": zero_linear(width, 6 * width) for k in self._modulating(scales)}
+            )
 
     def forward(self, states: Bands, time: Float[Tensor, "b"], labels: Int[Tensor, "b"]) -> Bands:
         """Predict velocities.
@@ -128,29 +91,41 @@ class LapFlowTransformer(nn.Module):
         Returns:
             The velocities, in the shapes and precision of the states.
         """
-        condition = F.silu(self.time_embed(time) + self.label_embed(labels))
-        active = len(states)
+        label = self.label_embed(labels)
+        condition = F.silu(self.time_embed(time) + label)
+        own_conditions = [condition[: state.shape[0]] for state in states]
         tokens = tuple(
-            embed(state)
-            for embed, state in zip(list(self.patch_embed.values())[:active], states, strict=True)
+            embed(state) for embed, state in zip(self.patch_embed.values(), states, strict=False)
         )
+        tokens = self._with_class_tokens(tokens, label)
+        block_conditions = self._block_conditions(own_conditions)
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            tokens = block(tokens, block_conditions)
+        tokens = (tokens[0][:, self._config.class_tokens :], *tokens[1:])
         return tuple(
-            final(x, condition[: x.shape[0]]).to(state.dtype)
-            for final, x, state in zip(
-                list(self.final.values())[:active], tokens, states, strict=True
+            final(x, own).to(state.dtype)
+            for final, x, own, state in zip(
+                self.final.values(), tokens, own_conditions, states, strict=False
             )
         )
 
+    def _with_class_tokens(
+        self, tokens: tuple[Tensor, ...], label: Float[Tensor, "b d"]
+    ) -> tuple[Tensor, ...]:
+        """Put the class tokens before those of the coarsest scale, which every scale sees."""
+        if not self._config.class_tokens:
+            return tokens
+        return (torch.cat([self.class_tokens(label), tokens[0]], dim=1), *tokens[1:])
 
-def _check_image(config: TransformerConfig, *, scales: int, channels: int, image_size: int) -> None:
-    if scales < 1 or channels < 1:
-        raise TransformerConfigError(f"scales={scales} and channels={channels} must be at least 1.")
-    factor = config.patch_size * 2 ** (scales - 1)
-    if image_size < factor or image_size % factor:
-        raise TransformerConfigError(
-            f"an image of {image_size} pixels does not divide into patches of {config.patch_size} "
-            f"on each of {scales} scales: its size must be a multiple of {factor}. Use fewer "
-            "scales, smaller patches, or another image size."
+    def _block_conditions(self, conditions: list[Tensor]) -> tuple[Tensor, ...]:
+        """What the blocks of each active scale make their modulation from."""
+        if self._config.modulation == "per_block":
+            return tuple(conditions)
+        owners = self._modulating(len(self.patch_embed))
+        return tuple(
+            self.modulation[f"scale{k}"](own) for k, own in zip(owners, conditions, strict=False)
         )
+
+    def _modulating(self, scales: int) -> list[int]:
+        """Scale whose modulation each scale uses, coarse to fine."""
+        return [self._config.ties.owner(k, "modulation") for k in reversed(range(scales))]

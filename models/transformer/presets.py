@@ -1,6 +1,6 @@
 """Named sizes: those of DiT, which the paper keeps."""
 
-from models.transformer.lapflow import TransformerConfig, TransformerConfigError
+from models.transformer.config import TransformerConfig, TransformerConfigError
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 _PATCHES = (2, 4)

@@ -1,18 +1,20 @@
 """An independent LapFlow network: one dense masked attention over all tokens, plain formulas."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.axes import Bands
-from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
 
 
-def tiny_model(*, scales: int, qk_norm: bool = False, image_size: int = 16) -> LapFlowTransformer:
+def tiny_model(*, scales: int, image_size: int = 16, **options: Any) -> LapFlowTransformer:
     """A small network in float64 whose every weight is random, the zero-initialised ones too."""
-    config = TransformerConfig(depth=2, width=24, heads=3, qk_norm=qk_norm)
+    config = tiny_config(**options)
     model = LapFlowTransformer(
         config, scales=scales, channels=2, image_size=image_size, classes=5
     ).double()
@@ -22,6 +24,10 @@ def tiny_model(*, scales: int, qk_norm: bool = False, image_size: int = 16) -> L
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.copy_(0.3 * noise)
     return model
+
+
+def tiny_config(**options: Any) -> TransformerConfig:
+    return TransformerConfig(depth=2, width=24, heads=3, **options)
 
 
 def tiny_states(*, scales: int, batches: list[int], image_size: int = 16) -> Bands:
@@ -35,13 +41,20 @@ def tiny_states(*, scales: int, batches: list[int], image_size: int = 16) -> Ban
 
 
 def reference_forward(
-    model: LapFlowTransformer, states: Bands, time: Tensor, labels: Tensor, *, heads: int
+    model: LapFlowTransformer,
+    states: Bands,
+    time: Tensor,
+    labels: Tensor,
+    *,
+    config: TransformerConfig,
 ) -> Bands:
     """What the network should return for states that all hold the whole batch."""
     weights = dict(model.state_dict())
-    scales = len(model.patch_embed)
-    names = [f"scale{k}" for k in reversed(range(scales))][: len(states)]
-    width = weights["label_embed.table.weight"].shape[1]
+    heads, width, ties = config.heads, config.width, config.ties
+    active = [len(model.patch_embed) - 1 - position for position in range(len(states))]
+
+    def owner(k: int, part: str) -> str:
+        return f"scale{max(ties.scales) if k in ties.scales and part in ties.parts else k}"
 
     def apply(prefix: str, x: Tensor) -> Tensor:
         return x @ weights[f"{prefix}.weight"].T + weights[f"{prefix}.bias"]
@@ -54,57 +67,79 @@ def reference_forward(
     angles = 1000 * time[:, None] * 10_000**-exponents
     waves = torch.cat([angles.cos(), angles.sin()], dim=1)
     vector = apply("time_embed.output", F.silu(apply("time_embed.hidden", waves)))
-    condition = F.silu(vector + weights["label_embed.table.weight"][labels])[:, None]
+    label = weights["label_embed.table.weight"][labels]
+    condition = F.silu(vector + label)[:, None]
 
     tokens, owners, grids = [], [], []
-    for index, (name, state) in enumerate(zip(names, states, strict=True)):
-        kernel = weights[f"patch_embed.{name}.projection.weight"].reshape(width, -1, 2, 2)
-        patches = F.conv2d(state, kernel, weights[f"patch_embed.{name}.projection.bias"], stride=2)
+    for k, state in zip(active, states, strict=True):
+        prefix = f"patch_embed.{owner(k, 'embedding')}.projection"
+        kernel = weights[f"{prefix}.weight"].reshape(width, -1, 2, 2)
+        patches = F.conv2d(state, kernel, weights[f"{prefix}.bias"], stride=2)
         grid = patches.shape[-1]
-        embedded = patches.flatten(2).transpose(1, 2)
-        tokens.append(embedded + reference_positions(grid, width))
-        owners += [index] * grid**2
+        spacing = 2**k if config.positions == "aligned" else 1
+        embedded = patches.flatten(2).transpose(1, 2) + reference_positions(grid, width, spacing)
+        if config.class_tokens and k == active[0]:
+            learned = weights["class_tokens.positions"].expand(len(time), -1, -1)
+            embedded = torch.cat([label[:, None] + learned, embedded], dim=1)
+        tokens.append(embedded)
+        owners += [k] * embedded.shape[1]
         grids.append(grid)
-    sizes = [grid**2 for grid in grids]
-    owner = torch.tensor(owners)
-    mask = owner[:, None] >= owner[None, :]
+    sizes = [x.shape[1] for x in tokens]
+    scale_of = torch.tensor(owners)
+    query_scale, key_scale = scale_of[:, None], scale_of[None, :]
+    sees = {
+        "causal": key_scale >= query_scale,
+        "full": key_scale >= 0,
+        "own_scale": key_scale == query_scale,
+    }[config.attention].expand(len(owners), len(owners))
 
-    for layer in range(len(model.blocks)):
-        prefixes = [f"blocks.{layer}.experts.{name}" for name in names]
-        mods = [apply(f"{p}.modulation", condition).chunk(6, dim=-1) for p in prefixes]
+    def modulations(layer: int, k: int) -> tuple[Tensor, ...]:
+        who = owner(k, "modulation")
+        prefix = f"blocks.{layer}.experts.{who}.modulation"
+        if config.modulation == "shared":
+            made = apply(f"modulation.{who}", condition) + weights[f"{prefix}.offset"]
+        else:
+            made = apply(prefix, condition)
+        return made.chunk(6, dim=-1)
+
+    for layer in range(config.depth):
+        attention = [f"blocks.{layer}.experts.{owner(k, 'attention')}" for k in active]
+        mlp = [f"blocks.{layer}.experts.{owner(k, 'mlp')}" for k in active]
+        mods = [modulations(layer, k) for k in active]
         qkv = torch.cat(
             [
                 apply(f"{p}.qkv", norm(x) * (1 + mod[1]) + mod[0])
-                for p, x, mod in zip(prefixes, tokens, mods, strict=True)
+                for p, x, mod in zip(attention, tokens, mods, strict=True)
             ],
             dim=1,
         )
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-        if f"{prefixes[0]}.query_norm.weight" in weights:
-            q = _rms(q, [weights[f"{p}.query_norm.weight"] for p in prefixes], sizes)
-            k = _rms(k, [weights[f"{p}.key_norm.weight"] for p in prefixes], sizes)
+        if config.qk_norm:
+            q = _rms(q, [weights[f"{p}.query_norm.weight"] for p in attention], sizes)
+            k = _rms(k, [weights[f"{p}.key_norm.weight"] for p in attention], sizes)
         logits = (q @ k.transpose(-1, -2)) / math.sqrt(width // heads)
-        mixed = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        mixed = logits.masked_fill(~sees, -torch.inf).softmax(-1) @ v
         parts = mixed.transpose(1, 2).flatten(2).split(sizes, dim=1)
         after = []
-        for p, x, part, mod in zip(prefixes, tokens, parts, mods, strict=True):
-            attended = x + mod[2] * apply(f"{p}.projection", part)
-            hidden = apply(f"{p}.mlp_hidden", norm(attended) * (1 + mod[4]) + mod[3])
+        for pa, pm, x, part, mod in zip(attention, mlp, tokens, parts, mods, strict=True):
+            attended = x + mod[2] * apply(f"{pa}.projection", part)
+            hidden = apply(f"{pm}.mlp_hidden", norm(attended) * (1 + mod[4]) + mod[3])
             after.append(
-                attended + mod[5] * apply(f"{p}.mlp_output", F.gelu(hidden, approximate="tanh"))
+                attended + mod[5] * apply(f"{pm}.mlp_output", F.gelu(hidden, approximate="tanh"))
             )
         tokens = after
 
     outputs = []
-    for name, x, grid in zip(names, tokens, grids, strict=True):
-        shift, scale = apply(f"final.{name}.modulation", condition).chunk(2, dim=-1)
-        patches = apply(f"final.{name}.projection", norm(x) * (1 + scale) + shift)
+    for k, x, grid in zip(active, tokens, grids, strict=True):
+        prefix = f"final.{owner(k, 'output')}"
+        shift, scale = apply(f"{prefix}.modulation", condition).chunk(2, dim=-1)
+        patches = apply(f"{prefix}.projection", norm(x[:, -grid * grid :]) * (1 + scale) + shift)
         folded = F.fold(patches.transpose(1, 2), output_size=2 * grid, kernel_size=2, stride=2)
         outputs.append(folded)
     return tuple(outputs)
 
 
-def reference_positions(grid: int, width: int) -> Tensor:
+def reference_positions(grid: int, width: int, spacing: int = 1) -> Tensor:
     """Positions by the book, one number at a time, rounded to float32 as the network's are."""
     quarter = width // 4
     table = torch.empty(grid * grid, width, dtype=torch.float64)
@@ -112,11 +147,14 @@ def reference_positions(grid: int, width: int) -> Tensor:
         for column in range(grid):
             for i in range(quarter):
                 rate = 10_000 ** (-i / quarter)
+                # The middle of the patches that the token covers, in patches of the finest grid.
+                across = column * spacing + (spacing - 1) / 2
+                down = row * spacing + (spacing - 1) / 2
                 token = table[row * grid + column]
-                token[i] = math.sin(column * rate)
-                token[quarter + i] = math.cos(column * rate)
-                token[2 * quarter + i] = math.sin(row * rate)
-                token[3 * quarter + i] = math.cos(row * rate)
+                token[i] = math.sin(across * rate)
+                token[quarter + i] = math.cos(across * rate)
+                token[2 * quarter + i] = math.sin(down * rate)
+                token[3 * quarter + i] = math.cos(down * rate)
     return table.float().double()
 
 

@@ -1,5 +1,8 @@
 """Costs against the module itself, the executed operations, and the published table."""
 
+from fractions import Fraction
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,9 +15,11 @@ from models.cost import (
     average_multiply_adds,
     multiply_adds,
     parameters,
-    state_bytes,
+    training_multiply_adds,
 )
-from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from models.memory import activation_elements, state_bytes
+from models.transformer.config import AttentionKind, Ties, TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
 from models.transformer.presets import PRESETS, preset
 
 # parameters in millions for K = 1, 2, 3; GMAC for K = 1; K = 2: coarse, both, average;
@@ -27,25 +32,13 @@ TABLE = {
 }
 
 
-def shape_of(
-    config: TransformerConfig, *, scales: int, channels: int, image_size: int, classes: int
-) -> ModelShape:
-    return ModelShape(
-        depth=config.depth,
-        width=config.width,
-        heads=config.heads,
-        patch_size=config.patch_size,
-        mlp_ratio=config.mlp_ratio,
-        qk_norm=config.qk_norm,
-        scales=scales,
-        channels=channels,
-        image_size=image_size,
-        classes=classes,
+def latent_shape(size: str, scales: int) -> ModelShape:
+    return ModelShape.of(
+        preset(f"{size}/2"), scales=scales, channels=4, image_size=32, classes=1000
     )
 
 
-def latent_shape(size: str, scales: int) -> ModelShape:
-    return shape_of(preset(f"{size}/2"), scales=scales, channels=4, image_size=32, classes=1000)
+LARGE_GRID = ModelShape.of(preset("S/2"), scales=4, channels=4, image_size=128, classes=1000)
 
 
 @pytest.mark.parametrize("size", TABLE)
@@ -68,29 +61,52 @@ def test_formula_counts_the_parameters_of_every_preset(name: str) -> None:
     with torch.device("meta"):
         model = LapFlowTransformer(preset(name), **sizes)
     counted = sum(p.numel() for p in model.parameters())
-    assert parameters(shape_of(preset(name), **sizes)).total == counted
+    assert parameters(ModelShape.of(preset(name), **sizes)).total == counted
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "qk_norm": {"qk_norm": True},
+    "full": {"attention": "full"},
+    "own_scale": {"attention": "own_scale"},
+    "class_tokens": {"class_tokens": 5},
+    "shared_modulation": {"modulation": "shared"},
+    "all_tied": {"ties": Ties(scales=(0, 1))},
+    "mlp_tied": {"ties": Ties(scales=(1, 0), parts=("mlp",))},
+    "shared_and_tied": {
+        "qk_norm": True,
+        "class_tokens": 1,
+        "modulation": "shared",
+        "ties": Ties(scales=(0, 1), parts=("modulation", "attention", "embedding")),
+    },
+}
 
 
 @pytest.mark.parametrize("scales", [1, 2, 3, 4])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_formula_counts_the_parameters_of_each_scale(scales: int, qk_norm: bool) -> None:
+@pytest.mark.parametrize("option", OPTIONS)
+def test_formula_counts_the_parameters_of_each_scale(scales: int, option: str) -> None:
+    if scales == 1 and "ties" in OPTIONS[option]:
+        pytest.skip("one scale has none to share with")
     config = TransformerConfig(
-        depth=3, width=20, heads=5, patch_size=1, mlp_ratio=2.5, qk_norm=qk_norm
+        depth=3, width=20, heads=5, patch_size=1, mlp_ratio=2.5, **OPTIONS[option]
     )
     sizes = {"scales": scales, "channels": 3, "image_size": 8, "classes": 7}
     model = LapFlowTransformer(config, **sizes)
-    counted = parameters(shape_of(config, **sizes))
+    counted = parameters(ModelShape.of(config, **sizes))
     named = dict(model.named_parameters())
     assert counted.total == sum(p.numel() for p in named.values())
-    for k in range(scales):
+    for position, k in enumerate(reversed(range(scales))):
         own = [p.numel() for name, p in named.items() if f".scale{k}." in name]
-        assert counted.per_scale == sum(own)
+        assert counted.per_scale[position] == sum(own)
     assert counted.shared == sum(p.numel() for n, p in named.items() if "scale" not in n)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(("scales", "active"), [(1, 1), (2, 1), (2, 2), (3, 3)])
-def test_formula_counts_the_executed_multiply_adds(scales: int, active: int) -> None:
-    config = TransformerConfig(depth=2, width=24, heads=3, mlp_ratio=3.0)
+def test_formula_counts_the_executed_multiply_adds(scales: int, active: int, option: str) -> None:
+    if scales == 1 and "ties" in OPTIONS[option]:
+        pytest.skip("one scale has none to share with")
+    config = TransformerConfig(depth=2, width=24, heads=3, mlp_ratio=3.0, **OPTIONS[option])
     sizes = {"scales": scales, "channels": 2, "image_size": 16, "classes": 3}
     model = LapFlowTransformer(config, **sizes)
     states = tuple(torch.randn(1, 2, 16 >> k, 16 >> k) for k in reversed(range(scales)))
@@ -98,7 +114,7 @@ def test_formula_counts_the_executed_multiply_adds(scales: int, active: int) -> 
     # The CPU's flash kernel is not in the counter's registry; the plain one is.
     with sdpa_kernel(SDPBackend.MATH), counter:
         model(states[:active], torch.rand(1), torch.tensor([0]))
-    shape = shape_of(config, **sizes)
+    shape = ModelShape.of(config, **sizes)
     assert counter.get_total_flops() == 2 * multiply_adds(shape, active=active)
 
 
@@ -110,8 +126,11 @@ def test_attention_and_token_ratios_of_equal_thirds() -> None:
     assert f"{dense / single:.3f}" == "0.608"
     assert prefix == (3 * 16 * 16 + 2 * 64 * 80 + 256 * 336) / 3
     assert f"{prefix / single:.4f}" == "0.4935"
-    assert sum(latent_shape("XL", 2).keys) / 2 / 256 == 0.75
-    assert sum(three.keys) / 3 / 256 == 0.5625
+    assert attention_pairs(three) == 91_392
+    assert Fraction(int(3 * prefix), 3 * single) == Fraction(379, 768)
+    two = latent_shape("XL", 2)
+    assert sum(sum(two.tokens[:active]) for active in (1, 2)) / 2 / 256 == 0.75
+    assert sum(sum(three.tokens[:active]) for active in (1, 2, 3)) / 3 / 256 == 0.5625
 
 
 def test_average_follows_the_critical_times() -> None:
@@ -119,6 +138,18 @@ def test_average_follows_the_critical_times() -> None:
     coarse, both = multiply_adds(shape, active=1), multiply_adds(shape)
     average = average_multiply_adds(shape, critical_times=(0.9,))
     assert average == pytest.approx(0.9 * coarse + 0.1 * both)
+
+
+@pytest.mark.parametrize("scales", [2, 3, 4])
+def test_training_spends_what_sampling_does_within_a_percent(scales: int) -> None:
+    shape = latent_shape("XL", scales) if scales < 4 else LARGE_GRID
+    assert training_multiply_adds(shape) == pytest.approx(average_multiply_adds(shape), rel=0.01)
+
+
+def test_step_cost_ratios_to_the_single_scale_model() -> None:
+    single = multiply_adds(latent_shape("B", 1))
+    ratios = [training_multiply_adds(latent_shape("B", scales)) / single for scales in (2, 3)]
+    assert [f"{ratio:.3f}" for ratio in ratios] == ["0.748", "0.562"]
 
 
 @pytest.mark.usefixtures("without_type_checks")
@@ -158,11 +189,37 @@ def test_zero_splits_what_its_stage_says(
     assert got.total == pytest.approx(count * (whole + split / 8), abs=64)
 
 
+@pytest.mark.parametrize("attention", ["causal", "full", "own_scale"])
 @pytest.mark.parametrize("scales", [1, 2, 3])
-def test_activation_estimate_is_near_what_autograd_keeps(scales: int) -> None:
-    config = TransformerConfig(depth=3, width=64, heads=2)
+def test_activation_estimate_is_near_what_autograd_keeps(
+    scales: int, attention: AttentionKind
+) -> None:
+    config = TransformerConfig(depth=3, width=64, heads=2, attention=attention)
     sizes = {"scales": scales, "channels": 4, "image_size": 32, "classes": 10}
     model = LapFlowTransformer(config, **sizes)
+    shape = ModelShape.of(config, **sizes)
+    images = 6
+    measured = kept_bytes(model, [images * (k + 1) // scales for k in reversed(range(scales))])
+    estimate = state_bytes(
+        shape, zero_stage=0, world_size=1, precision="fp32", images_per_rank=images
+    ).activations
+    assert estimate == pytest.approx(measured, rel=0.02)
+
+    at_finest = kept_bytes(model, [images] * scales)
+    assert 4 * images * activation_elements(shape) == pytest.approx(at_finest, rel=0.02)
+    peak = state_bytes(
+        shape,
+        zero_stage=0,
+        world_size=1,
+        precision="fp32",
+        images_per_rank=images,
+        stratified=False,
+    )
+    assert peak.activations == 4 * images * activation_elements(shape)
+
+
+def kept_bytes(model: LapFlowTransformer, batches: list[int]) -> int:
+    """Bytes that autograd keeps for a batch whose scales hold so many images, coarse to fine."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -172,21 +229,12 @@ def test_activation_estimate_is_near_what_autograd_keeps(scales: int) -> None:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    images = 6
     states = tuple(
-        torch.randn(images * (k + 1) // scales, 4, 32 >> k, 32 >> k)
-        for k in reversed(range(scales))
+        torch.randn(batch, 4, 32 >> k, 32 >> k)
+        for batch, k in zip(batches, reversed(range(len(batches))), strict=True)
     )
-    labels = torch.zeros(images, dtype=torch.long)
+    labels = torch.zeros(batches[0], dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = model(states, torch.rand(images), labels)
-    measured = sum(storage.nbytes() for storage in kept.values())
-    estimate = state_bytes(
-        shape_of(config, **sizes),
-        zero_stage=0,
-        world_size=1,
-        precision="fp32",
-        images_per_rank=images,
-    ).activations
-    assert len(outputs) == scales
-    assert estimate == pytest.approx(measured, rel=0.02)
+        outputs = model(states, torch.rand(batches[0]), labels)
+    assert len(outputs) == len(batches)
+    return sum(storage.nbytes() for storage in kept.values())

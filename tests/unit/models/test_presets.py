@@ -1,6 +1,6 @@
 import pytest
 
-from models.transformer.lapflow import TransformerConfigError
+from models.transformer.config import TransformerConfigError
 from models.transformer.presets import PRESETS, preset
 
 

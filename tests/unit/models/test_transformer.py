@@ -1,15 +1,16 @@
+import copy
+from typing import Any
+
 import pytest
 import torch
 
+from models.transformer.config import Ties, TransformerConfig, TransformerConfigError
 from models.transformer.embed import TimeEmbed, sincos_positions
-from models.transformer.lapflow import (
-    LapFlowTransformer,
-    TransformerConfig,
-    TransformerConfigError,
-)
+from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.models.reference import (
     reference_forward,
     reference_positions,
+    tiny_config,
     tiny_model,
     tiny_states,
 )
@@ -18,17 +19,44 @@ TIME = torch.tensor([0.1, 0.55, 0.93], dtype=torch.float64)
 LABELS = torch.tensor([0, 5, 3])
 
 
-def build(**changes: int) -> LapFlowTransformer:
+def build(*, ties: Ties | None = None, **changes: int) -> LapFlowTransformer:
     sizes = {"scales": 2, "channels": 2, "image_size": 16, "classes": 5} | changes
-    return LapFlowTransformer(TransformerConfig(depth=2, width=24, heads=3), **sizes)
+    config = TransformerConfig(depth=2, width=24, heads=3, ties=ties or Ties())
+    return LapFlowTransformer(config, **sizes)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "qk_norm": {"qk_norm": True},
+    "full": {"attention": "full"},
+    "own_scale": {"attention": "own_scale"},
+    "aligned": {"positions": "aligned"},
+    "class_tokens": {"class_tokens": 3},
+    "shared_modulation": {"modulation": "shared"},
+    "all_tied": {"ties": Ties(scales=(0, 1))},
+    "mlp_tied": {"ties": Ties(scales=(0, 1), parts=("mlp",))},
+    "attention_tied": {"qk_norm": True, "ties": Ties(scales=(1, 0), parts=("attention",))},
+    "modulation_tied": {"modulation": "shared", "ties": Ties(scales=(0, 1), parts=("modulation",))},
+    "everything": {
+        "qk_norm": True,
+        "attention": "full",
+        "positions": "aligned",
+        "class_tokens": 2,
+        "modulation": "shared",
+        "ties": Ties(scales=(0, 1), parts=("embedding", "modulation", "output")),
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(("scales", "active"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 4)])
-def test_network_equals_the_dense_masked_reference(scales: int, active: int, qk_norm: bool) -> None:
-    model = tiny_model(scales=scales, qk_norm=qk_norm)
+def test_network_equals_the_dense_masked_reference(scales: int, active: int, option: str) -> None:
+    options = OPTIONS[option]
+    if scales == 1 and "ties" in options:
+        pytest.skip("one scale has none to share with")
+    model = tiny_model(scales=scales, **options)
     states = tiny_states(scales=scales, batches=[3] * active)
-    expected = reference_forward(model, states, TIME, LABELS, heads=3)
+    expected = reference_forward(model, states, TIME, LABELS, config=tiny_config(**options))
     for got, want in zip(model(states, TIME, LABELS), expected, strict=True):
         assert want.abs().max() > 0.1
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
@@ -59,9 +87,11 @@ def test_fine_outputs_do_depend_on_coarser_tokens() -> None:
     assert (plain - changed).abs().max() > 1e-3
 
 
-def test_scales_may_hold_only_the_first_images() -> None:
-    model = tiny_model(scales=3)
-    states = tiny_states(scales=3, batches=[3, 2, 1])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("batches", [[3, 2, 1], [3, 3, 1], [3, 3, 3], [3, 1, 1]])
+def test_scales_may_hold_only_the_first_images(option: str, batches: list[int]) -> None:
+    model = tiny_model(scales=3, **OPTIONS[option])
+    states = tiny_states(scales=3, batches=batches)
     outputs = model(states, TIME, LABELS)
     assert [tuple(out.shape) for out in outputs] == [tuple(s.shape) for s in states]
     for image in range(3):
@@ -106,8 +136,9 @@ def test_a_fresh_network_predicts_zero() -> None:
         assert out.abs().max() == 0
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    model = tiny_model(scales=3, qk_norm=True)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_parameter_gets_a_gradient(option: str) -> None:
+    model = tiny_model(scales=3, **OPTIONS[option])
     states = tiny_states(scales=3, batches=[3, 2, 1])
     sum(out.square().mean() for out in model(states, TIME, LABELS)).backward()
     for name, parameter in model.named_parameters():
@@ -126,6 +157,48 @@ def test_names_say_whose_parameters_they_are() -> None:
     owned = {k: [n for n in names if f".scale{k}." in n] for k in (0, 1)}
     assert [n.replace("scale0", "scale1") for n in owned[0]] == owned[1]
     assert not any("positions" in name for name in names)
+
+
+def test_tied_weights_have_one_name_and_survive_saving_copying_and_moving() -> None:
+    model = tiny_model(scales=3, ties=Ties(scales=(2, 0), parts=("attention", "output")))
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted(names) == sorted(model.state_dict())
+    assert "blocks.0.experts.scale2.qkv.weight" in names
+    assert "blocks.0.experts.scale1.qkv.weight" in names
+    assert "blocks.0.experts.scale0.qkv.weight" not in names
+    assert "blocks.0.experts.scale0.mlp_hidden.weight" in names
+    assert not any(name.startswith("final.scale0") for name in names)
+
+    states = tiny_states(scales=3, batches=[3, 3, 3])
+    want = model(states, TIME, LABELS)
+    loaded = tiny_model(scales=3, ties=Ties(scales=(2, 0), parts=("attention", "output")))
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    loaded.load_state_dict(model.state_dict())
+    copied = copy.deepcopy(loaded)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    for got, expected in zip(copied(states, TIME, LABELS), want, strict=True):
+        assert torch.equal(got, expected)
+    copied.float()
+    copied(tuple(s.float() for s in states), TIME.float(), LABELS)
+
+
+def test_tying_leaves_the_initial_values_of_other_weights() -> None:
+    torch.manual_seed(3)
+    free = build().state_dict()
+    torch.manual_seed(3)
+    tied = LapFlowTransformer(
+        TransformerConfig(depth=2, width=24, heads=3, ties=Ties(scales=(0, 1))),
+        scales=2,
+        channels=2,
+        image_size=16,
+        classes=5,
+    ).state_dict()
+    assert set(tied) == {name for name in free if "scale0" not in name}
+    assert all(torch.equal(tied[name], free[name]) for name in tied)
 
 
 def test_the_finest_scale_is_scale_zero() -> None:
@@ -165,10 +238,12 @@ def test_time_keeps_its_precision_in_a_bfloat16_network() -> None:
 
 
 @pytest.mark.parametrize(("grid", "width"), [(1, 4), (3, 8), (4, 24)])
-def test_positions_by_the_book(grid: int, width: int) -> None:
-    got = sincos_positions(grid, width)
+@pytest.mark.parametrize("spacing", [1, 2, 4])
+def test_positions_by_the_book(grid: int, width: int, spacing: int) -> None:
+    got = sincos_positions(grid, width, spacing=spacing)
+    want = reference_positions(grid, width, spacing)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), reference_positions(grid, width), rtol=0, atol=1e-7)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +254,10 @@ def test_positions_by_the_book(grid: int, width: int) -> None:
         ({"scales": 0}, "scales=0"),
         ({"channels": 0}, "channels=0"),
         ({"classes": 0}, "classes=0"),
+        ({"ties": Ties(scales=(0, 2))}, "names scale 2"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], words: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(TransformerConfigError, match=words):
         build(**changes)
 
@@ -193,10 +269,32 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], words: str) 
         ({"width": 6, "heads": 3}, "divisible by 4"),
         ({"depth": 0}, "depth=0"),
         ({"patch_size": -1}, "patch_size=-1"),
+        ({"class_tokens": -1}, "class_tokens=-1"),
+        ({"attention": "none"}, "attention='none'"),
+        ({"positions": "learned"}, "positions='learned'"),
+        ({"modulation": "none"}, "modulation='none'"),
     ],
 )
+@pytest.mark.usefixtures("without_type_checks")
 def test_configs_that_contradict_themselves_are_refused(
-    changes: dict[str, int], words: str
+    changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(TransformerConfigError, match=words):
         TransformerConfig(**({"depth": 2, "width": 24, "heads": 3} | changes))
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"scales": (1,)}, "two or more"),
+        ({"scales": (1, 1)}, "different scales"),
+        ({"scales": (0, -1)}, "different scales"),
+        ({"scales": (0, 1), "parts": ()}, "embedding, attention, mlp"),
+        ({"scales": (0, 1), "parts": ("mlp", "mlp")}, "different ones"),
+        ({"scales": (0, 1), "parts": ("head",)}, "'head'"),
+    ],
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_ties_that_say_nothing_are_refused(choices: dict[str, Any], words: str) -> None:
+    with pytest.raises(TransformerConfigError, match=words):
+        Ties(**choices)

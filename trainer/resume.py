@@ -12,7 +12,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.engine.protocol import Engine
-from trainer.schema import ConfigError, JobConfig, difference, science_hash
+from trainer.schema import ConfigError, JobConfig, defaults, difference, science_hash
 from trainer.state import TrainState
 
 _CHECKPOINT_URI = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)/?")
@@ -148,8 +148,26 @@ def _load(
 def _check_science(wanted: Mapping[str, Any], manifest: Manifest, place: str) -> None:
     if manifest.science_hash == science_hash(wanted):
         return
-    changes = "; ".join(difference(manifest.science, wanted)) or "its format"
+    # A setting that the checkpoint does not know came after it; its default is what was done then.
+    trained = _completed(manifest.science, wanted, defaults())
+    changes = difference(trained, wanted)
+    if not changes:
+        return
     raise ConfigError(
         f"the checkpoint of {manifest.images:,} images of {place} was trained with other settings "
-        f"({changes}); use those settings to continue it, or another run=NAME to start anew"
+        f"({'; '.join(changes)}); use those settings to continue it, or another run=NAME to start "
+        "anew"
     )
+
+
+def _completed(
+    trained: Mapping[str, Any], wanted: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give settings that are wanted but were not recorded their defaults."""
+    completed = dict(trained)
+    for key in wanted.keys() & known.keys():
+        if isinstance(wanted[key], Mapping) and isinstance(known[key], Mapping):
+            completed[key] = _completed(trained.get(key, {}), wanted[key], known[key])
+        elif key not in trained:
+            completed[key] = known[key]
+    return completed

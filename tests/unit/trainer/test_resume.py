@@ -1,0 +1,63 @@
+"""Which checkpoints a configuration may continue."""
+
+import copy
+
+import pytest
+
+from trainer.checkpoint.manifest import Manifest
+from trainer.composition import composed
+from trainer.resume import check_start
+from trainer.schema import ConfigError, science, science_hash
+
+
+def checkpoint_of(trained: dict) -> Manifest:
+    return Manifest(
+        run="run",
+        images=100,
+        attempt="a",
+        world_size=1,
+        science_hash=science_hash(trained),
+        science=trained,
+        train_state={},
+        kinds=(),
+        parameters={},
+        objects=(),
+        versions={},
+    )
+
+
+def start(trained: dict, *overrides: str) -> None:
+    job = composed(["+exp=digits", *overrides])
+    check_start(job, science(job, data_digest="digest"), checkpoint_of(trained))
+
+
+@pytest.fixture
+def trained() -> dict:
+    return copy.deepcopy(science(composed(["+exp=digits"]), data_digest="digest"))
+
+
+def test_the_same_settings_continue(trained):
+    start(trained)
+
+
+def test_a_setting_that_came_later_continues_at_its_default_only(trained):
+    del trained["model"]["attention"]
+    del trained["model"]["ties"]["parts"]
+    start(trained)
+    with pytest.raises(ConfigError, match=r"model\.attention: causal -> full"):
+        start(trained, "model.attention=full")
+    with pytest.raises(ConfigError, match=r"model\.ties\.parts: .*embedding.* -> .*mlp"):
+        start(trained, "model.ties.parts=[mlp]")
+
+
+def test_a_changed_and_a_removed_setting_are_refused(trained):
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.001 -> 0\.002"):
+        start(trained, "optim.learning_rate=0.002")
+    with pytest.raises(ConfigError, match=r"model\.gone: 3 -> None"):
+        start({**trained, "model": {**trained["model"], "gone": 3}})
+
+
+def test_other_data_are_refused(trained):
+    trained["data_set"]["index_sha256"] = "other"
+    with pytest.raises(ConfigError, match=r"data_set\.index_sha256: other -> digest"):
+        start(trained)

@@ -60,6 +60,10 @@ class UndecodableImageError(DataError):
         self.reason = reason
 
 
+class BrokenIngestError(DataError):
+    """A process that was writing shards died."""
+
+
 class BadDataError(DataError):
     """More images than allowed cannot be decoded."""
 

@@ -220,7 +220,7 @@ class Loader:
                 f"{self._bad_images} of {self._read_images} images read cannot be decoded, more "
                 f"than max_bad_share={self._config.max_bad_share} allows. The last one is sample "
                 f"{sample.sample_id} in shard {shard} ({reason}); the log names the others. Check "
-                "the dataset with python -m pipelines.ingest.verify and write it again without "
+                "the dataset with python -m pipelines.ingest verify and write it again without "
                 "them, or raise max_bad_share if you can do without that many."
             )
 

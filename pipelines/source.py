@@ -121,6 +121,20 @@ class Source:
                 downloader.clean_up()
                 time.sleep(wait_s)
 
+    def read(self, name: str) -> bytes:
+        """Fetch the content of one small file.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StoreUnreachableError: The store refuses, or does not answer.
+        """
+        if self.is_local:
+            return (Path(self.prefix) / name).read_bytes()
+        with tempfile.TemporaryDirectory(prefix="lapflow-read-") as folder:
+            path = Path(folder) / name
+            self.fetch(name, path)
+            return path.read_bytes()
+
     def read_index(self) -> bytes:
         """Fetch the content of index.json.
 
@@ -128,20 +142,15 @@ class Source:
             MissingDatasetError: There is none.
             StoreUnreachableError: The store refuses, or does not answer.
         """
-        with tempfile.TemporaryDirectory(prefix="lapflow-index-") as folder:
-            path = Path(self.prefix if self.is_local else folder) / INDEX_NAME
-            try:
-                if not self.is_local:
-                    self.fetch(INDEX_NAME, path)
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise MissingDatasetError(
-                    f"There is no dataset at {self.prefix}: it has no {INDEX_NAME}. Check the "
-                    "prefix (splits are folders of their own, as in …/train), or write the "
-                    "dataset first, for example with python -m pipelines.ingest.digits "
-                    f"--prefix …; an ingest that was interrupted leaves no {INDEX_NAME} and can "
-                    "simply be run again."
-                ) from error
+        try:
+            return self.read(INDEX_NAME)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingDatasetError(
+                f"There is no dataset at {self.prefix}: it has no {INDEX_NAME}. Check the prefix "
+                "(splits are folders of their own, as in …/train), or write the dataset first, for "
+                "example with python -m pipelines.ingest image-folder; an ingest that was "
+                f"interrupted leaves no {INDEX_NAME} and can simply be run again."
+            ) from error
 
     def _connect(self) -> Any:
         ensure_torchvision()

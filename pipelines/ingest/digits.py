@@ -1,13 +1,13 @@
 """The handwritten digits that come with scikit-learn, as a dataset: 1797 grey images of 8 x 8.
 
-    python -m pipelines.ingest.digits --prefix data/digits
+    python -m pipelines.ingest digits data/digits
 
 writes <prefix>/train and <prefix>/test. It needs no network, so it is the dataset of the main job
 on a machine without one, and of the tests.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,16 +66,14 @@ def _encode(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterable[La
         yield LabelledImage(as_png(image[..., np.newaxis]), int(label))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest.digits", description="Write the digits dataset."
-    )
-    parser.add_argument("--prefix", required=True, help="local folder or s3:// URL")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("prefix", help="local folder or s3:// URL; /train and /test are added")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split into train and test")
-    chosen = parser.parse_args(arguments)
-    ensure_digits(chosen.prefix, seed=chosen.seed)
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
+    """Carry out a parsed command line."""
+    ensure_digits(options.prefix, seed=options.seed)
+    note(f"{options.prefix}: complete")
+    return 0

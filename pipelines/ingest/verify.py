@@ -1,14 +1,13 @@
 """Read a whole dataset once, and say what is in it.
 
-    python -m pipelines.ingest.verify --prefix data/digits/train
+    python -m pipelines.ingest verify data/digits/train
 
 checks every shard against its hash, decodes every image, and counts the classes.
 """
 
 import argparse
-import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipelines.encoded import BadImageError, open_image, pixels
@@ -82,20 +81,17 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("prefix", help="local folder or s3:// URL of one split")
+
+
+def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
+    """Carry out a parsed command line.
 
     Returns:
         Exit status: 1 if images cannot be decoded.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest.verify", description="Check a dataset."
-    )
-    parser.add_argument("--prefix", required=True, help="local folder or s3:// URL of one split")
-    report = verify(parser.parse_args(arguments).prefix)
-    sys.stdout.write(describe(report) + "\n")
+    report = verify(options.prefix)
+    note(describe(report))
     return 1 if report.undecodable else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

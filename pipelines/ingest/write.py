@@ -66,7 +66,7 @@ def write_dataset(
         return
     target = Path(source.prefix)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(f".{target.name}.lock")):
+    with locked(target.with_name(f".{target.name}.lock")):
         _write_local(images, source, target, shard_bytes=shard_bytes)
 
 
@@ -96,7 +96,7 @@ def _write_remote(images: Iterable[LabelledImage], source: Source, *, shard_byte
         return
     with tempfile.TemporaryDirectory(prefix="lapflow-ingest-") as scratch:
         folder = Path(scratch) / "dataset"
-        upload = _Upload(folder, source.prefix)
+        upload = Upload(folder, source.prefix)
         for name, _ in _build(images, folder, shard_bytes=shard_bytes):
             upload(name)
         upload(INDEX_NAME)
@@ -171,14 +171,15 @@ def _present(source: Source) -> tuple[Shard, ...] | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Let one process of this host pass at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-class _Upload:
+class Upload:
     """Moves files of a folder to a prefix in a store."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
@@ -186,11 +187,18 @@ class _Upload:
 
         self._prefix = prefix
         try:
-            self._uploader: Any = CloudUploader.get((str(folder), prefix), retry=_UPLOAD_ATTEMPTS)
+            self._uploader: Any = CloudUploader.get(
+                (str(folder), prefix), retry=_UPLOAD_ATTEMPTS, exist_ok=True
+            )
         except Exception as error:
             raise self._failure(error) from error
 
     def __call__(self, name: str) -> None:
+        """Upload one file.
+
+        Raises:
+            StoreUnreachableError: The store refuses, or does not answer.
+        """
         try:
             self._uploader.upload_file(name)
         except Exception as error:

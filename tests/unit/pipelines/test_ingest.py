@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines.errors import EmptyDatasetError, MissingDatasetError, OccupiedPrefixError
 from pipelines.ingest import digits, verify
+from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
 from pipelines.shards import ShardedImages
 from tests.unit.pipelines import pictures
@@ -120,7 +121,7 @@ def test_nothing_to_write(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def digits_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("digits")
-    digits.main(["--prefix", f"{prefix}/"])
+    ingest_command(["digits", f"{prefix}/"])
     return prefix
 
 
@@ -166,7 +167,7 @@ def test_verify_names_what_cannot_be_decoded(
 ) -> None:
     target = str(tmp_path / "train")
     write_dataset([*images[:5], LabelledImage(pictures.BAD["half a PNG"], 3)], target)
-    assert verify.main(["--prefix", target]) == 1
+    assert ingest_command(["verify", target]) == 1
     output = capsys.readouterr().out
     assert "6 images in 1 shards" in output
     assert "1 images cannot be decoded\n  sample 5 in shard shard.00000.mds: " in output

@@ -1,0 +1,51 @@
+"""Commands that write and check datasets: ``python -m pipelines.ingest COMMAND --help``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pipelines.errors import DataError
+from pipelines.ingest import digits, image_folder, verify
+
+_REFUSED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit status: 0 done, 1 verified and found bad, 2 refused.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.ingest", description="Write and check datasets."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in (
+        ("image-folder", image_folder),
+        ("digits", digits),
+        ("verify", verify),
+    ):
+        command = commands.add_parser(
+            name,
+            description=module.__doc__,
+            help=(module.__doc__ or "").split("\n")[0],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options, _say)
+    except DataError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return _REFUSED
+    return status
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

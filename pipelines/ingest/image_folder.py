@@ -1,0 +1,261 @@
+"""Turn a folder of images into a dataset, with one sub-folder or tar archive for each class.
+
+    python -m pipelines.ingest image-folder pictures s3://bucket/datasets/pictures --hold-out 0.1
+
+Run the same command again after an interruption: finished shards are kept.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import BadDataError, BrokenIngestError, EmptyDatasetError, OccupiedPrefixError
+from pipelines.index import INDEX_NAME
+from pipelines.ingest.listing import ListedImage, Listing, list_images
+from pipelines.ingest.resize import Resize
+from pipelines.ingest.shard_files import (
+    FinishedShard,
+    Part,
+    cut,
+    discard_records,
+    plan_digest,
+    write_shards,
+)
+from pipelines.ingest.write import Upload, has_dataset, locked
+from pipelines.order import permutation
+from pipelines.source import Source, SourceConfig
+
+ABOUT_NAME = "ingest.json"
+_TELL_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """How a dataset is written.
+
+    Attributes:
+        resize: Size and encoding to rewrite images in; None keeps their bytes.
+        shard_bytes: Source bytes after which a shard is closed.
+        workers: Processes.
+        seed: Seed of the order in which images are stored, which mixes the classes.
+        max_skipped_share: Share of the images that may be left out for being undecodable.
+        work_dir: Folder for unfinished shards of a remote dataset.
+    """
+
+    resize: Resize | None = None
+    shard_bytes: int = 1 << 26
+    workers: int = 1
+    seed: int = 0
+    max_skipped_share: float = 0.01
+    work_dir: Path = Path("~/.cache/lapflow/ingest")
+
+
+def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Listing]:
+    """Split a listing in two, with the same share of each class in the second."""
+    kept: list[ListedImage] = []
+    held: list[ListedImage] = []
+    for label in range(len(listing.classes)):
+        members = [image for image in listing.images if image.label == label]
+        order = permutation(len(members), seed, label)
+        chosen = set(order[: round(share * len(members))].tolist())
+        for place, image in enumerate(members):
+            (held if place in chosen else kept).append(image)
+    return (
+        Listing(images=tuple(kept), classes=listing.classes),
+        Listing(images=tuple(held), classes=listing.classes),
+    )
+
+
+def ingest(
+    listing: Listing, prefix: str, *, config: IngestConfig, note: Callable[[str], None]
+) -> None:
+    """Write the images of a listing as a dataset, or go on with one that was interrupted.
+
+    Args:
+        listing: The images and the names of their classes.
+        prefix: Local folder or URL of the split.
+        config: How to write.
+        note: Takes lines for the user.
+
+    Raises:
+        OccupiedPrefixError: The prefix holds something else.
+        BadDataError: Too many images cannot be decoded.
+        EmptyDatasetError: None can, or there are none.
+        BrokenIngestError: A process died.
+        StoreUnreachableError: The store refuses, or does not answer.
+    """
+    if not listing.images:
+        raise EmptyDatasetError(f"There are no images to write to {prefix}.")
+    order = permutation(len(listing.images), config.seed)
+    parts = cut([listing.images[place] for place in order], shard_bytes=config.shard_bytes)
+    digest = plan_digest(parts, config.resize)
+    source = Source(prefix, config=SourceConfig())
+    if has_dataset(prefix):
+        if _about(source).get("plan") == digest:
+            note(f"{prefix}: complete, nothing to do")
+            return
+        raise OccupiedPrefixError(
+            f"{prefix} holds another dataset, so nothing was written. Choose another prefix, or "
+            "remove the one that is there."
+        )
+    if source.is_local:
+        target = Path(source.prefix)
+        if target.exists() and any(target.iterdir()):
+            raise OccupiedPrefixError(
+                f"{target} holds other files and no finished dataset, so it is left alone. Choose "
+                "another prefix, or remove it."
+            )
+        work = target.with_name(f".{target.name}.building")
+        with locked(work.with_suffix(".lock")):
+            _write(parts, work, listing=listing, config=config, note=note, upload=None)
+            discard_records(work)
+            work.replace(target)
+        return
+    # Named after what is written and where to, for shards that were uploaded are not kept here.
+    place = hashlib.sha256(f"{digest} {source.prefix}".encode()).hexdigest()[:16]
+    work = config.work_dir.expanduser() / place
+    with locked(work.with_suffix(".lock")):
+        work.mkdir(parents=True, exist_ok=True)
+        upload = Upload(work, source.prefix)
+        _write(parts, work, listing=listing, config=config, note=note, upload=upload)
+        upload(ABOUT_NAME)
+        upload(INDEX_NAME)
+        shutil.rmtree(work)
+
+
+def _write(
+    parts: Sequence[Part],
+    work: Path,
+    *,
+    listing: Listing,
+    config: IngestConfig,
+    note: Callable[[str], None],
+    upload: Upload | None,
+) -> None:
+    progress = _Progress(parts, note=note)
+    finished: list[FinishedShard] = []
+    try:
+        for shard in write_shards(parts, work, resize=config.resize, workers=config.workers):
+            if upload and shard.entry:
+                _upload_once(upload, work, shard.entry["raw_data"]["basename"])
+            finished.append(shard)
+            progress(shard)
+    except BrokenProcessPool as error:
+        raise BrokenIngestError(
+            "A process that was writing shards died, perhaps for want of memory. Run the same "
+            "command again to go on, with fewer --workers if it happens again."
+        ) from error
+    finished.sort(key=lambda shard: shard.number)
+    skipped = sorted(image for shard in finished for image in shard.skipped)
+    if len(skipped) > config.max_skipped_share * len(listing.images):
+        name, reason = skipped[0]
+        raise BadDataError(
+            f"{len(skipped)} of {len(listing.images)} images cannot be decoded, more than "
+            f"max_skipped_share={config.max_skipped_share}; the first is {name} ({reason}). Remove "
+            "or repair them, or raise --max-skipped-share."
+        )
+    entries = [shard.entry for shard in finished if shard.entry]
+    if not entries:
+        raise EmptyDatasetError("None of the images can be decoded.")
+    digest = plan_digest(parts, config.resize)
+    about = {"plan": digest, "classes": listing.classes, "skipped": skipped}
+    (work / ABOUT_NAME).write_text(json.dumps(about, indent=1))
+    (work / INDEX_NAME).write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+
+
+def _upload_once(upload: Upload, work: Path, name: str) -> None:
+    """Upload a shard, unless an earlier start of this ingest did; its bytes are then freed."""
+    shard = work / name
+    if shard.exists():
+        upload(name)
+        shard.unlink(missing_ok=True)
+
+
+def _about(source: Source) -> dict[str, Any]:
+    """Read what an earlier ingest said of itself; empty for a dataset of other origin."""
+    try:
+        return dict(json.loads(source.read(ABOUT_NAME)))
+    except FileNotFoundError:
+        return {}
+
+
+class _Progress:
+    """Tells how far the ingest is, and when it will be done."""
+
+    def __init__(self, parts: Sequence[Part], *, note: Callable[[str], None]) -> None:
+        self._sizes = [(len(part.images), sum(i.size for i in part.images)) for part in parts]
+        self._total = sum(size for _, size in self._sizes)
+        self._images = self._bytes = self._skipped = 0
+        self._note = note
+        self._began = self._told = time.monotonic()
+
+    def __call__(self, shard: FinishedShard) -> None:
+        images, size = self._sizes[shard.number]
+        self._images += images
+        self._bytes += size
+        self._skipped += len(shard.skipped)
+        now = time.monotonic()
+        if now - self._told < _TELL_EVERY_S and self._bytes < self._total:
+            return
+        self._told = now
+        rate = self._bytes / max(now - self._began, 1e-9)
+        left_s = (self._total - self._bytes) / rate
+        self._note(
+            f"{self._images:,} images ({self._bytes / self._total:.0%}), "
+            f"{self._skipped:,} skipped, {rate / 2**20:.1f} MiB/s, about {left_s:.0f} s left"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    default = IngestConfig()
+    parser.add_argument("source", type=Path, help="folder of class folders or class .tar archives")
+    parser.add_argument("prefix", help="local folder or s3:// URL; /train and /test are added")
+    parser.add_argument("--split", default="train", help="split to write (%(default)s)")
+    parser.add_argument(
+        "--hold-out", type=float, default=0.0, help="share of each class that goes to /test"
+    )
+    parser.add_argument("--classes", type=Path, help="class names in label order, one a line")
+    parser.add_argument("--image-size", type=int, help="resize and crop; default: keep the bytes")
+    parser.add_argument("--encoding", choices=("jpeg", "png"), default="jpeg")
+    parser.add_argument("--shard-mib", type=int, default=default.shard_bytes >> 20)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=default.seed, help="seed of order and hold-out")
+    parser.add_argument("--max-skipped-share", type=float, default=default.max_skipped_share)
+    parser.add_argument("--work-dir", type=Path, default=default.work_dir)
+
+
+def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
+    """Carry out a parsed command line."""
+    if not 0 <= options.hold_out < 1:
+        raise BadDataError(f"--hold-out {options.hold_out} must lie in [0, 1).")
+    classes = tuple(options.classes.read_text().split("\n")) if options.classes else None
+    listing = list_images(options.source, classes=classes and tuple(filter(None, classes)))
+    note(f"{len(listing.images):,} images of {len(listing.classes)} classes in {options.source}")
+    config = IngestConfig(
+        resize=(
+            Resize(image_size=options.image_size, encoding=options.encoding)
+            if options.image_size
+            else None
+        ),
+        shard_bytes=options.shard_mib << 20,
+        workers=options.workers,
+        seed=options.seed,
+        max_skipped_share=options.max_skipped_share,
+        work_dir=options.work_dir,
+    )
+    splits = {options.split: listing}
+    if options.hold_out:
+        kept, held = hold_out(listing, share=options.hold_out, seed=options.seed)
+        splits = {options.split: kept, "test": held}
+    for split, images in splits.items():
+        prefix = f"{options.prefix.rstrip('/')}/{split}"
+        ingest(images, prefix, config=config, note=lambda text: note(f"{prefix}: {text}"))  # noqa: B023
+    return 0

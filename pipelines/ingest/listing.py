@@ -1,0 +1,173 @@
+"""What an image folder holds: every image as a range of bytes of some file, with its class.
+
+Images lie in one folder for each class, as in ImageNet's own layout, or in one uncompressed tar
+archive for each class, or in one archive of either of these. An image in an archive is a range of
+the archive's bytes, so nothing has to be unpacked.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipelines.errors import DataError, EmptyDatasetError
+
+SUFFIXES = (".jpeg", ".jpg", ".png")
+
+
+class UnreadableSourceError(DataError):
+    """The images to be ingested are missing, or lie in a way that is not understood."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedImage:
+    """Where one image is.
+
+    Attributes:
+        path: File that holds it.
+        offset: First byte.
+        size: Number of bytes.
+        label: Class index.
+        name: What to call it in messages: class folder and file name.
+    """
+
+    path: str
+    offset: int
+    size: int
+    label: int
+    name: str
+
+    def read(self) -> bytes:
+        """Read the encoded image."""
+        with Path(self.path).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The images of one split.
+
+    Attributes:
+        images: All images, by class and name.
+        classes: Name of each class; a label is a place in this list.
+    """
+
+    images: tuple[ListedImage, ...]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """One image before the classes are numbered."""
+
+    path: Path
+    offset: int
+    size: int
+    class_name: str
+    name: str
+
+
+def list_images(source: Path, *, classes: tuple[str, ...] | None = None) -> Listing:
+    """Find the images under a folder, or in a tar archive.
+
+    Args:
+        source: A folder with one folder or tar archive for each class, or a tar archive of such.
+        classes: Names of the classes in the order of their labels; None numbers those found, in
+            alphabetical order.
+
+    Raises:
+        UnreadableSourceError: The source is missing, has another layout, or has a class that
+            ``classes`` does not list.
+        EmptyDatasetError: There are no images.
+    """
+    try:
+        found = sorted(_in_place(source), key=lambda image: (image.class_name, image.name))
+    except OSError as error:
+        raise UnreadableSourceError(
+            f"{source} cannot be read ({error}). Give a folder with one sub-folder of images for "
+            "each class, or a tar archive of one."
+        ) from error
+    except tarfile.TarError as error:
+        raise UnreadableSourceError(
+            f"{source} holds an archive that cannot be read ({error}). Only uncompressed .tar "
+            "archives are read in place; unpack it, and give the folder."
+        ) from error
+    if not found:
+        raise EmptyDatasetError(
+            f"{source} holds no images: there must be one sub-folder (or .tar archive) for each "
+            f"class, with files that end in {', '.join(SUFFIXES)}."
+        )
+    names = classes or tuple(sorted({image.class_name for image in found}))
+    labels = {name: label for label, name in enumerate(names)}
+    unknown = sorted({image.class_name for image in found} - labels.keys())
+    if unknown:
+        raise UnreadableSourceError(
+            f"{source} holds the class {unknown[0]!r}, which is not among the {len(names)} classes "
+            "given. Add it to the class list, or remove its folder."
+        )
+    return Listing(
+        images=tuple(
+            ListedImage(
+                path=str(image.path),
+                offset=image.offset,
+                size=image.size,
+                label=labels[image.class_name],
+                name=image.name,
+            )
+            for image in found
+        ),
+        classes=names,
+    )
+
+
+def _in_place(source: Path) -> Iterator[_Range]:
+    if source.is_file():
+        yield from _in_archive(source, start=0, class_name=None)
+        return
+    for entry in sorted(source.iterdir()):
+        if entry.suffix == ".tar":
+            yield from _in_archive(entry, start=0, class_name=entry.stem)
+        elif entry.is_dir():
+            for path in entry.rglob("*"):
+                if path.suffix.lower() in SUFFIXES and path.is_file():
+                    yield _Range(
+                        path=path,
+                        offset=0,
+                        size=path.stat().st_size,
+                        class_name=entry.name,
+                        name=f"{entry.name}/{path.relative_to(entry).as_posix()}",
+                    )
+
+
+def _in_archive(path: Path, *, start: int, class_name: str | None) -> Iterator[_Range]:
+    """Find the images in an archive that begins somewhere in a file.
+
+    Args:
+        path: The file.
+        start: Where the archive begins: not at 0 for an archive inside another one.
+        class_name: Class of the images; None takes it from each member's folder.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if not member.isreg():
+                    continue
+                # Offsets count from the start of the file, also in an archive inside another one.
+                if name.suffix == ".tar":
+                    yield from _in_archive(path, start=member.offset_data, class_name=name.stem)
+                elif name.suffix.lower() in SUFFIXES:
+                    owner = class_name or name.parent.name
+                    if not owner:
+                        raise UnreadableSourceError(
+                            f"{path} holds the image {member.name!r} outside of any class folder."
+                        )
+                    yield _Range(
+                        path=path,
+                        offset=member.offset_data,
+                        size=member.size,
+                        class_name=owner,
+                        name=f"{owner}/{name.name}",
+                    )

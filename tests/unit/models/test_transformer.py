@@ -62,13 +62,16 @@ def test_network_equals_the_dense_masked_reference(scales: int, active: int, opt
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("scales", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_coarse_outputs_keep_every_bit_when_finer_tokens_change(dtype: torch.dtype) -> None:
-    model = tiny_model(scales=3).to(dtype)
-    states = tuple(s.to(dtype) for s in tiny_states(scales=3, batches=[3, 3, 3]))
+def test_coarse_outputs_keep_every_bit_when_finer_tokens_change(
+    dtype: torch.dtype, scales: int
+) -> None:
+    model = tiny_model(scales=scales).to(dtype)
+    states = tuple(s.to(dtype) for s in tiny_states(scales=scales, batches=[3] * scales))
     time = TIME.float()
     full = model(states, time, LABELS)
-    for active in (1, 2):
+    for active in range(1, scales):
         dropped = model(states[:active], time, LABELS)
         altered = model(
             (*states[:active], *(1e3 * torch.ones_like(s) for s in states[active:])), time, LABELS

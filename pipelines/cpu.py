@@ -13,6 +13,7 @@ from pipelines.batch import Bands
 from pipelines.decode import DecodeConfig
 from pipelines.encoded import BadImageError, open_image, pixels
 from pipelines.errors import UndecodableImageError
+from pipelines.view import choose_view
 
 
 class PillowDecoder:
@@ -27,13 +28,16 @@ class PillowDecoder:
         self._config = config
         self._device = device
 
-    def __call__(self, images: Sequence[bytes]) -> Bands:
+    def __call__(
+        self, images: Sequence[bytes], numbers: NDArray[np.float64] | None = None
+    ) -> Bands:
         """Decode a batch."""
         decoded = []
         bad: dict[int, str] = {}
         for place, data in enumerate(images):
+            own = None if numbers is None else numbers[place]
             try:
-                decoded.append(self._decode(data))
+                decoded.append(self._decode(data, own))
             except BadImageError as error:
                 bad[place] = str(error)
         if bad:
@@ -41,26 +45,28 @@ class PillowDecoder:
         batch = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
         return _split(batch.to(self._device) / 127.5 - 1.0, scales=self._config.scales)
 
-    def _decode(self, data: bytes) -> NDArray[np.float32]:
+    def _decode(self, data: bytes, numbers: NDArray[np.float64] | None) -> NDArray[np.float32]:
         image = pixels(open_image(data), channels=self._config.channels).astype(np.float32)
-        height, width, _ = image.shape
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = image[top : top + side, left : left + side]
-        return square if side == self._config.image_size else _resize(square, self._config)
+        view = choose_view(
+            self._config.augment, width=image.shape[1], height=image.shape[0], numbers=numbers
+        )
+        part = image[view.top : view.top + view.height, view.left : view.left + view.width]
+        size = self._config.image_size
+        shown = part if part.shape[:2] == (size, size) else _resize(part, size)
+        return shown[:, ::-1] if view.mirrored else shown
 
 
-def _resize(square: NDArray[np.float32], config: DecodeConfig) -> NDArray[np.float32]:
+def _resize(part: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """Resize with an antialiased linear filter that sees the edge pixels repeated outside."""
-    side, size = len(square), config.image_size
-    margin = side // size + 2
-    padded = np.pad(square, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
-    box = (margin, margin, margin + side, margin + side)
+    height, width, channels = part.shape
+    margin = max(height, width) // size + 2
+    padded = np.pad(part, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
+    box = (margin, margin, margin + width, margin + height)
     planes = [
         Image.fromarray(padded[..., channel]).resize(
             (size, size), Image.Resampling.BILINEAR, box=box
         )
-        for channel in range(config.channels)
+        for channel in range(channels)
     ]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 

@@ -18,16 +18,18 @@ from torch.utils.dlpack import from_dlpack
 
 from pipelines.batch import Bands
 from pipelines.decode import DecodeConfig
-from pipelines.encoded import BadImageError, as_png, is_plain, open_image, pixels
+from pipelines.encoded import BadImageError, as_png, is_plain, open_image, pixels, upright_size
 from pipelines.errors import DataError, UndecodableImageError
+from pipelines.view import View, choose_view
 
 
 class _Encoded(NamedTuple):
-    """An image that DALI can read, and its size in pixels."""
+    """An image that DALI can read, its size in pixels when upright, and what is shown of it."""
 
     data: NDArray[np.uint8]
     width: int
     height: int
+    view: View
 
 
 class DaliDecoder:
@@ -48,13 +50,16 @@ class DaliDecoder:
         self._capacity = 0
         self._pipelines: dict[bool, Any] = {}
 
-    def __call__(self, images: Sequence[bytes]) -> Bands:
+    def __call__(
+        self, images: Sequence[bytes], numbers: NDArray[np.float64] | None = None
+    ) -> Bands:
         """Decode a batch."""
         prepared = []
         bad: dict[int, str] = {}
         for place, data in enumerate(images):
+            own = None if numbers is None else numbers[place]
             try:
-                prepared.append(self._prepare(data))
+                prepared.append(self._prepare(data, own))
             except BadImageError as error:
                 bad[place] = str(error)
         if bad:
@@ -70,12 +75,14 @@ class DaliDecoder:
                 raise
             raise UndecodableImageError(culprits, "its data is damaged") from error
 
-    def _prepare(self, data: bytes) -> _Encoded:
+    def _prepare(self, data: bytes, numbers: NDArray[np.float64] | None) -> _Encoded:
         """Check an image, and rewrite one that decoders may differ on."""
         header = open_image(data)
+        width, height = upright_size(header)
         if not is_plain(header, data, channels=self._config.channels):
             data = as_png(pixels(header, channels=self._config.channels))
-        return _Encoded(np.frombuffer(data, dtype=np.uint8), header.width, header.height)
+        view = choose_view(self._config.augment, width=width, height=height, numbers=numbers)
+        return _Encoded(np.frombuffer(data, dtype=np.uint8), width, height, view)
 
     def _can_decode(self, image: _Encoded) -> bool:
         try:
@@ -87,10 +94,15 @@ class DaliDecoder:
     def _run(self, images: Sequence[_Encoded]) -> Bands:
         size = self._config.image_size
         resize = any((image.width, image.height) != (size, size) for image in images)
+        views = [image.view for image in images]
         inputs: dict[str, Any] = {"encoded": [image.data for image in images]}
+        # An image of the right size may be shown in part, too.
+        resize |= any((view.width, view.height) != (size, size) for view in views)
         if resize:
-            sides = (min(image.width, image.height) for image in images)
-            inputs["side"] = [np.full(2, side, dtype=np.float32) for side in sides]
+            inputs["anchor"] = [np.array([view.top, view.left], np.int32) for view in views]
+            inputs["shape"] = [np.array([view.height, view.width], np.int32) for view in views]
+        if self._config.augment.flip:
+            inputs["mirror"] = [np.array(view.mirrored, np.int32) for view in views]
         if len(images) > self._capacity:
             self._capacity = len(images)
             self._pipelines.clear()
@@ -123,14 +135,22 @@ class DaliDecoder:
             fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
             device="cpu" if self._gpu is None else "mixed",
             output_type=types.GRAY if config.channels == 1 else types.RGB,
-            adjust_orientation=False,
+            adjust_orientation=True,
         )
         if resize:
-            side = fn.external_source(name="side", dtype=types.FLOAT, ndim=1)
-            images = fn.crop(images, crop=side, rounding="truncate")
+            anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
+            shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+            images = fn.slice(images, anchor, shape, axes=(0, 1))
             images = _resize(images, config.image_size, types.INTERP_LINEAR, antialias=True)
         middle = [127.5] * config.channels
-        images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=middle, std=middle)
+        mirror = (
+            fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+            if config.augment.flip
+            else 0
+        )
+        images = fn.crop_mirror_normalize(
+            images, dtype=types.FLOAT, mean=middle, std=middle, mirror=mirror
+        )
         bands = []
         size = config.image_size
         for _ in range(config.scales - 1):

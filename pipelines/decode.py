@@ -1,16 +1,21 @@
 """What a decoder does: a batch of encoded images in, Laplacian bands on the device out.
 
-An image that is not square is cropped to its central square, and one of another size than asked
-for is resized with an antialiased linear filter. Orientation tags are ignored, as ImageNet code
-does. Values become float32 in [-1, 1] and are split into bands by 2 x 2 means.
+An image is turned upright as its orientation tag says, cropped to the view chosen for it (the
+central square, without augmentation), resized with an antialiased linear filter if it has another
+size than asked for, and perhaps mirrored. Values become float32 in [-1, 1] and are split into bands
+by 2 x 2 means.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.batch import Bands
 from pipelines.errors import DataError, UnsplittableImageError
+from pipelines.view import AugmentConfig
 
 DecoderName = Literal["dali", "pillow"]
 
@@ -24,12 +29,14 @@ class DecodeConfig:
         channels: 1 for grey, 3 for RGB.
         scales: Number of Laplacian bands.
         decode_threads: Threads that decode.
+        augment: How views vary from epoch to epoch.
     """
 
     image_size: int
     channels: Literal[1, 3] = 3
     scales: int = 2
     decode_threads: int = 2
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -50,11 +57,15 @@ class DecodeConfig:
 class Decoder(Protocol):
     """Turns encoded images into bands."""
 
-    def __call__(self, images: Sequence[bytes]) -> Bands:
+    def __call__(
+        self, images: Sequence[bytes], numbers: NDArray[np.float64] | None = None
+    ) -> Bands:
         """Decode a batch.
 
         Args:
             images: Whole JPEG or PNG files.
+            numbers: Random numbers for each image's view, [len(images), DRAWS]; None shows the
+                central square of each.
 
         Returns:
             Bands coarse to fine, each float32 [len(images), channels, h, w] and owned by the

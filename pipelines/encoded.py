@@ -13,6 +13,18 @@ from PIL import Image
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; from here on Pillow itself warns of a bomb
 _FORMATS = ("JPEG", "PNG")
 _PNG_BIT_DEPTH = 24  # place of that byte in the file
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNED = range(5, 9)  # its values that exchange width and height
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImageError(Exception):
@@ -34,19 +46,34 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def orientation(image: Image.Image) -> int:
+    """Read how an image must be turned, as EXIF numbers it: 1 is upright, 2 to 8 are not."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged tag says nothing about the pixels
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image when it is turned upright."""
+    width, height = image.size
+    return (height, width) if orientation(image) in _TURNED else (width, height)
+
+
 def is_plain(image: Image.Image, data: bytes, *, channels: int) -> bool:
     """Tell whether all decoders agree on the pixels.
 
     That holds for 8 bit RGB and, being copied to all channels, grey. Alpha, palettes, CMYK, 16 bit
     and RGB that is to become grey are matters of convention; `pixels` settles them.
     """
-    if image.format == "PNG" and data[_PNG_BIT_DEPTH] != 8:
+    if image.format == "PNG" and (data[_PNG_BIT_DEPTH] != 8 or orientation(image) != 1):
         return False
     return image.mode == "L" or (image.mode == "RGB" and channels == 3)
 
 
 def pixels(image: Image.Image, *, channels: int) -> NDArray[np.uint8]:
-    """Decode an image.
+    """Decode an image and turn it upright.
 
     Alpha is dropped, and of 16 bit values the high byte is kept.
 
@@ -60,10 +87,13 @@ def pixels(image: Image.Image, *, channels: int) -> NDArray[np.uint8]:
     Raises:
         BadImageError: The image is damaged, for example cut short.
     """
+    turned = _TRANSPOSITIONS.get(orientation(image))
     try:
         if image.mode.startswith("I"):
             high = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
             image = Image.fromarray(high)
+        if turned is not None:
+            image = image.transpose(turned)
         array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     except Exception as error:  # as above
         raise BadImageError(f"{type(error).__name__}: {error}") from error

@@ -15,7 +15,9 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipelines.batch import Batch, Cursor
 from pipelines.dataset import ImageDataset, RawImage
@@ -29,6 +31,7 @@ from pipelines.errors import (
 )
 from pipelines.order import SampleOrder, replacement
 from pipelines.prefetch import Prefetched
+from pipelines.view import draws
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Loader:
         dataset: Where the images come from.
         config: How batches are made.
         decode: What images are made into.
-        seed: Seed of the sample order, the same on all ranks.
+        seed: Seed of the sample order and of the views, the same on all ranks.
         batch_images: Size of the global batch.
         rank: This process's number among all.
         world_size: How many there are.
@@ -108,6 +111,8 @@ class Loader:
             dataset.shard_sizes, seed=seed, block_samples=config.shuffle_block_samples
         )
         self._decoder = make_decoder(config.decoder, decode, device=device)
+        self._augmented = decode.augment.random
+        self._seed = seed
         self._batch_images = batch_images
         self._slice_images = batch_images // world_size
         self._slice_start = rank * self._slice_images
@@ -187,11 +192,14 @@ class Loader:
     def _load(self, start: int) -> Batch:
         ids = [int(sample_id) for sample_id in self._order.sample_ids(start, self._slice_images)]
         samples = [self._dataset.read(sample_id) for sample_id in ids]
+        epochs = [position // len(self._dataset) for position in range(start, start + len(ids))]
         self._read_images += len(samples)
         replaced: set[int] = set()
         for attempt in count():
             try:
-                bands = self._decoder([sample.data for sample in samples])
+                bands = self._decoder(
+                    [sample.data for sample in samples], self._numbers(samples, epochs)
+                )
                 break
             except UndecodableImageError as error:
                 for place in error.indices:
@@ -206,6 +214,15 @@ class Loader:
             sample_ids=torch.tensor([sample.sample_id for sample in samples]),
             skipped=len(replaced),
         )
+
+    def _numbers(
+        self, samples: Sequence[RawImage], epochs: Sequence[int]
+    ) -> NDArray[np.float64] | None:
+        """Make the random numbers of each sample's view, if views vary."""
+        if not self._augmented:
+            return None
+        own = zip(samples, epochs, strict=True)
+        return np.stack([draws(self._seed, epoch=e, sample_id=s.sample_id) for s, e in own])
 
     def _count_bad(self, sample: RawImage, *, reason: str, attempt: int) -> None:
         shard = self._dataset.shard_of(sample.sample_id)

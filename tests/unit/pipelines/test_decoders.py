@@ -5,13 +5,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.pyramid import merge, split
 from pipelines.cpu import PillowDecoder
 from pipelines.dali import DaliDecoder
 from pipelines.decode import DecodeConfig, Decoder, make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
+from pipelines.view import DRAWS, AugmentConfig
 from tests.unit.pipelines import pictures
 
 DECODERS = ("dali", "pillow")
@@ -86,12 +87,50 @@ def test_deep_images_keep_their_high_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_central_square_is_kept_whatever_the_tags_say(name: str) -> None:
-    data = pictures.with_orientation(16, 20)
-    decoded = torch.from_numpy(np.array(Image.open(io.BytesIO(data))))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_images_are_turned_upright(name: str, kind: str, tag: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    data = pictures.encode(pictures.photo(16, 20), kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright.size == ((20, 16) if tag < 5 else (16, 20))
+    pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1).float() / 127.5 - 1
+    expected = pixels[:, :, 2:18] if tag < 5 else pixels[:, 2:18]
     (image,) = decoder(name, 16, scales=1)([data])
-    expected = decoded[:, 2:18].permute(2, 0, 1).float() / 127.5 - 1
     assert_near((image[0],), (expected,))
+
+
+@pytest.mark.parametrize("crop", ["center", "random_resized"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [16, 48])
+def test_decoders_agree_on_every_view(crop: str, flip: bool, size: int) -> None:
+    augment = AugmentConfig(flip=flip, crop=crop, min_area=0.2, max_aspect=2.0)
+    chosen = DecodeConfig(image_size=size, scales=2, decode_threads=1, augment=augment)
+    data = list(pictures.GOOD.values())
+    numbers = np.random.default_rng(0).random((len(data), DRAWS))
+    dali, pillow = (make_decoder(name, chosen, device="cpu") for name in DECODERS)
+    assert_near(dali(data, numbers), pillow(data, numbers), within=RESIZED)
+    still = dali(data, None)
+    assert_near(still, decoder("pillow", size)(data), within=RESIZED)
+    changed = [not torch.equal(a, b) for a, b in zip(still[-1], dali(data, numbers)[-1], strict=1)]
+    assert any(changed) == (flip or crop != "center")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_view_shows_its_part_and_its_mirror_image(name: str) -> None:
+    picture = pictures.photo(20, 30)
+    chosen = DecodeConfig(
+        image_size=20,
+        scales=1,
+        decode_threads=1,
+        augment=AugmentConfig(flip=True, crop="random_resized", min_area=2 / 3, max_aspect=1.0),
+    )
+    # The smallest area is a square as high as the image; it lies as far to the right as it can.
+    numbers = np.array([[0.9, 0.0, 0.5, 0.999, 0.5], [0.1, 0.0, 0.5, 0.999, 0.5]])
+    (images,) = make_decoder(name, chosen, device="cpu")([pictures.encode(picture)] * 2, numbers)
+    expected = torch.from_numpy(picture[:, 10:].copy()).permute(2, 0, 1).float() / 127.5 - 1
+    assert_near((images[0], images[1]), (expected, expected.flip(-1)))
 
 
 def test_neighbours_in_the_batch_change_nothing() -> None:

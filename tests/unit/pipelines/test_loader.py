@@ -27,6 +27,7 @@ from pipelines.loader import Loader, LoaderConfig
 from pipelines.order import SampleOrder, replacement
 from pipelines.shards import ShardedImages
 from pipelines.synthetic import SyntheticImages
+from pipelines.view import AugmentConfig
 
 BATCH, IMAGES = 12, 40
 
@@ -58,6 +59,9 @@ class Damaged:
         return RawImage(sample.data[:60], sample.label, sample_id)
 
 
+AUGMENTED = AugmentConfig(flip=True, crop="random_resized")
+
+
 def loader(dataset: ImageDataset | None = None, **changes: Any) -> Loader:
     config = LoaderConfig(
         decoder=changes.pop("decoder", "dali"),
@@ -65,11 +69,18 @@ def loader(dataset: ImageDataset | None = None, **changes: Any) -> Loader:
         prefetch_batches=changes.pop("prefetch_batches", 2),
         shuffle_block_samples=changes.pop("shuffle_block_samples", 25),
     )
+    augment = changes.pop("augment", AugmentConfig())
     arguments: dict[str, Any] = {"seed": 3, "batch_images": BATCH} | changes
     return Loader(
         dataset or SyntheticImages(images=IMAGES, image_size=8, shard_images=10),
         config=config,
-        decode=DecodeConfig(image_size=8, channels=3, scales=3, decode_threads=1),
+        decode=DecodeConfig(
+            image_size=8,
+            channels=3,
+            scales=3,
+            decode_threads=1,
+            augment=augment,
+        ),
         **arguments,
     )
 
@@ -99,22 +110,48 @@ def test_a_batch_holds_what_the_order_says() -> None:
     assert (batch.skipped, cursor) == (0, Cursor(48))
 
 
+@pytest.mark.parametrize("augment", [AugmentConfig(), AUGMENTED])
 @pytest.mark.parametrize("decoder", ["dali", "pillow"])
-def test_resuming_gives_the_same_bits(decoder: str) -> None:
-    whole = take(9, loader(decoder=decoder))
+def test_resuming_gives_the_same_bits(decoder: str, augment: AugmentConfig) -> None:
+    whole = take(9, loader(decoder=decoder, augment=augment))
     for done in (1, 4, 8):
         cursor = whole[done - 1][1]
-        resumed = take(9 - done, loader(decoder=decoder, prefetch_batches=5), cursor.images)
+        again = loader(decoder=decoder, augment=augment, prefetch_batches=5)
+        resumed = take(9 - done, again, cursor.images)
         for (batch, after), (expected, expected_after) in zip(resumed, whole[done:], strict=True):
             assert_same(batch, expected)
             assert after == expected_after
 
 
+def test_views_vary_with_the_epoch_and_the_seed_alone() -> None:
+    """Each sample is shown in its own way in each epoch, the same in every run."""
+
+    def seen(**changes: Any) -> dict[tuple[int, int], torch.Tensor]:
+        images: dict[tuple[int, int], torch.Tensor] = {}
+        place = 0
+        for batch, _ in take(2 * IMAGES // BATCH, loader(augment=AUGMENTED, **changes)):
+            for sample_id, image in zip(batch.sample_ids.tolist(), batch.bands[-1], strict=True):
+                images[place // IMAGES, sample_id] = image
+                place += 1
+        return images
+
+    first, again = seen(), seen(shuffle_block_samples=1000)
+    both = first.keys() & again.keys()
+    assert len(both) >= IMAGES
+    assert all(torch.equal(first[key], again[key]) for key in both)
+    pairs = [(first[0, i], first[1, i]) for i in range(IMAGES) if (1, i) in first]
+    assert sum(not torch.equal(*pair) for pair in pairs) > 0.9 * len(pairs)
+    other = seen(seed=4)
+    assert sum(not torch.equal(first[key], other[key]) for key in both & other.keys()) > 50
+
+
+@pytest.mark.parametrize("augment", [AugmentConfig(), AUGMENTED])
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_batch(world: int) -> None:
-    whole = take(5, loader(Damaged({3, 30}), max_bad_share=0.5))
+def test_ranks_share_the_batch(world: int, augment: AugmentConfig) -> None:
+    options: dict[str, Any] = {"max_bad_share": 0.5, "augment": augment}
+    whole = take(5, loader(Damaged({3, 30}), **options))
     ranks = [
-        take(5, loader(Damaged({3, 30}), max_bad_share=0.5, rank=rank, world_size=world))
+        take(5, loader(Damaged({3, 30}), rank=rank, world_size=world, **options))
         for rank in range(world)
     ]
     for (batch, cursor), *slices in zip(whole, *ranks, strict=True):

@@ -1,0 +1,112 @@
+"""Which part of an image is shown, and whether mirrored: the augmentation, as a pure function.
+
+The choice depends on random numbers that belong to a sample and an epoch. So it does not depend on
+the batch, the rank or the decoder, and a resumed run sees the same views.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import DataError
+
+DRAWS = 5
+"""Random numbers in [0, 1) that one view takes."""
+
+_VIEW = 3  # keeps these numbers apart from those of the sample order
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How views vary from epoch to epoch.
+
+    Attributes:
+        flip: Mirror half of the images (DiT's recipe for ImageNet).
+        crop: "center" shows the central square (ADM, DiT); "random_resized" a part of random size,
+            shape and place.
+        min_area: Smallest area of a random part, as a share of the image.
+        max_aspect: Largest ratio of the sides of a random part; 1 keeps it square.
+
+    Raises:
+        DataError: A value is out of range.
+    """
+
+    flip: bool = False
+    crop: Literal["center", "random_resized"] = "center"
+    min_area: float = 0.5
+    max_aspect: float = 4 / 3
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("center", "random_resized"):
+            raise DataError(f"There is no crop {self.crop!r}; choose 'center' or 'random_resized'.")
+        if not 0 < self.min_area <= 1 or self.max_aspect < 1:
+            raise DataError(
+                f"min_area={self.min_area} must lie in (0, 1] and max_aspect={self.max_aspect} be "
+                "at least 1."
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether views vary at all."""
+        return self.flip or self.crop != "center"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A part of an upright image.
+
+    Attributes:
+        left: First column, in pixels.
+        top: First row.
+        width: Columns.
+        height: Rows.
+        mirrored: Whether left and right are exchanged.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    mirrored: bool
+
+
+def draws(seed: int, *, epoch: int, sample_id: int) -> NDArray[np.float64]:
+    """Make the random numbers of one sample in one epoch, [DRAWS]."""
+    words = np.random.Philox(np.random.SeedSequence((seed, epoch, sample_id, _VIEW)))
+    return (words.random_raw(DRAWS) >> np.uint64(11)) * 2.0**-53
+
+
+def choose_view(
+    config: AugmentConfig, *, width: int, height: int, numbers: NDArray[np.float64] | None
+) -> View:
+    """Choose the part of an image to show.
+
+    Args:
+        config: How views vary.
+        width: Columns of the upright image.
+        height: Its rows.
+        numbers: Numbers in [0, 1), [DRAWS]; None shows the central square, not mirrored.
+    """
+    if numbers is None or config.crop == "center":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        mirrored = numbers is not None and config.flip and bool(numbers[0] < 0.5)
+        return View(left=left, top=top, width=side, height=side, mirrored=mirrored)
+    mirror, area, aspect, across, down = numbers.tolist()
+    wanted = (config.min_area + area * (1 - config.min_area)) * width * height
+    ratio = config.max_aspect ** (2 * aspect - 1)
+    columns, rows = math.sqrt(wanted * ratio), math.sqrt(wanted / ratio)
+    # A part that does not fit is made smaller, in its own shape.
+    fitting = min(1.0, width / columns, height / rows)
+    columns = max(1, min(width, round(columns * fitting)))
+    rows = max(1, min(height, round(rows * fitting)))
+    return View(
+        left=int(across * (width - columns + 1)),
+        top=int(down * (height - rows + 1)),
+        width=columns,
+        height=rows,
+        mirrored=config.flip and mirror < 0.5,
+    )

@@ -2,11 +2,12 @@
 
 ===========  ==============================================================================
 ``b``        images of the batch (``b_p`` of them carry the scale at position ``p``)
-``c h w``    channels, height and width of an image or a band; ``z zh zw`` of a latent
+``c h w``    channels, height and width of an image or a band; ``z zh zw`` of a latent;
+             ``g``, height and width of what the active scales add up to
 ``n``        tokens of one scale; in ``noise [b, n]``, the numbers one image's noise needs
 ``heads e``  attention heads and the width of one head
 ``d``        width of a token
-``K``        scales
+``K``        scales; ``bins``, equal parts of the time axis
 ===========  ==============================================================================
 
 Bands are always listed from coarse to fine: position ``p`` holds scale ``k = K - 1 - p`` in the

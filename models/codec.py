@@ -1,9 +1,17 @@
-"""Codecs: between images and the space the flow works in."""
+"""Codecs: between images and the space the flow works in (paper section 4: latents of a VAE)."""
 
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+import torch
+from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+Posterior = Literal["sample", "mean"]
+
+
+class CodecError(ValueError):
+    """An autoencoder, or numbers for its posterior, that a codec cannot work with."""
 
 
 class Codec(Protocol):
@@ -19,8 +27,18 @@ class Codec(Protocol):
         """Channels of the latents of images with ``image_channels`` channels."""
         ...
 
-    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z zh zw"]:
-        """Map images in [-1, 1] to latents."""
+    def image_channels(self, latent_channels: int) -> int:
+        """Channels of the images of latents with ``latent_channels`` channels."""
+        ...
+
+    def normals_per_image(self, image_size: int) -> int:
+        """Count the standard normal numbers that encoding an image of this size takes."""
+        ...
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], normals: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "b z zh zw"]:
+        """Map images in [-1, 1] to latents; equal numbers give equal latents."""
         ...
 
     def decode(self, latents: Float[Tensor, "b z zh zw"]) -> Float[Tensor, "b c h w"]:
@@ -37,10 +55,131 @@ class IdentityCodec:
         """Channels of the latents, those of the images."""
         return image_channels
 
-    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def image_channels(self, latent_channels: int) -> int:
+        """Channels of the images, those of the latents."""
+        return latent_channels
+
+    def normals_per_image(self, image_size: int) -> int:
+        """No numbers: nothing is random."""
+        return 0
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], normals: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "b c h w"]:
         """Return the images."""
         return images
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the images."""
         return latents
+
+
+class AutoencoderKlCodec:
+    """Latent space of a frozen variational autoencoder (Rombach et al. 2022, section 3.1).
+
+    The encoder gives a normal distribution for each element, of which a sample or the mean z
+    becomes the latent (z - shift) * scale.
+
+    Args:
+        autoencoder: A ``diffusers.AutoencoderKL`` or a module alike in ``encode``, ``decode`` and
+            ``config``. It is put into evaluation mode and its gradients are switched off.
+        scale: Factor of the latents, which brings them near unit variance; None takes the
+            autoencoder's own ``scaling_factor`` (0.18215 for Stable Diffusion's).
+        shift: What is subtracted before; None takes the autoencoder's ``shift_factor``, or 0.
+        posterior: "sample" the distribution with numbers handed in, or take its "mean".
+
+    Attributes:
+        factor: Pixels for one element of the latent, along each side.
+        scale: The factor in use.
+        shift: The shift in use.
+
+    Raises:
+        CodecError: The autoencoder normalises each channel of its latents by numbers of its own.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        *,
+        scale: float | None = None,
+        shift: float | None = None,
+        posterior: Posterior = "sample",
+    ) -> None:
+        config: Any = autoencoder.config
+        if getattr(config, "latents_mean", None) is not None:
+            raise CodecError(
+                "the autoencoder has latents_mean and latents_std, a normalisation of each channel "
+                "that this codec does not know; use an autoencoder with one scaling_factor."
+            )
+        self._autoencoder: Any = autoencoder.eval().requires_grad_(False)
+        self._config = config
+        self._posterior = posterior
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)
+        self.scale = float(config.scaling_factor if scale is None else scale)
+        own_shift = getattr(config, "shift_factor", None) or 0.0
+        self.shift = float(own_shift if shift is None else shift)
+
+    def latent_channels(self, image_channels: int) -> int:
+        """Channels of the latents.
+
+        Raises:
+            CodecError: The autoencoder does not take images with ``image_channels`` channels.
+        """
+        if image_channels != self._config.in_channels:
+            raise CodecError(
+                f"the autoencoder takes images of {self._config.in_channels} channels, not "
+                f"{image_channels}."
+            )
+        return int(self._config.latent_channels)
+
+    def image_channels(self, latent_channels: int) -> int:
+        """Channels of the images.
+
+        Raises:
+            CodecError: The autoencoder does not have latents with ``latent_channels`` channels.
+        """
+        if latent_channels != self._config.latent_channels:
+            raise CodecError(
+                f"the autoencoder has latents of {self._config.latent_channels} channels, not "
+                f"{latent_channels}."
+            )
+        return int(self._config.out_channels)
+
+    def normals_per_image(self, image_size: int) -> int:
+        """Count the elements of a latent; none for the posterior's mean."""
+        if self._posterior == "mean":
+            return 0
+        return int(self._config.latent_channels) * (image_size // self.factor) ** 2
+
+    @torch.no_grad()
+    def encode(
+        self, images: Float[Tensor, "b c h w"], normals: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "b z zh zw"]:
+        """Map images in [-1, 1] to latents.
+
+        Args:
+            images: Square images whose size is a multiple of ``factor``.
+            normals: ``normals_per_image`` standard normal numbers for each.
+
+        Raises:
+            CodecError: ``normals`` holds another count of numbers.
+        """
+        needed = self.normals_per_image(images.shape[-1])
+        if normals.shape[1] != needed:
+            raise CodecError(
+                f"encoding an image of {images.shape[-1]} pixels takes {needed} normal numbers, "
+                f"got {normals.shape[1]}."
+            )
+        posterior = self._autoencoder.encode(images).latent_dist
+        latents: Tensor = posterior.mean
+        if self._posterior == "sample":
+            size = latents.shape[-1]
+            unit = rearrange(normals, "b (z h w) -> b z h w", h=size, w=size)
+            latents = latents + posterior.std * unit
+        return (latents - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b z zh zw"]) -> Float[Tensor, "b c h w"]:
+        """Map latents to images, in [-1, 1] or slightly beyond."""
+        images: Tensor = self._autoencoder.decode(latents / self.scale + self.shift).sample
+        return images

@@ -17,6 +17,7 @@ from models.pyramid import check_size, split
 _PATHS: Mapping[str, type[LinearPath] | type[GvpPath]] = {"linear": LinearPath, "gvp": GvpPath}
 _TIME_SAMPLERS: Mapping[str, TimeSampler] = {"uniform": uniform, "logit_normal": logit_normal}
 _NOISES = ("banded", "independent")
+_STAGE_CHOICES = ("stratified", "one_per_step")
 
 
 class FlowConfigError(ValueError):
@@ -34,6 +35,8 @@ class FlowConfig:
         noise: "banded" splits one full-resolution draw by the pyramid; "independent" draws unit
             noise for every scale.
         time_sampler: "uniform" (paper) or "logit_normal".
+        stage_choice: "stratified" deals the images of a batch out to the stages in equal shares;
+            "one_per_step" (paper) trains each update at one stage, drawn uniformly.
         scale_weights: Weight of each scale's loss, coarse to fine; None weighs all by 1.
 
     Raises:
@@ -46,6 +49,7 @@ class FlowConfig:
     path: Literal["linear", "gvp"] = "linear"
     noise: Literal["banded", "independent"] = "banded"
     time_sampler: Literal["uniform", "logit_normal"] = "uniform"
+    stage_choice: Literal["stratified", "one_per_step"] = "stratified"
     scale_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +57,7 @@ class FlowConfig:
             ("path", _PATHS),
             ("noise", _NOISES),
             ("time_sampler", _TIME_SAMPLERS),
+            ("stage_choice", _STAGE_CHOICES),
         ):
             value = getattr(self, name)
             if value not in known:

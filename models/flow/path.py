@@ -6,7 +6,7 @@ the state is the data.
 """
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,18 @@ from models.axes import Band
 def expand_time(time: Float[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
     """Shape one time per image so that it broadcasts over a band."""
     return time[:, None, None, None]
+
+
+class Coefficients(NamedTuple):
+    """What makes state and velocity of data and noise at one time.
+
+    state = alpha * data + sigma * noise; velocity = alpha_rate * data + sigma_rate * noise.
+    """
+
+    alpha: float
+    sigma: float
+    alpha_rate: float
+    sigma_rate: float
 
 
 class Path(Protocol):
@@ -35,6 +47,10 @@ class Path(Protocol):
 
     def entry(self, noise: Band, activation: float) -> Band:
         """State at the activation time, which needs no data."""
+        ...
+
+    def coefficients(self, time: float, activation: float) -> Coefficients:
+        """Weights of data and noise at one time, the same for all images."""
         ...
 
 
@@ -56,6 +72,11 @@ class LinearPath:
     def entry(self, noise: Band, activation: float) -> Band:
         """State at the activation time."""
         return (1 - activation) * noise
+
+    def coefficients(self, time: float, activation: float) -> Coefficients:
+        """Weights of data and noise at one time."""
+        length = 1 - activation
+        return Coefficients((time - activation) / length, 1 - time, 1 / length, -1.0)
 
 
 class GvpPath:
@@ -80,6 +101,14 @@ class GvpPath:
     def entry(self, noise: Band, activation: float) -> Band:
         """State at the activation time."""
         return math.cos(math.pi / 2 * activation) * noise
+
+    def coefficients(self, time: float, activation: float) -> Coefficients:
+        """Weights of data and noise at one time."""
+        quarter, length = math.pi / 2, 1 - activation
+        t, own = quarter * time, quarter * (time - activation) / length
+        return Coefficients(
+            math.sin(own), math.cos(t), quarter / length * math.cos(own), -quarter * math.sin(t)
+        )
 
 
 def _angles(

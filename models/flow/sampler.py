@@ -1,100 +1,51 @@
 """Sampling: integrate the flow segment by segment, coarse scales first."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.axes import Bands, VelocityModel
+from models.flow.counted import CountedModel
+from models.flow.dopri5 import integrate_adaptive
 from models.flow.flow import Flow
 from models.flow.guidance import guided
-from models.flow.solver import SOLVERS, evaluation_times, integrate
-from models.flow.stages import Stages
+from models.flow.plan import Piece
+from models.flow.sampler_config import SamplerConfig, SamplerConfigError
+from models.flow.solver import SOLVERS, integrate
 from models.pyramid import merge
 
 
-class SamplerConfigError(ValueError):
-    """Sampler settings that cannot be carried out."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How to draw samples.
+class Samples:
+    """Samples and what they took.
 
     Attributes:
-        solver: Fixed-step method.
-        steps: Steps over the whole time axis, spread over the segments by their length.
-        guidance_scale: Classifier-free guidance scale; 1 is no guidance.
-        guidance_interval: First and last time at which guidance acts; None means always.
-
-    Raises:
-        SamplerConfigError: A value is out of range or unknown.
+        images: The images.
+        evaluations: Network evaluations for each image in each segment, counted as they were made
+            and averaged over the images; a guided pair counts as two.
     """
 
-    solver: Literal["euler", "midpoint", "heun"] = "heun"
-    steps: int = 40
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise SamplerConfigError(
-                f"solver={self.solver!r} is unknown; use one of {sorted(SOLVERS)}."
-            )
-        if self.steps < 1:
-            raise SamplerConfigError(f"steps={self.steps} must be at least 1.")
-        if self.guidance_scale < 0:
-            raise SamplerConfigError(
-                f"guidance_scale={self.guidance_scale} must not be negative; 1 is no guidance."
-            )
-        interval = self.guidance_interval
-        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
-            raise SamplerConfigError(
-                f"guidance_interval={interval} must be two times with 0 <= first <= last <= 1."
-            )
-
-    def guides_at(self, time: float) -> bool:
-        """Whether guidance acts at ``time``."""
-        first, last = self.guidance_interval or (0.0, 1.0)
-        return self.guidance_scale != 1 and first <= time <= last
+    images: Float[Tensor, "b c h w"]
+    evaluations: tuple[float, ...]
 
 
-def steps_per_segment(stages: Stages, *, steps: int) -> tuple[int, ...]:
-    """Spread ``steps`` over the segments in proportion to length, at least one for each.
+def images_per_call(scales: int, *, finest_batch: int) -> tuple[int, ...]:
+    """Images that one network call may hold in each segment, for a like number of tokens.
+
+    Args:
+        scales: Number of scales, K.
+        finest_batch: Images in one call when all scales are active.
 
     Raises:
-        SamplerConfigError: There are fewer steps than segments.
+        SamplerConfigError: ``finest_batch`` is below 1.
     """
-    segments = stages.segments
-    if steps < len(segments):
-        raise SamplerConfigError(
-            f"steps={steps} is too few: each of the {len(segments)} segments needs at least one."
-        )
-    ideal = [(segment.end - segment.start) * steps for segment in segments]
-    counts = [1] * len(segments)
-    for _ in range(steps - len(segments)):
-        behind = [want - have for want, have in zip(ideal, counts, strict=True)]
-        counts[behind.index(max(behind))] += 1
-    return tuple(counts)
-
-
-def network_evaluations(config: SamplerConfig, flow: Flow) -> int:
-    """Count the network evaluations of one sample; a guided pair counts as two.
-
-    Raises:
-        SamplerConfigError: There are fewer steps than segments.
-    """
-    counts = steps_per_segment(flow.stages, steps=config.steps)
-    return sum(
-        2 if config.guides_at(time) else 1
-        for segment, steps in zip(flow.stages.segments, counts, strict=True)
-        for times in evaluation_times(
-            SOLVERS[config.solver], start=segment.start, end=segment.end, steps=steps
-        )
-        for time in times
-    )
+    if finest_batch < 1:
+        raise SamplerConfigError(f"a batch of {finest_batch} images must have at least 1.")
+    # With 1, 2, ... scales active an image has 1, 1 + 4, 1 + 4 + 16, ... times the coarsest tokens.
+    tokens = [(4**active - 1) // 3 for active in range(1, scales + 1)]
+    return tuple(finest_batch * tokens[-1] // count for count in tokens)
 
 
 @torch.no_grad()
@@ -108,8 +59,9 @@ def sample(
     channels: int,
     image_size: int,
     null_label: int,
-) -> Float[Tensor, "b c h w"]:
-    """Turn noise into images; the same noise and labels give the same images.
+    finest_batch: int | None = None,
+) -> Samples:
+    """Turn noise into images; an image depends on its own noise and label.
 
     Args:
         velocity_model: The network.
@@ -120,28 +72,63 @@ def sample(
         channels: Channels of the images.
         image_size: Height and width of the images.
         null_label: Label that stands for "no class"; used by guidance.
+        finest_batch: Images in one network call when all scales are active; segments with fewer
+            tokens take more at once, see ``images_per_call``. None takes all images at once.
 
     Raises:
-        SamplerConfigError: There are fewer steps than segments.
+        StepsError: There are fewer steps than segments.
+        SamplerConfigError: ``finest_batch`` is below 1.
         FlowConfigError: ``noise`` holds another count of numbers.
     """
-    guided_model = guided(velocity_model, scale=config.guidance_scale, null_label=null_label)
-
-    def velocity(states: Bands, time: float) -> Bands:
-        model = guided_model if config.guides_at(time) else velocity_model
-        return model(states, noise.new_full((noise.shape[0],), time), labels)
+    images, scales = noise.shape[0], flow.stages.scales
+    counted = CountedModel(velocity_model)
+    guided_model = guided(counted, scale=config.guidance_scale, null_label=null_label)
+    sizes = images_per_call(scales, finest_batch=images if finest_batch is None else finest_batch)
+    if config.adaptive:
+        sizes = (config.adaptive_group,) * scales
 
     noise_bands = flow.noise_bands(noise, channels=channels, image_size=image_size)
     states: Bands = ()
-    counts = steps_per_segment(flow.stages, steps=config.steps)
-    for segment, steps in zip(flow.stages.segments, counts, strict=True):
+    evaluations = []
+    plan = zip(flow.stages.segments, config.plan(flow.stages), sizes, strict=True)
+    for segment, pieces, size in plan:
         entering = flow.path.entry(noise_bands[segment.active - 1], segment.start)
-        states = integrate(
+        states = (*states, entering)
+        parts = []
+        for first in range(0, images, size):
+            batch = slice(first, first + size)
+            some = tuple(state[batch] for state in states)
+            for piece in pieces:
+                model = guided_model if piece.guided else counted
+                some = _integrated(model, some, labels[batch], piece=piece, config=config)
+            parts.append(some)
+        states = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        evaluations.append(counted.take() / images)
+    return Samples(images=merge(states), evaluations=tuple(evaluations))
+
+
+def _integrated(
+    model: VelocityModel, states: Bands, labels: Tensor, *, piece: Piece, config: SamplerConfig
+) -> Bands:
+    """Bring states from the start of a piece to its end."""
+
+    def velocity(current: Bands, time: float) -> Bands:
+        return model(current, current[0].new_full((len(labels),), time), labels)
+
+    if config.adaptive:
+        return integrate_adaptive(
             velocity,
-            (*states, entering),
-            start=segment.start,
-            end=segment.end,
-            steps=steps,
-            solver=SOLVERS[config.solver],
+            states,
+            start=piece.start,
+            end=piece.end,
+            absolute_tolerance=config.absolute_tolerance,
+            relative_tolerance=config.relative_tolerance,
         )
-    return merge(states)
+    return integrate(
+        velocity,
+        states,
+        start=piece.start,
+        end=piece.end,
+        steps=piece.steps,
+        solver=SOLVERS[config.solver],
+    )

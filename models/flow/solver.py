@@ -1,4 +1,4 @@
-"""Fixed-step explicit Runge-Kutta solvers."""
+"""Fixed-step explicit solvers: Runge-Kutta methods, and a multistep one that is started by them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,36 +13,44 @@ VelocityFunction = Callable[[Bands, float], Bands]
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """An explicit Runge-Kutta method as its Butcher tableau.
+    """An explicit method as its Butcher tableau, with a memory of one step.
 
     Attributes:
         order: Order of convergence: the error at a fixed time falls as step ** order.
         nodes: Where in the step each evaluation lies, as shares of the step.
         couplings: For each evaluation, the weights of the ones before it that lead there.
         weights: Weights of the evaluations in the step.
+        memory: Weight of the first evaluation of the step before; 0 for a Runge-Kutta method.
+        starter: Method of the first step, which has none before it; None is the method itself.
     """
 
     order: int
     nodes: tuple[float, ...]
     couplings: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
+    memory: float = 0.0
+    starter: "Solver | None" = None
 
+    def method(self, step: int) -> "Solver":
+        """The method of one step, counted from 0."""
+        return self.starter if step == 0 and self.starter is not None else self
+
+    def evaluations(self, steps: int) -> int:
+        """Count the evaluations of the velocity in ``steps`` steps from a fresh start."""
+        return sum(len(self.method(step).nodes) for step in range(steps))
+
+
+_HEUN = Solver(order=2, nodes=(0.0, 1.0), couplings=((), (1.0,)), weights=(0.5, 0.5))
 
 SOLVERS: Mapping[str, Solver] = {
     "euler": Solver(order=1, nodes=(0.0,), couplings=((),), weights=(1.0,)),
     "midpoint": Solver(order=2, nodes=(0.0, 0.5), couplings=((), (0.5,)), weights=(0.0, 1.0)),
-    "heun": Solver(order=2, nodes=(0.0, 1.0), couplings=((), (1.0,)), weights=(0.5, 0.5)),
+    "heun": _HEUN,
+    # Adams-Bashforth: order 2 for one evaluation a step.
+    "ab2": Solver(
+        order=2, nodes=(0.0,), couplings=((),), weights=(1.5,), memory=-0.5, starter=_HEUN
+    ),
 }
-
-
-def evaluation_times(
-    solver: Solver, *, start: float, end: float, steps: int
-) -> tuple[tuple[float, ...], ...]:
-    """List the times at which ``integrate`` evaluates the velocity, for each step."""
-    return tuple(
-        tuple(start + (end - start) * ((step + node) / steps) for node in solver.nodes)
-        for step in range(steps)
-    )
 
 
 def integrate(
@@ -56,6 +64,8 @@ def integrate(
 ) -> Bands:
     """Integrate d states / d time = velocity(states, time) from ``start`` to ``end``.
 
+    Nothing is remembered between calls, so the velocity may jump from one call to the next.
+
     Args:
         velocity: Right-hand side.
         states: States at ``start``.
@@ -68,11 +78,17 @@ def integrate(
         The states at ``end``.
     """
     step_size = (end - start) / steps
-    for times in evaluation_times(solver, start=start, end=end, steps=steps):
+    before: Bands = ()
+    for step in range(steps):
+        method = solver.method(step)
         slopes: list[Bands] = []
-        for time, coupling in zip(times, solver.couplings, strict=True):
+        for node, coupling in zip(method.nodes, method.couplings, strict=True):
+            time = start + (end - start) * ((step + node) / steps)
             slopes.append(velocity(_advance(states, slopes, coupling, step_size), time))
-        states = _advance(states, slopes, solver.weights, step_size)
+        states = _advance(states, slopes, method.weights, step_size)
+        if method.memory:
+            states = _advance(states, [before], (method.memory,), step_size)
+        before = slopes[0]
     return states
 
 

@@ -67,6 +67,7 @@ def test_the_flow_takes_the_configs_times_and_weights() -> None:
         ({"path": "cubic"}, "path='cubic'"),
         ({"noise": "pink"}, "noise='pink'"),
         ({"time_sampler": "beta"}, "time_sampler='beta'"),
+        ({"stage_choice": "random"}, "stage_choice='random'"),
         ({"scales": 3, "critical_times": (0.5,)}, "give 2 times"),
         ({"scale_weights": (1.0,)}, "scale_weights"),
         ({"scale_weights": (1.0, 0.0)}, "positive"),

@@ -122,6 +122,137 @@ def test_exact_velocities_have_no_loss() -> None:
     assert Objective(flow)(exact, **data).total == 0
 
 
+def linear(states: Bands, time: torch.Tensor, labels: torch.Tensor) -> Bands:
+    """A fixed linear network: a scale from itself, the coarsest one, its time and its label."""
+    outputs = []
+    for position, state in enumerate(states):
+        images = state.shape[0]
+        condition = (2 * time + labels)[:images, None, None, None]
+        coarse = states[0][:images].mean(dim=(2, 3), keepdim=True)
+        outputs.append((position + 1) * state.flip(3) - coarse + 0.1 * condition)
+    return tuple(outputs)
+
+
+@pytest.mark.parametrize("time_sampler", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+def test_one_stage_per_step_has_the_expectation_of_stratified_stages(
+    scales: int, time_sampler: str
+) -> None:
+    """Averaged over all stages, against every image dealt out to every stage in turn."""
+    choices = {
+        "scales": scales,
+        "scale_weights": (0.5, 1.0, 2.0, 3.0)[:scales],
+        "time_sampler": time_sampler,
+    }
+    flow = Flow(FlowConfig(**choices))
+    data = batch(flow, images=3 * scales)
+    single = Objective(Flow(FlowConfig(stage_choice="one_per_step", **choices)))
+    per_stage = [single(linear, stage=stage, **data).total for stage in range(scales)]
+    dealt = []
+    for turn in range(scales):
+        turned = {
+            name: tuple(band.roll(turn, dims=0) for band in value)
+            if name == "bands"
+            else value.roll(turn, dims=0)
+            for name, value in data.items()
+        }
+        dealt.append(Objective(flow)(linear, **turned).total)
+    torch.testing.assert_close(sum(per_stage) / scales, sum(dealt) / scales, rtol=1e-12, atol=0)
+    assert len({loss.item() for loss in per_stage}) == scales
+
+
+def test_at_one_stage_all_images_carry_its_scales_at_its_times() -> None:
+    flow = Flow(FlowConfig(scales=3, stage_choice="one_per_step"))
+    data = batch(flow, images=5) | {"labels": torch.arange(5)}
+    for stage, tau in enumerate((0.67, 0.33, 0.0)):
+        seen = Recorder()
+        report = Objective(flow)(seen, stage=stage, **data)
+        assert seen.labels.tolist() == [0, 1, 2, 3, 4]
+        assert [state.shape[0] for state in seen.states] == [5] * (3 - stage)
+        torch.testing.assert_close(seen.time, tau + (1 - tau) * data["uniforms"])
+        assert report.images_per_scale == (*[5] * (3 - stage), *[0] * stage)
+        assert (report.per_scale > 0).tolist() == [count > 0 for count in report.images_per_scale]
+
+
+@pytest.mark.parametrize("choice", ["stratified", "one_per_step"])
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+def test_losses_by_time_are_those_of_the_images_in_each_part(scales: int, choice: str) -> None:
+    flow = Flow(FlowConfig(scales=scales, stage_choice=choice))
+    data = batch(flow, images=12)
+    seen = Recorder()
+    stage = scales // 2 if choice == "one_per_step" else None
+    report = Objective(flow)(seen, stage=stage, **data)
+    noise_bands = flow.noise_bands(data["noise"], channels=2, image_size=SIZE)
+    order = torch.arange(12)
+    if stage is None:
+        order = order.reshape(-1, scales).T.flatten()
+    sums, counts = torch.zeros(2, scales, 5, dtype=torch.float64)
+    for position, state in enumerate(seen.states):
+        tau = flow.stages.activation_times[position]
+        mine = order[: state.shape[0]]
+        own_time = seen.time[: state.shape[0]]
+        target = flow.path.velocity(
+            data["bands"][position][mine], noise_bands[position][mine], own_time, tau
+        )
+        for image, time in enumerate(own_time.tolist()):
+            part = next(index for index in range(5) if time < (index + 1) / 5)
+            sums[position, part] += target[image].square().mean()
+            counts[position, part] += 1
+    torch.testing.assert_close(report.time_sums, sums)
+    assert torch.equal(report.time_counts, counts)
+    assert counts.sum(1).tolist() == list(report.images_per_scale)
+    carried = report.time_counts.sum(1) > 0
+    means = report.time_sums.sum(1)[carried] / report.time_counts.sum(1)[carried]
+    torch.testing.assert_close(means, report.per_scale[carried])
+
+
+def test_the_end_of_time_belongs_to_the_last_part() -> None:
+    flow = Flow(FlowConfig(scales=1))
+    data = batch(flow, images=2)
+    data["uniforms"] = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert Objective(flow)(Recorder(), **data).time_counts.tolist() == [[1, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize("choice", ["stratified", "one_per_step"])
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+def test_the_target_is_the_finite_difference_of_the_states_shown(
+    scales: int, choice: str, path: str
+) -> None:
+    """A network that answers how its own input changes with time has no loss."""
+    flow = Flow(FlowConfig(scales=scales, stage_choice=choice, path=path))
+    data = batch(flow, images=scales) | {"uniforms": torch.full((scales,), 0.4).double()}
+    stage = scales - 1 if choice == "one_per_step" else None
+    shown = []
+    for shift in (-1e-6, 1e-6):
+        seen = Recorder()
+        moved = data | {"uniforms": data["uniforms"] + shift}
+        Objective(flow)(seen, stage=stage, **moved)
+        shown.append(seen)
+    before, after = shown
+
+    def difference(states: Bands, time: torch.Tensor, labels: torch.Tensor) -> Bands:
+        del time, labels
+        elapsed = (after.time - before.time)[:, None, None, None]
+        return tuple(
+            (late - early) / elapsed[: state.shape[0]]
+            for state, early, late in zip(states, before.states, after.states, strict=True)
+        )
+
+    assert Objective(flow)(difference, stage=stage, **data).per_scale.max() < 1e-15
+
+
+def test_a_stage_that_does_not_suit_the_flow_is_refused() -> None:
+    dealt = Flow(FlowConfig(scales=2))
+    with pytest.raises(BatchError, match="stage=0 does not suit stage_choice=stratified"):
+        Objective(dealt)(Recorder(), stage=0, **batch(dealt, images=2))
+    single = Flow(FlowConfig(scales=2, stage_choice="one_per_step"))
+    with pytest.raises(BatchError, match="stage=None does not suit stage_choice=one_per_step"):
+        Objective(single)(Recorder(), **batch(single, images=2))
+    with pytest.raises(BatchError, match="stage=2 is not among"):
+        Objective(single)(Recorder(), stage=2, **batch(single, images=2))
+
+
 def test_batches_that_cannot_be_dealt_out_are_refused() -> None:
     flow = Flow(FlowConfig(scales=2))
     for images in (0, 3):

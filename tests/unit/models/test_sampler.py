@@ -6,15 +6,10 @@ import torch
 from models.axes import Bands
 from models.flow.flow import Flow, FlowConfig
 from models.flow.guidance import guided
-from models.flow.sampler import (
-    SamplerConfig,
-    SamplerConfigError,
-    network_evaluations,
-    sample,
-    steps_per_segment,
-)
+from models.flow.plan import StepsError
+from models.flow.sampler import Samples, images_per_call, sample
+from models.flow.sampler_config import SamplerConfig, SamplerConfigError, network_evaluations
 from models.flow.solver import SOLVERS
-from models.flow.stages import Stages
 from models.pyramid import split
 from tests.unit.models.reference import tiny_model, tiny_states
 
@@ -28,7 +23,14 @@ def noise_for(flow: Flow, *, images: int) -> torch.Tensor:
     )
 
 
-def draw(model, config: SamplerConfig, flow: Flow, noise: torch.Tensor, labels: torch.Tensor):
+def draw(
+    model,
+    config: SamplerConfig,
+    flow: Flow,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    finest_batch: int | None = None,
+) -> Samples:
     return sample(
         model,
         flow=flow,
@@ -38,11 +40,19 @@ def draw(model, config: SamplerConfig, flow: Flow, noise: torch.Tensor, labels: 
         channels=2,
         image_size=16,
         null_label=NULL,
+        finest_batch=finest_batch,
     )
 
 
+def mild(states: Bands, time: torch.Tensor, labels: torch.Tensor) -> Bands:
+    """A velocity that couples scales, pixels, time and label, and is smooth in time."""
+    coarse = states[0].mean(dim=(2, 3), keepdim=True)
+    waves = torch.sin(3 * time + labels)[:, None, None, None]
+    return tuple(torch.tanh(state.roll(1, dims=3)) + waves * (coarse - state) for state in states)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("scales", [1, 3])
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
 def test_curved_paths_converge_at_the_solvers_order(solver: str, scales: int) -> None:
     flow = Flow(FlowConfig(scales=scales, path="gvp"))
     noise = noise_for(flow, images=2)
@@ -59,24 +69,107 @@ def test_curved_paths_converge_at_the_solvers_order(solver: str, scales: int) ->
 
     labels = torch.zeros(2, dtype=torch.long)
     errors = [
-        (draw(exact, SamplerConfig(solver=solver, steps=n), flow, noise, labels) - image).norm()
-        for n in (100, 200)
+        (draw(exact, config, flow, noise, labels).images - image).norm()
+        for config in (SamplerConfig(solver=solver, steps=n) for n in (100, 200))
     ]
     order = math.log2(errors[0] / errors[1])
     assert order == pytest.approx(SOLVERS[solver].order, abs=0.1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_samples_do_not_depend_on_how_they_are_batched(scale: float) -> None:
+@pytest.mark.parametrize("solver", ["heun", "ab2"])
+def test_samples_do_not_depend_on_how_they_are_batched(solver: str, scale: float) -> None:
     flow = Flow(FlowConfig(scales=3))
     model = tiny_model(scales=3)
     noise = noise_for(flow, images=5)
     labels = torch.tensor([0, 1, 2, 3, 4])
-    config = SamplerConfig(steps=4, guidance_scale=scale)
+    config = SamplerConfig(solver=solver, steps=4, guidance_scale=scale)
     whole = draw(model, config, flow, noise, labels)
-    parts = [draw(model, config, flow, noise[s], labels[s]) for s in (slice(0, 2), slice(2, 5))]
-    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-9, atol=1e-9)
-    assert not whole.requires_grad
+    parts = [
+        draw(model, config, flow, noise[s], labels[s]).images for s in (slice(0, 2), slice(2, 5))
+    ]
+    torch.testing.assert_close(whole.images, torch.cat(parts), rtol=1e-9, atol=1e-9)
+    small = draw(model, config, flow, noise, labels, finest_batch=1)
+    torch.testing.assert_close(whole.images, small.images, rtol=1e-9, atol=1e-9)
+    assert whole.evaluations == small.evaluations
+    assert not whole.images.requires_grad
+
+
+def test_an_image_by_dopri5_is_the_same_alone_and_in_any_batch() -> None:
+    flow = Flow(FlowConfig(scales=3))
+    noise, labels = noise_for(flow, images=5), torch.arange(5)
+    config = SamplerConfig(solver="dopri5", guidance_scale=1.5, guidance_interval=(0.2, 0.8))
+    whole = draw(mild, config, flow, noise, labels)
+    alone = [draw(mild, config, flow, noise[i : i + 1], labels[i : i + 1]) for i in range(5)]
+    assert torch.equal(whole.images, torch.cat([one.images for one in alone]))
+    for segment in range(3):
+        counts = [one.evaluations[segment] for one in alone]
+        assert whole.evaluations[segment] == pytest.approx(sum(counts) / 5)
+    assert len({one.evaluations for one in alone}) > 1, "the test must have images that differ"
+    together = draw(
+        mild,
+        SamplerConfig(
+            solver="dopri5", guidance_scale=1.5, guidance_interval=(0.2, 0.8), adaptive_group=5
+        ),
+        flow,
+        noise,
+        labels,
+    )
+    torch.testing.assert_close(together.images, whole.images, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(together.images, whole.images)
+
+
+@pytest.mark.parametrize("interval", [None, (0.15, 0.6)])
+def test_every_solver_finds_the_same_samples(interval: tuple[float, float] | None) -> None:
+    flow = Flow(FlowConfig(scales=3))
+    noise, labels = noise_for(flow, images=2), torch.arange(2)
+    guidance = {"guidance_scale": 2.0, "guidance_interval": interval}
+
+    def images(**settings: object) -> torch.Tensor:
+        return draw(mild, SamplerConfig(**guidance, **settings), flow, noise, labels).images
+
+    exact = images(solver="dopri5", absolute_tolerance=1e-9, relative_tolerance=1e-9)
+    # Where guidance begins or ends inside a step, that step errs in proportion to its length.
+    tolerance = 1e-4 if interval is None else 1e-2
+    for solver in ("midpoint", "heun", "ab2"):
+        difference = (images(solver=solver, steps=400) - exact).abs().max()
+        assert difference < tolerance, solver
+    plain = draw(mild, SamplerConfig(solver="heun", steps=400), flow, noise, labels).images
+    assert (plain - exact).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("scales", "finest", "sizes"),
+    [(1, 7, (7,)), (2, 3, (15, 3)), (3, 2, (42, 8, 2)), (4, 1, (85, 17, 4, 1))],
+)
+def test_coarse_segments_take_more_images_for_the_same_tokens(
+    scales: int, finest: int, sizes: tuple[int, ...]
+) -> None:
+    assert images_per_call(scales, finest_batch=finest) == sizes
+    flow = Flow(FlowConfig(scales=scales))
+    tokens: dict[int, set[int]] = {}
+
+    def count(states: Bands, time: torch.Tensor, labels: torch.Tensor) -> Bands:
+        del time, labels
+        tokens.setdefault(len(states), set()).add(sum(state[:, 0].numel() for state in states))
+        return states
+
+    images = sizes[0] + 1
+    draw(
+        count,
+        SamplerConfig(solver="euler", steps=scales),
+        flow,
+        noise_for(flow, images=images),
+        torch.zeros(images, dtype=torch.long),
+        finest_batch=finest,
+    )
+    finest_tokens = max(tokens[scales])
+    assert all(finest_tokens * 0.8 < max(seen) <= finest_tokens for seen in tokens.values())
+
+
+def test_a_batch_of_no_images_is_refused() -> None:
+    with pytest.raises(SamplerConfigError, match="batch of 0"):
+        images_per_call(2, finest_batch=0)
 
 
 def test_guidance_at_scale_one_changes_nothing() -> None:
@@ -103,61 +196,52 @@ def test_guidance_extrapolates_from_the_null_label() -> None:
             torch.testing.assert_close(got, (1 - scale) * no + scale * yes)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize(
-    ("changes", "per_step"),
-    [
-        ({"solver": "euler"}, 1),
-        ({"solver": "midpoint"}, 2),
-        ({"solver": "heun"}, 2),
-        ({"solver": "heun", "guidance_scale": 2.0}, 4),
-    ],
+    ("solver", "per_step", "per_segment"),
+    [("euler", 1, 0), ("midpoint", 2, 0), ("heun", 2, 0), ("ab2", 1, 1)],
 )
-@pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
 def test_evaluations_are_counted_as_made(
-    scales: int, changes: dict[str, object], per_step: int
+    scales: int, solver: str, per_step: int, per_segment: int, guidance_scale: float
 ) -> None:
     flow = Flow(FlowConfig(scales=scales))
-    config = SamplerConfig(steps=7, **changes)
-    assert network_evaluations(config, flow) == 7 * per_step == counted(config, flow)
+    config = SamplerConfig(steps=7, solver=solver, guidance_scale=guidance_scale)
+    pair = 1 if guidance_scale == 1 else 2
+    total = pair * (7 * per_step + scales * per_segment)
+    assert sum(network_evaluations(config, flow)) == total
+    assert network_evaluations(config, flow) == counted(config, flow)
 
 
-def test_guidance_acts_inside_its_interval_only() -> None:
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 14), ("heun", 28), ("ab2", 20)])
+def test_guidance_acts_inside_its_interval_only(solver: str, evaluations: int) -> None:
     flow = Flow(FlowConfig(scales=2))
     config = SamplerConfig(
-        solver="euler", steps=10, guidance_scale=2.0, guidance_interval=(0.25, 0.65)
+        solver=solver, steps=10, guidance_scale=2.0, guidance_interval=(0.3, 0.7)
     )
-    # steps begin at 0, 0.1, ..., 0.9: four of them, 0.3 to 0.6, lie inside
-    assert network_evaluations(config, flow) == 14 == counted(config, flow)
+    # Four of ten steps are guided. The multistep solver starts anew in each of four pieces, and
+    # each fresh start takes one evaluation more: two guided pairs, two without a pair.
+    assert sum(network_evaluations(config, flow)) == evaluations
+    assert network_evaluations(config, flow) == counted(config, flow)
 
 
-def counted(config: SamplerConfig, flow: Flow) -> int:
-    evaluations = 0
+def test_evaluations_of_an_adaptive_solver_have_no_formula() -> None:
+    with pytest.raises(SamplerConfigError, match=r"Samples\.evaluations"):
+        network_evaluations(SamplerConfig(solver="dopri5"), Flow(FlowConfig()))
+
+
+def counted(config: SamplerConfig, flow: Flow) -> tuple[float, ...]:
+    """Count the evaluations in each segment by hand, and compare with what the sampler says."""
+    calls: dict[int, int] = {}
 
     def count(states: Bands, time: torch.Tensor, labels: torch.Tensor) -> Bands:
-        nonlocal evaluations
-        evaluations += time.shape[0]
+        calls[len(states)] = calls.get(len(states), 0) + time.shape[0]
         assert {s.shape[0] for s in states} == {time.shape[0]} == {labels.shape[0]}
         return states
 
-    draw(count, config, flow, noise_for(flow, images=1), torch.tensor([0]))
-    return evaluations
-
-
-@pytest.mark.parametrize(
-    ("times", "steps", "counts"),
-    [
-        ((), 5, (5,)),
-        ((0.5,), 10, (5, 5)),
-        ((0.67, 0.33), 3, (1, 1, 1)),
-        ((0.67, 0.33), 40, (13, 14, 13)),
-        ((0.9,), 10, (9, 1)),
-        ((0.999,), 4, (3, 1)),
-    ],
-)
-def test_steps_are_spread_by_length(
-    times: tuple[float, ...], steps: int, counts: tuple[int, ...]
-) -> None:
-    assert steps_per_segment(Stages(times), steps=steps) == counts
+    drawn = draw(count, config, flow, noise_for(flow, images=3), torch.tensor([0, 1, 2]))
+    assert drawn.evaluations == tuple(images / 3 for _, images in sorted(calls.items()))
+    return drawn.evaluations
 
 
 @pytest.mark.usefixtures("without_type_checks")
@@ -166,6 +250,9 @@ def test_steps_are_spread_by_length(
     [
         ({"solver": "rk9"}, "solver='rk9'"),
         ({"steps": 0}, "steps=0"),
+        ({"adaptive_group": 0}, "adaptive_group=0"),
+        ({"absolute_tolerance": 0.0}, "absolute_tolerance=0.0"),
+        ({"relative_tolerance": float("nan")}, "relative_tolerance=nan"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0"),
         ({"guidance_interval": (0.6, 0.2)}, "guidance_interval"),
         ({"guidance_interval": (0.6, 1.2)}, "guidance_interval"),
@@ -180,9 +267,9 @@ def test_settings_that_cannot_be_carried_out_are_refused(
 
 def test_fewer_steps_than_segments_are_refused() -> None:
     flow = Flow(FlowConfig(scales=3))
-    with pytest.raises(SamplerConfigError, match="3 segments"):
+    with pytest.raises(StepsError, match="3 segments"):
         network_evaluations(SamplerConfig(steps=2), flow)
-    with pytest.raises(SamplerConfigError, match="3 segments"):
+    with pytest.raises(StepsError, match="3 segments"):
         draw(
             tiny_model(scales=3),
             SamplerConfig(steps=2),

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.flow.solver import SOLVERS, evaluation_times, integrate
+from models.flow.solver import SOLVERS, integrate
 
 
 def error_at_one(name: str, *, steps: int) -> float:
@@ -33,24 +33,51 @@ def test_observed_order_is_the_declared_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_tableau_is_explicit_and_consistent(name: str) -> None:
-    solver = SOLVERS[name]
-    assert sum(solver.weights) == 1
-    for index, (node, coupling) in enumerate(zip(solver.nodes, solver.couplings, strict=True)):
-        assert len(coupling) == index
-        assert sum(coupling) == node
+    for step in range(2):
+        method = SOLVERS[name].method(step)
+        assert sum(method.weights) + method.memory == 1
+        for index, (node, coupling) in enumerate(zip(method.nodes, method.couplings, strict=True)):
+            assert len(coupling) == index
+            assert sum(coupling) == node
 
 
-@pytest.mark.parametrize(("name", "evaluations"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
-def test_the_velocity_is_evaluated_where_announced(name: str, evaluations: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        ("euler", [0, 1, 2]),
+        ("midpoint", [0, 0.5, 1, 1.5, 2, 2.5]),
+        ("heun", [0, 1, 1, 2, 2, 3]),
+        ("ab2", [0, 1, 1, 2]),
+    ],
+)
+def test_the_velocity_is_evaluated_at_the_nodes_and_as_often_as_counted(
+    name: str, times: list[float]
+) -> None:
     seen = []
 
     def slope(states: tuple[torch.Tensor, ...], time: float) -> tuple[torch.Tensor, ...]:
-        seen.append(time)
+        seen.append((time - 2) / 3)
         return states
 
     states = (torch.ones(1, 1, 1, 1),)
-    integrate(slope, states, start=0.2, end=0.9, steps=5, solver=SOLVERS[name])
-    announced = evaluation_times(SOLVERS[name], start=0.2, end=0.9, steps=5)
-    assert seen == [time for step in announced for time in step]
-    assert len(seen) == 5 * evaluations
+    integrate(slope, states, start=2.0, end=11.0, steps=3, solver=SOLVERS[name])
+    assert seen == pytest.approx(times)
+    assert len(seen) == SOLVERS[name].evaluations(3)
     assert torch.equal(states[0], torch.ones(1, 1, 1, 1))
+
+
+def test_adams_bashforth_is_the_textbook_formula_after_a_heun_step() -> None:
+    y, before, step = 1.0, 0.0, 0.25
+    for index in range(4):
+        slope = -y
+        heun = (slope - (y + step * slope)) / 2
+        y, before = y + step * (heun if index == 0 else 1.5 * slope - 0.5 * before), slope
+    (got,) = integrate(
+        lambda states, _: (-states[0],),
+        (torch.ones(1, 1, 1, 1, dtype=torch.float64),),
+        start=0.0,
+        end=1.0,
+        steps=4,
+        solver=SOLVERS["ab2"],
+    )
+    assert got.item() == pytest.approx(y, rel=1e-14)

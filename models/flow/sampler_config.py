@@ -1,0 +1,113 @@
+"""How to draw samples: solver, steps, guidance, and the network evaluations they take."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.flow.flow import Flow
+from models.flow.plan import Piece, adaptive_pieces, fixed_pieces, steps_per_segment
+from models.flow.solver import SOLVERS
+from models.flow.stages import Stages
+
+_ADAPTIVE = "dopri5"
+
+
+class SamplerConfigError(ValueError):
+    """Sampler settings that cannot be carried out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How to draw samples.
+
+    Attributes:
+        solver: "euler", "midpoint", "heun" or "ab2" (Adams-Bashforth of order 2) with fixed steps;
+            "dopri5" (paper) with steps of its own choice.
+        steps: Steps over the whole time axis, spread over the segments by their length; dopri5
+            does not use them.
+        absolute_tolerance: Error that dopri5 allows in one step, whatever the state.
+        relative_tolerance: Error that dopri5 allows in one step, in proportion to the state.
+        adaptive_group: Images that dopri5 integrates together, with common steps. At 1 an image
+            depends on its own noise and label alone; more images make fewer and larger network
+            calls, but each then depends, within the tolerances, on the others of its group.
+        guidance_scale: Classifier-free guidance scale; 1 is no guidance.
+        guidance_interval: First and last time at which guidance acts; None means always. A fixed
+            step is guided when its middle lies inside.
+
+    Raises:
+        SamplerConfigError: A value is out of range or unknown.
+    """
+
+    solver: Literal["euler", "midpoint", "heun", "ab2", "dopri5"] = "heun"
+    steps: int = 40
+    absolute_tolerance: float = 1e-5
+    relative_tolerance: float = 1e-5
+    adaptive_group: int = 1
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.adaptive and self.solver not in SOLVERS:
+            known = sorted((*SOLVERS, _ADAPTIVE))
+            raise SamplerConfigError(f"solver={self.solver!r} is unknown; use one of {known}.")
+        for name in ("steps", "adaptive_group"):
+            if getattr(self, name) < 1:
+                raise SamplerConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("absolute_tolerance", "relative_tolerance"):
+            if not getattr(self, name) > 0:
+                raise SamplerConfigError(
+                    f"{name}={getattr(self, name)} must be positive; usual is 1e-5."
+                )
+        if self.guidance_scale < 0:
+            raise SamplerConfigError(
+                f"guidance_scale={self.guidance_scale} must not be negative; 1 is no guidance."
+            )
+        interval = self.guidance_interval
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise SamplerConfigError(
+                f"guidance_interval={interval} must be two times with 0 <= first <= last <= 1."
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its own steps."""
+        return self.solver == _ADAPTIVE
+
+    def plan(self, stages: Stages) -> tuple[tuple[Piece, ...], ...]:
+        """Cut every segment into pieces that are guided throughout or not at all.
+
+        Raises:
+            StepsError: There are fewer steps than segments.
+        """
+        segments = stages.segments
+        guidance = None if self.guidance_scale == 1 else self.guidance_interval or (0.0, 1.0)
+        if self.adaptive:
+            return tuple(adaptive_pieces(segment, guidance=guidance) for segment in segments)
+        return tuple(
+            fixed_pieces(segment, steps=steps, guidance=guidance)
+            for segment, steps in zip(
+                segments, steps_per_segment(stages, steps=self.steps), strict=True
+            )
+        )
+
+
+def network_evaluations(config: SamplerConfig, flow: Flow) -> tuple[int, ...]:
+    """Count by formula the network evaluations of one sample in each segment.
+
+    Args:
+        config: Sampler with fixed steps; a guided pair counts as two.
+        flow: The flow.
+
+    Raises:
+        SamplerConfigError: The solver chooses its own steps.
+        StepsError: There are fewer steps than segments.
+    """
+    if config.adaptive:
+        raise SamplerConfigError(
+            f"solver={config.solver} chooses its own steps: its evaluations are known once they "
+            "are made, from Samples.evaluations."
+        )
+    solver = SOLVERS[config.solver]
+    return tuple(
+        sum(solver.evaluations(piece.steps) * (1 + piece.guided) for piece in pieces)
+        for pieces in config.plan(flow.stages)
+    )

@@ -2,6 +2,7 @@
 #   make train       set everything up and train on handwritten digits (+exp=digits)
 #   make test        set everything up and run all tests;  make test-fast  the quick part
 #   make check       linters, types, import contracts;     make format     apply ruff's format
+#   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
 #   make ui          open the MLflow pages of the runs on this machine
 #   make clean-venv  remove .venv
 
@@ -19,7 +20,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-fast check format ui setup clean-venv golden
+.PHONY: train test test-fast check format bench ui setup clean-venv golden
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -42,6 +43,14 @@ format: setup
 
 golden: setup
 	$(BIN)/python -m tests.golden.render
+	$(BIN)/python -m tests.golden.losses.record
+
+bench: setup
+	mkdir -p $(LAPFLOW_HOME)/bench
+	$(BIN)/python -m benchmarks.training_step --output $(LAPFLOW_HOME)/bench/training_step.json
+	$(BIN)/python -m benchmarks.prefix_attention --output $(LAPFLOW_HOME)/bench/prefix_attention.json
+	$(BIN)/python -m benchmarks.expert_matmul --output $(LAPFLOW_HOME)/bench/expert_matmul.json
+	$(BIN)/python -m benchmarks.sampling --output $(LAPFLOW_HOME)/bench/sampling.json
 
 ui: setup
 	$(BIN)/python -m mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(LAPFLOW_HOME)/mlflow.db

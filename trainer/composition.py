@@ -73,8 +73,10 @@ def settings(kind: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def members(group: str) -> list[str]:
-    """List the members of a configuration group."""
-    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    """List the members of a configuration group, those of its folders as `folder/name`."""
+    folder = CONFIG_FOLDER / group
+    found = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
+    return sorted(name.as_posix() for name in found)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from models.cost import ModelShape, average_multiply_adds, multiply_adds, parameters
 from models.memory import state_bytes
-from trainer.schema import JobConfig, micro_batch
+from trainer.schema import JobConfig, flow_shape, micro_batch
 
 
 def cost_table(job: JobConfig) -> str:
@@ -18,12 +18,13 @@ def cost_table(job: JobConfig) -> str:
     Returns:
         Lines for a terminal.
     """
+    images = flow_shape(job.data, job.codec)
     shape = ModelShape.of(
         job.model,
         scales=job.flow.scales,
-        channels=job.data.channels,
-        image_size=job.data.image_size,
-        classes=job.data.classes,
+        channels=images.channels,
+        image_size=images.size,
+        classes=images.classes,
     )
     count = parameters(shape)
     average = average_multiply_adds(shape, critical_times=job.flow.critical_times)
@@ -36,6 +37,7 @@ def cost_table(job: JobConfig) -> str:
         world_size=job.cluster.workers,
         precision=job.engine.precision,
         images_per_rank=micro_batch(job),
+        stratified=job.flow.stage_choice == "stratified",
     )
     share = job.train.global_batch // job.cluster.workers
     updates = -(-job.train.total_images // job.train.global_batch)

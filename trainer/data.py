@@ -11,8 +11,9 @@ from cluster.contract import WorkerContext
 from pipelines.decode import DecodeConfig, make_decoder
 from pipelines.loader import Loader
 from pipelines.shards import ShardedImages, ShardsConfig
+from pipelines.view import AugmentConfig
 from trainer import places, rng
-from trainer.schema import ConfigError, JobConfig
+from trainer.schema import ConfigError, JobConfig, encodes
 
 _REAL_BATCH = 256
 
@@ -35,11 +36,16 @@ def open_split(job: JobConfig, split: str) -> ShardedImages:
 
 
 def training_loader(job: JobConfig, images: ShardedImages, context: WorkerContext) -> Loader:
-    """Build the loader of this rank's share of every global batch."""
+    """Build the loader of this rank's share of every global batch.
+
+    It splits images into the flow's bands, or leaves them whole where a codec comes before.
+    """
     return Loader(
         images,
         config=job.loader,
-        decode=_decoding(job, scales=job.flow.scales),
+        decode=_decoding(
+            job, scales=1 if encodes(job) else job.flow.scales, augment=job.data.augment
+        ),
         seed=rng.derived_seed(job.train.seed, "order"),
         batch_images=job.train.global_batch,
         rank=context.rank,
@@ -61,9 +67,10 @@ def real_images(
         yield pictures.cpu(), torch.tensor([image.label for image in raw])
 
 
-def _decoding(job: JobConfig, *, scales: int) -> DecodeConfig:
+def _decoding(job: JobConfig, *, scales: int, augment: AugmentConfig | None = None) -> DecodeConfig:
     return DecodeConfig(
         image_size=job.data.image_size,
         channels=1 if job.data.channels == 1 else 3,
         scales=scales,
+        augment=augment or AugmentConfig(),
     )

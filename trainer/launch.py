@@ -6,6 +6,7 @@ import argparse
 import logging
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.launch",
         description=_DESCRIPTION,
-        epilog=f"experiments: {', '.join(members('exp'))}\n\n{_EPILOG}",
+        epilog=f"{_experiments()}\n\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
@@ -154,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
         "--cfg", choices=["job"], help="print the resolved configuration and its cost, then stop"
     )
     return parser
+
+
+def _experiments() -> str:
+    text = f"experiments: {', '.join(members('exp'))}"
+    return textwrap.fill(text, width=100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _say(text: str, *, to: TextIO | None = None) -> None:

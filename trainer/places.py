@@ -33,6 +33,12 @@ def data_prefix(job: JobConfig) -> str:
     return (job.data.prefix or f"{store_uri(job)}/datasets/{job.data.name}").rstrip("/")
 
 
+def cache_folder(home: str | None) -> Path:
+    """Return the cache of commands without a job: in `home`, $LAPFLOW_HOME, or ~/lapflow."""
+    chosen = home or os.environ.get("LAPFLOW_HOME", JobConfig.home)
+    return Path(chosen).expanduser().resolve() / "cache"
+
+
 def cache(job: JobConfig) -> Path:
     """Return the folder where shards are cached on this node."""
     return home(job) / "cache"

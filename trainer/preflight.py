@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 from pipelines.shards import ShardedImages
 from trainer import places
+from trainer.autoencoder import codec_digest
 from trainer.checkpoint.layout import MANIFEST_NAME, checkpoints_prefix
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import Store, open_store
 from trainer.data import open_split
-from trainer.evaluate.features import feature_extractor
+from trainer.evaluate.features import check_features
 from trainer.metrics.tracker_mlflow import TrackerUnreachable, check_tracker
 from trainer.resume import all_damaged, check_start, open_checkpoint
-from trainer.schema import ConfigError, JobConfig, science
+from trainer.schema import ConfigError, JobConfig, encodes, science
 
 
 def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None:
@@ -34,13 +35,14 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         StoreError: If the store cannot be reached or written.
         TrackerUnreachable: If MLflow cannot be used and `tracking.required` is true.
         DataError: If the data set is missing or damaged.
+        AutoencoderError: If the codec's autoencoder is missing or not as the settings say.
     """
     os.environ.update(places.object_store_environment(job))
     _check_home(job)
     store = open_store(places.runs_uri(job), job.store)
     _check_writable(store, job.run)
-    # Builds it once, which finds missing weights now and not after the last image.
-    feature_extractor(job.eval.features, channels=job.data.channels)
+    # Missing weights are found now and not after the last image.
+    check_features(job.eval.features)
     try:
         check_tracker(job.tracking, str(places.home(job)))
     except TrackerUnreachable as error:
@@ -49,7 +51,13 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         note(f"warning: {error}")
     images = _prepared_data(job, note)
     newest = _newest(job, store)
-    check_start(job, science(job, data_digest=images.digest), newest)
+    digest = codec_digest(
+        job.codec,
+        cache=places.cache(job),
+        store=job.store,
+        image_channels=job.data.channels if encodes(job) else None,
+    )
+    check_start(job, science(job, data_digest=images.digest, codec_digest=digest), newest)
     if job.resume not in ("auto", "never"):
         if newest is None:
             open_checkpoint(job.resume, job.store)

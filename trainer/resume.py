@@ -12,7 +12,14 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.engine.protocol import Engine
-from trainer.schema import ConfigError, JobConfig, defaults, difference, science_hash
+from trainer.schema import (
+    ConfigError,
+    JobConfig,
+    counted,
+    defaults,
+    difference,
+    science_hash,
+)
 from trainer.state import TrainState
 
 _CHECKPOINT_URI = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)/?")
@@ -150,7 +157,7 @@ def _check_science(wanted: Mapping[str, Any], manifest: Manifest, place: str) ->
         return
     # A setting that the checkpoint does not know came after it; its default is what was done then.
     trained = _completed(manifest.science, wanted, defaults())
-    changes = difference(trained, wanted)
+    changes = difference(counted(trained), counted(wanted))
     if not changes:
         return
     raise ConfigError(

@@ -19,12 +19,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from cluster.contract import ClusterConfig
 from models.flow.flow import FlowConfig
-from models.transformer.lapflow import TransformerConfig
+from models.transformer.config import TransformerConfig
 from pipelines.loader import LoaderConfig
+from pipelines.view import AugmentConfig
+from trainer.autoencoder import CodecConfig
 from trainer.checkpoint.saver import CheckpointConfig
 from trainer.checkpoint.store import StoreConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluate.report import EvalConfig
+from trainer.evaluate.samples import ImageShape
 from trainer.metrics.tracker import TrackingConfig
 from trainer.schedule import OptimConfig
 from trainer.step import TrainConfig
@@ -45,10 +48,11 @@ class DataConfig:
         prefix: Where its MDS shards are (`train/` and `test/` below it), a folder or `s3://…`;
             None is `datasets/<name>` in the store.
         prepare: Write the shards when they are missing: "digits" from scikit-learn, or "none".
-        space: "pixel" images, or precomputed "latent" arrays.
-        image_size: Height and width of images or latents.
-        channels: Channels of images or latents.
+        space: What the shards hold: "pixel" images, or precomputed "latent" arrays.
+        image_size: Height and width of what the shards hold; images of another size are resized.
+        channels: Channels of what the shards hold.
         classes: Number of classes.
+        augment: How training images vary from epoch to epoch.
     """
 
     name: str = "digits"
@@ -58,6 +62,7 @@ class DataConfig:
     image_size: int = 8
     channels: int = 1
     classes: int = 10
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,7 @@ class JobConfig:
             run, a checkpoint's URI starts the run from there.
         dry_run: Print the resolved configuration and its cost, then stop.
         data: The images.
+        codec: Whether the flow works on pixels or on latents of which autoencoder.
         model: The transformer.
         flow: The flow over scales.
         optim: Optimizer and schedule.
@@ -101,6 +107,7 @@ class JobConfig:
     resume: str = "auto"
     dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
     model: TransformerConfig
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -114,6 +121,9 @@ class JobConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
+
+# Recorded with the science, but free to change.
+_PLACE = ("codec", "source")
 
 # Fields of scientific components that cannot change the trained weights.
 _OPERATIONAL = {"data": {"prefix", "prepare"}, "train": {"max_skipped_updates"}}
@@ -188,12 +198,15 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"there is no setting {key}{hint} (settings here: {siblings})"
 
 
-def science(job: JobConfig, *, data_digest: str) -> dict[str, Any]:
+def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None) -> dict[str, Any]:
     """Return what decides the trained weights: what a resumed run must not change.
+
+    It also tells where the autoencoder was, so that samples of the run can be decoded later.
 
     Args:
         job: The configuration.
         data_digest: Which version of which data set it is trained on.
+        codec_digest: Which autoencoder it works with; None in pixel space.
     """
     everything = to_dict(job)
     chosen = {
@@ -202,9 +215,11 @@ def science(job: JobConfig, *, data_digest: str) -> dict[str, Any]:
             for key, value in everything[group].items()
             if key not in _OPERATIONAL.get(group, set())
         }
-        for group in ("data", "model", "flow", "optim", "train")
+        for group in ("data", "codec", "model", "flow", "optim", "train")
     }
     chosen["data_set"] = {"index_sha256": data_digest}
+    if codec_digest is not None:
+        chosen["autoencoder"] = {"sha256": codec_digest}
     chosen["engine"] = {key: everything["engine"][key] for key in ("precision", "deepspeed")}
     chosen["loader"] = {"shuffle_block_samples": everything["loader"]["shuffle_block_samples"]}
     if job.optim.decay == "constant":
@@ -213,9 +228,17 @@ def science(job: JobConfig, *, data_digest: str) -> dict[str, Any]:
     return chosen
 
 
+def counted(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out where an autoencoder is: its own digest says which one it is."""
+    return {
+        group: {key: value for key, value in settings.items() if (group, key) != _PLACE}
+        for group, settings in chosen.items()
+    }
+
+
 def science_hash(chosen: Mapping[str, Any]) -> str:
-    """Return a short digest of the scientific settings."""
-    text = json.dumps(chosen, sort_keys=True)
+    """Return a short digest of the scientific settings that count."""
+    text = json.dumps(counted(chosen), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -236,6 +259,19 @@ def micro_batch(job: JobConfig) -> int:
     if job.engine.micro_batch is None:
         return job.train.global_batch // job.cluster.workers
     return job.engine.micro_batch
+
+
+def encodes(job: JobConfig) -> bool:
+    """Tell whether the images of the shards are encoded on the way to the flow."""
+    return job.data.space == "pixel" and job.codec.kind != "identity"
+
+
+def flow_shape(data: DataConfig, codec: CodecConfig) -> ImageShape:
+    """Return the shape of what the flow and the model work on: images or their latents."""
+    size, channels = data.image_size, data.channels
+    if data.space == "pixel" and codec.kind != "identity":
+        size, channels = size // codec.factor, codec.channels
+    return ImageShape(channels=channels, size=size, classes=data.classes)
 
 
 def _plain(value: Any) -> Any:

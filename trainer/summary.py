@@ -90,7 +90,7 @@ def summary(job: JobConfig, *, seconds: float) -> str | None:
         (
             f"Fréchet distance ({report.features})",
             f"{report.frechet:.4f} of {report.samples:,} samples to held-out images "
-            f"({report.network_evaluations} network evaluations per sample)",
+            f"({report.network_evaluations:g} network evaluations per sample)",
         ),
         (
             "  real halves / untrained",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.engine.zero_config import zero_config
-from trainer.schema import ConfigError, JobConfig, micro_batch
+from trainer.schema import ConfigError, JobConfig, encodes, flow_shape, micro_batch
 
 
 def validate(job: JobConfig) -> None:
@@ -16,6 +16,7 @@ def validate(job: JobConfig) -> None:
     _check_name("data.name", job.data.name)
     _check_ranges(job)
     _check_batch(job)
+    _check_codec(job)
     _check_shapes(job)
     if job.engine.kind == "zero" and job.engine.zero_stage not in (1, 2):
         raise ConfigError(
@@ -66,6 +67,7 @@ def _check_ranges(job: JobConfig) -> None:
         "optim.clip_norm": (job.optim.clip_norm, 0),
         "optim.warmup_images": (job.optim.warmup_images, 0),
         "data.classes": (job.data.classes, 1),
+        "data.image_size": (job.data.image_size, 1),
     }
     for key, (value, minimum) in least.items():
         if not value >= minimum:
@@ -86,36 +88,65 @@ def _check_ranges(job: JobConfig) -> None:
 
 
 def _check_batch(job: JobConfig) -> None:
-    batch, workers, scales = job.train.global_batch, job.cluster.workers, job.flow.scales
+    batch, workers = job.train.global_batch, job.cluster.workers
+    # With one stage per step a batch is not dealt to the stages.
+    stages = job.flow.scales if job.flow.stage_choice == "stratified" else 1
+    shares = f" with equal shares of flow.scales={stages} stages" if stages > 1 else ""
+    multiple = f" and be a multiple of flow.scales={stages}" if stages > 1 else ""
     if workers < 1:
         raise ConfigError(f"cluster.workers={workers} must be at least 1")
-    unit = workers * scales
+    unit = workers * stages
     if batch < 1 or batch % unit:
         raise ConfigError(
-            f"train.global_batch={batch} cannot be dealt to cluster.workers={workers} with equal "
-            f"shares of flow.scales={scales} stages; use a multiple of {unit}, such as "
-            f"{max(1, round(batch / unit)) * unit}"
+            f"train.global_batch={batch} cannot be dealt to cluster.workers={workers}{shares}; use "
+            f"a multiple of {unit}, such as {max(1, round(batch / unit)) * unit}"
         )
     share, micro = batch // workers, micro_batch(job)
-    if micro < 1 or share % micro or micro % scales:
-        fitting = [m for m in range(scales, share + 1, scales) if share % m == 0]
+    if micro < 1 or share % micro or micro % stages:
+        fitting = [m for m in range(stages, share + 1, stages) if share % m == 0]
         raise ConfigError(
-            f"engine.micro_batch={micro} must divide each rank's {share} images and be a multiple "
-            f"of flow.scales={scales}; possible values: {', '.join(map(str, fitting))}"
+            f"engine.micro_batch={micro} must divide each rank's {share} images{multiple}; "
+            f"possible values: {', '.join(map(str, fitting))}"
+        )
+
+
+def _check_codec(job: JobConfig) -> None:
+    size, codec = job.data.image_size, job.codec
+    if job.data.space == "latent":
+        if codec.kind == "identity":
+            raise ConfigError(
+                "data.space=latent needs the codec that made the latents, to show samples as "
+                "images; set codec=sd_vae, codec=eq_vae, or codec.kind=autoencoder_kl and "
+                "codec.source"
+            )
+        if job.data.channels != codec.channels:
+            raise ConfigError(
+                f"data.channels={job.data.channels} of latents must be codec.channels="
+                f"{codec.channels}"
+            )
+    if encodes(job) and (size < codec.factor or size % codec.factor):
+        near = max(1, round(size / codec.factor)) * codec.factor
+        raise ConfigError(
+            f"data.image_size={size} cannot be encoded with codec.factor={codec.factor}; use a "
+            f"multiple of it, such as {near}"
         )
 
 
 def _check_shapes(job: JobConfig) -> None:
-    size, patch, scales = job.data.image_size, job.model.patch_size, job.flow.scales
+    size = flow_shape(job.data, job.codec).size
+    patch, scales = job.model.patch_size, job.flow.scales
+    factor = job.codec.factor if encodes(job) else 1
     unit = patch * 2 ** (scales - 1)
     if size < unit or size % unit:
-        most = 1
+        most = 0
         while size % (patch * 2**most) == 0:
             most += 1
+        latents = f", on latents of {size} x {size} elements (codec.factor={factor})"
+        fix = f"at this size flow.scales can be at most {most}" if most else "change either"
         raise ConfigError(
-            f"data.image_size={size} cannot hold flow.scales={scales} with model.patch_size="
-            f"{patch}: the coarsest band must be a whole number of patches, so the size must be a "
-            f"multiple of {unit}; at this size flow.scales can be at most {most}"
+            f"data.image_size={job.data.image_size} cannot hold flow.scales={scales} with "
+            f"model.patch_size={patch}{latents if factor > 1 else ''}: the coarsest band must be a "
+            f"whole number of patches, so the size must be a multiple of {factor * unit}; {fix}"
         )
     if job.model.width % job.model.heads:
         raise ConfigError(

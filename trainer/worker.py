@@ -18,6 +18,7 @@ from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.transformer.lapflow import LapFlowTransformer
 from trainer import places, rng
+from trainer.autoencoder import load_codec
 from trainer.checkpoint.hook import PeriodicSave
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import open_store
@@ -25,7 +26,6 @@ from trainer.data import open_split, real_images, training_loader
 from trainer.engine.build import build_engine
 from trainer.evaluate.final import FinalEvaluation
 from trainer.evaluate.grid_hook import SampleGrids
-from trainer.evaluate.samples import ImageShape
 from trainer.hooks import Hook
 from trainer.loop import train
 from trainer.metrics.buffer import MetricBuffer
@@ -34,7 +34,16 @@ from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.metrics.tracker_mlflow import MlflowTracker
 from trainer.mistakes import is_users_mistake
 from trainer.resume import restore
-from trainer.schema import JobConfig, from_dict, micro_batch, science, science_hash, to_dict
+from trainer.schema import (
+    JobConfig,
+    encodes,
+    flow_shape,
+    from_dict,
+    micro_batch,
+    science,
+    science_hash,
+    to_dict,
+)
 from trainer.step import TrainStep
 from trainer.stop_vote import StopVote
 from trainer.told_warnings import warnings_told
@@ -82,7 +91,15 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         gather=_gather,
     )
     images = open_split(job, "train")
-    chosen = science(job, data_digest=images.digest)
+    shape = flow_shape(job.data, job.codec)
+    codec, codec_digest = load_codec(
+        job.codec,
+        cache=places.cache(job),
+        store=job.store,
+        device=device,
+        image_channels=job.data.channels if encodes(job) else None,
+    )
+    chosen = science(job, data_digest=images.digest, codec_digest=codec_digest)
     state = restore(job, chosen, engine=engine, checkpoints=checkpoints, tell=tell)
     tracker: Tracker = SilentTracker()
     if context.rank == 0:
@@ -101,17 +118,17 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         config=job.train,
         optim=job.optim,
         metrics=metrics,
-        noise_size=flow.noise_size(channels=job.data.channels, image_size=job.data.image_size),
-        null_label=job.data.classes,
+        noise_size=flow.noise_size(channels=shape.channels, image_size=shape.size),
+        null_label=shape.classes,
         micro_batch=micro_batch(job),
         device=device,
+        encoder=codec if encodes(job) else None,
     )
     evaluation = FinalEvaluation(
         config=job.eval,
         flow=flow,
-        shape=ImageShape(
-            channels=job.data.channels, size=job.data.image_size, classes=job.data.classes
-        ),
+        shape=shape,
+        codec=codec,
         device=device,
         untrained=lambda: initial_model(job),
         held_out=lambda: real_images(job, "test", context),
@@ -182,13 +199,14 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
 
 def initial_model(job: JobConfig) -> LapFlowTransformer:
     """Build the model with the initial weights that the run's seed decides, alike on all ranks."""
+    shape = flow_shape(job.data, job.codec)
     torch.manual_seed(rng.derived_seed(job.train.seed, "weights"))
     return LapFlowTransformer(
         job.model,
         scales=job.flow.scales,
-        channels=job.data.channels,
-        image_size=job.data.image_size,
-        classes=job.data.classes,
+        channels=shape.channels,
+        image_size=shape.size,
+        classes=shape.classes,
     )
 
 

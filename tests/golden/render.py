@@ -17,11 +17,12 @@ def rendered(experiment: str) -> str:
 
 def main() -> None:
     """Write the files of all experiments and remove those of experiments that are gone."""
-    FOLDER.mkdir(exist_ok=True)
-    for stale in FOLDER.glob("*.yaml"):
+    for stale in FOLDER.rglob("*.yaml"):
         stale.unlink()
     for experiment in members("exp"):
-        (FOLDER / f"{experiment}.yaml").write_text(rendered(experiment))
+        file = FOLDER / f"{experiment}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(rendered(experiment))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,24 @@
 import pytest
 
 from tests.golden.render import FOLDER, rendered
-from trainer.composition import members
+from trainer.composition import composed, members
+from trainer.schema import difference, to_dict
+
+LATENTS = {"data.name", "data.space", "data.image_size", "data.channels", "codec.source"}
+CHANGED = {
+    "one_scale": {"flow.scales", "flow.critical_times"},
+    "three_scales": {"flow.scales", "flow.critical_times", "train.global_batch"},
+    "four_scales": {"flow.scales", "flow.critical_times"},
+    "full_attention": {"model.attention"},
+    "own_scale_attention": {"model.attention"},
+    "gvp": {"flow.path"},
+    "independent_noise": {"flow.noise"},
+    "one_stage_per_step": {"flow.stage_choice"},
+    "tied_scales": {"model.ties.scales"},
+    "pixel": LATENTS | {"codec.kind", "model.patch_size"},
+    "sd_vae": LATENTS,
+}
+ABLATIONS = [name for name in members("exp") if name.startswith("ablation/")]
 
 
 @pytest.mark.parametrize("experiment", members("exp"))
@@ -13,4 +30,13 @@ def test_the_rendered_experiment_is_as_recorded(experiment):
 
 
 def test_there_is_a_record_of_every_experiment_and_no_other():
-    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == members("exp")
+    recorded = (path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.yaml"))
+    assert sorted(name.as_posix() for name in recorded) == members("exp")
+
+
+@pytest.mark.parametrize("experiment", ABLATIONS)
+def test_an_ablation_changes_what_it_is_named_for_and_nothing_else(experiment):
+    base, ablation = (to_dict(composed([f"+exp={name}"])) for name in ("celeba_hq_256", experiment))
+    changed = {line.partition(":")[0] for line in difference(base, ablation)} - {"run"}
+    name = experiment.removeprefix("ablation/")
+    assert changed == CHANGED.get(name, {"flow.critical_times"}), name

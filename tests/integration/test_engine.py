@@ -66,6 +66,27 @@ def test_every_engine_trains_like_one_plain_process(reference):
         assert_close(result["state"], reference["state"], rtol=1e-5, atol=1e-6)
 
 
+def test_weights_that_an_update_does_not_use_have_a_zero_gradient():
+    stages = [1, 0, 1, 1]  # stage 1 leaves the finest scale out
+    (alone,) = on_ranks(
+        engine_worker.conformance, 1, {"variants": [{"kind": "plain"}], "stages": stages}
+    )
+    variants = [
+        {"kind": "plain"},
+        {"kind": "zero", "zero_stage": 1},
+        {"kind": "zero", "zero_stage": 2},
+        {"kind": "zero", "zero_stage": 1, "micro_batch": 1},
+        {"kind": "zero", "zero_stage": 2, "micro_batch": 1},
+    ]
+    told = on_ranks(engine_worker.conformance, 2, {"variants": variants, "stages": stages})
+    assert len(told) == len(variants)
+    for result in told:
+        torch.testing.assert_close(
+            torch.tensor(result["history"]), torch.tensor(alone["history"]), rtol=1e-5, atol=0
+        )
+        assert_close(result["state"], alone["state"], rtol=1e-5, atol=1e-6)
+
+
 def test_bf16_keeps_fp32_masters_and_stays_near(reference):
     variants = [{"kind": "zero", "zero_stage": 2, "precision": "bf16"}]
     (told,) = on_ranks(engine_worker.conformance, 2, {"variants": variants})

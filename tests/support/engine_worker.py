@@ -13,7 +13,8 @@ from cluster.contract import WorkerContext
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
-from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
 from trainer import rng
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine, EngineConfig
@@ -49,10 +50,20 @@ def build(context: WorkerContext, *, micro_batch: int, **engine: Any) -> Engine:
 
 
 def updates(
-    engine: Engine, context: WorkerContext, *, count: int, first: int = 0, micro_batch: int
+    engine: Engine,
+    context: WorkerContext,
+    *,
+    count: int,
+    first: int = 0,
+    micro_batch: int,
+    stages: list[int] | None = None,
 ) -> list[tuple[float, float]]:
-    """Run updates on images that are a function of their position; return (loss, norm)."""
-    objective = Objective(Flow(FlowConfig()))
+    """Run updates on images that are a function of their position; return (loss, norm).
+
+    Each update has the stage listed for it; without a list the stages are stratified.
+    """
+    choice = "stratified" if stages is None else "one_per_step"
+    objective = Objective(Flow(FlowConfig(stage_choice=choice)))
     share = BATCH // context.world_size
     results = []
     for update in range(first, first + count):
@@ -67,6 +78,7 @@ def updates(
                 labels=(torch.arange(micro_batch) + start + offset) % 3,
                 uniforms=rng.uniforms(1, "time", **place),
                 noise=rng.normals(1, "noise", size=64, **place),
+                stage=None if stages is None else stages[update],
             ).total
             engine.backward(loss, last=offset + micro_batch >= share)
             total += loss.item() * micro_batch / share
@@ -106,7 +118,8 @@ def conformance(context: WorkerContext, payload: dict[str, Any]) -> None:
     for variant in payload["variants"]:
         micro = variant.pop("micro_batch", BATCH // context.world_size)
         engine = build(context, micro_batch=micro, **variant)
-        history = updates(engine, context, count=4, micro_batch=micro)
+        stages = payload.get("stages")
+        history = updates(engine, context, count=4, micro_batch=micro, stages=stages)
         tell_once(context, {"history": history, "state": state(engine)})
 
 

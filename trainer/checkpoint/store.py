@@ -33,6 +33,10 @@ class Store(Protocol):
         """Read an object, or raise `MissingObject`."""
         ...
 
+    def fingerprint(self, key: str) -> str:
+        """Return a text that changes with the object's content, or raise `MissingObject`."""
+        ...
+
     def delete(self, key: str) -> None:
         """Remove an object; one that does not exist is fine."""
         ...

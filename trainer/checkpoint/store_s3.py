@@ -140,16 +140,15 @@ class S3Store:
         """Download an object, in parts if it is large."""
         name = self._name(key)
         data = io.BytesIO()
-        with self._explained("read", key):
-            try:
-                self._client.download_fileobj(self._bucket, name, data, Config=TRANSFER)
-            except aws.ClientError as error:
-                # The download begins with a HEAD, whose answer gives no reason; a listing's does.
-                self._client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1)
-                if _status(error) != 404:
-                    raise
-                raise MissingObject(f"There is no object at {self.uri(key)}.") from error
+        with self._explained("read", key), self._found(key):
+            self._client.download_fileobj(self._bucket, name, data, Config=TRANSFER)
         return data.getvalue()
+
+    def fingerprint(self, key: str) -> str:
+        """Return the object's ETag, a digest of its content or of its parts."""
+        name = self._name(key)
+        with self._explained("read", key), self._found(key):
+            return str(self._client.head_object(Bucket=self._bucket, Key=name)["ETag"])
 
     def delete(self, key: str) -> None:
         """Delete an object."""
@@ -176,6 +175,18 @@ class S3Store:
 
     def _name(self, key: str) -> str:
         return self._prefix + check_key(key)
+
+    @contextmanager
+    def _found(self, key: str) -> Iterator[None]:
+        """Turns the answer 404 into our own error."""
+        try:
+            yield
+        except aws.ClientError as error:
+            # A download begins with a HEAD, whose answer gives no reason; a listing's does.
+            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._name(key), MaxKeys=1)
+            if _status(error) != 404:
+                raise
+            raise MissingObject(f"There is no object at {self.uri(key)}.") from error
 
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:

@@ -56,7 +56,7 @@ class PlainEngine:
 
     def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
         """Average gradients over ranks, clip, apply AdamW, follow with the EMA."""
-        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        gradients = [self._gradient(parameter) for parameter in self._named.values()]
         if dist.is_initialized():
             for gradient in gradients:
                 dist.all_reduce(gradient)
@@ -74,6 +74,16 @@ class PlainEngine:
                     self._ema[name].lerp_(parameter, 1.0 - ema_decay)
         self._optimizer.zero_grad(set_to_none=True)
         return UpdateOutcome(applied=finite, gradient_norm=float(norm) if finite else float("inf"))
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The accumulated gradient; zero, not nothing, for weights that were not used.
+
+        AdamW passes over a parameter without a gradient, decay included, while sharded engines,
+        whose gradients are one flat tensor, give it zeros.
+        """
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
 
     def fragments(self) -> Sequence[Fragment]:
         """Return each whole parameter as one fragment; every rank holds all of them."""

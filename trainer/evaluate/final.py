@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.codec import Codec
 from models.flow.flow import Flow
-from models.flow.sampler import network_evaluations
+from models.flow.sampler import Samples
 from trainer.checkpoint.store import Store
 from trainer.engine.protocol import Engine
 from trainer.evaluate.grid import grid_png
+from trainer.evaluate.learned_features import LabelledImages
 from trainer.evaluate.report import (
     EvalConfig,
     EvaluationReport,
-    LabelledImages,
     evaluate,
     evaluation_key,
 )
@@ -34,7 +35,8 @@ class FinalEvaluation:
     Attributes:
         config: What to draw and measure.
         flow: The flow the model was trained with.
-        shape: Shape of one image.
+        shape: Shape of what the flow works on.
+        codec: Makes images of it.
         device: Device of the model.
         untrained: Builds the model with its initial weights, where training started.
         held_out: Gives batches of held-out real images and labels.
@@ -44,6 +46,7 @@ class FinalEvaluation:
     config: EvalConfig
     flow: Flow
     shape: ImageShape
+    codec: Codec
     device: torch.device
     untrained: Callable[[], nn.Module]
     held_out: Callable[[], LabelledImages]
@@ -66,32 +69,34 @@ class FinalEvaluation:
         with engine.ema_weights() as model:
             samples = self._draw(model, labels)
             grid = self.draw_grid(model)
-        untrained = self._draw(self.untrained().to(self.device), labels)
+        untrained = self._draw(self.untrained().to(self.device), labels).images
         if rank != 0:
             return
         report = evaluate(
             self.config,
             images=images,
             device=self.device,
-            samples=(samples, labels),
+            samples=(samples.images, labels),
             untrained=untrained,
             held_out=self.held_out,
             train=self.train,
-            network_evaluations=network_evaluations(self.config.sampler, self.flow),
+            segment_evaluations=samples.evaluations,
         )
-        self._publish(report, samples, labels, grid, store=store, run=run, tracker=tracker)
+        self._publish(report, samples.images, labels, grid, store=store, run=run, tracker=tracker)
 
     def draw_grid(self, model: nn.Module) -> Tensor:
         """Draw one row of `grid_columns` images for each class shown; a collective call."""
         classes = min(self.config.grid_classes, self.shape.classes)
-        return self._draw(model, torch.arange(classes).repeat_interleave(self.config.grid_columns))
+        labels = torch.arange(classes).repeat_interleave(self.config.grid_columns)
+        return self._draw(model, labels).images
 
-    def _draw(self, model: nn.Module, labels: Tensor) -> Tensor:
+    def _draw(self, model: nn.Module, labels: Tensor) -> Samples:
         return draw(
             model,
             flow=self.flow,
             config=self.config.sampler,
             shape=self.shape,
+            codec=self.codec,
             labels=labels,
             seed=self.config.seed,
             batch=self.config.batch,

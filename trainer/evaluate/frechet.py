@@ -30,10 +30,58 @@ class FeatureStatistics:
         """
         if len(features) < 2:
             raise ValueError(f"a Fréchet distance needs at least 2 images, got {len(features)}")
-        wide = features.astype(np.float64)
-        if not np.isfinite(wide).all():
-            raise ValueError("features hold values that are not finite: the samples have diverged")
+        wide = _checked(features)
         return FeatureStatistics(mean=wide.mean(axis=0), covariance=np.cov(wide, rowvar=False))
+
+
+class FeatureMoments:
+    """Summarises features that come in batches, without keeping them.
+
+    Batches are merged by their means and squared deviations (Chan, Golub and LeVeque 1979), which
+    does not cancel as sums of squares would.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean: NDArray[np.float64] = np.zeros(0)
+        self._deviations: NDArray[np.float64] = np.zeros((0, 0))
+
+    def add(self, features: NDArray[np.floating[Any]]) -> None:
+        """Take a batch of shape [n, d].
+
+        Raises:
+            ValueError: If a value is not finite.
+        """
+        wide = _checked(features)
+        mean = wide.mean(axis=0)
+        deviations = (wide - mean).T @ (wide - mean)
+        if self._count:
+            shift, total = mean - self._mean, self._count + len(wide)
+            share = len(wide) / total
+            self._deviations += deviations + np.outer(shift, shift) * (self._count * share)
+            self._mean += shift * share
+        else:
+            self._mean, self._deviations = mean, deviations
+        self._count += len(wide)
+
+    def statistics(self) -> FeatureStatistics:
+        """Return the summary of everything taken so far.
+
+        Raises:
+            ValueError: If there were fewer than two rows.
+        """
+        if self._count < 2:
+            raise ValueError(f"a Fréchet distance needs at least 2 images, got {self._count}")
+        return FeatureStatistics(
+            mean=self._mean.copy(), covariance=self._deviations / (self._count - 1)
+        )
+
+
+def _checked(features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    wide = features.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ValueError("features hold values that are not finite: the samples have diverged")
+    return wide
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 _SHORTEST_SIDE = 48
 _GAP = 4
 _GAP_COLOUR = 96
+_MOST_CLASSES = _MOST_COLUMNS = 10
 
 
 def grid_png(images: Tensor, *, columns: int) -> bytes:
@@ -38,3 +39,22 @@ def grid_png(images: Tensor, *, columns: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def class_grid(samples: int, *, classes: int) -> tuple[list[int], int]:
+    """Choose samples to show of the first classes, one class in each row.
+
+    Args:
+        samples: How many there are; sample i shows class i mod `classes`.
+        classes: Number of classes.
+
+    Returns:
+        Their indices, row by row, and the number of columns.
+    """
+    columns = max(1, min(_MOST_COLUMNS, samples // classes))
+    chosen = [
+        label + column * classes
+        for label in range(min(_MOST_CLASSES, classes))
+        for column in range(columns)
+    ]
+    return [index for index in chosen if index < samples], columns

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from models.flow.sampler import SamplerConfig
-from trainer import rng
+from models.flow.sampler_config import SamplerConfig
 from trainer.evaluate.classifier import LabelAgreement, label_agreement
+from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import FeatureConfig, feature_extractor
-from trainer.evaluate.frechet import FeatureStatistics, frechet_distance
-
-LabelledImages = Iterable[tuple[Tensor, Tensor]]
+from trainer.evaluate.learned_features import LabelledImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +23,8 @@ class EvalConfig:
 
     Attributes:
         samples: Images drawn for the final figures; classes in equal parts.
-        batch: Images per solver run and rank.
+        batch: Images in one network call on one rank when all scales are active; a segment with
+            fewer tokens takes more.
         seed: Seed of the samples' noise.
         sampler: Solver, steps and guidance.
         features: Feature extractor of the Fréchet distance.
@@ -67,7 +64,8 @@ class EvaluationReport:
         frechet_real_halves: One half of the held-out real images against the other: what a perfect
             generator could reach with so few images.
         gap_closed: Share of the way from untrained to real halves, 1 is all of it.
-        network_evaluations: Network calls per image; a guided pair counts as two.
+        network_evaluations: Network evaluations per image as counted; a guided pair counts as two.
+        segment_evaluations: The same in each segment, from noise to data.
         settings: The evaluation's configuration.
         labels: What a classifier of real images reads in the samples; None when not asked for.
     """
@@ -79,7 +77,8 @@ class EvaluationReport:
     frechet_untrained: float
     frechet_real_halves: float
     gap_closed: float
-    network_evaluations: int
+    network_evaluations: float
+    segment_evaluations: tuple[float, ...]
     settings: dict[str, Any]
     labels: LabelAgreement | None = None
 
@@ -91,7 +90,15 @@ class EvaluationReport:
     def from_dict(cls, values: Mapping[str, Any]) -> EvaluationReport:
         """Rebuild a report from `to_dict`."""
         labels = values.get("labels")
-        return cls(**{**values, "labels": LabelAgreement(**labels) if labels else None})
+        # Reports of older versions told the total alone.
+        segments = tuple(values.get("segment_evaluations", ()))
+        return cls(
+            **{
+                **values,
+                "labels": LabelAgreement(**labels) if labels else None,
+                "segment_evaluations": segments,
+            }
+        )
 
     def metrics(self) -> dict[str, float]:
         """Return the figures under the names the tracker shows."""
@@ -100,6 +107,7 @@ class EvaluationReport:
             f"eval/frechet_{self.features}_untrained": self.frechet_untrained,
             f"eval/frechet_{self.features}_real_halves": self.frechet_real_halves,
             "eval/gap_closed": self.gap_closed,
+            "eval/network_evaluations": self.network_evaluations,
         }
         if self.labels is not None:
             values["eval/label_agreement"] = self.labels.samples
@@ -116,7 +124,7 @@ def evaluate(
     untrained: Tensor,
     held_out: Callable[[], LabelledImages],
     train: Callable[[], LabelledImages],
-    network_evaluations: int,
+    segment_evaluations: tuple[float, ...],
 ) -> EvaluationReport:
     """Measure samples against held-out real images.
 
@@ -127,32 +135,20 @@ def evaluate(
         samples: Generated images [n, c, h, w] and requested labels [n].
         untrained: Images drawn the same way from the initial weights.
         held_out: Gives batches of real images the model has never seen, and their labels.
-        train: Gives batches of the training images; read only for the classifier.
-        network_evaluations: Network calls per sample.
+        train: Gives batches of the training images; read only for what learns from them.
+        segment_evaluations: Network evaluations per sample in each segment.
 
     Returns:
         The figures.
     """
-    extractor = feature_extractor(config.features, channels=samples[0].shape[1])
-
-    def extract(part: Tensor) -> NDArray[np.float32]:
-        features: NDArray[np.float32] = extractor(part.to(device)).cpu().numpy()
-        return features
-
-    real = np.concatenate([extract(batch) for batch, _ in held_out()])
-    order = torch.randperm(
-        len(real), generator=torch.Generator().manual_seed(rng.derived_seed(0, "real halves"))
-    ).numpy()
-    half = len(real) // 2
-    reference = FeatureStatistics.of(real)
-
-    def distance(generated: Tensor) -> float:
-        return frechet_distance(_statistics(extract, generated, config.batch), reference)
-
-    reached, start = distance(samples[0]), distance(untrained)
-    floor = frechet_distance(
-        FeatureStatistics.of(real[order[:half]]), FeatureStatistics.of(real[order[half:]])
+    extractor = feature_extractor(
+        config.features, channels=samples[0].shape[1], train=train, held_out=held_out
     )
+
+    distance = DistanceToReal(
+        extractor, (real for real, _ in held_out()), device=device, batch=config.batch
+    )
+    reached, start, floor = distance(samples[0]), distance(untrained), distance.between_halves
     labels = None
     if config.classifier:
         labels = label_agreement(
@@ -166,20 +162,11 @@ def evaluate(
         frechet_untrained=start,
         frechet_real_halves=floor,
         gap_closed=(start - reached) / (start - floor) if start > floor else 0.0,
-        network_evaluations=network_evaluations,
+        network_evaluations=sum(segment_evaluations),
+        segment_evaluations=segment_evaluations,
         # As JSON would hold them, so that a report read back compares equal.
         settings=json.loads(json.dumps(asdict(config))),
         labels=labels,
-    )
-
-
-def _statistics(
-    extract: Callable[[Tensor], NDArray[np.float32]], images: Tensor, batch: int
-) -> FeatureStatistics:
-    # Samples are measured as the 8-bit pictures that people and other tools would see.
-    seen = ((images * 127.5 + 127.5).round().clamp(0, 255) - 127.5) / 127.5
-    return FeatureStatistics.of(
-        np.concatenate([extract(part) for part in torch.split(seen, batch)])
     )
 
 

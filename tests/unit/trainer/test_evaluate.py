@@ -1,20 +1,25 @@
 """Evaluation figures against closed forms, and what they must not depend on."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from models.codec import IdentityCodec
 from models.flow.flow import Flow, FlowConfig
-from models.flow.sampler import SamplerConfig
-from models.transformer.lapflow import LapFlowTransformer, TransformerConfig
+from models.flow.sampler_config import SamplerConfig
+from models.pyramid import up
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
 from trainer.evaluate.classifier import label_agreement
 from trainer.evaluate.features import (
     FeatureConfig,
     MissingWeights,
     RandomConvFeatures,
+    check_features,
     feature_extractor,
 )
 from trainer.evaluate.frechet import FeatureStatistics, frechet_distance
@@ -76,7 +81,7 @@ def test_random_features_are_fixed_and_tell_distributions_apart():
 def test_inception_without_its_file_says_what_to_do(tmp_path):
     missing = str(tmp_path / "inception.pth")
     with pytest.raises(MissingWeights, match=r"inception_weights .*random_conv"):
-        feature_extractor(FeatureConfig(name="inception", inception_weights=missing), channels=3)
+        check_features(FeatureConfig(name="inception", inception_weights=missing))
 
 
 def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch):
@@ -95,7 +100,10 @@ def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monk
     torch.save(built, weights)
 
     extract = feature_extractor(
-        FeatureConfig(name="inception", inception_weights=weights), channels=1
+        FeatureConfig(name="inception", inception_weights=weights),
+        channels=1,
+        train=list,
+        held_out=list,
     )
     features = extract(torch.rand(2, 1, 16, 16) * 2 - 1)
     assert features.shape == (2, 2048)
@@ -122,14 +130,18 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():
         "flow": Flow(FlowConfig()),
         "config": SamplerConfig(steps=4, guidance_scale=2.0),
         "shape": ImageShape(channels=1, size=8, classes=4),
+        "codec": IdentityCodec(),
         "labels": torch.arange(6) % 4,
         "device": torch.device("cpu"),
     }
     whole = draw(model, seed=1, batch=6, **settings)
-    torch.testing.assert_close(
-        draw(model, seed=1, batch=4, **settings), whole, rtol=1e-5, atol=1e-5
-    )
-    assert not torch.allclose(draw(model, seed=2, batch=6, **settings), whole, atol=0.1)
+    assert whole.evaluations == (8.0, 8.0)
+    for batch in (1, 4):
+        other = draw(model, seed=1, batch=batch, **settings)
+        torch.testing.assert_close(other.images, whole.images, rtol=1e-5, atol=1e-5)
+        assert other.evaluations == whole.evaluations
+    other = draw(model, seed=2, batch=6, **settings)
+    assert not torch.allclose(other.images, whole.images, atol=0.1)
 
 
 def two_classes(count: int, seed: int):
@@ -160,13 +172,18 @@ def test_a_report_puts_each_figure_beside_its_references():
         untrained=untrained,
         held_out=lambda: [held_out],
         train=lambda: [train],
-        network_evaluations=3,
+        segment_evaluations=(1.0, 2.5),
     )
     assert report.frechet < report.frechet_untrained / 50
     assert 0.97 < report.gap_closed < 1.05
     assert report.labels is not None
     assert report.labels.samples == 1.0
-    assert EvaluationReport.from_dict(report.to_dict()) == report
+    assert (report.network_evaluations, report.segment_evaluations) == (3.5, (1.0, 2.5))
+    assert report.metrics()["eval/network_evaluations"] == 3.5
+    written = json.loads(json.dumps(report.to_dict()))
+    assert EvaluationReport.from_dict(written) == report
+    del written["segment_evaluations"]
+    assert EvaluationReport.from_dict(written).network_evaluations == 3.5
     start = evaluate(
         EvalConfig(),
         images=7,
@@ -175,6 +192,43 @@ def test_a_report_puts_each_figure_beside_its_references():
         untrained=untrained,
         held_out=lambda: [held_out],
         train=lambda: [train],
-        network_evaluations=3,
+        segment_evaluations=(1.0, 2.5),
     )
     assert start.gap_closed == 0.0
+
+
+def test_samples_are_decoded_a_batch_at_a_time():
+    class Doubling(IdentityCodec):
+        factor = 2
+        decoded: list[int] = []  # noqa: RUF012
+
+        def image_channels(self, latent_channels: int) -> int:
+            return 3 * latent_channels
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            self.decoded.append(len(latents))
+            return up(latents).repeat(1, 3, 1, 1)
+
+    torch.manual_seed(0)
+    settings = {
+        "model": LapFlowTransformer(
+            TransformerConfig(depth=1, width=16, heads=2),
+            scales=2,
+            channels=1,
+            image_size=8,
+            classes=4,
+        ),
+        "flow": Flow(FlowConfig()),
+        "config": SamplerConfig(steps=2),
+        "shape": ImageShape(channels=1, size=8, classes=4),
+        "labels": torch.arange(7) % 4,
+        "seed": 1,
+        "batch": 3,
+        "device": torch.device("cpu"),
+    }
+    latents = draw(codec=IdentityCodec(), **settings).images
+    codec = Doubling()
+    images = draw(codec=codec, **settings).images
+    assert torch.equal(images, up(latents).repeat(1, 3, 1, 1))
+    assert sum(codec.decoded) == 7
+    assert max(codec.decoded) == 3

@@ -37,6 +37,33 @@ def test_one_metric_has_one_reduction():
         buffer.record("x", 1.0, reduction="max")
 
 
+def test_a_mean_is_weighted_and_left_out_where_nothing_weighs():
+    buffer = MetricBuffer("cpu")
+    for value, weight in ((1.0, 1), (4.0, 3), (100.0, 0)):
+        buffer.record("number", value, weight=weight)
+        buffer.record("tensor", torch.tensor(value), weight=weight)
+    buffer.record("empty", 5.0, weight=0)
+    assert buffer.flush() == {"number": 3.25, "tensor": 3.25}
+
+
+def test_several_means_are_recorded_at_once():
+    buffer = MetricBuffer("cpu")
+    values, weights = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 0.0])
+    buffer.record_each(["a", "b", "c"], values, weights=weights)
+    values[0], weights[1] = 7.0, 1.0
+    buffer.record_each(["a", "b", "c"], values, weights=weights)
+    buffer.record("d", 1.0)
+    assert buffer.flush() == {"a": 4.0, "b": 2.0, "d": 1.0}
+    assert buffer.flush() == {}
+
+
+def test_a_maximum_takes_numbers_and_tensors():
+    buffer = MetricBuffer("cpu")
+    for value in (0.1, torch.tensor(0.3, dtype=torch.float64), 0.2):
+        buffer.record("x", value, reduction="max")
+    assert buffer.flush() == {"x": 0.3}
+
+
 def test_pace_is_measured_over_the_window_since_the_last_call():
     now = [100.0]
     throughput = Throughput(1000, now=lambda: now[0])

@@ -61,3 +61,22 @@ def test_other_data_are_refused(trained):
     trained["data_set"]["index_sha256"] = "other"
     with pytest.raises(ConfigError, match=r"data_set\.index_sha256: other -> digest"):
         start(trained)
+
+
+def test_a_checkpoint_from_before_there_were_codecs_is_of_pixels(trained):
+    del trained["codec"]
+    start(trained)
+    with pytest.raises(ConfigError, match=r"codec\.kind: identity -> autoencoder_kl"):
+        start(trained, "codec=sd_vae")
+
+
+def test_a_moved_autoencoder_continues_also_when_a_setting_came_later():
+    latent = ["+exp=digits", "codec=sd_vae"]
+    digests = {"data_digest": "digest", "codec_digest": "autoencoder"}
+    trained = copy.deepcopy(science(composed(latent), **digests))
+    del trained["model"]["attention"]
+    moved = composed([*latent, "codec.source=/elsewhere"])
+    check_start(moved, science(moved, **digests), checkpoint_of(trained))
+    other = science(moved, data_digest="digest", codec_digest="other")
+    with pytest.raises(ConfigError, match=r"autoencoder\.sha256: autoencoder -> other"):
+        check_start(moved, other, checkpoint_of(trained))

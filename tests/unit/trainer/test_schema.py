@@ -12,12 +12,16 @@ from trainer.schema import (
     JobConfig,
     defaults,
     difference,
+    encodes,
+    flow_shape,
     from_dict,
     science,
     science_hash,
     to_dict,
 )
 from trainer.validate import validate
+
+LATENT = ("+exp=digits", "codec=sd_vae", "data.image_size=64", "data.prepare=none")
 
 
 def refused(*overrides: str) -> str:
@@ -37,7 +41,7 @@ def chosen(*overrides: str) -> dict[str, object]:
 def test_every_experiment_is_valid(name):
     job = composed([f"+exp={name}"])
     validate(job)
-    assert job.run == name
+    assert job.run == name.replace("/", "-")
 
 
 def test_a_configuration_survives_the_way_to_the_workers():
@@ -53,7 +57,7 @@ def test_the_command_line_wins_over_the_experiment():
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["+exp=digitz"], ["exp=digitz", "digits", "imagenet_xl"]),
+        (["+exp=digitz"], ["exp=digitz", "digits", "imagenet_xl", "ablation/gvp"]),
         (["exp=digits"], ["+exp=digits"]),
         (["+exp=digits", "optim.learning_rat=1"], ["optim.learning_rat", "optim.learning_rate?"]),
         (["+exp=digits", "modle=xl_2"], ["modle", "model"]),
@@ -96,6 +100,23 @@ def test_the_command_line_wins_over_the_experiment():
             ["+exp=digits", "+engine.deepspeed.gradient_accumulation_steps=4"],
             ["engine.deepspeed.gradient_accumulation_steps", "engine.micro_batch"],
         ),
+        ([*LATENT, "data.image_size=60"], ["data.image_size=60", "codec.factor=8", "64"]),
+        ([*LATENT, "data.image_size=4"], ["data.image_size=4", "codec.factor=8", "such as 8"]),
+        (
+            [*LATENT, "flow=three_scales", "model.patch_size=4", "train.global_batch=192"],
+            ["data.image_size=64", "latents of 8 x 8", "multiple of 128", "at most 2"],
+        ),
+        ([*LATENT, "model.patch_size=3"], ["model.patch_size=3", "multiple of 48"]),
+        (["+exp=digits", "codec.source=vae"], ["codec.source=vae", "kind=identity"]),
+        (["+exp=digits", "codec.kind=autoencoder_kl"], ["codec.source=None", "on the hub"]),
+        (["+exp=digits", "codec=sd_vea"], ["codec=sd_vea", "sd_vae", "eq_vae", "identity"]),
+        (["+exp=digits", "data.image_size=0"], ["data.image_size=0", "at least 1"]),
+        (["+exp=imagenet_xl", "codec=identity"], ["data.space=latent", "codec=eq_vae"]),
+        (["+exp=imagenet_xl", "codec.channels=16"], ["data.channels=4", "codec.channels=16"]),
+        (
+            ["+exp=digits", "flow.stage_choice=one_per_step", "engine.micro_batch=24"],
+            ["engine.micro_batch=24", "1, 2, 4, 8, 16, 32, 64"],
+        ),
         ([], ["+exp=NAME", "digits"]),
         (["model=b_2"], ["+exp=NAME"]),
     ],
@@ -137,6 +158,50 @@ def test_science_holds_what_decides_the_weights_and_nothing_else():
         assert science_hash(other) != science_hash(base), scientific
     assert difference(base, chosen("+exp=digits", "train.seed=1")) == ["train.seed: 0 -> 1"]
     assert science(composed(["+exp=digits"]), data_digest="other") != base
+
+
+def test_the_flow_works_on_latents_where_images_are_encoded_on_the_way():
+    def shape(*overrides: str) -> tuple[int, int]:
+        job = composed(overrides)
+        validate(job)
+        found = flow_shape(job.data, job.codec)
+        assert found.classes == job.data.classes
+        return found.channels, found.size
+
+    assert shape("+exp=digits") == (1, 8)
+    assert shape(*LATENT) == (4, 8)
+    assert shape("+exp=imagenet_xl") == (4, 32)
+    assert encodes(composed(LATENT))
+    assert not encodes(composed(["+exp=digits"]))
+    assert not encodes(composed(["+exp=imagenet_xl"]))
+
+
+def test_one_stage_per_step_needs_no_share_for_each_stage():
+    validate(
+        composed(
+            [
+                "+exp=digits",
+                "flow.stage_choice=one_per_step",
+                "train.global_batch=6",
+                "engine.micro_batch=1",
+            ]
+        )
+    )
+
+
+def test_the_autoencoder_is_science_and_its_place_is_not():
+    def hashed(*overrides: str, digest: str = "digest") -> str:
+        return science_hash(
+            science(composed([*LATENT, *overrides]), data_digest="data", codec_digest=digest)
+        )
+
+    assert hashed("codec.source=/elsewhere") == hashed()
+    assert hashed(digest="other") != hashed()
+    assert hashed("codec.scale=0.5") != hashed()
+    assert hashed("codec.posterior=mean") != hashed()
+    recorded = science(composed(LATENT), data_digest="data", codec_digest="digest")
+    assert recorded["codec"]["source"] == "stabilityai/sd-vae-ft-ema"
+    assert recorded["autoencoder"] == {"sha256": "digest"}
 
 
 def test_the_length_is_science_once_the_rate_decays_with_it():

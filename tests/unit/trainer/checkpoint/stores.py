@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -35,6 +36,9 @@ class MemoryStore:
             return self.objects[check_key(key)]
         except KeyError:
             raise MissingObject(f"There is no object at {self.uri(key)}.") from None
+
+    def fingerprint(self, key: str) -> str:
+        return hashlib.sha256(self.get(key)).hexdigest()
 
     def delete(self, key: str) -> None:
         self.objects.pop(check_key(key), None)
@@ -73,6 +77,9 @@ class WatchedStore:
 
     def get(self, key: str) -> bytes:
         return self._around("get", key, lambda: self._store.get(key))
+
+    def fingerprint(self, key: str) -> str:
+        return self._around("fingerprint", key, lambda: self._store.fingerprint(key))
 
     def delete(self, key: str) -> None:
         self._around("delete", key, lambda: self._store.delete(key))

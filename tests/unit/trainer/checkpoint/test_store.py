@@ -36,6 +36,18 @@ def test_put_replaces(store: Store) -> None:
     assert store.get("a") == b"new"
 
 
+def test_a_fingerprint_stays_while_an_object_does_and_changes_with_its_content(
+    store: Store,
+) -> None:
+    store.put("a", b"first")
+    first = store.fingerprint("a")
+    assert store.fingerprint("a") == first
+    store.put("a", b"later")  # of the same size
+    assert store.fingerprint("a") != first
+    with pytest.raises(MissingObject, match="nowhere"):
+        store.fingerprint("nowhere")
+
+
 def test_create_succeeds_once_and_leaves_the_first(store: Store) -> None:
     assert store.create("x/MANIFEST.json", b"first")
     assert not store.create("x/MANIFEST.json", b"second")

@@ -1,0 +1,132 @@
+"""Every benchmark command at its smallest size, and the claims that need no clock."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import expert_matmul, gpu_training, prefix_attention, sampling, training_step
+from benchmarks.kept import kept_bytes
+from benchmarks.kinds import kind_of, shares_by_kind
+from benchmarks.prefix_attention import Attention
+from benchmarks.workload import Latents, TrainingWork
+from models.transformer.config import TransformerConfig
+
+CPU = torch.device("cpu")
+TINY = ["--device", "cpu", "--rounds", "1"]
+TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "rows"),
+    [
+        (training_step, [*TINY_MODEL, "--batch", "6", "--optimizer"], 3),
+        (prefix_attention, [*TINY, "--pixels", "256", "--batch", "1", "--heads", "1"], 6),
+        (expert_matmul, [*TINY, "--sizes", "S/2", "--scales", "2", "--batch", "2"], 3),
+        (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),
+        pytest.param(
+            gpu_training,
+            [*TINY_MODEL, "--batch", "6", "--compile", "off"],
+            3,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_command_prints_a_table_and_writes_its_rows(
+    benchmark, arguments, rows, tmp_path, capsys
+):
+    file = tmp_path / "out.json"
+    assert benchmark.main([*arguments, "--output", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert len(found["rows"]) == rows
+    assert found["benchmark"] in capsys.readouterr().out
+    for row in found["rows"]:
+        timed = [value for name, value in row.items() if name.endswith(("_s", "_ms"))]
+        assert timed
+        assert min(timed) > 0
+
+
+def test_the_utilisation_is_that_of_the_stated_formula(tmp_path):
+    file = tmp_path / "out.json"
+    asked = [*TINY_MODEL, "--batch", "6", "--compile", "off", "--peak-tflops", "0.5"]
+    gpu_training.main([*asked, "--scales", "2", "--output", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]
+    work = TrainingWork(
+        TransformerConfig(depth=2, width=64, heads=2),
+        scales=2,
+        latents=Latents(batch=6, channels=4, size=8),
+        device=CPU,
+    )
+    flops = 6 * work.multiply_adds * row["images_per_s"]
+    assert row["mfu"] == pytest.approx(flops / 0.5e12)
+    shares = [row.get(kind, 0.0) for kind in ("matmul", "attention", "norm", "optimizer")]
+    assert 0 < sum(shares) < 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_benchmark_says_so_and_fails():
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        gpu_training.main([])
+
+
+@pytest.mark.parametrize("benchmark", [training_step, expert_matmul, gpu_training])
+def test_batches_that_the_stages_cannot_share_are_refused(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([*TINY, "--batch", "4", "--scales", "3"])
+    assert "multiple of every K" in capsys.readouterr().err
+
+
+def test_the_ways_of_attention_agree_in_values_and_gradients():
+    attention = Attention(
+        (4, 16, 64), batch=2, heads=2, head_width=8, device=CPU, dtype=torch.float32
+    )
+    ways = (attention.prefix(), attention.joining(), attention.masked())
+    for *got, want in zip(*ways, strict=True):
+        for values in got:
+            torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5)
+    attention.with_backward(attention.prefix)()
+    pieces = torch.cat([scale.grad for scale in attention.scales], dim=1)
+    attention.with_backward(attention.masked)()
+    torch.testing.assert_close(pieces, attention.joined.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_prefix_attention_keeps_no_mask_and_no_scores():
+    """What it keeps grows with the tokens; a mask or scores would grow with their square."""
+    small, large = (
+        kept_bytes(
+            Attention(
+                (n, 4 * n, 16 * n), batch=1, heads=2, head_width=8, device=CPU, dtype=torch.float32
+            ).prefix
+        )
+        for n in (16, 64)
+    )
+    assert large == pytest.approx(4 * small, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("aten::addmm", "matmul"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel", "attention"),
+        ("aten::native_layer_norm_backward", "norm"),
+        ("triton_per_fused_addcmul_native_layer_norm_3", "norm"),
+        ("triton_poi_fused_gelu_7", "fused"),
+        ("aten::_foreach_addcdiv_", "optimizer"),
+        ("multi_tensor_apply_kernel", "optimizer"),
+        ("aten::copy_", "copy"),
+        ("aten::gelu", "elementwise and other"),
+    ],
+)
+def test_kernels_are_told_by_their_names(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+def test_shares_sum_to_one_and_find_the_matrix_products():
+    a = torch.randn(512, 512)
+    shares = shares_by_kind(lambda: a @ a, device=CPU)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert next(iter(shares)) == "matmul"
+    assert shares["matmul"] > 0.5

@@ -1,0 +1,46 @@
+"""What the documentation shows works: its Python runs, and its pictures and pages are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def test_the_session_of_the_method_page_runs(capsys):
+    text = (DOCS / "method.md").read_text()
+    blocks = [
+        (text[: found.start()].count("\n") + 2, found[1])
+        for found in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    ]
+    assert len(blocks) >= 7
+    session: dict[str, object] = {}
+    for line, block in blocks:
+        # Empty lines in front, so that an error names the line of the page.
+        exec(compile("\n" * (line - 1) + block, "docs/method.md", "exec"), session)
+    assert "K=2: 1,347 M parameters" in capsys.readouterr().out
+
+
+def test_the_method_page_needs_the_method_alone():
+    text = (DOCS / "method.md").read_text()
+    imports = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
+    assert set(imports) == {"torch", "models"}
+
+
+@pytest.mark.slow
+def test_the_pictures_are_drawn(tmp_path):
+    from docs import pictures
+
+    pictures.main(["--output", str(tmp_path)])
+    drawn = {path.stem: Image.open(path).size for path in tmp_path.iterdir()}
+    assert set(drawn) == {"attention", "pyramid_and_path", "time_and_scale"}
+    assert all(width > 600 and height > 300 for width, height in drawn.values())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    assert [target for target in targets if not (DOCS / target).exists()] == []

@@ -1,0 +1,147 @@
+"""The commands that draw from a checkpoint: pictures in, pictures out, and clear refusals."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.flow.flow import FlowConfig
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
+from trainer import inpaint, sample
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.schema import DataConfig, to_dict
+from trainer.state import Fragment
+
+MODEL = TransformerConfig(depth=1, width=16, heads=2)
+# 8 pixels are shown as 48, and 4 lie between pictures and around them.
+CELL, GAP, FACTOR = 52, 4, 6
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint of a random model in colour, a picture, and a mask: the left is known."""
+    place = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    model = LapFlowTransformer(MODEL, scales=2, channels=3, image_size=8, classes=2)
+    fragments = []
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+        values = parameter.detach().flatten().clone()
+        fragments.append(
+            Fragment(
+                name=name,
+                start=0,
+                shape=tuple(parameter.shape),
+                tensors={"master": values, "ema": values / 2},
+            )
+        )
+    data = DataConfig(name="colours", image_size=8, channels=3, classes=2)
+    science = {"data": to_dict(data), "model": to_dict(MODEL), "flow": to_dict(FlowConfig())}
+    Checkpoints.reader(open_store(f"{place}/runs", StoreConfig()), run="small").save(
+        images=100, fragments=fragments, train_state={}, science=science, science_hash="x"
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(place / "image.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(mask).save(place / "mask.png")
+    Image.fromarray(mask[:4]).save(place / "flat.png")
+    (place / "text.png").write_text("no picture")
+    return place
+
+
+def settings(place, **changes: object) -> list[str]:
+    base = {
+        "checkpoint": f"{place}/runs/small/checkpoints/000000000100",
+        "image": place / "image.png",
+        "mask": place / "mask.png",
+        "label": 1,
+        "output": place / "out.png",
+        "columns": 3,
+        "repeats": 2,
+        "sampler.steps": 4,
+        "device": "cpu",
+        "home": place / "home",
+    }
+    return [f"{key}={value}" for key, value in {**base, **changes}.items()]
+
+
+def cells(path) -> list[np.ndarray]:
+    """The pictures of a row at their own size."""
+    row = np.asarray(Image.open(path))
+    assert row.shape[0] == CELL + GAP
+    lefts = range(GAP, row.shape[1] - GAP, CELL)
+    return [row[GAP:CELL:FACTOR, left : left + CELL - GAP : FACTOR] for left in lefts]
+
+
+def test_a_row_shows_picture_mask_and_results_that_keep_what_is_known(place, capsys):
+    assert inpaint.main(settings(place)) == 0
+    assert capsys.readouterr().out == f"{place}/out.png\n"
+    picture, mask, *results = cells(place / "out.png")
+    assert np.array_equal(picture, np.asarray(Image.open(place / "image.png")))
+    assert np.array_equal(mask[..., 0], np.asarray(Image.open(place / "mask.png")))
+    assert len(results) == 3
+    for result in results:
+        assert np.array_equal(result[:, :4], picture[:, :4])
+        assert not np.array_equal(result[:, 4:], picture[:, 4:])
+    assert not np.array_equal(results[0], results[1])
+
+
+def test_a_result_depends_on_its_place_and_seed_alone(place):
+    outputs = {}
+    for name, changes in {
+        "three": {},
+        "two": {"columns": 2},
+        "other seed": {"seed": 2},
+        "other label": {"label": 0, "sampler.guidance_scale": 3},
+    }.items():
+        assert inpaint.main(settings(place, output=place / f"{name}.png", **changes)) == 0
+        outputs[name] = cells(place / f"{name}.png")
+    for three, two in zip(outputs["three"][:4], outputs["two"], strict=True):
+        # One step of 255 is what the rounding of another batch size may turn.
+        assert np.abs(three.astype(int) - two).max() <= 1
+    for other in ("other seed", "other label"):
+        assert not np.array_equal(outputs[other][2], outputs["three"][2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image": "missing.png"}, "image=missing.png: there is no such file"),
+        ({"image": "PLACE/text.png"}, "text.png is not a picture"),
+        ({"image": "PLACE"}, "cannot be read"),
+        ({"image": "PLACE/flat.png"}, "flat.png has 8 x 4 pixels, but the model works on 8 x 8"),
+        ({"mask": "PLACE/flat.png"}, "mask=PLACE/flat.png has 8 x 4 pixels"),
+        ({"label": 2}, "classes=[2] are not among 0 … 1"),
+        ({"label": -1}, "classes=[-1]"),
+        ({"columns": 0}, "columns=0"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"sampler.solver": "dopri5"}, "dopri5 cannot fill in images"),
+        ({"sampler.steps": 1}, "steps=1 is too few"),
+        ({"checkpoint": "PLACE/runs/small/checkpoints/000000000200"}, "no valid checkpoint"),
+        ({"lable": 1}, "did you mean label?"),
+        ({"output": "PLACE/text.png/out.png"}, "cannot be written"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(place, capsys, changes, words):
+    changed = {key: str(value).replace("PLACE", str(place)) for key, value in changes.items()}
+    assert inpaint.main(settings(place, **changed)) == 2
+    error = capsys.readouterr().err
+    assert words.replace("PLACE", str(place)) in error
+    assert error.count("\n") == 1
+
+
+def test_samples_are_drawn_from_the_same_checkpoint(place, capsys):
+    words = [
+        word
+        for word in settings(place, output=place / "grid.png", columns=2)
+        if word.partition("=")[0] not in ("image", "mask", "label", "repeats")
+    ]
+    assert sample.main([*words, "sampler.solver=ab2", "batch=1"]) == 0
+    assert capsys.readouterr().out == f"{place}/grid.png\n"
+    assert np.asarray(Image.open(place / "grid.png")).shape == (2 * CELL + GAP, 2 * CELL + GAP, 3)
+    for wrong, message in (("batch=0", "batch of 0"), ("classes=[5]", "classes=[5]")):
+        assert sample.main([*words, wrong]) == 2
+        assert message in capsys.readouterr().err

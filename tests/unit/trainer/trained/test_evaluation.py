@@ -1,0 +1,266 @@
+"""Checkpoints measured after their run: the same figures again, none from the wrong images."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.flow.flow import FlowConfig
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
+from pipelines.encoded import as_png
+from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.shards import ShardedImages, ShardsConfig
+from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.evaluate.__main__ import main
+from trainer.evaluate.checkpoint_report import CheckpointReport
+from trainer.evaluate.distance import DistanceToReal
+from trainer.evaluate.features import RandomConvFeatures
+from trainer.evaluate.frechet import FeatureMoments, FeatureStatistics
+from trainer.evaluate.grid import class_grid
+from trainer.evaluate.learned_features import learned_features
+from trainer.schema import ConfigError, DataConfig, to_dict
+from trainer.state import Fragment
+from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
+
+MODEL = TransformerConfig(depth=1, width=16, heads=2)
+
+
+def two_kinds(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left halves that are brighter than right ones, or darker."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    step = torch.cat([torch.full((4,), 0.5), torch.full((4,), -0.5)])
+    sign = (2 * labels - 1).float()[:, None, None, None]
+    noise = 0.3 * torch.randn(count, 1, 8, 8, generator=generator)
+    return (sign * step + noise).clamp(-1, 1), labels
+
+
+def learn(**options):
+    train, held_out = two_kinds(512, 0), two_kinds(64, 1)
+    return learned_features(train=lambda: [train], held_out=lambda: [held_out], **options)
+
+
+def test_learned_features_know_the_classes_and_are_the_same_again(tmp_path):
+    torch.manual_seed(1)
+    first = learn()
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second = learn(file=tmp_path / "weights.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.held_out_accuracy > 0.95
+    assert first.digest == second.digest
+    images, labels = two_kinds(64, 2)
+    features = first(images)
+    assert features.shape == (64, 128)
+    means = torch.stack([features[labels == label].mean(0) for label in (0, 1)])
+    spread = features[labels == 0].std(0).norm()
+    assert (means[0] - means[1]).norm() > 2 * spread
+
+
+def test_learned_features_are_read_back_without_training(tmp_path):
+    file = tmp_path / "cache" / "weights.safetensors"
+    learned = learn(file=file)
+
+    def never():
+        raise AssertionError("trained again")
+
+    read = learned_features(train=never, held_out=never, file=file)
+    images, _ = two_kinds(8, 3)
+    assert torch.equal(read(images), learned(images))
+    assert (read.digest, read.held_out_accuracy) == (learned.digest, learned.held_out_accuracy)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 99))
+def test_moments_of_batches_are_those_of_the_whole(sizes, seed):
+    features = np.random.default_rng(seed).normal(size=(sum(sizes), 3)) + 1e4
+    moments = FeatureMoments()
+    for part in np.split(features, np.cumsum(sizes)[:-1]):
+        moments.add(part)
+    whole, merged = FeatureStatistics.of(features), moments.statistics()
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=0, atol=1e-8)
+
+
+def test_moments_refuse_what_they_cannot_summarise():
+    moments = FeatureMoments()
+    moments.add(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="at least 2"):
+        moments.statistics()
+    with pytest.raises(ValueError, match="not finite"):
+        moments.add(np.array([[np.inf, 0, 0]]))
+
+
+def test_a_class_grid_shows_one_class_in_each_row():
+    assert class_grid(12, classes=3) == ([0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11], 4)
+    assert class_grid(2, classes=3) == ([0, 1], 1)
+    chosen, columns = class_grid(5000, classes=20)
+    assert (len(chosen), columns) == (100, 10)
+    assert [index % 20 for index in chosen[::10]] == list(range(10))
+
+
+def test_samples_measured_in_parts_are_those_measured_at_once():
+    real, samples = two_kinds(60, 0)[0], two_kinds(50, 1)[0]
+    distance = DistanceToReal(RandomConvFeatures(1), [real], device=torch.device("cpu"), batch=16)
+    whole = distance(samples)
+    for part in torch.split(samples, 20):
+        distance.add(part)
+    assert distance.take() == pytest.approx(whole, rel=1e-6)
+    assert distance(samples) == whole  # nothing is left of what was taken
+
+
+def write_images(prefix, seed: int) -> None:
+    for split, count in (("train", 32), ("test", 20)):
+        images, labels = two_kinds(count, seed)
+        pixels = (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        write_dataset(
+            [LabelledImage(as_png(p), int(y)) for p, y in zip(pixels, labels, strict=True)],
+            f"{prefix}/{split}",
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A store with a data set and a run of two checkpoints, whose EMA is not its master."""
+    place = tmp_path_factory.mktemp("store")
+    write_images(place / "datasets" / "kinds", 0)
+    images = ShardedImages(f"{place}/datasets/kinds/train", config=ShardsConfig())
+    data = DataConfig(name="kinds", image_size=8, channels=1, classes=2)
+    science = {
+        "data": {k: v for k, v in to_dict(data).items() if k not in ("prefix", "prepare")},
+        "model": to_dict(MODEL),
+        "flow": to_dict(FlowConfig()),
+        "data_set": {"index_sha256": images.digest},
+    }
+    torch.manual_seed(0)
+    model = LapFlowTransformer(MODEL, scales=2, channels=1, image_size=8, classes=2)
+    checkpoints = Checkpoints.reader(open_store(f"{place}/runs", StoreConfig()), run="small")
+    for seen in (100, 200):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        fragments = [
+            Fragment(
+                name=name,
+                start=0,
+                shape=tuple(p.shape),
+                tensors={
+                    "master": p.detach().flatten().clone(),
+                    "ema": 0.5 * p.detach().flatten(),
+                },
+            )
+            for name, p in model.named_parameters()
+        ]
+        checkpoints.save(
+            images=seen, fragments=fragments, train_state={}, science=science, science_hash="x"
+        )
+    return place
+
+
+def config(place, **changes) -> CheckpointEvaluationConfig:
+    base = CheckpointEvaluationConfig(
+        checkpoint=f"{place}/runs/small", samples=20, home=str(place / "home"), device="cpu"
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def quiet(_text: str) -> None:
+    """Take a line and show it to nobody."""
+
+
+def test_a_run_is_measured_at_its_newest_checkpoint_or_at_all(place):
+    (newest,) = evaluate_checkpoints(config(place), tell=quiet)
+    assert newest.images == 200
+    assert newest.real_images == 20
+    both = evaluate_checkpoints(config(place, checkpoints="all"), tell=quiet)
+    assert [report.images for report in both] == [100, 200]
+    assert both[1] == newest
+    named = config(place, checkpoint=f"{place}/runs/small/checkpoints/000000000100")
+    assert evaluate_checkpoints(named, tell=quiet) == both[:1]
+
+
+def test_what_is_measured_is_read_and_not_measured_again(place, tmp_path):
+    said: list[str] = []
+    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=said.append)
+    (file,) = tmp_path.rglob("report.json")
+    assert str(file) in said[0]
+    assert (file.parent / "grid.png").is_file()
+    changed = {**json.loads(file.read_text()), "network_evaluations": -1.0}
+    file.write_text(json.dumps(changed))
+    again = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
+    assert again == [dataclasses.replace(report, network_evaluations=-1.0)]
+    other = evaluate_checkpoints(config(place, output=str(tmp_path), seed=2), tell=quiet)
+    assert other[0].distances != report.distances
+    assert CheckpointReport.from_json(report.to_json()) == report
+
+
+def test_the_figures_do_not_depend_on_the_batch(place, tmp_path):
+    places = [tmp_path / name for name in ("whole", "parts")]
+    whole, parts = (
+        evaluate_checkpoints(config(place, batch=batch, output=str(folder)), tell=quiet)[0]
+        for batch, folder in zip((20, 2), places, strict=True)
+    )
+    assert parts.measurement == whole.measurement
+    assert parts.network_evaluations == whole.network_evaluations == 80.0
+    assert parts.distances[0].frechet == pytest.approx(whole.distances[0].frechet, rel=1e-4)
+    grids = [next(folder.rglob("grid.png")).read_bytes() for folder in places]
+    assert grids[0] == grids[1]
+
+
+def test_average_and_master_weights_are_told_apart(place):
+    ema, master = (
+        evaluate_checkpoints(config(place, weights=weights), tell=quiet)[0]
+        for weights in ("ema", "master")
+    )
+    assert ema.distances != master.distances
+
+
+def test_several_extractors_measure_the_same_samples(place):
+    both = config(place, features=("random_conv", "learned_conv"))
+    (report,) = evaluate_checkpoints(both, tell=quiet)
+    alone = evaluate_checkpoints(config(place), tell=quiet)[0]
+    assert report.distance("random_conv") == alone.distance("random_conv")
+    assert report.distance("learned_conv").held_out_accuracy is not None
+    assert list((place / "home" / "cache" / "features").iterdir())
+
+
+def test_other_images_than_the_runs_own_are_refused(place, tmp_path):
+    write_images(tmp_path / "other", 7)
+    elsewhere = tmp_path / "copy"
+    shutil.copytree(place / "datasets" / "kinds", elsewhere)
+    real = dataclasses.replace(config(place).data, prefix=str(elsewhere))
+    assert evaluate_checkpoints(config(place, data=real), tell=quiet)
+    wrong = dataclasses.replace(real, prefix=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="other images"):
+        evaluate_checkpoints(config(place, data=wrong), tell=quiet)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"checkpoint": "{place}/runs/absent"}, "no valid checkpoint"),
+        ({"checkpoint": "small"}, "nor a run"),
+        (
+            {"checkpoint": "{place}/runs/small/checkpoints/000000000100", "checkpoints": "all"},
+            "URI of a run",
+        ),
+    ],
+)
+def test_places_without_checkpoints_are_named(place, changes, part):
+    changes["checkpoint"] = changes["checkpoint"].format(place=place)
+    with pytest.raises(ConfigError, match=part):
+        evaluate_checkpoints(config(place, **changes), tell=quiet)
+
+
+def test_the_command_prints_a_table_or_one_paragraph(place, capsys):
+    words = [f"checkpoint={place}/runs/small", "samples=20", f"home={place}/home", "device=cpu"]
+    assert main([*words, "features=[random_conv]"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[-1].split()[:3] == ["small", "200", "random_conv"]
+    assert main([*words, "samples=1"]) == 2
+    assert "samples=1" in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""The command that tells whether two runs have the same losses, and where they part."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
+from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
+from trainer.metrics.tracker_mlflow import TrackerUnreachable, run_curves, tracking_uri
+
+_DESCRIPTION = """\
+Compare the loss curves of two runs, image by image.
+
+  python -m trainer.compare_losses run:digits run:digits-again
+  python -m trainer.compare_losses run:before run:after@http://127.0.0.1:5000 --tolerance 1e-6
+  python -m trainer.compare_losses tests/golden/losses/two_scales.json now.json
+
+Each side is a JSON file of curves, run:NAME for the newest MLflow run of that name, or
+run:NAME@TRACKING_URI for one that is tracked elsewhere than in $LAPFLOW_HOME (~/lapflow)."""
+
+_EPILOG = """\
+exit codes: 0 all metrics agree within the tolerance, 1 one does not, 2 they cannot be compared"""
+
+_DIFFERENT, _REFUSED = 1, 2
+_RUN = "run:"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        a, b = (
+            _chosen(_read(source, experiment=options.experiment), options.metrics, source)
+            for source in (options.a, options.b)
+        )
+        found = differences(a, b, tolerance=options.tolerance)
+    except (CurvesError, TrackerUnreachable, InvalidTrackingUri) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return _REFUSED
+    sys.stdout.write(f"{described(found, tolerance=options.tolerance)}\n")
+    return _DIFFERENT if any(one.first_at is not None for one in found) else 0
+
+
+def described(found: Sequence[Difference], *, tolerance: float) -> str:
+    """Render differences for a terminal: a line for each metric, and the verdict.
+
+    Args:
+        found: The differences.
+        tolerance: Relative difference up to which values agree.
+    """
+    width = max(len(one.metric) for one in found)
+    lines = []
+    for one in found:
+        missing = f", {one.unmatched} more on one side only" if one.unmatched else ""
+        parts = [f"{one.metric:<{width}}  {one.points} points{missing}"]
+        parts.append(f"largest relative difference {one.largest:.3g} at {one.largest_at:,} images")
+        if one.first_at is not None and one.first is not None:
+            a, b = one.first
+            parts.append(f"first apart at {one.first_at:,} images: {a!r} and {b!r}")
+        lines.append("; ".join(parts))
+    apart = [one.first_at for one in found if one.first_at is not None]
+    asked = "bit for bit" if tolerance == 0 else f"within {tolerance:g}"
+    lines.append(f"DIFFERENT from {min(apart):,} images on" if apart else f"the same, {asked}")
+    return "\n".join(lines)
+
+
+def _read(source: str, *, experiment: str) -> Curves:
+    if not source.startswith(_RUN):
+        return read_curves(Path(source).expanduser())
+    name, _, uri = source.removeprefix(_RUN).partition("@")
+    home = Path(os.environ.get("LAPFLOW_HOME", "~/lapflow")).expanduser()
+    tracking = TrackingConfig(uri=uri or None, experiment=experiment)
+    return run_curves(tracking_uri(tracking, str(home)), experiment=experiment, run=name)
+
+
+def _chosen(curves: Curves, patterns: str, source: str) -> Curves:
+    wanted = patterns.split(",")
+    chosen = {
+        name: curve
+        for name, curve in curves.items()
+        if any(fnmatch(name, pattern) for pattern in wanted)
+    }
+    if not chosen:
+        raise CurvesError(
+            f"{source} has no metric that matches --metrics {patterns}; it has {sorted(curves)}."
+        )
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.compare_losses",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", help="FILE.json, run:NAME or run:NAME@TRACKING_URI")
+    parser.add_argument("b", metavar="B", help="likewise")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.0,
+        help="relative difference up to which values agree; default 0, the same bits",
+    )
+    parser.add_argument(
+        "--metrics",
+        default="loss/*",
+        help="names to compare, with * as a wildcard and commas between; default loss/*",
+    )
+    parser.add_argument("--experiment", default="lapflow", help="MLflow experiment of the runs")
+    return parser
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

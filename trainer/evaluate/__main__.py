@@ -1,0 +1,41 @@
+"""The command `python -m trainer.evaluate`, which measures checkpoints after the fact."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from trainer.command import run_command
+from trainer.evaluate.checkpoint_report import table
+from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
+
+_DESCRIPTION = """\
+Draw samples from a checkpoint and measure their Fréchet distance to held-out real images.
+
+  python -m trainer.evaluate checkpoint=~/lapflow/store/runs/digits            its newest checkpoint
+  python -m trainer.evaluate checkpoint=~/lapflow/store/runs/digits checkpoints=all
+  python -m trainer.evaluate checkpoint=s3://bucket/runs/NAME/checkpoints/000001280000 \\
+      store.endpoint_url=http://HOST:PORT samples=10000 features=[random_conv,learned_conv] \\
+      sampler.solver=heun sampler.steps=20
+
+Reports and grids are written below the run's evaluation/ folder, or below output=FOLDER."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(
+        CheckpointEvaluationConfig,
+        lambda config: table(evaluate_checkpoints(config, tell=_say)),
+        module="trainer.evaluate",
+        description=_DESCRIPTION,
+        arguments=arguments,
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What was measured of one checkpoint, as JSON and as a table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """One extractor's Fréchet distance with what it has to be compared with.
+
+    Attributes:
+        features: Name of the extractor; distances of different extractors do not compare.
+        frechet: Samples against held-out real images; lower is better.
+        frechet_real_halves: One half of the held-out real images against the other.
+        held_out_accuracy: For "learned_conv": share of held-out images its classifier reads right.
+    """
+
+    features: str
+    frechet: float
+    frechet_real_halves: float
+    held_out_accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Everything that decides a report: equal measurements of one checkpoint give equal figures.
+
+    Attributes:
+        attempt: The checkpoint's own random name.
+        weights: "ema" or "master".
+        samples: Samples drawn, classes in equal parts.
+        seed: Seed of their noise.
+        sampler: Solver, steps and guidance.
+        extractors: Name of each extractor and, where it was learned, the SHA-256 of its weights.
+        held_out_index: SHA-256 of the index of the real images.
+    """
+
+    attempt: str
+    weights: str
+    samples: int
+    seed: int
+    sampler: Mapping[str, Any]
+    extractors: Mapping[str, str]
+    held_out_index: str
+
+    @property
+    def name(self) -> str:
+        """Short digest, the name of the report's folder."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReport:
+    """Figures of one checkpoint.
+
+    Attributes:
+        checkpoint: Its URI.
+        run: Name of its run.
+        images: Images its weights were trained on.
+        real_images: Held-out images that the samples were compared with.
+        network_evaluations: Network evaluations per sample; a guided pair counts as two.
+        distances: One for each extractor.
+        measurement: How it was measured.
+    """
+
+    checkpoint: str
+    run: str
+    images: int
+    real_images: int
+    network_evaluations: float
+    distances: tuple[Distance, ...]
+    measurement: Measurement
+
+    def to_json(self) -> bytes:
+        """Return the report as JSON."""
+        return json.dumps(asdict(self), indent=2).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> CheckpointReport:
+        """Rebuild a report from `to_json`."""
+        values = json.loads(data)
+        distances = tuple(Distance(**distance) for distance in values.pop("distances"))
+        measurement = Measurement(**values.pop("measurement"))
+        return cls(**values, distances=distances, measurement=measurement)
+
+    def distance(self, features: str) -> Distance:
+        """Return the figures of one extractor."""
+        (found,) = (each for each in self.distances if each.features == features)
+        return found
+
+
+def table(reports: Sequence[CheckpointReport]) -> str:
+    """Lay reports out for a terminal, one line for each checkpoint and extractor."""
+    head = ("run", "images", "features", "Fréchet", "real halves", "extractor's accuracy")
+    rows = [
+        (
+            report.run,
+            f"{report.images:,}",
+            distance.features,
+            f"{distance.frechet:.4f}",
+            f"{distance.frechet_real_halves:.4f}",
+            "" if distance.held_out_accuracy is None else f"{distance.held_out_accuracy:.1%}",
+        )
+        for report in reports
+        for distance in report.distances
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
+    return "\n".join(lines)

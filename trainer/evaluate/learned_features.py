@@ -1,0 +1,169 @@
+"""Features of a small classifier that was trained on the data set's own training images.
+
+Between random filters, which see little of what a natural picture shows, and Inception, whose
+weights have to come from somewhere: a few convolutions that learned to tell the classes apart, in
+a minute or two, from nothing but the data at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from trainer import rng
+
+LabelledImages = Iterable[tuple[Tensor, Tensor]]
+
+_FEATURES = 128
+_EPOCHS = 5
+_BATCH = 128
+_PEAK_RATE = 1e-2
+_ACCURACY = "held_out_accuracy"
+
+
+class LearnedConvFeatures:
+    """The 128 values below the last layer of a trained classifier, means over positions.
+
+    Attributes:
+        held_out_accuracy: Share of held-out images it reads right: how well it knows the pictures.
+        digest: SHA-256 of its weights. Distances of two extractors compare only if these are equal.
+    """
+
+    def __init__(self, network: _Classifier, *, held_out_accuracy: float) -> None:
+        self._network = network.eval()
+        self.held_out_accuracy = held_out_accuracy
+        weights = (tensor for _, tensor in sorted(network.state_dict().items()))
+        self.digest = hashlib.sha256(
+            b"".join(w.cpu().contiguous().numpy().tobytes() for w in weights)
+        ).hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract 128 features per image."""
+        return self._network.to(images.device).features(images.float())
+
+
+class _Classifier(nn.Module):
+    def __init__(self, *, channels: int, classes: int) -> None:
+        super().__init__()
+        widths = ((channels, 32, 1), (32, 64, 2), (64, _FEATURES, 2), (_FEATURES, _FEATURES, 1))
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+                    nn.BatchNorm2d(outputs),
+                    nn.ReLU(),
+                )
+                for inputs, outputs, stride in widths
+            )
+        )
+        self.head = nn.Linear(_FEATURES, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        mixed: Tensor = self.layers(images)
+        return mixed.mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def learned_features(
+    *,
+    train: Callable[[], LabelledImages],
+    held_out: Callable[[], LabelledImages],
+    file: Path | None = None,
+) -> LearnedConvFeatures:
+    """Train the classifier, or read its weights where an earlier call has left them.
+
+    Training runs on one processor thread with a fixed seed, so machines with the same processor
+    and torch get the same weights; others may differ in rounding, and so in `digest`.
+
+    Args:
+        train: Gives batches of training images [b, c, h, w] in [-1, 1] and labels [b].
+        held_out: Gives batches of held-out images and labels, for the accuracy.
+        file: Where the weights are kept; None keeps them nowhere.
+    """
+    if file is not None and file.is_file():
+        return _read(file.read_bytes())
+    images, labels = (torch.cat(parts) for parts in zip(*train(), strict=True))
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.derived_seed(0, "learned features"))
+        network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)
+        _train(network, images, labels)
+        accuracy = _accuracy(network.eval(), held_out())
+    if file is not None:
+        _write(file, network, accuracy)
+    return LearnedConvFeatures(network, held_out_accuracy=accuracy)
+
+
+def _train(network: _Classifier, images: Tensor, labels: Tensor) -> None:
+    updates = _EPOCHS * -(-len(images) // _BATCH)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=_PEAK_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda update: (
+            min(1.0, 5 * (update + 1) / updates) * (1 + math.cos(math.pi * update / updates)) / 2
+        ),
+    )
+    for _ in range(_EPOCHS):
+        for part in torch.split(torch.randperm(len(images)), _BATCH):
+            loss = F.cross_entropy(network(_shifted(images[part])), labels[part])
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            schedule.step()
+
+
+def _shifted(images: Tensor) -> Tensor:
+    """Move a batch by up to an eighth of its size, which a class survives."""
+    reach = max(1, images.shape[-1] // 8)
+    rows, columns = torch.randint(0, 2 * reach + 1, (2,)).tolist()
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    size = images.shape[-1]
+    return padded[:, :, rows : rows + size, columns : columns + size]
+
+
+@torch.no_grad()
+def _accuracy(network: _Classifier, held_out: LabelledImages) -> float:
+    right = torch.cat([network(images).argmax(1) == labels for images, labels in held_out])
+    return float(right.float().mean())
+
+
+def _write(file: Path, network: _Classifier, accuracy: float) -> None:
+    tensors = {**network.state_dict(), _ACCURACY: torch.tensor(accuracy, dtype=torch.float64)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: two evaluations may be at it.
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    partial.write_bytes(save(tensors))
+    os.replace(partial, file)
+
+
+def _read(data: bytes) -> LearnedConvFeatures:
+    tensors = load(data)
+    accuracy = float(tensors.pop(_ACCURACY))
+    network = _Classifier(
+        channels=tensors["layers.0.0.weight"].shape[1], classes=len(tensors["head.bias"])
+    )
+    network.load_state_dict(tensors)
+    return LearnedConvFeatures(network, held_out_accuracy=accuracy)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""A finished checkpoint of any run: found, loaded, drawn from and measured."""

@@ -1,0 +1,105 @@
+"""A trained model as a checkpoint holds it, ready to draw from.
+
+The checkpoint's own manifest says what model it is, so nothing else has to be configured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from models.codec import Codec
+from models.flow.flow import Flow, FlowConfig
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
+from trainer import places
+from trainer.checkpoint.content import load_weights
+from trainer.checkpoint.store import StoreConfig
+from trainer.evaluate.samples import ImageShape
+from trainer.resume import open_checkpoint
+from trainer.schema import ConfigError, from_dict
+from trainer.trained.codec import codec_of
+
+Weights = Literal["ema", "master"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """What it takes to draw images.
+
+    Attributes:
+        model: The network, in evaluation mode, on its device.
+        flow: The flow it was trained with.
+        codec: Between images and what the flow works on.
+        shape: Shape of what the flow works on.
+        device: Where model and codec are.
+    """
+
+    model: nn.Module
+    flow: Flow
+    codec: Codec
+    shape: ImageShape
+    device: torch.device
+
+    def check_classes(self, classes: Sequence[int]) -> None:
+        """Refuse classes that the model does not know.
+
+        Raises:
+            ConfigError: Naming those classes.
+        """
+        beyond = [label for label in classes if not 0 <= label < self.shape.classes]
+        if beyond:
+            raise ConfigError(f"classes={beyond} are not among 0 … {self.shape.classes - 1}")
+
+
+def load_trained_model(
+    checkpoint: str,
+    *,
+    weights: Weights,
+    device: str,
+    store: StoreConfig,
+    codec_source: str | None,
+    home: str | None,
+) -> TrainedModel:
+    """Load the model of a checkpoint.
+
+    Args:
+        checkpoint: URI of the checkpoint.
+        weights: "ema", or "master" for the weights without averaging.
+        device: A device of torch; "auto" takes a GPU when there is one.
+        store: How to reach the store.
+        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where
+            the run had it.
+        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
+
+    Raises:
+        ConfigError: If there is no valid checkpoint there.
+        AutoencoderError: If the autoencoder of its latents cannot be had.
+        CheckpointError: If the checkpoint is damaged, or the store fails.
+    """
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(found if device == "auto" else device)
+    opened, _, manifest = open_checkpoint(checkpoint, store)
+    codec, shape = codec_of(
+        manifest.science,
+        source=codec_source,
+        cache=places.cache_folder(home),
+        store=store,
+        device=place,
+    )
+    flow = Flow(from_dict(FlowConfig, manifest.science["flow"]))
+    model = LapFlowTransformer(
+        from_dict(TransformerConfig, manifest.science["model"]),
+        scales=flow.stages.scales,
+        channels=shape.channels,
+        image_size=shape.size,
+        classes=shape.classes,
+    )
+    model.load_state_dict(load_weights(opened, manifest, weights))
+    return TrainedModel(
+        model=model.to(place).eval(), flow=flow, codec=codec, shape=shape, device=place
+    )

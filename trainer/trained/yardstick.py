@@ -1,0 +1,123 @@
+"""What the samples of a checkpoint are measured by: extractors and its data set's real images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cluster.contract import WorkerContext
+from trainer import places
+from trainer.data import open_split, real_images
+from trainer.evaluate.distance import DistanceToReal
+from trainer.evaluate.features import (
+    FeatureConfig,
+    FeatureExtractor,
+    FeatureName,
+    feature_extractor,
+)
+from trainer.evaluate.learned_features import LearnedConvFeatures
+from trainer.schema import ConfigError, JobConfig
+
+
+class Yardstick:
+    """The real images and extractors of one data set, which serve all checkpoints of a run.
+
+    Args:
+        job: The job whose data set it is.
+        trained_on: SHA-256 of the index of the images that the run was trained on.
+        features: Names of the extractors.
+        inception_weights: Local file for "inception"; None downloads it when online.
+        device: Where features are extracted.
+        batch: Images whose features are extracted at a time.
+
+    Attributes:
+        held_out_index: SHA-256 of the index of the real images.
+
+    Raises:
+        ConfigError: The images are not those of the run.
+        DataError: They are missing or damaged.
+        MissingWeights: Inception's weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        *,
+        trained_on: str,
+        features: Sequence[FeatureName],
+        inception_weights: str | None,
+        device: torch.device,
+        batch: int,
+    ) -> None:
+        self._job = job
+        self._device = device
+        self._batch = batch
+        os.environ.update(places.object_store_environment(job))
+        if open_split(job, "train").digest != trained_on:
+            raise ConfigError(
+                f"data.prefix={places.data_prefix(job)} holds other images than those that run "
+                f"{job.run} was trained on; give the prefix of its own data set"
+            )
+        self.held_out_index = open_split(job, "test").digest
+        self._extractors: dict[str, FeatureExtractor] = {
+            name: feature_extractor(
+                FeatureConfig(name=name, inception_weights=inception_weights),
+                channels=job.data.channels,
+                train=self._split("train"),
+                held_out=self._split("test"),
+                learned_weights=self._learned_weights(trained_on),
+            )
+            for name in features
+        }
+
+    @cached_property
+    def distances(self) -> dict[str, DistanceToReal]:
+        """Distance to the held-out images by each extractor; reads them at first use."""
+        return {
+            name: DistanceToReal(
+                extractor,
+                (images for images, _ in self._split("test")()),
+                device=self._device,
+                batch=self._batch,
+            )
+            for name, extractor in self._extractors.items()
+        }
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Each extractor and, where it was learned, the SHA-256 of its weights."""
+        return {
+            name: extractor.digest if isinstance(extractor, LearnedConvFeatures) else ""
+            for name, extractor in self._extractors.items()
+        }
+
+    def held_out_accuracy(self, name: str) -> float | None:
+        """Share of held-out images that a learned extractor reads right."""
+        extractor = self._extractors[name]
+        return extractor.held_out_accuracy if isinstance(extractor, LearnedConvFeatures) else None
+
+    def _split(self, split: str) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+        return lambda: real_images(self._job, split, _context(self._device))
+
+    def _learned_weights(self, trained_on: str) -> Path:
+        name = f"learned_conv-{trained_on[:16]}-{self._job.data.image_size}.safetensors"
+        return places.cache(self._job) / "features" / name
+
+
+def _context(device: torch.device) -> WorkerContext:
+    """Stand in for the place in a run that an evaluation does not have."""
+    return WorkerContext(
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        attempt=0,
+        device=str(device),
+        stop_requested=lambda: False,
+        tell=lambda _: None,
+    )

@@ -3,6 +3,7 @@
 #   make test        set everything up and run all tests;  make test-fast  the quick part
 #   make check       linters, types, import contracts;     make format     apply ruff's format
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
+#   make pictures    draw the pictures of docs/method.md anew
 #   make ui          open the MLflow pages of the runs on this machine
 #   make clean-venv  remove .venv
 
@@ -20,7 +21,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-fast check format bench ui setup clean-venv golden
+.PHONY: train test test-fast check format bench pictures ui setup clean-venv golden
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -51,6 +52,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.prefix_attention --output $(LAPFLOW_HOME)/bench/prefix_attention.json
 	$(BIN)/python -m benchmarks.expert_matmul --output $(LAPFLOW_HOME)/bench/expert_matmul.json
 	$(BIN)/python -m benchmarks.sampling --output $(LAPFLOW_HOME)/bench/sampling.json
+
+pictures: setup
+	$(BIN)/python docs/pictures.py $(ARGS)
 
 ui: setup
 	$(BIN)/python -m mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(LAPFLOW_HOME)/mlflow.db

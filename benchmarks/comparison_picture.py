@@ -1,6 +1,6 @@
 """The picture of a comparison: distance against images seen, and against the cost of training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +10,15 @@ _COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3")
 class Curves(Protocol):
     """What is drawn of an arm."""
 
-    name: str
-    runs: Any
+    @property
+    def name(self) -> str:
+        """What the picture calls it."""
+        ...
+
+    @property
+    def runs(self) -> Mapping[str, Sequence[Any]]:
+        """Reports of each run's checkpoints, oldest first."""
+        ...
 
     def curve(self, run: str, features: str) -> list[tuple[int, float]]:
         """Images and distance along one run."""

@@ -11,8 +11,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines.errors import CacheUnusableError
@@ -57,12 +57,18 @@ class ShardCache:
         prefix: The dataset's prefix in its store.
         index: Content of its index.json. A dataset that was written anew has another index and
             therefore another cache.
+        limit_bytes: Size of all caches under the root above which shards are removed, those first
+            that were not asked for the longest; None keeps everything.
 
     Raises:
         CacheUnusableError: The folder cannot be made.
     """
 
-    def __init__(self, root: Path, *, prefix: str, index: bytes) -> None:
+    def __init__(
+        self, root: Path, *, prefix: str, index: bytes, limit_bytes: int | None = None
+    ) -> None:
+        self._root = root
+        self._limit_bytes = limit_bytes
         key = hashlib.sha256(prefix.encode() + b"\0" + index).hexdigest()[:32]
         self.folder = root / key
         with _usable(root):
@@ -99,3 +105,40 @@ class ShardCache:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             fetched.replace(path)
+            os.utime(path)
+            if self._limit_bytes is not None:
+                self._trim(self._limit_bytes, spared=path)
+
+    def used(self, names: Iterable[str]) -> None:
+        """Note that shards are in use, so that others are removed before them."""
+        for name in names:
+            # It may have been removed; then it is fetched again.
+            with suppress(FileNotFoundError):
+                os.utime(self.folder / name)
+
+    def _trim(self, limit_bytes: int, *, spared: Path) -> None:
+        """Remove shards until the rest fits; readers fetch again what they miss."""
+        with (self._root / ".trim.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            shards = sorted(self._shards())
+            total = sum(size for _, size, _ in shards)
+            for _, size, path in shards:
+                if total <= limit_bytes:
+                    return
+                if path != spared:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+    def _shards(self) -> Iterator[tuple[int, int, Path]]:
+        """When each shard of all datasets was last used, its size and its place."""
+        # Other things may be kept under the root; a cache of shards is known by its folders.
+        caches = [folder for folder in self._root.iterdir() if (folder / ".partial").is_dir()]
+        for cache in caches:
+            for folder, inner, names in os.walk(cache):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                for name in names:
+                    path = Path(folder) / name
+                    with suppress(FileNotFoundError):
+                        status = path.stat()
+                        if name != INDEX_NAME:
+                            yield status.st_mtime_ns, status.st_size, path

@@ -38,19 +38,25 @@ class ShardsConfig(SourceConfig):
     """How shards are fetched and kept.
 
     Attributes:
-        cache_dir: Folder on this node for fetched shards, shared by all processes; None for a
-            private one under the temporary folder. Nothing is ever removed from it: it grows to
-            the size of the dataset. Datasets at a local path are read in place, without it.
+        cache_dir: Folder on this node for fetched shards, shared by all processes; None for one of
+            the caller's choice, or a private one under the temporary folder. Datasets at a local path are read in place,
+            without it.
+        cache_limit_gib: Size of the folder above which the shards that were not asked for the
+            longest are removed; None lets it grow to the size of the dataset. It should hold twice
+            the shards of one shuffle block, or shards are fetched again and again.
         download_threads: Shards that one process fetches at a time.
     """
 
     cache_dir: str | None = None
+    cache_limit_gib: float | None = None
     download_threads: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.download_threads < 1:
             raise DataError(f"download_threads must be at least 1, got {self.download_threads}.")
+        if self.cache_limit_gib is not None and self.cache_limit_gib <= 0:
+            raise DataError(f"cache_limit_gib must be above 0, got {self.cache_limit_gib}.")
 
 
 class ShardedImages:
@@ -83,7 +89,13 @@ class ShardedImages:
         self._folder = Path(self._source.prefix)
         if not self._source.is_local:
             root = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-            self._cache = ShardCache(root, prefix=self._source.prefix, index=index)
+            limit = config.cache_limit_gib
+            self._cache = ShardCache(
+                root,
+                prefix=self._source.prefix,
+                index=index,
+                limit_bytes=None if limit is None else int(limit * 2**30),
+            )
             self._folder = self._cache.folder
         self._readers = [_reader(self._folder, shard) for shard in self._shards]
         self._checked: set[int] = set()
@@ -134,6 +146,8 @@ class ShardedImages:
             DataError: As for `read`.
         """
         numbers = set(np.searchsorted(self._ends, sample_ids, side="right").tolist())
+        if self._cache is not None:
+            self._cache.used(self._shards[number].name for number in numbers & self._checked)
         todo = deque(sorted(numbers - self._checked))
         if not todo:
             return

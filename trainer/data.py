@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from cluster.contract import WorkerContext
 from pipelines.decode import DecodeConfig, make_decoder
 from pipelines.loader import Loader
-from pipelines.shards import ShardedImages, ShardsConfig
+from pipelines.shards import ShardedImages
 from pipelines.view import AugmentConfig
 from trainer import places, rng
 from trainer.schema import ConfigError, JobConfig, encodes
@@ -30,8 +31,9 @@ def open_split(job: JobConfig, split: str) -> ShardedImages:
             f"data.space={job.data.space} cannot be trained yet: the loader reads images only; "
             "dry_run=true works, data.space=pixel trains"
         )
+    cache_dir = job.shards.cache_dir or str(places.cache(job))
     return ShardedImages(
-        f"{places.data_prefix(job)}/{split}", config=ShardsConfig(cache_dir=str(places.cache(job)))
+        f"{places.data_prefix(job)}/{split}", config=replace(job.shards, cache_dir=cache_dir)
     )
 
 

@@ -21,6 +21,7 @@ from cluster.contract import ClusterConfig
 from models.flow.flow import FlowConfig
 from models.transformer.config import TransformerConfig
 from pipelines.loader import LoaderConfig
+from pipelines.shards import ShardsConfig
 from pipelines.view import AugmentConfig
 from trainer.autoencoder import CodecConfig
 from trainer.checkpoint.saver import CheckpointConfig
@@ -96,6 +97,7 @@ class JobConfig:
         engine: Sharding and precision.
         cluster: Workers and failure policy.
         loader: Decoding and prefetching.
+        shards: How shards are fetched and kept on each node.
         store: The object store of shards, checkpoints and results.
         checkpoint: How often, and how many are kept.
         tracking: MLflow.
@@ -116,6 +118,7 @@ class JobConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -102,7 +102,7 @@ def test_formula_counts_the_parameters_of_each_scale(scales: int, option: str) -
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("scales", "active"), [(1, 1), (2, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("scales", "active"), [(1, 1), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4)])
 def test_formula_counts_the_executed_multiply_adds(scales: int, active: int, option: str) -> None:
     if scales == 1 and "ties" in OPTIONS[option]:
         pytest.skip("one scale has none to share with")

@@ -251,6 +251,43 @@ def test_each_shard_is_hashed_once(prefix: Path, monkeypatch: pytest.MonkeyPatch
     assert len(checked) == len(set(checked)) == len(dataset.shard_sizes)
 
 
+def test_a_limited_cache_drops_what_was_used_least_recently(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    folder = tmp_path / "cache"
+    read_all(cached(prefix, folder))
+    sizes = {path.name: path.stat().st_size for path in shards_in(folder)}
+    assert len(sizes) > 5
+    shutil.rmtree(folder)
+    limit = 3 * max(sizes.values())
+    (folder / "autoencoder").mkdir(parents=True)
+    (folder / "autoencoder" / "weights").write_bytes(bytes(limit))
+    dataset = cached(prefix, folder, cache_limit_gib=limit / 2**30, download_threads=1)
+    # Every sample, although never more than three shards are kept.
+    for sample in expected(images):
+        got = dataset.read(sample[2])
+        assert (got.data, got.label, got.sample_id) == sample
+        assert sum(path.stat().st_size for path in shards_in(folder)) <= limit
+    assert shards_in(folder)[-1].name == max(sizes)
+    assert (folder / "autoencoder" / "weights").is_file()
+
+    shutil.rmtree(folder)
+    dataset = cached(prefix, folder, cache_limit_gib=limit / 2**30, download_threads=1)
+    first_of = [sum(dataset.shard_sizes[:number]) for number in range(len(sizes))]
+    for number in range(3):
+        dataset.prepare(np.array([first_of[number]]))
+    dataset.prepare(np.array([first_of[0]]))  # asked for again, so no longer the oldest
+    dataset.prepare(np.array([first_of[4]]))
+    kept = {path.name for path in shards_in(folder)}
+    assert "shard.00000.mds" in kept
+    assert "shard.00001.mds" not in kept
+    # Another dataset in the same folder counts too.
+    other = shutil.copytree(prefix, tmp_path / "other")
+    twin = cached(other, folder, cache_limit_gib=limit / 2**30)
+    assert read_all(twin) == expected(images)
+    assert sum(path.stat().st_size for path in shards_in(folder)) <= limit
+
+
 def test_a_dataset_written_anew_has_a_new_cache(
     prefix: Path, tmp_path: Path, images: list[LabelledImage]
 ) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from benchmarks.report import Cell, Report
 from models.transformer.config import TransformerConfig
 from models.transformer.presets import PRESETS, preset
+from trainer.mistakes import is_users_mistake
 
 _TINY = TransformerConfig(depth=2, width=64, heads=2)
 
@@ -99,6 +100,8 @@ def setting(benchmark: str, options: argparse.Namespace) -> Setting:
         )
     name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name if options.device == "auto" else options.device)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     asked: dict[str, Cell] = {
@@ -108,6 +111,17 @@ def setting(benchmark: str, options: argparse.Namespace) -> Setting:
     }
     report = Report(benchmark, device=device, settings=asked)
     return Setting(device=device, report=report, output=options.output)
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Run a benchmark from the terminal: sizes that do not fit are a message, not a traceback."""
+    try:
+        return main()
+    except ValueError as error:
+        if not is_users_mistake(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def positive(text: str) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.command import positive
 from benchmarks.comparison_picture import draw_picture
@@ -29,10 +29,13 @@ from models.flow.flow import FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.store import StoreConfig
 from trainer.evaluate.checkpoint_report import CheckpointReport
+from trainer.evaluate.features import FeatureName
 from trainer.mistakes import is_users_mistake
 from trainer.resume import open_checkpoint
-from trainer.schema import DataConfig, difference, from_dict
+from trainer.schema import difference, from_dict
+from trainer.trained.codec import recorded_shape
 from trainer.trained.evaluation import (
     CheckpointEvaluationConfig,
     RealImagesConfig,
@@ -180,7 +183,10 @@ def as_json(arms: Sequence[Arm]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if short := [arm[0] for arm in options.arm if len(arm) == 1]:
+        parser.error(f"--arm {short[0]}: give a name and then the URI of at least one run")
     try:
         config = CheckpointEvaluationConfig(
             checkpoint="",
@@ -196,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output=options.evaluations,
             home=options.home,
             device=options.device,
+            store=StoreConfig(endpoint_url=options.endpoint_url),
         )
         arms = [measured(name, runs, config) for name, *runs in options.arm]
         check_alike(arms)
@@ -223,13 +230,13 @@ def _each(arm: Arm, features: str, images: int) -> str:
 
 
 def _shape(science: Mapping[str, Any]) -> ModelShape:
-    data = from_dict(DataConfig, science["data"])
+    shape = recorded_shape(science)
     return ModelShape.of(
         from_dict(TransformerConfig, science["model"]),
         scales=from_dict(FlowConfig, science["flow"]).scales,
-        channels=data.channels,
-        image_size=data.image_size,
-        classes=data.classes,
+        channels=shape.channels,
+        image_size=shape.size,
+        classes=shape.classes,
     )
 
 
@@ -253,8 +260,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--data-prefix", help="the data set's shards, if not in the runs' store")
     made.add_argument(
-        "--features", nargs="+", default=["learned_conv", "random_conv"], help="extractors"
+        "--features",
+        nargs="+",
+        choices=get_args(FeatureName),
+        default=["learned_conv", "random_conv"],
+        help="extractors",
     )
+    made.add_argument("--endpoint-url", help="S3 service of the runs, other than AWS")
     made.add_argument("--samples", type=positive, default=1000)
     made.add_argument("--batch", type=positive, default=125)
     made.add_argument("--seed", type=int, default=1, help="of the noise, the same for all")

@@ -100,4 +100,4 @@ def _peak_gib(work: TrainingWork, device: torch.device) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.guarded(main))

@@ -8,11 +8,12 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS: tuple[tuple[str, str], ...] = (
     ("optimizer", r"adam|foreach|multi_tensor"),
+    # Before the others, because a fused kernel is named after all that went into it.
+    ("fused", r"triton_(poi|per|red)_fused|cpp_fused"),
     ("attention", r"flash|fmha|scaled_dot_product|attention|cudnn_generated_fort_native_sdpa"),
     ("matmul", r"gemm|addmm|\bmm\b|aten::mm|bmm|matmul|nvjet|cutlass|mkldnn|linear"),
     ("norm", r"layer_?norm|rms_?norm"),
     ("copy", r"copy|memcpy|memset|cat|stack|clone|fill|zero|contiguous"),
-    ("fused", r"triton|graph_\d+_cpp_fused|cpp_fused"),
 )
 """Kinds with the names of their kernels, tried in order; all else is "elementwise and other"."""
 

@@ -185,4 +185,4 @@ def _mib(count: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.guarded(main))

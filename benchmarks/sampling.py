@@ -168,4 +168,4 @@ def _compiled(network: LapFlowTransformer) -> VelocityModel:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.guarded(main))

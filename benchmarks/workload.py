@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.cost import ModelShape, multiply_adds
+from models.cost import ModelShape, training_multiply_adds
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
@@ -81,21 +81,14 @@ class TrainingWork:
             if optimizer
             else None
         )
-        shape = ModelShape(
-            depth=config.depth,
-            width=config.width,
-            heads=config.heads,
-            patch_size=config.patch_size,
+        shape = ModelShape.of(
+            config,
             scales=scales,
             channels=latents.channels,
             image_size=latents.size,
             classes=_CLASSES,
-            mlp_ratio=config.mlp_ratio,
-            qk_norm=config.qk_norm,
         )
-        self.multiply_adds = (
-            sum(multiply_adds(shape, active=active) for active in range(1, scales + 1)) / scales
-        )
+        self.multiply_adds = training_multiply_adds(shape)
         """Multiply-adds of one image's forward pass, averaged over the stages of training."""
 
     def __call__(self) -> Tensor:

@@ -39,8 +39,8 @@ class ShardsConfig(SourceConfig):
 
     Attributes:
         cache_dir: Folder on this node for fetched shards, shared by all processes; None for one of
-            the caller's choice, or a private one under the temporary folder. Datasets at a local path are read in place,
-            without it.
+            the caller's choice, or a private one under the temporary folder. Datasets at a local
+            path are read in place, without it.
         cache_limit_gib: Size of the folder above which the shards that were not asked for the
             longest are removed; None lets it grow to the size of the dataset. It should hold twice
             the shards of one shuffle block, or shards are fetched again and again.

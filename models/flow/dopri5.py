@@ -7,6 +7,9 @@ from torchdiffeq import odeint
 from models.axes import Bands
 from models.flow.solver import VelocityFunction
 
+_FIRST_STEP = 0.05
+"""Share of the interval that is tried first; a step that is too long is made again."""
+
 
 def integrate_adaptive(
     velocity: VelocityFunction,
@@ -46,7 +49,7 @@ def integrate_adaptive(
         rtol=relative_tolerance,
         method="dopri5",
         # Land on the end: by default the last step goes beyond, where nothing was trained, and the
-        # result is interpolated.
-        options={"step_t": times[1:]},
+        # result is interpolated. The first step is given, because its own choice looks beyond too.
+        options={"step_t": times[1:], "first_step": (end - start) * _FIRST_STEP},
     )
     return tuple(points[-1] for points in trajectory)

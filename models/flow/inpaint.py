@@ -22,7 +22,7 @@ from models.flow.counted import CountedModel
 from models.flow.flow import Flow
 from models.flow.guidance import guided
 from models.flow.path import Coefficients
-from models.flow.plan import Piece
+from models.flow.pieces import Piece
 from models.flow.sampler import Samples
 from models.flow.sampler_config import SamplerConfig
 from models.flow.solver import SOLVERS, VelocityFunction, integrate

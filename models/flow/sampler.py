@@ -11,7 +11,7 @@ from models.flow.counted import CountedModel
 from models.flow.dopri5 import integrate_adaptive
 from models.flow.flow import Flow
 from models.flow.guidance import guided
-from models.flow.plan import Piece
+from models.flow.pieces import Piece
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.flow.solver import SOLVERS, integrate
 from models.pyramid import merge

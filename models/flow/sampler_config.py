@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.flow.flow import Flow
-from models.flow.plan import Piece, adaptive_pieces, fixed_pieces, steps_per_segment
+from models.flow.pieces import Piece, adaptive_pieces, fixed_pieces, steps_per_segment
 from models.flow.solver import SOLVERS
 from models.flow.stages import Stages
 

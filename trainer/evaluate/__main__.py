@@ -9,11 +9,12 @@ from trainer.command import run_command
 from trainer.evaluate.checkpoint_report import table
 from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
 
-_DESCRIPTION = """\
+_EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
+_DESCRIPTION = f"""\
 Draw samples from a checkpoint and measure their Fréchet distance to held-out real images.
 
-  python -m trainer.evaluate checkpoint=~/lapflow/store/runs/digits            its newest checkpoint
-  python -m trainer.evaluate checkpoint=~/lapflow/store/runs/digits checkpoints=all
+  python -m trainer.evaluate {_EXAMPLE}            its newest checkpoint
+  python -m trainer.evaluate {_EXAMPLE} checkpoints=all
   python -m trainer.evaluate checkpoint=s3://bucket/runs/NAME/checkpoints/000001280000 \\
       store.endpoint_url=http://HOST:PORT samples=10000 features=[random_conv,learned_conv] \\
       sampler.solver=heun sampler.steps=20
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda config: table(evaluate_checkpoints(config, tell=_say)),
         module="trainer.evaluate",
         description=_DESCRIPTION,
+        example=_EXAMPLE,
         arguments=arguments,
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Extract features."""
         ...
+
+
+class UnknownFeatures(ValueError):
+    """There is no extractor of that name."""
 
 
 class MissingWeights(ValueError):
@@ -140,12 +144,18 @@ def feature_extractor(
 
     Raises:
         MissingWeights: If Inception's weights cannot be had.
+        UnknownFeatures: If there is no such extractor.
     """
     if config.name == "inception":
         return InceptionFeatures(config.inception_weights)
     if config.name == "learned_conv":
         return learned_features(train=train, held_out=held_out, file=learned_weights)
-    return RandomConvFeatures(channels)
+    if config.name == "random_conv":
+        return RandomConvFeatures(channels)
+    raise UnknownFeatures(
+        f"there is no feature extractor {config.name!r}; choose one of "
+        f"{', '.join(get_args(FeatureName))}"
+    )
 
 
 def check_features(config: FeatureConfig) -> None:

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from trainer import rng
 
+RECIPE = 1
+"""Number of the way to train: one more whenever it changes, so that kept weights are not reused."""
+
 LabelledImages = Iterable[tuple[Tensor, Tensor]]
 
 _FEATURES = 128

@@ -20,7 +20,7 @@ from trainer.evaluate.features import (
     FeatureName,
     feature_extractor,
 )
-from trainer.evaluate.learned_features import LearnedConvFeatures
+from trainer.evaluate.learned_features import RECIPE, LearnedConvFeatures
 from trainer.schema import ConfigError, JobConfig
 
 
@@ -105,7 +105,9 @@ class Yardstick:
         return lambda: real_images(self._job, split, _context(self._device))
 
     def _learned_weights(self, trained_on: str) -> Path:
-        name = f"learned_conv-{trained_on[:16]}-{self._job.data.image_size}.safetensors"
+        data = self._job.data
+        picture = f"{data.channels}x{data.image_size}"
+        name = f"learned_conv-{RECIPE}-{trained_on[:16]}-{picture}.safetensors"
         return places.cache(self._job) / "features" / name
 
 

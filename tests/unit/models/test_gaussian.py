@@ -101,9 +101,10 @@ def test_moments_of_drawn_samples_are_right_within_their_error(scales: int) -> N
     assert ((images.T.cov() - data.covariance).abs() < 5 * error).all()
 
 
-def test_dependent_bands_need_the_whole_state() -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_dependent_bands_need_the_whole_state(seed: int) -> None:
     config = FlowConfig(scales=2)
-    data = correlated_bands(SIZE, seed=0)
+    data = correlated_bands(SIZE, seed=seed)
     coarse_map, _ = band_maps(SIZE, 2)
     causal = sample_law(OptimalVelocity(data, config), config, steps=120)
     full = sample_law(OptimalVelocity(data, config, sees="full"), config, steps=120)
@@ -115,7 +116,7 @@ def test_dependent_bands_need_the_whole_state() -> None:
         )
 
     assert distance(coarse(causal), coarse(data)) < 2e-3
-    assert distance(causal, data) > 0.05
+    assert 0.03 < distance(causal, data) < 0.08
 
 
 @pytest.mark.parametrize("noise", ["banded", "independent"])

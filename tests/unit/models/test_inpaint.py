@@ -1,6 +1,7 @@
 """Filling in: what is known stays, and what is missing follows it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,57 +146,106 @@ def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack(centred))[0, 1])
 
 
-@pytest.mark.parametrize("missing", ["last row", "every other"])
+MISSING = {
+    "every other pixel": lambda row, column: (row + column) % 2 == 0,
+    "the last row": lambda row, column: (row == 3) & (column >= 0),
+    "one half": lambda row, column: (row >= 2) & (column >= 0),
+}
+
+
+class FillingIn:
+    """Gaussian images with missing pixels, of which the right law is known, and what is drawn."""
+
+    def __init__(self, missing: str, *, scales: int, count: int) -> None:
+        self._config = FlowConfig(scales=scales)
+        self._data = data = smooth_images(4)
+        self._generator = torch.Generator().manual_seed(scales)
+        self._images = data.draw(count, self._generator)
+        row, column = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+        self.known = (~MISSING[missing](row, column)).expand(count, 1, 4, 4)
+        k = self._k = self.known[0].flatten()
+        gain = data.covariance[~k][:, k] @ torch.linalg.inv(data.covariance[k][:, k])
+        centred = self._images.flatten(1)[:, k] - data.mean[k]
+        self.right_mean = data.mean[~k] + centred @ gain.T
+        self._right_spread = data.covariance[~k][:, ~k] - gain @ data.covariance[k][:, ~k]
+
+    def right(self) -> torch.Tensor:
+        root = torch.linalg.cholesky(self._right_spread)
+        noise = torch.randn(self.right_mean.shape, generator=self._generator)
+        return self.right_mean + noise.double() @ root.T
+
+    def best(self) -> float:
+        """Correlation of right pixels with their right mean."""
+        variance = self._data.covariance.diagonal()[~self._k].sum()
+        return float((1 - self._right_spread.diagonal().sum() / variance).sqrt())
+
+    def drawn(self, repeats: int, known: torch.Tensor) -> torch.Tensor:
+        count, flow = len(self._images), Flow(self._config)
+        filled_in = inpaint(
+            OptimalVelocity(self._data, self._config, sees="full"),
+            flow=flow,
+            config=SamplerConfig(steps=20),
+            images=self._images,
+            known=known,
+            noise=draws(flow, images=count, channels=1, size=4),
+            labels=torch.zeros(count, dtype=torch.long),
+            null_label=0,
+            repeats=repeats,
+        ).images
+        return filled_in.flatten(1)[:, ~self._k]
+
+    def surprise(self, pixels: torch.Tensor) -> float:
+        """Squared deviation from the right mean in units of the right spread; 1 is right."""
+        deviation = pixels - self.right_mean
+        return float((deviation @ torch.linalg.inv(self._right_spread) * deviation).mean())
+
+
+@pytest.mark.parametrize("missing", ["the last row", "every other pixel"])
 @pytest.mark.parametrize("scales", [1, 2, 3])
 def test_what_is_missing_follows_what_is_known(scales: int, missing: str) -> None:
     """On Gaussian images, where the right answer is known: mean and spread given the known pixels.
 
     The last row is half of every block it touches, so a coarse band is never known there.
     """
-    size, count = 4, 300
-    config = FlowConfig(scales=scales)
-    flow, data = Flow(config), smooth_images(size)
-    generator = torch.Generator().manual_seed(scales)
-    images = data.draw(count, generator)
-    known = torch.ones(count, 1, size, size, dtype=torch.bool)
-    if missing == "last row":
-        known[..., -1, :] = False
-    else:
-        known[..., ::2, ::2] = known[..., 1::2, 1::2] = False
-    k = known[0].flatten()
-    gain = data.covariance[~k][:, k] @ torch.linalg.inv(data.covariance[k][:, k])
-    right_mean = data.mean[~k] + (images.flatten(1)[:, k] - data.mean[k]) @ gain.T
-    right_spread = data.covariance[~k][:, ~k] - gain @ data.covariance[k][:, ~k]
-    root = torch.linalg.cholesky(right_spread)
-    right = right_mean + torch.randn(right_mean.shape, generator=generator).double() @ root.T
+    case = FillingIn(missing, scales=scales, count=300)
+    right, nothing = case.right(), torch.zeros_like(case.known)
+    chance, once, often = (
+        case.drawn(repeats, known)
+        for repeats, known in ((1, nothing), (1, case.known), (8, case.known))
+    )
+    best = correlation(right, case.right_mean)
+    assert abs(correlation(chance, case.right_mean)) < 0.15
+    assert correlation(once, case.right_mean) > 0.4
+    assert correlation(often, case.right_mean) > 0.9 * best
+    assert case.surprise(right) == pytest.approx(1, abs=0.15)
+    assert case.surprise(once) < case.surprise(chance) / 2
+    assert case.surprise(often) < 1.7
 
-    def drawn(repeats: int, known: torch.Tensor) -> torch.Tensor:
-        filled_in = inpaint(
-            OptimalVelocity(data, config, sees="full"),
-            flow=flow,
-            config=SamplerConfig(steps=20),
-            images=images,
-            known=known,
-            noise=draws(flow, images=count, channels=1, size=size),
-            labels=torch.zeros(count, dtype=torch.long),
-            null_label=0,
-            repeats=repeats,
-        ).images
-        return filled_in.flatten(1)[:, ~k]
 
-    def surprise(pixels: torch.Tensor) -> float:
-        """Squared deviation from the right mean in units of the right spread; 1 is right."""
-        deviation = pixels - right_mean
-        return float((deviation @ torch.linalg.inv(right_spread) * deviation).mean())
+def documented() -> dict[tuple[str, str], float]:
+    """Cells of the table in docs/sample.md, by what is missing and repeats."""
+    text = (Path(__file__).parents[3] / "docs" / "sample.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text[text.index("| missing |") :].partition("\n\n")[0].splitlines()
+    ]
+    columns = [name.partition(" ")[0] for name in rows[0][1:]]
+    return {
+        (row[0], column): float(cell)
+        for row in rows[2:]
+        for column, cell in zip(columns, row[1:], strict=True)
+    }
 
-    chance, once, often = drawn(1, torch.zeros_like(known)), drawn(1, known), drawn(8, known)
-    best = correlation(right, right_mean)
-    assert abs(correlation(chance, right_mean)) < 0.15
-    assert correlation(once, right_mean) > 0.4
-    assert correlation(often, right_mean) > 0.9 * best
-    assert surprise(right) == pytest.approx(1, abs=0.15)
-    assert surprise(once) < surprise(chance) / 2
-    assert surprise(often) < 1.7
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_the_table_of_repeats_is_what_is_drawn(missing: str) -> None:
+    cells = {column: cell for (name, column), cell in documented().items() if name == missing}
+    assert list(cells) == ["1", "3", "5", "8", "20", "best"]
+    case = FillingIn(missing, scales=2, count=400)
+    assert case.best() == pytest.approx(cells.pop("best"), abs=0.006)
+    for repeats, cell in cells.items():
+        found = correlation(case.drawn(int(repeats), case.known), case.right_mean)
+        assert found == pytest.approx(cell, abs=0.03), repeats
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -43,6 +43,14 @@ class OccupiedPrefixError(DataError):
     """Writing would replace another dataset."""
 
 
+class UnwritableTargetError(DataError):
+    """The place where a dataset is wanted cannot be written."""
+
+
+class IngestSettingError(DataError):
+    """A setting of an ingest is out of its range, or does not go with another one."""
+
+
 class UndecodableImageError(DataError):
     """Some images of a batch cannot be decoded.
 

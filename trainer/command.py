@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.checkpoint.errors import CheckpointError
-from trainer.composition import settings
+from trainer.composition import MissingSettingError, settings
 from trainer.mistakes import is_users_mistake
 from trainer.schema import from_dict
 
@@ -22,6 +22,7 @@ def run_command(
     *,
     module: str,
     description: str,
+    example: str,
     arguments: Sequence[str] | None,
 ) -> int:
     """Read the settings, do the work, and print what it gives: where a file is, or a text.
@@ -31,6 +32,7 @@ def run_command(
         make: What the command does.
         module: Name of its module, for help.
         description: Text for help.
+        example: Settings that are enough, shown when one is missing.
         arguments: Command line without the program's name; None takes the process's own.
 
     Returns:
@@ -43,14 +45,16 @@ def run_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings: " + ", ".join(annotations),
     )
-    parser.add_argument("overrides", nargs="+", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     try:
         made = make(from_dict(kind, settings(kind, options.overrides)))
     except (CheckpointError, ValueError) as error:
         if not is_users_mistake(error) and not isinstance(error, CheckpointError):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        missing = isinstance(error, MissingSettingError)
+        hint = f", for example: python -m {module} {example}" if missing else ""
+        sys.stderr.write(f"error: {error}{hint}\n")
         return 2
     sys.stdout.write(f"{made}\n")
     return 0

@@ -24,7 +24,10 @@ Each side is a JSON file of curves, run:NAME for the newest MLflow run of that n
 run:NAME@TRACKING_URI for one that is tracked elsewhere than in $LAPFLOW_HOME (~/lapflow)."""
 
 _EPILOG = """\
-exit codes: 0 all metrics agree within the tolerance, 1 one does not, 2 they cannot be compared"""
+exit codes: 0 both have the same points and agree at them within the tolerance, 1 they do not,
+2 they cannot be compared: one is missing, or they hold different metrics. Points that only one side
+has, because it stopped early or logged less often, count as a difference; --common-points passes
+over them."""
 
 _DIFFERENT, _REFUSED = 1, 2
 _RUN = "run:"
@@ -49,16 +52,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CurvesError, TrackerUnreachable, InvalidTrackingUri) as error:
         sys.stderr.write(f"error: {error}\n")
         return _REFUSED
-    sys.stdout.write(f"{described(found, tolerance=options.tolerance)}\n")
-    return _DIFFERENT if any(one.first_at is not None for one in found) else 0
+    told = described(found, tolerance=options.tolerance, only_common=options.common_points)
+    sys.stdout.write(f"{told}\n")
+    return 0 if agree(found, only_common=options.common_points) else _DIFFERENT
 
 
-def described(found: Sequence[Difference], *, tolerance: float) -> str:
+def agree(found: Sequence[Difference], *, only_common: bool = False) -> bool:
+    """Tell whether all metrics have the same points and agree at them within the tolerance.
+
+    Args:
+        found: The differences.
+        only_common: Let either side have points that the other lacks.
+    """
+    return all(one.first_at is None and (only_common or not one.unmatched) for one in found)
+
+
+def described(found: Sequence[Difference], *, tolerance: float, only_common: bool = False) -> str:
     """Render differences for a terminal: a line for each metric, and the verdict.
 
     Args:
         found: The differences.
         tolerance: Relative difference up to which values agree.
+        only_common: Whether points that one side lacks are passed over.
     """
     width = max(len(one.metric) for one in found)
     lines = []
@@ -70,10 +85,21 @@ def described(found: Sequence[Difference], *, tolerance: float) -> str:
             a, b = one.first
             parts.append(f"first apart at {one.first_at:,} images: {a!r} and {b!r}")
         lines.append("; ".join(parts))
+    return "\n".join([*lines, _verdict(found, tolerance=tolerance, only_common=only_common)])
+
+
+def _verdict(found: Sequence[Difference], *, tolerance: float, only_common: bool) -> str:
     apart = [one.first_at for one in found if one.first_at is not None]
-    asked = "bit for bit" if tolerance == 0 else f"within {tolerance:g}"
-    lines.append(f"DIFFERENT from {min(apart):,} images on" if apart else f"the same, {asked}")
-    return "\n".join(lines)
+    alone = sum(one.unmatched for one in found)
+    same = "the same, " + ("bit for bit" if tolerance == 0 else f"within {tolerance:g}")
+    if apart:
+        return f"DIFFERENT from {min(apart):,} images on"
+    if alone and not only_common:
+        return (
+            f"DIFFERENT: {alone} points are on one side only; at the others they are {same} "
+            "(--common-points asks for no more)"
+        )
+    return f"{same}, at the points that both have" if alone else same
 
 
 def _read(source: str, *, experiment: str) -> Curves:
@@ -118,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics",
         default="loss/*",
         help="names to compare, with * as a wildcard and commas between; default loss/*",
+    )
+    parser.add_argument(
+        "--common-points",
+        action="store_true",
+        help="compare where both have a value, and pass over points that only one side has",
     )
     parser.add_argument("--experiment", default="lapflow", help="MLflow experiment of the runs")
     return parser

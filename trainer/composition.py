@@ -22,6 +22,11 @@ from trainer.schema import ConfigError, JobConfig, defaults, from_dict, unknown_
 # Settings of DeepSpeed's own, which it checks itself: +engine.deepspeed.KEY=VALUE
 _FREE = "engine.deepspeed."
 
+
+class MissingSettingError(ConfigError):
+    """A setting that has no default is not given."""
+
+
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -56,7 +61,8 @@ def settings(kind: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Read `key=value` words into plain values nested like a configuration dataclass.
 
     Raises:
-        ConfigError: For a word that is not `key=value`, an unknown key, or a missing one.
+        MissingSettingError: For a setting without a default that is not given.
+        ConfigError: For a word that is not `key=value`, or an unknown key.
     """
     known = defaults(kind)
     for word in overrides:
@@ -67,9 +73,13 @@ def settings(kind: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(unknown_key(key, _leaves(known)))
     try:
         merged = OmegaConf.merge(OmegaConf.create(known), OmegaConf.from_dotlist(list(overrides)))
+        if missing := OmegaConf.missing_keys(merged):
+            named = [name for name in _leaves(known) if name in missing]
+            raise MissingSettingError(f"{' and '.join(named)} must be given")
         return _plain(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        # The lines after the first tell of OmegaConf's own objects.
+        raise ConfigError(str(error).strip().partition("\n")[0]) from error
 
 
 def members(group: str) -> list[str]:

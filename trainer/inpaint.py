@@ -20,11 +20,12 @@ from trainer.picture_file import read_picture, write_picture
 from trainer.schema import ConfigError
 from trainer.trained.model import TrainedModel, Weights, load_trained_model
 
-_DESCRIPTION = """\
+_EXAMPLE = "checkpoint=URI image=photo.png mask=mask.png label=3"
+_DESCRIPTION = f"""\
 Fill in what is missing of a picture: where the mask is white the picture is kept, where it is black
 the model of a checkpoint draws. The output shows the picture, the mask and the results in a row.
 
-  python -m trainer.inpaint checkpoint=URI image=photo.png mask=mask.png label=3"""
+  python -m trainer.inpaint {_EXAMPLE}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fill_in,
         module="trainer.inpaint",
         description=_DESCRIPTION,
+        example=_EXAMPLE,
         arguments=arguments,
     )
 

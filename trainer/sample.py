@@ -15,12 +15,14 @@ from trainer.command import run_command
 from trainer.evaluate.grid import grid_png
 from trainer.evaluate.samples import draw
 from trainer.picture_file import write_picture
+from trainer.schema import ConfigError
 from trainer.trained.model import Weights, load_trained_model
 
-_DESCRIPTION = """\
+_EXAMPLE = "checkpoint=~/lapflow/store/runs/digits/checkpoints/000000256000"
+_DESCRIPTION = f"""\
 Draw a grid of samples from a checkpoint.
 
-  python -m trainer.sample checkpoint=~/lapflow/store/runs/digits/checkpoints/000000256000
+  python -m trainer.sample {_EXAMPLE}
   python -m trainer.sample checkpoint=s3://bucket/runs/NAME/checkpoints/000001280000 \\
       store.endpoint_url=http://HOST:PORT classes=[207,360] columns=4 sampler.guidance_scale=4"""
 
@@ -58,6 +60,15 @@ class SampleConfig:
     home: str | None = None
     store: StoreConfig = field(default_factory=StoreConfig)
 
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise ConfigError(f"columns={self.columns} must be at least 1")
+        if self.classes is not None and not self.classes:
+            raise ConfigError(
+                "classes=[] names no class; name some, as in classes=[3,5], or leave it away to "
+                "draw the first ten"
+            )
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
@@ -66,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw_grid,
         module="trainer.sample",
         description=_DESCRIPTION,
+        example=_EXAMPLE,
         arguments=arguments,
     )
 
@@ -74,8 +86,8 @@ def draw_grid(config: SampleConfig) -> Path:
     """Draw the grid and return where it was written.
 
     Raises:
-        ConfigError: For a class or weights the checkpoint does not have, or an output that cannot
-            be written.
+        ConfigError: For a class or weights the checkpoint does not have, a device that cannot be
+            used, or an output that cannot be written.
         AutoencoderError: If the autoencoder of its latents cannot be had.
         CheckpointError: If the checkpoint is missing or damaged.
     """
@@ -87,7 +99,7 @@ def draw_grid(config: SampleConfig) -> Path:
         codec_source=config.codec_source,
         home=config.home,
     )
-    classes = config.classes or tuple(range(min(10, trained.shape.classes)))
+    classes = config.classes or range(min(10, trained.shape.classes))
     trained.check_classes(classes)
     drawn = draw(
         trained.model,

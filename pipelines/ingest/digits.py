@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.encoded import as_png
+from pipelines.errors import IngestSettingError
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
 from pipelines.order import permutation
 
@@ -31,7 +32,12 @@ def ensure_digits(prefix: str, *, test_share: float = 0.2, seed: int = 0) -> Non
             are taken to be the digits.
         test_share: Share of each class that goes to the test split.
         seed: Seed of the split.
+
+    Raises:
+        IngestSettingError: The seed is negative.
     """
+    if seed < 0:
+        raise IngestSettingError(f"seed={seed} must be 0 or more.")
     prefix = prefix.rstrip("/")
     missing = [split for split in ("train", "test") if not has_dataset(f"{prefix}/{split}")]
     if not missing:

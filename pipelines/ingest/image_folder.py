@@ -9,16 +9,22 @@ import argparse
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import BadDataError, BrokenIngestError, EmptyDatasetError, OccupiedPrefixError
+from pipelines.errors import (
+    BadDataError,
+    BrokenIngestError,
+    EmptyDatasetError,
+    IngestSettingError,
+    OccupiedPrefixError,
+)
 from pipelines.index import INDEX_NAME
-from pipelines.ingest.listing import ListedImage, Listing, list_images
+from pipelines.ingest.listing import Listing, hold_out, list_images, read_class_names
+from pipelines.ingest.progress import Progress
 from pipelines.ingest.resize import Resize
 from pipelines.ingest.shard_files import (
     FinishedShard,
@@ -28,12 +34,11 @@ from pipelines.ingest.shard_files import (
     plan_digest,
     write_shards,
 )
-from pipelines.ingest.write import Upload, has_dataset, locked
+from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied
 from pipelines.order import permutation
 from pipelines.source import Source, SourceConfig
 
 ABOUT_NAME = "ingest.json"
-_TELL_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,9 @@ class IngestConfig:
         seed: Seed of the order in which images are stored, which mixes the classes.
         max_skipped_share: Share of the images that may be left out for being undecodable.
         work_dir: Folder for unfinished shards of a remote dataset.
+
+    Raises:
+        IngestSettingError: A number is out of its range.
     """
 
     resize: Resize | None = None
@@ -56,21 +64,27 @@ class IngestConfig:
     max_skipped_share: float = 0.01
     work_dir: Path = Path("~/.cache/lapflow/ingest")
 
+    def __post_init__(self) -> None:
+        for name, value in (("shard_bytes", self.shard_bytes), ("workers", self.workers)):
+            if value < 1:
+                raise IngestSettingError(f"{name}={value} must be at least 1.")
+        if self.seed < 0:
+            raise IngestSettingError(f"seed={self.seed} must be 0 or more.")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise IngestSettingError(
+                f"max_skipped_share={self.max_skipped_share} must lie in [0, 1]."
+            )
 
-def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Listing]:
-    """Split a listing in two, with the same share of each class in the second."""
-    kept: list[ListedImage] = []
-    held: list[ListedImage] = []
-    for label in range(len(listing.classes)):
-        members = [image for image in listing.images if image.label == label]
-        order = permutation(len(members), seed, label)
-        chosen = set(order[: round(share * len(members))].tolist())
-        for place, image in enumerate(members):
-            (held if place in chosen else kept).append(image)
-    return (
-        Listing(images=tuple(kept), classes=listing.classes),
-        Listing(images=tuple(held), classes=listing.classes),
-    )
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be written where, known before anything is."""
+
+    source: Source
+    listing: Listing
+    parts: tuple[Part, ...]
+    digest: str
+    complete: bool
 
 
 def ingest(
@@ -86,60 +100,69 @@ def ingest(
 
     Raises:
         OccupiedPrefixError: The prefix holds something else.
+        UnwritableTargetError: A local folder cannot be made or written.
         BadDataError: Too many images cannot be decoded.
         EmptyDatasetError: None can, or there are none.
         BrokenIngestError: A process died.
         StoreUnreachableError: The store refuses, or does not answer.
     """
+    _carry_out(_planned(listing, prefix, config=config), config=config, note=note)
+
+
+def _planned(listing: Listing, prefix: str, *, config: IngestConfig) -> _Plan:
+    """Plan a dataset, and refuse a place that cannot take it."""
     if not listing.images:
         raise EmptyDatasetError(f"There are no images to write to {prefix}.")
     order = permutation(len(listing.images), config.seed)
     parts = cut([listing.images[place] for place in order], shard_bytes=config.shard_bytes)
     digest = plan_digest(parts, config.resize)
     source = Source(prefix, config=SourceConfig())
-    if has_dataset(prefix):
-        if _about(source).get("plan") == digest:
-            note(f"{prefix}: complete, nothing to do")
-            return
+    complete = has_dataset(prefix)
+    if complete and _about(source).get("plan") != digest:
         raise OccupiedPrefixError(
             f"{prefix} holds another dataset, so nothing was written. Choose another prefix, or "
             "remove the one that is there."
         )
+    if source.is_local and not complete:
+        refuse_occupied(Path(source.prefix))
+    return _Plan(source=source, listing=listing, parts=parts, digest=digest, complete=complete)
+
+
+def _carry_out(plan: _Plan, *, config: IngestConfig, note: Callable[[str], None]) -> None:
+    source = plan.source
+    if plan.complete:
+        note(f"{source.prefix}: complete, nothing to do")
+        return
     if source.is_local:
         target = Path(source.prefix)
-        if target.exists() and any(target.iterdir()):
-            raise OccupiedPrefixError(
-                f"{target} holds other files and no finished dataset, so it is left alone. Choose "
-                "another prefix, or remove it."
-            )
         work = target.with_name(f".{target.name}.building")
         with locked(work.with_suffix(".lock")):
-            _write(parts, work, listing=listing, config=config, note=note, upload=None)
+            _write(plan, work, config=config, note=note, upload=None)
             discard_records(work)
             work.replace(target)
         return
     # Named after what is written and where to, for shards that were uploaded are not kept here.
-    place = hashlib.sha256(f"{digest} {source.prefix}".encode()).hexdigest()[:16]
+    place = hashlib.sha256(f"{plan.digest} {source.prefix}".encode()).hexdigest()[:16]
     work = config.work_dir.expanduser() / place
     with locked(work.with_suffix(".lock")):
         work.mkdir(parents=True, exist_ok=True)
         upload = Upload(work, source.prefix)
-        _write(parts, work, listing=listing, config=config, note=note, upload=upload)
+        _write(plan, work, config=config, note=note, upload=upload)
         upload(ABOUT_NAME)
         upload(INDEX_NAME)
         shutil.rmtree(work)
 
 
 def _write(
-    parts: Sequence[Part],
+    plan: _Plan,
     work: Path,
     *,
-    listing: Listing,
     config: IngestConfig,
     note: Callable[[str], None],
     upload: Upload | None,
 ) -> None:
-    progress = _Progress(parts, note=note)
+    parts, listing = plan.parts, plan.listing
+    progress = Progress(parts, note=note)
     finished: list[FinishedShard] = []
     try:
         for shard in write_shards(parts, work, resize=config.resize, workers=config.workers):
@@ -164,8 +187,7 @@ def _write(
     entries = [shard.entry for shard in finished if shard.entry]
     if not entries:
         raise EmptyDatasetError("None of the images can be decoded.")
-    digest = plan_digest(parts, config.resize)
-    about = {"plan": digest, "classes": listing.classes, "skipped": skipped}
+    about = {"plan": plan.digest, "classes": listing.classes, "skipped": skipped}
     (work / ABOUT_NAME).write_text(json.dumps(about, indent=1))
     (work / INDEX_NAME).write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
 
@@ -184,33 +206,6 @@ def _about(source: Source) -> dict[str, Any]:
         return dict(json.loads(source.read(ABOUT_NAME)))
     except FileNotFoundError:
         return {}
-
-
-class _Progress:
-    """Tells how far the ingest is, and when it will be done."""
-
-    def __init__(self, parts: Sequence[Part], *, note: Callable[[str], None]) -> None:
-        self._sizes = [(len(part.images), sum(i.size for i in part.images)) for part in parts]
-        self._total = sum(size for _, size in self._sizes)
-        self._images = self._bytes = self._skipped = 0
-        self._note = note
-        self._began = self._told = time.monotonic()
-
-    def __call__(self, shard: FinishedShard) -> None:
-        images, size = self._sizes[shard.number]
-        self._images += images
-        self._bytes += size
-        self._skipped += len(shard.skipped)
-        now = time.monotonic()
-        if now - self._told < _TELL_EVERY_S and self._bytes < self._total:
-            return
-        self._told = now
-        rate = self._bytes / max(now - self._began, 1e-9)
-        left_s = (self._total - self._bytes) / rate
-        self._note(
-            f"{self._images:,} images ({self._bytes / self._total:.0%}), "
-            f"{self._skipped:,} skipped, {rate / 2**20:.1f} MiB/s, about {left_s:.0f} s left"
-        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,15 +230,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
     """Carry out a parsed command line."""
     if not 0 <= options.hold_out < 1:
-        raise BadDataError(f"--hold-out {options.hold_out} must lie in [0, 1).")
-    classes = tuple(options.classes.read_text().split("\n")) if options.classes else None
-    listing = list_images(options.source, classes=classes and tuple(filter(None, classes)))
-    note(f"{len(listing.images):,} images of {len(listing.classes)} classes in {options.source}")
+        raise IngestSettingError(f"--hold-out {options.hold_out} must lie in [0, 1).")
+    if options.hold_out and options.split == "test":
+        raise IngestSettingError(
+            f"--hold-out {options.hold_out} goes to the split test, where --split test sends the "
+            "other images. Leave one of the two away."
+        )
     config = IngestConfig(
         resize=(
-            Resize(image_size=options.image_size, encoding=options.encoding)
-            if options.image_size
-            else None
+            None
+            if options.image_size is None
+            else Resize(image_size=options.image_size, encoding=options.encoding)
         ),
         shard_bytes=options.shard_mib << 20,
         workers=options.workers,
@@ -251,11 +248,29 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
         max_skipped_share=options.max_skipped_share,
         work_dir=options.work_dir,
     )
-    splits = {options.split: listing}
-    if options.hold_out:
-        kept, held = hold_out(listing, share=options.hold_out, seed=options.seed)
-        splits = {options.split: kept, "test": held}
-    for split, images in splits.items():
-        prefix = f"{options.prefix.rstrip('/')}/{split}"
-        ingest(images, prefix, config=config, note=lambda text: note(f"{prefix}: {text}"))  # noqa: B023
+    classes = read_class_names(options.classes) if options.classes else None
+    listing = list_images(options.source, classes=classes)
+    note(f"{len(listing.images):,} images of {len(listing.classes)} classes in {options.source}")
+    root = options.prefix.rstrip("/")
+    plans = [
+        _planned(images, f"{root}/{split}", config=config)
+        for split, images in _splits(listing, options).items()
+    ]
+    for plan in plans:
+        prefix = plan.source.prefix
+        _carry_out(plan, config=config, note=lambda text: note(f"{prefix}: {text}"))  # noqa: B023
     return 0
+
+
+def _splits(listing: Listing, options: argparse.Namespace) -> dict[str, Listing]:
+    if not options.hold_out:
+        return {options.split: listing}
+    kept, held = hold_out(listing, share=options.hold_out, seed=options.seed)
+    for split, part in ((options.split, kept), ("test", held)):
+        if not part.images:
+            raise IngestSettingError(
+                f"--hold-out {options.hold_out} leaves no images for {split}: of the "
+                f"{len(listing.images)} images of {len(listing.classes)} classes it takes the "
+                "share of each class, rounded. Choose another share; nothing was written."
+            )
+    return {options.split: kept, "test": held}

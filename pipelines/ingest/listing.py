@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipelines.errors import DataError, EmptyDatasetError
+from pipelines.order import permutation
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
@@ -119,6 +120,46 @@ def list_images(source: Path, *, classes: tuple[str, ...] | None = None) -> List
         ),
         classes=names,
     )
+
+
+def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Listing]:
+    """Split a listing in two, with the same share of each class in the second.
+
+    The share is rounded to whole images in each class, so either may be empty.
+    """
+    kept: list[ListedImage] = []
+    held: list[ListedImage] = []
+    for label in range(len(listing.classes)):
+        members = [image for image in listing.images if image.label == label]
+        order = permutation(len(members), seed, label)
+        chosen = set(order[: round(share * len(members))].tolist())
+        for place, image in enumerate(members):
+            (held if place in chosen else kept).append(image)
+    return (
+        Listing(images=tuple(kept), classes=listing.classes),
+        Listing(images=tuple(held), classes=listing.classes),
+    )
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read the names of classes in the order of their labels, one a line.
+
+    Raises:
+        UnreadableSourceError: The file cannot be read as text, or names no class.
+    """
+    try:
+        names = tuple(filter(None, path.read_text(encoding="utf-8").split("\n")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableSourceError(
+            f"The class list {path} cannot be read ({error}). Give a text file with the name of "
+            "one class a line, in the order of the labels."
+        ) from error
+    if not names:
+        raise UnreadableSourceError(
+            f"The class list {path} names no class. Write one a line, or leave it away to number "
+            "the classes by name."
+        )
+    return names
 
 
 def _in_place(source: Path) -> Iterator[_Range]:

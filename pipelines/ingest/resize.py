@@ -7,7 +7,7 @@ from typing import Literal
 from PIL import Image
 
 from pipelines.encoded import BadImageError, open_image, pixels
-from pipelines.errors import DataError
+from pipelines.errors import IngestSettingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Resize:
         encoding: "jpeg" at quality 95 without chroma subsampling, or "png", which loses nothing.
 
     Raises:
-        DataError: The size is not positive.
+        IngestSettingError: The size is not positive.
     """
 
     image_size: int
@@ -27,7 +27,10 @@ class Resize:
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
-            raise DataError(f"The image size must be at least 1 pixel, got {self.image_size}.")
+            raise IngestSettingError(
+                f"image_size={self.image_size} must be at least 1 pixel; without one, images keep "
+                "their bytes."
+            )
 
     def __call__(self, data: bytes) -> bytes:
         """Rewrite one encoded image.

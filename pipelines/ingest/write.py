@@ -18,6 +18,7 @@ from pipelines.errors import (
     MissingDatasetError,
     OccupiedPrefixError,
     StoreUnreachableError,
+    UnwritableTargetError,
 )
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard, parse_index
 from pipelines.source import Source, SourceConfig, describe_failure
@@ -58,6 +59,7 @@ def write_dataset(
     Raises:
         OccupiedPrefixError: The prefix holds another dataset, or a local folder other files.
         EmptyDatasetError: There are no images.
+        UnwritableTargetError: The local folder cannot be made or written.
         StoreUnreachableError: The store refuses, or does not answer.
     """
     source = Source(prefix, config=SourceConfig())
@@ -65,7 +67,6 @@ def write_dataset(
         _write_remote(images, source, shard_bytes=shard_bytes)
         return
     target = Path(source.prefix)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f".{target.name}.lock")):
         _write_local(images, source, target, shard_bytes=shard_bytes)
 
@@ -77,11 +78,7 @@ def _write_local(
     if present is not None:
         _compare(images, present, prefix=source.prefix, shard_bytes=shard_bytes)
         return
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OccupiedPrefixError(
-            f"{target} holds other files and no finished dataset, so it is left alone. Choose "
-            "another prefix, or remove it."
-        )
+    refuse_occupied(target)
     building = target.with_name(f".{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     for _ in _build(images, building, shard_bytes=shard_bytes):
@@ -168,13 +165,54 @@ def _present(source: Source) -> tuple[Shard, ...] | None:
         return parse_index(source.read_index(), prefix=source.prefix)
     except MissingDatasetError:
         return None
+    except PermissionError as error:
+        raise _unwritable(Path(source.prefix), error) from error
+
+
+def refuse_occupied(target: Path) -> None:
+    """Refuse a local folder that a dataset would share with other files.
+
+    Raises:
+        OccupiedPrefixError: It is a file, or holds some.
+        UnwritableTargetError: It cannot be looked into.
+    """
+    try:
+        if not target.exists():
+            return
+        is_folder = target.is_dir()
+        free = is_folder and not any(target.iterdir())
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    if not free:
+        found = "holds other files and no finished dataset" if is_folder else "is a file"
+        raise OccupiedPrefixError(
+            f"{target} {found}, so it is left alone. Choose another prefix, or remove it."
+        )
+
+
+def _unwritable(folder: Path, error: OSError) -> UnwritableTargetError:
+    return UnwritableTargetError(
+        f"The folder {folder} cannot be made or written ({error.strerror}: {error.filename}). "
+        "Choose another one, or let this user write there."
+    )
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process of this host pass at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as lock:
+    """Let one process of this host pass at a time.
+
+    Args:
+        path: Lock file, in a folder that is made when it is missing.
+
+    Raises:
+        UnwritableTargetError: Folder or file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("wb")
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

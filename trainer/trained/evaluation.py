@@ -30,6 +30,7 @@ from trainer.evaluate.samples import draw
 from trainer.schema import ConfigError, JobConfig, from_dict
 from trainer.trained.choice import choose_checkpoints
 from trainer.trained.codec import recorded_codec
+from trainer.trained.device import usable_device
 from trainer.trained.model import TrainedModel, Weights, load_trained_model
 from trainer.trained.yardstick import Yardstick
 
@@ -126,7 +127,6 @@ class _Evaluation:
         runs: str,
         tell: Callable[[str], None],
     ) -> None:
-        found = "cuda" if torch.cuda.is_available() else "cpu"
         self._config = config
         self._tell = tell
         self._yardstick = Yardstick(
@@ -134,7 +134,7 @@ class _Evaluation:
             trained_on=manifest.science["data_set"]["index_sha256"],
             features=config.features,
             inception_weights=config.inception_weights,
-            device=torch.device(found if config.device == "auto" else config.device),
+            device=usable_device(config.device),
             batch=config.batch,
         )
 

@@ -23,6 +23,7 @@ from trainer.evaluate.samples import ImageShape
 from trainer.resume import open_checkpoint
 from trainer.schema import ConfigError, from_dict
 from trainer.trained.codec import codec_of
+from trainer.trained.device import usable_device
 
 Weights = Literal["ema", "master"]
 
@@ -77,12 +78,11 @@ def load_trained_model(
         home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
 
     Raises:
-        ConfigError: If there is no valid checkpoint there.
+        ConfigError: If there is no valid checkpoint there, or the device cannot be used.
         AutoencoderError: If the autoencoder of its latents cannot be had.
         CheckpointError: If the checkpoint is damaged, or the store fails.
     """
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(found if device == "auto" else device)
+    place = usable_device(device)
     opened, _, manifest = open_checkpoint(checkpoint, store)
     codec, shape = codec_of(
         manifest.science,

@@ -241,11 +241,15 @@ def documented() -> dict[tuple[str, str], float]:
 def test_the_table_of_repeats_is_what_is_drawn(missing: str) -> None:
     cells = {column: cell for (name, column), cell in documented().items() if name == missing}
     assert list(cells) == ["1", "3", "5", "8", "20", "best"]
-    case = FillingIn(missing, scales=2, count=400)
-    assert case.best() == pytest.approx(cells.pop("best"), abs=0.006)
-    for repeats, cell in cells.items():
-        found = correlation(case.drawn(int(repeats), case.known), case.right_mean)
-        assert found == pytest.approx(cell, abs=0.03), repeats
+    assert FillingIn(missing, scales=2, count=1).best() == pytest.approx(
+        cells.pop("best"), abs=0.006
+    )
+    for repeats, cell in ((int(column), cell) for column, cell in cells.items()):
+        # Neighbouring pixels are alike, so 400 images with 8 of them hold about 1,000 values: the
+        # standard error of a correlation of 0.5 is 0.02.
+        case = FillingIn(missing, scales=2, count=max(400, 2000 // repeats))
+        found = correlation(case.drawn(repeats, case.known), case.right_mean)
+        assert found == pytest.approx(cell, abs=0.05), repeats
 
 
 @pytest.mark.usefixtures("without_type_checks")

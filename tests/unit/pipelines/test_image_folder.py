@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipelines.errors import BadDataError, EmptyDatasetError, OccupiedPrefixError
 from pipelines.ingest.__main__ import main
-from pipelines.ingest.image_folder import IngestConfig, hold_out, ingest
-from pipelines.ingest.listing import Listing, UnreadableSourceError, list_images
+from pipelines.ingest.image_folder import IngestConfig, ingest
+from pipelines.ingest.listing import Listing, UnreadableSourceError, hold_out, list_images
 from pipelines.ingest.resize import Resize
 from pipelines.shards import ShardedImages
 from tests.support.s3_server import S3Server
@@ -274,7 +274,7 @@ def test_a_store_takes_the_dataset_and_an_interrupted_upload_goes_on(
     def stop_early(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.ingest.image_folder._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.progress._TELL_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         ingest(listing, prefix, config=config, note=stop_early)
     ingest(listing, prefix, config=config, note=lambda _: None)

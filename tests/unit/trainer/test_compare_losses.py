@@ -71,6 +71,21 @@ def test_the_command_tells_same_from_different(tmp_path, capsys):
     assert main([a, b, "--metrics", "gradient_norm"]) == 0
 
 
+def test_a_run_that_stopped_early_is_not_the_same(tmp_path, capsys):
+    whole = written(tmp_path, "whole", {"loss/total": CURVE})
+    begun = written(tmp_path, "begun", {"loss/total": {16: 4.0, 32: 2.0}})
+    for sides in ((whole, begun), (begun, whole)):
+        assert main([*sides]) == 1
+        verdict = capsys.readouterr().out.splitlines()[-1]
+        assert verdict.startswith("DIFFERENT: 1 points are on one side only")
+        assert main([*sides, "--common-points"]) == 0
+        verdict = capsys.readouterr().out.splitlines()[-1]
+        assert verdict == "the same, bit for bit, at the points that both have"
+    other = written(tmp_path, "other", {"loss/total": {16: 4.5, 32: 2.0}})
+    assert main([whole, other, "--common-points"]) == 1
+    assert "DIFFERENT from 16 images on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -11,6 +11,7 @@ from models.transformer.lapflow import LapFlowTransformer
 from trainer import inpaint, sample
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.evaluate import __main__ as evaluate
 from trainer.schema import DataConfig, to_dict
 from trainer.state import Fragment
 
@@ -142,6 +143,41 @@ def test_samples_are_drawn_from_the_same_checkpoint(place, capsys):
     assert sample.main([*words, "sampler.solver=ab2", "batch=1"]) == 0
     assert capsys.readouterr().out == f"{place}/grid.png\n"
     assert np.asarray(Image.open(place / "grid.png")).shape == (2 * CELL + GAP, 2 * CELL + GAP, 3)
-    for wrong, message in (("batch=0", "batch of 0"), ("classes=[5]", "classes=[5]")):
+    for wrong, message in (
+        ("batch=0", "batch of 0"),
+        ("classes=[5]", "classes=[5]"),
+        ("classes=[]", "classes=[] names no class"),
+        ("columns=0", "columns=0 must be at least 1"),
+        ("columns=-1", "columns=-1 must be at least 1"),
+        ("device=banana", "device=banana cannot be used here"),
+        ("device=cuda:99", "device=cuda:99 cannot be used here"),
+        ("device=meta", "device=meta cannot be used here"),
+    ):
         assert sample.main([*words, wrong]) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "named"),
+    [
+        (sample.main, [], "checkpoint"),
+        (sample.main, ["columns=3"], "checkpoint"),
+        (evaluate.main, ["samples=3"], "checkpoint"),
+        (inpaint.main, ["checkpoint=x", "label=3"], "image and mask"),
+    ],
+)
+def test_a_missing_setting_is_named_with_an_example(command, words, named, capsys):
+    assert command(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {named} must be given, for example: python -m trainer.")
+    assert " checkpoint=" in error
+    assert error.count("\n") == 1
+
+
+def test_a_value_that_cannot_be_read_is_told_without_internals(capsys):
+    assert sample.main(["checkpoint=${nothing}"]) == 2
+    error = capsys.readouterr().err
+    assert "nothing" in error
+    assert "object_type" not in error

@@ -249,9 +249,10 @@ def test_other_images_than_the_runs_own_are_refused(place, tmp_path):
             {"checkpoint": "{place}/runs/small/checkpoints/000000000100", "checkpoints": "all"},
             "URI of a run",
         ),
+        ({"checkpoint": "{place}/runs/small", "device": "banana"}, "device=banana cannot be used"),
     ],
 )
-def test_places_without_checkpoints_are_named(place, changes, part):
+def test_checkpoints_and_devices_that_cannot_be_used_are_named(place, changes, part):
     changes["checkpoint"] = changes["checkpoint"].format(place=place)
     with pytest.raises(ConfigError, match=part):
         evaluate_checkpoints(config(place, **changes), tell=quiet)

@@ -1,0 +1,90 @@
+"""What the ingest refuses before it writes: settings, class lists and places it cannot use."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipelines.ingest.__main__ import main
+from tests.unit.pipelines import pictures
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for name in ("ant", "bee"):
+        (root / name).mkdir(parents=True)
+        for image in range(5):
+            (root / name / f"{image:03d}.png").write_bytes(pictures.png(4, 4, seed=image))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--split test --hold-out 0.25", "--hold-out 0.25 goes to the split test"),
+        ("--hold-out 1", r"--hold-out 1.0 must lie in \[0, 1\)"),
+        ("--hold-out 0.01", "--hold-out 0.01 leaves no images for test"),
+        ("--hold-out 0.99", "--hold-out 0.99 leaves no images for train"),
+        ("--classes missing.txt", "class list missing.txt cannot be read"),
+        ("--classes FOLDER", "class list FOLDER cannot be read"),
+        ("--classes EMPTY", "class list EMPTY names no class"),
+        ("--classes FOLDER/bee/000.png", "000.png cannot be read"),
+        ("--seed -1", "seed=-1 must be 0 or more"),
+        ("--image-size 0", "image_size=0 must be at least 1 pixel"),
+        ("--image-size -8", "image_size=-8 must be at least 1 pixel"),
+        ("--workers 0", "workers=0 must be at least 1"),
+        ("--shard-mib 0", "shard_bytes=0 must be at least 1"),
+        ("--max-skipped-share 1.5", r"max_skipped_share=1.5 must lie in \[0, 1\]"),
+        ("--max-skipped-share nan", "max_skipped_share=nan must lie"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named_and_nothing_is_written(
+    words: str,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    places = {"FOLDER": str(folder), "EMPTY": str(tmp_path / "empty.txt")}
+    for name, place in places.items():
+        words, message = words.replace(name, place), message.replace(name, place)
+    out = tmp_path / "out"
+    assert main(["image-folder", str(folder), str(out), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("FILE", "FILE cannot be made or written"),
+        ("/proc/nowhere", "/proc/nowhere cannot be made or written"),
+    ],
+)
+def test_targets_that_cannot_be_written(
+    target: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("…")
+    target, message = (text.replace("FILE", str(file)) for text in (target, message))
+    assert main(["image-folder", str(folder), target]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["digits", target]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["digits", str(tmp_path / "out"), "--seed", "-1"]) == 2
+    assert "seed=-1" in capsys.readouterr().err
+
+
+def test_both_splits_are_checked_before_one_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "test").write_text("…")
+    assert main(["image-folder", str(folder), str(out), "--hold-out", "0.25"]) == 2
+    assert f"{out}/test is a file" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["test"]

@@ -206,4 +206,4 @@ def test_a_finished_run_is_evaluated_again_for_other_settings(launch, digits):
 
 def test_latents_are_refused_before_anything_starts(launch, digits):
     code, output = launch(f"data.prefix={digits}", "data.space=latent")
-    assert_refused(code, output, "data.space=latent", "dry_run=true")
+    assert_refused(code, output, "data.space=latent", "codec=sd_vae")

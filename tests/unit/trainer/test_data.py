@@ -13,7 +13,7 @@ from pipelines.ingest.digits import ensure_digits
 from pipelines.view import AugmentConfig
 from trainer.composition import composed
 from trainer.data import open_split, real_images, training_loader
-from trainer.schema import JobConfig
+from trainer.schema import ConfigError, JobConfig
 
 ALONE = WorkerContext(
     rank=0,
@@ -37,6 +37,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job_of(digits: Path, home: Path, augment: AugmentConfig) -> JobConfig:
     job = composed(["+exp=digits", f"data.prefix={digits}", f"home={home}"])
     return dataclasses.replace(job, data=dataclasses.replace(job.data, augment=augment))
+
+
+def test_latents_are_refused_until_they_can_be_read(digits: Path, tmp_path: Path) -> None:
+    job = job_of(digits, tmp_path, AugmentConfig())
+    latents = dataclasses.replace(job, data=dataclasses.replace(job.data, space="latent"))
+    with pytest.raises(ConfigError, match=r"data\.space=latent cannot be trained yet"):
+        open_split(latents, "train")
 
 
 def test_training_images_are_flipped_and_real_ones_are_not(digits: Path, tmp_path: Path) -> None:

@@ -129,22 +129,23 @@ def _planned(listing: Listing, prefix: str, *, config: IngestConfig) -> _Plan:
 
 
 def _carry_out(plan: _Plan, *, config: IngestConfig, note: Callable[[str], None]) -> None:
-    source = plan.source
-    if plan.complete:
-        note(f"{source.prefix}: complete, nothing to do")
-        return
+    source, target = plan.source, Path(plan.source.prefix)
     if source.is_local:
-        target = Path(source.prefix)
         work = target.with_name(f".{target.name}.building")
-        with locked(work.with_suffix(".lock")):
-            _write(plan, work, config=config, note=note, upload=None)
-            discard_records(work)
-            work.replace(target)
-        return
-    # Named after what is written and where to, for shards that were uploaded are not kept here.
-    place = hashlib.sha256(f"{plan.digest} {source.prefix}".encode()).hexdigest()[:16]
-    work = config.work_dir.expanduser() / place
+    else:
+        # Named after what is written and where to, for uploaded shards are not kept here.
+        place = hashlib.sha256(f"{plan.digest} {source.prefix}".encode()).hexdigest()[:16]
+        work = config.work_dir.expanduser() / place
     with locked(work.with_suffix(".lock")):
+        # Another process may have been faster while this one waited.
+        if _planned(plan.listing, source.prefix, config=config).complete:
+            note(f"{source.prefix}: complete, nothing to do")
+            return
+        if source.is_local:
+            _write(plan, work, config=config, note=note, upload=None)
+            work.replace(target)
+            discard_records(target)
+            return
         work.mkdir(parents=True, exist_ok=True)
         upload = Upload(work, source.prefix)
         _write(plan, work, config=config, note=note, upload=upload)

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,18 @@ def test_nothing_is_replaced(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis" / "one.tex").write_text("…")
     with pytest.raises(OccupiedPrefixError, match="other files"):
         written(listing, tmp_path / "thesis")
+
+
+def test_two_ingests_of_one_target_at_once_agree(folder: Path, tmp_path: Path) -> None:
+    listing = list_images(folder)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(written, listing, tmp_path / "out") for _ in range(2)]
+        last = sorted(run.result()[-1] for run in runs)
+    assert "20 images (100%)" in last[1] or "20 images (100%)" in last[0]
+    assert any(text.endswith("complete, nothing to do") for text in last)
+    written(listing, tmp_path / "alone")
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
 @pytest.mark.slow

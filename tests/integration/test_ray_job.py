@@ -32,9 +32,12 @@ def test_stop_leaves_a_final_checkpoint_and_submitting_again_finishes(tmp_path, 
     monkeypatch.setenv("LAPFLOW_HOME", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with ray_cluster(cpus=2) as cluster:
-        submitted = cluster.job("submit", "--no-wait", "--submission-id", "first", *COMMAND)
+        deadline = time.monotonic() + 240
+        submit = ("submit", "--no-wait", "--submission-id", "first", *COMMAND)
+        # A cluster answers before its agent, which starts jobs, is up.
+        while "No available agent" in (submitted := cluster.job(*submit)).stderr:
+            assert time.monotonic() < deadline, submitted.stderr
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-        deadline = time.monotonic() + 180
         while newest_images(tmp_path) < 2560:
             assert time.monotonic() < deadline, cluster.job("logs", "first").stdout
             time.sleep(0.1)

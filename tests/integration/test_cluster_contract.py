@@ -29,7 +29,10 @@ def joined() -> Iterator[RayCluster]:
         yield cluster
 
 
-@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=["local", "ray"])
 def config(request: pytest.FixtureRequest) -> ClusterConfig:
     if request.param == "local":
         return ClusterConfig(backend="local", workers=WORKERS, gpus_per_worker=0)
@@ -173,14 +176,12 @@ def test_a_killed_worker_is_named(config: ClusterConfig) -> None:
         launch(config, die)
 
 
-@pytest.mark.slow
 def test_a_cluster_that_is_too_small_is_refused_with_numbers(joined: RayCluster) -> None:
     config = ClusterConfig(workers=3, cpus_per_worker=2, gpus_per_worker=0, address=joined.address)
     with pytest.raises(ClusterTooSmall, match=r"need 6 CPUs .* has 2 CPUs .* room for 1"):
         launch(config, sum_ranks)
 
 
-@pytest.mark.slow
 def test_a_joined_cluster_runs_on_when_it_is_left(joined: RayCluster) -> None:
     listing = joined.job("list")
     assert listing.returncode == 0, listing.stderr

@@ -83,6 +83,7 @@ def test_the_optimal_velocity_carries_noise_to_the_data(scales: int, path: str, 
 
 
 @pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.slow
 def test_moments_of_drawn_samples_are_right_within_their_error(scales: int) -> None:
     """Each mean and covariance within five of its standard errors.
 
@@ -102,6 +103,7 @@ def test_moments_of_drawn_samples_are_right_within_their_error(scales: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(8))
+@pytest.mark.slow
 def test_dependent_bands_need_the_whole_state(seed: int) -> None:
     config = FlowConfig(scales=2)
     data = correlated_bands(SIZE, seed=seed)
@@ -121,6 +123,7 @@ def test_dependent_bands_need_the_whole_state(seed: int) -> None:
 
 @pytest.mark.parametrize("noise", ["banded", "independent"])
 @pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.slow
 def test_the_objective_of_the_optimal_velocity_is_the_smallest_loss(
     scales: int, noise: str
 ) -> None:

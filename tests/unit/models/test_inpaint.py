@@ -202,6 +202,7 @@ class FillingIn:
 
 @pytest.mark.parametrize("missing", ["the last row", "every other pixel"])
 @pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.slow
 def test_what_is_missing_follows_what_is_known(scales: int, missing: str) -> None:
     """On Gaussian images, where the right answer is known: mean and spread given the known pixels.
 
@@ -238,6 +239,7 @@ def documented() -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.slow
 def test_the_table_of_repeats_is_what_is_drawn(missing: str) -> None:
     cells = {column: cell for (name, column), cell in documented().items() if name == missing}
     assert list(cells) == ["1", "3", "5", "8", "20", "best"]

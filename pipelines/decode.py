@@ -86,7 +86,7 @@ def make_decoder(name: DecoderName, config: DecodeConfig, *, device: str) -> Dec
         device: "cpu" or "cuda:N".
     """
     if name == "dali":
-        from pipelines.dali import DaliDecoder
+        from pipelines.dali.images import DaliDecoder
 
         return DaliDecoder(config, device=device)
     if name == "pillow":

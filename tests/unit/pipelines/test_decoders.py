@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from models.pyramid import merge, split
 from pipelines.cpu import PillowDecoder
-from pipelines.dali import DaliDecoder
+from pipelines.dali.images import DaliDecoder
 from pipelines.decode import DecodeConfig, Decoder, make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
 from pipelines.view import DRAWS, AugmentConfig

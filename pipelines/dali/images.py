@@ -1,25 +1,21 @@
-"""The production decoder: one NVIDIA DALI graph from encoded bytes to Laplacian bands.
+"""The production decoder of images: one DALI graph from encoded bytes to Laplacian bands.
 
 On a GPU decoding is DALI's "mixed" kind and the bands never visit the host; without one the same
-graph runs on the processor. 2 x 2 means are linear resizes by one half without antialiasing, which
-DALI computes exactly; nearest-neighbour resizes copy values, so adding the bands up again gives the
-image. (Strided slices would be the obvious alternative and give wrong data in DALI 2.4.)
+graph runs on the processor.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
-from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from pipelines.batch import Bands
+from pipelines.dali.bands import gpu_number, outputs_on, split_graph
 from pipelines.decode import DecodeConfig
 from pipelines.encoded import BadImageError, as_png, is_plain, open_image, pixels, upright_size
-from pipelines.errors import DataError, UndecodableImageError
+from pipelines.errors import UndecodableImageError
 from pipelines.view import View, choose_view
 
 
@@ -41,12 +37,9 @@ class DaliDecoder:
     """
 
     def __init__(self, config: DecodeConfig, *, device: str) -> None:
-        place = torch.device(device)
-        if place.type not in ("cpu", "cuda"):
-            raise DataError(f"DALI decodes on 'cpu' or 'cuda:N', not on {device!r}.")
         self._config = config
-        self._gpu = (place.index or 0) if place.type == "cuda" else None
-        self._outputs = _HostOutputs() if self._gpu is None else _GpuOutputs(self._gpu)
+        self._gpu = gpu_number(device)
+        self._outputs = outputs_on(self._gpu)
         self._capacity = 0
         self._pipelines: dict[bool, Any] = {}
 
@@ -141,7 +134,13 @@ class DaliDecoder:
             anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
             shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
             images = fn.slice(images, anchor, shape, axes=(0, 1))
-            images = _resize(images, config.image_size, types.INTERP_LINEAR, antialias=True)
+            images = fn.resize(
+                images,
+                size=[config.image_size, config.image_size],
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+                dtype=types.FLOAT,
+            )
         middle = [127.5] * config.channels
         mirror = (
             fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
@@ -151,50 +150,4 @@ class DaliDecoder:
         images = fn.crop_mirror_normalize(
             images, dtype=types.FLOAT, mean=middle, std=middle, mirror=mirror
         )
-        bands = []
-        size = config.image_size
-        for _ in range(config.scales - 1):
-            coarse = _resize(images, size // 2, types.INTERP_LINEAR, antialias=False)
-            bands.append(images - _resize(coarse, size, types.INTERP_NN, antialias=False))
-            images, size = coarse, size // 2
-        return [images, *reversed(bands)]
-
-
-def _resize(images: Any, size: int, interpolation: Any, *, antialias: bool) -> Any:
-    return fn.resize(
-        images,
-        size=[size, size],
-        interp_type=interpolation,
-        antialias=antialias,
-        dtype=types.FLOAT,
-    )
-
-
-class _HostOutputs:
-    """Copies a pipeline's outputs, which DALI will overwrite, into tensors of their own."""
-
-    def __call__(self, outputs: Sequence[Any]) -> Bands:
-        return tuple(torch.from_numpy(np.array(output.as_array())) for output in outputs)
-
-
-class _GpuOutputs:
-    """The same on a GPU, without waiting for the work queued by the training loop.
-
-    The copies run on a stream of their own. Their memory is declared as used by the stream that
-    was current when the decoder was made, so that it is not handed out again too early.
-    """
-
-    def __init__(self, index: int) -> None:
-        self._consumer = torch.cuda.current_stream(index)
-        self._stream = torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
-
-    def __call__(self, outputs: Sequence[Any]) -> Bands:
-        with torch.cuda.stream(self._stream):
-            bands = tuple(self._copy(output) for output in outputs)
-        self._stream.synchronize()
-        return bands
-
-    def _copy(self, output: Any) -> Tensor:
-        copy: Tensor = from_dlpack(output.as_tensor()).clone()
-        copy.record_stream(self._consumer)
-        return copy
+        return split_graph(images, size=config.image_size, scales=config.scales)

@@ -1,0 +1,1 @@
+"""Decoding with NVIDIA DALI: images and latents to bands, on a GPU or the processor."""

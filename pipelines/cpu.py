@@ -13,7 +13,8 @@ from pipelines.batch import Bands
 from pipelines.decode import DecodeConfig
 from pipelines.encoded import BadImageError, open_image, pixels
 from pipelines.errors import UndecodableImageError
-from pipelines.view import choose_view
+from pipelines.sample_key import SampleKey
+from pipelines.view import view_of
 
 
 class PillowDecoder:
@@ -28,14 +29,12 @@ class PillowDecoder:
         self._config = config
         self._device = device
 
-    def __call__(
-        self, images: Sequence[bytes], numbers: NDArray[np.float64] | None = None
-    ) -> Bands:
+    def __call__(self, images: Sequence[bytes], keys: Sequence[SampleKey] | None = None) -> Bands:
         """Decode a batch."""
         decoded = []
         bad: dict[int, str] = {}
         for place, data in enumerate(images):
-            own = None if numbers is None else numbers[place]
+            own = None if keys is None else keys[place]
             try:
                 decoded.append(self._decode(data, own))
             except BadImageError as error:
@@ -43,13 +42,11 @@ class PillowDecoder:
         if bad:
             raise UndecodableImageError(list(bad), next(iter(bad.values())))
         batch = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
-        return _split(batch.to(self._device) / 127.5 - 1.0, scales=self._config.scales)
+        return split_bands(batch.to(self._device) / 127.5 - 1.0, scales=self._config.scales)
 
-    def _decode(self, data: bytes, numbers: NDArray[np.float64] | None) -> NDArray[np.float32]:
+    def _decode(self, data: bytes, key: SampleKey | None) -> NDArray[np.float32]:
         image = pixels(open_image(data), channels=self._config.channels).astype(np.float32)
-        view = choose_view(
-            self._config.augment, width=image.shape[1], height=image.shape[0], numbers=numbers
-        )
+        view = view_of(self._config.augment, width=image.shape[1], height=image.shape[0], key=key)
         part = image[view.top : view.top + view.height, view.left : view.left + view.width]
         size = self._config.image_size
         shown = part if part.shape[:2] == (size, size) else _resize(part, size)
@@ -71,7 +68,8 @@ def _resize(part: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 
 
-def _split(images: Tensor, *, scales: int) -> Bands:
+def split_bands(images: Tensor, *, scales: int) -> Bands:
+    """Split images [b, c, h, w] into Laplacian bands, coarse to fine."""
     bands = []
     for _ in range(scales - 1):
         coarse = avg_pool2d(images, 2)

@@ -1,30 +1,25 @@
-"""What the loader asks of a dataset: encoded images by sample id, grouped in shards."""
+"""What the loader asks of a dataset: samples by their id, grouped in shards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class RawImage:
-    """One sample as stored.
-
-    Attributes:
-        data: The encoded image, JPEG or PNG.
-        label: Class index.
-        sample_id: Its place in the dataset, counted over all shards.
-    """
+class RawSample(NamedTuple):
+    """One sample as stored."""
 
     data: bytes
+    """An encoded image (JPEG or PNG), or the moments of a latent."""
     label: int
+    """Class index."""
     sample_id: int
+    """Its place in the dataset, counted over all shards."""
 
 
-class ImageDataset(Protocol):
-    """Random access to encoded images."""
+class SampleDataset(Protocol):
+    """Random access to stored samples."""
 
     @property
     def shard_sizes(self) -> Sequence[int]:
@@ -33,7 +28,7 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, sample_id: int) -> RawImage:
+    def read(self, sample_id: int) -> RawSample:
         """Read one sample.
 
         Args:

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipelines.batch import Bands
 from pipelines.errors import DataError, UnsplittableImageError
+from pipelines.sample_key import SampleKey
 from pipelines.view import AugmentConfig
 
 DecoderName = Literal["dali", "pillow"]
@@ -57,15 +55,12 @@ class DecodeConfig:
 class Decoder(Protocol):
     """Turns encoded images into bands."""
 
-    def __call__(
-        self, images: Sequence[bytes], numbers: NDArray[np.float64] | None = None
-    ) -> Bands:
+    def __call__(self, images: Sequence[bytes], keys: Sequence[SampleKey] | None = None) -> Bands:
         """Decode a batch.
 
         Args:
             images: Whole JPEG or PNG files.
-            numbers: Random numbers for each image's view, [len(images), DRAWS]; None shows the
-                central square of each.
+            keys: Each image's randomness; None shows the central square of each.
 
         Returns:
             Bands coarse to fine, each float32 [len(images), channels, h, w] and owned by the

@@ -8,30 +8,30 @@ slices.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipelines.batch import Batch, Cursor
-from pipelines.dataset import ImageDataset, RawImage
+from pipelines.dataset import RawSample, SampleDataset
 from pipelines.decode import DecodeConfig, DecoderName, make_decoder
 from pipelines.errors import (
     BadDataError,
+    CorruptShardError,
     DataError,
     IndivisibleBatchError,
     LabelOutOfRangeError,
+    MissingShardError,
     UndecodableImageError,
 )
-from pipelines.order import SampleOrder, replacement
+from pipelines.order import Order, SampleOrder
 from pipelines.prefetch import Prefetched
-from pipelines.view import draws
+from pipelines.sample_key import SampleKey
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,9 @@ class LoaderConfig:
     Attributes:
         decoder: "dali", or "pillow", the slow reference.
         prefetch_batches: Batches made ahead of the training loop.
-        max_bad_share: Undecodable images tolerated, as a share of those read by this rank since
-            the loader started (or of 10 000 while it has read fewer). 0 tolerates none.
+        max_bad_share: Samples tolerated that cannot be decoded or whose shard is lost or damaged,
+            as a share of those read by this rank since the loader started (or of 10 000 while it
+            has read fewer). Others take their place. 0 tolerates none.
         shuffle_block_samples: Samples are shuffled within blocks of this length of the randomly
             ordered shards. Larger mixes better and needs more shards at a time.
     """
@@ -73,6 +74,7 @@ class Loader:
         config: How batches are made.
         decode: What images are made into.
         seed: Seed of the sample order and of the views, the same on all ranks.
+        order: Which sample comes when; None takes each once per epoch.
         batch_images: Size of the global batch.
         rank: This process's number among all.
         world_size: How many there are.
@@ -86,11 +88,12 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: SampleDataset,
         *,
         config: LoaderConfig,
         decode: DecodeConfig,
         seed: int,
+        order: Order | None = None,
         batch_images: int,
         rank: int = 0,
         world_size: int = 1,
@@ -107,11 +110,10 @@ class Loader:
             raise DataError(f"Ranks count from 0 to {world_size - 1}, got {rank}.")
         self._dataset = dataset
         self._config = config
-        self._order = SampleOrder(
+        self._order = order or SampleOrder(
             dataset.shard_sizes, seed=seed, block_samples=config.shuffle_block_samples
         )
         self._decoder = make_decoder(config.decoder, decode, device=device)
-        self._augmented = decode.augment.random
         self._seed = seed
         self._batch_images = batch_images
         self._slice_images = batch_images // world_size
@@ -138,7 +140,7 @@ class Loader:
             This rank's slice of each global batch, and the cursor behind that batch.
 
         Raises:
-            BadDataError: More images than allowed cannot be decoded.
+            BadDataError: More samples than allowed cannot be used.
             DataError: Another problem with the dataset, see `pipelines.errors`.
         """
         self.close()
@@ -190,58 +192,65 @@ class Loader:
             yield batch, Cursor(images)
 
     def _load(self, start: int) -> Batch:
-        ids = [int(sample_id) for sample_id in self._order.sample_ids(start, self._slice_images)]
-        samples = [self._dataset.read(sample_id) for sample_id in ids]
-        epochs = [position // len(self._dataset) for position in range(start, start + len(ids))]
-        self._read_images += len(samples)
+        turns = self._order.turns(start, self._slice_images)
+        ids = turns.sample_ids.tolist()
+        self._read_images += len(ids)
+        chosen = dict(enumerate(ids))
+        samples: dict[int, RawSample] = {}
         replaced: set[int] = set()
         for attempt in count():
-            try:
-                bands = self._decoder(
-                    [sample.data for sample in samples], self._numbers(samples, epochs)
-                )
-                break
-            except UndecodableImageError as error:
-                for place in error.indices:
-                    self._count_bad(samples[place], reason=error.reason, attempt=attempt)
-                    stand_in = replacement(ids[place], attempt=attempt, samples=len(self._dataset))
-                    samples[place] = self._dataset.read(stand_in)
-                replaced.update(error.indices)
-        self._check_labels(samples)
+            unusable = self._read(chosen, samples)
+            if not unusable:
+                keys = [
+                    SampleKey(self._seed, epoch, chosen[place])
+                    for place, epoch in enumerate(turns.epochs.tolist())
+                ]
+                try:
+                    bands = self._decoder([samples[place].data for place in chosen], keys)
+                    break
+                except UndecodableImageError as error:
+                    unusable = dict.fromkeys(error.indices, error.reason)
+            for place, reason in unusable.items():
+                self._count_bad(chosen[place], reason=reason, attempt=attempt)
+                chosen[place] = self._order.stand_in(ids[place], attempt=attempt)
+                samples.pop(place, None)
+            replaced.update(unusable)
+        ordered = [samples[place] for place in chosen]
+        self._check_labels(ordered)
         return Batch(
             bands=bands,
-            labels=torch.tensor([sample.label for sample in samples]).to(self._device),
-            sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+            labels=torch.tensor([sample.label for sample in ordered]).to(self._device),
+            sample_ids=torch.tensor([sample.sample_id for sample in ordered]),
             skipped=len(replaced),
         )
 
-    def _numbers(
-        self, samples: Sequence[RawImage], epochs: Sequence[int]
-    ) -> NDArray[np.float64] | None:
-        """Make the random numbers of each sample's view, if views vary."""
-        if not self._augmented:
-            return None
-        own = zip(samples, epochs, strict=True)
-        return np.stack([draws(self._seed, epoch=e, sample_id=s.sample_id) for s, e in own])
+    def _read(self, chosen: Mapping[int, int], samples: dict[int, RawSample]) -> dict[int, str]:
+        """Read what is not there yet; give the places whose shard is lost, and why."""
+        lost: dict[int, str] = {}
+        for place in chosen.keys() - samples.keys():
+            try:
+                samples[place] = self._dataset.read(chosen[place])
+            except (MissingShardError, CorruptShardError) as error:
+                lost[place] = str(error).split(". ")[0]
+        return lost
 
-    def _count_bad(self, sample: RawImage, *, reason: str, attempt: int) -> None:
-        shard = self._dataset.shard_of(sample.sample_id)
+    def _count_bad(self, sample_id: int, *, reason: str, attempt: int) -> None:
+        shard = self._dataset.shard_of(sample_id)
         self._bad_images += 1
         logger.warning(
-            "skipping sample %d in shard %s, which cannot be decoded (%s)",
-            *(sample.sample_id, shard, reason),
+            "skipping sample %d in shard %s, which cannot be used (%s)", sample_id, shard, reason
         )
         allowed = self._config.max_bad_share * max(self._read_images, _JUDGED_IMAGES)
         if self._bad_images > allowed or attempt >= _REPLACEMENTS:
             raise BadDataError(
-                f"{self._bad_images} of {self._read_images} images read cannot be decoded, more "
-                f"than max_bad_share={self._config.max_bad_share} allows. The last one is sample "
-                f"{sample.sample_id} in shard {shard} ({reason}); the log names the others. Check "
-                "the dataset with python -m pipelines.ingest verify and write it again without "
-                "them, or raise max_bad_share if you can do without that many."
+                f"{self._bad_images} of {self._read_images} samples read cannot be used, more than "
+                f"max_bad_share={self._config.max_bad_share} allows. The last one is sample "
+                f"{sample_id} in shard {shard} ({reason}); the log names the others. Check the "
+                "dataset with python -m pipelines.ingest verify and write it again without them, "
+                "or raise max_bad_share if you can do without that many."
             )
 
-    def _check_labels(self, samples: Sequence[RawImage]) -> None:
+    def _check_labels(self, samples: Sequence[RawSample]) -> None:
         if self._classes is None:
             return
         for sample in samples:

@@ -12,6 +12,7 @@ between versions; it does not promise that for `Generator.permutation`.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +31,11 @@ def permutation(count: int, *key: int) -> SampleIds:
 
 
 def replacement(sample_id: int, *, attempt: int, samples: int) -> int:
-    """Choose the sample that stands in for an undecodable one.
+    """Choose the sample that stands in for one that cannot be used.
 
     Args:
-        sample_id: The undecodable sample.
-        attempt: 0 for the first choice, 1 if that is undecodable too, and so on.
+        sample_id: The unusable sample.
+        attempt: 0 for the first choice, 1 if that is unusable too, and so on.
         samples: Samples in the dataset.
 
     Returns:
@@ -48,8 +49,45 @@ def replacement(sample_id: int, *, attempt: int, samples: int) -> int:
     return (sample_id + step) % samples
 
 
+class Turns(NamedTuple):
+    """Samples at consecutive positions of the run."""
+
+    sample_ids: SampleIds
+    """int64 [count]: which sample."""
+    epochs: SampleIds
+    """int64 [count]: how often all samples of its kind were seen before."""
+
+
+class Order(Protocol):
+    """Which sample comes when."""
+
+    def turns(self, start: int, count: int) -> Turns:
+        """Give the samples at positions start, …, start + count - 1 of the run.
+
+        Args:
+            start: Images before the first one asked for, over the whole run.
+            count: How many; they may reach across the end of an epoch.
+        """
+        ...
+
+    def blocks(self, start: int) -> Iterator[tuple[int, SampleIds]]:
+        """Walk through the parts of the order that need few shards, for ever.
+
+        Args:
+            start: A position in the first part.
+
+        Yields:
+            The position at which the part ends, and the samples in it.
+        """
+        ...
+
+    def stand_in(self, sample_id: int, *, attempt: int) -> int:
+        """Choose the sample that takes an unusable one's place; see `replacement`."""
+        ...
+
+
 class SampleOrder:
-    """The sequence of sample ids of a run.
+    """Each sample once in each epoch.
 
     Args:
         shard_sizes: Samples in each shard.
@@ -79,16 +117,8 @@ class SampleOrder:
         self._shards = lru_cache(maxsize=2)(self._compute_shards)
         self._block = lru_cache(maxsize=4)(self._compute_block)
 
-    def sample_ids(self, start: int, count: int) -> SampleIds:
-        """Give the samples at positions start, …, start + count - 1 of the run.
-
-        Args:
-            start: Images before the first one asked for, over the whole run.
-            count: How many.
-
-        Returns:
-            int64 [count]; it may reach across the end of an epoch.
-        """
+    def turns(self, start: int, count: int) -> Turns:
+        """Give the samples at positions start, …, start + count - 1 of the run."""
         ids = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
@@ -97,14 +127,10 @@ class SampleOrder:
             part = self._block(epoch, number)[offset : offset + count - done]
             ids[done : done + len(part)] = part
             done += len(part)
-        return ids
+        return Turns(ids, np.arange(start, start + count) // self.samples)
 
     def blocks(self, start: int) -> Iterator[tuple[int, SampleIds]]:
-        """Walk through the blocks from the one with position `start` on, for ever.
-
-        Yields:
-            The position at which the block ends, and the samples in it.
-        """
+        """Walk through the blocks from the one with position `start` on, for ever."""
         position = start
         while True:
             epoch, place = divmod(position, self.samples)
@@ -112,6 +138,10 @@ class SampleOrder:
             ids = self._block(epoch, number)
             position = epoch * self.samples + number * self._block_samples + len(ids)
             yield position, ids
+
+    def stand_in(self, sample_id: int, *, attempt: int) -> int:
+        """Choose the sample that takes an unusable one's place."""
+        return replacement(sample_id, attempt=attempt, samples=self.samples)
 
     def _compute_shards(self, epoch: int) -> tuple[SampleIds, SampleIds]:
         """Give the shards in their order of the epoch, and the place in it where each one ends."""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.cache import ShardCache, default_cache_dir
-from pipelines.dataset import RawImage
+from pipelines.dataset import RawSample
 from pipelines.errors import CorruptShardError, DataError, MissingShardError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN, Shard, parse_index
 from pipelines.source import Source, SourceConfig
@@ -59,7 +59,7 @@ class ShardsConfig(SourceConfig):
             raise DataError(f"cache_limit_gib must be above 0, got {self.cache_limit_gib}.")
 
 
-class ShardedImages:
+class ShardedDataset:
     """A dataset in shards, with random access.
 
     A shard is fetched when one of its samples is first read, and checked against the size and hash
@@ -99,6 +99,7 @@ class ShardedImages:
             self._folder = self._cache.folder
         self._readers = [_reader(self._folder, shard) for shard in self._shards]
         self._checked: set[int] = set()
+        self._damaged: dict[int, MissingShardError | CorruptShardError] = {}
         self.digest = hashlib.sha256(index).hexdigest()
         """SHA-256 of index.json: which version of which dataset this is."""
 
@@ -114,7 +115,7 @@ class ShardedImages:
         """Name the file a sample lies in."""
         return self._shards[self._locate(sample_id)].name
 
-    def read(self, sample_id: int) -> RawImage:
+    def read(self, sample_id: int) -> RawSample:
         """Read one sample, fetching its shard if needed.
 
         Raises:
@@ -137,18 +138,22 @@ class ShardedImages:
                 f"Sample {sample_id} in shard {shard.name} of {self._source.prefix} is malformed "
                 f"({error}), although the shard is as it was written. Write the dataset again."
             ) from error
-        return RawImage(sample[IMAGE_COLUMN], int(sample[LABEL_COLUMN]), sample_id)
+        return RawSample(sample[IMAGE_COLUMN], int(sample[LABEL_COLUMN]), sample_id)
 
     def prepare(self, sample_ids: NDArray[np.int64]) -> None:
         """Fetch and check the shards of these samples, several at a time.
 
+        A shard that is missing or corrupt is logged here and raised when one of its samples is
+        read.
+
         Raises:
-            DataError: As for `read`.
+            StoreUnreachableError: The store refuses, or does not answer.
+            CacheUnusableError: The cache folder cannot be written.
         """
         numbers = set(np.searchsorted(self._ends, sample_ids, side="right").tolist())
         if self._cache is not None:
             self._cache.used(self._shards[number].name for number in numbers & self._checked)
-        todo = deque(sorted(numbers - self._checked))
+        todo = deque(sorted(numbers - self._checked - self._damaged.keys()))
         if not todo:
             return
         # The processes of a node start at different places, so as not to wait for each other.
@@ -163,6 +168,8 @@ class ShardedImages:
                     return
                 try:
                     self._check(number)
+                except (MissingShardError, CorruptShardError) as error:
+                    logger.warning("%s", error)
                 except Exception as error:
                     errors.append(error)
 
@@ -176,9 +183,17 @@ class ShardedImages:
             raise errors[0]
 
     def _check(self, number: int) -> None:
-        if number not in self._checked:
+        if number in self._checked:
+            return
+        # Not tried anew for each of its samples.
+        if error := self._damaged.get(number):
+            raise error.with_traceback(None)
+        try:
             self._provide(self._shards[number])
-            self._checked.add(number)
+        except (MissingShardError, CorruptShardError) as error:
+            self._damaged[number] = error
+            raise
+        self._checked.add(number)
 
     def _locate(self, sample_id: int) -> int:
         if not 0 <= sample_id < len(self):

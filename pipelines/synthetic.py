@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.dataset import RawImage
+from pipelines.dataset import RawSample
 from pipelines.encoded import as_png
 from pipelines.errors import EmptyDatasetError
 
@@ -58,10 +58,10 @@ class SyntheticImages:
         """Name the pretended shard of an image."""
         return f"synthetic.{sample_id // self._shard_images:05}"
 
-    def read(self, sample_id: int) -> RawImage:
+    def read(self, sample_id: int) -> RawSample:
         """Make one image."""
         if not 0 <= sample_id < self._images:
             raise IndexError(f"There is no sample {sample_id}; the dataset holds {self._images}.")
         noise = np.random.default_rng((self._seed, sample_id)).integers(0, 128, self._shape)
         image = (self._gradient + noise).astype(np.uint8)
-        return RawImage(as_png(image), sample_id % self._classes, sample_id)
+        return RawSample(as_png(image), sample_id % self._classes, sample_id)

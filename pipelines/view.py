@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError
+from pipelines.sample_key import SampleKey
 
 DRAWS = 5
 """Random numbers in [0, 1) that one view takes."""
-
-_VIEW = 3  # keeps these numbers apart from those of the sample order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +72,10 @@ class View:
     mirrored: bool
 
 
-def draws(seed: int, *, epoch: int, sample_id: int) -> NDArray[np.float64]:
-    """Make the random numbers of one sample in one epoch, [DRAWS]."""
-    words = np.random.Philox(np.random.SeedSequence((seed, epoch, sample_id, _VIEW)))
-    return (words.random_raw(DRAWS) >> np.uint64(11)) * 2.0**-53
+def view_of(config: AugmentConfig, *, width: int, height: int, key: SampleKey | None) -> View:
+    """Choose the part of an image that one turn of its sample shows; see `choose_view`."""
+    numbers = None if key is None or not config.random else key.uniforms(DRAWS)
+    return choose_view(config, width=width, height=height, numbers=numbers)
 
 
 def choose_view(

@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.contract import WorkerContext
 from pipelines.decode import DecodeConfig, make_decoder
 from pipelines.loader import Loader
-from pipelines.shards import ShardedImages
+from pipelines.shards import ShardedDataset
 from pipelines.view import AugmentConfig
 from trainer import places, rng
 from trainer.schema import ConfigError, JobConfig, encodes
@@ -19,7 +19,7 @@ from trainer.schema import ConfigError, JobConfig, encodes
 _REAL_BATCH = 256
 
 
-def open_split(job: JobConfig, split: str) -> ShardedImages:
+def open_split(job: JobConfig, split: str) -> ShardedDataset:
     """Open "train" or "test" of the job's data set.
 
     Raises:
@@ -32,12 +32,12 @@ def open_split(job: JobConfig, split: str) -> ShardedImages:
             "dry_run=true works, data.space=pixel trains"
         )
     cache_dir = job.shards.cache_dir or str(places.cache(job))
-    return ShardedImages(
+    return ShardedDataset(
         f"{places.data_prefix(job)}/{split}", config=replace(job.shards, cache_dir=cache_dir)
     )
 
 
-def training_loader(job: JobConfig, images: ShardedImages, context: WorkerContext) -> Loader:
+def training_loader(job: JobConfig, images: ShardedDataset, context: WorkerContext) -> Loader:
     """Build the loader of this rank's share of every global batch.
 
     It splits images into the flow's bands, or leaves them whole where a codec comes before.

@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Callable
 
-from pipelines.shards import ShardedImages
+from pipelines.shards import ShardedDataset
 from trainer import places
 from trainer.autoencoder import codec_digest
 from trainer.checkpoint.layout import MANIFEST_NAME, checkpoints_prefix
@@ -94,7 +94,7 @@ def _check_writable(store: Store, run: str) -> None:
     store.delete(key)
 
 
-def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> ShardedImages:
+def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> ShardedDataset:
     if job.data.prepare == "digits":
         from pipelines.ingest.digits import ensure_digits
 

@@ -16,7 +16,8 @@ from pipelines.dali.bands import gpu_number, outputs_on, split_graph
 from pipelines.decode import DecodeConfig
 from pipelines.encoded import BadImageError, as_png, is_plain, open_image, pixels, upright_size
 from pipelines.errors import UndecodableImageError
-from pipelines.view import View, choose_view
+from pipelines.sample_key import SampleKey
+from pipelines.view import View, view_of
 
 
 class _Encoded(NamedTuple):
@@ -43,14 +44,12 @@ class DaliDecoder:
         self._capacity = 0
         self._pipelines: dict[bool, Any] = {}
 
-    def __call__(
-        self, images: Sequence[bytes], numbers: NDArray[np.float64] | None = None
-    ) -> Bands:
+    def __call__(self, images: Sequence[bytes], keys: Sequence[SampleKey] | None = None) -> Bands:
         """Decode a batch."""
         prepared = []
         bad: dict[int, str] = {}
         for place, data in enumerate(images):
-            own = None if numbers is None else numbers[place]
+            own = None if keys is None else keys[place]
             try:
                 prepared.append(self._prepare(data, own))
             except BadImageError as error:
@@ -68,13 +67,13 @@ class DaliDecoder:
                 raise
             raise UndecodableImageError(culprits, "its data is damaged") from error
 
-    def _prepare(self, data: bytes, numbers: NDArray[np.float64] | None) -> _Encoded:
+    def _prepare(self, data: bytes, key: SampleKey | None) -> _Encoded:
         """Check an image, and rewrite one that decoders may differ on."""
         header = open_image(data)
         width, height = upright_size(header)
         if not is_plain(header, data, channels=self._config.channels):
             data = as_png(pixels(header, channels=self._config.channels))
-        view = choose_view(self._config.augment, width=width, height=height, numbers=numbers)
+        view = view_of(self._config.augment, width=width, height=height, key=key)
         return _Encoded(np.frombuffer(data, dtype=np.uint8), width, height, view)
 
     def _can_decode(self, image: _Encoded) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipelines.encoded import BadImageError, open_image, pixels
-from pipelines.shards import ShardedImages, ShardsConfig
+from pipelines.shards import ShardedDataset, ShardsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ def verify(prefix: str, *, config: ShardsConfig | None = None) -> Report:
     """Read and decode every sample.
 
     Raises:
-        DataError: The dataset cannot be read, see `pipelines.shards.ShardedImages`.
+        DataError: The dataset cannot be read, see `pipelines.shards.ShardedDataset`.
     """
-    dataset = ShardedImages(prefix, config=config)
+    dataset = ShardedDataset(prefix, config=config)
     classes: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     undecodable = []

@@ -89,12 +89,12 @@ def test_a_corrupt_shard_stops_the_run_and_is_named(launch, copied, tmp_path):
 
 def test_a_truncated_image_is_counted_and_skipped_until_there_are_too_many(launch, tmp_path):
     from pipelines.ingest.write import LabelledImage, write_dataset
-    from pipelines.shards import ShardedImages
+    from pipelines.shards import ShardedDataset
 
     whole = tmp_path / "whole"
     ensure_digits(str(whole))
     for split in ("train", "test"):
-        images = ShardedImages(f"{whole}/{split}")
+        images = ShardedDataset(f"{whole}/{split}")
         samples = [images.read(index) for index in range(len(images))]
         write_dataset(
             (

@@ -28,7 +28,7 @@ def make(sizes: list[int], seed: int = 0, block: int = 50) -> SampleOrder:
 @given(SIZES, SEEDS, BLOCKS, st.integers(0, 5))
 def test_each_epoch_is_a_permutation(sizes: list[int], seed: int, block: int, epoch: int) -> None:
     order = make(sizes, seed, block)
-    ids = order.sample_ids(epoch * order.samples, order.samples)
+    ids = order.turns(epoch * order.samples, order.samples).sample_ids
     assert sorted(ids.tolist()) == list(range(order.samples))
 
 
@@ -38,9 +38,9 @@ def test_ranks_share_the_global_batch(
     sizes: list[int], seed: int, block: int, world: int, slice_images: int, start: int
 ) -> None:
     batch = slice_images * world
-    whole = make(sizes, seed, block).sample_ids(start, batch)
+    whole = make(sizes, seed, block).turns(start, batch).sample_ids
     slices = [
-        make(sizes, seed, block).sample_ids(start + rank * slice_images, slice_images)
+        make(sizes, seed, block).turns(start + rank * slice_images, slice_images).sample_ids
         for rank in range(world)
     ]
     assert np.concatenate(slices).tolist() == whole.tolist()
@@ -53,8 +53,8 @@ def test_ranks_share_the_global_batch(
 def test_resuming_gives_the_tail(
     sizes: list[int], seed: int, block: int, done: int, left: int
 ) -> None:
-    uninterrupted = make(sizes, seed, block).sample_ids(0, done + left)
-    resumed = make(sizes, seed, block).sample_ids(done, left)
+    uninterrupted = make(sizes, seed, block).turns(0, done + left).sample_ids
+    resumed = make(sizes, seed, block).turns(done, left).sample_ids
     assert resumed.tolist() == uninterrupted[done:].tolist()
 
 
@@ -63,10 +63,10 @@ def test_resuming_gives_the_tail(
 def test_the_seed_decides(sizes: list[int], seed: int, block: int) -> None:
     assume(sum(sizes) >= 30 and block >= 10)
     order, count = make(sizes, seed, block), sum(sizes)
-    first = order.sample_ids(0, count).tolist()
-    assert make(sizes, seed, block).sample_ids(0, count).tolist() == first
-    assert order.sample_ids(count, count).tolist() != first  # the next epoch
-    assert make(sizes, seed + 1, block).sample_ids(0, count).tolist() != first
+    first = order.turns(0, count).sample_ids.tolist()
+    assert make(sizes, seed, block).turns(0, count).sample_ids.tolist() == first
+    assert order.turns(count, count).sample_ids.tolist() != first  # the next epoch
+    assert make(sizes, seed + 1, block).turns(0, count).sample_ids.tolist() != first
 
 
 @QUICK
@@ -80,7 +80,7 @@ def test_a_block_touches_only_a_window_of_shards(
     carried: set[int] = set()
     for start in range(0, count, block):
         length = min(block, count - start)
-        shards = set(shard_of[order.sample_ids(epoch * count + start, length)].tolist())
+        shards = set(shard_of[order.turns(epoch * count + start, length).sample_ids].tolist())
         # Whole shards that fit, and one at each end.
         inner = sum(sorted(sizes[shard] for shard in shards)[:-2])
         assert inner <= block
@@ -98,7 +98,7 @@ def test_blocks_are_the_order_cut_up(sizes: list[int], seed: int, block: int, st
     position = None
     for end, ids in islice(order.blocks(start), 5):
         first = end - len(ids)
-        assert order.sample_ids(first, len(ids)).tolist() == ids.tolist()
+        assert order.turns(first, len(ids)).sample_ids.tolist() == ids.tolist()
         assert first <= start < end if position is None else first == position
         position = end
 
@@ -121,7 +121,7 @@ def test_a_lone_sample_replaces_itself() -> None:
 def test_shuffles_are_even() -> None:
     """Each sample comes first about equally often."""
     order = make([5, 3], block=8)
-    firsts = np.array([order.sample_ids(epoch * 8, 1)[0] for epoch in range(4000)])
+    firsts = np.array([order.turns(epoch * 8, 1).sample_ids[0] for epoch in range(4000)])
     counts = np.bincount(firsts, minlength=8)
     assert np.all(np.abs(counts - 500) < 5 * np.sqrt(500))
 
@@ -129,7 +129,7 @@ def test_shuffles_are_even() -> None:
 def test_the_order_never_changes() -> None:
     """Checkpoints hold a position in this very sequence."""
     assert permutation(8, 1, 2, 3).tolist() == GOLDEN_PERMUTATION
-    assert make([4, 3, 5], seed=7, block=6).sample_ids(9, 12).tolist() == GOLDEN_IDS
+    assert make([4, 3, 5], seed=7, block=6).turns(9, 12).sample_ids.tolist() == GOLDEN_IDS
     assert [replacement(5, attempt=n, samples=100) for n in range(3)] == GOLDEN_REPLACEMENTS
 
 

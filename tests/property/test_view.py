@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import DataError
-from pipelines.view import DRAWS, AugmentConfig, choose_view, draws
+from pipelines.sample_key import SampleKey
+from pipelines.view import DRAWS, AugmentConfig, choose_view
 
 QUICK = settings(max_examples=300, deadline=None)
 SIDES = st.integers(1, 3000)
@@ -50,8 +51,9 @@ def test_the_centre_is_central(width: int, height: int, numbers: np.ndarray, fli
 
 
 def test_numbers_belong_to_seed_epoch_and_sample_and_are_uniform() -> None:
-    assert (draws(1, epoch=2, sample_id=3) == draws(1, epoch=2, sample_id=3)).all()
-    several = [draws(s, epoch=e, sample_id=i) for s in (0, 1) for e in (0, 1) for i in range(500)]
+    assert (SampleKey(1, 2, 3).uniforms(5) == SampleKey(1, 2, 3).uniforms(5)).all()
+    keys = [SampleKey(s, e, i) for s in (0, 1) for e in (0, 1) for i in range(500)]
+    several = [key.uniforms(5) for key in keys]
     numbers = np.stack(several)
     assert len(np.unique(numbers)) == numbers.size
     assert (numbers >= 0).all()

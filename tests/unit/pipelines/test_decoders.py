@@ -12,13 +12,25 @@ from pipelines.cpu import PillowDecoder
 from pipelines.dali.images import DaliDecoder
 from pipelines.decode import DecodeConfig, Decoder, make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
-from pipelines.view import DRAWS, AugmentConfig
+from pipelines.sample_key import SampleKey
+from pipelines.view import AugmentConfig
 from tests.unit.pipelines import pictures
 
 DECODERS = ("dali", "pillow")
 
 # Both resize in float32, and round the filter's weights each in its own way: 1/800 grey level.
 RESIZED = 1e-5
+
+
+class Chosen:
+    """Random numbers of a sample's view that are not random."""
+
+    def __init__(self, *numbers: float) -> None:
+        self._numbers = numbers
+
+    def uniforms(self, count: int) -> np.ndarray:
+        assert count == len(self._numbers)
+        return np.array(self._numbers)
 
 
 def config(size: int = 16, *, channels: int = 3, scales: int = 2) -> DecodeConfig:
@@ -108,12 +120,12 @@ def test_decoders_agree_on_every_view(crop: str, flip: bool, size: int) -> None:
     augment = AugmentConfig(flip=flip, crop=crop, min_area=0.2, max_aspect=2.0)
     chosen = DecodeConfig(image_size=size, scales=2, decode_threads=1, augment=augment)
     data = list(pictures.GOOD.values())
-    numbers = np.random.default_rng(0).random((len(data), DRAWS))
+    keys = [SampleKey(0, 0, number) for number in range(len(data))]
     dali, pillow = (make_decoder(name, chosen, device="cpu") for name in DECODERS)
-    assert_near(dali(data, numbers), pillow(data, numbers), within=RESIZED)
+    assert_near(dali(data, keys), pillow(data, keys), within=RESIZED)
     still = dali(data, None)
     assert_near(still, decoder("pillow", size)(data), within=RESIZED)
-    changed = [not torch.equal(a, b) for a, b in zip(still[-1], dali(data, numbers)[-1], strict=1)]
+    changed = [not torch.equal(a, b) for a, b in zip(still[-1], dali(data, keys)[-1], strict=1)]
     assert any(changed) == (flip or crop != "center")
 
 
@@ -127,8 +139,8 @@ def test_a_view_shows_its_part_and_its_mirror_image(name: str) -> None:
         augment=AugmentConfig(flip=True, crop="random_resized", min_area=2 / 3, max_aspect=1.0),
     )
     # The smallest area is a square as high as the image; it lies as far to the right as it can.
-    numbers = np.array([[0.9, 0.0, 0.5, 0.999, 0.5], [0.1, 0.0, 0.5, 0.999, 0.5]])
-    (images,) = make_decoder(name, chosen, device="cpu")([pictures.encode(picture)] * 2, numbers)
+    keys = [Chosen(0.9, 0.0, 0.5, 0.999, 0.5), Chosen(0.1, 0.0, 0.5, 0.999, 0.5)]
+    (images,) = make_decoder(name, chosen, device="cpu")([pictures.encode(picture)] * 2, keys)
     expected = torch.from_numpy(picture[:, 10:].copy()).permute(2, 0, 1).float() / 127.5 - 1
     assert_near((images[0], images[1]), (expected, expected.flip(-1)))
 

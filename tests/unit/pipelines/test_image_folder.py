@@ -21,7 +21,7 @@ from pipelines.ingest.__main__ import main
 from pipelines.ingest.image_folder import IngestConfig, ingest
 from pipelines.ingest.listing import Listing, UnreadableSourceError, hold_out, list_images
 from pipelines.ingest.resize import Resize
-from pipelines.shards import ShardedImages
+from pipelines.shards import ShardedDataset
 from tests.support.s3_server import S3Server
 from tests.unit.pipelines import pictures
 
@@ -52,7 +52,7 @@ def archive(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def contents(prefix: Path | str) -> list[tuple[bytes, int]]:
-    dataset = ShardedImages(str(prefix))
+    dataset = ShardedDataset(str(prefix))
     samples = [dataset.read(place) for place in range(len(dataset))]
     return [(sample.data, sample.label) for sample in samples]
 
@@ -79,7 +79,7 @@ def test_a_folder_becomes_a_dataset_with_its_bytes_and_classes(
     assert set(got) == want
     # The classes are mixed, so that a block of neighbouring samples holds many of them.
     assert [label for _, label in got] != sorted(label for _, label in got)
-    assert len(ShardedImages(str(tmp_path / "out")).shard_sizes) > 3
+    assert len(ShardedDataset(str(tmp_path / "out")).shard_sizes) > 3
     about = json.loads((tmp_path / "out" / "ingest.json").read_text())
     assert about["classes"] == ["ant", "bee", "cow"]
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir())[:2] == [".json", ".json"]
@@ -292,7 +292,7 @@ def test_a_store_takes_the_dataset_and_an_interrupted_upload_goes_on(
         ingest(listing, prefix, config=config, note=stop_early)
     ingest(listing, prefix, config=config, note=lambda _: None)
     assert contents(prefix) == contents(tmp_path / "local")
-    assert ShardedImages(prefix).digest == ShardedImages(str(tmp_path / "local")).digest
+    assert ShardedDataset(prefix).digest == ShardedDataset(str(tmp_path / "local")).digest
     assert list((tmp_path / "work").glob("*/*")) == []
     notes: list[str] = []
     ingest(listing, prefix, config=config, note=notes.append)

@@ -18,7 +18,7 @@ from pipelines.errors import EmptyDatasetError, MissingDatasetError, OccupiedPre
 from pipelines.ingest import digits, verify
 from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
-from pipelines.shards import ShardedImages
+from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
 from tests.unit.pipelines.conftest import SAMPLES
 
@@ -73,9 +73,9 @@ def test_an_interrupted_write_is_no_dataset(tmp_path: Path, images: list[Labelle
         write_dataset(broken(images, 30), str(target), shard_bytes=2000)
     assert not has_dataset(str(target))
     with pytest.raises(MissingDatasetError, match="interrupted"):
-        ShardedImages(str(target))
+        ShardedDataset(str(target))
     write_dataset(images, str(target), shard_bytes=2000)
-    assert len(ShardedImages(str(target))) == SAMPLES
+    assert len(ShardedDataset(str(target))) == SAMPLES
     assert sorted(path.name for path in target.parent.iterdir()) == [".train.lock", "train"]
 
 
@@ -94,7 +94,7 @@ def test_a_killed_write_is_no_dataset(tmp_path: Path, images: list[LabelledImage
     assert list((tmp_path / ".train.building").glob("*.mds"))
     assert not has_dataset(str(tmp_path / "train"))
     write_dataset(images, str(tmp_path / "train"), shard_bytes=2000)
-    assert len(ShardedImages(str(tmp_path / "train"))) == SAMPLES
+    assert len(ShardedDataset(str(tmp_path / "train"))) == SAMPLES
     assert not (tmp_path / ".train.building").exists()
 
 
@@ -109,7 +109,7 @@ def test_two_writers_at_once_agree(tmp_path: Path, images: list[LabelledImage]) 
     for writer in writers:
         writer.join(30)
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert len(ShardedImages(str(tmp_path / "train"))) == SAMPLES
+    assert len(ShardedDataset(str(tmp_path / "train"))) == SAMPLES
 
 
 def test_nothing_to_write(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_digits_are_split_by_class(digits_prefix: Path) -> None:
             np.rint(source.images * 255 / 16).astype(np.uint8), source.target.tolist(), strict=True
         )
     }
-    dataset = ShardedImages(str(digits_prefix / "test"))
+    dataset = ShardedDataset(str(digits_prefix / "test"))
     for sample_id in range(len(dataset)):
         sample = dataset.read(sample_id)
         with Image.open(io.BytesIO(sample.data)) as image:

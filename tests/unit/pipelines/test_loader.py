@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.batch import Batch, Cursor
-from pipelines.dataset import ImageDataset, RawImage
+from pipelines.dataset import RawSample, SampleDataset
 from pipelines.decode import DecodeConfig
 from pipelines.errors import (
     BadDataError,
-    CorruptShardError,
     DataError,
     EmptyDatasetError,
     IndivisibleBatchError,
@@ -25,7 +24,7 @@ from pipelines.errors import (
 )
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.order import SampleOrder, replacement
-from pipelines.shards import ShardedImages
+from pipelines.shards import ShardedDataset
 from pipelines.synthetic import SyntheticImages
 from pipelines.view import AugmentConfig
 
@@ -52,17 +51,17 @@ class Damaged:
     def shard_of(self, sample_id: int) -> str:
         return self._whole.shard_of(sample_id)
 
-    def read(self, sample_id: int) -> RawImage:
+    def read(self, sample_id: int) -> RawSample:
         sample = self._whole.read(sample_id)
         if sample_id not in self.bad:
             return sample
-        return RawImage(sample.data[:60], sample.label, sample_id)
+        return RawSample(sample.data[:60], sample.label, sample_id)
 
 
 AUGMENTED = AugmentConfig(flip=True, crop="random_resized")
 
 
-def loader(dataset: ImageDataset | None = None, **changes: Any) -> Loader:
+def loader(dataset: SampleDataset | None = None, **changes: Any) -> Loader:
     config = LoaderConfig(
         decoder=changes.pop("decoder", "dali"),
         max_bad_share=changes.pop("max_bad_share", 0.001),
@@ -101,7 +100,7 @@ def test_a_batch_holds_what_the_order_says() -> None:
     dataset = SyntheticImages(images=IMAGES, image_size=8, shard_images=10)
     (batch, cursor), *_ = take(1, loader(dataset), 36)
     order = SampleOrder(dataset.shard_sizes, seed=3, block_samples=25)
-    assert batch.sample_ids.tolist() == order.sample_ids(36, BATCH).tolist()
+    assert batch.sample_ids.tolist() == order.turns(36, BATCH).sample_ids.tolist()
     assert batch.labels.tolist() == [number % 10 for number in batch.sample_ids.tolist()]
     assert [tuple(band.shape) for band in batch.bands] == [
         (BATCH, 3, size, size) for size in (2, 4, 8)
@@ -200,10 +199,10 @@ def test_a_bad_replacement_is_replaced_too() -> None:
 def test_too_many_bad_images_stop_the_run() -> None:
     with pytest.raises(
         BadDataError,
-        match=r"11 of \d+ images .*max_bad_share=0.001.*sample \d+ in shard synthetic\.0000\d",
+        match=r"11 of \d+ samples .*max_bad_share=0.001.*sample \d+ in shard synthetic\.0000\d",
     ):
         take(100, loader(Damaged(set(range(IMAGES)))))
-    with pytest.raises(BadDataError, match=r"1 of \d+ images.*max_bad_share=0.0 .*sample 5 in"):
+    with pytest.raises(BadDataError, match=r"1 of \d+ samples.*max_bad_share=0.0 .*sample 5 in"):
         take(100, loader(Damaged({5}), max_bad_share=0.0))
 
 
@@ -213,15 +212,39 @@ def test_a_dataset_without_one_good_image_does_not_hang() -> None:
 
 
 def test_problems_in_the_thread_reach_the_consumer(prefix: Path) -> None:
-    shard = prefix / "shard.00001.mds"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CorruptShardError, match=r"shard\.00001\.mds"):
-        take(100, loader(ShardedImages(str(prefix))))
+    for shard in prefix.glob("*.mds"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(BadDataError, match=r"shard\.0000\d\.mds .* bytes long instead of"):
+        take(100, loader(ShardedDataset(str(prefix))))
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut short", "other bytes"])
+def test_samples_of_a_lost_shard_are_counted_and_replaced(
+    prefix: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = prefix / "shard.00001.mds"
+    content = shard.read_bytes()
+    lost = set(range(6, 12))
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "cut short":
+        shard.write_bytes(content[:-1])
+    else:
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    batches = take(4, loader(ShardedDataset(str(prefix))))
+    ids = torch.cat([batch.sample_ids for batch, _ in batches])
+    assert len(ids) == 48
+    assert not lost & set(ids.tolist())
+    assert set(range(48)) - lost <= set(ids.tolist())
+    assert sum(batch.skipped for batch, _ in batches) == len(lost)
+    assert "shard.00001.mds" in caplog.text
+    with pytest.raises(BadDataError, match=r"sample (6|7|8|9|10|11) in shard shard\.00001\.mds"):
+        take(4, loader(ShardedDataset(str(prefix)), max_bad_share=0.0))
+
+
 def test_real_shards_are_loaded(pristine: Path) -> None:
-    batches = take(4, loader(ShardedImages(str(pristine))))
+    batches = take(4, loader(ShardedDataset(str(pristine))))
     ids = torch.cat([batch.sample_ids for batch, _ in batches])
     assert sorted(ids.tolist()) == list(range(48))
 

@@ -26,15 +26,15 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.shards import ShardedImages, ShardsConfig
+from pipelines.shards import ShardedDataset, ShardsConfig
 
 
-def cached(prefix: Path, cache: Path, **config: Any) -> ShardedImages:
+def cached(prefix: Path, cache: Path, **config: Any) -> ShardedDataset:
     """The dataset as if it were remote: read through a cache."""
-    return ShardedImages(f"file://{prefix}", config=ShardsConfig(cache_dir=str(cache), **config))
+    return ShardedDataset(f"file://{prefix}", config=ShardsConfig(cache_dir=str(cache), **config))
 
 
-def read_all(dataset: ShardedImages) -> list[tuple[bytes, int, int]]:
+def read_all(dataset: ShardedDataset) -> list[tuple[bytes, int, int]]:
     samples = [dataset.read(sample_id) for sample_id in range(len(dataset))]
     return [(sample.data, sample.label, sample.sample_id) for sample in samples]
 
@@ -88,7 +88,7 @@ def answer(code: str) -> Exception:
 
 
 def test_samples_come_back_as_written(prefix: Path, images: list[LabelledImage]) -> None:
-    dataset = ShardedImages(f"{prefix}/")
+    dataset = ShardedDataset(f"{prefix}/")
     assert len(dataset) == len(images)
     assert sum(dataset.shard_sizes) == len(images)
     assert len(dataset.shard_sizes) > 3
@@ -107,7 +107,7 @@ def test_datasets_of_others_are_read(tmp_path: Path, images: list[LabelledImage]
         for image in images:
             sample = {"image": image.data, "label": np.uint16(image.label), "name": "é"}
             writer.write(sample | {"weight": np.float32(1)})
-    assert read_all(ShardedImages(str(folder))) == expected(images)
+    assert read_all(ShardedDataset(str(folder))) == expected(images)
 
 
 def test_the_cache_holds_only_what_was_read(
@@ -125,19 +125,19 @@ def test_the_cache_holds_only_what_was_read(
 @pytest.mark.parametrize("sample_id", [-1, 48])
 def test_samples_that_are_not_there(prefix: Path, sample_id: int) -> None:
     with pytest.raises(IndexError, match=f"no sample {sample_id}; the dataset holds 48"):
-        ShardedImages(str(prefix)).read(sample_id)
+        ShardedDataset(str(prefix)).read(sample_id)
 
 
 def test_no_dataset(tmp_path: Path) -> None:
     for missing in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(MissingDatasetError, match=r"no index\.json.*ingest"):
-            ShardedImages(str(missing))
+            ShardedDataset(str(missing))
 
 
 def test_an_empty_dataset(prefix: Path) -> None:
     (prefix / "index.json").write_text('{"version": 2, "shards": []}')
     with pytest.raises(EmptyDatasetError):
-        ShardedImages(str(prefix))
+        ShardedDataset(str(prefix))
 
 
 def test_a_hostile_index_touches_nothing(prefix: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_hostile_index_touches_nothing(prefix: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("through_cache", [False, True])
 def test_a_missing_shard(prefix: Path, tmp_path: Path, through_cache: bool) -> None:
     shards_in(prefix)[1].unlink()
-    dataset = cached(prefix, tmp_path / "c") if through_cache else ShardedImages(str(prefix))
+    dataset = cached(prefix, tmp_path / "c") if through_cache else ShardedDataset(str(prefix))
     dataset.read(0)
     with pytest.raises(MissingShardError, match=r"shard\.00001\.mds .*is not there"):
         dataset.read(dataset.shard_sizes[0])
@@ -162,7 +162,7 @@ def test_a_missing_shard(prefix: Path, tmp_path: Path, through_cache: bool) -> N
 @pytest.mark.parametrize("through_cache", [False, True])
 def test_a_corrupt_shard(prefix: Path, tmp_path: Path, through_cache: bool) -> None:
     flip(shards_in(prefix)[0])
-    dataset = cached(prefix, tmp_path / "c") if through_cache else ShardedImages(str(prefix))
+    dataset = cached(prefix, tmp_path / "c") if through_cache else ShardedDataset(str(prefix))
     for _ in range(2):  # asking again does not get it past the check
         with pytest.raises(CorruptShardError, match=r"shard\.00000\.mds .*sha256") as raised:
             dataset.read(0)
@@ -176,7 +176,7 @@ def test_a_shard_of_another_length(prefix: Path) -> None:
     shard = shards_in(prefix)[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CorruptShardError, match=r"is \d+ bytes long instead of \d+"):
-        ShardedImages(str(prefix)).read(0)
+        ShardedDataset(str(prefix)).read(0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -192,7 +192,7 @@ def test_a_shard_whose_table_lies(prefix: Path, count: int) -> None:
     index["shards"][0]["raw_data"]["hashes"]["sha256"] = hashlib.sha256(content).hexdigest()
     (prefix / "index.json").write_text(json.dumps(index))
     with pytest.raises(CorruptShardError, match="table of samples"):
-        ShardedImages(str(prefix)).read(0)
+        ShardedDataset(str(prefix)).read(0)
 
 
 def test_a_cached_file_that_went_bad_is_fetched_again(
@@ -245,7 +245,7 @@ def test_each_shard_is_hashed_once(prefix: Path, monkeypatch: pytest.MonkeyPatch
         "_problem",
         lambda path, shard: (checked.append(shard.name), problem(path, shard))[1],
     )
-    dataset = ShardedImages(str(prefix))
+    dataset = ShardedDataset(str(prefix))
     read_all(dataset)
     read_all(dataset)
     assert len(checked) == len(set(checked)) == len(dataset.shard_sizes)
@@ -383,7 +383,7 @@ def test_the_default_cache_must_be_ones_own(
 )
 def test_urls_that_are_not_read(prefix: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as raised:
-        ShardedImages(prefix)
+        ShardedDataset(prefix)
     assert "hunter2" not in str(raised.value)
 
 
@@ -440,11 +440,18 @@ def test_shards_are_prepared_together(prefix: Path, tmp_path: Path) -> None:
     assert [path.name for path in shards_in(tmp_path / "cache")] == names
 
 
-def test_failures_to_prepare_are_raised(prefix: Path, tmp_path: Path) -> None:
+def test_a_lost_shard_is_raised_when_it_is_read_and_not_asked_for_again(
+    prefix: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shards_in(prefix)[2].unlink()
     dataset = cached(prefix, tmp_path / "cache")
-    with pytest.raises(MissingShardError, match=r"shard\.00002\.mds"):
+    for _ in range(2):
         dataset.prepare(np.arange(len(dataset)))
+    assert caplog.text.count("shard.00002.mds is listed in the index") == 1
+    for sample_id in (12, 13, 12):
+        with pytest.raises(MissingShardError, match=r"shard\.00002\.mds"):
+            dataset.read(sample_id)
+    assert dataset.read(11).sample_id == 11
 
 
 def test_processes_share_a_cache(

@@ -16,7 +16,7 @@ from pipelines.errors import (
 )
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
 from pipelines.loader import Loader, LoaderConfig
-from pipelines.shards import ShardedImages, ShardsConfig
+from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
@@ -45,8 +45,8 @@ def test_round_trip(
     assert not has_dataset(prefix)
     write_dataset(images, prefix, shard_bytes=2000)
     assert has_dataset(prefix)
-    remote = ShardedImages(prefix, config=config(tmp_path))
-    local = ShardedImages(str(pristine))
+    remote = ShardedDataset(prefix, config=config(tmp_path))
+    local = ShardedDataset(str(pristine))
     assert remote.digest == local.digest
     batches = []
     for dataset in (remote, local):
@@ -88,7 +88,7 @@ def test_damage_in_the_store(
     write_dataset(images, prefix, shard_bytes=2000)
     s3.client.put_object(Bucket="images", Key="damaged/shard.00000.mds", Body=b"junk")
     s3.client.delete_object(Bucket="images", Key="damaged/shard.00001.mds")
-    dataset = ShardedImages(prefix, config=config(tmp_path))
+    dataset = ShardedDataset(prefix, config=config(tmp_path))
     with pytest.raises(CorruptShardError, match=r"shard\.00000\.mds .*second time"):
         dataset.read(0)
     with pytest.raises(MissingShardError, match=r"shard\.00001\.mds"):
@@ -100,15 +100,15 @@ def test_mistakes_are_named(
     s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(MissingDatasetError, match="no dataset at s3://images/nothing"):
-        ShardedImages(f"{bucket}/nothing", config=config(tmp_path))
+        ShardedDataset(f"{bucket}/nothing", config=config(tmp_path))
     with pytest.raises(MissingDatasetError, match="s3://no-such-bucket/data"):
-        ShardedImages("s3://no-such-bucket/data", config=config(tmp_path))
+        ShardedDataset("s3://no-such-bucket/data", config=config(tmp_path))
     with pytest.raises(StoreUnreachableError, match="no-such-bucket"):
         write_dataset([LabelledImage(b"x", 0)], "s3://no-such-bucket/data")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreUnreachableError, match=r"refused to give .*credentials"):
-        ShardedImages(f"{bucket}/nothing", config=config(tmp_path))
+        ShardedDataset(f"{bucket}/nothing", config=config(tmp_path))
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr("pipelines.source.time.sleep", lambda seconds: None)
     with pytest.raises(StoreUnreachableError, match=r"2 attempts.*127\.0\.0\.1:1"):
-        ShardedImages(f"{bucket}/nothing", config=config(tmp_path))
+        ShardedDataset(f"{bucket}/nothing", config=config(tmp_path))

@@ -15,7 +15,7 @@ from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.shards import ShardedImages, ShardsConfig
+from pipelines.shards import ShardedDataset, ShardsConfig
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate.__main__ import main
@@ -130,7 +130,7 @@ def place(tmp_path_factory):
     """A store with a data set and a run of two checkpoints, whose EMA is not its master."""
     place = tmp_path_factory.mktemp("store")
     write_images(place / "datasets" / "kinds", 0)
-    images = ShardedImages(f"{place}/datasets/kinds/train", config=ShardsConfig())
+    images = ShardedDataset(f"{place}/datasets/kinds/train", config=ShardsConfig())
     data = DataConfig(name="kinds", image_size=8, channels=1, classes=2)
     science = {
         "data": {k: v for k, v in to_dict(data).items() if k not in ("prefix", "prepare")},

@@ -13,10 +13,13 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.errors import CacheUnusableError
 from pipelines.index import INDEX_NAME
+from pipelines.slow_steps import told_when_slow
 
 
 def default_cache_dir() -> Path:
@@ -49,6 +52,67 @@ def _usable(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Give an empty folder under the temporary folder, and remove it.
+
+    Those of killed processes are used again, so there are never more than are needed at a time.
+
+    Raises:
+        CacheUnusableError: It cannot be made.
+    """
+    root = default_cache_dir() / "scratch"
+    with _usable(root):
+        root.mkdir(exist_ok=True)
+    for number in count():
+        with _usable(root):
+            lock = (root / f"{number}.lock").open("wb")
+        with lock:
+            if _is_taken(lock):
+                with _emptied(root / str(number)) as folder:
+                    yield folder
+                return
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """Make a folder anew, and remove it at the end; its lock is held."""
+    with _usable(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_taken(lock: BinaryIO) -> bool:
+    """Take a lock that nobody holds; the system lets go of it when the file is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_file(cache: Path, flat: str) -> Path:
+    return cache / ".locks" / f"{flat}.lock"
+
+
+def _caches(root: Path) -> list[Path]:
+    """Folders of datasets; other things may be kept under the root too."""
+    return [folder for folder in root.iterdir() if (folder / ".partial").is_dir()]
+
+
+def _remove_left_behind(cache: Path) -> None:
+    """Remove what killed processes had fetched of their shards; of the living nothing."""
+    with suppress(OSError):  # the cache of another user, say
+        for partial in list((cache / ".partial").iterdir()):
+            with _lock_file(cache, partial.name).open("wb") as lock:
+                if _is_taken(lock):
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
 class ShardCache:
     """Files of one version of one dataset.
 
@@ -74,9 +138,12 @@ class ShardCache:
         with _usable(root):
             for part in (".partial", ".locks"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
-            copy = self.folder / ".partial" / f"{INDEX_NAME}.{os.getpid()}"
-            copy.write_bytes(index)
-            copy.replace(self.folder / INDEX_NAME)
+            for cache in _caches(root):
+                _remove_left_behind(cache)
+        # For whoever looks into the folder; it is never read.
+        with self.fetching(INDEX_NAME) as partial, _usable(root):
+            (partial / INDEX_NAME).write_bytes(index)
+            (partial / INDEX_NAME).replace(self.folder / INDEX_NAME)
 
     @contextmanager
     def fetching(self, name: str) -> Iterator[Path]:
@@ -86,26 +153,22 @@ class ShardCache:
             name: The shard's checked name.
         """
         flat = name.replace("/", "%")
-        partial = self.folder / ".partial" / flat
         with _usable(self.folder):
-            lock = (self.folder / ".locks" / f"{flat}.lock").open("wb")
+            lock = _lock_file(self.folder, flat).open("wb")
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with _usable(self.folder):
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-            try:
+            if not _is_taken(lock):
+                with told_when_slow(f"waiting for another process to fetch {self.folder / name}"):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            with _emptied(self.folder / ".partial" / flat) as partial:
                 yield partial
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
 
     def keep(self, name: str, *, fetched: Path) -> None:
         """Move a checked file to its name."""
         with _usable(self.folder):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            os.utime(fetched)
             fetched.replace(path)
-            os.utime(path)
             if self._limit_bytes is not None:
                 self._trim(self._limit_bytes, spared=path)
 
@@ -131,9 +194,7 @@ class ShardCache:
 
     def _shards(self) -> Iterator[tuple[int, int, Path]]:
         """When each shard of all datasets was last used, its size and its place."""
-        # Other things may be kept under the root; a cache of shards is known by its folders.
-        caches = [folder for folder in self._root.iterdir() if (folder / ".partial").is_dir()]
-        for cache in caches:
+        for cache in _caches(self._root):
             for folder, inner, names in os.walk(cache):
                 inner[:] = [name for name in inner if not name.startswith(".")]
                 for name in names:

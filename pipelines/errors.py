@@ -7,6 +7,10 @@ read at the end of a long log.
 from collections.abc import Sequence
 
 
+class BadSampleError(Exception):
+    """One sample cannot be used; caught where another one can take its place."""
+
+
 class DataError(ValueError):
     """The dataset, or the way it is asked for, is at fault."""
 
@@ -23,6 +27,14 @@ class InvalidIndexError(DataError):
     """index.json is damaged, hostile or of a kind that is not read here."""
 
 
+class MissingLatentRecordError(DataError):
+    """Latents do not say what they were made with: there is no latents.json."""
+
+
+class InvalidLatentRecordError(DataError):
+    """latents.json is damaged, hostile or of a kind that is not read here."""
+
+
 class MissingShardError(DataError):
     """A shard that index.json lists is not in the store."""
 
@@ -32,7 +44,7 @@ class CorruptShardError(DataError):
 
 
 class StoreUnreachableError(DataError):
-    """The store did not answer, or refused, until the attempts were used up."""
+    """The store refused, or did not answer for as long as one waits for it."""
 
 
 class CacheUnusableError(DataError):
@@ -70,6 +82,10 @@ class UndecodableImageError(DataError):
 
 class BrokenIngestError(DataError):
     """A process that was writing shards died."""
+
+
+class BadLatentError(DataError):
+    """The latent of an image holds numbers that cannot be stored."""
 
 
 class BadDataError(DataError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.errors import EmptyDatasetError, InvalidIndexError
+from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
 
 INDEX_NAME = "index.json"
 IMAGE_COLUMN = "image"
@@ -66,6 +67,12 @@ class Shard:
     hash_value: str
     columns: tuple[Column, ...]
 
+    @property
+    def latents(self) -> LatentFormat | None:
+        """Format of the latents in it; None if it holds images."""
+        kinds = {column.name: column.encoding for column in self.columns}
+        return LatentFormat.parse(kinds.get(MOMENTS_COLUMN, ""))
+
 
 class _Problem(Exception):
     """Something in the index is not as it should be."""
@@ -90,8 +97,8 @@ def parse_index(content: bytes, *, prefix: str) -> tuple[Shard, ...]:
     except _Problem as problem:
         raise InvalidIndexError(
             f"{prefix}/{INDEX_NAME} cannot be used: {problem}. Write the dataset again with "
-            "pipelines.ingest, or with streaming's MDSWriter using the columns image (bytes) and "
-            "label (int), at least one of the hashes "
+            "pipelines.ingest, or with streaming's MDSWriter using the columns image (bytes) or "
+            "moments (ndarray) and label (int), at least one of the hashes "
             f"{', '.join(HASHES)}, and no compression."
         ) from None
     if not shards:
@@ -114,13 +121,15 @@ def _shards(content: bytes) -> tuple[Shard, ...]:
     entries = index.get("shards")
     if not isinstance(entries, list):
         raise _Problem("its shards are not a list")
-    shards = []
+    shards: list[Shard] = []
     names = set()
     for number, entry in enumerate(entries):
         try:
             shard = _shard(entry)
             if shard.name.lower() in names:
                 raise _Problem(f"the name {shard.name!r} is used twice")
+            if shards and shard.latents != shards[0].latents:
+                raise _Problem("samples are of another kind than in shard 0")
         except _Problem as problem:
             raise _Problem(f"in shard {number}, {problem}") from None
         names.add(shard.name.lower())
@@ -186,16 +195,26 @@ def _columns(entry: dict[str, Any]) -> tuple[Column, ...]:
     for name, encoding, size in zip(names, encodings, sizes, strict=True):
         if not isinstance(name, str) or not isinstance(encoding, str):
             raise _Problem("a column's name or encoding is not text")
-        if encoding not in _COLUMN_SIZES:
+        if encoding not in _COLUMN_SIZES and LatentFormat.parse(encoding) is None:
             raise _Problem(f"column {name[:80]!r} has the unknown encoding {encoding[:80]!r}")
-        if size != _COLUMN_SIZES[encoding]:
+        if size != _size(encoding):
             raise _Problem(f"column {name[:80]!r} is {encoding} of the wrong size {size!r}")
-        columns.append(Column(name=name, encoding=encoding, size=_COLUMN_SIZES[encoding]))
+        columns.append(Column(name=name, encoding=encoding, size=_size(encoding)))
     kinds = {column.name: column.encoding for column in columns}
     if len(kinds) != len(columns):
         raise _Problem("a column is listed twice")
-    if kinds.get(IMAGE_COLUMN) not in _IMAGE_ENCODINGS:
-        raise _Problem(f"there is no column {IMAGE_COLUMN!r} of {sorted(_IMAGE_ENCODINGS)}")
+    latents = LatentFormat.parse(kinds.get(MOMENTS_COLUMN, ""))
+    if (kinds.get(IMAGE_COLUMN) in _IMAGE_ENCODINGS) == (latents is not None):
+        raise _Problem(
+            f"there must be one column {IMAGE_COLUMN!r} of {sorted(_IMAGE_ENCODINGS)}, or one "
+            f"{MOMENTS_COLUMN!r} of latents, and not both"
+        )
     if kinds.get(LABEL_COLUMN) not in _LABEL_SIZES:
         raise _Problem(f"there is no column {LABEL_COLUMN!r} of integers")
     return tuple(columns)
+
+
+def _size(encoding: str) -> int | None:
+    """Bytes of a value, or None where each value carries its length."""
+    latents = LatentFormat.parse(encoding)
+    return _COLUMN_SIZES[encoding] if latents is None else latents.sample_bytes

@@ -7,14 +7,15 @@ training run wants a log line for each and an error that names the cause at the 
 import errno
 import logging
 import random
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipelines.cache import scratch_folder
 from pipelines.errors import (
     CacheUnusableError,
     DataError,
@@ -22,14 +23,15 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.index import INDEX_NAME
+from pipelines.slow_steps import told_when_slow
 from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 16.0
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket"}
-_REFUSED_CODES = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_REFUSED_STATUS = {401, 403}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 
 
@@ -38,19 +40,21 @@ class SourceConfig:
     """How patient a source is.
 
     Attributes:
-        download_attempts: Tries for each file before the store counts as unreachable, with
-            pauses of 1, 2, 4, 8, 16, 16, … seconds between them.
-        download_timeout_s: Silence of the store after which one try ends.
+        download_patience_s: How long each file is asked for again and again, with pauses of 1, 2,
+            4, 8, 16, 16, … seconds, before the store counts as unreachable. A try that has begun
+            is not broken off.
+        download_timeout_s: Silence of the store after which a request ends. A try at an S3 store
+            consists of up to three requests.
     """
 
-    download_attempts: int = 6
-    download_timeout_s: float = 60.0
+    download_patience_s: float = 120.0
+    download_timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.download_attempts < 1 or self.download_timeout_s <= 0:
+        if self.download_patience_s < 0 or self.download_timeout_s <= 0:
             raise DataError(
-                "download_attempts must be at least 1 and download_timeout_s above 0, got "
-                f"{self.download_attempts} and {self.download_timeout_s}."
+                "download_patience_s must be at least 0 and download_timeout_s above 0, got "
+                f"{self.download_patience_s} and {self.download_timeout_s}."
             )
 
 
@@ -99,24 +103,28 @@ class Source:
         downloader = getattr(self._downloaders, "own", None) or self._connect()
         self._downloaders.own = downloader
         url = f"{self._root}/{name}"
-        attempts = self._config.download_attempts
-        for attempt in range(1, attempts + 1):
+        started_s = time.monotonic()
+        for attempt in count(1):
             try:
-                downloader.download(url, str(path), self._config.download_timeout_s)
+                with told_when_slow(f"fetching {url}"):
+                    downloader.download(url, str(path), self._config.download_timeout_s)
                 return
             except Exception as error:
                 path.unlink(missing_ok=True)
                 self._raise_if_final(error, url=url, path=path)
-                if attempt == attempts:
+                tried_s = time.monotonic() - started_s
+                if tried_s >= self._config.download_patience_s:
                     raise StoreUnreachableError(
-                        f"{url} could not be fetched in {attempts} attempts; the last one gave "
-                        f"{describe_failure(error)}. Check that the store is up and, if it is "
-                        "not AWS, that S3_ENDPOINT_URL names it."
+                        f"{url} could not be fetched in {tried_s:.0f} s (attempts: {attempt}); the "
+                        f"last one gave {describe_failure(error)}. Check that the store is up and, "
+                        "if it is not AWS, that S3_ENDPOINT_URL names it."
                     ) from error
                 wait_s = min(2.0 ** (attempt - 1), _LONGEST_WAIT_S) + random.random() / 2
                 logger.warning(
-                    "fetching %s failed (attempt %d of %d), trying again in %.0f s: %s",
-                    *(url, attempt, attempts, wait_s, describe_failure(error)),
+                    "fetching %s failed (attempt %d, after %.0f of %.0f s), trying again in %.0f s:"
+                    " %s",
+                    *(url, attempt, tried_s, self._config.download_patience_s, wait_s),
+                    describe_failure(error),
                 )
                 downloader.clean_up()
                 time.sleep(wait_s)
@@ -130,8 +138,8 @@ class Source:
         """
         if self.is_local:
             return (Path(self.prefix) / name).read_bytes()
-        with tempfile.TemporaryDirectory(prefix="lapflow-read-") as folder:
-            path = Path(folder) / name
+        with scratch_folder() as folder:
+            path = folder / name
             self.fetch(name, path)
             return path.read_bytes()
 
@@ -167,10 +175,10 @@ class Source:
     @staticmethod
     def _raise_if_final(error: Exception, *, url: str, path: Path) -> None:
         """Raise for the failures that another attempt cannot mend."""
-        code = _answer_code(error)
+        code, status = _answer(error)
         if isinstance(error, FileNotFoundError) or code in _MISSING_CODES:
             raise FileNotFoundError(url) from error
-        if code in _REFUSED_CODES or type(error).__name__ in _NO_CREDENTIALS:
+        if status in _REFUSED_STATUS or type(error).__name__ in _NO_CREDENTIALS:
             raise StoreUnreachableError(
                 f"The store refused to give {url} ({describe_failure(error)}). Check that the "
                 "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
@@ -183,14 +191,17 @@ class Source:
             ) from error
 
 
-def _answer_code(error: Exception) -> str | None:
-    """Give the code in a store's answer (the shape botocore's errors have), if there was one."""
+def _answer(error: Exception) -> tuple[str | None, int | None]:
+    """Give the code and the HTTP status of a store's answer (in botocore's shape), if any."""
     response = getattr(error, "response", None)
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return None if code is None else str(code)
+    if not isinstance(response, dict):
+        return None, None
+    code = response.get("Error", {}).get("Code")
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return None if code is None else str(code), status
 
 
 def describe_failure(error: Exception) -> str:
     """Say in one line how a transfer failed."""
-    code = _answer_code(error)
+    code, _ = _answer(error)
     return f"{type(error).__name__}{f' {code}' if code else ''}: {error}"

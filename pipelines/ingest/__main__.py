@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from pipelines.errors import DataError
-from pipelines.ingest import digits, image_folder, verify
+from pipelines.ingest import digits, huggingface, image_folder, verify
 
 _REFUSED = 2
 
@@ -17,11 +17,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 verified and found bad, 2 refused.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest", description="Write and check datasets."
+        prog="python -m pipelines.ingest",
+        description="Write and check datasets.",
+        epilog="python -m pipelines.ingest.latents --help: encode the images of a dataset once.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in (
         ("image-folder", image_folder),
+        ("huggingface", huggingface),
         ("digits", digits),
         ("verify", verify),
     ):

@@ -6,39 +6,20 @@ Run the same command again after an interruption: finished shards are kept.
 """
 
 import argparse
-import hashlib
-import json
-import shutil
-from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from pipelines.errors import (
-    BadDataError,
-    BrokenIngestError,
-    EmptyDatasetError,
-    IngestSettingError,
-    OccupiedPrefixError,
-)
-from pipelines.index import INDEX_NAME
+from pipelines.errors import EmptyDatasetError, IngestSettingError
+from pipelines.ingest.about import ABOUT_NAME, About
+from pipelines.ingest.build import build, is_complete, refuse_too_many
+from pipelines.ingest.image_shards import ImagePart, OpenImageFiller, cut, plan_digest
 from pipelines.ingest.listing import Listing, hold_out, list_images, read_class_names
 from pipelines.ingest.progress import Progress
 from pipelines.ingest.resize import Resize
-from pipelines.ingest.shard_files import (
-    FinishedShard,
-    Part,
-    cut,
-    discard_records,
-    plan_digest,
-    write_shards,
-)
-from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied
+from pipelines.ingest.shard_files import FinishedShard, write_shards
 from pipelines.order import permutation
-from pipelines.source import Source, SourceConfig
-
-ABOUT_NAME = "ingest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +61,10 @@ class IngestConfig:
 class _Plan:
     """What is to be written where, known before anything is."""
 
-    source: Source
+    prefix: str
     listing: Listing
-    parts: tuple[Part, ...]
+    parts: tuple[ImagePart, ...]
     digest: str
-    complete: bool
 
 
 def ingest(
@@ -116,109 +96,143 @@ def _planned(listing: Listing, prefix: str, *, config: IngestConfig) -> _Plan:
     order = permutation(len(listing.images), config.seed)
     parts = cut([listing.images[place] for place in order], shard_bytes=config.shard_bytes)
     digest = plan_digest(parts, config.resize)
-    source = Source(prefix, config=SourceConfig())
-    complete = has_dataset(prefix)
-    if complete and _about(source).get("plan") != digest:
-        raise OccupiedPrefixError(
-            f"{prefix} holds another dataset, so nothing was written. Choose another prefix, or "
-            "remove the one that is there."
-        )
-    if source.is_local and not complete:
-        refuse_occupied(Path(source.prefix))
-    return _Plan(source=source, listing=listing, parts=parts, digest=digest, complete=complete)
+    is_complete(prefix, plan=digest)
+    return _Plan(prefix=prefix, listing=listing, parts=parts, digest=digest)
 
 
 def _carry_out(plan: _Plan, *, config: IngestConfig, note: Callable[[str], None]) -> None:
-    source, target = plan.source, Path(plan.source.prefix)
-    if source.is_local:
-        work = target.with_name(f".{target.name}.building")
-    else:
-        # Named after what is written and where to, for uploaded shards are not kept here.
-        place = hashlib.sha256(f"{plan.digest} {source.prefix}".encode()).hexdigest()[:16]
-        work = config.work_dir.expanduser() / place
-    with locked(work.with_suffix(".lock")):
-        # Another process may have been faster while this one waited.
-        if _planned(plan.listing, source.prefix, config=config).complete:
-            note(f"{source.prefix}: complete, nothing to do")
-            return
-        if source.is_local:
-            _write(plan, work, config=config, note=note, upload=None)
-            work.replace(target)
-            discard_records(target)
-            return
-        work.mkdir(parents=True, exist_ok=True)
-        upload = Upload(work, source.prefix)
-        _write(plan, work, config=config, note=note, upload=upload)
-        upload(ABOUT_NAME)
-        upload(INDEX_NAME)
-        shutil.rmtree(work)
+    listing, parts = plan.listing, plan.parts
+    progress = Progress(
+        [len(part.images) for part in parts],
+        sizes=[sum(image.size for image in part.images) for part in parts],
+        note=note,
+    )
 
-
-def _write(
-    plan: _Plan,
-    work: Path,
-    *,
-    config: IngestConfig,
-    note: Callable[[str], None],
-    upload: Upload | None,
-) -> None:
-    parts, listing = plan.parts, plan.listing
-    progress = Progress(parts, note=note)
-    finished: list[FinishedShard] = []
-    try:
-        for shard in write_shards(parts, work, resize=config.resize, workers=config.workers):
-            if upload and shard.entry:
-                _upload_once(upload, work, shard.entry["raw_data"]["basename"])
-            finished.append(shard)
-            progress(shard)
-    except BrokenProcessPool as error:
-        raise BrokenIngestError(
-            "A process that was writing shards died, perhaps for want of memory. Run the same "
-            "command again to go on, with fewer --workers if it happens again."
-        ) from error
-    finished.sort(key=lambda shard: shard.number)
-    skipped = sorted(image for shard in finished for image in shard.skipped)
-    if len(skipped) > config.max_skipped_share * len(listing.images):
-        name, reason = skipped[0]
-        raise BadDataError(
-            f"{len(skipped)} of {len(listing.images)} images cannot be decoded, more than "
-            f"max_skipped_share={config.max_skipped_share}; the first is {name} ({reason}). Remove "
-            "or repair them, or raise --max-skipped-share."
+    def shards(work: Path) -> Iterator[FinishedShard]:
+        return progress.follow(
+            write_shards(
+                parts,
+                work,
+                plan=plan.digest,
+                open_filler=OpenImageFiller(config.resize),
+                workers=config.workers,
+            )
         )
-    entries = [shard.entry for shard in finished if shard.entry]
-    if not entries:
-        raise EmptyDatasetError("None of the images can be decoded.")
-    about = {"plan": plan.digest, "classes": listing.classes, "skipped": skipped}
-    (work / ABOUT_NAME).write_text(json.dumps(about, indent=1))
-    (work / INDEX_NAME).write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+
+    def documents(finished: Sequence[FinishedShard]) -> dict[str, object]:
+        skipped = sorted(image for shard in finished for image in shard.filled.skipped)
+        refuse_too_many(
+            skipped, images=len(listing.images), max_skipped_share=config.max_skipped_share
+        )
+        about = About(
+            plan=plan.digest,
+            classes=listing.classes,
+            images_per_class=_images_per_class(listing, skipped),
+            skipped=tuple(skipped),
+        )
+        return {ABOUT_NAME: asdict(about)}
+
+    build(
+        plan.prefix,
+        plan=plan.digest,
+        shards=shards,
+        documents=documents,
+        work_dir=config.work_dir,
+        note=note,
+    )
 
 
-def _upload_once(upload: Upload, work: Path, name: str) -> None:
-    """Upload a shard, unless an earlier start of this ingest did; its bytes are then freed."""
-    shard = work / name
-    if shard.exists():
-        upload(name)
-        shard.unlink(missing_ok=True)
+def _images_per_class(listing: Listing, skipped: Iterable[tuple[str, str]]) -> tuple[int, ...]:
+    counts = Counter(image.label for image in listing.images)
+    names = [name for name, _ in skipped]
+    wanted = frozenset(names)
+    label_of = {image.name: image.label for image in listing.images if image.name in wanted}
+    counts.subtract(label_of[name] for name in names)
+    return tuple(counts[label] for label in range(len(listing.classes)))
 
 
-def _about(source: Source) -> dict[str, Any]:
-    """Read what an earlier ingest said of itself; empty for a dataset of other origin."""
-    try:
-        return dict(json.loads(source.read(ABOUT_NAME)))
-    except FileNotFoundError:
-        return {}
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Where the images of a source go.
+
+    Attributes:
+        root: Local folder or URL above the splits.
+        split: Name of the split that is written.
+        hold_out: Share of each class that goes to the split test instead.
+        config: How to write.
+
+    Raises:
+        IngestSettingError: The share is out of its range, or what is held out would meet the rest.
+    """
+
+    root: str
+    split: str
+    hold_out: float
+    config: IngestConfig
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hold_out < 1:
+            raise IngestSettingError(f"--hold-out {self.hold_out} must lie in [0, 1).")
+        if self.hold_out and self.split == "test":
+            raise IngestSettingError(
+                f"--hold-out {self.hold_out} goes to the split test, where the other images go "
+                "too. Write them to another split, or leave --hold-out away."
+            )
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace, *, split: str) -> "Splits":
+        """Take what `add_writing_arguments` declares from a parsed command line."""
+        resize = None
+        if options.image_size is not None:
+            resize = Resize(image_size=options.image_size, encoding=options.encoding)
+        config = IngestConfig(
+            resize=resize,
+            shard_bytes=options.shard_mib << 20,
+            workers=options.workers,
+            seed=options.seed,
+            max_skipped_share=options.max_skipped_share,
+            work_dir=options.work_dir,
+        )
+        return cls(
+            root=options.prefix.rstrip("/"), split=split, hold_out=options.hold_out, config=config
+        )
+
+    def write(self, listing: Listing, *, note: Callable[[str], None]) -> None:
+        """Write a listing, after a look at all places it goes to.
+
+        Raises:
+            IngestSettingError: A split would be empty.
+            DataError: As for `ingest`.
+        """
+        plans = [
+            _planned(part, f"{self.root}/{split}", config=self.config)
+            for split, part in self._parts(listing).items()
+        ]
+        for plan in plans:
+            prefix = plan.prefix
+            _carry_out(plan, config=self.config, note=lambda text: note(f"{prefix}: {text}"))  # noqa: B023
+
+    def _parts(self, listing: Listing) -> dict[str, Listing]:
+        if not self.hold_out:
+            return {self.split: listing}
+        kept, held = hold_out(listing, share=self.hold_out, seed=self.config.seed)
+        for split, part in ((self.split, kept), ("test", held)):
+            if not part.images:
+                raise IngestSettingError(
+                    f"--hold-out {self.hold_out} leaves no images for {split}: of the "
+                    f"{len(listing.images)} images of {len(listing.classes)} classes it takes the "
+                    "share of each class, rounded. Choose another share; nothing was written."
+                )
+        return {self.split: kept, "test": held}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
+def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every command that writes images takes after its source."""
     default = IngestConfig()
-    parser.add_argument("source", type=Path, help="folder of class folders or class .tar archives")
     parser.add_argument("prefix", help="local folder or s3:// URL; /train and /test are added")
-    parser.add_argument("--split", default="train", help="split to write (%(default)s)")
     parser.add_argument(
         "--hold-out", type=float, default=0.0, help="share of each class that goes to /test"
     )
-    parser.add_argument("--classes", type=Path, help="class names in label order, one a line")
     parser.add_argument("--image-size", type=int, help="resize and crop; default: keep the bytes")
     parser.add_argument("--encoding", choices=("jpeg", "png"), default="jpeg")
     parser.add_argument("--shard-mib", type=int, default=default.shard_bytes >> 20)
@@ -228,50 +242,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work-dir", type=Path, default=default.work_dir)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("source", type=Path, help="folder of class folders or class .tar archives")
+    add_writing_arguments(parser)
+    parser.add_argument("--split", default="train", help="split to write (%(default)s)")
+    parser.add_argument("--classes", type=Path, help="class names in label order, one a line")
+
+
 def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
     """Carry out a parsed command line."""
-    if not 0 <= options.hold_out < 1:
-        raise IngestSettingError(f"--hold-out {options.hold_out} must lie in [0, 1).")
-    if options.hold_out and options.split == "test":
-        raise IngestSettingError(
-            f"--hold-out {options.hold_out} goes to the split test, where --split test sends the "
-            "other images. Leave one of the two away."
-        )
-    config = IngestConfig(
-        resize=(
-            None
-            if options.image_size is None
-            else Resize(image_size=options.image_size, encoding=options.encoding)
-        ),
-        shard_bytes=options.shard_mib << 20,
-        workers=options.workers,
-        seed=options.seed,
-        max_skipped_share=options.max_skipped_share,
-        work_dir=options.work_dir,
-    )
+    splits = Splits.from_options(options, split=options.split)
     classes = read_class_names(options.classes) if options.classes else None
     listing = list_images(options.source, classes=classes)
     note(f"{len(listing.images):,} images of {len(listing.classes)} classes in {options.source}")
-    root = options.prefix.rstrip("/")
-    plans = [
-        _planned(images, f"{root}/{split}", config=config)
-        for split, images in _splits(listing, options).items()
-    ]
-    for plan in plans:
-        prefix = plan.source.prefix
-        _carry_out(plan, config=config, note=lambda text: note(f"{prefix}: {text}"))  # noqa: B023
+    splits.write(listing, note=note)
     return 0
-
-
-def _splits(listing: Listing, options: argparse.Namespace) -> dict[str, Listing]:
-    if not options.hold_out:
-        return {options.split: listing}
-    kept, held = hold_out(listing, share=options.hold_out, seed=options.seed)
-    for split, part in ((options.split, kept), ("test", held)):
-        if not part.images:
-            raise IngestSettingError(
-                f"--hold-out {options.hold_out} leaves no images for {split}: of the "
-                f"{len(listing.images)} images of {len(listing.classes)} classes it takes the "
-                "share of each class, rounded. Choose another share; nothing was written."
-            )
-    return {options.split: kept, "test": held}

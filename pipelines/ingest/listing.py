@@ -6,9 +6,10 @@ the archive's bytes, so nothing has to be unpacked.
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from pipelines.errors import DataError, EmptyDatasetError
 from pipelines.order import permutation
@@ -18,6 +19,37 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 
 class UnreadableSourceError(DataError):
     """The images to be ingested are missing, or lie in a way that is not understood."""
+
+
+class SourceImage(Protocol):
+    """One image that is to be written, before its bytes are read.
+
+    It is pickled for the process that writes it.
+    """
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages, different from all others."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes of the encoded image."""
+        ...
+
+    @property
+    def label(self) -> int:
+        """Class index."""
+        ...
+
+    def read(self) -> bytes:
+        """Read the encoded image.
+
+        Raises:
+            OSError: The source cannot be read.
+            BadImageError: It holds no image there.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +82,11 @@ class Listing:
     """The images of one split.
 
     Attributes:
-        images: All images, by class and name.
+        images: All images, in an order of the source that is always the same.
         classes: Name of each class; a label is a place in this list.
     """
 
-    images: tuple[ListedImage, ...]
+    images: Sequence[SourceImage]
     classes: tuple[str, ...]
 
 
@@ -127,10 +159,12 @@ def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Lis
 
     The share is rounded to whole images in each class, so either may be empty.
     """
-    kept: list[ListedImage] = []
-    held: list[ListedImage] = []
-    for label in range(len(listing.classes)):
-        members = [image for image in listing.images if image.label == label]
+    kept: list[SourceImage] = []
+    held: list[SourceImage] = []
+    by_label: dict[int, list[SourceImage]] = {}
+    for image in listing.images:
+        by_label.setdefault(image.label, []).append(image)
+    for label, members in sorted(by_label.items()):
         order = permutation(len(members), seed, label)
         chosen = set(order[: round(share * len(members))].tolist())
         for place, image in enumerate(members):

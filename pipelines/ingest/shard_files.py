@@ -1,41 +1,65 @@
 """Writing shards by several processes, so that an interrupted ingest goes on where it stopped.
 
-The images are cut into parts before anything is written, and each part becomes one shard. A shard
+The samples are cut into parts before anything is written, and each part becomes one shard. A shard
 is finished when its record (name, size, hash, samples) lies beside it in the work folder; what is
 recorded is not written again. The index is made of all records and comes last.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from pipelines.encoded import BadImageError
-from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN
-from pipelines.ingest.listing import ListedImage
-from pipelines.ingest.resize import Resize, checked
+from pipelines.ingest.processes import spawned
 from pipelines.torchvision_cpu import ensure_torchvision
 
 _HASH = "sha256"
 _PLAN = "plan.json"
 
+WriteSample = Callable[[dict[str, Any]], None]
+
+
+class NumberedPart(Protocol):
+    """What becomes one shard."""
+
+    @property
+    def number(self) -> int:
+        """Place among the shards."""
+        ...
+
+
+P = TypeVar("P", bound=NumberedPart)
+P_contra = TypeVar("P_contra", bound=NumberedPart, contravariant=True)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What becomes one shard.
+class Filled:
+    """What there is to say of a shard's content.
 
     Attributes:
-        number: Place among the shards.
-        images: Its images, in the order of their ids.
+        skipped: Name and reason of each sample that was left out.
+        noted: What else its filler wants to know once all shards are finished, as JSON.
     """
 
-    number: int
-    images: tuple[ListedImage, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    noted: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ShardFiller(Protocol[P_contra]):
+    """Makes the samples of shards."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """MDS encoding of each field of a sample."""
+        ...
+
+    def fill(self, part: P_contra, write: WriteSample) -> Filled:
+        """Write the samples of one part, in the order of their ids."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,77 +68,77 @@ class FinishedShard:
 
     Attributes:
         number: Place among the shards.
-        entry: Its entry in the index.
-        skipped: Name and reason of each image that was left out.
+        entry: Its entry in the index; empty for a shard without samples.
+        filled: What its filler said of it.
+        kept: Whether an earlier start wrote it.
     """
 
     number: int
     entry: dict[str, Any]
-    skipped: tuple[tuple[str, str], ...]
-
-
-def cut(images: Sequence[ListedImage], *, shard_bytes: int) -> tuple[Part, ...]:
-    """Cut images into parts of at most ``shard_bytes`` of source bytes, one image at least."""
-    parts: list[Part] = []
-    current: list[ListedImage] = []
-    total = 0
-    for image in images:
-        if current and total + image.size > shard_bytes:
-            parts.append(Part(number=len(parts), images=tuple(current)))
-            current, total = [], 0
-        current.append(image)
-        total += image.size
-    return (*parts, Part(number=len(parts), images=tuple(current)))
-
-
-def plan_digest(parts: Sequence[Part], resize: Resize | None) -> str:
-    """Digest of what decides the shards: names, sizes and classes of the images, and the resize.
-
-    Where the images lie does not count, so that a moved or unpacked source is the same one.
-    """
-    digest = hashlib.sha256(json.dumps(asdict(resize) if resize else None).encode())
-    for part in parts:
-        for image in part.images:
-            digest.update(json.dumps([part.number, image.name, image.size, image.label]).encode())
-    return digest.hexdigest()
+    filled: Filled
+    kept: bool = False
 
 
 def write_shards(
-    parts: Sequence[Part], work: Path, *, resize: Resize | None, workers: int
+    parts: Sequence[P],
+    work: Path,
+    *,
+    plan: str,
+    open_filler: Callable[[int], ShardFiller[P]],
+    workers: int,
 ) -> Iterator[FinishedShard]:
     """Write every part that is not recorded yet; give each shard as soon as it is finished.
 
     Args:
         parts: What to write.
         work: Folder of the shards and their records; one of another plan is emptied first.
-        resize: How to rewrite the images; None keeps their bytes.
+        plan: Digest of all that decides the shards.
+        open_filler: Makes the filler of a process, given the process's number; it is pickled.
         workers: Processes.
+
+    Raises:
+        BrokenIngestError: A process died.
     """
-    digest = plan_digest(parts, resize)
-    plan = work / _PLAN
-    if not plan.is_file() or plan.read_text() != digest:
+    file = work / _PLAN
+    if not file.is_file() or file.read_text() != plan:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        plan.write_text(digest)
+        file.write_text(plan)
     missing = []
     for part in parts:
         record = _record(work, part.number)
         if record.is_file():
-            yield _finished(record)
+            yield _read(record)
         else:
             missing.append(part)
-    if workers <= 1 or len(missing) <= 1:
+    workers = min(workers, len(missing))
+    if workers > 1:
+        with spawned(workers, begin=partial(_own_filler, open_filler)) as pool:
+            running = [pool.submit(_write_here, part, work) for part in missing]
+            for future in as_completed(running):
+                yield future.result()
+    elif missing:
+        filler = open_filler(0)
         for part in missing:
-            yield write_shard(part, work, resize=resize)
-        return
-    # Spawned, because a process that has threads must not be forked.
-    with ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn")) as pool:
-        running = [pool.submit(write_shard, part, work, resize=resize) for part in missing]
-        for future in as_completed(running):
-            yield future.result()
+            yield _write(part, work, filler=filler)
 
 
-def write_shard(part: Part, work: Path, *, resize: Resize | None) -> FinishedShard:
+class _Own:
+    """What a process that writes shards has of its own."""
+
+    filler: ClassVar[Callable[[], ShardFiller[Any]]]
+
+
+def _own_filler(open_filler: Callable[[int], ShardFiller[Any]], number: int) -> None:
+    # Opened by the first part, where a failure is raised and not only logged.
+    _Own.filler = cache(partial(open_filler, number))
+
+
+def _write_here(part: NumberedPart, work: Path) -> FinishedShard:
+    return _write(part, work, filler=_Own.filler())
+
+
+def _write(part: P, work: Path, *, filler: ShardFiller[P]) -> FinishedShard:
     """Write one part as one shard, and record it."""
     ensure_torchvision()
     from streaming.base.format.mds import MDSWriter
@@ -122,20 +146,9 @@ def write_shard(part: Part, work: Path, *, resize: Resize | None) -> FinishedSha
     scratch = work / f"part.{part.number:05d}"
     shutil.rmtree(scratch, ignore_errors=True)
     writer: Any = MDSWriter(
-        out=str(scratch),
-        columns={IMAGE_COLUMN: "bytes", LABEL_COLUMN: "int"},
-        hashes=[_HASH],
-        size_limit=None,
+        out=str(scratch), columns=dict(filler.columns), hashes=[_HASH], size_limit=None
     )
-    encode: Callable[[bytes], bytes] = resize or checked
-    skipped = []
-    for image in part.images:
-        try:
-            data = encode(image.read())
-        except (BadImageError, OSError) as error:
-            skipped.append((image.name, str(error)))
-            continue
-        writer.write({IMAGE_COLUMN: data, LABEL_COLUMN: image.label})
+    filled = filler.fill(part, writer.write)
     writer.finish()
     entries = json.loads((scratch / "index.json").read_text())["shards"]
     entry = entries[0] if entries else {}
@@ -143,7 +156,7 @@ def write_shard(part: Part, work: Path, *, resize: Resize | None) -> FinishedSha
         name = f"shard.{part.number:05d}.mds"
         (scratch / entry["raw_data"]["basename"]).replace(work / name)
         entry["raw_data"]["basename"] = name
-    finished = FinishedShard(number=part.number, entry=entry, skipped=tuple(skipped))
+    finished = FinishedShard(number=part.number, entry=entry, filled=filled)
     record = _record(work, part.number)
     # Renamed into place: a record that exists is whole.
     draft = record.with_suffix(".draft")
@@ -165,10 +178,15 @@ def _record(work: Path, number: int) -> Path:
     return work / f"shard.{number:05d}.record"
 
 
-def _finished(record: Path) -> FinishedShard:
+def _read(record: Path) -> FinishedShard:
     values = json.loads(record.read_text())
+    filled = values["filled"]
     return FinishedShard(
         number=values["number"],
         entry=values["entry"],
-        skipped=tuple((name, reason) for name, reason in values["skipped"]),
+        filled=Filled(
+            skipped=tuple((name, reason) for name, reason in filled["skipped"]),
+            noted=filled["noted"],
+        ),
+        kept=True,
     )

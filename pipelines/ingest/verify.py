@@ -1,97 +1,234 @@
-"""Read a whole dataset once, and say what is in it.
+"""Read a whole dataset once, and say what is in it and what is wrong with it.
 
-    python -m pipelines.ingest verify data/digits/train
+    python -m pipelines.ingest verify s3://bucket/datasets/mine/train --workers 8
 
-checks every shard against its hash, decodes every image, and counts the classes.
+Every shard is fetched anew and checked against its hash, every image is decoded, and the classes
+are counted and compared with ingest.json, where there is one. A damaged or missing shard is listed
+and does not end the reading. It takes about 50 bytes of memory for each image.
+
+Exit status: 0 all is fine, 1 something is wrong, 2 the dataset cannot be verified.
 """
 
 import argparse
+import hashlib
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
 
-from pipelines.encoded import BadImageError, open_image, pixels
-from pipelines.shards import ShardedDataset, ShardsConfig
+import numpy as np
+
+from pipelines.errors import IngestSettingError
+from pipelines.index import Shard, parse_index
+from pipelines.ingest.about import About, read_about
+from pipelines.ingest.duplicates import find_duplicates
+from pipelines.ingest.inspection import Inspection, inspect
+from pipelines.ingest.processes import spawned
+from pipelines.ingest.report import BadShard, Report
+from pipelines.shards import ShardsConfig
+from pipelines.source import Source
+
+_TELL_EVERY_S = 5.0
+_EXAMPLES = 10  # groups of duplicates that are named
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a dataset holds.
+class VerifyConfig:
+    """How a dataset is verified.
 
     Attributes:
-        images: How many.
-        shards: In how many files.
-        digest: SHA-256 of the index.
-        images_per_class: By label.
-        images_per_size: By (width, height) in pixels.
-        undecodable: Sample id, shard and reason of each image that cannot be decoded.
-    """
-
-    images: int
-    shards: int
-    digest: str
-    images_per_class: Mapping[int, int]
-    images_per_size: Mapping[tuple[int, int], int]
-    undecodable: Sequence[tuple[int, str, str]]
-
-
-def verify(prefix: str, *, config: ShardsConfig | None = None) -> Report:
-    """Read and decode every sample.
+        workers: Processes.
+        forbid_duplicates: Whether samples with the same bytes are a fault.
+        shards: Patience with the store.
 
     Raises:
-        DataError: The dataset cannot be read, see `pipelines.shards.ShardedDataset`.
+        IngestSettingError: A number is out of its range.
     """
-    dataset = ShardedDataset(prefix, config=config)
-    classes: Counter[int] = Counter()
-    sizes: Counter[tuple[int, int]] = Counter()
-    undecodable = []
-    for sample_id in range(len(dataset)):
-        sample = dataset.read(sample_id)
-        classes[sample.label] += 1
-        try:
-            image = open_image(sample.data)
-            pixels(image, channels=3)
-        except BadImageError as error:
-            undecodable.append((sample_id, dataset.shard_of(sample_id), str(error)))
-        else:
-            sizes[image.size] += 1
-    return Report(
-        images=len(dataset),
-        shards=len(dataset.shard_sizes),
-        digest=dataset.digest,
-        images_per_class=dict(sorted(classes.items())),
-        images_per_size=dict(sizes.most_common()),
-        undecodable=undecodable,
+
+    workers: int = 1
+    forbid_duplicates: bool = False
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise IngestSettingError(f"workers={self.workers} must be at least 1.")
+
+
+def verify(
+    prefix: str,
+    *,
+    config: VerifyConfig | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Read every sample of a dataset.
+
+    Args:
+        prefix: Local folder or URL of one split.
+        config: How.
+        note: Takes lines on the progress for the user.
+
+    Raises:
+        MissingDatasetError: There is no index.json.
+        InvalidIndexError: It is damaged, hostile or of another kind.
+        EmptyDatasetError: It lists no samples.
+        InvalidAboutError: ingest.json is of another kind.
+        StoreUnreachableError: The store refuses, or does not answer.
+        BrokenIngestError: A process died.
+    """
+    config = config or VerifyConfig()
+    source = Source(prefix, config=config.shards)
+    index = source.read_index()
+    shards = parse_index(index, prefix=source.prefix)
+    about = read_about(prefix, config=config.shards)
+    found: list[Inspection | None] = [None] * len(shards)
+    done_bytes, total_bytes = 0, sum(shard.size_bytes for shard in shards)
+    began = told = time.monotonic()
+    for number, inspection in _inspections(source.prefix, shards, config):
+        found[number] = inspection
+        done_bytes += shards[number].size_bytes
+        now = time.monotonic()
+        if now - told >= _TELL_EVERY_S and done_bytes < total_bytes:
+            told = now
+            left_s = (total_bytes - done_bytes) * (now - began) / done_bytes
+            note(f"{done_bytes / total_bytes:.0%} read, about {left_s:.0f} s left")
+    return _report(
+        source.prefix,
+        hashlib.sha256(index).hexdigest(),
+        shards,
+        [inspection for inspection in found if inspection],
+        about=about,
+        forbid_duplicates=config.forbid_duplicates,
     )
 
 
-def describe(report: Report) -> str:
-    """Put a report into words."""
-    (size, count), *others = report.images_per_size.items() or [((0, 0), 0)]
-    labels = report.images_per_class
-    lines = [
-        f"{report.images} images in {report.shards} shards, index sha256 {report.digest}",
-        f"{count} of {size[0]} x {size[1]} pixels, {len(others)} other sizes",
-        f"{len(labels)} classes, labels {min(labels)} to {max(labels)}, "
-        f"{min(labels.values())} to {max(labels.values())} images each",
-        f"{len(report.undecodable)} images cannot be decoded",
+def _inspections(
+    prefix: str, shards: Sequence[Shard], config: VerifyConfig
+) -> Iterator[tuple[int, Inspection]]:
+    """Inspect all shards; give the number of each with what was found, as they are done."""
+    ends = accumulate(shard.samples for shard in shards)
+    samples = [range(end - shard.samples, end) for shard, end in zip(shards, ends, strict=True)]
+    workers = min(config.workers, len(shards))
+    with tempfile.TemporaryDirectory(prefix="lapflow-verify-") as folder:
+        look = partial(inspect, prefix, scratch=Path(folder), config=config.shards)
+        if workers == 1:
+            yield from enumerate(map(look, samples))
+            return
+        with spawned(workers) as pool:
+            running = {pool.submit(look, ids): number for number, ids in enumerate(samples)}
+            for future in as_completed(running):
+                # Taken out, so that what it found is not held twice.
+                yield running.pop(future), future.result()
+
+
+def _report(
+    prefix: str,
+    digest: str,
+    shards: Sequence[Shard],
+    found: Sequence[Inspection],
+    *,
+    about: About | None,
+    forbid_duplicates: bool,
+) -> Report:
+    samples = sum(shard.samples for shard in shards)
+    labels = np.concatenate([shard.labels for shard in found])
+    sample_ids = np.concatenate([shard.sample_ids for shard in found])
+    counts = dict(zip(*(part.tolist() for part in np.unique_counts(labels)), strict=True))
+    classes = about.classes if about else None
+    stray = (labels < 0) | (labels >= len(classes) if classes else False)
+    sizes: Counter[tuple[int, int]] = Counter()
+    kinds: Counter[str] = Counter()
+    for inspection in found:
+        sizes.update(inspection.sizes)
+        kinds.update(inspection.kinds)
+    return Report(
+        prefix=prefix,
+        digest=digest,
+        holds="latents" if shards[0].latents else "images",
+        shards=len(shards),
+        size_bytes=sum(shard.size_bytes for shard in shards),
+        samples=samples,
+        classes=classes,
+        samples_per_class=counts,
+        sizes=dict(sizes.most_common()),
+        kinds=dict(kinds.most_common()),
+        bad_shards=[
+            BadShard(
+                name=inspection.shard,
+                lost=inspection.lost,
+                samples=shard.samples,
+                problem=inspection.problem,
+            )
+            for shard, inspection in zip(shards, found, strict=True)
+            if inspection.lost
+        ],
+        bad_samples=[bad for inspection in found for bad in inspection.bad_samples],
+        stray_labels=list(zip(sample_ids[stray].tolist(), labels[stray].tolist(), strict=True)),
+        miscounts=_miscounts(about, counts, complete=len(labels) == samples),
+        duplicates=find_duplicates(
+            np.concatenate([shard.digests for shard in found]),
+            sample_ids=sample_ids,
+            labels=labels,
+            examples=_EXAMPLES,
+        ),
+        duplicates_forbidden=forbid_duplicates,
+    )
+
+
+def _miscounts(about: About | None, counts: Mapping[int, int], *, complete: bool) -> list[str]:
+    """Compare the classes with what the dataset says of itself.
+
+    Args:
+        about: What that is.
+        counts: Samples that could be read, by label.
+        complete: Whether those are all; else a class may have fewer.
+    """
+    if about is None or about.images_per_class is None:
+        return []
+    return [
+        f"class {label} {name}: {counts.get(label, 0):,} instead of {told:,}"
+        for label, (name, told) in enumerate(
+            zip(about.classes, about.images_per_class, strict=True)
+        )
+        if counts.get(label, 0) > told or (complete and counts.get(label, 0) < told)
     ]
-    for sample_id, shard, reason in report.undecodable:
-        lines.append(f"  sample {sample_id} in shard {shard}: {reason}")
-    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("prefix", help="local folder or s3:// URL of one split")
+    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
+    parser.add_argument(
+        "--forbid-duplicates", action="store_true", help="samples with the same bytes are a fault"
+    )
+    parser.add_argument("--json", type=Path, help="file for the whole report")
 
 
 def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
     """Carry out a parsed command line.
 
     Returns:
-        Exit status: 1 if images cannot be decoded.
+        Exit status: 1 if something is wrong with the dataset.
     """
-    report = verify(options.prefix)
-    note(describe(report))
-    return 1 if report.undecodable else 0
+    config = VerifyConfig(workers=options.workers, forbid_duplicates=options.forbid_duplicates)
+    if options.json:
+        _refuse_unwritable(options.json)
+    report = verify(options.prefix, config=config, note=note)
+    note(report.text())
+    if options.json:
+        options.json.write_text(report.as_json())
+    return 1 if report.faults else 0
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Find out before hours of reading whether the report can be written."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise IngestSettingError(
+            f"--json {path} cannot be written ({error.strerror}). Choose another file."
+        ) from error

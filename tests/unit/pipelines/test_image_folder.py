@@ -182,7 +182,7 @@ def test_bad_images_are_left_out_and_named_up_to_a_share(folder: Path, tmp_path:
 def test_nothing_is_replaced(folder: Path, tmp_path: Path) -> None:
     listing = list_images(folder)
     written(listing, tmp_path / "out")
-    assert written(listing, tmp_path / "out") == [f"{tmp_path / 'out'}: complete, nothing to do"]
+    assert written(listing, tmp_path / "out") == ["complete, nothing to do"]
     with pytest.raises(OccupiedPrefixError, match="another dataset"):
         written(listing, tmp_path / "out", IngestConfig(shard_bytes=1500, seed=1))
     (tmp_path / "thesis").mkdir()
@@ -268,7 +268,7 @@ def test_the_command_writes_two_splits_and_verifies_them(
     assert main(["verify", str(out / "test")]) == 0
     said = capsys.readouterr().out
     assert "20 images of 3 classes" in said
-    assert "15 of 8 x 8 pixels, 0 other sizes" in said
+    assert "15 of 8 x 8\n" in said
     assert main(["image-folder", str(tmp_path / "missing"), str(out)]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
@@ -296,4 +296,4 @@ def test_a_store_takes_the_dataset_and_an_interrupted_upload_goes_on(
     assert list((tmp_path / "work").glob("*/*")) == []
     notes: list[str] = []
     ingest(listing, prefix, config=config, note=notes.append)
-    assert notes == [f"{prefix}: complete, nothing to do"]
+    assert notes == ["complete, nothing to do"]

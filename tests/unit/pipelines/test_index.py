@@ -47,6 +47,7 @@ def columns(*listed: tuple[object, object, object]) -> dict[str, Any]:
     return changed(column_names=names, column_encodings=encodings, column_sizes=sizes)
 
 
+MOMENTS = ("moments", "ndarray:float16:2,2,4,8,8", 2048)
 IMAGE, LABEL = ("image", "bytes", None), ("label", "int", 8)
 
 
@@ -127,9 +128,16 @@ def test_names_are_confined(name: object) -> None:
         (columns(IMAGE, LABEL, ("extra", "bytes", 10**9)), "wrong size"),
         (columns(IMAGE, LABEL, IMAGE), "twice"),
         (columns(IMAGE), "no column 'label'"),
-        (columns(LABEL), "no column 'image'"),
+        (columns(LABEL), "must be one column 'image' of"),
         (columns(IMAGE, ("label", "str", None)), "no column 'label' of integers"),
-        (columns(("image", "int", 8), LABEL), "no column 'image' of"),
+        (columns(("image", "int", 8), LABEL), "must be one column 'image' of"),
+        (columns(IMAGE, MOMENTS, LABEL), "'moments' of latents, and not both"),
+        (columns(("moments", MOMENTS[1], 8), LABEL), "wrong size 8"),
+        (columns(("moments", "ndarray:float16:2,2,4,8,9", 4608), LABEL), "unknown encoding"),
+        (
+            columns(("moments", "ndarray:float16", None), LABEL),
+            "unknown encoding 'ndarray:float16'",
+        ),
     ],
 )
 def test_shards_are_checked(entry: object, problem: str) -> None:

@@ -19,7 +19,6 @@ from pipelines.ingest import digits, verify
 from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
 from pipelines.shards import ShardedDataset
-from tests.unit.pipelines import pictures
 from tests.unit.pipelines.conftest import SAMPLES
 
 
@@ -129,12 +128,12 @@ def test_digits_are_split_by_class(digits_prefix: Path) -> None:
     from sklearn.datasets import load_digits
 
     train, test = (verify.verify(str(digits_prefix / split)) for split in ("train", "test"))
-    assert train.images + test.images == 1797
-    assert not train.undecodable
-    assert train.images_per_size == {(8, 8): train.images}
+    assert train.samples + test.samples == 1797
+    assert not train.faults
+    assert train.sizes == {(8, 8): train.samples}
     for label in range(digits.CLASSES):
-        members = train.images_per_class[label] + test.images_per_class[label]
-        assert test.images_per_class[label] == round(0.2 * members)
+        members = train.samples_per_class[label] + test.samples_per_class[label]
+        assert test.samples_per_class[label] == round(0.2 * members)
     source = load_digits()
     every = {
         (image.tobytes(), label)
@@ -160,17 +159,6 @@ def test_digits_are_written_once(
     assert files_in(copy / "test") == before  # the same split again
     monkeypatch.setattr(digits, "_load", lambda: pytest.fail("read the source again"))
     digits.ensure_digits(str(copy))
-
-
-def test_verify_names_what_cannot_be_decoded(
-    tmp_path: Path, images: list[LabelledImage], capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = str(tmp_path / "train")
-    write_dataset([*images[:5], LabelledImage(pictures.BAD["half a PNG"], 3)], target)
-    assert ingest_command(["verify", target]) == 1
-    output = capsys.readouterr().out
-    assert "6 images in 1 shards" in output
-    assert "1 images cannot be decoded\n  sample 5 in shard shard.00000.mds: " in output
 
 
 def test_light_modules_do_not_load_heavy_packages() -> None:

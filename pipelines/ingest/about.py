@@ -1,0 +1,75 @@
+"""What a dataset says of itself: ingest.json, which an ingest writes beside the index."""
+
+import json
+from dataclasses import dataclass
+
+from pipelines.errors import DataError
+from pipelines.source import Source, SourceConfig
+
+ABOUT_NAME = "ingest.json"
+
+
+class InvalidAboutError(DataError):
+    """ingest.json is not what an ingest writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a dataset was made of.
+
+    Attributes:
+        plan: Digest of what was to be written.
+        classes: Name of each class; a label is a place in this list.
+        images_per_class: Images in the dataset, in the order of `classes`; None if that was not
+            noted.
+        skipped: Name and reason of each image that was left out.
+    """
+
+    plan: str
+    classes: tuple[str, ...]
+    images_per_class: tuple[int, ...] | None
+    skipped: tuple[tuple[str, str], ...]
+
+
+def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | None:
+    """Read what a dataset says of itself.
+
+    Args:
+        prefix: Local folder or URL of one split.
+        config: Attempts and time limits.
+
+    Returns:
+        None for a dataset that something else wrote, such as streaming's own MDSWriter.
+
+    Raises:
+        InvalidAboutError: There is an ingest.json of another kind.
+        StoreUnreachableError: The store refuses, or does not answer.
+    """
+    source = Source(prefix, config=config or SourceConfig())
+    try:
+        content = source.read(ABOUT_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return _parsed(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidAboutError(
+            f"{source.prefix}/{ABOUT_NAME} is not what pipelines.ingest writes "
+            f"({type(error).__name__}: {error}). Restore the file, or remove it to do without the "
+            "names of the classes."
+        ) from error
+
+
+def _parsed(content: bytes) -> About:
+    values = json.loads(content)
+    classes, counts = values["classes"], values.get("images_per_class")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes is not a list of names")
+    if counts is not None and [type(count) for count in counts] != [int] * len(classes):
+        raise ValueError("images_per_class is not a number for each class")
+    return About(
+        plan=str(values["plan"]),
+        classes=tuple(classes),
+        images_per_class=None if counts is None else tuple(counts),
+        skipped=tuple((str(name), str(reason)) for name, reason in values["skipped"]),
+    )

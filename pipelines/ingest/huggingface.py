@@ -1,0 +1,206 @@
+"""Turn a Hugging Face dataset of images into a dataset: one on the Hub, or a copy in a folder.
+
+    NAME=uoft-cs/cifar10
+    python -m pipelines.ingest huggingface $NAME data/cifar10 --image-column img --hold-out 0.1
+
+Encoded images are taken over byte by byte. Run the same command again after an interruption:
+finished shards are kept.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import IngestSettingError
+from pipelines.ingest.image_folder import Splits, add_writing_arguments
+from pipelines.ingest.listing import Listing, UnreadableSourceError
+from pipelines.ingest.rows import list_rows
+
+# What `save_to_disk` of the library leaves in a folder: of a dataset with splits, of one without.
+_SAVED = ("dataset_dict.json", "state.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def load(
+    name: str, *, config_name: str | None = None, revision: str | None = None
+) -> Mapping[str, Any]:
+    """Load all splits of a dataset, which are mapped into memory and not read.
+
+    Args:
+        name: Of a dataset on the Hub; or a local folder, or a .parquet file.
+        config_name: Which of its configurations, if it has several.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UnreadableSourceError: There is none, or it cannot be loaded.
+        IngestSettingError: A local copy has no revisions, or no configurations.
+    """
+    place = Path(name)
+    saved = any((place / file).is_file() for file in _SAVED)
+    for option, value, has_none in (
+        ("--revision", revision, place.exists()),
+        ("--config-name", config_name, place.is_file() or saved),
+    ):
+        if value is not None and has_none:
+            raise IngestSettingError(
+                f"{option} {value} cannot be chosen in {name}, which is a local copy. Leave it "
+                "away, or give the name of the dataset on the Hub."
+            )
+    try:
+        import datasets
+    except ImportError as error:
+        raise UnreadableSourceError(
+            "Hugging Face datasets are read by the package `datasets`, which is not installed: "
+            'pip install "lapflow-trainer[huggingface]"'
+        ) from error
+    try:
+        if saved:
+            loaded = datasets.load_from_disk(name)
+        elif place.is_file():
+            loaded = datasets.load_dataset("parquet", data_files=name)
+        else:
+            loaded = datasets.load_dataset(name, config_name, revision=revision)
+    except Exception as error:  # the library raises many kinds
+        if place.exists() or not _HUB_NAME.fullmatch(name):
+            advice = "Give a folder or .parquet file that the library `datasets` can load."
+        else:
+            advice = (
+                "Names are looked up on the Hugging Face Hub, which takes a network, and a token "
+                "in HF_TOKEN for datasets that ask for consent. On a machine without a network "
+                "give a folder instead, fetched elsewhere by: hf download --repo-type dataset "
+                f"{name} --local-dir FOLDER"
+            )
+        raise UnreadableSourceError(
+            f"The dataset {name!r} cannot be loaded ({_in_one_line(error)}). {advice}"
+        ) from error
+    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def list_split(
+    splits: Mapping[str, Any], split: str, *, image_column: str, label_column: str
+) -> Listing:
+    """List the images of a split.
+
+    Class names come from the label column where it has them. Other labels, whole numbers or texts,
+    are numbered in their order, alike in all splits.
+
+    Args:
+        splits: All splits of a dataset.
+        split: Which of them.
+        image_column: Name of the column of images.
+        label_column: Name of the column of labels.
+
+    Raises:
+        UnreadableSourceError: There is no such split or column, or it is of another kind, or a
+            row has no label.
+    """
+    import datasets
+
+    if split not in splits:
+        raise UnreadableSourceError(
+            f"There is no split {split!r}; the dataset has {_listed(splits)}. Choose one by "
+            "--split."
+        )
+    dataset = splits[split]
+    for option, name in (("--image-column", image_column), ("--label-column", label_column)):
+        if name not in dataset.features:
+            raise UnreadableSourceError(
+                f"The split {split!r} has no column {name!r}; its columns are "
+                f"{_listed(dataset.features)}. Choose one by {option}."
+            )
+    if isinstance(dataset.features[image_column], datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    elif not _holds_bytes(dataset.data.schema.field(image_column).type):
+        raise UnreadableSourceError(
+            f"The column {image_column!r} holds {dataset.features[image_column]} and no encoded "
+            f"images. Choose another of {_listed(dataset.features)} by --image-column."
+        )
+    labels = dataset.data.column(label_column).to_pylist()
+    feature = dataset.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        classes = tuple(feature.names)
+        numbers = {label: label for label in range(len(classes))}
+    else:
+        values = _values(splits, label_column)
+        classes, numbers = tuple(map(str, values)), {value: n for n, value in enumerate(values)}
+    for row, label in enumerate(labels):
+        if label not in numbers:
+            raise UnreadableSourceError(
+                f"Row {row} of the split {split!r} has the label {label!r}, which is no class. "
+                "Some datasets keep the labels of their test split to themselves: choose another "
+                "split by --split, or another column by --label-column."
+            )
+    return Listing(
+        images=list_rows(dataset, column=image_column, labels=[numbers[label] for label in labels]),
+        classes=classes,
+    )
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Tell whether Arrow values are bytes, or pairs of bytes and path as the library has them."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        return fields.keys() >= {"bytes", "path"} and pa.types.is_string(fields["path"])
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _values(splits: Mapping[str, Any], column: str) -> list[Any]:
+    """Collect the different labels of all splits, in their order."""
+    import pyarrow as pa
+
+    found: set[Any] = set()
+    for dataset in splits.values():
+        if column in dataset.features:
+            labels = dataset.data.column(column)
+            if not (pa.types.is_integer(labels.type) or pa.types.is_string(labels.type)):
+                raise UnreadableSourceError(
+                    f"The column {column!r} holds {labels.type} and no class labels, which are "
+                    f"whole numbers or texts. Choose another of {_listed(dataset.features)} by "
+                    "--label-column."
+                )
+            found.update(labels.unique().to_pylist())
+    return sorted(found - {None})
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, names))
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("name", help="dataset on the Hub, or a local folder or .parquet file of it")
+    add_writing_arguments(parser)
+    parser.add_argument("--split", default="train", help="split to read (%(default)s)")
+    parser.add_argument(
+        "--write-split", help="split to write, for example test; default: of the same name"
+    )
+    parser.add_argument("--image-column", default="image", help="(%(default)s)")
+    parser.add_argument("--label-column", default="label", help="(%(default)s)")
+    parser.add_argument("--config-name", help="configuration, for a dataset that has several")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
+    """Carry out a parsed command line."""
+    written = Splits.from_options(options, split=options.write_split or options.split)
+    splits = load(options.name, config_name=options.config_name, revision=options.revision)
+    listing = list_split(
+        splits,
+        options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+    )
+    note(
+        f"{len(listing.images):,} images of {len(listing.classes)} classes in the split "
+        f"{options.split} of {options.name}"
+    )
+    written.write(listing, note=note)
+    return 0

@@ -1,0 +1,151 @@
+"""What reading one shard to the end finds out."""
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.encoded import BadImageError, open_image, pixels
+from pipelines.errors import (
+    CorruptShardError,
+    DataError,
+    MissingShardError,
+    StoreUnreachableError,
+)
+from pipelines.latent_format import LatentFormat
+from pipelines.shards import ShardedDataset, ShardsConfig
+from pipelines.source import Source
+
+DIGEST_BYTES = 16  # at 2^-128 for a pair of images, equal digests mean equal bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample whose content cannot be used.
+
+    Attributes:
+        sample_id: Its place in the dataset.
+        shard: The file it lies in.
+        problem: What is wrong.
+    """
+
+    sample_id: int
+    shard: str
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What one shard holds.
+
+    Attributes:
+        shard: Name of the file.
+        sample_ids: Samples that could be read, int64 [n].
+        labels: Their labels, int64 [n].
+        digests: Digests of their content, uint8 [n, DIGEST_BYTES].
+        sizes: How many there are of each (width, height), in pixels, when upright.
+        kinds: How many there are of each file format and colour mode.
+        bad_samples: Those that were read and cannot be used.
+        lost: Samples that could not be read.
+        problem: Why, of the first of them.
+    """
+
+    shard: str
+    sample_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    digests: NDArray[np.uint8]
+    sizes: Counter[tuple[int, int]]
+    kinds: Counter[str]
+    bad_samples: tuple[BadSample, ...]
+    lost: int
+    problem: str
+
+
+def inspect(prefix: str, sample_ids: range, *, scratch: Path, config: ShardsConfig) -> Inspection:
+    """Read every sample of one shard.
+
+    Args:
+        prefix: Local folder or URL of the dataset.
+        sample_ids: The samples of the shard, at least one.
+        scratch: Folder of this verification for shards that have to be fetched; each process keeps
+            one shard at a time there.
+        config: Attempts and time limits.
+
+    Raises:
+        StoreUnreachableError: The store does not even give the index.
+    """
+    dataset = _opened(prefix, scratch, config)
+    shard = dataset.shard_of(sample_ids[0])
+    read: list[tuple[int, int, bytes]] = []
+    sizes: Counter[tuple[int, int]] = Counter()
+    kinds: Counter[str] = Counter()
+    bad: list[BadSample] = []
+    lost, problem = 0, ""
+    for sample_id in sample_ids:
+        try:
+            sample = dataset.read(sample_id)
+        except (MissingShardError, CorruptShardError) as error:
+            lost, problem = lost + 1, problem or str(error)
+            continue
+        except (StoreUnreachableError, OSError) as error:
+            # If the store is still there for others, the fault is this shard's.
+            Source(prefix, config=config).read_index()
+            lost, problem = sample_ids.stop - sample_id + lost, problem or str(error)
+            break
+        digest = hashlib.blake2b(sample.data, digest_size=DIGEST_BYTES).digest()
+        read.append((sample_id, sample.label, digest))
+        try:
+            kind, size = _look_at(sample.data, dataset.latents)
+        except (BadImageError, DataError) as error:
+            bad.append(BadSample(sample_id=sample_id, shard=shard, problem=str(error)))
+        else:
+            kinds[kind] += 1
+            sizes[size] += 1
+    ids, labels, digests = zip(*read, strict=True) if read else ((), (), ())
+    return Inspection(
+        shard=shard,
+        sample_ids=np.array(ids, dtype=np.int64),
+        labels=np.array(labels, dtype=np.int64),
+        digests=np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+        sizes=sizes,
+        kinds=kinds,
+        bad_samples=tuple(bad),
+        lost=lost,
+        problem=problem,
+    )
+
+
+@lru_cache(maxsize=1)
+def _opened(prefix: str, scratch: Path, config: ShardsConfig) -> ShardedDataset:
+    """Open the dataset, once in each process.
+
+    Shards are fetched anew, because what is to be read is the store and not the node's cache, and
+    are dropped for the next one.
+    """
+    return ShardedDataset(
+        prefix,
+        config=replace(config, cache_dir=str(scratch / str(os.getpid())), cache_limit_gib=2.0**-30),
+    )
+
+
+def _look_at(data: bytes, latents: LatentFormat | None) -> tuple[str, tuple[int, int]]:
+    """Decode one sample; give its kind, and (width, height).
+
+    Raises:
+        BadImageError: It is no image that can be decoded.
+        DataError: It is no latent.
+    """
+    if latents:
+        for mirrored in (False, True)[: latents.views]:
+            latents.moments(data, mirrored=mirrored)
+        mirror = ", mirrored ones too" if latents.views == 2 else ""
+        return f"{latents.dtype} of {latents.channels} channels{mirror}", (latents.size,) * 2
+    image = open_image(data)
+    kind = f"{image.format} {image.mode}"
+    height, width, _ = pixels(image, channels=3).shape
+    return kind, (width, height)

@@ -1,0 +1,278 @@
+"""What a store, a network and a node can do to a run that reads from them.
+
+A real S3 server behind a proxy that fails on command, and real processes that are killed. Whatever
+happens, the batches are bit-equal to those of an undisturbed run, or an error says what to do.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipelines.cache import default_cache_dir
+from pipelines.errors import StoreUnreachableError
+from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.shards import ShardsConfig
+from tests.support.faulty_proxy import FaultyProxy, Request, faulty_proxy
+from tests.support.http_faults import Answer, Cut, Drip, Flip, Silence
+from tests.support.s3_server import S3Server
+from tests.support.shard_reader import IMAGE_SIZE, Reader, Reading
+from tests.unit.pipelines import pictures
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = 96
+BATCHES = 20  # almost two epochs
+SHARD_BYTES = 8000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A dataset in the store, and the digests of its batches when nothing goes wrong."""
+
+    s3: S3Server
+    prefix: str
+    undisturbed: list[str]
+    shard_names: list[str]
+
+
+@pytest.fixture(scope="module")
+def stored(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    images = [
+        LabelledImage(pictures.png(IMAGE_SIZE, IMAGE_SIZE, seed=seed), seed % 5)
+        for seed in range(SAMPLES)
+    ]
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prefix = f"{s3.make_bucket('faults')}/train"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.environment.items():
+            patch.setenv(name, value)
+        for target in (str(folder), prefix):
+            write_dataset(images, target, shard_bytes=SHARD_BYTES)
+    local = Reading(prefix=str(folder), shards=ShardsConfig(), environment={}, batches=BATCHES)
+    names = sorted(path.name for path in folder.glob("*.mds"))
+    assert len(names) > 8
+    return Stored(s3, prefix, list(local.digests()), names)
+
+
+@pytest.fixture
+def proxy(stored: Stored) -> Iterator[FaultyProxy]:
+    with faulty_proxy(stored.s3.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def reading(
+    stored: Stored, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Reading:
+    """A run behind the proxy with a cold cache, in this process or another."""
+    environment = replace(stored.s3, endpoint_url=proxy.endpoint_url).environment
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "tmp").mkdir()
+    return Reading(
+        prefix=stored.prefix,
+        shards=ShardsConfig(cache_dir=str(tmp_path / "cache")),
+        environment=environment | {"TMPDIR": str(tmp_path / "tmp")},
+        batches=BATCHES,
+    )
+
+
+def with_shards(reading: Reading, **config: Any) -> Reading:
+    return replace(reading, shards=replace(reading.shards, **config))
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between attempts last no longer than 50 ms."""
+    short = SimpleNamespace(
+        sleep=lambda seconds: time.sleep(min(seconds, 0.05)), monotonic=time.monotonic
+    )
+    monkeypatch.setattr("pipelines.source.time", short)
+
+
+def is_shard(request: Request) -> bool:
+    return request.method == "GET" and request.path.endswith(".mds")
+
+
+def test_a_store_away_for_a_minute_costs_a_pause_and_log_lines(
+    stored: Stored, proxy: FaultyProxy, reading: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = with_shards(reading, download_threads=1).digests()
+    got = [next(digests) for _ in range(3)]
+    away = proxy.down_for(60)
+    waits_s = []
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        for _ in range(BATCHES - 3):
+            asked_s = time.monotonic()
+            got.append(next(digests))
+            waits_s.append(time.monotonic() - asked_s)
+    assert got == stored.undisturbed
+    assert 40 < max(waits_s) < 90
+    assert not away.is_alive()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) >= 4
+    for line in lines:
+        assert f"{stored.prefix}/shard." in line
+        assert "trying again in" in line
+
+
+def test_a_store_gone_for_good_ends_the_run_when_patience_does(
+    stored: Stored, proxy: FaultyProxy, reading: Reading
+) -> None:
+    digests = with_shards(reading, download_patience_s=2).digests()
+    got = [next(digests) for _ in range(2)]
+    with proxy.down():
+        started_s = time.monotonic()
+        with pytest.raises(StoreUnreachableError, match=r"shard\.\d+\.mds could not .*Check that"):
+            got.extend(digests)
+        assert time.monotonic() - started_s < 15
+    assert got == stored.undisturbed[: len(got)]  # what was made before came first
+
+
+def test_refused_credentials_end_the_run_at_once(
+    stored: Stored, proxy: FaultyProxy, reading: Reading
+) -> None:
+    digests = reading.digests()
+    next(digests)
+    proxy.inject(Answer(status=403, code="AccessDenied"))
+    started_s = time.monotonic()
+    with pytest.raises(StoreUnreachableError, match=r"refused to give .*credentials"):
+        list(digests)
+    assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.parametrize(
+    "answer",
+    [Answer(status=500, code="InternalError"), Answer(status=503, code="SlowDown")],
+    ids=["500", "slow down"],
+)
+def test_errors_for_half_of_the_requests(
+    stored: Stored, proxy: FaultyProxy, reading: Reading, answer: Answer
+) -> None:
+    proxy.inject(answer, share=0.5)
+    assert list(reading.digests()) == stored.undisturbed
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_bodies_that_break_off(stored: Stored, proxy: FaultyProxy, reading: Reading) -> None:
+    proxy.inject(Cut(after_bytes=3000), share=0.5, when=is_shard)
+    assert list(reading.digests()) == stored.undisturbed
+    assert proxy.count("GET").total() > len(stored.shard_names) + 1
+
+
+def test_bodies_that_come_slowly(stored: Stored, proxy: FaultyProxy, reading: Reading) -> None:
+    """Slower than the time limit for silence: what counts is that something comes."""
+    proxy.inject(Drip(bytes_per_s=SHARD_BYTES), when=is_shard)
+    assert list(with_shards(reading, download_timeout_s=0.4).digests()) == stored.undisturbed
+
+
+def test_a_bit_that_flips_on_the_way_is_fetched_again(
+    stored: Stored, proxy: FaultyProxy, reading: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    struck: set[str] = set()
+
+    def is_new(request: Request) -> bool:
+        if not is_shard(request) or request.path in struck:
+            return False
+        struck.add(request.path)
+        return True
+
+    proxy.inject(Flip(at_byte=1000), when=is_new)
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        assert list(reading.digests()) == stored.undisturbed
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(stored.shard_names)
+    assert all("does not have the sha256 hash" in line for line in lines)
+
+
+def test_a_black_hole_is_left_after_the_time_limit(
+    stored: Stored, proxy: FaultyProxy, reading: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    impatient = with_shards(reading, download_timeout_s=0.5, download_threads=1)
+    proxy.inject(Silence(), times=3, when=lambda request: request.path.endswith("00001.mds"))
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        assert list(impatient.digests()) == stored.undisturbed
+    assert ["shard.00001.mds failed" in record.getMessage() for record in caplog.records] == [True]
+    assert "imeout" in caplog.text
+
+
+def test_a_black_hole_for_good_is_an_error(
+    stored: Stored, proxy: FaultyProxy, reading: Reading
+) -> None:
+    proxy.inject(Silence())
+    started_s = time.monotonic()
+    with pytest.raises(StoreUnreachableError, match=r"index\.json could not .*imeout"):
+        next(with_shards(reading, download_timeout_s=0.5, download_patience_s=3).digests())
+    assert time.monotonic() - started_s < 15
+
+
+def test_the_processes_of_a_node_fetch_each_shard_once(
+    stored: Stored, proxy: FaultyProxy, reading: Reading
+) -> None:
+    proxy.inject(Drip(bytes_per_s=10 * SHARD_BYTES), when=is_shard)  # so that they meet
+    readers = [Reader(reading) for _ in range(4)]
+    for reader in readers:
+        assert list(reader.digests()) == stored.undisturbed
+    fetched = {path: n for path, n in proxy.count("GET").items() if path.endswith(".mds")}
+    assert fetched == {f"/faults/train/{name}": 1 for name in stored.shard_names}
+
+
+def test_a_small_cache_under_several_processes(
+    stored: Stored, proxy: FaultyProxy, reading: Reading
+) -> None:
+    """They remove each other's shards all the time, and read the right ones all the same."""
+    small = with_shards(reading, cache_limit_gib=3 * SHARD_BYTES / 2**30)
+    readers = [Reader(small) for _ in range(3)]
+    for reader in readers:
+        assert list(reader.digests()) == stored.undisturbed
+
+
+def test_kills_at_any_moment_leave_nothing_behind(
+    stored: Stored, proxy: FaultyProxy, reading: Reading, tmp_path: Path
+) -> None:
+    proxy.inject(Drip(bytes_per_s=4 * SHARD_BYTES), when=lambda request: request.method == "GET")
+    moments = random.Random(0)
+    left = []
+    for _ in range(16):
+        reader = Reader(reading)
+        time.sleep(moments.uniform(0.0, 2.0))
+        # What a process does not share it cannot leave; other programs have files there too.
+        maps = Path(f"/proc/{reader.process.pid}/maps").read_text()
+        assert "/dev/shm" not in maps
+        reader.kill()
+        left.append(len(in_transit(tmp_path)))
+    # Four threads and the index: what one process can leave, not what many can.
+    assert 1 < max(left) <= 5
+    proxy.heal()
+    started_s = time.monotonic()
+    assert list(Reader(reading).digests()) == stored.undisturbed
+    assert time.monotonic() - started_s < 10
+    assert in_transit(tmp_path) == []
+
+
+def in_transit(folder: Path) -> list[Path]:
+    """What is on its way into the cache or into memory."""
+    kept = {default_cache_dir().name, "scratch"}
+    temporary = (folder / "tmp").rglob("*")
+    scratch = [path for path in temporary if path.suffix != ".lock" and path.name not in kept]
+    return [*(folder / "cache").glob("*/.partial/*"), *scratch]
+
+
+def test_a_killed_job_does_not_touch_another_of_the_same_cache(
+    stored: Stored, proxy: FaultyProxy, reading: Reading
+) -> None:
+    proxy.inject(Drip(bytes_per_s=4 * SHARD_BYTES), when=is_shard)
+    lives, dies = Reader(reading), Reader(reading)
+    digests = lives.digests()
+    got = [next(digests)]
+    dies.kill()
+    got.extend(digests)
+    assert got == stored.undisturbed

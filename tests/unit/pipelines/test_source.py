@@ -1,0 +1,163 @@
+"""Fetching files: what is tried again and for how long, and what is not."""
+
+import logging
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipelines.errors import CacheUnusableError, DataError, StoreUnreachableError
+from pipelines.source import Source, SourceConfig
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.waits: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    fake = SimpleNamespace(sleep=clock.sleep, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr("pipelines.source.time", fake)
+    return clock
+
+
+class Failing:
+    """A downloader whose store fails with the given errors, one for each call, then works."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        self.errors = errors
+
+    def download(self, url: str, path: str, timeout: float) -> None:
+        if self.errors:
+            Path(path).write_bytes(b"half")  # what a broken transfer may leave
+            raise self.errors.pop(0)
+        Path(path).write_bytes(b"whole")
+
+    def clean_up(self) -> None:
+        pass
+
+
+def answer(code: str, status: int) -> Exception:
+    """An error of the shape that botocore raises."""
+    error = Exception(f"An error occurred ({code})")
+    metadata = {"HTTPStatusCode": status}
+    error.response = {"Error": {"Code": code}, "ResponseMetadata": metadata}  # type: ignore
+    return error
+
+
+def source_of(errors: list[Exception], **config: Any) -> Source:
+    source = Source("file:///store", config=SourceConfig(**config))
+    source._downloaders.own = Failing(errors)
+    return source
+
+
+def test_a_flaky_store_is_asked_again(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = source_of([ConnectionError("reset"), TimeoutError("slow"), answer("503", 503)])
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        source.fetch("shard", tmp_path / "shard")
+    assert (tmp_path / "shard").read_bytes() == b"whole"
+    assert clock.waits == pytest.approx([1, 2, 4], abs=0.5)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert "/store/shard" in lines[2]
+    assert "attempt 3" in lines[2]
+    assert "503" in lines[2]
+
+
+def test_a_store_that_comes_back_after_a_minute_is_waited_for(tmp_path: Path, clock: Clock) -> None:
+    """And after almost two; one that has gone for good is an error within three."""
+    pauses = [1, 2, 4, 8, 16, 16, 16, 16, 16, 16, 16]
+    tries_s = [0, *accumulate(pauses)]
+    assert tries_s[-2] < 120 < tries_s[-1]
+    tries = len(tries_s)
+    away = [ConnectionError("refused")] * (tries - 2)  # 95 s of refusals, jitter apart
+    source_of(away).fetch("shard", tmp_path / "shard")
+    assert clock.waits == pytest.approx(pauses[: tries - 2], abs=0.5)
+    clock.waits.clear()
+    with pytest.raises(StoreUnreachableError, match=r"in 1\d\d s .*refused.*S3_ENDPOINT_URL"):
+        source_of([ConnectionError("refused")] * 100).fetch("shard", tmp_path / "other")
+    assert 120 <= sum(clock.waits) < 150
+    assert not (tmp_path / "other").exists()
+
+
+def test_time_spent_in_tries_counts(tmp_path: Path, clock: Clock) -> None:
+    """A silent store is given up as soon as one that refuses, though a try of it takes a minute."""
+    source = source_of([])
+
+    def silent(url: str, path: str, timeout: float) -> None:
+        clock.now_s += 60
+        raise TimeoutError("nothing came")
+
+    source._downloaders.own.download = silent
+    with pytest.raises(StoreUnreachableError, match="nothing came"):
+        source.fetch("shard", tmp_path / "shard")
+    assert 120 <= clock.now_s - 1000 < 185
+    assert len(clock.waits) >= 1
+
+
+def test_a_slow_transfer_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import threading
+
+    monkeypatch.setattr("pipelines.slow_steps._SLOW_S", 0.01)
+    told = threading.Event()
+    caplog.handler.addFilter(lambda record: told.set() or True)
+    source = source_of([])
+    source._downloaders.own.download = lambda url, path, timeout: told.wait(10)
+    source.fetch("shard", tmp_path / "shard")
+    assert [record.getMessage() for record in caplog.records] == [
+        "still fetching /store/shard after 0 s"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (answer("403", 403), StoreUnreachableError, "refused to give .*credentials"),
+        (answer("ExpiredToken", 401), StoreUnreachableError, "refused to give .*ExpiredToken"),
+        (answer("RequestTimeTooSkewed", 403), StoreUnreachableError, "refused .*TimeTooSkewed"),
+        (answer("NoSuchKey", 404), FileNotFoundError, "/store/shard"),
+        (OSError(28, "No space left on device"), CacheUnusableError, "Free some space"),
+        (OSError(27, "File too large"), CacheUnusableError, "File too large.*cache_dir"),
+    ],
+)
+def test_failures_that_time_does_not_heal(
+    tmp_path: Path, clock: Clock, error: Exception, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        source_of([error]).fetch("shard", tmp_path / "shard")
+    assert not clock.waits
+    assert not (tmp_path / "shard").exists()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("ftp://host/data", "cannot be read from 'ftp://host/data'"),
+        ("s3://key:hunter2@bucket/data", "must not carry a user name or password"),
+    ],
+)
+def test_urls_that_are_not_read(prefix: str, words: str) -> None:
+    with pytest.raises(DataError, match=words) as raised:
+        Source(prefix, config=SourceConfig())
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [{"download_patience_s": -1.0}, {"download_timeout_s": 0.0}])
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(DataError, match=f"got .*{next(iter(wrong.values()))}"):
+        SourceConfig(**wrong)

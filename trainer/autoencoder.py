@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.codec import AutoencoderKlCodec, Codec, IdentityCodec, Posterior
+from models.codec import (
+    AutoencoderKlCodec,
+    Codec,
+    EncodePrecision,
+    IdentityCodec,
+    Moments,
+    Posterior,
+)
 from trainer.autoencoder_files import AutoencoderError, AutoencoderFiles, find_autoencoder
 from trainer.checkpoint.store import StoreConfig
 
@@ -32,6 +39,7 @@ class CodecConfig:
         shift: What is subtracted before; None takes the autoencoder's own.
         posterior: "sample" what the encoder gives for an image, anew each time the image is seen,
             or take its "mean".
+        encode_precision: "bf16" encodes faster and less exactly; decoding is in float32 always.
     """
 
     kind: Literal["identity", "autoencoder_kl"] = "identity"
@@ -41,6 +49,7 @@ class CodecConfig:
     scale: float | None = None
     shift: float | None = None
     posterior: Posterior = "sample"
+    encode_precision: EncodePrecision = "fp32"
 
     def __post_init__(self) -> None:
         if (self.kind == "identity") != (self.source is None):
@@ -85,7 +94,7 @@ def load_codec(
         cache: Folder on this machine for what has to be fetched.
         store: How to reach an object store.
         device: Where it is to work.
-        image_channels: Channels of the images it will encode; None if it only decodes.
+        image_channels: Channels of the images that people see; None takes those it has.
 
     Raises:
         AutoencoderError: The autoencoder is missing, damaged, or not as the settings say.
@@ -94,13 +103,51 @@ def load_codec(
     files = _files(config, cache=cache, store=store, image_channels=image_channels)
     if files is None:
         return LoadedCodec(codec=IdentityCodec(), sha256=None)
-    codec = AutoencoderKlCodec(
-        _module(files).to(device),
+    codec = open_codec(
+        files,
+        device=device,
         scale=config.scale,
         shift=config.shift,
         posterior=config.posterior,
+        encode_precision=config.encode_precision,
     )
     return LoadedCodec(codec=codec, sha256=files.sha256)
+
+
+def open_codec(
+    files: AutoencoderFiles,
+    *,
+    device: torch.device,
+    scale: float | None = None,
+    shift: float | None = None,
+    posterior: Posterior = "sample",
+    encode_precision: EncodePrecision = "fp32",
+) -> AutoencoderKlCodec:
+    """Load an autoencoder that was found; the settings are those of `CodecConfig`.
+
+    Raises:
+        AutoencoderError: Its weights are damaged.
+        CodecError: It is of a kind that no codec knows.
+    """
+    return AutoencoderKlCodec(
+        _module(files).to(device),
+        scale=scale,
+        shift=shift,
+        posterior=posterior,
+        encode_precision=encode_precision,
+    )
+
+
+def open_encoder(
+    files: AutoencoderFiles, device: str, *, precision: EncodePrecision
+) -> Callable[[Tensor], Moments]:
+    """Load an autoencoder only to encode with, on "cpu" or "cuda:N".
+
+    Raises:
+        AutoencoderError: Its weights are damaged.
+        CodecError: It is of a kind that no codec knows.
+    """
+    return open_codec(files, device=torch.device(device), encode_precision=precision).moments
 
 
 def codec_digest(
@@ -112,7 +159,7 @@ def codec_digest(
         config: Which one.
         cache: Folder on this machine for what has to be fetched.
         store: How to reach an object store.
-        image_channels: Channels of the images it will encode; None if it only decodes.
+        image_channels: Channels of the images that people see; None takes those it has.
 
     Returns:
         Its digest; None in pixel space.
@@ -131,19 +178,23 @@ def _files(
     if config.source is None:
         return None
     files = find_autoencoder(config.source, cache=cache, store=store)
-    # What config.json leaves out has diffusers' default.
-    blocks = files.config.get("block_out_channels", [64])
     found = {
-        "codec.factor": (config.factor, 2 ** (len(blocks) - 1)),
-        "codec.channels": (config.channels, files.config.get("latent_channels", 4)),
-        "data.channels": (image_channels, files.config.get("in_channels", 3)),
+        "codec.factor": (config.factor, files.factor),
+        "codec.channels": (config.channels, files.latent_channels),
     }
     for key, (wanted, actual) in found.items():
-        if wanted is not None and wanted != actual:
+        if wanted != actual:
             raise AutoencoderError(
                 f"{key}={wanted} does not fit the autoencoder of codec.source={config.source}, "
                 f"which needs {key}={actual}"
             )
+    if image_channels not in (None, files.image_channels):
+        raise AutoencoderError(
+            f"the images of this run have {image_channels} channels, and the autoencoder of "
+            f"codec.source={config.source} takes {files.image_channels}; choose another "
+            f"codec.source, or set data.channels={files.image_channels} if it encodes the images "
+            "as they come"
+        )
     return files
 
 

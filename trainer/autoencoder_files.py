@@ -43,6 +43,33 @@ class AutoencoderFiles:
     config: Mapping[str, Any]
     sha256: str
 
+    # What config.json leaves out has diffusers' default.
+
+    @property
+    def factor(self) -> int:
+        """Pixels for one element of a latent, along each side."""
+        return int(2 ** (len(self.config.get("block_out_channels", [64])) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of its latents."""
+        return int(self.config.get("latent_channels", 4))
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images it takes."""
+        return int(self.config.get("in_channels", 3))
+
+    @property
+    def scale(self) -> float:
+        """Its own factor, which brings latents near unit variance."""
+        return float(self.config.get("scaling_factor", 0.18215))
+
+    @property
+    def shift(self) -> float:
+        """What it subtracts before."""
+        return float(self.config.get("shift_factor") or 0.0)
+
 
 def find_autoencoder(source: str, *, cache: Path, store: StoreConfig) -> AutoencoderFiles:
     """Find an autoencoder, and fetch it when it is elsewhere.

@@ -6,7 +6,8 @@ from typing import Literal
 
 from models.cost import ModelShape, average_multiply_adds, multiply_adds, parameters
 from models.memory import state_bytes
-from trainer.schema import JobConfig, flow_shape, micro_batch
+from trainer.schema import JobConfig, micro_batch
+from trainer.space import flow_shape
 
 
 def cost_table(job: JobConfig) -> str:

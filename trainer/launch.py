@@ -17,6 +17,7 @@ import yaml
 
 from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import composed, members
+from trainer.data import with_classes
 from trainer.mistakes import is_users_mistake
 from trainer.schema import JobConfig, to_dict
 from trainer.validate import validate
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        job = composed(options.overrides)
+        job = with_classes(composed(options.overrides))
         validate(job)
         if options.cfg or job.dry_run:
             _say(described(job))

@@ -29,8 +29,14 @@ def run_uri(job: JobConfig) -> str:
 
 
 def data_prefix(job: JobConfig) -> str:
-    """Return the prefix of the data set's shards."""
+    """Return the prefix of the data set's shards, where there is only one."""
     return (job.data.prefix or f"{store_uri(job)}/datasets/{job.data.name}").rstrip("/")
+
+
+def data_prefixes(job: JobConfig) -> tuple[str, ...]:
+    """Return the prefixes of all streams of the data set."""
+    streams = tuple(stream.prefix.rstrip("/") for stream in job.data.streams)
+    return streams or (data_prefix(job),)
 
 
 def cache_folder(home: str | None) -> Path:

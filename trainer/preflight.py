@@ -6,18 +6,18 @@ import os
 import uuid
 from collections.abc import Callable
 
-from pipelines.shards import ShardedDataset
 from trainer import places
 from trainer.autoencoder import codec_digest
 from trainer.checkpoint.layout import MANIFEST_NAME, checkpoints_prefix
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import Store, open_store
-from trainer.data import open_split
+from trainer.data import Split, check_latents, open_split
 from trainer.evaluate.features import check_features
 from trainer.metrics.tracker_mlflow import TrackerUnreachable, check_tracker
 from trainer.resume import all_damaged, check_start, open_checkpoint
-from trainer.schema import ConfigError, JobConfig, encodes, science
+from trainer.schema import ConfigError, JobConfig, science
+from trainer.space import picture_shape
 
 
 def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None:
@@ -55,8 +55,9 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         job.codec,
         cache=places.cache(job),
         store=job.store,
-        image_channels=job.data.channels if encodes(job) else None,
+        image_channels=picture_shape(job.data, job.codec).channels,
     )
+    check_latents(job, codec_digest=digest)
     check_start(job, science(job, data_digest=images.digest, codec_digest=digest), newest)
     if job.resume not in ("auto", "never"):
         if newest is None:
@@ -94,13 +95,14 @@ def _check_writable(store: Store, run: str) -> None:
     store.delete(key)
 
 
-def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> ShardedDataset:
+def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> Split:
     if job.data.prepare == "digits":
         from pipelines.ingest.digits import ensure_digits
 
         ensure_digits(places.data_prefix(job))
     train, test = open_split(job, "train"), open_split(job, "test")
     note(
-        f"data {places.data_prefix(job)}: {len(train):,} training and {len(test):,} held-out images"
+        f"data {' '.join(places.data_prefixes(job))}: {len(train):,} training and {len(test):,} "
+        "held-out images"
     )
     return train

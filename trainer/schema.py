@@ -21,6 +21,7 @@ from cluster.contract import ClusterConfig
 from models.flow.flow import FlowConfig
 from models.transformer.config import TransformerConfig
 from pipelines.loader import LoaderConfig
+from pipelines.mixture import StreamConfig
 from pipelines.shards import ShardsConfig
 from pipelines.view import AugmentConfig
 from trainer.autoencoder import CodecConfig
@@ -28,7 +29,6 @@ from trainer.checkpoint.saver import CheckpointConfig
 from trainer.checkpoint.store import StoreConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluate.report import EvalConfig
-from trainer.evaluate.samples import ImageShape
 from trainer.metrics.tracker import TrackingConfig
 from trainer.schedule import OptimConfig
 from trainer.step import TrainConfig
@@ -48,18 +48,24 @@ class DataConfig:
         name: Name of the data set, and of its folder in the store.
         prefix: Where its MDS shards are (`train/` and `test/` below it), a folder or `s3://…`;
             None is `datasets/<name>` in the store.
+        streams: Several such prefixes instead, perhaps with weights: `[{prefix: …, weight: 2}, …]`.
         prepare: Write the shards when they are missing: "digits" from scikit-learn, or "none".
-        space: What the shards hold: "pixel" images, or precomputed "latent" arrays.
+        space: What the shards hold: "pixel" images, or "latent" moments that
+            `pipelines.ingest.latents` has computed.
+        images_prefix: For latents, where the images are that samples are compared with; None is
+            where the latents were made of.
         image_size: Height and width of what the shards hold; images of another size are resized.
         channels: Channels of what the shards hold.
-        classes: Number of classes.
+        classes: Number of classes; 0 takes it from the data set's list of classes.
         augment: How training images vary from epoch to epoch.
     """
 
     name: str = "digits"
     prefix: str | None = None
+    streams: tuple[StreamConfig, ...] = ()
     prepare: Literal["none", "digits"] = "none"
     space: Literal["pixel", "latent"] = "pixel"
+    images_prefix: str | None = None
     image_size: int = 8
     channels: int = 1
     classes: int = 10
@@ -129,7 +135,10 @@ class JobConfig:
 _PLACE = ("codec", "source")
 
 # Fields of scientific components that cannot change the trained weights.
-_OPERATIONAL = {"data": {"prefix", "prepare"}, "train": {"max_skipped_updates"}}
+_OPERATIONAL = {
+    "data": {"prefix", "streams", "prepare", "images_prefix"},
+    "train": {"max_skipped_updates"},
+}
 
 
 def defaults(kind: type[Any] = JobConfig) -> dict[str, Any]:
@@ -174,6 +183,16 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
                 raise ConfigError(f"{key}={value!r} must be a group of settings, not a value")
             arguments[name] = from_dict(typing.cast(type[Any], wanted), value, path=f"{key}.")
             continue
+        if (part := _listed(wanted)) is not None:
+            if not isinstance(value, list | tuple) or not all(
+                isinstance(v, Mapping) for v in value
+            ):
+                raise ConfigError(f"{key}={value!r} must be a list of groups of settings")
+            arguments[name] = tuple(
+                from_dict(part, entry, path=f"{key}.{number}.")
+                for number, entry in enumerate(value)
+            )
+            continue
         try:
             arguments[name] = TypeAdapter(wanted).validate_python(value)
         except ValidationError as error:
@@ -186,6 +205,13 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
     except ValueError as error:
         # A component names its own field; the user needs to know whose.
         raise ConfigError(f"{path.rstrip('.')}: {error}" if path else str(error)) from error
+
+
+def _listed(wanted: Any) -> type[Any] | None:
+    """Give the dataclass that a setting is a list of, if it is one."""
+    arguments = typing.get_args(wanted)
+    listed = typing.get_origin(wanted) is tuple and dataclasses.is_dataclass(arguments[0])
+    return typing.cast(type[Any], arguments[0]) if listed else None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -262,19 +288,6 @@ def micro_batch(job: JobConfig) -> int:
     if job.engine.micro_batch is None:
         return job.train.global_batch // job.cluster.workers
     return job.engine.micro_batch
-
-
-def encodes(job: JobConfig) -> bool:
-    """Tell whether the images of the shards are encoded on the way to the flow."""
-    return job.data.space == "pixel" and job.codec.kind != "identity"
-
-
-def flow_shape(data: DataConfig, codec: CodecConfig) -> ImageShape:
-    """Return the shape of what the flow and the model work on: images or their latents."""
-    size, channels = data.image_size, data.channels
-    if data.space == "pixel" and codec.kind != "identity":
-        size, channels = size // codec.factor, codec.channels
-    return ImageShape(channels=channels, size=size, classes=data.classes)
 
 
 def _plain(value: Any) -> Any:

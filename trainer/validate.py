@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trainer.engine.zero_config import zero_config
-from trainer.schema import ConfigError, JobConfig, encodes, flow_shape, micro_batch
+from trainer.schema import ConfigError, JobConfig, micro_batch
+from trainer.space import encodes, flow_shape
 
 
 def validate(job: JobConfig) -> None:
@@ -16,6 +17,7 @@ def validate(job: JobConfig) -> None:
     _check_name("data.name", job.data.name)
     _check_ranges(job)
     _check_batch(job)
+    _check_data(job)
     _check_codec(job)
     _check_shapes(job)
     if job.engine.kind == "zero" and job.engine.zero_stage not in (1, 2):
@@ -107,6 +109,36 @@ def _check_batch(job: JobConfig) -> None:
         raise ConfigError(
             f"engine.micro_batch={micro} must divide each rank's {share} images{multiple}; "
             f"possible values: {', '.join(map(str, fitting))}"
+        )
+
+
+def _check_data(job: JobConfig) -> None:
+    data = job.data
+    if data.streams and (data.prefix or data.prepare != "none"):
+        raise ConfigError(
+            f"data.streams does not go with data.prefix={data.prefix} and data.prepare="
+            f"{data.prepare}; set them to null and none, or leave data.streams out"
+        )
+    weighed = [stream.weight is not None for stream in data.streams]
+    if any(weighed) and not all(weighed):
+        unweighed = data.streams[weighed.index(False)].prefix
+        raise ConfigError(
+            f"data.streams gives {unweighed} no weight and others one; give all of them a weight, "
+            "or none, which takes each sample once per epoch"
+        )
+    if data.space == "latent" and data.augment.crop != "center":
+        raise ConfigError(
+            f"data.augment.crop={data.augment.crop} cannot be applied to latents, whose images "
+            "were cropped when they were encoded; set data.augment.crop=center"
+        )
+    if data.images_prefix is not None and len(data.streams) > 1:
+        raise ConfigError(
+            f"data.images_prefix={data.images_prefix} names the images of one prefix of latents, "
+            f"and data.streams has {len(data.streams)}; leave it out"
+        )
+    if data.space == "pixel" and data.images_prefix is not None:
+        raise ConfigError(
+            f"data.images_prefix={data.images_prefix} is for data.space=latent; leave it out"
         )
 
 

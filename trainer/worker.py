@@ -36,14 +36,13 @@ from trainer.mistakes import is_users_mistake
 from trainer.resume import restore
 from trainer.schema import (
     JobConfig,
-    encodes,
-    flow_shape,
     from_dict,
     micro_batch,
     science,
     science_hash,
     to_dict,
 )
+from trainer.space import encodes, flow_shape, picture_shape
 from trainer.step import TrainStep
 from trainer.stop_vote import StopVote
 from trainer.told_warnings import warnings_told
@@ -97,7 +96,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         cache=places.cache(job),
         store=job.store,
         device=device,
-        image_channels=job.data.channels if encodes(job) else None,
+        image_channels=picture_shape(job.data, job.codec).channels,
     )
     chosen = science(job, data_digest=images.digest, codec_digest=codec_digest)
     state = restore(job, chosen, engine=engine, checkpoints=checkpoints, tell=tell)
@@ -168,7 +167,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         ),
     ]
     try:
-        with training_loader(job, images, context) as loader:
+        with training_loader(job, images, context, codec=codec) as loader:
             end = train(
                 state,
                 loader=loader,

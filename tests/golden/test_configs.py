@@ -18,7 +18,7 @@ CHANGED = {
     "independent_noise": {"flow.noise"},
     "one_stage_per_step": {"flow.stage_choice"},
     "tied_scales": {"model.ties.scales"},
-    "pixel": {"codec.kind", "codec.source", "model.patch_size"},
+    "pixel": {"codec.kind", "codec.source", "codec.encode_precision", "model.patch_size"},
     "sd_vae": {"codec.source"},
 }
 ABLATIONS = [name for name in members("exp") if name.startswith("ablation/")]

@@ -13,7 +13,8 @@ from models.codec import Codec
 from trainer.autoencoder import CodecConfig, load_codec
 from trainer.checkpoint.store import StoreConfig
 from trainer.evaluate.samples import ImageShape
-from trainer.schema import ConfigError, DataConfig, flow_shape, from_dict
+from trainer.schema import ConfigError, DataConfig, from_dict
+from trainer.space import flow_shape
 
 
 class CheckpointCodec(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.flow.sampler import Samples, images_per_call
 from models.flow.sampler_config import SamplerConfig
+from pipelines.mixture import StreamConfig
 from trainer.checkpoint.errors import MissingObject
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Checkpoints
@@ -27,7 +28,7 @@ from trainer.evaluate.features import (
 from trainer.evaluate.grid import class_grid, grid_png
 from trainer.evaluate.report import evaluation_key
 from trainer.evaluate.samples import draw
-from trainer.schema import ConfigError, JobConfig, from_dict
+from trainer.schema import ConfigError, JobConfig, from_dict, to_dict
 from trainer.trained.choice import choose_checkpoints
 from trainer.trained.codec import recorded_codec
 from trainer.trained.device import usable_device
@@ -42,9 +43,14 @@ class RealImagesConfig:
     Attributes:
         prefix: Folder or `s3://…` with the shards' `train/` and `test/`; None is the data set's
             place in the run's own store.
+        streams: The streams of a run that read several, with their weights.
+        images_prefix: For a run that read latents, where the images are; None is where the latents
+            were made of.
     """
 
     prefix: str | None = None
+    streams: tuple[StreamConfig, ...] = ()
+    images_prefix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +243,7 @@ def _job(config: CheckpointEvaluationConfig, manifest: Manifest, *, runs: str) -
         {
             "run": manifest.run,
             "home": config.home or os.environ.get("LAPFLOW_HOME", JobConfig.home),
-            "data": {**science["data"], "prefix": config.data.prefix},
+            "data": {**science["data"], **to_dict(config.data)},
             "codec": asdict(recorded_codec(science)),
             "model": science["model"],
             "flow": science["flow"],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.contract import WorkerContext
 from trainer import places
-from trainer.data import open_split, real_images
+from trainer.data import open_images, open_split, real_images
 from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import (
     FeatureConfig,
@@ -22,6 +22,7 @@ from trainer.evaluate.features import (
 )
 from trainer.evaluate.learned_features import RECIPE, LearnedConvFeatures
 from trainer.schema import ConfigError, JobConfig
+from trainer.space import picture_shape
 
 
 class Yardstick:
@@ -60,14 +61,14 @@ class Yardstick:
         os.environ.update(places.object_store_environment(job))
         if open_split(job, "train").digest != trained_on:
             raise ConfigError(
-                f"data.prefix={places.data_prefix(job)} holds other images than those that run "
-                f"{job.run} was trained on; give the prefix of its own data set"
+                f"data.prefix={' '.join(places.data_prefixes(job))} holds other images than those "
+                f"that run {job.run} was trained on; give the prefix of its own data set"
             )
-        self.held_out_index = open_split(job, "test").digest
+        self.held_out_index = open_images(job, "test").digest
         self._extractors: dict[str, FeatureExtractor] = {
             name: feature_extractor(
                 FeatureConfig(name=name, inception_weights=inception_weights),
-                channels=job.data.channels,
+                channels=picture_shape(job.data, job.codec).channels,
                 train=self._split("train"),
                 held_out=self._split("test"),
                 learned_weights=self._learned_weights(trained_on),
@@ -105,8 +106,8 @@ class Yardstick:
         return lambda: real_images(self._job, split, _context(self._device))
 
     def _learned_weights(self, trained_on: str) -> Path:
-        data = self._job.data
-        picture = f"{data.channels}x{data.image_size}"
+        shape = picture_shape(self._job.data, self._job.codec)
+        picture = f"{shape.channels}x{shape.size}"
         name = f"learned_conv-{RECIPE}-{trained_on[:16]}-{picture}.safetensors"
         return places.cache(self._job) / "features" / name
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.codec import AutoencoderKlCodec, Codec, CodecError, IdentityCodec
+from models.codec import AutoencoderKlCodec, Codec, CodecError, IdentityCodec, Moments
 from tests.support.autoencoder import tiny_autoencoder
 
 LATENT = (4, 4, 4)
@@ -61,6 +61,56 @@ def test_a_sample_is_mean_plus_deviation_times_the_numbers(autoencoder, images) 
     posterior = autoencoder.encode(images).latent_dist
     latents = AutoencoderKlCodec(autoencoder, scale=1.0).encode(images, normals().flatten(1))
     torch.testing.assert_close((latents - posterior.mean) / posterior.std, normals())
+
+
+def test_moments_are_those_of_diffusers_and_latents_are_drawn_from_them(autoencoder, images):
+    posterior = autoencoder.encode(images).latent_dist
+    codec = AutoencoderKlCodec(autoencoder, scale=2.0, shift=0.5)
+    moments = codec.moments(images)
+    assert torch.equal(moments.mean, posterior.mean)
+    assert torch.equal(moments.std, posterior.std)
+    unit = normals().flatten(1)
+    by_hand = (posterior.mean + posterior.std * normals() - 0.5) * 2.0
+    assert torch.equal(codec.latents(moments, unit), by_hand)
+    assert torch.equal(codec.encode(images, unit), by_hand)
+    mean = AutoencoderKlCodec(autoencoder, posterior="mean", scale=2.0, shift=0.5)
+    assert torch.equal(mean.latents(moments, torch.empty(3, 0)), (posterior.mean - 0.5) * 2.0)
+
+
+def test_bf16_rounds_the_encoder_and_leaves_the_decoder() -> None:
+    exact, rounded = (
+        AutoencoderKlCodec(tiny_autoencoder(channels=3), encode_precision=precision)
+        for precision in ("fp32", "bf16")
+    )
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for wanted, moment in zip(exact.moments(images), rounded.moments(images), strict=True):
+        assert moment.dtype == torch.float32
+        assert not torch.equal(moment, wanted)
+        error = (moment - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        # A value in bf16 is off by up to 2^-9 of itself; some 20 layers in a row add up.
+        assert 2**-12 < error < 2**-5, error
+    latents = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(exact.decode(latents), rounded.decode(latents))
+
+
+def test_bf16_weights_are_in_half_the_memory_and_in_the_layout_of_tensor_cores() -> None:
+    autoencoder = tiny_autoencoder(channels=3).train()
+    decoder = {name: tensor.clone() for name, tensor in autoencoder.decoder.state_dict().items()}
+    codec = AutoencoderKlCodec(autoencoder, encode_precision="bf16")
+    encoding = [*autoencoder.encoder.parameters(), *autoencoder.quant_conv.parameters()]
+    assert {parameter.dtype for parameter in encoding} == {torch.bfloat16}
+    kernels = [parameter for parameter in encoding if parameter.ndim == 4]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    for name, tensor in autoencoder.decoder.state_dict().items():
+        assert torch.equal(tensor, decoder[name])
+        assert tensor.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
+    assert not any(module.training for module in autoencoder.modules())
+    moments = codec.moments(torch.zeros(1, 3, 32, 32, requires_grad=True))
+    assert not moments.mean.requires_grad
+    without = tiny_autoencoder(use_quant_conv=False, use_post_quant_conv=False)
+    codec = AutoencoderKlCodec(without, encode_precision="bf16")
+    assert isinstance(codec.moments(torch.zeros(1, 1, 32, 32)), Moments)
 
 
 def test_decoding_takes_back_scale_and_shift(autoencoder, images) -> None:

@@ -87,6 +87,10 @@ def test_half_precision_weights_work_in_single(copied, tmp_path):
 def test_settings_reach_the_codec(saved, tmp_path):
     codec = loaded(saved, tmp_path, scale=0.5, shift=0.25, posterior="mean")
     assert (codec.scale, codec.shift, codec.normals_per_image(32)) == (0.5, 0.25, 0)
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = loaded(saved, tmp_path).moments(images).mean
+    rounded = loaded(saved, tmp_path, encode_precision="bf16").moments(images).mean
+    assert 0 < (rounded - exact).abs().max() < 0.1
 
 
 def test_the_digest_follows_the_content_and_not_the_place(saved, copied, tmp_path):
@@ -231,7 +235,9 @@ def test_weights_that_do_not_fit(copied, tmp_path, damage):
 def test_settings_that_describe_another_autoencoder(saved, tmp_path):
     assert "codec.factor=16 does not fit" in refused(saved, tmp_path, factor=16)
     assert "needs codec.channels=4" in refused(saved, tmp_path, channels=16)
-    assert "needs data.channels=1" in refused(saved, tmp_path, image_channels=3)
+    message = refused(saved, tmp_path, image_channels=3)
+    assert "images of this run have 3 channels" in message
+    assert "set data.channels=1" in message
 
 
 def test_settings_that_contradict_themselves():

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from cluster.contract import WorkerContext
+from models.codec import IdentityCodec
 from models.pyramid import merge
 from pipelines.batch import Cursor
 from pipelines.ingest.digits import ensure_digits
 from pipelines.view import AugmentConfig
 from trainer.composition import composed
 from trainer.data import open_split, real_images, training_loader
-from trainer.schema import ConfigError, JobConfig
+from trainer.schema import JobConfig
 
 ALONE = WorkerContext(
     rank=0,
@@ -39,18 +40,11 @@ def job_of(digits: Path, home: Path, augment: AugmentConfig) -> JobConfig:
     return dataclasses.replace(job, data=dataclasses.replace(job.data, augment=augment))
 
 
-def test_latents_are_refused_until_they_can_be_read(digits: Path, tmp_path: Path) -> None:
-    job = job_of(digits, tmp_path, AugmentConfig())
-    latents = dataclasses.replace(job, data=dataclasses.replace(job.data, space="latent"))
-    with pytest.raises(ConfigError, match=r"data\.space=latent cannot be trained yet"):
-        open_split(latents, "train")
-
-
 def test_training_images_are_flipped_and_real_ones_are_not(digits: Path, tmp_path: Path) -> None:
     job = job_of(digits, tmp_path, AugmentConfig(flip=True))
     real = torch.cat([pictures for pictures, _ in real_images(job, "train", ALONE)])
     images = open_split(job, "train")
-    with training_loader(job, images, ALONE) as loader:
+    with training_loader(job, images, ALONE, codec=IdentityCodec()) as loader:
         batch, _ = next(loader.batches(Cursor()))
     flipped = 0
     for image, sample_id in zip(merge(batch.bands), batch.sample_ids.tolist(), strict=True):

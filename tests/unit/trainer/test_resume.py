@@ -57,6 +57,11 @@ def test_a_changed_and_a_removed_setting_are_refused(trained):
         start({**trained, "model": {**trained["model"], "gone": 3}})
 
 
+def test_a_checkpoint_of_pixels_from_before_the_encoders_precision_continues(trained):
+    del trained["codec"]["encode_precision"]
+    start(trained)
+
+
 def test_other_data_are_refused(trained):
     trained["data_set"]["index_sha256"] = "other"
     with pytest.raises(ConfigError, match=r"data_set\.index_sha256: other -> digest"):
@@ -80,3 +85,15 @@ def test_a_moved_autoencoder_continues_also_when_a_setting_came_later():
     other = science(moved, data_digest="digest", codec_digest="other")
     with pytest.raises(ConfigError, match=r"autoencoder\.sha256: autoencoder -> other"):
         check_start(moved, other, checkpoint_of(trained))
+
+
+def test_a_checkpoint_from_before_the_encoders_precision_continues_in_fp32():
+    digests = {"data_digest": "digest", "codec_digest": "autoencoder"}
+    latent = ["+exp=digits", "codec=sd_vae"]
+    trained = copy.deepcopy(science(composed(latent), **digests))
+    del trained["codec"]["encode_precision"]
+    same = composed([*latent, "codec.encode_precision=fp32"])
+    check_start(same, science(same, **digests), checkpoint_of(trained))
+    faster = composed(latent)
+    with pytest.raises(ConfigError, match=r"codec\.encode_precision: fp32 -> bf16"):
+        check_start(faster, science(faster, **digests), checkpoint_of(trained))

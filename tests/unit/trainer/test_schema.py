@@ -12,13 +12,12 @@ from trainer.schema import (
     JobConfig,
     defaults,
     difference,
-    encodes,
-    flow_shape,
     from_dict,
     science,
     science_hash,
     to_dict,
 )
+from trainer.space import encodes, flow_shape
 from trainer.validate import validate
 
 LATENT = ("+exp=digits", "codec=sd_vae", "data.image_size=64", "data.prepare=none")

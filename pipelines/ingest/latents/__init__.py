@@ -1,0 +1,1 @@
+"""Encode the images of a dataset once, so that training reads latents."""

@@ -92,13 +92,22 @@ class TrainingWork:
         """Multiply-adds of one image's forward pass, averaged over the stages of training."""
 
     def __call__(self) -> Tensor:
-        """Run forward, backward and, if there is one, the optimizer; return the loss."""
+        """Train on the fixed batch; return the loss."""
+        return self.update(self._bands, self._labels)
+
+    def update(self, bands: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Run forward, backward and, if there is one, the optimizer; return the loss.
+
+        Args:
+            bands: Bands of a batch as large as the fixed one, coarse to fine.
+            labels: Their classes.
+        """
         self.model.zero_grad(set_to_none=True)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             report = self._objective(
                 self._network,
-                bands=self._bands,
-                labels=self._labels,
+                bands=bands,
+                labels=labels,
                 uniforms=self._uniforms,
                 noise=self._noise,
             )

@@ -1,4 +1,4 @@
-"""The reference decoder: Pillow and a few lines of torch, one image after the other."""
+"""The reference decoders: Pillow, NumPy and a few lines of torch, one sample after the other."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from pipelines.batch import Bands
-from pipelines.decode import DecodeConfig
-from pipelines.encoded import BadImageError, open_image, pixels
-from pipelines.errors import UndecodableImageError
+from pipelines.decode import DecodeConfig, Decoder, LatentDecodeConfig
+from pipelines.encoded import open_image, pixels
+from pipelines.latent_draw import DrawnLatent, draw_latent
 from pipelines.sample_key import SampleKey
 from pipelines.view import view_of
 
 
-class PillowDecoder:
+class PillowDecoder(Decoder[NDArray[np.float32]]):
     """Decodes on the host; see `pipelines.decode.Decoder` for the contract.
 
     Args:
@@ -29,28 +29,48 @@ class PillowDecoder:
         self._config = config
         self._device = device
 
-    def __call__(self, images: Sequence[bytes], keys: Sequence[SampleKey] | None = None) -> Bands:
-        """Decode a batch."""
-        decoded = []
-        bad: dict[int, str] = {}
-        for place, data in enumerate(images):
-            own = None if keys is None else keys[place]
-            try:
-                decoded.append(self._decode(data, own))
-            except BadImageError as error:
-                bad[place] = str(error)
-        if bad:
-            raise UndecodableImageError(list(bad), next(iter(bad.values())))
-        batch = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
-        return split_bands(batch.to(self._device) / 127.5 - 1.0, scales=self._config.scales)
-
-    def _decode(self, data: bytes, key: SampleKey | None) -> NDArray[np.float32]:
-        image = pixels(open_image(data), channels=self._config.channels).astype(np.float32)
+    def prepare(self, sample: bytes, key: SampleKey | None) -> NDArray[np.float32]:
+        """Decode one image and cut out its view; values are 0 to 255, [size, size, channels]."""
+        image = pixels(open_image(sample), channels=self._config.channels).astype(np.float32)
         view = view_of(self._config.augment, width=image.shape[1], height=image.shape[0], key=key)
         part = image[view.top : view.top + view.height, view.left : view.left + view.width]
         size = self._config.image_size
         shown = part if part.shape[:2] == (size, size) else _resize(part, size)
         return shown[:, ::-1] if view.mirrored else shown
+
+    def decode(self, prepared: Sequence[NDArray[np.float32]]) -> Bands:
+        """Normalise and split a batch."""
+        batch = torch.from_numpy(np.stack(prepared)).permute(0, 3, 1, 2).contiguous()
+        return split_bands(batch.to(self._device) / 127.5 - 1.0, scales=self._config.scales)
+
+
+class LatentDecoder(Decoder[DrawnLatent]):
+    """Draws latents with NumPy and splits them with torch; see `pipelines.decode.Decoder`.
+
+    Args:
+        config: What latents are made into.
+        device: Where the bands go.
+    """
+
+    def __init__(self, config: LatentDecodeConfig, *, device: str) -> None:
+        self._config = config
+        self._device = device
+
+    def prepare(self, sample: bytes, key: SampleKey | None) -> DrawnLatent:
+        """Look up the moments of a latent, and draw the numbers it is sampled by."""
+        return draw_latent(self._config, sample, key)
+
+    def decode(self, prepared: Sequence[DrawnLatent]) -> Bands:
+        """Sample, scale and split a batch."""
+        latents = [
+            mean.astype(np.float32)
+            if normals is None
+            else mean.astype(np.float32) + std.astype(np.float32) * normals
+            for (mean, std), normals in prepared
+        ]
+        batch = torch.from_numpy(np.stack(latents)).to(self._device)
+        scaled = (batch - self._config.shift) * self._config.scale
+        return split_bands(scaled, scales=self._config.scales)
 
 
 def _resize(part: NDArray[np.float32], size: int) -> NDArray[np.float32]:

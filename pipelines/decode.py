@@ -1,21 +1,28 @@
-"""What a decoder does: a batch of encoded images in, Laplacian bands on the device out.
+"""What a decoder does: a batch of stored samples in, Laplacian bands on the device out.
 
 An image is turned upright as its orientation tag says, cropped to the view chosen for it (the
 central square, without augmentation), resized with an antialiased linear filter if it has another
 size than asked for, and perhaps mirrored. Values become float32 in [-1, 1] and are split into bands
-by 2 x 2 means.
+by 2 x 2 means. Of latents one is drawn from the moments stored, scaled and split alike.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pipelines.batch import Bands
-from pipelines.errors import DataError, UnsplittableImageError
+from pipelines.errors import (
+    BadSampleError,
+    DataError,
+    UndecodableImageError,
+    UnsplittableImageError,
+)
+from pipelines.latent_format import LatentFormat
 from pipelines.sample_key import SampleKey
 from pipelines.view import AugmentConfig
 
 DecoderName = Literal["dali", "pillow"]
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,51 +48,134 @@ class DecodeConfig:
             raise DataError(f"Images have 1 or 3 channels, got {self.channels}.")
         if self.decode_threads < 1:
             raise DataError(f"decode_threads must be at least 1, got {self.decode_threads}.")
-        if self.scales < 1:
-            raise DataError(f"There is at least one scale, got {self.scales}.")
-        step = 2 ** (self.scales - 1)
-        if self.image_size < 1 or self.image_size % step:
-            raise UnsplittableImageError(
-                f"Images of {self.image_size} x {self.image_size} pixels cannot be split into "
-                f"{self.scales} scales, because the size must be a multiple of {step}. Choose "
-                f"image_size {max(step, self.image_size // step * step)}, or fewer scales."
+        check_splittable(self.image_size, self.scales, what="Images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentDecodeConfig:
+    """What stored latents are made into.
+
+    Attributes:
+        format: How they are stored.
+        scales: Number of Laplacian bands.
+        scale: Factor that brings latents near unit variance.
+        shift: What is subtracted before.
+        posterior: "sample" each latent anew, or take the "mean".
+        flip: Show half of the samples mirrored.
+        decode_threads: Threads that compute.
+
+    Raises:
+        DataError: Mirrored views are asked for and not stored.
+        UnsplittableImageError: The latents cannot be split into so many bands.
+    """
+
+    format: LatentFormat
+    scales: int
+    scale: float
+    shift: float
+    posterior: Literal["sample", "mean"] = "sample"
+    flip: bool = False
+    decode_threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.flip and self.format.views < 2:
+            raise DataError(
+                "data.augment.flip=true needs latents of mirrored images, which this dataset does "
+                "not hold. Encode it again without --no-flips, or set data.augment.flip=false."
             )
+        check_splittable(self.format.size, self.scales, what="Latents")
 
 
-class Decoder(Protocol):
-    """Turns encoded images into bands."""
+class Decoder(Protocol[Prepared]):
+    """Turns stored samples into bands, in two steps that a loader can run in different threads.
 
-    def __call__(self, images: Sequence[bytes], keys: Sequence[SampleKey] | None = None) -> Bands:
-        """Decode a batch.
+    Subclasses say what the steps do; calling a decoder takes both.
+    """
+
+    def prepare(self, sample: bytes, key: SampleKey | None) -> Prepared:
+        """Check one sample on the host, and choose what is random about it.
 
         Args:
-            images: Whole JPEG or PNG files.
-            keys: Each image's randomness; None shows the central square of each.
-
-        Returns:
-            Bands coarse to fine, each float32 [len(images), channels, h, w] and owned by the
-            caller.
+            sample: A whole JPEG or PNG file, or the moments of a latent.
+            key: The sample's randomness; None takes the central square of an image, and the mean
+                of a latent.
 
         Raises:
-            UndecodableImageError: Names those of the images that cannot be decoded.
+            BadSampleError: It cannot be decoded.
         """
         ...
 
+    def decode(self, prepared: Sequence[Prepared]) -> Bands:
+        """Decode a batch.
 
-def make_decoder(name: DecoderName, config: DecodeConfig, *, device: str) -> Decoder:
+        Returns:
+            Bands coarse to fine, each float32 [len(prepared), channels, h, w] and owned by the
+            caller.
+
+        Raises:
+            UndecodableImageError: Names those that turn out not to be decodable after all.
+        """
+        ...
+
+    def __call__(
+        self, samples: Sequence[bytes], keys: Sequence[SampleKey | None] | None = None
+    ) -> Bands:
+        """Prepare and decode a batch.
+
+        Raises:
+            UndecodableImageError: Names those of the samples that cannot be decoded.
+        """
+        prepared = []
+        bad: dict[int, str] = {}
+        for place, sample in enumerate(samples):
+            try:
+                prepared.append(self.prepare(sample, None if keys is None else keys[place]))
+            except BadSampleError as error:
+                bad[place] = str(error)
+        if bad:
+            raise UndecodableImageError(list(bad), next(iter(bad.values())))
+        return self.decode(prepared)
+
+
+def make_decoder(
+    name: DecoderName, config: DecodeConfig | LatentDecodeConfig, *, device: str
+) -> Decoder[Any]:
     """Make the decoder of that name.
 
     Args:
         name: "dali", or "pillow", the slow reference.
-        config: What images are made into.
+        config: What images, or latents, are made into.
         device: "cpu" or "cuda:N".
     """
     if name == "dali":
         from pipelines.dali.images import DaliDecoder
+        from pipelines.dali.latents import DaliLatentDecoder
 
+        if isinstance(config, LatentDecodeConfig):
+            return DaliLatentDecoder(config, device=device)
         return DaliDecoder(config, device=device)
     if name == "pillow":
-        from pipelines.cpu import PillowDecoder
+        from pipelines.cpu import LatentDecoder, PillowDecoder
 
+        if isinstance(config, LatentDecodeConfig):
+            return LatentDecoder(config, device=device)
         return PillowDecoder(config, device=device)
     raise DataError(f"There is no decoder {name!r}; choose 'dali' or 'pillow'.")
+
+
+def check_splittable(size: int, scales: int, *, what: str) -> None:
+    """Refuse a size that cannot be halved once for each scale but the first.
+
+    Raises:
+        DataError: There is no scale at all.
+        UnsplittableImageError: The size cannot be halved so often.
+    """
+    if scales < 1:
+        raise DataError(f"There is at least one scale, got {scales}.")
+    step = 2 ** (scales - 1)
+    if size < 1 or size % step:
+        raise UnsplittableImageError(
+            f"{what} of {size} x {size} pixels cannot be split into {scales} scales, because the "
+            f"size must be a multiple of {step}. Choose image_size "
+            f"{max(step, size // step * step)}, or fewer scales."
+        )

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.errors import BadSampleError
+
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; from here on Pillow itself warns of a bomb
 _FORMATS = ("JPEG", "PNG")
 _PNG_BIT_DEPTH = 24  # place of that byte in the file
@@ -27,7 +29,7 @@ _TRANSPOSITIONS = {
 }
 
 
-class BadImageError(Exception):
+class BadImageError(BadSampleError):
     """These bytes are not a whole JPEG or PNG image of sane size."""
 
 

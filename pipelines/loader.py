@@ -6,22 +6,22 @@ All ranks walk through the same global batches, and rank r takes the r-th of W e
 slices.
 """
 
-import logging
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from pipelines.bad_samples import BadSamples
 from pipelines.batch import Batch, Cursor
 from pipelines.dataset import RawSample, SampleDataset
-from pipelines.decode import DecodeConfig, DecoderName, make_decoder
+from pipelines.decode import DecodeConfig, DecoderName, LatentDecodeConfig, make_decoder
 from pipelines.errors import (
-    BadDataError,
+    BadSampleError,
     CorruptShardError,
     DataError,
     IndivisibleBatchError,
@@ -33,11 +33,7 @@ from pipelines.order import Order, SampleOrder
 from pipelines.prefetch import Prefetched
 from pipelines.sample_key import SampleKey
 
-logger = logging.getLogger(__name__)
-
-# A share of bad images means little for a handful of them: judge it over at least this many.
-_JUDGED_IMAGES = 10_000
-_REPLACEMENTS = 8
+_MOST_THREADS = 8  # more bring nothing, neither to a GPU's decoder nor to a batch of a few images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +43,47 @@ class LoaderConfig:
     Attributes:
         decoder: "dali", or "pillow", the slow reference.
         prefetch_batches: Batches made ahead of the training loop.
+        decode_threads: Threads that decode in each rank; None shares the machine's cores among its
+            ranks, up to 8 for each. They change no bit.
         max_bad_share: Samples tolerated that cannot be decoded or whose shard is lost or damaged,
             as a share of those read by this rank since the loader started (or of 10 000 while it
             has read fewer). Others take their place. 0 tolerates none.
         shuffle_block_samples: Samples are shuffled within blocks of this length of the randomly
-            ordered shards. Larger mixes better and needs more shards at a time.
+            ordered shards; None is as many as eight shards hold. Larger mixes better, needs more
+            shards at a time, and more of them before the first batch.
     """
 
     decoder: DecoderName = "dali"
     prefetch_batches: int = 2
+    decode_threads: int | None = None
     max_bad_share: float = 0.001
-    shuffle_block_samples: int = 16_384
+    shuffle_block_samples: int | None = None
 
     def __post_init__(self) -> None:
         if self.prefetch_batches < 1:
             raise DataError(f"prefetch_batches must be at least 1, got {self.prefetch_batches}.")
+        if self.decode_threads is not None and self.decode_threads < 1:
+            raise DataError(f"decode_threads must be at least 1, got {self.decode_threads}.")
         if not 0 <= self.max_bad_share < 1:
             raise DataError(f"max_bad_share must be in [0, 1), got {self.max_bad_share}.")
+
+    def threads_for(self, ranks: int) -> int:
+        """Choose the threads that decode in each of so many ranks of a machine."""
+        if self.decode_threads is not None:
+            return self.decode_threads
+        return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One place in a batch: whose turn it is, and the sample that fills it."""
+
+    sample_id: int
+    epoch: int
+    attempt: int  # 0 for the sample itself, n for its n-th stand-in
+    chosen: int
+    label: int
+    prepared: Any
 
 
 class Loader:
@@ -72,7 +92,7 @@ class Loader:
     Args:
         dataset: Where the images come from.
         config: How batches are made.
-        decode: What images are made into.
+        decode: What images, or latents, are made into.
         seed: Seed of the sample order and of the views, the same on all ranks.
         order: Which sample comes when; None takes each once per epoch.
         batch_images: Size of the global batch.
@@ -91,7 +111,7 @@ class Loader:
         dataset: SampleDataset,
         *,
         config: LoaderConfig,
-        decode: DecodeConfig,
+        decode: DecodeConfig | LatentDecodeConfig,
         seed: int,
         order: Order | None = None,
         batch_images: int,
@@ -120,18 +140,17 @@ class Loader:
         self._slice_start = rank * self._slice_images
         self._device = device
         self._classes = classes
+        self._bad = BadSamples(dataset, max_share=config.max_bad_share)
         self._threads: list[Prefetched[Any]] = []
-        self._read_images = 0
-        self._bad_images = 0
         self.data_wait_s = 0.0
         """Seconds that the consumer of batches has waited for them, in all."""
 
     def batches(self, start: Cursor) -> Iterator[tuple[Batch, Cursor]]:
         """Read on from a cursor, for ever.
 
-        Batches are made ahead in one thread, and shards are fetched ahead, by a block or two of
-        the order, in another. Both end when the iterator is closed or `close` is called; a further
-        call of `batches` closes the one before.
+        Shards are fetched ahead, by a block or two of the order, in one thread; samples are read
+        and prepared in a second one; and batches are decoded in a third. All end when the iterator
+        is closed or `close` is called; a further call of `batches` closes the one before.
 
         Args:
             start: Where to start. Any count of images will do.
@@ -145,9 +164,10 @@ class Loader:
         """
         self.close()
         fetched = Prefetched(self._fetch(start), depth=1)
-        made = Prefetched(self._make(start, fetched), depth=self._config.prefetch_batches)
-        self._threads = [fetched, made]
-        with closing(fetched), closing(made):
+        prepared = Prefetched(self._prepare(start, fetched), depth=1)
+        made = Prefetched(self._decode(start, prepared), depth=self._config.prefetch_batches)
+        self._threads = [fetched, prepared, made]
+        with closing(fetched), closing(prepared), closing(made):
             while True:
                 asked_s = time.perf_counter()
                 item = next(made, None)
@@ -179,7 +199,8 @@ class Loader:
             self._dataset.prepare(ids)
             yield end
 
-    def _make(self, start: Cursor, fetched: Iterator[int]) -> Iterator[tuple[Batch, Cursor]]:
+    def _prepare(self, start: Cursor, fetched: Iterator[int]) -> Iterator[list[_Turn]]:
+        """Read this rank's slice of each global batch, and do what the host does of decoding."""
         images = ready = start.images
         while True:
             while ready < images + self._batch_images:
@@ -187,76 +208,71 @@ class Loader:
                 if block_end is None:
                     return
                 ready = block_end
-            batch = self._load(images + self._slice_start)
+            turns = self._order.turns(images + self._slice_start, self._slice_images)
+            self._bad.count_read(self._slice_images)
+            yield [
+                self._take(sample_id, epoch=epoch, attempt=0)
+                for sample_id, epoch in zip(
+                    turns.sample_ids.tolist(), turns.epochs.tolist(), strict=True
+                )
+            ]
             images += self._batch_images
-            yield batch, Cursor(images)
 
-    def _load(self, start: int) -> Batch:
-        turns = self._order.turns(start, self._slice_images)
-        ids = turns.sample_ids.tolist()
-        self._read_images += len(ids)
-        chosen = dict(enumerate(ids))
-        samples: dict[int, RawSample] = {}
-        replaced: set[int] = set()
-        for attempt in count():
-            unusable = self._read(chosen, samples)
-            if not unusable:
-                keys = [
-                    SampleKey(self._seed, epoch, chosen[place])
-                    for place, epoch in enumerate(turns.epochs.tolist())
-                ]
-                try:
-                    bands = self._decoder([samples[place].data for place in chosen], keys)
-                    break
-                except UndecodableImageError as error:
-                    unusable = dict.fromkeys(error.indices, error.reason)
-            for place, reason in unusable.items():
-                self._count_bad(chosen[place], reason=reason, attempt=attempt)
-                chosen[place] = self._order.stand_in(ids[place], attempt=attempt)
-                samples.pop(place, None)
-            replaced.update(unusable)
-        ordered = [samples[place] for place in chosen]
-        self._check_labels(ordered)
+    def _take(self, sample_id: int, *, epoch: int, attempt: int) -> _Turn:
+        """Read and prepare a sample, or the first usable one of its stand-ins.
+
+        Args:
+            sample_id: Whose turn it is.
+            epoch: How often it was seen before.
+            attempt: How many were found to be unusable, itself included.
+        """
+        while True:
+            chosen = sample_id
+            if attempt:
+                chosen = self._order.stand_in(sample_id, attempt=attempt - 1)
+            try:
+                sample = self._dataset.read(chosen)
+                self._check_label(sample)
+                key = SampleKey(self._seed, epoch, chosen)
+                prepared = self._decoder.prepare(sample.data, key)
+                return _Turn(sample_id, epoch, attempt, chosen, sample.label, prepared)
+            except (MissingShardError, CorruptShardError, BadSampleError) as error:
+                reason = str(error).split(". ")[0]
+                self._bad.tolerate(chosen, reason=reason, attempt=attempt)
+                attempt += 1
+
+    def _decode(
+        self, start: Cursor, prepared: Iterator[list[_Turn]]
+    ) -> Iterator[tuple[Batch, Cursor]]:
+        images = start.images
+        for turns in prepared:
+            images += self._batch_images
+            yield self._batch(turns), Cursor(images)
+
+    def _batch(self, turns: list[_Turn]) -> Batch:
+        while True:
+            try:
+                bands = self._decoder.decode([turn.prepared for turn in turns])
+                break
+            except UndecodableImageError as error:
+                for place in error.indices:
+                    bad = turns[place]
+                    self._bad.tolerate(bad.chosen, reason=error.reason, attempt=bad.attempt)
+                    turns[place] = self._take(
+                        bad.sample_id, epoch=bad.epoch, attempt=bad.attempt + 1
+                    )
         return Batch(
             bands=bands,
-            labels=torch.tensor([sample.label for sample in ordered]).to(self._device),
-            sample_ids=torch.tensor([sample.sample_id for sample in ordered]),
-            skipped=len(replaced),
+            labels=torch.tensor([turn.label for turn in turns]).to(self._device),
+            sample_ids=torch.tensor([turn.chosen for turn in turns]),
+            skipped=sum(turn.attempt > 0 for turn in turns),
         )
 
-    def _read(self, chosen: Mapping[int, int], samples: dict[int, RawSample]) -> dict[int, str]:
-        """Read what is not there yet; give the places whose shard is lost, and why."""
-        lost: dict[int, str] = {}
-        for place in chosen.keys() - samples.keys():
-            try:
-                samples[place] = self._dataset.read(chosen[place])
-            except (MissingShardError, CorruptShardError) as error:
-                lost[place] = str(error).split(". ")[0]
-        return lost
-
-    def _count_bad(self, sample_id: int, *, reason: str, attempt: int) -> None:
-        shard = self._dataset.shard_of(sample_id)
-        self._bad_images += 1
-        logger.warning(
-            "skipping sample %d in shard %s, which cannot be used (%s)", sample_id, shard, reason
-        )
-        allowed = self._config.max_bad_share * max(self._read_images, _JUDGED_IMAGES)
-        if self._bad_images > allowed or attempt >= _REPLACEMENTS:
-            raise BadDataError(
-                f"{self._bad_images} of {self._read_images} samples read cannot be used, more than "
-                f"max_bad_share={self._config.max_bad_share} allows. The last one is sample "
-                f"{sample_id} in shard {shard} ({reason}); the log names the others. Check the "
-                "dataset with python -m pipelines.ingest verify and write it again without them, "
-                "or raise max_bad_share if you can do without that many."
-            )
-
-    def _check_labels(self, samples: Sequence[RawSample]) -> None:
-        if self._classes is None:
+    def _check_label(self, sample: RawSample) -> None:
+        if self._classes is None or 0 <= sample.label < self._classes:
             return
-        for sample in samples:
-            if not 0 <= sample.label < self._classes:
-                raise LabelOutOfRangeError(
-                    f"Sample {sample.sample_id} in shard {self._dataset.shard_of(sample.sample_id)}"
-                    f" has the label {sample.label}, and the model has {self._classes} classes, 0 "
-                    f"to {self._classes - 1}. Set the number of classes to that of the dataset."
-                )
+        raise LabelOutOfRangeError(
+            f"Sample {sample.sample_id} in shard {self._dataset.shard_of(sample.sample_id)} has "
+            f"the label {sample.label}, and the model has {self._classes} classes, 0 to "
+            f"{self._classes - 1}. Set the number of classes to that of the dataset."
+        )

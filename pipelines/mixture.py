@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.dataset import RawSample, SampleDataset
 from pipelines.errors import DataError
-from pipelines.order import Order, SampleIds, SampleOrder, Turns, permutation
+from pipelines.order import Order, SampleIds, SampleOrder, Turns, permutation, usual_block
 
 _DEALING, _STREAM = 7, 11  # keep these random numbers apart from those of the order
 
@@ -98,7 +98,7 @@ class MixedOrder:
         weights: Relative share of each stream.
         seed: Two orders with the same seed, shards and weights are the same.
         block_samples: Length of the blocks that are dealt, and of those within which each stream is
-            shuffled.
+            shuffled; None is as many as eight shards hold, of all streams and of its own.
 
     Raises:
         EmptyDatasetError: A stream holds no sample.
@@ -111,14 +111,15 @@ class MixedOrder:
         *,
         weights: Sequence[float],
         seed: int,
-        block_samples: int,
+        block_samples: int | None,
     ) -> None:
+        dealt = block_samples or usual_block([size for sizes in shard_sizes for size in sizes])
         total = sum(map(Fraction, weights))
         for weight in weights:
-            if block_samples * Fraction(weight) < 2 * total:
+            if dealt * Fraction(weight) < 2 * total:
                 raise DataError(
                     f"A stream of weight {weight}, of {float(total)} in all, has less than two "
-                    f"samples in a block of {block_samples}. Raise its weight, or "
+                    f"samples in a block of {dealt}. Raise its weight, or "
                     "loader.shuffle_block_samples."
                 )
         # Exact fractions: the share of a stream must not depend on rounding, however long the run.
@@ -130,7 +131,7 @@ class MixedOrder:
         counts = [sum(sizes) for sizes in shard_sizes]
         self._starts = [0, *accumulate(counts[:-1])]
         self._seed = seed
-        self._block_samples = block_samples
+        self._block_samples = dealt
         self._dealt = lru_cache(maxsize=4)(self._deal)
 
     def turns(self, start: int, count: int) -> Turns:

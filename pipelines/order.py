@@ -21,6 +21,7 @@ from pipelines.errors import DataError, EmptyDatasetError
 
 SampleIds = NDArray[np.int64]
 
+_BLOCK_SHARDS = 8
 _SHARDS, _SAMPLES, _REPLACEMENT = range(3)
 
 
@@ -47,6 +48,15 @@ def replacement(sample_id: int, *, attempt: int, samples: int) -> int:
     seeds = np.random.SeedSequence((sample_id, attempt, _REPLACEMENT))
     step = 1 + int(np.random.Philox(seeds).random_raw()) % (samples - 1)
     return (sample_id + step) % samples
+
+
+def usual_block(shard_sizes: Sequence[int]) -> int:
+    """Count the samples in eight shards.
+
+    A reader has to have a whole block before the first sample of it, so the length is counted in
+    shards, which take a known time to fetch, whatever a sample's size.
+    """
+    return max(1, _BLOCK_SHARDS * -(-sum(shard_sizes) // max(1, len(shard_sizes))))
 
 
 class Turns(NamedTuple):
@@ -92,22 +102,22 @@ class SampleOrder:
     Args:
         shard_sizes: Samples in each shard.
         seed: Two orders with the same seed and shards are the same.
-        block_samples: Length of the blocks within which samples are shuffled. A block spans
-            about block_samples / shard size + 2 shards.
+        block_samples: Length of the blocks within which samples are shuffled; None is as many as
+            eight shards hold. A block spans about block_samples / shard size + 2 shards.
 
     Raises:
         EmptyDatasetError: No shard holds a sample.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, seed: int, block_samples: int) -> None:
-        if block_samples < 1:
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, block_samples: int | None) -> None:
+        if block_samples is not None and block_samples < 1:
             raise DataError(f"shuffle_block_samples must be at least 1, got {block_samples}.")
         if seed < 0:
             raise DataError(f"The seed of the sample order must not be negative, got {seed}.")
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._seed = seed
-        self._block_samples = block_samples
+        self._block_samples = block_samples or usual_block(shard_sizes)
         self.samples = int(self._sizes.sum())
         if self.samples == 0:
             raise EmptyDatasetError(

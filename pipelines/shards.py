@@ -1,4 +1,4 @@
-"""Images in shards (the MDS format of streaming), read by sample id.
+"""Samples in shards (the MDS format of streaming), read by their id.
 
 streaming's dataset class is not used: it decides the order by itself, shares memory between ranks
 that outlives them, and ends an epoch early without an error when a shard cannot be fetched. Which
@@ -13,10 +13,10 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,15 @@ from numpy.typing import NDArray
 from pipelines.cache import ShardCache, default_cache_dir
 from pipelines.dataset import RawSample
 from pipelines.errors import CorruptShardError, DataError, MissingShardError
-from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN, Shard, parse_index
+from pipelines.index import IMAGE_COLUMN, Shard, parse_index
+from pipelines.latent_format import MOMENTS_COLUMN
+from pipelines.shard_file import MalformedSampleError, ShardFile
 from pipelines.source import Source, SourceConfig
 from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
+_OPEN_FILES = 128  # of the 1,024 that a process may usually have
 _DOWNLOADS = 2  # a shard that arrives corrupt is fetched once more
 
 
@@ -68,7 +71,7 @@ class ShardedDataset:
     Args:
         prefix: Local folder or URL (s3://bucket/folder, file:///shared/folder) that holds
             index.json.
-        config: Cache folder, attempts and time limits.
+        config: Cache folder, patience and time limits.
 
     Raises:
         MissingDatasetError: There is no index.json.
@@ -97,9 +100,12 @@ class ShardedDataset:
                 limit_bytes=None if limit is None else int(limit * 2**30),
             )
             self._folder = self._cache.folder
-        self._readers = [_reader(self._folder, shard) for shard in self._shards]
+        self._open = lru_cache(_OPEN_FILES)(self._open_file)
         self._checked: set[int] = set()
         self._damaged: dict[int, MissingShardError | CorruptShardError] = {}
+        self.latents = self._shards[0].latents
+        """Format of the latents that the samples are; None if they are images."""
+        self._payload = MOMENTS_COLUMN if self.latents else IMAGE_COLUMN
         self.digest = hashlib.sha256(index).hexdigest()
         """SHA-256 of index.json: which version of which dataset this is."""
 
@@ -125,20 +131,17 @@ class ShardedDataset:
             CacheUnusableError: The cache folder cannot be written.
         """
         number = self._locate(sample_id)
-        shard, reader = self._shards[number], self._readers[number]
+        shard = self._shards[number]
         place = sample_id - (self._ends[number] - shard.samples)
         self._check(number)
         try:
-            sample = reader.get_item(place)
-        except FileNotFoundError:  # the cache was cleaned behind our back
-            self._provide(shard)
-            sample = reader.get_item(place)
-        except (ValueError, IndexError) as error:
+            data, label = self._open(number).read(place)
+        except MalformedSampleError as error:
             raise CorruptShardError(
-                f"Sample {sample_id} in shard {shard.name} of {self._source.prefix} is malformed "
-                f"({error}), although the shard is as it was written. Write the dataset again."
+                f"Sample {sample_id} in shard {shard.name} of {self._source.prefix} is malformed: "
+                f"{error}, although the shard was as the index says. Write the dataset again."
             ) from error
-        return RawSample(sample[IMAGE_COLUMN], int(sample[LABEL_COLUMN]), sample_id)
+        return RawSample(data, label, sample_id)
 
     def prepare(self, sample_ids: NDArray[np.int64]) -> None:
         """Fetch and check the shards of these samples, several at a time.
@@ -195,6 +198,14 @@ class ShardedDataset:
             raise
         self._checked.add(number)
 
+    def _open_file(self, number: int) -> ShardFile:
+        shard = self._shards[number]
+        try:
+            return ShardFile(self._folder / shard.name, shard, payload=self._payload)
+        except FileNotFoundError:  # the cache was cleaned, or trimmed, behind our back
+            self._provide(shard)
+            return ShardFile(self._folder / shard.name, shard, payload=self._payload)
+
     def _locate(self, sample_id: int) -> int:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"There is no sample {sample_id}; the dataset holds {len(self)}.")
@@ -248,29 +259,6 @@ class ShardedDataset:
             f"Shard {shard.name} of {self._source.prefix} {problem}. Restore the file from where "
             "the dataset was made, or write the dataset again."
         )
-
-
-def _reader(folder: Path, shard: Shard) -> Any:
-    """Give streaming's reader of one shard, set to leave images encoded."""
-    ensure_torchvision()
-    from streaming.base.format.base.reader import FileInfo
-    from streaming.base.format.mds import MDSReader
-
-    return MDSReader(
-        dirname=str(folder),
-        split=None,
-        column_encodings=[
-            column.encoding if column.name == LABEL_COLUMN else "bytes" for column in shard.columns
-        ],
-        column_names=[column.name for column in shard.columns],
-        column_sizes=[column.size for column in shard.columns],
-        compression=None,
-        hashes=[shard.hash_name],
-        raw_data=FileInfo(shard.name, shard.size_bytes, {shard.hash_name: shard.hash_value}),
-        samples=shard.samples,
-        size_limit=None,
-        zip_data=None,
-    )
 
 
 def _problem(path: Path, shard: Shard) -> str | None:

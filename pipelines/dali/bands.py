@@ -8,9 +8,8 @@ would be the obvious alternative and give wrong data in DALI 2.4.)
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from nvidia.dali import fn, types
+from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -54,23 +53,72 @@ def _resize(images: Any, size: int, interpolation: Any) -> Any:
     )
 
 
+class PipelinePool:
+    """Pipelines that make one batch for each call of `run`, for `outputs_on`; built when needed.
+
+    Args:
+        gpu: Number of the GPU; None runs on the host.
+        threads: Threads that work for each of them.
+    """
+
+    def __init__(self, *, gpu: int | None, threads: int) -> None:
+        self._gpu = gpu
+        self._threads = threads
+        self._capacity = 0
+        self._built: dict[object, Any] = {}
+
+    def get(self, graph: Callable[[], Sequence[Any]], *, kind: object, batch: int) -> Any:
+        """Give the pipeline of a kind.
+
+        Args:
+            graph: Defines the pipelines of this kind and returns their outputs.
+            kind: What tells the graphs of one pool apart.
+            batch: Samples it must take.
+        """
+        if batch > self._capacity:
+            self._capacity = batch
+            self._built.clear()
+        if kind not in self._built:
+            self._built[kind] = self._build(graph)
+        return self._built[kind]
+
+    def drop(self, kind: object) -> None:
+        """Forget a pipeline that has failed, which DALI then calls invalid."""
+        del self._built[kind]
+
+    def _build(self, graph: Callable[[], Sequence[Any]]) -> Any:
+        pipeline = Pipeline(
+            batch_size=self._capacity,
+            num_threads=self._threads,
+            device_id=self._gpu,
+            prefetch_queue_depth=1,
+            exec_pipelined=False,
+            exec_async=False,
+            # Outputs in memory of their own, which is not used again while somebody holds it.
+            exec_dynamic=self._gpu is None,
+        )
+        with pipeline:
+            pipeline.set_outputs(*graph())
+        pipeline.build()
+        return pipeline
+
+
 def outputs_on(gpu: int | None) -> Outputs:
-    """Make what turns a pipeline's outputs into tensors, on that GPU or the host (None)."""
-    return _HostOutputs() if gpu is None else _GpuOutputs(gpu)
+    """Make what turns the outputs of a pool's pipelines into tensors, on that GPU or the host."""
+    return _on_host if gpu is None else _GpuOutputs(gpu)
 
 
-class _HostOutputs:
-    """Copies a pipeline's outputs, which DALI will overwrite, into tensors of their own."""
-
-    def __call__(self, outputs: Sequence[Any]) -> Bands:
-        return tuple(torch.from_numpy(np.array(output.as_array())) for output in outputs)
+def _on_host(outputs: Sequence[Any]) -> Bands:
+    """Hand out a pipeline's outputs as they are, without a copy."""
+    return tuple(from_dlpack(output.as_tensor()) for output in outputs)
 
 
 class _GpuOutputs:
-    """The same on a GPU, without waiting for the work queued by the training loop.
+    """Copies of a pipeline's outputs, without waiting for the work queued by the training loop.
 
-    The copies run on a stream of their own. Their memory is declared as used by the stream that
-    was current when the decoder was made, so that it is not handed out again too early.
+    DALI does not know when that work has read a buffer, and would fill it again too early. The
+    copies run on a stream of their own. Their memory is declared as used by the stream that was
+    current when the decoder was made, so that it is not handed out again too early.
     """
 
     def __init__(self, index: int) -> None:

@@ -5,16 +5,17 @@ graph runs on the processor.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import fn, types
 
 from pipelines.batch import Bands
-from pipelines.dali.bands import gpu_number, outputs_on, split_graph
-from pipelines.decode import DecodeConfig
-from pipelines.encoded import BadImageError, as_png, is_plain, open_image, pixels, upright_size
+from pipelines.dali.bands import PipelinePool, gpu_number, outputs_on, split_graph
+from pipelines.decode import DecodeConfig, Decoder
+from pipelines.encoded import as_png, is_plain, open_image, pixels, upright_size
 from pipelines.errors import UndecodableImageError
 from pipelines.sample_key import SampleKey
 from pipelines.view import View, view_of
@@ -29,7 +30,7 @@ class _Encoded(NamedTuple):
     view: View
 
 
-class DaliDecoder:
+class DaliDecoder(Decoder[_Encoded]):
     """Decodes with DALI; see `pipelines.decode.Decoder` for the contract.
 
     Args:
@@ -41,21 +42,19 @@ class DaliDecoder:
         self._config = config
         self._gpu = gpu_number(device)
         self._outputs = outputs_on(self._gpu)
-        self._capacity = 0
-        self._pipelines: dict[bool, Any] = {}
+        self._pipelines = PipelinePool(gpu=self._gpu, threads=config.decode_threads)
 
-    def __call__(self, images: Sequence[bytes], keys: Sequence[SampleKey] | None = None) -> Bands:
+    def prepare(self, sample: bytes, key: SampleKey | None) -> _Encoded:
+        """Check an image, rewrite one that decoders may differ on, and choose its view."""
+        header = open_image(sample)
+        width, height = upright_size(header)
+        if not is_plain(header, sample, channels=self._config.channels):
+            sample = as_png(pixels(header, channels=self._config.channels))
+        view = view_of(self._config.augment, width=width, height=height, key=key)
+        return _Encoded(np.frombuffer(sample, dtype=np.uint8), width, height, view)
+
+    def decode(self, prepared: Sequence[_Encoded]) -> Bands:
         """Decode a batch."""
-        prepared = []
-        bad: dict[int, str] = {}
-        for place, data in enumerate(images):
-            own = None if keys is None else keys[place]
-            try:
-                prepared.append(self._prepare(data, own))
-            except BadImageError as error:
-                bad[place] = str(error)
-        if bad:
-            raise UndecodableImageError(list(bad), next(iter(bad.values())))
         try:
             return self._run(prepared)
         except RuntimeError as error:
@@ -67,15 +66,6 @@ class DaliDecoder:
                 raise
             raise UndecodableImageError(culprits, "its data is damaged") from error
 
-    def _prepare(self, data: bytes, key: SampleKey | None) -> _Encoded:
-        """Check an image, and rewrite one that decoders may differ on."""
-        header = open_image(data)
-        width, height = upright_size(header)
-        if not is_plain(header, data, channels=self._config.channels):
-            data = as_png(pixels(header, channels=self._config.channels))
-        view = view_of(self._config.augment, width=width, height=height, key=key)
-        return _Encoded(np.frombuffer(data, dtype=np.uint8), width, height, view)
-
     def _can_decode(self, image: _Encoded) -> bool:
         try:
             self._run([image])
@@ -85,61 +75,54 @@ class DaliDecoder:
 
     def _run(self, images: Sequence[_Encoded]) -> Bands:
         size = self._config.image_size
-        resize = any((image.width, image.height) != (size, size) for image in images)
         views = [image.view for image in images]
+        whole = (0, 0, size, size, size, size)
+        # Whether anything is cut off or resized.
+        changed = any(
+            (view.left, view.top, view.width, view.height, image.width, image.height) != whole
+            for image, view in zip(images, views, strict=True)
+        )
         inputs: dict[str, Any] = {"encoded": [image.data for image in images]}
-        # An image of the right size may be shown in part, too.
-        resize |= any((view.width, view.height) != (size, size) for view in views)
-        if resize:
-            inputs["anchor"] = [np.array([view.top, view.left], np.int32) for view in views]
-            inputs["shape"] = [np.array([view.height, view.width], np.int32) for view in views]
+        if changed:
+            inputs["anchor"] = np.array([(view.top, view.left) for view in views], np.int32)
+            inputs["shape"] = np.array([(view.height, view.width) for view in views], np.int32)
         if self._config.augment.flip:
-            inputs["mirror"] = [np.array(view.mirrored, np.int32) for view in views]
-        if len(images) > self._capacity:
-            self._capacity = len(images)
-            self._pipelines.clear()
-        if resize not in self._pipelines:
-            self._pipelines[resize] = self._build(resize=resize)
+            inputs["mirror"] = np.array([view.mirrored for view in views], np.int32)
+        pipeline = self._pipelines.get(
+            partial(self._graph, changed=changed), kind=changed, batch=len(images)
+        )
         try:
-            return self._outputs(self._pipelines[resize].run(**inputs))
+            return self._outputs(pipeline.run(**inputs))
         except RuntimeError:
-            # DALI calls a pipeline that has failed invalid.
-            del self._pipelines[resize]
+            self._pipelines.drop(changed)
             raise
 
-    def _build(self, *, resize: bool) -> Any:
-        pipeline = Pipeline(
-            batch_size=self._capacity,
-            num_threads=self._config.decode_threads,
-            device_id=self._gpu,
-            prefetch_queue_depth=1,
-            exec_pipelined=False,
-            exec_async=False,
-        )
-        with pipeline:
-            pipeline.set_outputs(*self._graph(resize=resize))
-        pipeline.build()
-        return pipeline
-
-    def _graph(self, *, resize: bool) -> list[Any]:
+    def _graph(self, *, changed: bool) -> list[Any]:
         config = self._config
-        images = fn.decoders.image(
-            fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
-            device="cpu" if self._gpu is None else "mixed",
-            output_type=types.GRAY if config.channels == 1 else types.RGB,
-            adjust_orientation=True,
-        )
-        if resize:
+        # Not copied: the caller holds the bytes until `run` returns.
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        settings = {
+            "device": "cpu" if self._gpu is None else "mixed",
+            "output_type": types.GRAY if config.channels == 1 else types.RGB,
+            "adjust_orientation": True,
+            # By default the decoding engine gets a share of each batch and the other cores the
+            # rest, and the two round differently: pixels would depend on an image's neighbours.
+            "hw_decoder_load": 1.0,
+            # Chroma as libjpeg fills it in: pixels are then the processor's, bit by bit.
+            "jpeg_fancy_upsampling": True,
+        }
+        if changed:
             anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
             shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-            images = fn.slice(images, anchor, shape, axes=(0, 1))
             images = fn.resize(
-                images,
+                fn.decoders.image_slice(encoded, anchor, shape, axes=(0, 1), **settings),
                 size=[config.image_size, config.image_size],
                 interp_type=types.INTERP_LINEAR,
                 antialias=True,
                 dtype=types.FLOAT,
             )
+        else:
+            images = fn.decoders.image(encoded, **settings)
         middle = [127.5] * config.channels
         mirror = (
             fn.external_source(name="mirror", dtype=types.INT32, ndim=0)

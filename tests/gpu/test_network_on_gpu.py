@@ -1,5 +1,6 @@
 """The network on a GPU: the same numbers, on kernels that keep no score matrix, and compiled."""
 
+import jaxtyping
 import pytest
 import torch
 import torch._dynamo.testing
@@ -51,6 +52,13 @@ def test_prefix_attention_runs_on_flash_kernels_without_a_score_matrix() -> None
     assert peak < scores / 4
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the shape types of `models` unchecked: the compiler cannot trace the checks."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_a_compiled_network_has_one_graph_for_each_number_of_scales() -> None:
     torch.manual_seed(0)
     model = LapFlowTransformer(

@@ -1,0 +1,1 @@
+"""How fast images become bands, and whether training ever waits for them."""

@@ -1,0 +1,87 @@
+"""An epoch from an S3 server against the same from local files, and the memory along the way."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from itertools import count
+
+import psutil
+
+from benchmarks import command
+from benchmarks.data.epochs import Places, Reading, read, written
+from benchmarks.data.photographs import add_images, photographs
+from benchmarks.interleaved import interleave, stopwatch_of
+
+_DESCRIPTION = """\
+Read and decode whole epochs, with an empty cache each time, from an S3 server on loopback
+(OpenStack Swift, of the tests; it shares the machine's cores) and from local files. The table tells
+the process's memory at a tenth, half and the end of the last epoch.
+
+  python -m benchmarks.data streaming --images ~/imagenet/val --samples 4000"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = command.parser("data streaming", description=_DESCRIPTION, rounds=4)
+    add_images(parser)
+    parser.add_argument("--samples", type=command.positive, default=2000, help="default 2000")
+    parser.add_argument("--image-size", type=command.positive, default=256, help="default 256")
+    parser.add_argument("--batch", type=command.positive, default=64, help="default 64")
+    parser.add_argument("--decode-threads", type=command.positive, help="default: the loader's")
+    parser.add_argument(
+        "--epochs", type=command.positive, default=1, help="in each round; default 1"
+    )
+    parser.add_argument("--no-s3", action="store_true", help="local files only")
+    options = parser.parse_args(arguments)
+    setting = command.setting("data streaming", options)
+    files = photographs(options.images, count=min(options.samples, 400))
+    reading = Reading(
+        image_size=options.image_size,
+        batch=options.batch,
+        decode_threads=options.decode_threads,
+        device=setting.device,
+    )
+    with written(files, samples=options.samples, with_s3=not options.no_s3) as places:
+        works = {
+            name: _Epochs(places, prefix, reading, options.epochs)
+            for name, prefix in places.named.items()
+        }
+        timings = interleave(
+            works, rounds=options.rounds, stopwatch=stopwatch_of(setting.device), warmup=1
+        )
+    for timing in timings:
+        setting.report.add(
+            source=timing.name,
+            minimum_s=timing.minimum,
+            spread=timing.spread,
+            images_per_s=options.epochs * options.samples / timing.minimum,
+            speed=timings[0].minimum / timing.minimum,
+            **works[timing.name].memory_mib,
+        )
+    setting.deliver()
+    return 0
+
+
+class _Epochs:
+    """Opens a dataset with an empty cache and reads some epochs, each time it is called."""
+
+    def __init__(self, places: Places, prefix: str, reading: Reading, epochs: int) -> None:
+        self._places, self._prefix, self._reading = places, prefix, reading
+        self._epochs = epochs
+        self._numbers = count()
+        self.memory_mib: dict[str, float] = {}
+
+    def __call__(self) -> None:
+        cache = self._places.scratch / f"cache-{next(self._numbers)}"
+        samples, process = self._epochs * self._places.samples, psutil.Process()
+        marks = {"mib_at_10%": 0.1, "mib_at_50%": 0.5, "mib_at_100%": 1.0}
+        with self._reading.loader(self._prefix, cache=cache) as loader:
+            for done in read(loader, start=0, images=samples):
+                for mark in [mark for mark, share in marks.items() if done >= share * samples]:
+                    self.memory_mib[mark] = process.memory_info().rss / 2**20
+                    del marks[mark]
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(command.guarded(main))

@@ -1,0 +1,72 @@
+"""One whole shard on this node, read sample by sample.
+
+An MDS shard is a count n, n + 1 offsets and n samples. A sample is the lengths of those of its
+values that carry one, then the values in the order of the columns; all numbers are little-endian.
+streaming's own reader opens and parses the file anew for each sample, which costs as much as
+decoding on a GPU; here a file stays open. It is read and not mapped, because a mapped file that
+somebody cuts short kills the process.
+"""
+
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.index import LABEL_COLUMN, Shard
+
+
+class MalformedSampleError(Exception):
+    """A sample's bytes are not what the columns ask for."""
+
+
+class ShardFile:
+    """A shard whose size, hash and table of offsets have been checked.
+
+    Args:
+        path: The file; it is kept open, so it stays readable when its name is removed.
+        shard: What the index says of it.
+        payload: Column of the images or latents.
+
+    Raises:
+        FileNotFoundError: There is no file of that name any more.
+    """
+
+    def __init__(self, path: Path, shard: Shard, *, payload: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        table = os.pread(self._descriptor, 4 * (shard.samples + 1), 4)
+        self._offsets = np.frombuffer(table, dtype="<u4").astype(np.int64)
+        self._columns = [
+            (column.name, column.size, not column.encoding.startswith("u"))
+            for column in shard.columns
+        ]
+        self._payload = payload
+
+    def read(self, place: int) -> tuple[bytes, int]:
+        """Read the payload and the label of one sample.
+
+        Args:
+            place: Its place in the shard.
+
+        Raises:
+            MalformedSampleError: The lengths in it do not add up, or the file was cut short.
+        """
+        begin, end = self._offsets[place : place + 2].tolist()
+        sample = os.pread(self._descriptor, end - begin, begin)
+        payload, label = b"", 0
+        head = 0
+        value = 4 * sum(size is None for _, size, _ in self._columns)
+        for name, fixed, signed in self._columns:
+            size = int.from_bytes(sample[head : head + 4], "little") if fixed is None else fixed
+            head += 4 * (fixed is None)
+            if name == self._payload:
+                payload = sample[value : value + size]
+            elif name == LABEL_COLUMN:
+                label = int.from_bytes(sample[value : value + size], "little", signed=signed)
+            value += size
+        if value != end - begin or len(sample) != value:
+            raise MalformedSampleError(
+                f"its values take {value} bytes and it has {len(sample)} of {end - begin}"
+            )
+        return payload, label

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.errors import BadDataError
 from pipelines.ingest.__main__ import main
+from pipelines.ingest.build import refuse_too_many
 from tests.unit.pipelines import pictures
 
 
@@ -88,3 +90,11 @@ def test_both_splits_are_checked_before_one_is_written(
     assert main(["image-folder", str(folder), str(out), "--hold-out", "0.25"]) == 2
     assert f"{out}/test is a file" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["test"]
+
+
+def test_a_share_means_what_is_written() -> None:
+    """In floats 0.29 of 100 are less than 29."""
+    skipped = [(f"{number}.png", "damaged") for number in range(30)]
+    refuse_too_many(skipped[:29], images=100, max_skipped_share=0.29)
+    with pytest.raises(BadDataError, match="30 of 100 images"):
+        refuse_too_many(skipped, images=100, max_skipped_share=0.29)

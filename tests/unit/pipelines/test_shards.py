@@ -23,7 +23,6 @@ from pipelines.errors import (
     InvalidIndexError,
     MissingDatasetError,
     MissingShardError,
-    StoreUnreachableError,
 )
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset, ShardsConfig
@@ -51,40 +50,6 @@ def flip(path: Path, place: int = -10) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses between attempts, taken without waiting."""
-    taken: list[float] = []
-    monkeypatch.setattr("pipelines.source.time.sleep", taken.append)
-    return taken
-
-
-class Refusing:
-    """A downloader whose store fails with the given errors, one for each call, then works."""
-
-    def __init__(self, errors: list[Exception], real: Any = None) -> None:
-        self.errors = errors
-        self.real = real
-        self.calls = 0
-
-    def download(self, url: str, path: str, timeout: float) -> None:
-        self.calls += 1
-        if self.errors:
-            Path(path).write_bytes(b"half")  # what a broken transfer may leave
-            raise self.errors.pop(0)
-        self.real.download(url, path, timeout)
-
-    def clean_up(self) -> None:
-        pass
-
-
-def answer(code: str) -> Exception:
-    """An error of the shape that botocore raises."""
-    error = Exception(f"An error occurred ({code})")
-    error.response = {"Error": {"Code": code}}  # type: ignore[attr-defined]
-    return error
 
 
 def test_samples_come_back_as_written(prefix: Path, images: list[LabelledImage]) -> None:
@@ -301,58 +266,6 @@ def test_a_dataset_written_anew_has_a_new_cache(
     assert new.digest != old.digest
 
 
-def test_a_flaky_store_is_asked_again(
-    prefix: Path,
-    tmp_path: Path,
-    images: list[LabelledImage],
-    waits: list[float],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    dataset = cached(prefix, tmp_path / "cache")
-    source = dataset._source
-    source._downloaders.own = Refusing(
-        [ConnectionError("reset"), TimeoutError("slow"), answer("503")], source._connect()
-    )
-    with caplog.at_level(logging.WARNING, logger="pipelines"):
-        assert read_all(dataset) == expected(images)
-    assert [round(wait) for wait in waits] == pytest.approx([1, 2, 4], abs=1)
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 3
-    assert "attempt 3 of 6" in lines[2]
-    assert "503" in lines[2]
-
-
-def test_an_unreachable_store(prefix: Path, tmp_path: Path, waits: list[float]) -> None:
-    dataset = cached(prefix, tmp_path / "cache", download_attempts=3)
-    dataset._source._downloaders.own = Refusing([ConnectionError("refused")] * 100)
-    with pytest.raises(StoreUnreachableError, match=r"3 attempts.*refused.*S3_ENDPOINT_URL"):
-        dataset.read(0)
-    assert len(waits) == 2
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "words"),
-    [
-        (answer("403"), StoreUnreachableError, "refused to give .*credentials"),
-        (answer("NoSuchKey"), MissingShardError, "is not there"),
-        (OSError(28, "No space left on device"), CacheUnusableError, "Free some space"),
-    ],
-)
-def test_failures_that_time_does_not_heal(
-    prefix: Path,
-    tmp_path: Path,
-    waits: list[float],
-    error: Exception,
-    kind: type[Exception],
-    words: str,
-) -> None:
-    dataset = cached(prefix, tmp_path / "cache")
-    dataset._source._downloaders.own = Refusing([error])
-    with pytest.raises(kind, match=words):
-        dataset.read(0)
-    assert not waits
-
-
 def test_a_cache_that_cannot_be_written(prefix: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheUnusableError, match=r"file.*cannot be written.*cache_dir"):
@@ -374,27 +287,9 @@ def test_the_default_cache_must_be_ones_own(
         default_cache_dir()
 
 
-@pytest.mark.parametrize(
-    ("prefix", "words"),
-    [
-        ("ftp://host/data", "cannot be read from 'ftp://host/data'"),
-        ("s3://key:hunter2@bucket/data", "must not carry a user name or password"),
-    ],
-)
-def test_urls_that_are_not_read(prefix: str, words: str) -> None:
-    with pytest.raises(DataError, match=words) as raised:
-        ShardedDataset(prefix)
-    assert "hunter2" not in str(raised.value)
-
-
 def test_impossible_settings_are_refused() -> None:
-    for wrong in (
-        {"download_attempts": 0},
-        {"download_timeout_s": 0.0},
-        {"download_threads": 0},
-    ):
-        with pytest.raises(DataError, match="at least 1"):
-            ShardsConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="download_threads must be at least 1"):
+        ShardsConfig(download_threads=0)
 
 
 def read_in_process(prefix: Path, cache: Path, *, slow: bool) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 # Everything goes through .venv, which the first command that needs it creates.
 #   make train       set everything up and train on handwritten digits (+exp=digits)
+#   make data-demo IMAGES=FOLDER   the same for your own pictures: shards, a check of them, training
 #   make test        set everything up and run all tests;  make test-fast  the quick part
 #   make check       linters, types, import contracts;     make format     apply ruff's format
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
@@ -12,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 EXP ?= digits
+IMAGES ?=
+INGEST ?=
 ARGS ?=
 LAPFLOW_HOME ?= $(HOME)/lapflow
 
@@ -21,10 +24,18 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-fast check format bench pictures ui setup clean-venv golden
+.PHONY: train data-demo test test-fast check format bench pictures ui setup clean-venv golden
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
+
+# Where +exp=pictures looks for its data set.
+PICTURES = $(LAPFLOW_HOME)/store/datasets/pictures
+data-demo: setup
+	@test -d "$(IMAGES)" || { echo "error: IMAGES=$(IMAGES) is no folder: make data-demo IMAGES=~/pictures" >&2; exit 2; }
+	$(BIN)/python -m pipelines.ingest image-folder "$(IMAGES)" $(PICTURES) --image-size 64 --encoding png --hold-out 0.1 $(INGEST)
+	$(BIN)/python -m pipelines.ingest verify $(PICTURES)/train
+	$(BIN)/python -m trainer.launch +exp=pictures $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -8,7 +8,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.errors import BadSampleError
 
@@ -41,6 +41,8 @@ def open_image(data: bytes) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:  # its own text is an address in memory
+        raise BadImageError("these bytes are no JPEG or PNG") from error
     except Exception as error:  # Pillow raises many kinds for damaged headers
         raise BadImageError(f"{type(error).__name__}: {error}") from error
     if image.width * image.height > MAX_PIXELS:

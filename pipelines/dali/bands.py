@@ -1,13 +1,15 @@
 """Bands out of a DALI graph: how it splits, and how its outputs become tensors.
 
-2 x 2 means are linear resizes by one half without antialiasing, which DALI computes exactly;
-nearest-neighbour resizes copy values, so adding the bands up again gives the image. (Strided slices
-would be the obvious alternative and give wrong data in DALI 2.4.)
+A 2 x 2 mean is the sum of four slices, added in the order in which torch adds them, so that bands
+are those of `models.pyramid` to the bit; a linear resize by one half is the mean of two means and
+rounds otherwise. (Strided slices would be the obvious way and give wrong data in DALI 2.4.)
+Nearest-neighbour resizes copy values, so adding the bands up again gives the image.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
@@ -31,26 +33,37 @@ def gpu_number(device: str) -> int | None:
     return (place.index or 0) if place.type == "cuda" else None
 
 
-def split_graph(images: Any, *, size: int, scales: int) -> list[Any]:
+def split_graph(images: Any, *, channels: int, size: int, scales: int) -> list[Any]:
     """Split a node of float images into Laplacian bands, coarse to fine.
 
     Args:
-        images: Node of images in HWC or CHW layout.
+        images: Node of images in CHW layout.
+        channels: Their channels.
         size: Their height and width.
         scales: Number of bands.
     """
     bands = []
     for _ in range(scales - 1):
-        coarse = _resize(images, size // 2, types.INTERP_LINEAR)
-        bands.append(images - _resize(coarse, size, types.INTERP_NN))
+        coarse = _halved(images, channels=channels, size=size)
+        nearest = fn.resize(
+            coarse, size=[size, size], interp_type=types.INTERP_NN, dtype=types.FLOAT
+        )
+        bands.append(images - nearest)
         images, size = coarse, size // 2
     return [images, *reversed(bands)]
 
 
-def _resize(images: Any, size: int, interpolation: Any) -> Any:
-    return fn.resize(
-        images, size=[size, size], interp_type=interpolation, antialias=False, dtype=types.FLOAT
+def _halved(images: Any, *, channels: int, size: int) -> Any:
+    half = size // 2
+    # Slices have at most four dimensions, so channels and rows share one.
+    blocks = fn.reshape(images, shape=[channels * half, 2, half, 2], layout="ABCD")
+    first, *others = (
+        fn.slice(blocks, start=[row, column], shape=[1, 1], axes=[1, 3])
+        for row in (0, 1)
+        for column in (0, 1)
     )
+    mean = sum(others, start=first) * np.float32(0.25)
+    return fn.reshape(mean, shape=[channels, half, half], layout="CHW")
 
 
 class PipelinePool:

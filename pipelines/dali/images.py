@@ -132,4 +132,6 @@ class DaliDecoder(Decoder[_Encoded]):
         images = fn.crop_mirror_normalize(
             images, dtype=types.FLOAT, mean=middle, std=middle, mirror=mirror
         )
-        return split_graph(images, size=config.image_size, scales=config.scales)
+        return split_graph(
+            images, channels=config.channels, size=config.image_size, scales=config.scales
+        )

@@ -51,7 +51,12 @@ class DaliLatentDecoder(Decoder[DrawnLatent]):
             std = self._input("std", config.format.dtype)
             latents += std * self._input("normals", "float32")
         latents = (latents - config.shift) * config.scale
-        return split_graph(latents, size=config.format.size, scales=config.scales)
+        return split_graph(
+            latents,
+            channels=config.format.channels,
+            size=config.format.size,
+            scales=config.scales,
+        )
 
     def _input(self, name: str, dtype: str) -> Any:
         kind = types.FLOAT16 if dtype == "float16" else types.FLOAT

@@ -1,4 +1,4 @@
-"""Turn a folder of images into a dataset, with one sub-folder or tar archive for each class.
+"""Turn a folder of images into a dataset: one sub-folder or tar archive for each class, or none.
 
     python -m pipelines.ingest image-folder pictures s3://bucket/datasets/pictures --hold-out 0.1
 
@@ -244,17 +244,24 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("source", type=Path, help="folder of class folders or class .tar archives")
+    parser.add_argument(
+        "source", type=Path, help="folder of class folders, of class .tar archives, or of images"
+    )
     add_writing_arguments(parser)
     parser.add_argument("--split", default="train", help="split to write (%(default)s)")
     parser.add_argument("--classes", type=Path, help="class names in label order, one a line")
+    parser.add_argument(
+        "--one-class",
+        action="store_true",
+        help="take all images for one class, whatever the folder",
+    )
 
 
 def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
     """Carry out a parsed command line."""
     splits = Splits.from_options(options, split=options.split)
     classes = read_class_names(options.classes) if options.classes else None
-    listing = list_images(options.source, classes=classes)
+    listing = list_images(options.source, classes=classes, one_class=options.one_class)
     note(f"{len(listing.images):,} images of {len(listing.classes)} classes in {options.source}")
     splits.write(listing, note=note)
     return 0

@@ -2,12 +2,12 @@
 
 Images lie in one folder for each class, as in ImageNet's own layout, or in one uncompressed tar
 archive for each class, or in one archive of either of these. An image in an archive is a range of
-the archive's bytes, so nothing has to be unpacked.
+the archive's bytes, so nothing has to be unpacked. A folder of images without classes is one class.
 """
 
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -101,13 +101,17 @@ class _Range:
     name: str
 
 
-def list_images(source: Path, *, classes: tuple[str, ...] | None = None) -> Listing:
+def list_images(
+    source: Path, *, classes: tuple[str, ...] | None = None, one_class: bool = False
+) -> Listing:
     """Find the images under a folder, or in a tar archive.
 
     Args:
-        source: A folder with one folder or tar archive for each class, or a tar archive of such.
+        source: A folder with one folder or tar archive for each class, or a tar archive of such; or
+            a folder with nothing but images, which are then of one class.
         classes: Names of the classes in the order of their labels; None numbers those found, in
             alphabetical order.
+        one_class: Take all images for one class, whatever folders they lie in.
 
     Raises:
         UnreadableSourceError: The source is missing, has another layout, or has a class that
@@ -128,9 +132,11 @@ def list_images(source: Path, *, classes: tuple[str, ...] | None = None) -> List
         ) from error
     if not found:
         raise EmptyDatasetError(
-            f"{source} holds no images: there must be one sub-folder (or .tar archive) for each "
-            f"class, with files that end in {', '.join(SUFFIXES)}."
+            f"{source} holds no images: there must be files that end in {', '.join(SUFFIXES)}, in "
+            "one sub-folder (or .tar archive) for each class, or in the folder itself."
         )
+    if one_class:
+        found = [replace(image, class_name=source.stem) for image in found]
     names = classes or tuple(sorted({image.class_name for image in found}))
     labels = {name: label for label, name in enumerate(names)}
     unknown = sorted({image.class_name for image in found} - labels.keys())
@@ -200,19 +206,34 @@ def _in_place(source: Path) -> Iterator[_Range]:
     if source.is_file():
         yield from _in_archive(source, start=0, class_name=None)
         return
-    for entry in sorted(source.iterdir()):
+    entries = sorted(source.iterdir())
+    loose = [entry for entry in entries if _is_image(entry)]
+    for entry in entries:
         if entry.suffix == ".tar":
             yield from _in_archive(entry, start=0, class_name=entry.stem)
         elif entry.is_dir():
             for path in entry.rglob("*"):
-                if path.suffix.lower() in SUFFIXES and path.is_file():
-                    yield _Range(
-                        path=path,
-                        offset=0,
-                        size=path.stat().st_size,
-                        class_name=entry.name,
-                        name=f"{entry.name}/{path.relative_to(entry).as_posix()}",
-                    )
+                if _is_image(path):
+                    name = f"{entry.name}/{path.relative_to(entry).as_posix()}"
+                    yield _file(path, class_name=entry.name, name=name)
+        else:
+            continue
+        if loose:
+            raise UnreadableSourceError(
+                f"{source} holds the image {loose[0].name!r} beside the class {entry.name!r}, so "
+                "its class is unclear. Put it into a class folder, or take all for one class by "
+                "giving a folder that holds nothing but images."
+            )
+    for path in loose:
+        yield _file(path, class_name=source.resolve().name, name=path.name)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def _file(path: Path, *, class_name: str, name: str) -> _Range:
+    return _Range(path=path, offset=0, size=path.stat().st_size, class_name=class_name, name=name)
 
 
 def _in_archive(path: Path, *, start: int, class_name: str | None) -> Iterator[_Range]:

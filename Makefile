@@ -63,6 +63,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.prefix_attention --output $(LAPFLOW_HOME)/bench/prefix_attention.json
 	$(BIN)/python -m benchmarks.expert_matmul --output $(LAPFLOW_HOME)/bench/expert_matmul.json
 	$(BIN)/python -m benchmarks.sampling --output $(LAPFLOW_HOME)/bench/sampling.json
+	for name in decoding streaming starting waiting; do \
+	    $(BIN)/python -m benchmarks.data $$name --output $(LAPFLOW_HOME)/bench/data_$$name.json || exit 1; done
 
 pictures: setup
 	$(BIN)/python docs/pictures.py $(ARGS)

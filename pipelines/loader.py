@@ -29,6 +29,7 @@ from pipelines.errors import (
     MissingShardError,
     UndecodableImageError,
 )
+from pipelines.host_memory import return_large_blocks
 from pipelines.order import Order, SampleOrder
 from pipelines.prefetch import Prefetched
 from pipelines.sample_key import SampleKey
@@ -133,6 +134,8 @@ class Loader:
         self._order = order or SampleOrder(
             dataset.shard_sizes, seed=seed, block_samples=config.shuffle_block_samples
         )
+        if not device.startswith("cuda"):
+            return_large_blocks()
         self._decoder = make_decoder(config.decoder, decode, device=device)
         self._seed = seed
         self._batch_images = batch_images

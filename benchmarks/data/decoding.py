@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,9 +24,9 @@ from pipelines.view import AugmentConfig
 _DESCRIPTION = """\
 Decode, crop the central square, resize to --image-size, mirror half, normalise and split into
 bands, one batch at a time. The baseline is what a PyTorch user would write with Pillow. simplejpeg
-(libjpeg-turbo) with OpenCV takes part where both are installed: pip install simplejpeg
-opencv-python-headless. Filters differ: Pillow and DALI average over what a pixel covers, and so
-does OpenCV's INTER_AREA in its own way. On CUDA, DALI decodes on the GPU.
+(libjpeg-turbo) with OpenCV takes part where both are installed: pip install -e .[bench]. Filters
+differ: Pillow and DALI average over what a pixel covers, and so does OpenCV's INTER_AREA in its own
+way. On CUDA, DALI decodes on the GPU.
 
   python -m benchmarks.data decoding --threads 1
   python -m benchmarks.data decoding --images ~/imagenet/train --batch 256 --decode-threads 1,8"""
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = photographs(options.images, count=options.batch)
     size, scales = options.image_size, options.scales
     works: dict[str, Work] = {"Pillow + torch": lambda: _by_hand(files, _pillow, size, scales)}
-    if all(map(importlib.util.find_spec, ("simplejpeg", "cv2"))):
+    if has_turbo():
         works["simplejpeg + OpenCV + torch"] = lambda: _by_hand(files, _turbo, size, scales)
     for threads in options.decode_threads:
         works[f"DALI, {threads} threads"] = _dali(
@@ -67,16 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def has_turbo() -> bool:
+    """Tell whether simplejpeg and OpenCV are installed."""
+    return all(map(importlib.util.find_spec, ("simplejpeg", "cv2")))
+
+
 def _stopwatch(device: torch.device) -> Callable[[Work], float]:
     """Time from the call until the bands are there; half of the work is the host's."""
-    from time import perf_counter
 
     def measure(work: Work) -> float:
-        began = perf_counter()
+        began = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return perf_counter() - began
+        return time.perf_counter() - began
 
     return measure
 

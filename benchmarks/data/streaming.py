@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from itertools import count
 
@@ -14,10 +15,13 @@ from benchmarks.interleaved import interleave, stopwatch_of
 
 _DESCRIPTION = """\
 Read and decode whole epochs, with an empty cache each time, from an S3 server on loopback
-(OpenStack Swift, of the tests; it shares the machine's cores) and from local files. The table tells
-the process's memory at a tenth, half and the end of the last epoch.
+(OpenStack Swift, of the tests; it shares the machine's cores) and from local files. `later` is the
+speed after the first tenth, when the wait for the first shards is over. The table tells the
+process's memory at a tenth, half and the end of a round.
 
   python -m benchmarks.data streaming --images ~/imagenet/val --samples 4000"""
+
+_FIRST = 0.1  # share of a round after which it counts as under way
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,13 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timings = interleave(
             works, rounds=options.rounds, stopwatch=stopwatch_of(setting.device), warmup=1
         )
+    later = {name: (1 - _FIRST) * options.samples / work.later_s for name, work in works.items()}
     for timing in timings:
         setting.report.add(
             source=timing.name,
             minimum_s=timing.minimum,
             spread=timing.spread,
             images_per_s=options.epochs * options.samples / timing.minimum,
-            speed=timings[0].minimum / timing.minimum,
+            ratio=timings[0].minimum / timing.minimum,
+            later_images_per_s=options.epochs * later[timing.name],
+            later_ratio=later[timing.name] / later[timings[0].name],
             **works[timing.name].memory_mib,
         )
     setting.deliver()
@@ -69,17 +76,22 @@ class _Epochs:
         self._places, self._prefix, self._reading = places, prefix, reading
         self._epochs = epochs
         self._numbers = count()
+        self.later_s = float("inf")
         self.memory_mib: dict[str, float] = {}
 
     def __call__(self) -> None:
         cache = self._places.scratch / f"cache-{next(self._numbers)}"
         samples, process = self._epochs * self._places.samples, psutil.Process()
-        marks = {"mib_at_10%": 0.1, "mib_at_50%": 0.5, "mib_at_100%": 1.0}
+        marks = {"mib_at_10%": _FIRST, "mib_at_50%": 0.5, "mib_at_100%": 1.0}
+        began = None
         with self._reading.loader(self._prefix, cache=cache) as loader:
             for done in read(loader, start=0, images=samples):
                 for mark in [mark for mark, share in marks.items() if done >= share * samples]:
                     self.memory_mib[mark] = process.memory_info().rss / 2**20
+                    began = began or time.perf_counter()
                     del marks[mark]
+        assert began is not None
+        self.later_s = min(self.later_s, time.perf_counter() - began)
         shutil.rmtree(cache, ignore_errors=True)
 
 

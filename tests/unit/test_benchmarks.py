@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from benchmarks import expert_matmul, gpu_training, prefix_attention, sampling, training_step
+from benchmarks.data import decoding, starting, streaming, waiting
+from benchmarks.data.__main__ import main as data_main
+from benchmarks.data.photographs import photographs
 from benchmarks.kept import kept_bytes
 from benchmarks.kinds import kind_of, shares_by_kind
 from benchmarks.prefix_attention import Attention
@@ -14,6 +17,7 @@ from models.transformer.config import TransformerConfig
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--rounds", "1"]
+FEW_IMAGES = ["--batch", "4", "--image-size", "32"]
 TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
 
 
@@ -24,6 +28,10 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
         (prefix_attention, [*TINY, "--pixels", "256", "--batch", "1", "--heads", "1"], 6),
         (expert_matmul, [*TINY, "--sizes", "S/2", "--scales", "2", "--batch", "2"], 3),
         (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),
+        (decoding, [*TINY, *FEW_IMAGES, "--decode-threads", "1,2"], 3 + decoding.has_turbo()),
+        (waiting, [*TINY_MODEL, "--batch", "4", "--steps", "1"], 1),
+        pytest.param(streaming, [*TINY, *FEW_IMAGES, "--samples", "8"], 2, marks=pytest.mark.slow),
+        pytest.param(starting, [*TINY, *FEW_IMAGES, "--samples", "8"], 4, marks=pytest.mark.slow),
         pytest.param(
             gpu_training,
             [*TINY_MODEL, "--batch", "6", "--compile", "off"],
@@ -133,3 +141,24 @@ def test_shares_sum_to_one_and_find_the_matrix_products():
     assert sum(shares.values()) == pytest.approx(1)
     assert next(iter(shares)) == "matmul"
     assert shares["matmul"] > 0.5
+
+
+def test_the_made_photographs_are_as_large_as_those_of_imagenet():
+    sizes = [len(data) for data in photographs(None, count=4)]
+    assert 80_000 < sum(sizes) / 4 < 140_000
+
+
+def test_photographs_of_a_folder_are_repeated_and_a_folder_without_any_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="holds no file that ends in"):
+        photographs(tmp_path, count=1)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.JPEG").write_bytes(b"one")
+    (tmp_path / "2.jpg").write_bytes(b"two")
+    assert photographs(tmp_path, count=3) == [b"two", b"one", b"two"]
+
+
+def test_the_data_benchmarks_are_named(capsys):
+    assert data_main(["--help"]) == 0
+    assert data_main(["nothing"]) == 2
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("decoding", "streaming", "starting", "waiting"))

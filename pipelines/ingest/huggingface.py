@@ -198,9 +198,6 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
         image_column=options.image_column,
         label_column=options.label_column,
     )
-    note(
-        f"{len(listing.images):,} images of {len(listing.classes)} classes in the split "
-        f"{options.split} of {options.name}"
-    )
+    note(f"{listing.summary} in the split {options.split} of {options.name}")
     written.write(listing, note=note)
     return 0

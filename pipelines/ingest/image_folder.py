@@ -262,6 +262,6 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
     splits = Splits.from_options(options, split=options.split)
     classes = read_class_names(options.classes) if options.classes else None
     listing = list_images(options.source, classes=classes, one_class=options.one_class)
-    note(f"{len(listing.images):,} images of {len(listing.classes)} classes in {options.source}")
+    note(f"{listing.summary} in {options.source}")
     splits.write(listing, note=note)
     return 0

@@ -89,6 +89,12 @@ class Listing:
     images: Sequence[SourceImage]
     classes: tuple[str, ...]
 
+    @property
+    def summary(self) -> str:
+        """How much there is, in words."""
+        word = "class" if len(self.classes) == 1 else "classes"
+        return f"{len(self.images):,} images of {len(self.classes):,} {word}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Range:

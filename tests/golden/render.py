@@ -11,8 +11,14 @@ FOLDER = Path(__file__).parent / "configs"
 
 
 def rendered(experiment: str) -> str:
-    """Return an experiment's configuration as YAML, its cost table below as comments."""
-    return f"{described(composed([f'+exp={experiment}', 'home=HOME']))}\n"
+    """Return an experiment's configuration as YAML, its cost table below as comments.
+
+    One that takes the number of classes from its data set is shown with one class.
+    """
+    overrides = [f"+exp={experiment}", "home=HOME"]
+    if composed(overrides).data.classes == 0:
+        overrides.append("data.classes=1")
+    return f"{described(composed(overrides))}\n"
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from pipelines.loader import Loader
 from pipelines.mixture import ConcatenatedDataset, MixedOrder
 from pipelines.order import Order
 from pipelines.shards import ShardedDataset, ShardsConfig
+from pipelines.source import Source
 from pipelines.view import AugmentConfig
 from trainer import places, rng
 from trainer.schema import ConfigError, JobConfig
@@ -108,6 +109,8 @@ def with_classes(job: JobConfig) -> JobConfig:
     os.environ.update(places.object_store_environment(job))
     prefix = f"{places.data_prefixes(job)[0]}/train"
     about = read_about(prefix, config=job.shards)
+    if about is None:
+        Source(prefix, config=job.shards).read_index()  # there may be no data set at all
     if about is None or not about.classes:
         raise ConfigError(
             f"data.classes=0 takes the number of classes from their names in ingest.json, which "

@@ -32,7 +32,7 @@ from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
-_OPEN_FILES = 128  # of the 1,024 that a process may usually have
+_OPEN_FILES = 32  # two blocks of the usual order; an open file keeps its space when it is removed
 _DOWNLOADS = 2  # a shard that arrives corrupt is fetched once more
 
 

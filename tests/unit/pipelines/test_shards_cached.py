@@ -1,0 +1,253 @@
+"""Reading shards through the cache, alone and with other processes."""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.errors import (
+    CacheUnusableError,
+    MissingShardError,
+)
+from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.shards import ShardedDataset
+from tests.unit.pipelines.stored import cached, expected, flip, read_all, shards_in
+
+
+def test_the_cache_holds_only_what_was_read(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    dataset.read(0)
+    assert [path.name for path in shards_in(tmp_path / "cache")] == ["shard.00000.mds"]
+    assert read_all(dataset) == expected(images)
+    for shard in shards_in(prefix):
+        shard.unlink()
+    assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)  # all from the cache
+
+
+def test_a_cached_file_that_went_bad_is_fetched_again(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage], caplog: pytest.LogCaptureFixture
+) -> None:
+    read_all(cached(prefix, tmp_path / "cache"))
+    bad = shards_in(tmp_path / "cache")
+    flip(bad[0])
+    bad[1].write_bytes(b"")
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)
+    assert [record.getMessage().count("fetching it again") for record in caplog.records] == [1, 1]
+
+
+def test_a_bad_transfer_is_fetched_again(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    fetch = dataset._source.fetch
+    damaged = []
+
+    def damage_first(name: str, path: Path) -> None:
+        fetch(name, path)
+        if name not in damaged:
+            damaged.append(name)
+            flip(path)
+
+    monkeypatch.setattr(dataset._source, "fetch", damage_first)
+    assert read_all(dataset) == expected(images)
+    assert len(damaged) == len(dataset.shard_sizes)
+
+
+def test_a_cache_cleaned_during_the_run(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    read_all(dataset)
+    for shard in shards_in(tmp_path / "cache"):
+        shard.unlink()
+    assert read_all(dataset) == expected(images)
+
+
+def test_each_shard_is_hashed_once(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.shards
+
+    checked = []
+    problem = pipelines.shards._problem
+    monkeypatch.setattr(
+        pipelines.shards,
+        "_problem",
+        lambda path, shard: (checked.append(shard.name), problem(path, shard))[1],
+    )
+    dataset = ShardedDataset(str(prefix))
+    read_all(dataset)
+    read_all(dataset)
+    assert len(checked) == len(set(checked)) == len(dataset.shard_sizes)
+
+
+def test_a_limited_cache_drops_what_was_used_least_recently(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    folder = tmp_path / "cache"
+    read_all(cached(prefix, folder))
+    sizes = {path.name: path.stat().st_size for path in shards_in(folder)}
+    assert len(sizes) > 5
+    shutil.rmtree(folder)
+    limit = 3 * max(sizes.values())
+    (folder / "autoencoder").mkdir(parents=True)
+    (folder / "autoencoder" / "weights").write_bytes(bytes(limit))
+    dataset = cached(prefix, folder, cache_limit_gib=limit / 2**30, download_threads=1)
+    # Every sample, although never more than three shards are kept.
+    for sample in expected(images):
+        got = dataset.read(sample[2])
+        assert (got.data, got.label, got.sample_id) == sample
+        assert sum(path.stat().st_size for path in shards_in(folder)) <= limit
+    assert shards_in(folder)[-1].name == max(sizes)
+    assert (folder / "autoencoder" / "weights").is_file()
+
+    shutil.rmtree(folder)
+    dataset = cached(prefix, folder, cache_limit_gib=limit / 2**30, download_threads=1)
+    first_of = [sum(dataset.shard_sizes[:number]) for number in range(len(sizes))]
+    for number in range(3):
+        dataset.prepare(np.array([first_of[number]]))
+    dataset.prepare(np.array([first_of[0]]))  # asked for again, so no longer the oldest
+    dataset.prepare(np.array([first_of[4]]))
+    kept = {path.name for path in shards_in(folder)}
+    assert "shard.00000.mds" in kept
+    assert "shard.00001.mds" not in kept
+    # Another dataset in the same folder counts too.
+    other = shutil.copytree(prefix, tmp_path / "other")
+    twin = cached(other, folder, cache_limit_gib=limit / 2**30)
+    assert read_all(twin) == expected(images)
+    assert sum(path.stat().st_size for path in shards_in(folder)) <= limit
+
+
+def test_a_dataset_written_anew_has_a_new_cache(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    old = cached(prefix, tmp_path / "cache")
+    read_all(old)
+    shutil.rmtree(prefix)
+    fewer = images[:20]
+    write_dataset(fewer, str(prefix), shard_bytes=2000)
+    new = cached(prefix, tmp_path / "cache")
+    assert read_all(new) == expected(fewer)
+    assert new.digest != old.digest
+
+
+def test_a_cache_that_cannot_be_written(prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheUnusableError, match=r"file.*cannot be written.*cache_dir"):
+        cached(prefix, tmp_path / "file" / "cache")
+
+
+def test_the_default_cache_must_be_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.cache import default_cache_dir
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = default_cache_dir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheUnusableError, match="belongs to another user"):
+        default_cache_dir()
+
+
+def read_in_process(prefix: Path, cache: Path, *, slow: bool) -> tuple[Any, Any]:
+    """Start a process that reads everything once it is told to; returns it and a pipe to it."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def work() -> None:
+        dataset = cached(prefix, cache)
+        fetch = dataset._source.fetch
+
+        def tell(name: str, path: Path) -> None:
+            if slow:
+                path.write_bytes(b"half a shard")
+            theirs.send(name)
+            time.sleep(60 if slow else 0.02)
+            fetch(name, path)
+
+        dataset._source.fetch = tell  # type: ignore[method-assign]
+        theirs.send("ready")
+        theirs.recv()
+        theirs.send(read_all(dataset))
+
+    process = context.Process(target=work)
+    process.start()
+    assert ours.recv() == "ready"
+    return process, ours
+
+
+def test_shards_are_prepared_together(prefix: Path, tmp_path: Path) -> None:
+    dataset = cached(prefix, tmp_path / "cache", download_threads=3)
+    fetch = dataset._source.fetch
+    together = threading.Barrier(3)
+
+    def meet(name: str, path: Path) -> None:
+        together.wait(10)
+        fetch(name, path)
+
+    dataset._source.fetch = meet  # type: ignore[method-assign]
+    first, second, third, *_ = np.cumsum([0, *dataset.shard_sizes])
+    dataset.prepare(np.array([third, first, second, first + 1]))
+    names = ["shard.00000.mds", "shard.00001.mds", "shard.00002.mds"]
+    assert [path.name for path in shards_in(tmp_path / "cache")] == names
+
+
+def test_a_lost_shard_is_raised_when_it_is_read_and_not_asked_for_again(
+    prefix: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards_in(prefix)[2].unlink()
+    dataset = cached(prefix, tmp_path / "cache")
+    for _ in range(2):
+        dataset.prepare(np.arange(len(dataset)))
+    assert caplog.text.count("shard.00002.mds is listed in the index") == 1
+    for sample_id in (12, 13, 12):
+        with pytest.raises(MissingShardError, match=r"shard\.00002\.mds"):
+            dataset.read(sample_id)
+    assert dataset.read(11).sample_id == 11
+
+
+def test_processes_share_a_cache(
+    prefix: Path,
+    tmp_path: Path,
+    images: list[LabelledImage],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # a launcher's word must not matter
+        monkeypatch.setenv(name, "8")
+    readers = [read_in_process(prefix, tmp_path / "cache", slow=False) for _ in range(2)]
+    for _, pipe in readers:
+        pipe.send("go")
+    fetched = []
+    for process, pipe in readers:
+        while isinstance(message := pipe.recv(), str):
+            fetched.append(message)
+        assert message == expected(images)
+        process.join(10)
+    assert sorted(fetched) == [path.name for path in shards_in(prefix)]  # each one once
+
+
+def test_a_reader_killed_amid_a_download_blocks_nobody(
+    prefix: Path, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    process, pipe = read_in_process(prefix, tmp_path / "cache", slow=True)
+    pipe.send("go")
+    assert pipe.recv() == "shard.00000.mds"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    assert list((tmp_path / "cache").rglob(".partial/*/*"))  # the half shard is there
+    started_s = time.monotonic()
+    assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)
+    assert time.monotonic() - started_s < 10
+    assert not list((tmp_path / "cache").rglob(".partial/*"))

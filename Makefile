@@ -29,13 +29,15 @@ export OMP_NUM_THREADS ?= 1
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
 
-# Where +exp=pictures looks for its data set.
-PICTURES = $(LAPFLOW_HOME)/store/datasets/pictures
+PICTURES ?= $(LAPFLOW_HOME)/store/datasets/pictures
+# Not every shell reads a ~ behind the = of an argument.
+FOLDER = $(patsubst ~/%,$(HOME)/%,$(IMAGES))
+SHARDS = $(patsubst ~/%,$(HOME)/%,$(PICTURES))
 data-demo: setup
-	@test -d "$(IMAGES)" || { echo "error: IMAGES=$(IMAGES) is no folder: make data-demo IMAGES=~/pictures" >&2; exit 2; }
-	$(BIN)/python -m pipelines.ingest image-folder "$(IMAGES)" $(PICTURES) --image-size 64 --encoding png --hold-out 0.1 $(INGEST)
-	$(BIN)/python -m pipelines.ingest verify $(PICTURES)/train
-	$(BIN)/python -m trainer.launch +exp=pictures $(ARGS)
+	@test -d "$(FOLDER)" || { echo "error: IMAGES=$(IMAGES) is no folder: make data-demo IMAGES=~/pictures" >&2; exit 2; }
+	$(BIN)/python -m pipelines.ingest image-folder "$(FOLDER)" $(SHARDS) --image-size 64 --encoding png --hold-out 0.1 $(INGEST)
+	$(BIN)/python -m pipelines.ingest verify $(SHARDS)/train
+	$(BIN)/python -m trainer.launch +exp=pictures data.prefix=$(SHARDS) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -6,6 +6,7 @@ size than asked for, and perhaps mirrored. Values become float32 in [-1, 1] and 
 by 2 x 2 means. Of latents one is drawn from the moments stored, scaled and split alike.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -84,6 +85,14 @@ class LatentDecodeConfig:
                 "not hold. Encode it again without --no-flips, or set data.augment.flip=false."
             )
         check_splittable(self.format.size, self.scales, what="Latents")
+
+
+def decode_threads(processes: int) -> int:
+    """Share the machine's cores among so many processes that decode: 1 to 8 threads for each.
+
+    More bring nothing to a GPU's decoder, nor to a batch of a few images.
+    """
+    return max(1, min(8, (os.cpu_count() or 1) // processes))
 
 
 class Decoder(Protocol[Prepared]):

@@ -22,6 +22,7 @@ _VERSION = 1
 _MAX_BYTES = 1 << 26
 _MAX_TEXT = 4096
 _MAX_NUMBER = 1 << 32
+_ABSENT = "nothing"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,7 +46,7 @@ class LatentRecord:
     Attributes:
         autoencoder: Where the autoencoder was.
         autoencoder_sha256: Digest of its architecture, scaling and weights.
-        encode_precision: "fp32" or "bf16".
+        encode_precision: "fp32" or "bf16"; None where another program encoded.
         factor: Pixels of an image for one element of its latent, along each side.
         channels: Channels of the latents.
         scale: The autoencoder's own factor, with which the statistics were taken.
@@ -53,8 +54,8 @@ class LatentRecord:
         image_size: Height and width of the images that were encoded, in pixels.
         views: 2 where the mirrored image follows each image, else 1.
         dtype: "float16" or "float32".
-        source: Prefix of the images.
-        source_sha256: Digest of their index.
+        source: Prefix of the images, or the folder of the arrays that the latents were taken from.
+        source_sha256: Digest of the images' index; None where nobody knows the images.
         samples: How many latents there are.
         skipped: Ids in the source of the images that were left out, ascending; each moves the ids
             of the latents after it down by one.
@@ -64,7 +65,7 @@ class LatentRecord:
 
     autoencoder: str
     autoencoder_sha256: str
-    encode_precision: Literal["fp32", "bf16"]
+    encode_precision: Literal["fp32", "bf16"] | None
     factor: int
     channels: int
     scale: float
@@ -73,7 +74,7 @@ class LatentRecord:
     views: Literal[1, 2]
     dtype: Literal["float16", "float32"]
     source: str
-    source_sha256: str
+    source_sha256: str | None
     samples: int
     skipped: tuple[int, ...]
     bands: Mapping[int, tuple[BandStatistics, ...]]
@@ -153,7 +154,7 @@ def _record(content: bytes) -> LatentRecord:
     record = LatentRecord(
         autoencoder=_text(values, "autoencoder"),
         autoencoder_sha256=_digest(values, "autoencoder_sha256"),
-        encode_precision=_one_of(values, "encode_precision", ("fp32", "bf16")),
+        encode_precision=_one_of(values, "encode_precision", ("fp32", "bf16", None)),
         factor=_whole(values, "factor"),
         channels=_whole(values, "channels"),
         scale=_number(values, "scale"),
@@ -162,7 +163,7 @@ def _record(content: bytes) -> LatentRecord:
         views=_one_of(values, "views", (1, 2)),
         dtype=_one_of(values, "dtype", ("float16", "float32")),
         source=_text(values, "source"),
-        source_sha256=_digest(values, "source_sha256"),
+        source_sha256=_digest_or_null(values, "source_sha256"),
         samples=samples,
         skipped=_skipped(values, samples=samples),
         bands=_bands(values),
@@ -186,9 +187,15 @@ def _digest(values: dict[str, Any], name: str) -> str:
     return value
 
 
+def _digest_or_null(values: dict[str, Any], name: str) -> str | None:
+    # What is left out is no confession that nobody knows it.
+    return None if values.get(name, _ABSENT) is None else _digest(values, name)
+
+
 def _one_of(values: dict[str, Any], name: str, choices: tuple[Any, ...]) -> Any:
-    value = values.get(name)
-    if type(value) is not type(choices[0]) or value not in choices:
+    value = values.get(name, _ABSENT)
+    # Types count, for True == 1.
+    if (type(value), value) not in [(type(choice), choice) for choice in choices]:
         raise _Problem(f"{name} is {str(value)[:40]!r}, not one of {list(choices)}")
     return value
 

@@ -6,7 +6,6 @@ All ranks walk through the same global batches, and rank r takes the r-th of W e
 slices.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,11 +14,18 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from pipelines.bad_samples import BadSamples
 from pipelines.batch import Batch, Cursor
 from pipelines.dataset import RawSample, SampleDataset
-from pipelines.decode import DecodeConfig, DecoderName, LatentDecodeConfig, make_decoder
+from pipelines.decode import (
+    DecodeConfig,
+    DecoderName,
+    LatentDecodeConfig,
+    decode_threads,
+    make_decoder,
+)
 from pipelines.errors import (
     BadSampleError,
     CorruptShardError,
@@ -29,12 +35,9 @@ from pipelines.errors import (
     MissingShardError,
     UndecodableImageError,
 )
-from pipelines.host_memory import return_large_blocks
 from pipelines.order import Order, SampleOrder
 from pipelines.prefetch import Prefetched
 from pipelines.sample_key import SampleKey
-
-_MOST_THREADS = 8  # more bring nothing, neither to a GPU's decoder nor to a batch of a few images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class LoaderConfig:
             has read fewer). Others take their place. 0 tolerates none.
         shuffle_block_samples: Samples are shuffled within blocks of this length of the randomly
             ordered shards; None is as many as eight shards hold. Larger mixes better, needs more
-            shards at a time, and more of them before the first batch.
+            shards at a time (see shards.open_files), and more of them before the first batch.
     """
 
     decoder: DecoderName = "dali"
@@ -70,9 +73,7 @@ class LoaderConfig:
 
     def threads_for(self, ranks: int) -> int:
         """Choose the threads that decode in each of so many ranks of a machine."""
-        if self.decode_threads is not None:
-            return self.decode_threads
-        return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // ranks))
+        return decode_threads(ranks) if self.decode_threads is None else self.decode_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,6 @@ class Loader:
         self._order = order or SampleOrder(
             dataset.shard_sizes, seed=seed, block_samples=config.shuffle_block_samples
         )
-        if not device.startswith("cuda"):
-            return_large_blocks()
         self._decoder = make_decoder(config.decoder, decode, device=device)
         self._seed = seed
         self._batch_images = batch_images
@@ -170,7 +169,8 @@ class Loader:
         prepared = Prefetched(self._prepare(start, fetched), depth=1)
         made = Prefetched(self._decode(start, prepared), depth=self._config.prefetch_batches)
         self._threads = [fetched, prepared, made]
-        with closing(fetched), closing(prepared), closing(made):
+        # Left from right to left: who fetches is stopped first, or others would wait for it.
+        with closing(made), closing(prepared), closing(fetched):
             while True:
                 asked_s = time.perf_counter()
                 item = next(made, None)
@@ -266,10 +266,16 @@ class Loader:
                     )
         return Batch(
             bands=bands,
-            labels=torch.tensor([turn.label for turn in turns]).to(self._device),
+            labels=self._on_device(torch.tensor([turn.label for turn in turns])),
             sample_ids=torch.tensor([turn.chosen for turn in turns]),
             skipped=sum(turn.attempt > 0 for turn in turns),
         )
+
+    def _on_device(self, labels: Tensor) -> Tensor:
+        if self._device == "cpu":
+            return labels
+        # From pageable memory the copy would wait for all that the training loop has queued.
+        return labels.pin_memory().to(self._device, non_blocking=True)
 
     def _check_label(self, sample: RawSample) -> None:
         if self._classes is None or 0 <= sample.label < self._classes:

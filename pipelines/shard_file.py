@@ -30,12 +30,15 @@ class ShardFile:
 
     Raises:
         FileNotFoundError: There is no file of that name any more.
+        MalformedSampleError: The file was cut short.
     """
 
     def __init__(self, path: Path, shard: Shard, *, payload: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
         table = os.pread(self._descriptor, 4 * (shard.samples + 1), 4)
+        if len(table) != 4 * (shard.samples + 1):
+            raise MalformedSampleError(f"the file has {4 + len(table)} bytes left")
         self._offsets = np.frombuffer(table, dtype="<u4").astype(np.int64)
         self._columns = [
             (column.name, column.size, not column.encoding.startswith("u"))

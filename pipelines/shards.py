@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipelines.cache import ShardCache, default_cache_dir
 from pipelines.dataset import RawSample
-from pipelines.errors import CorruptShardError, DataError, MissingShardError
+from pipelines.errors import CacheUnusableError, CorruptShardError, DataError, MissingShardError
 from pipelines.index import IMAGE_COLUMN, Shard, parse_index
 from pipelines.latent_format import MOMENTS_COLUMN
 from pipelines.shard_file import MalformedSampleError, ShardFile
@@ -32,7 +32,7 @@ from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
-_OPEN_FILES = 32  # two blocks of the usual order; an open file keeps its space when it is removed
+_TRIES = 4  # at a shard that other processes trim from the cache as soon as it is there
 _DOWNLOADS = 2  # a shard that arrives corrupt is fetched once more
 
 
@@ -46,18 +46,22 @@ class ShardsConfig(SourceConfig):
             path are read in place, without it.
         cache_limit_gib: Size of the folder above which the shards that were not asked for the
             longest are removed; None lets it grow to the size of the dataset. It should hold twice
-            the shards of one shuffle block, or shards are fetched again and again.
+            the shards of one shuffle block, or shards are fetched again and again. Shards that a
+            process holds open keep their space until it closes them.
         download_threads: Shards that one process fetches at a time.
+        open_files: Shards that one process holds open, at best all of a shuffle block.
     """
 
     cache_dir: str | None = None
     cache_limit_gib: float | None = None
     download_threads: int = 4
+    open_files: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.download_threads < 1:
-            raise DataError(f"download_threads must be at least 1, got {self.download_threads}.")
+        for name in ("download_threads", "open_files"):
+            if (number := getattr(self, name)) < 1:
+                raise DataError(f"{name} must be at least 1, got {number}.")
         if self.cache_limit_gib is not None and self.cache_limit_gib <= 0:
             raise DataError(f"cache_limit_gib must be above 0, got {self.cache_limit_gib}.")
 
@@ -100,7 +104,7 @@ class ShardedDataset:
                 limit_bytes=None if limit is None else int(limit * 2**30),
             )
             self._folder = self._cache.folder
-        self._open = lru_cache(_OPEN_FILES)(self._open_file)
+        self._open = lru_cache(config.open_files)(self._open_file)
         self._checked: set[int] = set()
         self._damaged: dict[int, MissingShardError | CorruptShardError] = {}
         self.latents = self._shards[0].latents
@@ -133,10 +137,12 @@ class ShardedDataset:
         number = self._locate(sample_id)
         shard = self._shards[number]
         place = sample_id - (self._ends[number] - shard.samples)
-        self._check(number)
         try:
             data, label = self._open(number).read(place)
         except MalformedSampleError as error:
+            # The file may have been cut short since it was checked; the next read looks again.
+            self._checked.discard(number)
+            self._open.cache_clear()
             raise CorruptShardError(
                 f"Sample {sample_id} in shard {shard.name} of {self._source.prefix} is malformed: "
                 f"{error}, although the shard was as the index says. Write the dataset again."
@@ -155,7 +161,10 @@ class ShardedDataset:
         """
         numbers = set(np.searchsorted(self._ends, sample_ids, side="right").tolist())
         if self._cache is not None:
-            self._cache.used(self._shards[number].name for number in numbers & self._checked)
+            # What the cache has dropped since is fetched here, and not by whoever reads it.
+            present = {number for number in numbers & self._checked if self._path(number).exists()}
+            self._checked -= numbers - present
+            self._cache.used(self._shards[number].name for number in present)
         todo = deque(sorted(numbers - self._checked - self._damaged.keys()))
         if not todo:
             return
@@ -199,12 +208,22 @@ class ShardedDataset:
         self._checked.add(number)
 
     def _open_file(self, number: int) -> ShardFile:
+        """Open a shard, fetching it if needed."""
         shard = self._shards[number]
-        try:
-            return ShardFile(self._folder / shard.name, shard, payload=self._payload)
-        except FileNotFoundError:  # the cache was cleaned, or trimmed, behind our back
-            self._provide(shard)
-            return ShardFile(self._folder / shard.name, shard, payload=self._payload)
+        for _ in range(_TRIES):
+            self._check(number)
+            try:
+                return ShardFile(self._path(number), shard, payload=self._payload)
+            except FileNotFoundError:  # the cache was cleaned, or trimmed, behind our back
+                self._checked.discard(number)
+        raise CacheUnusableError(
+            f"Shard {shard.name} of {self._source.prefix} vanishes from the cache {self._folder} "
+            f"as soon as it is there ({_TRIES} times). Raise cache_limit_gib, or stop what removes "
+            "files there."
+        )
+
+    def _path(self, number: int) -> Path:
+        return self._folder / self._shards[number].name
 
     def _locate(self, sample_id: int) -> int:
         if not 0 <= sample_id < len(self):
@@ -220,16 +239,28 @@ class ShardedDataset:
             if problem := _problem(path, shard):
                 raise self._corrupt(shard, problem)
             return
-        if path.is_file() and not _problem(path, shard):
+        if self._cached_problem(path, shard) is None:
             return
         with self._cache.fetching(shard.name) as folder:
             # Another process may have been faster, or the cached file is bad.
+            problem = self._cached_problem(path, shard)
+            if problem is None:
+                return
             if path.is_file():
-                if not (problem := _problem(path, shard)):
-                    return
                 logger.warning("cached shard %s %s; fetching it again", path, problem)
-                path.unlink()
+                path.unlink(missing_ok=True)
             self._fetch(shard, folder)
+
+    def _cached_problem(self, path: Path, shard: Shard) -> str | None:
+        """Say why a shard must be fetched; else note that it is in use."""
+        assert self._cache is not None
+        try:
+            problem = _problem(path, shard)
+        except FileNotFoundError:  # not there, or trimmed while it was looked at
+            return "is not there"
+        if problem is None:
+            self._cache.used([shard.name])
+        return problem
 
     def _fetch(self, shard: Shard, folder: Path) -> None:
         assert self._cache is not None

@@ -226,7 +226,8 @@ def open_images(job: JobConfig, split: str) -> Split:
 
     Raises:
         DataError: If they, or the record of the latents, are missing, damaged or out of reach.
-        ConfigError: If the latents were made of other images than are there.
+        ConfigError: If the latents were made of other images than are there, or nobody knows of
+            which and the settings name none.
     """
     if job.data.space == "pixel":
         return open_split(job, split)
@@ -236,6 +237,13 @@ def open_images(job: JobConfig, split: str) -> Split:
         prefix, moved = record.source, job.data.images_prefix
         if moved is not None:
             prefix = f"{moved.rstrip('/')}/{split}"
+        elif record.source_sha256 is None:
+            raise ConfigError(
+                f"the latents at {latents}/{split} were computed by another program (from "
+                f"{record.source}), so nobody knows the images that samples are to be compared "
+                "with; set data.images_prefix to the prefix above the splits of a data set of "
+                "images of the same classes"
+            )
         try:
             images = ShardedDataset(prefix, config=_shards(job))
         except MissingDatasetError as error:
@@ -244,7 +252,7 @@ def open_images(job: JobConfig, split: str) -> Split:
                 f"compared with, are not at {prefix}; set data.images_prefix to the prefix above "
                 "their splits"
             ) from error
-        if images.digest != record.source_sha256:
+        if record.source_sha256 not in (None, images.digest):
             raise ConfigError(
                 f"the latents at {latents}/{split} were made of other images than those at "
                 f"{prefix}; set data.images_prefix to the prefix above the splits of the right "

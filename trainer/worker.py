@@ -17,6 +17,7 @@ from cluster.contract import WorkerContext
 from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.transformer.lapflow import LapFlowTransformer
+from pipelines.host_memory import return_large_blocks
 from trainer import places, rng
 from trainer.autoencoder import load_codec
 from trainer.checkpoint.hook import PeriodicSave
@@ -69,6 +70,8 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
     tell = context.tell if context.rank == 0 else _keep_quiet
     os.environ.update(places.object_store_environment(job))
     device = torch.device(context.device)
+    if device.type == "cpu":
+        return_large_blocks()
 
     flow = Flow(job.flow)
     engine = build_engine(

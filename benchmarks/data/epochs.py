@@ -12,6 +12,7 @@ import torch
 from benchmarks.data.photographs import labelled
 from pipelines.batch import Cursor
 from pipelines.decode import DecodeConfig
+from pipelines.host_memory import return_large_blocks
 from pipelines.ingest.write import write_dataset
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
@@ -88,6 +89,8 @@ class Reading:
 
     def loader(self, prefix: str, *, cache: Path) -> Loader:
         """Open a dataset and make its loader."""
+        if self.device.type == "cpu":
+            return_large_blocks()
         config = LoaderConfig(decode_threads=self.decode_threads)
         return Loader(
             ShardedDataset(prefix, config=ShardsConfig(cache_dir=str(cache))),

@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         decode_threads=options.decode_threads,
         device=setting.device,
     )
-    with _dataset(options) as prefix, reading.loader(prefix, cache=Path(prefix)) as loader:
+    # Read in place: the cache stays empty.
+    with _dataset(options) as prefix, reading.loader(prefix, cache=Path(prefix).parent) as loader:
         batches = loader.batches(Cursor())
         for _ in range(_WARM_UP):
             update(next(batches)[0])

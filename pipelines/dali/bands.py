@@ -97,7 +97,7 @@ class PipelinePool:
 
     def drop(self, kind: object) -> None:
         """Forget a pipeline that has failed, which DALI then calls invalid."""
-        del self._built[kind]
+        self._built.pop(kind, None)
 
     def _build(self, graph: Callable[[], Sequence[Any]]) -> Any:
         pipeline = Pipeline(

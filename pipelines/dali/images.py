@@ -30,6 +30,14 @@ class _Encoded(NamedTuple):
     view: View
 
 
+class _LostBatchError(Exception):
+    """DALI failed in a batch, because of an image or for another reason."""
+
+    def __init__(self, cause: RuntimeError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 class DaliDecoder(Decoder[_Encoded]):
     """Decodes with DALI; see `pipelines.decode.Decoder` for the contract.
 
@@ -56,24 +64,34 @@ class DaliDecoder(Decoder[_Encoded]):
     def decode(self, prepared: Sequence[_Encoded]) -> Bands:
         """Decode a batch."""
         try:
-            return self._run(prepared)
-        except RuntimeError as error:
-            # The batch is lost and DALI names no image, so each one is tried by itself.
+            return self._outputs(self._run(prepared))
+        except _LostBatchError as error:
+            # DALI names no image, so each one is tried by itself.
             culprits = [
                 place for place, image in enumerate(prepared) if not self._can_decode(image)
             ]
-            if not culprits:
-                raise
+            # If nothing can be decoded any more, it is not the images.
+            if not culprits or not self._can_decode(self._sound_image()):
+                raise error.cause from None
             raise UndecodableImageError(culprits, "its data is damaged") from error
+
+    def _sound_image(self) -> _Encoded:
+        size, channels = self._config.image_size, self._config.channels
+        return self.prepare(as_png(np.zeros((size, size, channels), np.uint8)), None)
 
     def _can_decode(self, image: _Encoded) -> bool:
         try:
             self._run([image])
-        except RuntimeError:
+        except _LostBatchError:
             return False
         return True
 
-    def _run(self, images: Sequence[_Encoded]) -> Bands:
+    def _run(self, images: Sequence[_Encoded]) -> Sequence[Any]:
+        """Run the pipeline that fits a batch.
+
+        Raises:
+            _LostBatchError: It failed.
+        """
         size = self._config.image_size
         views = [image.view for image in images]
         whole = (0, 0, size, size, size, size)
@@ -92,10 +110,11 @@ class DaliDecoder(Decoder[_Encoded]):
             partial(self._graph, changed=changed), kind=changed, batch=len(images)
         )
         try:
-            return self._outputs(pipeline.run(**inputs))
-        except RuntimeError:
+            outputs: Sequence[Any] = pipeline.run(**inputs)
+        except RuntimeError as error:
             self._pipelines.drop(changed)
-            raise
+            raise _LostBatchError(error) from error
+        return outputs
 
     def _graph(self, *, changed: bool) -> list[Any]:
         config = self._config
@@ -108,7 +127,7 @@ class DaliDecoder(Decoder[_Encoded]):
             # By default the decoding engine gets a share of each batch and the other cores the
             # rest, and the two round differently: pixels would depend on an image's neighbours.
             "hw_decoder_load": 1.0,
-            # Chroma as libjpeg fills it in: pixels are then the processor's, bit by bit.
+            # Chroma as libjpeg fills it in, so that a processor and a GPU train on the same pixels.
             "jpeg_fancy_upsampling": True,
         }
         if changed:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from pipelines.encoded import BadImageError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN
-from pipelines.ingest.listing import SourceImage
+from pipelines.ingest.listing import SourceImage, UnreadableSourceError
 from pipelines.ingest.resize import Resize, checked
 from pipelines.ingest.shard_files import Filled, WriteSample
 
@@ -79,13 +79,22 @@ class ImageFiller:
         self._encode = encode
 
     def fill(self, part: ImagePart, write: WriteSample) -> Filled:
-        """Write the images of one part, but for those that cannot be decoded."""
+        """Write the images of one part, but for those that cannot be decoded.
+
+        Raises:
+            UnreadableSourceError: An image is there and cannot be read.
+        """
         skipped = []
         for image in part.images:
             try:
                 data = self._encode(image.read())
-            except (BadImageError, OSError) as error:
+            except (BadImageError, FileNotFoundError) as error:
                 skipped.append((image.name, str(error)))
                 continue
+            except OSError as error:  # of the disk, not of the image: the next start may read it
+                raise UnreadableSourceError(
+                    f"{image.name} cannot be read ({error}). Let this user read it, or remove it, "
+                    "and run the same command again; finished shards are kept."
+                ) from error
             write({IMAGE_COLUMN: data, LABEL_COLUMN: image.label})
         return Filled(skipped=tuple(skipped))

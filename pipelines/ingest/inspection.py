@@ -129,7 +129,12 @@ def _opened(prefix: str, scratch: Path, config: ShardsConfig) -> ShardedDataset:
     """
     return ShardedDataset(
         prefix,
-        config=replace(config, cache_dir=str(scratch / str(os.getpid())), cache_limit_gib=2.0**-30),
+        config=replace(
+            config,
+            cache_dir=str(scratch / str(os.getpid())),
+            cache_limit_gib=2.0**-30,
+            open_files=1,
+        ),
     )
 
 

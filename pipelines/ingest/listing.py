@@ -125,7 +125,9 @@ def list_images(
         EmptyDatasetError: There are no images.
     """
     try:
-        found = sorted(_in_place(source), key=lambda image: (image.class_name, image.name))
+        found = sorted(
+            _in_place(source, one_class=one_class), key=lambda image: (image.class_name, image.name)
+        )
     except OSError as error:
         raise UnreadableSourceError(
             f"{source} cannot be read ({error}). Give a folder with one sub-folder of images for "
@@ -208,7 +210,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _in_place(source: Path) -> Iterator[_Range]:
+def _in_place(source: Path, *, one_class: bool) -> Iterator[_Range]:
     if source.is_file():
         yield from _in_archive(source, start=0, class_name=None)
         return
@@ -224,11 +226,11 @@ def _in_place(source: Path) -> Iterator[_Range]:
                     yield _file(path, class_name=entry.name, name=name)
         else:
             continue
-        if loose:
+        if loose and not one_class:
             raise UnreadableSourceError(
                 f"{source} holds the image {loose[0].name!r} beside the class {entry.name!r}, so "
-                "its class is unclear. Put it into a class folder, or take all for one class by "
-                "giving a folder that holds nothing but images."
+                "its class is unclear. Put it into a class folder, or take all images for one "
+                "class by --one-class."
             )
     for path in loose:
         yield _file(path, class_name=source.resolve().name, name=path.name)

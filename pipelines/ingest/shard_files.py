@@ -166,6 +166,13 @@ def _write(part: P, work: Path, *, filler: ShardFiller[P]) -> FinishedShard:
     return finished
 
 
+def discard_incomplete(work: Path) -> None:
+    """Have the next start write those shards again that left samples out."""
+    for record in work.glob("*.record"):
+        if _read(record).filled.skipped:
+            record.unlink()
+
+
 def discard_records(work: Path) -> None:
     """Remove what only an unfinished ingest needs."""
     for path in (*work.glob("*.record"), *work.glob("*.draft"), work / _PLAN):

@@ -1,11 +1,9 @@
 """DALI on a GPU: the same views and bands as the reference, and memory that nobody overwrites."""
 
-import io
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models.pyramid import merge, split
 from pipelines.batch import Cursor
@@ -27,8 +25,8 @@ pytestmark = [
 ]
 
 GPU = "cuda:0"
-# nvJPEG and libjpeg round their cosine transforms differently: one grey level is 0.0078.
-ONE_LEVEL = 2 / 255
+# What a processor decodes, to a hundredth of a grey level on average (ADR 15).
+SAME = 0.01 * 2 / 255
 EXACT_KINDS = [data for kind, data in pictures.GOOD.items() if "PNG" in kind]
 
 
@@ -50,23 +48,14 @@ def test_views_and_bands_are_those_of_the_reference(channels: int, size: int, cr
             torch.testing.assert_close(band, other, rtol=0, atol=2e-5)
 
 
-def test_jpegs_differ_from_the_reference_by_rounding_alone() -> None:
-    jpegs = [pictures.jpeg(40 + 8 * n, 60, seed=n, subsampling=0) for n in range(8)]
+def test_jpegs_are_decoded_as_by_a_processor() -> None:
+    """Also those whose chroma has half the resolution."""
+    jpegs = [data for kind, data in pictures.GOOD.items() if "JPEG" in kind]
+    for subsampling in (0, 2):
+        jpegs += [pictures.jpeg(40 + 8 * n, 60, seed=n, subsampling=subsampling) for n in range(8)]
     gpu, reference = DaliDecoder(config(32), device=GPU), PillowDecoder(config(32), device=GPU)
     error = (merge(gpu(jpegs)) - merge(reference(jpegs))).abs()
-    assert error.mean() < ONE_LEVEL / 2
-    assert error.max() < 4 * ONE_LEVEL
-
-
-def test_subsampled_chroma_keeps_its_brightness() -> None:
-    """Chroma at half the resolution is filled in another way; the brightness stays."""
-    jpegs = [data for kind, data in pictures.GOOD.items() if "JPEG" in kind]
-    jpegs += [pictures.jpeg(40 + 8 * n, 60, seed=n, subsampling=2) for n in range(8)]
-    gpu, reference = DaliDecoder(config(32), device=GPU), PillowDecoder(config(32), device=GPU)
-    error = merge(gpu(jpegs)) - merge(reference(jpegs))
-    luma = (error * error.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
-    assert luma.abs().mean() < 2 * ONE_LEVEL
-    assert error.abs().mean() < 4 * ONE_LEVEL
+    assert error.mean() < SAME
 
 
 def test_a_jpeg_does_not_depend_on_its_neighbours() -> None:
@@ -81,19 +70,24 @@ def test_a_jpeg_does_not_depend_on_its_neighbours() -> None:
 
 def test_large_photographs_come_out_right() -> None:
     photo = pictures.photo(4000, 5000)
-    data = pictures.encode(photo, "JPEG", quality=95, subsampling=0)
+    data = pictures.encode(photo, "JPEG", quality=95)
     gpu, reference = DaliDecoder(config(256), device=GPU), PillowDecoder(config(256), device=GPU)
     error = (merge(gpu([data])) - merge(reference([data]))).abs()
-    assert error.max() < 2 * ONE_LEVEL
+    assert error.mean() < SAME
 
 
-def test_bands_are_exactly_those_of_the_models() -> None:
-    images = [pictures.png(64, 64, seed=seed) for seed in range(4)]
-    decode = DecodeConfig(image_size=64, scales=3, decode_threads=2)
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in images])
-    whole = torch.from_numpy(pixels).cuda().permute(0, 3, 1, 2).float() / 127.5 - 1
-    for band, other in zip(DaliDecoder(decode, device=GPU)(images), split(whole, 3), strict=True):
-        torch.testing.assert_close(band, other, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("scales", [2, 3])
+@pytest.mark.parametrize(("size", "source"), [(64, 64), (32, 70)])
+def test_the_split_of_a_decoded_image_is_the_models(scales: int, size: int, source: int) -> None:
+    images = [pictures.png(source, source, seed=seed) for seed in range(4)]
+
+    def decode(scales: int) -> tuple[torch.Tensor, ...]:
+        chosen = DecodeConfig(image_size=size, scales=scales, decode_threads=2)
+        return DaliDecoder(chosen, device=GPU)(images)
+
+    (whole,) = decode(1)
+    for band, other in zip(decode(scales), split(whole, scales), strict=True):
+        assert torch.equal(band, other)
 
 
 def test_neighbours_in_the_batch_change_nothing() -> None:

@@ -1,1 +1,1 @@
-"""Encode the images of a dataset once, so that training reads latents."""
+"""Encode the images of a dataset once, or take in latents, so that training reads latents."""

@@ -1,16 +1,21 @@
-"""The command `python -m pipelines.ingest.latents`, which encodes images once and for all."""
+"""The command `python -m pipelines.ingest.latents`: images are encoded once, or latents taken in."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from pipelines.errors import IngestSettingError, MissingDatasetError
+from pipelines.ingest.latents.arrays.layout import ArrayLayout
+from pipelines.ingest.latents.arrays.listing import list_arrays
+from pipelines.ingest.latents.arrays.plan import ArrayPlan, ArraysConfig, ArraySource, split_apart
 from pipelines.ingest.latents.encode import EncodeConfig, LatentPlan
 from pipelines.ingest.latents.encoder import Encoder
+from pipelines.ingest.latents.options import parse_options
+from pipelines.ingest.listing import read_class_names
 from pipelines.ingest.write import has_dataset
 from pipelines.shards import ShardsConfig
 from trainer import places
@@ -22,19 +27,6 @@ from trainer.mistakes import is_users_mistake
 
 _REFUSED = 2
 _SPLITS = ("train", "test")
-_DESCRIPTION = """\
-Encode the images of a dataset with an autoencoder, so that training reads latents.
-
-  python -m pipelines.ingest.latents s3://bucket/imagenet s3://bucket/imagenet-latents \\
-      --autoencoder zelaki/eq-vae --image-size 256 --precision bf16
-
-For each image, and for its mirror image, the means and standard deviations that the encoder gives
-are stored, from which training draws a latent anew each time. Run the same command again after an
-interruption: finished shards are kept. The run that reads the latents is started with
-
-  data.space=latent data.prefix=PREFIX data.image_size=SIZE/FACTOR data.channels=CHANNELS codec=...
-
-An S3 endpoint other than AWS is named by the environment variable S3_ENDPOINT_URL."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 2 refused.
     """
-    options = _parser().parse_args(arguments)
     try:
-        _run(options, _say)
+        options = parse_options(None if arguments is None else list(arguments))
+        cache = places.cache_folder(None)
+        if options.cache is not None:
+            cache = options.cache.expanduser().resolve()
+        plans = _array_plans(options, cache) if options.arrays else _image_plans(options, cache)
+        # All places have been looked at before the first takes hours.
+        for place, plan in plans.items():
+            plan.carry_out(partial(_tell, place))
     except (ValueError, CheckpointError) as error:
         if not is_users_mistake(error) and not isinstance(error, CheckpointError):
             raise
@@ -56,79 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    default = EncodeConfig(image_size=1, shards=ShardsConfig())
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest.latents",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", help="prefix of the images, above their splits")
-    parser.add_argument("prefix", help="local folder or s3:// URL; the splits are added")
-    parser.add_argument(
-        "--autoencoder",
-        required=True,
-        help="AutoencoderKL of diffusers: a folder, an s3:// prefix or a name on the hub",
-    )
-    parser.add_argument("--image-size", type=int, required=True, help="pixels, along each side")
-    parser.add_argument(
-        "--splits", help="such as train,test; default: those of train and test that the source has"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="what the encoder computes in (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float16", "float32"),
-        default=default.dtype,
-        help="what is stored (%(default)s)",
-    )
-    parser.add_argument("--no-flips", action="store_true", help="leave mirror images out")
-    parser.add_argument(
-        "--devices", help="such as cuda:0,cuda:1; default: every GPU, or the cpu without one"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        help="processes, dealt to the devices in turn, of one thread each on the cpu; default: one "
-        "for each device",
-    )
-    parser.add_argument(
-        "--batch", type=int, default=default.batch, help="images encoded at a time (%(default)s)"
-    )
-    parser.add_argument(
-        "--decoder", choices=("dali", "pillow"), default=default.decoder, help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--shard-mib", type=int, default=default.shard_bytes >> 20, help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--max-skipped-share",
-        type=float,
-        default=default.max_skipped_share,
-        help="share of the images that may be undecodable (%(default)s)",
-    )
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        default=default.work_dir,
-        help="for unfinished shards of a remote dataset (%(default)s)",
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        help="for fetched shards and autoencoders; default: cache in $LAPFLOW_HOME or ~/lapflow",
-    )
-    return parser
-
-
-def _run(options: argparse.Namespace, note: Callable[[str], None]) -> None:
-    cache = places.cache_folder(None)
-    if options.cache is not None:
-        cache = options.cache.expanduser().resolve()
+def _image_plans(options: argparse.Namespace, cache: Path) -> dict[str, LatentPlan]:
+    """Plan to encode images, for the place of each split."""
     config = EncodeConfig(
         image_size=options.image_size,
         dtype=options.dtype,
@@ -144,17 +71,45 @@ def _run(options: argparse.Namespace, note: Callable[[str], None]) -> None:
     source, prefix = options.source.rstrip("/"), options.prefix.rstrip("/")
     splits = _splits(options.splits, source=source)
     encoder = _encoder(options, cache=cache)
-    # All places are looked at before the first takes hours.
-    plans = [
-        LatentPlan(f"{source}/{split}", f"{prefix}/{split}", encoder=encoder, config=config)
+    return {
+        f"{prefix}/{split}": LatentPlan(
+            f"{source}/{split}", f"{prefix}/{split}", encoder=encoder, config=config
+        )
         for split in splits
-    ]
-    for split, plan in zip(splits, plans, strict=True):
-        plan.carry_out(partial(_tell, note, f"{prefix}/{split}"))
+    }
 
 
-def _tell(note: Callable[[str], None], place: str, text: str) -> None:
-    note(f"{place}: {text}")
+def _array_plans(options: argparse.Namespace, cache: Path) -> dict[str, ArrayPlan]:
+    """Plan to take in arrays, for the place of each split."""
+    encoder = _encoder(options, cache=cache)
+    config = ArraysConfig(
+        layout=ArrayLayout(
+            holds=options.arrays,
+            views=options.views,
+            channels=encoder.channels,
+            scale=encoder.scale if options.scaled else 1.0,
+            shift=encoder.shift if options.scaled else 0.0,
+        ),
+        dtype=options.dtype,
+        hold_out=options.hold_out,
+        seed=options.seed,
+        workers=ArraysConfig.workers if options.workers is None else options.workers,
+        shard_bytes=options.shard_mib << 20,
+        max_skipped_share=options.max_skipped_share,
+        work_dir=options.work_dir,
+    )
+    folder = Path(options.source).expanduser().resolve()
+    classes = read_class_names(options.classes) if options.classes else None
+    listing = list_arrays(folder, classes=classes)
+    prefix = options.prefix.rstrip("/")
+    return {
+        f"{prefix}/{split}": ArrayPlan(
+            ArraySource(folder=str(folder), listing=part, encoder=encoder),
+            f"{prefix}/{split}",
+            config=config,
+        )
+        for split, part in split_apart(listing, split=options.split, config=config).items()
+    }
 
 
 def _splits(wanted: str | None, *, source: str) -> tuple[str, ...]:
@@ -209,8 +164,8 @@ def _encoder(options: argparse.Namespace, *, cache: Path) -> Encoder:
     )
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+def _tell(place: str, text: str) -> None:
+    sys.stdout.write(f"{place}: {text}\n")
     sys.stdout.flush()
 
 

@@ -2,23 +2,21 @@
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipelines.decode import DecoderName
-from pipelines.errors import EmptyDatasetError, IngestSettingError
-from pipelines.ingest.about import ABOUT_NAME, About, read_about
+from pipelines.errors import IngestSettingError
+from pipelines.ingest.about import read_about
 from pipelines.ingest.build import build, is_complete, refuse_too_many
-from pipelines.ingest.latents.band_sums import merged
+from pipelines.ingest.latents.documents import Origin
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.ingest.latents.shards import LatentPart, OpenLatentFiller, cut
 from pipelines.ingest.progress import Progress
 from pipelines.ingest.shard_files import FinishedShard, write_shards
 from pipelines.latent_format import LatentFormat
-from pipelines.latent_record import RECORD_NAME, LatentRecord
 from pipelines.shards import ShardedDataset, ShardsConfig
 
 _RECIPE = 1  # counts up when the same settings come to give other latents
@@ -150,11 +148,21 @@ class LatentPlan:
             DataError: The source cannot be read, or the prefix not be written.
         """
         config = self._config
+        origin = Origin(
+            plan=self._digest,
+            source=self._source,
+            source_sha256=self._source_sha256,
+            count=self._count,
+            classes=self._classes,
+            encoder=self._encoder,
+            precision=self._encoder.precision,
+            format=self._format,
+        )
         build(
             self._prefix,
             plan=self._digest,
             shards=lambda work: self._shards(work, note),
-            documents=self._documents,
+            documents=origin.documents,
             work_dir=config.work_dir,
             note=note,
         )
@@ -203,40 +211,6 @@ class LatentPlan:
             # Encoding takes hours, so it does not wait until the end.
             refuse_too_many(skipped, images=self._count, max_skipped_share=config.max_skipped_share)
             yield shard
-
-    def _documents(self, finished: Sequence[FinishedShard]) -> Mapping[str, object]:
-        noted = [shard.filled.noted for shard in finished]
-        skipped = tuple(place for part in noted for place in part["skipped"])
-        if len(skipped) == self._count:
-            raise EmptyDatasetError(f"None of the images at {self._source} can be decoded.")
-        counts: Counter[int] = Counter()
-        for part in noted:
-            counts.update(dict(part["labels"]))
-        about = About(
-            plan=self._digest,
-            classes=self._classes,
-            images_per_class=tuple(counts[label] for label in range(len(self._classes))) or None,
-            skipped=tuple(image for shard in finished for image in shard.filled.skipped),
-        )
-        encoder = self._encoder
-        record = LatentRecord(
-            autoencoder=encoder.place,
-            autoencoder_sha256=encoder.sha256,
-            encode_precision=encoder.precision,
-            factor=encoder.factor,
-            channels=encoder.channels,
-            scale=encoder.scale,
-            shift=encoder.shift,
-            image_size=self._config.image_size,
-            views=self._format.views,
-            dtype=self._format.dtype,
-            source=self._source,
-            source_sha256=self._source_sha256,
-            samples=self._count - len(skipped),
-            skipped=skipped,
-            bands=merged(part["sums"] for part in noted),
-        )
-        return {ABOUT_NAME: asdict(about), RECORD_NAME: record.as_json()}
 
 
 def _images(part: LatentPart) -> int:

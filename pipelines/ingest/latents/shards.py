@@ -4,10 +4,9 @@ A part is encoded in batches that depend on nothing but the part, and on a CPU b
 which process of a machine encodes it, and after how many interruptions, changes no bit of it.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.dataset import RawSample
-from pipelines.decode import DecodeConfig, DecoderName, make_decoder
+from pipelines.decode import DecodeConfig, DecoderName, decode_threads, make_decoder
 from pipelines.errors import BadLatentError, IngestSettingError, UndecodableImageError
 from pipelines.index import LABEL_COLUMN
 from pipelines.ingest.latents.band_sums import BandSums
@@ -25,8 +24,6 @@ from pipelines.ingest.shard_files import Filled, WriteSample
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
 from pipelines.sample_key import SampleKey
 from pipelines.shards import ShardedDataset, ShardsConfig
-
-_MOST_THREADS = 8  # more bring nothing to a GPU's decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +92,17 @@ class LatentFiller:
     """
 
     def __init__(self, settings: OpenLatentFiller, *, device: str) -> None:
-        threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // len(settings.devices)))
+        threads = decode_threads(len(settings.devices))
         if device == "cpu":
             # Sums over several threads end in other bits than those of one.
             threads = 1
             torch.set_num_threads(threads)
         self._settings = settings
         self._device = device
-        self._images = ShardedDataset(settings.source, config=settings.shards)
+        # Images are read one after the other.
+        self._images = ShardedDataset(
+            settings.source, config=replace(settings.shards, open_files=1)
+        )
         self._decode = make_decoder(
             settings.decoder,
             DecodeConfig(

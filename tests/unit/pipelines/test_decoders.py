@@ -1,6 +1,7 @@
 """DALI, the Pillow reference and the models' pyramid are one contract."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,18 +205,31 @@ def test_all_bad_images_of_a_batch_are_named() -> None:
         assert raised.value.indices == (0, 2, 4)
 
 
-def test_failures_that_are_not_the_images_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    dali = DaliDecoder(config(), device="cpu")
-    calls = iter([True])
+class Failing:
+    """A pipeline that is out of memory a number of times."""
 
-    def fail_once(images: object) -> tuple[torch.Tensor, ...]:
-        if next(calls, False):
+    def __init__(self, times: int, real: Any) -> None:
+        self.times = times
+        self.real = real
+
+    def run(self, **inputs: object) -> object:
+        self.times -= 1
+        if self.times >= 0:
             raise RuntimeError("out of memory")
-        return ()
+        return self.real.run(**inputs)
 
-    monkeypatch.setattr(dali, "_run", fail_once)
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_failures_that_are_not_the_images_pass_through(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    dali = DaliDecoder(config(), device="cpu")
+    images = [pictures.png(seed=1), pictures.png(seed=2)]
+    dali(images)
+    failing = Failing(times, dali._pipelines.get(lambda: [], kind=False, batch=2))
+    monkeypatch.setattr(dali._pipelines, "get", lambda *_, **__: failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        dali([pictures.png()])
+        dali(images)
 
 
 def test_impossible_settings_are_refused() -> None:

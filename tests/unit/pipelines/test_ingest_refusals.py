@@ -1,5 +1,6 @@
 """What the ingest refuses before it writes: settings, class lists and places it cannot use."""
 
+import errno
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from pipelines.errors import BadDataError
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.build import refuse_too_many
+from pipelines.ingest.listing import ListedImage
+from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
 
 
@@ -98,3 +101,39 @@ def test_a_share_means_what_is_written() -> None:
     refuse_too_many(skipped[:29], images=100, max_skipped_share=0.29)
     with pytest.raises(BadDataError, match="30 of 100 images"):
         refuse_too_many(skipped, images=100, max_skipped_share=0.29)
+
+
+def test_images_that_are_repaired_after_a_refusal_are_read_again(tmp_path: Path) -> None:
+    """Also if the names and sizes of the files, by which a start knows an earlier one, stay."""
+    whole = [pictures.jpeg(20, 24, seed=seed) for seed in range(6)]
+    for number, data in enumerate(whole):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(data if number else bytes(len(data)))
+    words = ["image-folder", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    assert main(words) == 2
+    (tmp_path / "in" / "0.jpg").write_bytes(whole[0])
+    assert main(words) == 0
+    dataset = ShardedDataset(str(tmp_path / "out" / "train"))
+    assert sorted(dataset.read(n).data for n in range(len(dataset))) == sorted(whole)
+
+
+def test_an_image_that_is_there_and_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(200):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(pictures.jpeg(8, 8, seed=number))
+    words = ["image-folder", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    read = ListedImage.read
+    faults = iter([OSError(errno.EIO, "Input/output error")])
+
+    def read_from_a_bad_disk(image: ListedImage) -> bytes:
+        if image.name == "7.jpg" and (fault := next(faults, None)):
+            raise fault
+        return read(image)
+
+    monkeypatch.setattr(ListedImage, "read", read_from_a_bad_disk)
+    assert main(words) == 2
+    assert "7.jpg cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().err
+    assert main(words) == 0
+    assert len(ShardedDataset(str(tmp_path / "out" / "train"))) == 200

@@ -69,7 +69,7 @@ def test_a_record_that_is_not_there(tmp_path: Path) -> None:
         ({"views": 3}, "views"),
         ({"dtype": "float64"}, "dtype"),
         ({"source": 5}, "source"),
-        ({"source_sha256": None}, "source_sha256"),
+        ({"source_sha256": ""}, "source_sha256"),
         ({"samples": -1}, "samples"),
         ({"samples": 1 << 40}, "samples"),
         ({"skipped": "none"}, "list of ids"),

@@ -35,9 +35,10 @@ def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
 def test_folders_need_not_mean_classes(tmp_path: Path) -> None:
     place(tmp_path / "all", "2024/june/1.jpg", "2024/2.jpg", "2025/1.jpg", "2025/3.jpg")
     assert list_images(tmp_path / "all").classes == ("2024", "2025")
+    place(tmp_path / "all", "stray.png")
     out = tmp_path / "out"
-    command = ["image-folder", str(tmp_path / "all"), str(out), "--one-class", "--hold-out", "0.25"]
+    command = ["image-folder", str(tmp_path / "all"), str(out), "--one-class", "--hold-out", "0.2"]
     assert main([*command, "--workers", "1"]) == 0
     splits = [ShardedDataset(str(out / split)) for split in ("train", "test")]
-    assert [len(split) for split in splits] == [3, 1]
+    assert [len(split) for split in splits] == [4, 1]
     assert {split.read(n).label for split in splits for n in range(len(split))} == {0}

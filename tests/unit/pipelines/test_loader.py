@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -296,3 +297,31 @@ def test_synthetic_images_are_a_function_of_their_arguments() -> None:
     assert one.read(7).label == 3
     with pytest.raises(IndexError, match="no sample 25"):
         one.read(25)
+
+
+class StoreAway(SyntheticImages):
+    """Images from a store that does not answer any more after the first few shards."""
+
+    def __init__(self) -> None:
+        super().__init__(images=IMAGES, image_size=8, shard_images=10)
+        self.asked = 0
+        self.back = threading.Event()
+
+    def prepare(self, sample_ids: NDArray[np.int64]) -> None:
+        self.asked += 1
+        if self.asked > 2:
+            self.back.wait(60)
+
+
+def test_closing_waits_for_nobody_but_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is told to stop writes its last checkpoint after that."""
+    monkeypatch.setattr("pipelines.prefetch._JOIN_S", 1.0)
+    dataset = StoreAway()
+    batches = loader(dataset).batches(Cursor())
+    next(batches)
+    while dataset.asked < 3:
+        time.sleep(0.01)
+    began = time.monotonic()
+    batches.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began < 1.8
+    dataset.back.set()

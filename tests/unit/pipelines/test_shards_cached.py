@@ -15,6 +15,7 @@ import pytest
 
 from pipelines.errors import (
     CacheUnusableError,
+    CorruptShardError,
     MissingShardError,
 )
 from pipelines.ingest.write import LabelledImage, write_dataset
@@ -251,3 +252,62 @@ def test_a_reader_killed_amid_a_download_blocks_nobody(
     assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)
     assert time.monotonic() - started_s < 10
     assert not list((tmp_path / "cache").rglob(".partial/*"))
+
+
+def test_what_the_cache_has_dropped_is_fetched_ahead_again(prefix: Path, tmp_path: Path) -> None:
+    """And not by the thread that reads, one shard after the other."""
+    dataset = cached(prefix, tmp_path / "cache")
+    everything = np.arange(len(dataset))
+    dataset.prepare(everything)
+    dropped = shards_in(tmp_path / "cache")[1:]
+    for shard in dropped:
+        shard.unlink()
+    dataset.prepare(everything)
+    assert all(shard.exists() for shard in dropped)
+
+
+def test_a_shard_that_is_found_in_the_cache_counts_as_used(prefix: Path, tmp_path: Path) -> None:
+    """So that a run which goes on does not lose first what it is about to read."""
+    cached(prefix, tmp_path / "cache").prepare(np.arange(48))
+    for shard in shards_in(tmp_path / "cache"):
+        os.utime(shard, (1000, 1000))
+    again = cached(prefix, tmp_path / "cache")
+    again.prepare(np.arange(2))
+    used, *others = shards_in(tmp_path / "cache")
+    assert used.stat().st_mtime > 1000
+    assert all(shard.stat().st_mtime == 1000 for shard in others)
+
+
+@pytest.mark.parametrize("kept", [0, 2, 6, 400])
+def test_a_shard_cut_short_after_it_was_checked(prefix: Path, tmp_path: Path, kept: int) -> None:
+    """Each sample is given as it was written, or not at all."""
+    whole = read_all(ShardedDataset(str(prefix)))
+    dataset = cached(prefix, tmp_path / "cache", open_files=1)
+    dataset.prepare(np.arange(len(dataset)))
+    shard = shards_in(tmp_path / "cache")[0]
+    os.truncate(shard, kept)
+    refused = 0
+    for sample_id in range(dataset.shard_sizes[0]):
+        try:
+            sample = dataset.read(sample_id)
+        except CorruptShardError:
+            refused += 1
+        else:
+            assert (sample.data, sample.label, sample_id) == whole[sample_id]
+    assert refused == 1  # then it was fetched again
+    assert read_all(dataset) == whole
+
+
+def test_a_cache_in_which_nothing_stays(
+    prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = cached(prefix, tmp_path / "cache")
+    keep = dataset._cache.keep
+
+    def keep_and_lose(name: str, *, fetched: Path) -> None:
+        keep(name, fetched=fetched)
+        (tmp_path / "cache").joinpath(dataset._cache.folder, name).unlink()
+
+    monkeypatch.setattr(dataset._cache, "keep", keep_and_lose)
+    with pytest.raises(CacheUnusableError, match=r"vanishes from the cache.*cache_limit_gib"):
+        dataset.read(0)

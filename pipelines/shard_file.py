@@ -7,6 +7,7 @@ decoding on a GPU; here a file stays open. It is read and not mapped, because a 
 somebody cuts short kills the process.
 """
 
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.index import LABEL_COLUMN, Shard
+from pipelines.torchvision_cpu import ensure_torchvision
 
 
 class MalformedSampleError(Exception):
@@ -73,3 +75,27 @@ class ShardFile:
                 f"its values take {value} bytes and it has {len(sample)} of {end - begin}"
             )
         return payload, label
+
+
+def file_problem(path: Path, shard: Shard) -> str | None:
+    """Say how a file differs from what the index says of it, or None if it does not.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    ensure_torchvision()
+    from streaming.base.hashing import get_hash
+
+    size = path.stat().st_size
+    if size != shard.size_bytes:
+        return f"is {size} bytes long instead of {shard.size_bytes}"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if get_hash(shard.hash_name, content) != shard.hash_value:
+            return f"does not have the {shard.hash_name} hash in the index"
+        # A count, then one offset for each sample and one for the end.
+        head_bytes = 4 * (shard.samples + 2)
+        table = np.frombuffer(content[:head_bytes], dtype="<u4").astype(np.int64)
+    offsets = np.concatenate([[head_bytes], table[1:], [shard.size_bytes]])
+    if table[0] != shard.samples or np.any(np.diff(offsets) < 0):
+        return "does not hold the table of samples that the format asks for"
+    return None

@@ -7,7 +7,6 @@ sample comes when is the business of `pipelines.order`; here every failure raise
 
 import hashlib
 import logging
-import mmap
 import os
 from bisect import bisect_right
 from collections import deque
@@ -26,9 +25,8 @@ from pipelines.dataset import RawSample
 from pipelines.errors import CacheUnusableError, CorruptShardError, DataError, MissingShardError
 from pipelines.index import IMAGE_COLUMN, Shard, parse_index
 from pipelines.latent_format import MOMENTS_COLUMN
-from pipelines.shard_file import MalformedSampleError, ShardFile
+from pipelines.shard_file import MalformedSampleError, ShardFile, file_problem
 from pipelines.source import Source, SourceConfig
-from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +234,7 @@ class ShardedDataset:
         if self._cache is None:
             if not path.is_file():
                 raise self._missing(shard)
-            if problem := _problem(path, shard):
+            if problem := file_problem(path, shard):
                 raise self._corrupt(shard, problem)
             return
         if self._cached_problem(path, shard) is None:
@@ -255,7 +253,7 @@ class ShardedDataset:
         """Say why a shard must be fetched; else note that it is in use."""
         assert self._cache is not None
         try:
-            problem = _problem(path, shard)
+            problem = file_problem(path, shard)
         except FileNotFoundError:  # not there, or trimmed while it was looked at
             return "is not there"
         if problem is None:
@@ -271,7 +269,7 @@ class ShardedDataset:
                 self._source.fetch(shard.name, fetched)
             except FileNotFoundError as error:
                 raise self._missing(shard) from error
-            problem = _problem(fetched, shard)
+            problem = file_problem(fetched, shard)
             if problem is None:
                 self._cache.keep(shard.name, fetched=fetched)
                 return
@@ -290,23 +288,3 @@ class ShardedDataset:
             f"Shard {shard.name} of {self._source.prefix} {problem}. Restore the file from where "
             "the dataset was made, or write the dataset again."
         )
-
-
-def _problem(path: Path, shard: Shard) -> str | None:
-    """Say how a file differs from what the index says of it, or None if it does not."""
-    ensure_torchvision()
-    from streaming.base.hashing import get_hash
-
-    size = path.stat().st_size
-    if size != shard.size_bytes:
-        return f"is {size} bytes long instead of {shard.size_bytes}"
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if get_hash(shard.hash_name, content) != shard.hash_value:
-            return f"does not have the {shard.hash_name} hash in the index"
-        # A count, then one offset for each sample and one for the end.
-        head_bytes = 4 * (shard.samples + 2)
-        table = np.frombuffer(content[:head_bytes], dtype="<u4").astype(np.int64)
-    offsets = np.concatenate([[head_bytes], table[1:], [shard.size_bytes]])
-    if table[0] != shard.samples or np.any(np.diff(offsets) < 0):
-        return "does not hold the table of samples that the format asks for"
-    return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines.errors import BadDataError, EmptyDatasetError, OccupiedPrefixError
 from pipelines.index import INDEX_NAME
 from pipelines.ingest.about import read_about
-from pipelines.ingest.shard_files import FinishedShard, discard_incomplete, discard_records
+from pipelines.ingest.shard_files import FinishedShard, discard_records
 from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied
 from pipelines.source import Source, SourceConfig
 
@@ -107,17 +107,12 @@ def _write(
 ) -> Sequence[str]:
     """Write everything into the work folder; return the names of the documents."""
     finished = []
-    try:
-        for shard in shards(work):
-            if upload and shard.entry:
-                _upload_once(upload, work, shard.entry["raw_data"]["basename"])
-            finished.append(shard)
-        finished.sort(key=lambda shard: shard.number)
-        contents = documents(finished)
-    except BadDataError:
-        # What was left out may be repaired before the next start.
-        discard_incomplete(work)
-        raise
+    for shard in shards(work):
+        if upload and shard.entry:
+            _upload_once(upload, work, shard.entry["raw_data"]["basename"])
+        finished.append(shard)
+    finished.sort(key=lambda shard: shard.number)
+    contents = documents(finished)
     entries = [shard.entry for shard in finished if shard.entry]
     if not entries:
         raise EmptyDatasetError("None of the images can be decoded.")

@@ -116,6 +116,7 @@ def _carry_out(plan: _Plan, *, config: IngestConfig, note: Callable[[str], None]
                 plan=plan.digest,
                 open_filler=OpenImageFiller(config.resize),
                 workers=config.workers,
+                retry_skipped=True,
             )
         )
 

@@ -86,6 +86,7 @@ def write_shards(
     plan: str,
     open_filler: Callable[[int], ShardFiller[P]],
     workers: int,
+    retry_skipped: bool = False,
 ) -> Iterator[FinishedShard]:
     """Write every part that is not recorded yet; give each shard as soon as it is finished.
 
@@ -95,6 +96,7 @@ def write_shards(
         plan: Digest of all that decides the shards.
         open_filler: Makes the filler of a process, given the process's number; it is pickled.
         workers: Processes.
+        retry_skipped: Write those shards again that left samples out, which may have been repaired.
 
     Raises:
         BrokenIngestError: A process died.
@@ -107,8 +109,9 @@ def write_shards(
     missing = []
     for part in parts:
         record = _record(work, part.number)
-        if record.is_file():
-            yield _read(record)
+        kept = _read(record) if record.is_file() else None
+        if kept and not (retry_skipped and kept.filled.skipped):
+            yield kept
         else:
             missing.append(part)
     workers = min(workers, len(missing))
@@ -164,13 +167,6 @@ def _write(part: P, work: Path, *, filler: ShardFiller[P]) -> FinishedShard:
     draft.replace(record)
     shutil.rmtree(scratch)
     return finished
-
-
-def discard_incomplete(work: Path) -> None:
-    """Have the next start write those shards again that left samples out."""
-    for record in work.glob("*.record"):
-        if _read(record).filled.skipped:
-            record.unlink()
 
 
 def discard_records(work: Path) -> None:

@@ -1,6 +1,5 @@
 """DALI on a GPU: the same views and bands as the reference, and memory that nobody overwrites."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -202,6 +202,7 @@ def test_each_epoch_shows_every_sample_once_as_it_would_be_shown_alone(
             assert torch.equal(band[place], own[0])
 
 
+@pytest.mark.slow
 @FEW
 @given(data=st.data(), worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)), depths=DEPTHS)
 def test_a_resumed_run_sees_the_tail_on_any_number_of_ranks(
@@ -233,6 +234,7 @@ def test_a_resumed_run_sees_the_tail_on_any_number_of_ranks(
     assert_same(resumed, undisturbed[done:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["dali", "pillow"])
 def test_a_run_may_stop_after_any_step(decoder: DecoderName, tmp_path: Path) -> None:
     """Two streams of unequal weight, bad images, a lost shard, flips, random crops; all at once."""

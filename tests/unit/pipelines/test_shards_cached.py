@@ -79,10 +79,10 @@ def test_each_shard_is_hashed_once(prefix: Path, monkeypatch: pytest.MonkeyPatch
     import pipelines.shards
 
     checked = []
-    problem = pipelines.shards._problem
+    problem = pipelines.shards.file_problem
     monkeypatch.setattr(
         pipelines.shards,
-        "_problem",
+        "file_problem",
         lambda path, shard: (checked.append(shard.name), problem(path, shard))[1],
     )
     dataset = ShardedDataset(str(prefix))

@@ -226,8 +226,7 @@ def open_images(job: JobConfig, split: str) -> Split:
 
     Raises:
         DataError: If they, or the record of the latents, are missing, damaged or out of reach.
-        ConfigError: If the latents were made of other images than are there, or nobody knows of
-            which and the settings name none.
+        ConfigError: If the latents were made of other images than are there, or of unknown ones.
     """
     if job.data.space == "pixel":
         return open_split(job, split)
@@ -239,10 +238,9 @@ def open_images(job: JobConfig, split: str) -> Split:
             prefix = f"{moved.rstrip('/')}/{split}"
         elif record.source_sha256 is None:
             raise ConfigError(
-                f"the latents at {latents}/{split} were computed by another program (from "
-                f"{record.source}), so nobody knows the images that samples are to be compared "
-                "with; set data.images_prefix to the prefix above the splits of a data set of "
-                "images of the same classes"
+                f"nobody knows the images of the latents at {latents}/{split}, which were taken "
+                f"from arrays at {record.source}, and samples are compared with images; set "
+                "data.images_prefix to the prefix above the splits of images of the same classes"
             )
         try:
             images = ShardedDataset(prefix, config=_shards(job))

@@ -131,14 +131,19 @@ def _upload_once(upload: Upload, work: Path, name: str) -> None:
 
 
 def refuse_too_many(
-    skipped: Sequence[tuple[str, str]], *, images: int, max_skipped_share: float
+    skipped: Sequence[tuple[str, str]],
+    *,
+    images: int,
+    max_skipped_share: float,
+    fault: str = "images cannot be decoded",
 ) -> None:
     """Stop an ingest that leaves out too much.
 
     Args:
-        skipped: Name and reason of each image that cannot be decoded.
+        skipped: Name and reason of each image that is left out.
         images: How many there are in all.
         max_skipped_share: Share of them that may be left out.
+        fault: What is wrong with those, in words.
 
     Raises:
         BadDataError: There are more.
@@ -146,7 +151,7 @@ def refuse_too_many(
     if len(skipped) > Decimal(str(max_skipped_share)) * images:  # 0.29 of 100 are 29, not 28.99…
         name, reason = skipped[0]
         raise BadDataError(
-            f"{len(skipped)} of {images} images cannot be decoded, more than "
+            f"{len(skipped)} of {images} {fault}, more than "
             f"max_skipped_share={max_skipped_share}; the first is {name} ({reason}). Remove or "
             "repair them, or raise --max-skipped-share."
         )

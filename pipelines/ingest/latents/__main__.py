@@ -1,4 +1,4 @@
-"""The command `python -m pipelines.ingest.latents`: images are encoded once, or latents taken in."""
+"""The command `python -m pipelines.ingest.latents`: encodes images once, or takes in latents."""
 
 import argparse
 import sys

@@ -162,6 +162,7 @@ def fresh() -> Iterator[Any]:
         yield lambda: Path(tempfile.mkdtemp(dir=root))
 
 
+@pytest.mark.slow
 @FEW
 @given(data=st.data(), world=st.integers(1, 5), slice_images=st.integers(1, 6), depths=DEPTHS)
 def test_each_epoch_shows_every_sample_once_as_it_would_be_shown_alone(

@@ -54,6 +54,7 @@ def test_the_command_prints_a_table_and_writes_its_rows(
         assert min(timed) > 0
 
 
+@pytest.mark.slow
 def test_the_utilisation_is_that_of_the_stated_formula(tmp_path):
     file = tmp_path / "out.json"
     asked = [*TINY_MODEL, "--batch", "6", "--compile", "off", "--peak-tflops", "0.5"]

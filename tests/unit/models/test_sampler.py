@@ -125,6 +125,7 @@ def test_an_image_by_dopri5_is_the_same_alone_and_in_any_batch() -> None:
     assert not torch.equal(together.images, whole.images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [None, (0.15, 0.6)])
 def test_every_solver_finds_the_same_samples(interval: tuple[float, float] | None) -> None:
     flow = Flow(FlowConfig(scales=3))

@@ -161,6 +161,7 @@ def test_digits_are_written_once(
     digits.ensure_digits(str(copy))
 
 
+@pytest.mark.slow
 def test_light_modules_do_not_load_heavy_packages() -> None:
     """`streaming` and DALI take seconds to import; settings must not."""
     script = (

@@ -159,6 +159,7 @@ def test_one_pixel_fills_the_image(name: str, kind: str) -> None:
 QUALITY: dict[str, dict[str, object]] = {"PNG": {}, "JPEG": {"quality": 100, "subsampling": 0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_twenty_megapixels(name: str) -> None:
     """Red rises from left to right, green from top to bottom: a mean is the value in the middle."""

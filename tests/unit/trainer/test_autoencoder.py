@@ -106,6 +106,7 @@ def test_the_digest_follows_the_content_and_not_the_place(saved, copied, tmp_pat
     assert digest(saved_autoencoder(tmp_path / "other", seed=1)) != first
 
 
+@pytest.mark.slow
 def test_an_s3_prefix_is_fetched_once_and_anew_when_it_changes(saved, tmp_path, s3, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)

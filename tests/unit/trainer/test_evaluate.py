@@ -84,6 +84,7 @@ def test_inception_without_its_file_says_what_to_do(tmp_path):
         check_features(FeatureConfig(name="inception", inception_weights=missing))
 
 
+@pytest.mark.slow
 def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch):
     from pipelines.torchvision_cpu import ensure_torchvision
 

@@ -199,6 +199,7 @@ def test_what_is_measured_is_read_and_not_measured_again(place, tmp_path):
     assert CheckpointReport.from_json(report.to_json()) == report
 
 
+@pytest.mark.slow
 def test_the_figures_do_not_depend_on_the_batch(place, tmp_path):
     places = [tmp_path / name for name in ("whole", "parts")]
     whole, parts = (

@@ -323,5 +323,5 @@ def test_closing_waits_for_nobody_but_a_download(monkeypatch: pytest.MonkeyPatch
         time.sleep(0.01)
     began = time.monotonic()
     batches.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - began < 1.8
+    assert time.monotonic() - began < 2.5  # one wait of 1 s, and not one for each of three threads
     dataset.back.set()

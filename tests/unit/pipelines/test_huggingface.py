@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from pipelines.ingest.__main__ import main
@@ -14,8 +15,6 @@ from pipelines.ingest.image_folder import IngestConfig, ingest
 from pipelines.ingest.listing import UnreadableSourceError
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
-
-datasets = pytest.importorskip("datasets")
 
 NAMES = ["ant", "bee", "cow"]
 IMAGES = [pictures.png(9, 7, seed=seed) for seed in range(12)]

@@ -8,8 +8,17 @@ from cluster.contract import ClusterConfig, ClusterTooSmall
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """What one node offers."""
+    """What one node offers.
 
+    Attributes:
+        id: Names it among the nodes of a cluster.
+        address: Names it to a reader.
+        cpus: Cores, all of them or those that are free.
+        gpus: GPUs, likewise.
+    """
+
+    id: str
+    address: str
     cpus: float
     gpus: float
 

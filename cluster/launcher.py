@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 
 from cluster.contract import ClusterConfig, Message, Outcome, Payload, Worker
+from cluster.seating import require_whole_groups
 
 
 def run(
@@ -13,6 +14,7 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
+    kept_together: int = 1,
 ) -> Outcome:
     """Runs `worker(context, payload)` on `config.workers` processes and waits for all of them.
 
@@ -25,6 +27,8 @@ def run(
         stop: Set it (from a signal handler, say) to ask the workers to stop; they learn of it
             within 0.3 s and end when they choose to. An exception that a signal handler raises
             here, such as KeyboardInterrupt, ends the workers at once.
+        kept_together: How many consecutive ranks (0 to g-1, g to 2g-1, …) always share a node; it
+            divides `config.workers`.
 
     Returns:
         How the run ended.
@@ -32,13 +36,19 @@ def run(
     Raises:
         WorkerRefused: A worker raised a ValueError; the message is its own.
         WorkerFailed: A worker died or raised, and the budget of restarts is spent.
-        ClusterTooSmall: The workers do not fit on the cluster.
+        ClusterConfigError: The workers are no whole number of groups of `kept_together`.
+        ClusterTooSmall: The workers, or the groups of them that share a node, do not fit on the
+            cluster.
         ClusterUnavailable: The cluster cannot be reached or was lost.
     """
+    require_whole_groups(config.workers, kept_together)
     if config.backend == "local":
+        # One machine: everything shares a node.
         from cluster import local
 
         return local.run(config, worker, payload, on_message=on_message, stop=stop)
     from cluster import ray_train
 
-    return ray_train.run(config, worker, payload, on_message=on_message, stop=stop)
+    return ray_train.run(
+        config, worker, payload, on_message=on_message, stop=stop, kept_together=kept_together
+    )

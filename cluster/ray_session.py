@@ -20,7 +20,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -35,11 +34,10 @@ from ray._private.utils import read_ray_address
 
 from cluster.capacity import Node, resources
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailable
+from cluster.ray_nodes import answers, live_nodes
 
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Ray's shared memory here: it only carries the worker function and messages."""
-
-_ANSWER_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +82,7 @@ def session(config: ClusterConfig) -> Iterator[Session]:
         with _signal_handlers_kept():
             private = _connect(config, scratch)
         daemons = [child for child in psutil.Process().children() if child not in children]
-        yield Session(private=private, nodes=_nodes(), scratch=scratch)
+        yield Session(private=private, nodes=live_nodes(), scratch=scratch)
     except Exception as error:
         keep = private and not isinstance(error, ValueError)
         raise
@@ -121,7 +119,7 @@ def _connect(config: ClusterConfig, scratch: Path) -> bool:
         _start(config, scratch)
     else:
         _join(address, found=config.address == "auto")
-    nodes = _nodes()
+    nodes = live_nodes()
     _log.info(
         "%s: %d node(s), %s (%.1f s).",
         "Started a private Ray cluster" if address is None else f"Joined the Ray cluster {address}",
@@ -149,25 +147,15 @@ def address_to_join(config: ClusterConfig) -> str | None:
     if address:
         return None if address == "local" else address
     left: str | None = read_ray_address()
-    if left and not _answers(left):
+    if left and not answers(left):
         _log.warning("The cluster that `ray start` left at %s does not answer; ignoring it.", left)
         return None
     return left
 
 
-def _answers(address: str) -> bool:
-    """Whether anything listens there. Ray itself would go on trying for many minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=_ANSWER_TIMEOUT_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _join(address: str, *, found: bool) -> None:
     try:
-        if not _answers(address):
+        if not answers(address):
             raise ConnectionError("nothing answers there.")
         # Without an address Ray itself reads the environment and then what `ray start` left, and
         # only then takes up a token by itself.
@@ -207,14 +195,6 @@ def _start(config: ClusterConfig, scratch: Path) -> None:
         ) from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = reachable
-
-
-def _nodes() -> tuple[Node, ...]:
-    return tuple(
-        Node(cpus=node["Resources"].get("CPU", 0), gpus=node["Resources"].get("GPU", 0))
-        for node in ray.nodes()
-        if node["Alive"]
-    )
 
 
 @contextlib.contextmanager

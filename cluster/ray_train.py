@@ -24,10 +24,13 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from cluster.capacity import gpus_per_worker, require_room, resources
 from cluster.contract import ClusterConfig, ClusterTooSmall, Message, Outcome, Payload, Worker
 from cluster.ray_mailbox import Mailbox, open_mailbox
+from cluster.ray_nodes import free_nodes
 from cluster.ray_rendezvous import RendezvousConfig
+from cluster.ray_seating import Seating, unpinned
 from cluster.ray_session import Session, session
 from cluster.ray_watch import TICK_S, TIDY_UP_S, Fit, Watch
 from cluster.ray_worker import work
+from cluster.seating import Party, seat
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
+    kept_together: int,
 ) -> Outcome:
     """Runs the worker on `config.workers` Ray Train workers; see `cluster.launcher.run`."""
     with (
@@ -48,11 +52,19 @@ def run(
     ):
         gpus = gpus_per_worker(config, connected.nodes)
         require_room(config, connected.nodes, gpus=gpus)
-        if not _wait_for_room(config, gpus, stop):
+        party = Party(
+            workers=config.workers,
+            kept_together=kept_together,
+            cpus=config.cpus_per_worker,
+            gpus=gpus,
+        )
+        # Only to refuse groups that even the idle cluster could not hold: each start seats anew.
+        seat(party, connected.nodes)
+        if not _wait_for_room(config, party, stop):
             return Outcome(status="stopped")
         mailbox = open_mailbox()
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
-        fit = Fit(_trainer(config, loop, gpus=gpus, scratch=connected.scratch))
+        fit = Fit(_trainer(config, party, loop, scratch=connected.scratch))
         fit.start()
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
         at_last.callback(fit.join, TIDY_UP_S)
@@ -69,18 +81,24 @@ def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> C
 
 
 def _trainer(
-    config: ClusterConfig, loop: Callable[[], None], *, gpus: int, scratch: Path
+    config: ClusterConfig, party: Party, loop: Callable[[], None], *, scratch: Path
 ) -> DataParallelTrainer:
     per_worker: dict[str, float] = {"CPU": config.cpus_per_worker}
-    if gpus:
-        per_worker["GPU"] = gpus
+    if party.gpus:
+        per_worker["GPU"] = party.gpus
+    # Workers of which each may be anywhere are left to Ray.
+    pinned = party.kept_together > 1
+    seating = Seating(party, timeout_s=config.start_timeout_s)
     return DataParallelTrainer(
         loop,
         backend_config=RendezvousConfig(
-            gpu=gpus > 0, threads=config.cpus_per_worker, timeout_s=config.start_timeout_s
+            gpu=party.gpus > 0, threads=config.cpus_per_worker, timeout_s=config.start_timeout_s
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=per_worker
+            num_workers=config.workers,
+            use_gpu=party.gpus > 0,
+            resources_per_worker=per_worker,
+            label_selector=unpinned(config.workers) if pinned else None,
         ),
         run_config=ray.train.RunConfig(
             name="train",
@@ -88,20 +106,26 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
+            callbacks=[seating] if pinned else None,
         ),
     )
 
 
-def _wait_for_room(config: ClusterConfig, gpus: int, stop: threading.Event) -> bool:
+def _wait_for_room(config: ClusterConfig, party: Party, stop: threading.Event) -> bool:
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
-    cpus, gpus = config.workers * config.cpus_per_worker, config.workers * gpus
+    cpus, gpus = party.workers * party.cpus, party.workers * party.gpus
     deadline = time.monotonic() + config.start_timeout_s
     waiting = False
     while not stop.is_set():
         free = ray.available_resources()
-        if free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus:
-            return True
+        enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
         now = f"{resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
+        if party.kept_together > 1:
+            groups = party.groups_that_fit(*free_nodes())
+            enough = groups >= party.groups
+            now += f", in which {groups} of {party.groups} groups that share a node fit"
+        if enough:
+            return True
         if time.monotonic() > deadline:
             raise ClusterTooSmall(
                 f"The workers need {resources(cpus, gpus)}, and after {config.start_timeout_s:g} s "

@@ -1,4 +1,7 @@
-"""A real Ray cluster of one node, started by the `ray` command as an operator would."""
+"""A real Ray cluster of one or more nodes, started by the `ray` command as an operator would.
+
+All nodes are on this machine, each at a loopback address of its own.
+"""
 
 import os
 import shutil
@@ -7,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socket import create_server
@@ -26,11 +29,13 @@ class RayCluster:
         address: For `ray.init` and `ClusterConfig.address`.
         dashboard: For `ray job submit --address`.
         environment: What a process needs to speak to it.
+        nodes: The command that runs each node, by the node's address; the head node first.
     """
 
     address: str
     dashboard: str
     environment: dict[str, str]
+    nodes: dict[str, subprocess.Popen[bytes]]
 
     def job(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Runs `ray job <arguments>` against the cluster and returns what it printed."""
@@ -43,10 +48,19 @@ class RayCluster:
             check=False,
         )
 
+    def lose(self, node: str) -> None:
+        """Kills all processes of the node at that address at once, as a power cut would."""
+        _kill(self.nodes[node].pid)
+
 
 @contextmanager
-def ray_cluster(*, cpus: int = 2) -> Iterator[RayCluster]:
-    """Starts a head node with `cpus` CPUs and a dashboard, and ends it after the block."""
+def ray_cluster(*, cpus: int = 2, more_cpus: Sequence[int] = ()) -> Iterator[RayCluster]:
+    """Starts a cluster and ends it after the block.
+
+    Args:
+        cpus: CPUs of the head node, which has a dashboard.
+        more_cpus: CPUs of each further node.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="ray-"))
     port, dashboard_port = _free_port(), _free_port()
     environment = {
@@ -57,30 +71,48 @@ def ray_cluster(*, cpus: int = 2) -> Iterator[RayCluster]:
         # Time for a last checkpoint between the SIGTERM and the SIGKILL of `ray job stop`.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
-    with (scratch / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            [
-                *(_ray(), "start", "--head", "--block", "--disable-usage-stats"),
-                *("--node-ip-address", HOST, "--port", str(port), "--num-cpus", str(cpus)),
-                *("--include-dashboard", "true", "--dashboard-host", HOST),
-                *("--dashboard-port", str(dashboard_port), "--temp-dir", str(scratch / "ray")),
-                *("--object-store-memory", str(200 * 2**20)),
-            ],
-            env=os.environ | environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _wait_until_up(head, scratch / "head.log")
+    head = (
+        *("--head", "--port", str(port), "--include-dashboard", "true"),
+        *("--dashboard-host", HOST, "--dashboard-port", str(dashboard_port)),
+        *("--temp-dir", str(scratch / "ray")),
+    )
+    hosts = [HOST] + [f"127.0.0.{3 + index}" for index in range(len(more_cpus))]
+    nodes: dict[str, subprocess.Popen[bytes]] = {}
+    with ExitStack() as at_last:
+        at_last.callback(shutil.rmtree, scratch, ignore_errors=True)
+        for host, count in zip(hosts, (cpus, *more_cpus), strict=True):
+            role = ("--address", f"{HOST}:{port}") if nodes else head
+            log = scratch / f"{host}.log"
+            nodes[host] = _start(
+                (*role, "--node-ip-address", host, "--num-cpus", str(count)),
+                environment=environment,
+                log=log,
+            )
+            at_last.callback(_end, nodes[host])
+            # One by one: nodes that start on one machine at once take each other's names.
+            _wait_until_up(nodes[host], log)
         yield RayCluster(
             address=f"{HOST}:{port}",
             dashboard=f"http://{HOST}:{dashboard_port}",
             environment=environment,
+            nodes=nodes,
         )
-    finally:
-        _end(head)
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start(
+    arguments: tuple[str, ...], *, environment: dict[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [
+                *(_ray(), "start", "--block", "--disable-usage-stats", *arguments),
+                *("--object-store-memory", str(200 * 2**20)),
+            ],
+            env=os.environ | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _ray() -> str:
@@ -93,23 +125,27 @@ def _free_port() -> int:
     return port
 
 
-def _wait_until_up(head: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_up(node: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while "Ray runtime started" not in log.read_text():
-        if head.poll() is not None or time.monotonic() > deadline:
+        if node.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"`ray start` failed:\n{log.read_text()}")
         time.sleep(0.2)
 
 
-def _end(head: subprocess.Popen[bytes]) -> None:
-    """Ends the node, whose processes all belong to the session that the command leads."""
-    head.send_signal(signal.SIGTERM)
+def _end(node: subprocess.Popen[bytes]) -> None:
+    node.send_signal(signal.SIGTERM)
     try:
-        head.wait(timeout=3)
+        node.wait(timeout=3)
     except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    for process in _session(head.pid):
+        node.kill()
+        node.wait()
+    _kill(node.pid)
+
+
+def _kill(leader: int) -> None:
+    """Kills a node, whose processes all belong to the session that the command leads."""
+    for process in _session(leader):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 

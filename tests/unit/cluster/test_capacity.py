@@ -3,7 +3,10 @@ import pytest
 from cluster.capacity import Node, gpus_per_worker, require_room, workers_that_fit
 from cluster.contract import ClusterConfig, ClusterTooSmall
 
-SMALL, LARGE, GPU = Node(cpus=3, gpus=0), Node(cpus=8, gpus=0), Node(cpus=8, gpus=4)
+SMALL, LARGE, GPU = (
+    Node(id=name, address=name, cpus=cpus, gpus=gpus)
+    for name, cpus, gpus in (("small", 3, 0), ("large", 8, 0), ("gpu", 8, 4))
+)
 
 
 @pytest.mark.parametrize(

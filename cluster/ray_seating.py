@@ -1,0 +1,75 @@
+"""How ranks that must share a node get to share it on Ray: each worker is pinned to its node.
+
+Ray Train makes one placement group of all workers and numbers them by the order of its bundles,
+node after node. `cluster.seating` gives each bundle a node in the same order, so its ranks are Ray
+Train's. The seats are decided anew whenever the workers are started: a node may have been lost.
+"""
+
+import time
+from typing import Any
+
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from cluster.contract import ClusterTooSmall
+from cluster.ray_nodes import free_nodes
+from cluster.seating import Party, require_seated_together, seat
+
+_NODE_ID = "ray.io/node-id"
+"""A label that Ray gives every node."""
+_LOOK_S = 0.5
+"""How often it looks whether there is room yet."""
+
+
+def unpinned(workers: int) -> list[dict[str, str]]:
+    """The label selectors of `ScalingConfig` that `Seating` fills in."""
+    return [{} for _ in range(workers)]
+
+
+class Seating(WorkerGroupCallback):  # type: ignore[misc]
+    """Pins the workers before each start, and checks their numbers after it.
+
+    Runs in Ray Train's controller.
+
+    Args:
+        party: The workers.
+        timeout_s: How long a start waits for room.
+    """
+
+    def __init__(self, party: Party, *, timeout_s: float) -> None:
+        self._party = party
+        self._timeout_s = timeout_s
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Decides the seats, once there is room, and writes them into the bundles' selectors.
+
+        Raises:
+            WorkerGroupStartupFailedError: There was no room in time; Ray Train may try again.
+        """
+        # These copies were made for this start, and the placement group is made from them next.
+        selectors = worker_group_context.label_selector
+        for selector, node in zip(selectors, self._seats(), strict=True):
+            selector[_NODE_ID] = node
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Checks that Ray Train numbered the workers as they were seated.
+
+        Raises:
+            RuntimeError: It did not.
+        """
+        # In the order of ranks.
+        nodes = [worker.metadata.node_id for worker in worker_group.get_workers()]
+        require_seated_together(nodes, self._party.kept_together)
+
+    def _seats(self) -> tuple[str, ...]:
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return seat(self._party, free_nodes())
+            except ClusterTooSmall as error:
+                # What the workers of the last attempt held becomes free only gradually.
+                if time.monotonic() > deadline:
+                    raise WorkerGroupStartupFailedError(
+                        f"After {self._timeout_s:g} s there is no room. {error}"
+                    ) from error
+            time.sleep(_LOOK_S)

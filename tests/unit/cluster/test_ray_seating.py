@@ -1,0 +1,52 @@
+from types import SimpleNamespace
+
+import pytest
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+from cluster import ray_seating
+from cluster.capacity import Node
+from cluster.ray_seating import Seating, unpinned
+from cluster.seating import Party
+
+PARTY = Party(workers=4, kept_together=2, cpus=1, gpus=0)
+
+
+def node(name, cpus):
+    return Node(id=name, address=name, cpus=cpus, gpus=0)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """What is found free at each look, the last of it from then on."""
+    looks = []
+    monkeypatch.setattr(ray_seating, "_LOOK_S", 0.01)
+    monkeypatch.setattr(
+        ray_seating, "free_nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0]
+    )
+    return looks
+
+
+def pins(seating):
+    context = SimpleNamespace(label_selector=unpinned(PARTY.workers))
+    seating.before_worker_group_start(context)
+    return [selector["ray.io/node-id"] for selector in context.label_selector]
+
+
+def test_each_start_waits_for_room_and_decides_anew(free):
+    seating = Seating(PARTY, timeout_s=60)
+    free += [[node("a", 3)], [node("a", 3), node("b", 3)], [node("c", 1)], [node("c", 4)]]
+    assert pins(seating) == ["a", "a", "b", "b"]
+    assert pins(seating) == ["c"] * 4
+
+
+def test_a_start_without_room_fails_in_a_way_that_ray_train_tries_again(free):
+    free += [[node("a", 3), node("b", 1)]]
+    with pytest.raises(WorkerGroupStartupFailedError, match=r"After 0.1 s .* room for 1 \(a has 3"):
+        pins(Seating(PARTY, timeout_s=0.1))
+
+
+def test_other_numbers_than_were_decided_are_an_error():
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in "abba"]
+    group = SimpleNamespace(get_workers=lambda: workers)
+    with pytest.raises(RuntimeError, match="Ranks 0 to 1 must share a node, but run on a, b"):
+        Seating(PARTY, timeout_s=1).after_worker_group_start(group)

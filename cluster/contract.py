@@ -8,8 +8,10 @@ payload is plain data.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
+
+from cluster.hardware import HardwareConfig
 
 Message: TypeAlias = dict[str, Any]
 Payload: TypeAlias = dict[str, Any]
@@ -44,6 +46,7 @@ class ClusterConfig:
         start_timeout_s: How long to wait for free resources, and for all workers to meet.
         scratch_dir: Parent of the run's temporary directory (Ray's sessions and logs); None is the
             system's. Keep it short: Ray puts sockets there, whose paths may have 107 characters.
+        hardware: What the nodes are made of, to plan with.
     """
 
     backend: Literal["ray", "local"] = "ray"
@@ -54,6 +57,7 @@ class ClusterConfig:
     max_failures: int = 3
     start_timeout_s: float = 120.0
     scratch_dir: str | None = None
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
         if self.backend not in ("ray", "local"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from models.cost import ModelShape, average_multiply_adds, multiply_adds, parameters
-from models.memory import state_bytes
+from cluster.prediction import rank_memory
+from models.cost import average_multiply_adds, multiply_adds, parameters
+from trainer.placing import model_shape, resolve_placement, workload, zero_stage
 from trainer.schema import JobConfig, micro_batch
-from trainer.space import flow_shape
 
 
 def cost_table(job: JobConfig) -> str:
@@ -19,27 +17,10 @@ def cost_table(job: JobConfig) -> str:
     Returns:
         Lines for a terminal.
     """
-    images = flow_shape(job.data, job.codec)
-    shape = ModelShape.of(
-        job.model,
-        scales=job.flow.scales,
-        channels=images.channels,
-        image_size=images.size,
-        classes=images.classes,
-    )
+    shape = model_shape(job)
     count = parameters(shape)
     average = average_multiply_adds(shape, critical_times=job.flow.critical_times)
-    stage: Literal[0, 1, 2] = 0
-    if job.engine.kind == "zero":
-        stage = 2 if job.engine.zero_stage == 2 else 1
-    memory = state_bytes(
-        shape,
-        zero_stage=stage,
-        world_size=job.cluster.workers,
-        precision=job.engine.precision,
-        images_per_rank=micro_batch(job),
-        stratified=job.flow.stage_choice == "stratified",
-    )
+    memory = rank_memory(workload(job), resolve_placement(job), zero_stage=zero_stage(job))
     share = job.train.global_batch // job.cluster.workers
     updates = -(-job.train.total_images // job.train.global_batch)
     rows = [
@@ -65,7 +46,9 @@ def cost_table(job: JobConfig) -> str:
         ("  optimizer and fp32 master", _gib(memory.optimizer)),
         ("  EMA", _gib(memory.ema)),
         ("  activations (estimate)", _gib(memory.activations)),
+        ("  buffers of collectives", _gib(memory.buffers)),
         ("  total", _gib(memory.total)),
+        *([("  in host memory", _gib(memory.host))] if memory.host else []),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)

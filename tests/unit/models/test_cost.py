@@ -17,8 +17,7 @@ from models.cost import (
     parameters,
     training_multiply_adds,
 )
-from models.memory import activation_elements, state_bytes
-from models.transformer.config import AttentionKind, Ties, TransformerConfig
+from models.transformer.config import Ties, TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from models.transformer.presets import PRESETS, preset
 
@@ -167,80 +166,3 @@ def test_questions_without_an_answer_are_refused() -> None:
         attention_pairs(shape, active=0)
     with pytest.raises(CostError, match="give 1 times"):
         average_multiply_adds(shape, critical_times=(0.6, 0.3))
-    with pytest.raises(CostError, match="zero_stage=4"):
-        state_bytes(shape, zero_stage=4, world_size=1, precision="bf16")
-    with pytest.raises(CostError, match="precision='fp8'"):
-        state_bytes(shape, zero_stage=0, world_size=1, precision="fp8")
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision", "whole", "split"),
-    [
-        # bytes for each parameter: held whole by every rank; split over the ranks
-        (0, "fp32", 4 + 4 + 8 + 4, 0),
-        (0, "bf16", 2 + 2 + 12 + 4, 0),
-        (1, "bf16", 2 + 2, 12 + 4),
-        (2, "bf16", 2, 2 + 12 + 4),
-        (3, "bf16", 0, 2 + 2 + 12 + 4),
-        (2, "fp32", 4, 4 + 12 + 4),
-    ],
-)
-def test_zero_splits_what_its_stage_says(
-    stage: int, precision: str, whole: int, split: int
-) -> None:
-    shape = latent_shape("S", 2)
-    count = parameters(shape).total
-    got = state_bytes(shape, zero_stage=stage, world_size=8, precision=precision)
-    assert got.activations == 0
-    assert got.total == pytest.approx(count * (whole + split / 8), abs=64)
-
-
-@pytest.mark.parametrize("attention", ["causal", "full", "own_scale"])
-@pytest.mark.parametrize("scales", [1, 2, 3])
-def test_activation_estimate_is_near_what_autograd_keeps(
-    scales: int, attention: AttentionKind
-) -> None:
-    config = TransformerConfig(depth=3, width=64, heads=2, attention=attention)
-    sizes = {"scales": scales, "channels": 4, "image_size": 32, "classes": 10}
-    model = LapFlowTransformer(config, **sizes)
-    shape = ModelShape.of(config, **sizes)
-    images = 6
-    measured = kept_bytes(model, [images * (k + 1) // scales for k in reversed(range(scales))])
-    estimate = state_bytes(
-        shape, zero_stage=0, world_size=1, precision="fp32", images_per_rank=images
-    ).activations
-    assert estimate == pytest.approx(measured, rel=0.02)
-
-    at_finest = kept_bytes(model, [images] * scales)
-    assert 4 * images * activation_elements(shape) == pytest.approx(at_finest, rel=0.02)
-    peak = state_bytes(
-        shape,
-        zero_stage=0,
-        world_size=1,
-        precision="fp32",
-        images_per_rank=images,
-        stratified=False,
-    )
-    assert peak.activations == 4 * images * activation_elements(shape)
-
-
-def kept_bytes(model: LapFlowTransformer, batches: list[int]) -> int:
-    """Bytes that autograd keeps for a batch whose scales hold so many images, coarse to fine."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    states = tuple(
-        torch.randn(batch, 4, 32 >> k, 32 >> k)
-        for batch, k in zip(batches, reversed(range(len(batches))), strict=True)
-    )
-    labels = torch.zeros(batches[0], dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = model(states, torch.rand(batches[0]), labels)
-    assert len(outputs) == len(batches)
-    return sum(storage.nbytes() for storage in kept.values())

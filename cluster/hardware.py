@@ -1,0 +1,46 @@
+"""The GPUs of a cluster and what connects them, as the planner needs to know them."""
+
+from dataclasses import dataclass
+
+
+class HardwareError(ValueError):
+    """A figure of the hardware that cannot be, with the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What the cluster is made of; figures to plan with, not settings of anything.
+
+    Rates are what a job achieves, not what a data sheet promises, in 10^9 bytes or 10^12 FLOPs per
+    second, and one way. The defaults are those of an A100 of 80 GB, at 40 % of its dense bf16 peak
+    of 312 TFLOP/s and 80 % of its links, except for memory, which is never guessed.
+
+    Attributes:
+        gpus_per_node: GPUs of a node; None is one node with as many as there are workers.
+        gpu_memory_gib: Memory of a GPU in GiB, as its driver shows it; None if it is not known.
+        matmul_tflops: Matrix products of a GPU in the precision of training.
+        node_link_gb_per_s: From a GPU to the others of its node.
+        network_gb_per_s: From a node to others, divided by its GPUs.
+        host_link_gb_per_s: From a GPU to the memory of its node.
+        host_memory_gib: Memory of a node, for offloaded optimizer state; None if it is not known.
+
+    Raises:
+        HardwareError: A figure is not positive.
+    """
+
+    gpus_per_node: int | None = None
+    gpu_memory_gib: float | None = None
+    matmul_tflops: float = 125.0
+    node_link_gb_per_s: float = 240.0
+    network_gb_per_s: float = 20.0
+    host_link_gb_per_s: float = 25.0
+    host_memory_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise HardwareError(f"hardware.{name} is {value!r}; it must be positive.")
+
+    def ranks_per_node(self, workers: int) -> int:
+        """How many consecutive ranks are on one node."""
+        return workers if self.gpus_per_node is None else min(workers, self.gpus_per_node)

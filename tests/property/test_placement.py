@@ -1,0 +1,157 @@
+"""Laws of placements: what sharding can and cannot save, and what is chosen."""
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.hardware import HardwareConfig
+from cluster.placement import Placement, expert_group, shard_holders
+from cluster.planner import candidates, fastest
+from cluster.prediction import rank_memory
+from cluster.workload import KINDS, ScaleLoad, Workload, exchange_bytes
+
+QUICK = settings(max_examples=60, deadline=None)
+STAGES = st.integers(0, 3)
+DEPTH, WIDTH = 4, 64
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> ScaleLoad:
+    tokens, images = draw(st.integers(1, 256)), draw(st.integers(1, 32))
+    matrices = draw(st.integers(1, 10**6)) * 64
+    return ScaleLoad(
+        parameters=matrices + DEPTH * WIDTH,
+        undivided=DEPTH * WIDTH,
+        last_projection=0,
+        tokens=tokens,
+        patches=tokens,
+        images=images,
+        most_images=images,
+        multiply_adds=tokens * matrices,
+        expert_multiply_adds=tokens * matrices // 2,
+        activations=tokens * DEPTH * 20 * WIDTH,
+        block_activations=tokens * 20 * WIDTH,
+        recomputed=draw(st.booleans()),
+    )
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> Workload:
+    return Workload(
+        scales=tuple(draw(st.lists(loads(), min_size=1, max_size=3))),
+        shared_parameters=draw(st.integers(0, 10**6)),
+        width=WIDTH,
+        hidden=4 * WIDTH,
+        depth=DEPTH,
+        patch_elements=draw(st.sampled_from([3, 4, 12, 16])),
+        world_size=draw(st.sampled_from([8, 16, 64])),
+        images=32,
+        passes=draw(st.integers(1, 4)),
+        element_bytes=draw(st.sampled_from([2, 4])),
+        offload=draw(st.booleans()),
+        bucket_elements=1000,
+        reduces_in_backward=draw(st.sampled_from([None, False, True])),
+    )
+
+
+@st.composite
+def placed(draw: st.DrawFn) -> tuple[Workload, Placement]:
+    work = draw(workloads())
+    ranks = st.sampled_from([1, 2, 4, 8])
+    return work, Placement(tuple(draw(ranks) for _ in work.scales))
+
+
+@st.composite
+def nodes(draw: st.DrawFn) -> HardwareConfig:
+    return HardwareConfig(
+        gpus_per_node=8,
+        gpu_memory_gib=draw(st.floats(0.01, 4)),
+        matmul_tflops=draw(st.floats(1, 1000)),
+        node_link_gb_per_s=draw(st.floats(1, 1000)),
+        network_gb_per_s=draw(st.floats(1, 100)),
+    )
+
+
+@QUICK
+@given(placed(), STAGES)
+def test_sharding_never_adds_weights_or_gradients(
+    case: tuple[Workload, Placement], stage: int
+) -> None:
+    work, placement = case
+    whole = rank_memory(work, Placement((1,) * len(work.scales)), zero_stage=stage)
+    got = rank_memory(work, placement, zero_stage=stage)
+    # Each flat buffer is rounded up once.
+    slack = work.element_bytes * len(work.scales)
+    assert got.weights <= whole.weights + slack
+    assert got.gradients <= whole.gradients + slack
+    assert got.activations >= whole.activations
+
+
+@QUICK
+@given(placed(), st.integers(1, 3))
+def test_the_optimizer_state_of_all_ranks_is_that_of_the_model(
+    case: tuple[Workload, Placement], stage: int
+) -> None:
+    work, placement = case
+    got = rank_memory(work, placement, zero_stage=stage)
+    count = work.shared_parameters + sum(load.parameters for load in work.scales)
+    state = work.world_size * (got.host if work.offload else got.optimizer + got.ema)
+    slack = 16 * work.world_size * (1 + len(work.scales))
+    assert 16 * count <= state <= 16 * count + slack
+
+
+@QUICK
+@given(placed())
+def test_a_group_of_one_is_no_group(case: tuple[Workload, Placement]) -> None:
+    work, placement = case
+    count = work.shared_parameters + sum(load.parameters for load in work.scales)
+    assert work.shards(Placement((1,) * len(work.scales))) == [(count, 1)]
+    held = work.shards(placement)
+    assert sum(weights * ranks for weights, ranks in held) >= count
+    sent = exchange_bytes(work, placement, images=[1] * len(work.scales))
+    assert (sum(sent.values()) == 0) == (not placement.sharded)
+    assert set(sent) == set(KINDS)
+
+
+@QUICK
+@given(placed(), st.integers(1, 9))
+def test_exchange_grows_with_the_images(case: tuple[Workload, Placement], times: int) -> None:
+    work, placement = case
+    one = exchange_bytes(work, placement, images=[1] * len(work.scales))
+    many = exchange_bytes(work, placement, images=[times] * len(work.scales))
+    assert many == {kind: times * sent for kind, sent in one.items()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(workloads(), nodes(), st.floats(1, 100))
+def test_the_choice_fits_and_more_memory_never_makes_it_slower(
+    work: Workload, node: HardwareConfig, factor: float
+) -> None:
+    assert node.gpu_memory_gib is not None
+    found = candidates(work, node)
+    best = fastest(found)
+    larger = replace(node, gpu_memory_gib=factor * node.gpu_memory_gib)
+    better = fastest(candidates(work, larger))
+    if best is None:
+        assert not any(one.fits for one in found)
+        return
+    assert best.fits
+    assert best.memory.total <= node.gpu_memory_gib * 2**30
+    assert all(best.time.total <= one.time.total for one in found if one.fits)
+    assert better is not None
+    assert better.time.total <= best.time.total
+
+
+@QUICK
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 6), st.data())
+def test_groups_and_holders_are_a_grid_of_all_ranks(
+    ranks: int, groups: int, data: st.DataObject
+) -> None:
+    world_size = ranks * groups
+    rank = data.draw(st.integers(0, world_size - 1))
+    group, holders = expert_group(rank, ranks), shard_holders(rank, ranks, world_size)
+    assert set(group) & set(holders) == {rank}
+    assert (len(group), len(holders)) == (ranks, groups)
+    every = [r for holder in holders for r in expert_group(holder, ranks)]
+    assert sorted(every) == list(range(world_size))

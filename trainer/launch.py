@@ -9,7 +9,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
@@ -19,6 +20,7 @@ from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import composed, members
 from trainer.data import with_classes
 from trainer.mistakes import is_users_mistake
+from trainer.placing import resolve_placement
 from trainer.schema import JobConfig, to_dict
 from trainer.validate import validate
 
@@ -106,20 +108,27 @@ def _launch(job: JobConfig) -> int:
         _say(table)
         return 0
 
-    stop, received = _stop_on_signals()
-    try:
-        outcome = run(
-            job.cluster, train_worker, to_dict(job), on_message=console.message, stop=stop
-        )
-    except (WorkerFailed, ClusterUnavailable) as error:
-        _say(f"error: {error}", to=sys.stderr)
-        if console.last_checkpoint:
-            _say(f"run the same command again to continue from {console.last_checkpoint}")
-        return _REFUSED if isinstance(error, ValueError) and not console.begun else _FAILED
-    if outcome.status == "stopped" and not console.finished:
-        console.note(f"stopped; run the same command again to continue {console.last_checkpoint}")
-        return 128 + (received[0] if received else signal.SIGINT)
-    table = summary(job, seconds=time.monotonic() - began)
+    with _stop_on_signals() as (stop, received):
+        try:
+            outcome = run(
+                job.cluster,
+                train_worker,
+                to_dict(job),
+                on_message=console.message,
+                stop=stop,
+                kept_together=resolve_placement(job).unit,
+            )
+        except (WorkerFailed, ClusterUnavailable) as error:
+            _say(f"error: {error}", to=sys.stderr)
+            if console.last_checkpoint:
+                _say(f"run the same command again to continue from {console.last_checkpoint}")
+            return _REFUSED if isinstance(error, ValueError) and not console.begun else _FAILED
+        if outcome.status == "stopped" and not console.finished:
+            console.note(
+                f"stopped; run the same command again to continue {console.last_checkpoint}"
+            )
+            return 128 + (received[0] if received else signal.SIGINT)
+        table = summary(job, seconds=time.monotonic() - began)
     if table is None:
         _say("error: the run ended without a report; run the same command again", to=sys.stderr)
         return _FAILED
@@ -127,8 +136,14 @@ def _launch(job: JobConfig) -> int:
     return 0
 
 
-def _stop_on_signals() -> tuple[threading.Event, list[int]]:
-    """Turn the first SIGINT or SIGTERM into a stop request and the second into an interrupt."""
+@contextmanager
+def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
+    """Turn the first SIGINT or SIGTERM into a stop request and the second into an interrupt.
+
+    Yields:
+        The request, and the number of the signal once there was one. After the block the signals
+        do what they did before.
+    """
     stop = threading.Event()
     received: list[int] = []
 
@@ -139,9 +154,12 @@ def _stop_on_signals() -> tuple[threading.Event, list[int]]:
         _say("stopping after a final checkpoint; once more ends at once")
         stop.set()
 
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return stop, received
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop, received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

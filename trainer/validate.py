@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.engine.zero_config import zero_config
+from trainer.placing import resolve_placement
 from trainer.schema import ConfigError, JobConfig, micro_batch
 from trainer.space import encodes, flow_shape
 
@@ -20,16 +21,7 @@ def validate(job: JobConfig) -> None:
     _check_data(job)
     _check_codec(job)
     _check_shapes(job)
-    if job.engine.kind == "zero" and job.engine.zero_stage not in (1, 2):
-        raise ConfigError(
-            f"engine.zero_stage={job.engine.zero_stage} is not available; use 1 (optimizer state "
-            "sharded) or 2 (gradients too)"
-        )
-    if job.engine.kind == "plain" and job.engine.precision != "fp32":
-        raise ConfigError(
-            f"engine.precision={job.engine.precision} needs engine.kind=zero; the plain engine is "
-            "the fp32 reference"
-        )
+    _check_engine(job)
     if job.data.prepare == "digits" and (job.data.image_size, job.data.channels) != (8, 1):
         raise ConfigError(
             f"data.prepare=digits makes grey images of 8 x 8 pixels, but data.image_size="
@@ -42,6 +34,36 @@ def validate(job: JobConfig) -> None:
             f"eval.sampler.guidance_scale={job.eval.sampler.guidance_scale} needs a null label, "
             "which train.label_dropout=0 never trains; set train.label_dropout=0.1 or "
             "eval.sampler.guidance_scale=1"
+        )
+
+
+def _check_engine(job: JobConfig) -> None:
+    engine = job.engine
+    if engine.kind == "zero" and engine.zero_stage not in (1, 2, 3):
+        raise ConfigError(
+            f"engine.zero_stage={engine.zero_stage} does not exist; use 1 (optimizer state "
+            "sharded), 2 (gradients too) or 3 (weights too)"
+        )
+    if engine.kind == "plain" and (engine.precision != "fp32" or engine.offload_optimizer):
+        key = "precision" if engine.precision != "fp32" else "offload_optimizer"
+        raise ConfigError(
+            f"engine.{key}={getattr(engine, key)} needs engine.kind=zero; the plain engine is "
+            "the fp32 reference"
+        )
+    stray = sorted(set(engine.activation_checkpointing) - set(range(job.flow.scales)))
+    if stray:
+        raise ConfigError(
+            f"engine.activation_checkpointing={list(engine.activation_checkpointing)} names scale "
+            f"{stray[0]}; the scales are 0 (finest) to {job.flow.scales - 1}"
+        )
+    spread = resolve_placement(job).sharded or (engine.kind == "zero" and engine.zero_stage == 3)
+    if spread and job.eval.sampler.adaptive:
+        raise ConfigError(
+            f"eval.sampler.solver={job.eval.sampler.solver} takes another number of steps on every "
+            f"rank, but with engine.zero_stage={engine.zero_stage} and engine.placement="
+            f"{engine.placement} all ranks need one another in each; use a solver with fixed steps "
+            "here (euler, midpoint, heun, ab2), and python -m trainer.evaluate for dopri5 on the "
+            "finished checkpoint"
         )
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cluster.contract import WorkerContext
 from models.flow.flow import Flow
 from models.flow.objective import Objective
-from models.transformer.lapflow import LapFlowTransformer
+from models.transformer.lapflow import LapFlowTransformer, Settle, stay
 from pipelines.host_memory import return_large_blocks
 from trainer import places, rng
 from trainer.autoencoder import load_codec
@@ -34,6 +34,7 @@ from trainer.metrics.progress import Progress
 from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.metrics.tracker_mlflow import MlflowTracker
 from trainer.mistakes import is_users_mistake
+from trainer.placing import resolve_placement
 from trainer.resume import restore
 from trainer.schema import (
     JobConfig,
@@ -75,12 +76,14 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
 
     flow = Flow(job.flow)
     engine = build_engine(
-        initial_model(job).to(device),
+        lambda settle: initial_model(job, settle),
         config=job.engine,
+        placement=resolve_placement(job),
         optim=job.optim,
         micro_batch=micro_batch(job),
         rank_batch=job.train.global_batch // context.world_size,
         world_size=context.world_size,
+        device=device,
     )
 
     store = open_store(places.runs_uri(job), job.store)
@@ -199,8 +202,13 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
     tell({"kind": "end", "end": end, "images": state.images})
 
 
-def initial_model(job: JobConfig) -> LapFlowTransformer:
-    """Build the model with the initial weights that the run's seed decides, alike on all ranks."""
+def initial_model(job: JobConfig, settle: Settle = stay) -> LapFlowTransformer:
+    """Build the model with the initial weights that the run's seed decides, alike on all ranks.
+
+    Args:
+        job: The configuration.
+        settle: What is done with each part of the model as soon as it is built.
+    """
     shape = flow_shape(job.data, job.codec)
     torch.manual_seed(rng.derived_seed(job.train.seed, "weights"))
     return LapFlowTransformer(
@@ -209,6 +217,7 @@ def initial_model(job: JobConfig) -> LapFlowTransformer:
         channels=shape.channels,
         image_size=shape.size,
         classes=shape.classes,
+        settle=settle,
     )
 
 

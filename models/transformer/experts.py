@@ -36,6 +36,28 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
+class InputMajorLinear(nn.Module):
+    """Linear layer whose weight is ``[inputs, outputs]``: an input's weights are one row.
+
+    Every weight of an expert can be divided along its first dimension, so that a shard of an
+    expert's hidden units is one slice of each flattened weight.
+
+    Args:
+        inputs: Width of the input.
+        outputs: Width of the output.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, vectors: Float[Tensor, "*_batch inputs"]) -> Float[Tensor, "*_batch outputs"]:
+        """Multiply by the weight and add the bias."""
+        return vectors @ self.weight + self.bias
+
+
 def per_scale(scales: int, build: Callable[[int], nn.Module]) -> nn.ModuleDict:
     """Build one module for each scale, named by the paper's k (0 is the finest).
 
@@ -92,7 +114,7 @@ class BlockExpert(nn.Module):
         self.key_norm = self._head_norm(config)
         self.projection = linear(width, width)
         self.mlp_hidden = linear(width, hidden)
-        self.mlp_output = linear(hidden, width)
+        self.mlp_output = InputMajorLinear(hidden, width)
 
     def modulate(self, condition: Float[Tensor, "b c"]) -> tuple[Modulation, Modulation]:
         """Turn the condition into the modulations of attention and MLP.
@@ -117,6 +139,16 @@ class BlockExpert(nn.Module):
     ) -> Tokens:
         """Add what attention gathered to the tokens."""
         return torch.addcmul(tokens, modulation.gate, self.projection(gathered))
+
+    def output(
+        self,
+        tokens: Tokens,
+        gathered: Float[Tensor, "_b _n d"],
+        for_attention: Modulation,
+        for_mlp: Modulation,
+    ) -> Tokens:
+        """Finish the block: add what attention gathered, then the MLP's output."""
+        return self.feed_forward(self.attention_output(tokens, gathered, for_attention), for_mlp)
 
     def feed_forward(self, tokens: Tokens, modulation: Modulation) -> Tokens:
         """Add the MLP's output to the tokens."""

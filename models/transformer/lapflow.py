@@ -1,5 +1,8 @@
 """The LapFlow network: a Mixture-of-Transformers over the scales of a pyramid."""
 
+from collections.abc import Callable, Collection
+from typing import TypeAlias, cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,6 +14,13 @@ from models.transformer.config import TransformerConfig, check_image
 from models.transformer.embed import ClassTokens, LabelEmbed, PatchEmbed, TimeEmbed
 from models.transformer.experts import FinalExpert, per_scale, zero_linear
 from models.transformer.ties import tie_embeddings, tie_outputs
+
+Settle: TypeAlias = Callable[[nn.Module], object]
+"""What is done with each part of a model as soon as it has its initial weights."""
+
+
+def stay(_part: nn.Module) -> None:
+    """Leave a part as it is built: whole, and where tensors are made by default."""
 
 
 class LapFlowTransformer(nn.Module):
@@ -34,6 +44,7 @@ class LapFlowTransformer(nn.Module):
         channels: int,
         image_size: int,
         classes: int,
+        settle: Settle = stay,
     ) -> None:
         """Build the network with fresh weights.
 
@@ -43,6 +54,9 @@ class LapFlowTransformer(nn.Module):
             channels: Channels of the images.
             image_size: Height and width of the images.
             classes: Number of classes; label ``classes`` is the null label.
+            settle: Called with each part (the embeddings, one block after the other, the last
+                layers) once it has its weights and ties; it may move or shard them in place, so
+                that no more than one part is ever whole in memory.
 
         Raises:
             TransformerConfigError: The image does not divide into patches on every scale, a count
@@ -67,17 +81,35 @@ class LapFlowTransformer(nn.Module):
             ),
         )
         tie_embeddings(self.patch_embed, config.ties)
-        self.blocks = nn.ModuleList(Block(config, scales=scales) for _ in range(config.depth))
+        for part in (self.time_embed, self.label_embed, self.patch_embed):
+            settle(part)
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            block = Block(config, scales=scales)
+            settle(block)
+            self.blocks.append(block)
         self.final = per_scale(
             scales, lambda _: FinalExpert(patch_size=patch, channels=channels, width=width)
         )
         tie_outputs(self.final, config.ties)
+        settle(self.final)
         if config.class_tokens:
             self.class_tokens = ClassTokens(count=config.class_tokens, width=width)
+            settle(self.class_tokens)
         if config.modulation == "shared":
             self.modulation = nn.ModuleDict(
                 {f"scale{k}": zero_linear(width, 6 * width) for k in self._modulating(scales)}
             )
+            settle(self.modulation)
+
+    def recompute(self, scales: Collection[int]) -> None:
+        """Let the experts of some scales recompute in the backward pass, to save memory.
+
+        Args:
+            scales: The scales, in the paper's numbering.
+        """
+        for block in self.blocks:
+            cast(Block, block).recomputed = frozenset(scales)
 
     def forward(self, states: Bands, time: Float[Tensor, "b"], labels: Int[Tensor, "b"]) -> Bands:
         """Predict velocities.

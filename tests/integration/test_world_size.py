@@ -1,5 +1,6 @@
-"""The number of ranks changes the order of sums and nothing else, also across a resume."""
+"""Ranks and placements change the order of sums and nothing else, also across a resume."""
 
+import shutil
 import sqlite3
 
 import pytest
@@ -14,9 +15,11 @@ TINY = [
     "model.depth=2",
     "model.width=32",
     "train.global_batch=64",
-    "checkpoint.interval_images=0",
+    "train.total_images=640",
+    "checkpoint.interval_images=320",
     "runtime.log_interval_images=64",
-    "eval.samples=20",
+    # One more than two ranks can share.
+    "eval.samples=21",
     "eval.sampler.steps=2",
     "eval.classifier=false",
 ]
@@ -28,21 +31,22 @@ def losses(home) -> list[float]:
         return [value for _, value in sorted(rows)]
 
 
-def test_one_two_and_changing_numbers_of_ranks_see_the_same_losses(tmp_path, monkeypatch):
-    plans = {
-        "one": ["cluster.workers=1"],
-        "two": ["cluster.workers=2"],
-        "two, then one": ["cluster.workers=2", "cluster.workers=1"],
-    }
-    curves = {}
-    for name, launches in plans.items():
-        home = tmp_path / name.replace(", ", "-").replace(" ", "-")
+def test_one_two_and_changing_numbers_of_ranks_see_the_same_losses(
+    empty_tracker, tmp_path, monkeypatch
+):
+    def run(name: str, *overrides: str) -> list[float]:
+        home = tmp_path / name
+        home.mkdir()
+        shutil.copy(empty_tracker, home)
         monkeypatch.setenv("LAPFLOW_HOME", str(home))
-        for number, workers in enumerate(launches, start=1):
-            images = 640 * number // len(launches)
-            assert main([*TINY, workers, f"train.total_images={images}"]) == 0
-        curves[name] = losses(home)
-    assert len(curves["one"]) == 10
-    assert curves["one"][-1] < curves["one"][0]
-    for curve in curves.values():
-        assert curve == pytest.approx(curves["one"], rel=1e-5)
+        assert main([*TINY, *overrides]) == 0
+        return losses(home)
+
+    one = run("one", "cluster.workers=1")
+    two = run("two", "cluster.workers=2")
+    half = tmp_path / "two/store/runs/digits/checkpoints/000000000320"
+    changed = run("changed", "cluster.workers=1", f"resume={half}")
+    assert (len(one), len(changed)) == (10, 5)
+    assert one[-1] < one[0]
+    assert two == pytest.approx(one, rel=1e-5)
+    assert changed == pytest.approx(one[5:], rel=1e-5)

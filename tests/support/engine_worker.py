@@ -10,11 +10,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 from cluster.contract import WorkerContext
+from cluster.placement import Placement
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer
+from models.transformer.lapflow import LapFlowTransformer, Settle
 from trainer import rng
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine, EngineConfig
@@ -26,26 +27,45 @@ BATCH = 8
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
 
 
-def build(context: WorkerContext, *, micro_batch: int, **engine: Any) -> Engine:
+def build(
+    context: WorkerContext,
+    *,
+    micro_batch: int,
+    placement: dict[int, int] | None = None,
+    model: dict[str, Any] | None = None,
+    scales: int = 2,
+    batch: int = BATCH,
+    optim: OptimConfig = OPTIM,
+    **engine: Any,
+) -> Engine:
     """Wrap a tiny LapFlow with the same initial weights on every rank and in every call."""
-    torch.manual_seed(0)
-    model = LapFlowTransformer(
-        TransformerConfig(depth=2, width=16, heads=2),
-        scales=2,
-        channels=1,
-        image_size=8,
-        classes=3,
-    )
-    # Zero-initialised output layers would leave most gradients of the first updates at zero.
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+
+    def build_model(settle: Settle) -> LapFlowTransformer:
+        def randomised(part: torch.nn.Module) -> None:
+            # Zero-initialised output layers would leave most gradients of the first updates at 0.
+            for parameter in part.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+            settle(part)
+
+        torch.manual_seed(0)
+        return LapFlowTransformer(
+            TransformerConfig(**{"depth": 2, "width": 16, "heads": 2} | (model or {})),
+            scales=scales,
+            channels=1,
+            image_size=8,
+            classes=3,
+            settle=randomised,
+        )
+
     return build_engine(
-        model,
+        build_model,
         config=EngineConfig(**engine),
-        optim=OPTIM,
+        placement=Placement.of(placement or {}, scales=scales),
+        optim=optim,
         micro_batch=micro_batch,
-        rank_batch=BATCH // context.world_size,
+        rank_batch=batch // context.world_size,
         world_size=context.world_size,
+        device=torch.device("cpu"),
     )
 
 
@@ -57,24 +77,27 @@ def updates(
     first: int = 0,
     micro_batch: int,
     stages: list[int] | None = None,
+    scales: int = 2,
+    batch: int = BATCH,
+    rate: float = OPTIM.learning_rate,
 ) -> list[tuple[float, float]]:
     """Run updates on images that are a function of their position; return (loss, norm).
 
     Each update has the stage listed for it; without a list the stages are stratified.
     """
     choice = "stratified" if stages is None else "one_per_step"
-    objective = Objective(Flow(FlowConfig(stage_choice=choice)))
-    share = BATCH // context.world_size
+    objective = Objective(Flow(FlowConfig(scales=scales, stage_choice=choice)))
+    share = batch // context.world_size
     results = []
     for update in range(first, first + count):
-        start = update * BATCH + context.rank * share
+        start = update * batch + context.rank * share
         total = 0.0
         for offset in range(0, share, micro_batch):
             place: dict[str, Any] = {"first": start + offset, "count": micro_batch}
             images = rng.normals(1, "images", size=64, **place).view(-1, 1, 8, 8)
             loss = objective(
                 engine,
-                bands=split(images, 2),
+                bands=split(images, scales),
                 labels=(torch.arange(micro_batch) + start + offset) % 3,
                 uniforms=rng.uniforms(1, "time", **place),
                 noise=rng.normals(1, "noise", size=64, **place),
@@ -82,7 +105,7 @@ def updates(
             ).total
             engine.backward(loss, last=offset + micro_batch >= share)
             total += loss.item() * micro_batch / share
-        outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
+        outcome = engine.update(learning_rate=rate, ema_decay=0.9)
         assert outcome.applied
         results.append((mean_over_ranks(total), outcome.gradient_norm))
     return results

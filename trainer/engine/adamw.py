@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from trainer.schedule import OptimConfig
 
 
-def adamw(parameters: Iterable[Tensor], optim: OptimConfig) -> torch.optim.AdamW:
+def adamw(
+    parameters: Iterable[Tensor] | Iterable[dict[str, Any]], optim: OptimConfig
+) -> torch.optim.AdamW:
     """Build torch's AdamW from the settings every engine shares."""
     return torch.optim.AdamW(
         parameters,

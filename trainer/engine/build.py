@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from cluster.placement import Placement
+from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.plain import PlainEngine
-from trainer.engine.protocol import Engine, EngineConfig
+from trainer.engine.protocol import BuildModel, Engine, EngineConfig
 from trainer.engine.zero import ZeroEngine
 from trainer.schedule import OptimConfig
 
 
 def build_engine(
-    model: nn.Module,
+    build_model: BuildModel,
     *,
     config: EngineConfig,
+    placement: Placement,
     optim: OptimConfig,
     micro_batch: int,
     rank_batch: int,
     world_size: int,
+    device: torch.device,
 ) -> Engine:
-    """Wrap a model.
+    """Build a model where the placement and the engine want it; a collective call.
 
     Args:
-        model: The model with its initial weights, alike on every rank, on its device.
+        build_model: Builds the model with its initial weights, alike on all ranks.
         config: Which engine, and how it shards.
+        placement: Where the experts are.
         optim: Optimizer settings.
         micro_batch: Images per rank and forward pass.
         rank_batch: Images per rank and update; a multiple of `micro_batch`.
         world_size: Number of ranks.
+        device: Where this rank computes.
     """
     accumulation = rank_batch // micro_batch
+    shards = ExpertShards.of(placement)
     if config.kind == "plain":
-        return PlainEngine(model, config=config, optim=optim, accumulation=accumulation)
+
+        def settle(part: nn.Module) -> None:
+            shards.divide(part)
+            part.to(device)
+
+        return PlainEngine(
+            build_model(settle), config=config, optim=optim, accumulation=accumulation
+        )
     return ZeroEngine(
-        model,
+        build_model,
         config=config,
+        shards=shards,
         optim=optim,
         micro_batch=micro_batch,
         accumulation=accumulation,
         world_size=world_size,
+        device=device,
     )

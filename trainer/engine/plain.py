@@ -1,4 +1,4 @@
-"""The reference engine: everything replicated, gradients averaged by all-reduce, AdamW of torch."""
+"""The reference engine: gradients averaged by all-reduce, AdamW of torch, nothing hidden."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.transformer.lapflow import LapFlowTransformer
 from trainer.engine.adamw import adamw, moments_of
+from trainer.engine.expert_shards import shards_of, whole_shape
 from trainer.engine.protocol import EngineConfig, UpdateOutcome
 from trainer.schedule import OptimConfig
 from trainer.state import Fragment
 
 
 class PlainEngine:
-    """Replicated training in plain torch; what the other engines are held against.
+    """Training in plain torch; what the other engines are held against.
+
+    Every rank holds all weights but those of sharded experts, and the whole state of its weights.
 
     Args:
-        model: The model, with the same weights on every rank, on its device.
+        model: The model on its device; the same weights on every rank, or shards of the same.
         config: Engine settings; only fp32 is supported here.
         optim: Optimizer settings.
         accumulation: Forward passes per update.
@@ -29,17 +33,24 @@ class PlainEngine:
     """
 
     def __init__(
-        self, model: nn.Module, *, config: EngineConfig, optim: OptimConfig, accumulation: int
+        self,
+        model: LapFlowTransformer,
+        *,
+        config: EngineConfig,
+        optim: OptimConfig,
+        accumulation: int,
     ) -> None:
         if config.precision != "fp32":
             raise ValueError(
                 f"engine.precision={config.precision} is not available with engine.kind=plain, "
                 "the fp32 reference; use engine.kind=zero or engine.precision=fp32"
             )
+        model.recompute(config.activation_checkpointing)
         self._model = model
         self._clip_norm = optim.clip_norm
         self._accumulation = accumulation
         self._named = dict(model.named_parameters())
+        self._shards = shards_of(model)
         self._ema = {name: p.detach().clone() for name, p in self._named.items()}
         self._optimizer = adamw(self._named.values(), optim)
 
@@ -56,12 +67,8 @@ class PlainEngine:
 
     def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
         """Average gradients over ranks, clip, apply AdamW, follow with the EMA."""
-        gradients = [self._gradient(parameter) for parameter in self._named.values()]
-        if dist.is_initialized():
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-                gradient.div_(dist.get_world_size())
-        norm = nn.utils.get_total_norm(gradients)
+        self._average_gradients()
+        norm = self._global_norm()
         finite = bool(torch.isfinite(norm))
         if finite:
             if self._clip_norm > 0:
@@ -75,6 +82,33 @@ class PlainEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return UpdateOutcome(applied=finite, gradient_norm=float(norm) if finite else float("inf"))
 
+    def _average_gradients(self) -> None:
+        if not dist.is_initialized():
+            return
+        for name, parameter in self._named.items():
+            gradient = self._gradient(parameter)
+            # A shard's gradient already is a sum over its expert group, for whose images it was
+            # used. Adding up its holders, one of each group, makes it the sum over all ranks, as it
+            # is for weights that every rank has; so both are divided by the number of ranks.
+            shard = self._shards.get(name)
+            dist.all_reduce(gradient, group=None if shard is None else shard.holders)
+            gradient.div_(dist.get_world_size())
+
+    def _global_norm(self) -> Tensor:
+        """The norm over all weights, the parts that other ranks hold included."""
+        whole = [self._gradient(p) for name, p in self._named.items() if name not in self._shards]
+        norms = [nn.utils.get_total_norm(whole)]
+        for exchange in dict.fromkeys(self._shards.values()):
+            parts = [
+                self._gradient(self._named[name])
+                for name, its in self._shards.items()
+                if its is exchange
+            ]
+            square = nn.utils.get_total_norm(parts).square()
+            dist.all_reduce(square, group=exchange.group)
+            norms.append(square.sqrt())
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated gradient; zero, not nothing, for weights that were not used.
 
@@ -86,9 +120,10 @@ class PlainEngine:
         return parameter.grad
 
     def fragments(self) -> Sequence[Fragment]:
-        """Return each whole parameter as one fragment; every rank holds all of them."""
+        """Return each parameter as one fragment: whole, or this rank's shard of it."""
         result = []
         for name, parameter in self._named.items():
+            shard = self._shards.get(name)
             moments = moments_of(self._optimizer, parameter)
             tensors = {
                 "master": parameter.detach().view(-1),
@@ -97,7 +132,12 @@ class PlainEngine:
                 "ema": self._ema[name].view(-1),
             }
             result.append(
-                Fragment(name=name, start=0, shape=tuple(parameter.shape), tensors=tensors)
+                Fragment(
+                    name=name,
+                    start=0 if shard is None else shard.index * parameter.numel(),
+                    shape=whole_shape(parameter, shard),
+                    tensors=tensors,
+                )
             )
         return result
 

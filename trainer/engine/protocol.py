@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from models.transformer.lapflow import LapFlowTransformer, Settle
 from trainer.state import Fragment
+
+BuildModel: TypeAlias = Callable[[Settle], LapFlowTransformer]
+"""Builds a model with its initial weights, letting each part settle as soon as it is built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +22,15 @@ class EngineConfig:
 
     Attributes:
         kind: "zero" is DeepSpeed ZeRO; "plain" is the torch reference that replicates everything.
-        zero_stage: ZeRO stage, 1 (optimizer state sharded) or 2 (gradients too).
+        zero_stage: ZeRO stage, 1 (optimizer state sharded), 2 (gradients too) or 3 (weights too).
         precision: Weights and activations; "bf16" keeps fp32 master weights, moments and EMA.
         micro_batch: Images per rank in one forward pass; None takes the rank's whole share.
+        placement: Where the experts are: "replicated" on every rank; `{scale: E}` leaves every rank
+            1/E of that scale's experts, and E neighbouring ranks exchange the scale's tokens;
+            "auto" takes the fastest that fits the cluster's GPUs (`python -m trainer.plan`).
+        activation_checkpointing: Scales whose experts recompute in the backward pass instead of
+            keeping their activations.
+        offload_optimizer: Keep moments, fp32 weights and EMA in host memory and update them there.
         deepspeed: Passed on to DeepSpeed's own configuration, over what the fields above render.
     """
 
@@ -28,6 +38,9 @@ class EngineConfig:
     zero_stage: int = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batch: int | None = None
+    placement: Literal["auto", "replicated"] | dict[int, int] = "replicated"
+    activation_checkpointing: tuple[int, ...] = ()
+    offload_optimizer: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,9 +1,7 @@
-"""DeepSpeed ZeRO 1 and 2 behind the engine protocol, with the EMA sharded like the optimizer.
+"""DeepSpeed ZeRO behind the engine protocol, with the EMA sharded like the optimizer.
 
-DeepSpeed keeps, per optimizer group, one flat fp32 partition on each rank. A fragment is the part
-of one parameter inside that partition; the EMA is one more flat tensor of the same length. Nothing
-here saves or loads files: checkpoints are made of fragments, so they do not depend on DeepSpeed's
-own formats, world sizes or pickles.
+Nothing here saves or loads files: checkpoints are made of fragments, so they do not depend on
+DeepSpeed's own formats, world sizes or pickles.
 """
 
 from __future__ import annotations
@@ -18,9 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.transformer.lapflow import Settle
 from trainer.engine.adamw import adamw, moments_of
-from trainer.engine.protocol import EngineConfig, UpdateOutcome
+from trainer.engine.expert_shards import ExpertShards, shards_of, whole_shape
+from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
 from trainer.engine.zero_config import zero_config
+from trainer.engine.zero_experts import (
+    form_groups,
+    group_name,
+    mark_expert_groups,
+    settle_divided,
+)
+from trainer.engine.zero_partition import StatePartition, WeightPartition, ZeroPartition
 from trainer.schedule import OptimConfig
 from trainer.state import Fragment
 
@@ -29,40 +36,55 @@ class ZeroEngine:
     """Training through `deepspeed.initialize`, on the process group that already exists.
 
     Args:
-        model: The model, with the same weights on every rank, on its device.
+        build_model: Builds the model with the same initial weights on every rank.
         config: Engine settings (stage, precision, pass-through).
+        shards: Divides the experts.
         optim: Optimizer settings.
         micro_batch: Images per rank and forward pass.
         accumulation: Forward passes per update.
         world_size: Number of ranks.
+        device: Where the model is computed.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        build_model: BuildModel,
         *,
         config: EngineConfig,
+        shards: ExpertShards,
         optim: OptimConfig,
         micro_batch: int,
         accumulation: int,
         world_size: int,
+        device: torch.device,
     ) -> None:
         deepspeed = _import_deepspeed()
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self._deepspeed, self._zero, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model.parameters(), optim),
-            config=zero_config(
-                config,
-                micro_batch=micro_batch,
-                accumulation=accumulation,
-                world_size=world_size,
-                clip_norm=optim.clip_norm,
-            ),
+        settings = zero_config(
+            config,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            world_size=world_size,
+            clip_norm=optim.clip_norm,
         )
-        self._masters: list[Tensor] = self._zero.single_partition_of_fp32_groups
-        self._ema = [master.detach().clone() for master in self._masters]
+        stage = config.zero_stage
+        form_groups(shards.sizes)
+        settle = _settle(shards, device=device, dtype=self._dtype)
+        if stage == 3:
+            settle = settle_divided(settle, shards, settings, self._dtype)
+        model = build_model(settle)
+        model.recompute(config.activation_checkpointing)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._shards = shards_of(model)
+        if stage < 3:
+            mark_expert_groups(model, shards.sizes)
+        self._deepspeed, self._zero, _, _ = deepspeed.initialize(
+            model=model, optimizer=adamw(self._optimizer_groups(), optim), config=settings
+        )
+        self._partition: ZeroPartition = (
+            WeightPartition(self._zero) if stage == 3 else StatePartition(self._zero)
+        )
+        self._ema = [master.detach().clone() for master in self._partition.masters]
 
     def __call__(
         self, states: tuple[Tensor, ...], time: Tensor, labels: Tensor
@@ -86,7 +108,7 @@ class ZeroEngine:
         if self._zero.overflow:
             return UpdateOutcome(applied=False, gradient_norm=float("inf"))
         with torch.no_grad():
-            for ema, master in zip(self._ema, self._masters, strict=True):
+            for ema, master in zip(self._ema, self._partition.masters, strict=True):
                 ema.lerp_(master, 1.0 - ema_decay)
         return UpdateOutcome(
             applied=True, gradient_norm=float(self._deepspeed.get_global_grad_norm())
@@ -94,60 +116,87 @@ class ZeroEngine:
 
     def fragments(self) -> Sequence[Fragment]:
         """Return views of this rank's partition, one per parameter that overlaps it."""
+        flats = [
+            self._flats(master, ema)
+            for master, ema in zip(self._partition.masters, self._ema, strict=True)
+        ]
         result = []
-        for group, flat_ema in zip(self._zero.bit16_groups, self._ema, strict=True):
-            for parameter in group:
-                mapping: Any = parameter._hp_mapping
-                if mapping is None:
-                    continue
-                address = mapping.hp_fragment_address
-                flats = self._flats(mapping.param_group_index, flat_ema)
-                result.append(
-                    Fragment(
-                        name=self._names[parameter],
-                        start=mapping.lp_fragment_address.start,
-                        shape=tuple(parameter.shape),
-                        tensors={
-                            kind: flat.narrow(0, address.start, address.numel)
-                            for kind, flat in flats.items()
-                        },
-                    )
+        for each in self._partition.slices():
+            name = self._names[each.parameter]
+            shard = self._shards.get(name)
+            shape = getattr(each.parameter, "ds_shape", each.parameter.shape)
+            before = 0 if shard is None else shard.index * shape.numel()
+            result.append(
+                Fragment(
+                    name=name,
+                    start=before + each.start,
+                    shape=whole_shape(shape, shard),
+                    tensors={
+                        kind: flat.narrow(0, each.offset, each.numel)
+                        for kind, flat in flats[each.group].items()
+                    },
                 )
+            )
         return result
 
     def load_fragments(self, updates: int) -> None:
         """Copy the overwritten fp32 shards into the model's weights on all ranks."""
-        for master in self._masters:
+        for master in self._partition.masters:
             moments_of(self._zero.optimizer, master)["step"].fill_(updates)
-        self._zero.update_lp_params()
+        self._partition.publish()
 
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the shards, not full copies: EMA in, gather, and the masters back afterwards."""
-        kept = [master.detach().clone() for master in self._masters]
+        kept = [master.detach().clone() for master in self._partition.masters]
         self._overwrite_masters(self._ema)
-        self._zero.update_lp_params()
+        self._partition.publish()
         try:
             yield self._deepspeed.module
         finally:
             self._overwrite_masters(kept)
         # Not after an error: the other ranks would not be in this collective.
-        self._zero.update_lp_params()
+        self._partition.publish()
 
     @torch.no_grad()
     def _overwrite_masters(self, shards: Sequence[Tensor]) -> None:
-        for master, shard in zip(self._masters, shards, strict=True):
+        for master, shard in zip(self._partition.masters, shards, strict=True):
             master.copy_(shard)
 
-    def _flats(self, group_index: int, flat_ema: Tensor) -> dict[str, Tensor]:
-        master = self._masters[group_index]
+    def _flats(self, master: Tensor, ema: Tensor) -> dict[str, Tensor]:
         moments = moments_of(self._zero.optimizer, master)
         return {
             "master": master.detach(),
             "exp_avg": moments["exp_avg"],
             "exp_avg_sq": moments["exp_avg_sq"],
-            "ema": flat_ema,
+            "ema": ema,
         }
+
+    def _optimizer_groups(self) -> list[dict[str, Any]]:
+        """One optimizer group for what every rank has, and one for each size of expert groups."""
+        by_size: dict[int, list[Tensor]] = {1: []}
+        for parameter, name in self._names.items():
+            shard = self._shards.get(name)
+            by_size.setdefault(1 if shard is None else shard.ranks, []).append(parameter)
+        return [
+            {"params": parameters, "name": "replicated"}
+            if size == 1
+            else {"params": parameters, "name": group_name(size), "moe": True}
+            for size, parameters in sorted(by_size.items())
+        ]
+
+
+def _settle(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype) -> Settle:
+    """Divide the experts of each part, and bring it to the device in the engine's precision."""
+
+    def settle(part: nn.Module) -> None:
+        shards.divide(part)
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(device, dtype)
+        # Positions keep their precision.
+        part.to(device)
+
+    return settle
 
 
 def _import_deepspeed() -> Any:
@@ -165,5 +214,5 @@ def _import_deepspeed() -> Any:
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's business, and a line per rank for every user.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
     return deepspeed

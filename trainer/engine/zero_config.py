@@ -22,15 +22,25 @@ def zero_config(
     Returns:
         A plain dictionary, JSON-able.
     """
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "round_robin_gradients": False,
+        # DeepSpeed's default of 500 million elements is a buffer of a gigabyte on each rank.
+        "reduce_bucket_size": 50_000_000,
+        "overlap_comm": True,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     rendered: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": {"stage": config.zero_stage, "round_robin_gradients": False},
-        # The optimizer is torch's AdamW, which needs no compiled extension.
+        "zero_optimization": zero,
+        # The optimizer is torch's AdamW, which needs no compiled extension, in host memory too.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }

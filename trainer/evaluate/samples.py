@@ -46,7 +46,8 @@ def draw(
 ) -> Samples:
     """Sample one image per label; image i depends on (seed, i, its label) alone.
 
-    A collective call: every rank draws its share, and every rank gets all images.
+    A collective call: every rank draws its share, and every rank gets all images. All ranks call
+    the model equally often with equally many images, so its weights may be spread over them.
 
     Args:
         model: Velocity model.
@@ -70,7 +71,9 @@ def draw(
     spread = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
     share = -(-len(labels) // world)
-    first, last = min(rank * share, len(labels)), min((rank + 1) * share, len(labels))
+    first, last = rank * share, (rank + 1) * share
+    # What is drawn beyond the last label, for ranks to keep step, is thrown away.
+    padded = torch.nn.functional.pad(labels, (0, world * share - len(labels)))
     noise_size = flow.noise_size(channels=shape.channels, image_size=shape.size)
     pixels = shape.size * codec.factor
     parts = [torch.zeros(0, codec.image_channels(shape.channels), pixels, pixels)]
@@ -90,26 +93,26 @@ def draw(
                 size=noise_size,
                 device=device,
             ),
-            labels=labels[start : start + count].to(device),
+            labels=padded[start : start + count].to(device),
             channels=shape.channels,
             image_size=shape.size,
             null_label=shape.classes,
             finest_batch=batch,
         )
         parts += [codec.decode(some).cpu() for some in torch.split(drawn.images, batch)]
-        evaluations += count * torch.tensor(drawn.evaluations, dtype=torch.float64)
+        wanted = min(max(len(labels) - start, 0), count)
+        evaluations += wanted * torch.tensor(drawn.evaluations, dtype=torch.float64)
     mine = torch.cat(parts)
     if spread:
-        mine = _gathered(mine, share=share, total=len(labels), device=device)
+        mine = _gathered(mine, total=len(labels), device=device)
         evaluations = _summed(evaluations, device=device)
     return Samples(images=mine, evaluations=tuple((evaluations / len(labels)).tolist()))
 
 
-def _gathered(mine: Tensor, *, share: int, total: int, device: torch.device) -> Tensor:
-    padded = torch.zeros(share, *mine.shape[1:], device=device)
-    padded[: len(mine)] = mine.to(device)
-    everyone = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, padded)
+def _gathered(mine: Tensor, *, total: int, device: torch.device) -> Tensor:
+    moved = mine.to(device)
+    everyone = [torch.empty_like(moved) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, moved)
     return torch.cat(everyone)[:total].cpu()
 
 

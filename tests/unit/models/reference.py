@@ -22,7 +22,7 @@ def tiny_model(*, scales: int, image_size: int = 16, **options: Any) -> LapFlowT
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.copy_(0.3 * noise)
+            parameter.copy_(0.25 * noise)
     return model
 
 
@@ -124,9 +124,9 @@ def reference_forward(
         for pa, pm, x, part, mod in zip(attention, mlp, tokens, parts, mods, strict=True):
             attended = x + mod[2] * apply(f"{pa}.projection", part)
             hidden = apply(f"{pm}.mlp_hidden", norm(attended) * (1 + mod[4]) + mod[3])
-            after.append(
-                attended + mod[5] * apply(f"{pm}.mlp_output", F.gelu(hidden, approximate="tanh"))
-            )
+            active_hidden = F.gelu(hidden, approximate="tanh")
+            weight, bias = weights[f"{pm}.mlp_output.weight"], weights[f"{pm}.mlp_output.bias"]
+            after.append(attended + mod[5] * (active_hidden @ weight + bias))
         tokens = after
 
     outputs = []

@@ -80,7 +80,8 @@ def converted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             put(f"{target}.attn1.{name}", *third)
         put(f"{target}.attn1.to_out.0", *pair(f"{source}.projection"))
         put(f"{target}.ff.net.0.proj", *pair(f"{source}.mlp_hidden"))
-        put(f"{target}.ff.net.2", *pair(f"{source}.mlp_output"))
+        weight, bias = pair(f"{source}.mlp_output")
+        put(f"{target}.ff.net.2", weight.T, bias)
     put("proj_out_1", *pair("final.scale0.modulation"))
     # A patch's numbers are (channel, row, column) here and (row, column, channel) there.
     put(

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests.support.configuration import configuration
 from trainer.composition import composed, members, settings
 from trainer.sample import SampleConfig
 from trainer.schema import (
@@ -33,14 +34,14 @@ def refused(*overrides: str) -> str:
 
 
 def chosen(*overrides: str) -> dict[str, object]:
-    return science(composed(overrides), data_digest="digest")
+    return science(configuration(*overrides), data_digest="digest")
 
 
 @pytest.mark.parametrize("name", members("exp"))
 def test_every_experiment_is_valid(name):
-    job = composed([f"+exp={name}"])
+    job = configuration(f"+exp={name}")
     if job.data.classes == 0:  # a launch asks the data set for them
-        job = composed([f"+exp={name}", "data.classes=1"])
+        job = configuration(f"+exp={name}", "data.classes=1")
     validate(job)
     assert job.run == name.replace("/", "-")
 
@@ -74,7 +75,46 @@ def test_the_command_line_wins_over_the_experiment():
             ["data.image_size=8", "flow.scales=4", "at most 3"],
         ),
         (["+exp=digits", "model.heads=5"], ["heads=5", "width=96"]),
-        (["+exp=digits", "engine.zero_stage=3"], ["engine.zero_stage=3", "2"]),
+        (["+exp=digits", "engine.zero_stage=4"], ["engine.zero_stage=4", "3 (weights too)"]),
+        (
+            ["+exp=digits", "engine=plain", "engine.offload_optimizer=true"],
+            ["engine.offload_optimizer=True", "engine.kind=zero"],
+        ),
+        (["+exp=digits", "engine.activation_checkpointing=[2]"], ["[2]", "0 (finest) to 1"]),
+        (
+            ["+exp=digits", "engine.zero_stage=3", "eval.sampler.solver=dopri5"],
+            ["eval.sampler.solver=dopri5", "engine.zero_stage=3", "fixed steps"],
+        ),
+        (
+            ["+exp=digits", "engine.placement={1:2}", "eval.sampler.solver=dopri5"],
+            ["eval.sampler.solver=dopri5", "fixed steps"],
+        ),
+        # A placement of another number of scales, of other ranks, widths and nodes.
+        (["+exp=digits", "engine.placement={2:2}"], ["engine.placement={2: 2}", "0 (finest) to 1"]),
+        (["+exp=digits", "engine.placement={1:0}"], ["engine.placement={1: 0}", "at least 1"]),
+        (
+            ["+exp=digits", "engine.placement={1:3}"],
+            ["{1:3}", "number of ranks, which is 2", "nearest that does is {1:2}"],
+        ),
+        (
+            ["+exp=digits", "cluster.workers=64", "engine.placement={1:64}"],
+            ["{1:64}", "width", "96"],
+        ),
+        (
+            [
+                "+exp=digits",
+                "cluster.workers=4",
+                "cluster.hardware.gpus_per_node=2",
+                "engine.placement={1:4}",
+            ],
+            ["{1:4}", "node", "{1:2}"],
+        ),
+        (
+            ["+exp=digits", "model.ties.scales=[0,1]", "engine.placement={1:2}"],
+            ["{1:2}", "share weights", "same E"],
+        ),
+        (["+exp=digits", "engine.placement=auto"], ["engine.placement=auto", "gpu_memory_gib"]),
+        (["+exp=digits", "engine.placement=somewhere"], ["engine.placement='somewhere'"]),
         (["+exp=digits", "engine=plain", "engine.precision=bf16"], ["bf16", "engine.kind=zero"]),
         (["+exp=digits", "train.label_dropout=0"], ["guidance_scale=1.5", "label_dropout=0"]),
         (["+exp=digits", "train.label_dropout=1.5"], ["train.label_dropout=1.5"]),
@@ -138,7 +178,7 @@ def test_nothing_composed_can_name_code_to_run():
 
 def test_science_holds_what_decides_the_weights_and_nothing_else():
     base = chosen("+exp=digits")
-    for operational in (
+    operational = (
         "cluster.workers=1",
         "engine.zero_stage=1",
         "checkpoint.keep_last=9",
@@ -147,8 +187,8 @@ def test_science_holds_what_decides_the_weights_and_nothing_else():
         "train.total_images=512000",
         "data.prefix=s3://bucket/digits",
         "loader.prefetch_batches=5",
-    ):
-        assert chosen("+exp=digits", operational) == base, operational
+    )
+    assert chosen("+exp=digits", *operational) == base
     for scientific in (
         "train.seed=1",
         "optim.learning_rate=1e-4",
@@ -161,12 +201,12 @@ def test_science_holds_what_decides_the_weights_and_nothing_else():
         other = chosen("+exp=digits", scientific)
         assert science_hash(other) != science_hash(base), scientific
     assert difference(base, chosen("+exp=digits", "train.seed=1")) == ["train.seed: 0 -> 1"]
-    assert science(composed(["+exp=digits"]), data_digest="other") != base
+    assert science(configuration("+exp=digits"), data_digest="other") != base
 
 
 def test_the_flow_works_on_latents_where_images_are_encoded_on_the_way():
     def shape(*overrides: str) -> tuple[int, int]:
-        job = composed(overrides)
+        job = configuration(*overrides)
         validate(job)
         found = flow_shape(job.data, job.codec)
         assert found.classes == job.data.classes
@@ -175,8 +215,8 @@ def test_the_flow_works_on_latents_where_images_are_encoded_on_the_way():
     assert shape("+exp=digits") == (1, 8)
     assert shape(*LATENT) == (4, 8)
     assert shape("+exp=imagenet_xl") == (4, 32)
-    assert encodes(composed(LATENT))
-    assert not encodes(composed(["+exp=digits"]))
+    assert encodes(configuration(*LATENT))
+    assert not encodes(configuration("+exp=digits"))
     assert not encodes(composed([*LATENT, "data.space=latent", "data.channels=4"]))
 
 
@@ -196,14 +236,14 @@ def test_one_stage_per_step_needs_no_share_for_each_stage():
 def test_the_autoencoder_is_science_and_its_place_is_not():
     def hashed(*overrides: str, digest: str = "digest") -> str:
         return science_hash(
-            science(composed([*LATENT, *overrides]), data_digest="data", codec_digest=digest)
+            science(configuration(*LATENT, *overrides), data_digest="data", codec_digest=digest)
         )
 
     assert hashed("codec.source=/elsewhere") == hashed()
     assert hashed(digest="other") != hashed()
     assert hashed("codec.scale=0.5") != hashed()
     assert hashed("codec.posterior=mean") != hashed()
-    recorded = science(composed(LATENT), data_digest="data", codec_digest="digest")
+    recorded = science(configuration(*LATENT), data_digest="data", codec_digest="digest")
     assert recorded["codec"]["source"] == "stabilityai/sd-vae-ft-ema"
     assert recorded["autoencoder"] == {"sha256": "digest"}
 
@@ -222,7 +262,7 @@ def test_every_setting_is_documented():
             if dataclasses.is_dataclass(value := getattr(config, field.name)):
                 check(value)
 
-    check(composed(["+exp=digits"]))
+    check(configuration("+exp=digits"))
 
 
 def test_what_must_be_given_is_asked_for():

@@ -1,5 +1,6 @@
 """Test-wide set-up: shape types of `models` are checked at run time, and nothing phones home."""
 
+import gc
 import os
 
 from jaxtyping import install_import_hook
@@ -13,7 +14,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Ray cannot change its mind about tokens within one process, and some tests go without.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+# What the imports make stays: looking for garbage in it, over and over, is a tenth of the time.
+gc.disable()
+
+from tests.support.empty_tracker import empty_tracker  # noqa: E402
 from tests.support.finished import finished  # noqa: E402
 from tests.support.s3_server import s3  # noqa: E402
 
-__all__ = ["finished", "s3"]  # fixtures for all tests
+__all__ = ["empty_tracker", "finished", "s3"]  # fixtures for all tests
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, but only in what the tests themselves make."""
+    gc.freeze()
+    gc.enable()

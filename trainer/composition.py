@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def composed(overrides: Sequence[str]) -> JobConfig:
     """
     if _experiment(overrides) is None:
         raise ConfigError(f"no experiment is named: +exp=NAME, one of {', '.join(members('exp'))}")
-    ConfigStore.instance().store(name="schema", node=defaults())
+    _register_schema()
     try:
         with initialize_config_dir(config_dir=str(CONFIG_FOLDER), version_base="1.3"):
             values = _plain(compose(config_name="launch", overrides=list(overrides)))
@@ -87,6 +88,11 @@ def members(group: str) -> list[str]:
     folder = CONFIG_FOLDER / group
     found = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
     return sorted(name.as_posix() for name in found)
+
+
+@cache
+def _register_schema() -> None:
+    ConfigStore.instance().store(name="schema", node=defaults())
 
 
 def _plain(config: Any) -> dict[str, Any]:

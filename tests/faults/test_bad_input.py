@@ -1,7 +1,11 @@
 """Bad input gets one clear paragraph and a non-zero exit; nothing half-written counts."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,22 +44,36 @@ def copied(digits, tmp_path) -> Path:
     return Path(shutil.copytree(digits, tmp_path / "digits"))
 
 
-@pytest.fixture(scope="module")
-def tracking(tmp_path_factory) -> str:
-    """Give one MLflow file to all runs: making one takes seconds."""
-    return f"tracking.uri=sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
 @pytest.fixture
-def launch(tracking, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("LAPFLOW_HOME", str(tmp_path / "home"))
+def launch(empty_tracker, tmp_path, monkeypatch, capfd):
+    home = tmp_path / "home"
+    monkeypatch.setenv("LAPFLOW_HOME", str(home))
 
     def run(*overrides: str) -> tuple[int, str]:
-        code = main([*TINY, tracking, *overrides])
+        if not home.exists():
+            home.mkdir()
+            shutil.copy(empty_tracker, home)
+        code = main([*TINY, *overrides])
         written = capfd.readouterr()
         return code, written.out + written.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def finished_home(digits, empty_tracker, tmp_path_factory) -> Path:
+    """Train the run `first` to its end: 256 images, with a checkpoint half way."""
+    home = tmp_path_factory.mktemp("first")
+    shutil.copy(empty_tracker, home)
+    assert main([*TINY, f"home={home}", f"data.prefix={digits}", "run=first"]) == 0
+    return home
+
+
+@pytest.fixture
+def first(finished_home, digits, tmp_path) -> list[str]:
+    """Give the test a copy of that run, and what names it."""
+    shutil.copytree(finished_home, tmp_path / "home")
+    return [f"data.prefix={digits}", "run=first"]
 
 
 def assert_refused(code: int, output: str, *parts: str) -> None:
@@ -145,16 +163,16 @@ def test_an_unwritable_home_and_store(launch, digits, tmp_path):
     assert_refused(*launch(f"data.prefix={digits}", f"store.uri={blocked}/store"), str(blocked))
 
 
-def test_a_checkpoint_of_another_configuration_and_every_mode_of_resume(launch, digits, tmp_path):
+def test_a_checkpoint_of_another_configuration_and_every_mode_of_resume(
+    launch, first, digits, tmp_path
+):
     prefix = f"data.prefix={digits}"
-    code, output = launch(prefix, "run=first")
-    assert code == 0, output
     assert_refused(
-        *launch(prefix, "run=first", "optim.learning_rate=5e-4"),
+        *launch(*first, "optim.learning_rate=5e-4"),
         "optim.learning_rate: 0.001 -> 0.0005",
         "run=",
     )
-    assert_refused(*launch(prefix, "run=first", "resume=never"), "resume=never", "run=first")
+    assert_refused(*launch(*first, "resume=never"), "resume=never", "run=first")
     assert_refused(*launch(prefix, "run=x", "resume=sometimes"), "sometimes", "auto")
     missing = f"{tmp_path}/home/store/runs/first/checkpoints/000000000999"
     assert_refused(*launch(prefix, "run=x", f"resume={missing}"), missing)
@@ -162,46 +180,72 @@ def test_a_checkpoint_of_another_configuration_and_every_mode_of_resume(launch, 
     code, output = launch(prefix, "run=second", f"resume={source}")
     assert code == 0, output
     assert f"resumed after 128 images from {source}" in output
-    code, output = launch(prefix, "run=first", "train.total_images=512")
+    code, output = launch(*first, "train.total_images=512")
     assert code == 0, output
     assert "resumed after 256 images" in output
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(launch, digits, tmp_path):
-    prefix = f"data.prefix={digits}"
-    assert launch(prefix, "run=first")[0] == 0
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(launch, first, tmp_path):
     newest = tmp_path / "home/store/runs/first/checkpoints/000000000256"
     (shard,) = newest.rglob("*.safetensors")
     data = bytearray(shard.read_bytes())
     data[-5] ^= 4
     shard.write_bytes(data)
-    code, output = launch(prefix, "run=first", "train.total_images=512")
+    code, output = launch(*first, "train.total_images=512")
     assert code == 0, output
     assert "SHA-256" in output
     assert "resumed after 128 images" in output
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(launch, digits, tmp_path):
-    settings = [f"data.prefix={digits}", "run=first", "checkpoint.interval_images=0"]
-    assert launch(*settings)[0] == 0
-    (shard,) = (tmp_path / "home/store/runs/first/checkpoints").rglob("*.safetensors")
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
-    assert_refused(*launch(*settings, "train.total_images=512"), "run=first", "damaged")
-    shard.write_bytes(whole[:-9])
-    assert_refused(*launch(*settings, "train.total_images=512"), "run=first", "damaged")
-    shard.write_bytes(whole)
-    code, output = launch(*settings, "train.total_images=512")
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(launch, first, tmp_path):
+    shards = (tmp_path / "home/store/runs/first/checkpoints").rglob("*.safetensors")
+    whole = {shard: shard.read_bytes() for shard in shards}
+    assert len(whole) == 2
+    longer = [*first, "train.total_images=512"]
+    for shard, data in whole.items():
+        shard.write_bytes(data[:-9] + bytes([data[-9] ^ 4]) + data[-8:])
+    assert_refused(*launch(*longer), "run=first", "damaged")
+    for shard, data in whole.items():
+        shard.write_bytes(data[:-9])
+    assert_refused(*launch(*longer), "run=first", "damaged")
+    for shard, data in whole.items():
+        shard.write_bytes(data)
+    code, output = launch(*longer)
     assert code == 0, output
     assert "resumed after 256 images" in output
 
 
-def test_a_finished_run_is_evaluated_again_for_other_settings(launch, digits):
-    settings = [f"data.prefix={digits}", "run=first"]
-    assert launch(*settings)[0] == 0
-    code, output = launch(*settings, "eval.samples=30")
+def test_a_finished_run_is_evaluated_again_for_other_settings(launch, first):
+    code, output = launch(*first, "eval.samples=30")
     assert (code, "this run is complete" in output) == (0, False)
     assert "of 30 samples" in output
+
+
+def test_a_signal_stops_the_run_and_is_the_callers_own_after_it(launch, first, tmp_path):
+    checkpoints = tmp_path / "home/store/runs/first/checkpoints"
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while not (checkpoints / "000000000384/MANIFEST.json").exists():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def own(_number, _frame) -> None:
+        """Keep a late signal from this process."""
+
+    before = signal.signal(signal.SIGTERM, own), signal.getsignal(signal.SIGINT)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        settings = ["train.total_images=1000000", "checkpoint.keep_last=100000"]
+        code, output = launch(*first, *settings)
+        assert code == 128 + signal.SIGTERM, output
+        assert "stopped; run the same command again to continue" in output
+        assert signal.getsignal(signal.SIGTERM) is own
+        assert signal.getsignal(signal.SIGINT) is before[1]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
 
 
 def test_latents_are_refused_before_anything_starts(launch, digits):

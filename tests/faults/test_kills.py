@@ -4,6 +4,7 @@ Real Ray workers, real DeepSpeed ZeRO-2 on gloo, real shards decoded by DALI, fp
 undisturbed run had its store in S3; these have theirs in a folder.
 """
 
+import shutil
 import signal
 import sqlite3
 
@@ -15,6 +16,12 @@ from tests.support.job import SMALL, final_state, job
 pytestmark = pytest.mark.slow
 
 SECOND_CHECKPOINT = r"checkpoint: \S+/000000002560"
+
+
+@pytest.fixture
+def home(empty_tracker, tmp_path):
+    shutil.copy(empty_tracker, tmp_path)
+    return tmp_path
 
 
 def assert_same_state(home, undisturbed):
@@ -33,33 +40,33 @@ def assert_no_point_twice(home):
     assert len(points) == len(set(points))
 
 
-def test_a_killed_worker_is_replaced_and_a_killed_job_continued_when_run_again(finished, tmp_path):
-    with job(*SMALL, home=tmp_path) as running:
+def test_a_killed_worker_is_replaced_and_a_killed_job_continued_when_run_again(finished, home):
+    with job(*SMALL, home=home) as running:
         running.wait_for(SECOND_CHECKPOINT)
         running.workers()[0].kill()
         # It restarts by itself, from a checkpoint.
         running.wait_for(r"resumed after [\d,]+ images(.|\n)+checkpoint: \S+")
         running.kill_everything()
-    with job(*SMALL, home=tmp_path) as again:
+    with job(*SMALL, home=home) as again:
         assert again.wait() == 0, again.output
         assert "resumed after" in again.output
-    assert_same_state(tmp_path, finished.state)
-    assert_no_point_twice(tmp_path)
+    assert_same_state(home, finished.state)
+    assert_no_point_twice(home)
 
 
-def test_ctrl_c_leaves_a_final_checkpoint_from_which_the_run_goes_on(finished, tmp_path):
-    with job(*SMALL, home=tmp_path) as running:
+def test_ctrl_c_leaves_a_final_checkpoint_from_which_the_run_goes_on(finished, home):
+    with job(*SMALL, home=home) as running:
         running.wait_for(SECOND_CHECKPOINT)
         running.signal_group(signal.SIGINT)
         assert running.wait() == 128 + signal.SIGINT, running.output
         final = running.wait_for(r"stopped; .* (\S+/checkpoints/(\d+))")
         assert 2560 < int(final[2]) < 6400
         assert running.processes() == []
-    with job(*SMALL, home=tmp_path) as again:
+    with job(*SMALL, home=home) as again:
         assert again.wait() == 0, again.output
         assert f"resumed after {int(final[2]):,} images from {final[1]}" in again.output
-    assert_same_state(tmp_path, finished.state)
-    with job(*SMALL, home=tmp_path) as complete:
+    assert_same_state(home, finished.state)
+    with job(*SMALL, home=home) as complete:
         assert complete.wait() == 0
         assert "this run is complete" in complete.output
         assert "classifier reads the label" in complete.output

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from trainer.composition import composed, members
+from tests.support.configuration import configuration
+from trainer.composition import members
 from trainer.launch import described
 
 FOLDER = Path(__file__).parent / "configs"
@@ -15,10 +17,10 @@ def rendered(experiment: str) -> str:
 
     One that takes the number of classes from its data set is shown with one class.
     """
-    overrides = [f"+exp={experiment}", "home=HOME"]
-    if composed(overrides).data.classes == 0:
-        overrides.append("data.classes=1")
-    return f"{described(composed(overrides))}\n"
+    job = configuration(f"+exp={experiment}")
+    if job.data.classes == 0:
+        job = configuration(f"+exp={experiment}", "data.classes=1")
+    return f"{described(replace(job, home='HOME'))}\n"
 
 
 def main() -> None:

@@ -1,11 +1,10 @@
 """A changed default shows here as a diff of every experiment that it reaches."""
 
-from functools import cache
-
 import pytest
 
 from tests.golden.render import FOLDER, rendered
-from trainer.composition import composed, members
+from tests.support.configuration import configuration
+from trainer.composition import members
 from trainer.schema import difference, to_dict
 
 CHANGED = {
@@ -37,12 +36,9 @@ def test_there_is_a_record_of_every_experiment_and_no_other():
 
 @pytest.mark.parametrize("experiment", ABLATIONS)
 def test_an_ablation_changes_what_it_is_named_for_and_nothing_else(experiment):
-    base, ablation = _settings("celeba_hq_256"), _settings(experiment)
+    base, ablation = (
+        to_dict(configuration(f"+exp={name}")) for name in ("celeba_hq_256", experiment)
+    )
     changed = {line.partition(":")[0] for line in difference(base, ablation)} - {"run"}
     name = experiment.removeprefix("ablation/")
     assert changed == CHANGED.get(name, {"flow.critical_times"}), name
-
-
-@cache
-def _settings(experiment):
-    return to_dict(composed([f"+exp={experiment}"]))

@@ -1,4 +1,4 @@
-"""One conformance suite for both engines, on real gloo ranks, against one plain process."""
+"""One conformance suite for all engines, on real gloo ranks, against one plain process."""
 
 import threading
 from collections.abc import Callable
@@ -13,10 +13,17 @@ from tests.support import engine_worker
 
 pytestmark = pytest.mark.slow
 
-ENGINES = [
+ENGINES: list[dict[str, Any]] = [
     {"kind": "plain"},
     {"kind": "zero", "zero_stage": 1},
     {"kind": "zero", "zero_stage": 2},
+    {"kind": "zero", "zero_stage": 3},
+    {"kind": "plain", "placement": {1: 2}},
+    {"kind": "zero", "zero_stage": 1, "placement": {1: 2}},
+    {"kind": "zero", "zero_stage": 2, "placement": {0: 2, 1: 2}},
+    {"kind": "zero", "zero_stage": 3, "placement": {1: 2}},
+    {"kind": "zero", "zero_stage": 2, "offload_optimizer": True},
+    {"kind": "zero", "zero_stage": 3, "offload_optimizer": True, "placement": {1: 2}},
 ]
 
 
@@ -47,15 +54,13 @@ def reference() -> dict[str, Any]:
 
 
 def test_every_engine_trains_like_one_plain_process(reference):
-    variants = [
-        {"kind": "plain"},
-        {"kind": "zero", "zero_stage": 1},
-        {"kind": "zero", "zero_stage": 2},
-        {"kind": "plain", "micro_batch": 2},
-        {"kind": "zero", "zero_stage": 1, "micro_batch": 2},
-        {"kind": "zero", "zero_stage": 2, "micro_batch": 2},
+    accumulating = [each | {"micro_batch": 2} for each in ENGINES]
+    recomputing = [
+        {"kind": "plain", "activation_checkpointing": (0, 1)},
+        {"kind": "zero", "zero_stage": 3, "activation_checkpointing": (0,), "placement": {1: 2}},
     ]
-    told = on_ranks(engine_worker.conformance, 2, {"variants": variants})
+    variants = [*ENGINES, *accumulating, *recomputing]
+    told = on_ranks(engine_worker.conformance, 2, {"variants": [dict(each) for each in variants]})
     assert len(told) == len(variants)
     clipped = [norm > engine_worker.OPTIM.clip_norm for _, norm in reference["history"]]
     assert any(clipped), "the test must exercise clipping"
@@ -71,13 +76,7 @@ def test_weights_that_an_update_does_not_use_have_a_zero_gradient():
     (alone,) = on_ranks(
         engine_worker.conformance, 1, {"variants": [{"kind": "plain"}], "stages": stages}
     )
-    variants = [
-        {"kind": "plain"},
-        {"kind": "zero", "zero_stage": 1},
-        {"kind": "zero", "zero_stage": 2},
-        {"kind": "zero", "zero_stage": 1, "micro_batch": 1},
-        {"kind": "zero", "zero_stage": 2, "micro_batch": 1},
-    ]
+    variants = [*ENGINES, *(each | {"micro_batch": 1} for each in ENGINES[1:])]
     told = on_ranks(engine_worker.conformance, 2, {"variants": variants, "stages": stages})
     assert len(told) == len(variants)
     for result in told:
@@ -88,12 +87,14 @@ def test_weights_that_an_update_does_not_use_have_a_zero_gradient():
 
 
 def test_bf16_keeps_fp32_masters_and_stays_near(reference):
-    variants = [{"kind": "zero", "zero_stage": 2, "precision": "bf16"}]
-    (told,) = on_ranks(engine_worker.conformance, 2, {"variants": variants})
-    losses = torch.tensor(told["history"])[:, 0]
-    torch.testing.assert_close(losses, torch.tensor(reference["history"])[:, 0], rtol=3e-2, atol=0)
-    masters = torch.tensor(told["state"]["master/time_embed.hidden.weight"])
-    assert not torch.equal(masters, masters.bfloat16().float())
+    variants = [each | {"precision": "bf16"} for each in ENGINES if each["kind"] == "zero"]
+    told = on_ranks(engine_worker.conformance, 2, {"variants": variants})
+    assert len(told) == len(variants)
+    for variant, result in zip(variants, told, strict=True):
+        losses, wanted = (torch.tensor(each["history"])[:, 0] for each in (result, reference))
+        torch.testing.assert_close(losses, wanted, rtol=3e-2, atol=0, msg=str(variant))
+        masters = torch.tensor(result["state"]["master/time_embed.hidden.weight"])
+        assert not torch.equal(masters, masters.bfloat16().float()), variant
 
 
 def test_moved_state_trains_on_bit_for_bit():
@@ -107,14 +108,19 @@ def test_ema_weights_are_in_the_model_only_inside_the_block():
     told = on_ranks(engine_worker.ema, 2, {"engines": ENGINES})
     assert len(told) == len(ENGINES)
     for engine, result in zip(ENGINES, told, strict=True):
-        assert result["inside"] == result["expected"], engine
+        if engine.get("placement"):
+            for inside, expected in zip(result["inside"], result["expected"], strict=True):
+                torch.testing.assert_close(torch.tensor(inside), torch.tensor(expected))
+        else:
+            assert result["inside"] == result["expected"], engine
         assert result["after_look"] == result["without_look"], engine
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all_and_training_goes_on():
-    told = on_ranks(engine_worker.nonfinite, 2, {"engines": ENGINES})
-    assert len(told) == len(ENGINES)
-    for engine, result in zip(ENGINES, told, strict=True):
+    engines = [*ENGINES, *(each | {"precision": "bf16"} for each in ENGINES[1:4])]
+    told = on_ranks(engine_worker.nonfinite, 2, {"engines": engines})
+    assert len(told) == len(engines)
+    for engine, result in zip(engines, told, strict=True):
         assert result["applied"] == [False, False], engine
         assert result["unmoved"], engine
         assert result["next"][0][0] > 0, engine

@@ -22,10 +22,10 @@ def history(client, run_id, name):
     return sorted((point.step, point.value) for point in points)
 
 
-def test_an_outage_loses_no_point_and_a_resumed_run_repeats_none(tmp_path):
+def test_an_outage_loses_no_point_and_a_resumed_run_repeats_none(tmp_path, empty_tracker):
     import torch
 
-    with mlflow_server(tmp_path) as server:
+    with mlflow_server(tmp_path, empty_tracker) as server:
         config = TrackingConfig(uri=server.uri, flush_timeout_s=90)
         check_tracker(config, str(tmp_path))
         first = tracker(config, tmp_path)

@@ -42,11 +42,16 @@ def test_one_two_and_changing_numbers_of_ranks_see_the_same_losses(
         assert main([*TINY, *overrides]) == 0
         return losses(home)
 
+    def half(name: str) -> str:
+        return f"resume={tmp_path / name / 'store/runs/digits/checkpoints/000000000320'}"
+
     one = run("one", "cluster.workers=1")
-    two = run("two", "cluster.workers=2")
-    half = tmp_path / "two/store/runs/digits/checkpoints/000000000320"
-    changed = run("changed", "cluster.workers=1", f"resume={half}")
-    assert (len(one), len(changed)) == (10, 5)
+    two = run("two", "cluster.workers=2", "engine.placement={1:2}")
+    fewer = run("fewer", "cluster.workers=1", half("two"))
+    spread = ["cluster.workers=2", "engine.zero_stage=3", "engine.placement={0:2,1:2}"]
+    more = run("more", *spread, half("one"))
+    assert (len(one), len(fewer), len(more)) == (10, 5, 5)
     assert one[-1] < one[0]
     assert two == pytest.approx(one, rel=1e-5)
-    assert changed == pytest.approx(one[5:], rel=1e-5)
+    assert fewer == pytest.approx(one[5:], rel=1e-5)
+    assert more == pytest.approx(one[5:], rel=1e-5)

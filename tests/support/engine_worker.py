@@ -15,7 +15,7 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer, Settle
+from models.transformer.lapflow import LapFlowTransformer, Settle, stay
 from trainer import rng
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine, EngineConfig
@@ -25,6 +25,26 @@ BATCH = 8
 # AdamW divides by the gradient's size, so with its usual epsilon a gradient of almost nothing turns
 # rounding into a full step. This epsilon keeps the update a smooth function of the gradient.
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
+
+
+def tiny_model(settle: Settle = stay, *, scales: int = 2, **sizes: Any) -> LapFlowTransformer:
+    """Build a tiny LapFlow with the same initial weights in every call."""
+
+    def randomised(part: torch.nn.Module) -> None:
+        # Zero-initialised output layers would leave most gradients of the first updates at 0.
+        for parameter in part.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        settle(part)
+
+    torch.manual_seed(0)
+    return LapFlowTransformer(
+        TransformerConfig(**{"depth": 2, "width": 16, "heads": 2} | sizes),
+        scales=scales,
+        channels=1,
+        image_size=8,
+        classes=3,
+        settle=randomised,
+    )
 
 
 def build(
@@ -40,25 +60,8 @@ def build(
 ) -> Engine:
     """Wrap a tiny LapFlow with the same initial weights on every rank and in every call."""
 
-    def build_model(settle: Settle) -> LapFlowTransformer:
-        def randomised(part: torch.nn.Module) -> None:
-            # Zero-initialised output layers would leave most gradients of the first updates at 0.
-            for parameter in part.parameters():
-                torch.nn.init.normal_(parameter, std=0.1)
-            settle(part)
-
-        torch.manual_seed(0)
-        return LapFlowTransformer(
-            TransformerConfig(**{"depth": 2, "width": 16, "heads": 2} | (model or {})),
-            scales=scales,
-            channels=1,
-            image_size=8,
-            classes=3,
-            settle=randomised,
-        )
-
     return build_engine(
-        build_model,
+        lambda settle: tiny_model(settle, scales=scales, **(model or {})),
         config=EngineConfig(**engine),
         placement=Placement.of(placement or {}, scales=scales),
         optim=optim,
@@ -162,19 +165,25 @@ def reload(context: WorkerContext, payload: dict[str, Any]) -> None:
 
 
 def ema(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """Tell what the model holds inside `ema_weights`, and how it trains on after it."""
+    """Tell what the model computes inside `ema_weights`, and how it trains on after it."""
     micro = BATCH // context.world_size
+    inputs = (
+        (torch.linspace(-1, 1, 32).view(2, 1, 4, 4), torch.linspace(-1, 1, 64).view(1, 1, 8, 8)),
+        torch.tensor([0.25, 0.75]),
+        torch.tensor([0, 3]),
+    )
     for settings in payload["engines"]:
         looked, plain = (build(context, micro_batch=micro, **settings) for _ in range(2))
         for engine in (looked, plain):
             updates(engine, context, count=2, micro_batch=micro)
-        expected = {
-            name.removeprefix("ema/"): values
-            for name, values in state(looked).items()
-            if name.startswith("ema/")
-        }
-        with looked.ema_weights() as model:
-            inside = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+        whole = tiny_model()
+        averages = state(looked)
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                parameter.copy_(torch.tensor(averages[f"ema/{name}"]).view_as(parameter))
+            expected = [velocity.flatten().tolist() for velocity in whole(*inputs)]
+            with looked.ema_weights() as model:
+                inside = [velocity.flatten().tolist() for velocity in model(*inputs)]
         for engine in (looked, plain):
             updates(engine, context, count=1, first=2, micro_batch=micro)
         told = {

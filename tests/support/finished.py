@@ -42,7 +42,9 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="session")
-def finished(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedRun]:
+def finished(
+    s3: S3Server, empty_tracker: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FinishedRun]:
     """Run the job on Ray with its store in S3 and its metrics on an MLflow server."""
     import mlflow
 
@@ -50,7 +52,7 @@ def finished(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     uri = f"{s3.make_bucket('job')}/lapflow"
     config = StoreConfig(endpoint_url=s3.endpoint_url)
     credentials = {name: v for name, v in s3.environment.items() if name.startswith("AWS_")}
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow"), empty_tracker) as server:
         arguments = [
             *SMALL,
             f"store.uri={uri}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,10 +19,12 @@ class MlflowServer:
 
     Args:
         folder: Where the database and artifacts are.
+        database: What its database begins as.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: Path) -> None:
         self._folder = folder
+        shutil.copy(database, folder / "server.db")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
@@ -61,9 +64,9 @@ class MlflowServer:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
-    """Run a server for the length of a `with` block."""
-    server = MlflowServer(folder)
+def mlflow_server(folder: Path, database: Path) -> Iterator[MlflowServer]:
+    """Run a server, on a copy of the database, for the length of a `with` block."""
+    server = MlflowServer(folder, database)
     server.start()
     try:
         yield server

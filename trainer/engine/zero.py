@@ -105,6 +105,7 @@ class ZeroEngine:
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         self._deepspeed.step()
+        self._partition.forget_gradients()
         if self._zero.overflow:
             return UpdateOutcome(applied=False, gradient_norm=float("inf"))
         with torch.no_grad():
@@ -187,14 +188,14 @@ class ZeroEngine:
 
 
 def _settle(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype) -> Settle:
-    """Divide the experts of each part, and bring it to the device in the engine's precision."""
+    """Divide the experts of each part, and bring it to the device, its weights in a precision."""
 
     def settle(part: nn.Module) -> None:
         shards.divide(part)
         for parameter in part.parameters():
             parameter.data = parameter.data.to(device, dtype)
-        # Positions keep their precision.
-        part.to(device)
+        for buffer in part.buffers():
+            buffer.data = buffer.data.to(device)
 
     return settle
 

@@ -49,6 +49,14 @@ class ZeroPartition(Protocol):
         """Make the weights of the model follow the masters; a collective call."""
         ...
 
+    def forget_gradients(self) -> None:
+        """Zero the gradients of an update that is over.
+
+        DeepSpeed overwrites them in the next one, except those of weights that it does not use: of
+        the scales that a stage leaves out. For them it would apply the old ones again.
+        """
+        ...
+
 
 class StatePartition:
     """ZeRO-1 and ZeRO-2: the flattened weights of a group, cut into equal parts.
@@ -85,6 +93,10 @@ class StatePartition:
         """Copy the masters into the model's weights on all ranks."""
         self._optimizer.update_lp_params()
 
+    def forget_gradients(self) -> None:
+        """Zero the gradients of an update that is over."""
+        _zero_gradients(self.masters)
+
 
 class WeightPartition:
     """ZeRO-3: each weight cut into equal parts, which are joined where the weight is used.
@@ -119,8 +131,21 @@ class WeightPartition:
 
     def publish(self) -> None:
         """Copy the masters into each rank's parts, and into the small weights that stay joined."""
+        self._optimizer._partition_all_parameters()
         for group in range(len(self.masters)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if self._optimizer.persistent_parameters:
             joined = self._optimizer.persistent_parameters
             joined[0].all_gather(joined)
+
+    def forget_gradients(self) -> None:
+        """Zero the gradients of an update that is over."""
+        self._optimizer.grad_partitions_flat_buffer.zero_()
+        _zero_gradients(self.masters)
+
+
+def _zero_gradients(masters: list[Tensor]) -> None:
+    for master in masters:
+        # Kept from one update to the next only where they are in host memory.
+        if master.grad is not None:
+            master.grad.zero_()

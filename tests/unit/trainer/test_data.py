@@ -12,7 +12,7 @@ from models.pyramid import merge
 from pipelines.batch import Cursor
 from pipelines.ingest.digits import ensure_digits
 from pipelines.view import AugmentConfig
-from trainer.composition import composed
+from tests.support.configuration import configuration
 from trainer.data import open_split, real_images, training_loader
 from trainer.schema import JobConfig
 
@@ -36,7 +36,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_of(digits: Path, home: Path, augment: AugmentConfig) -> JobConfig:
-    job = composed(["+exp=digits", f"data.prefix={digits}", f"home={home}"])
+    job = configuration("+exp=digits", f"data.prefix={digits}", f"home={home}")
     return dataclasses.replace(job, data=dataclasses.replace(job.data, augment=augment))
 
 

@@ -19,9 +19,9 @@ from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import RECORD_NAME
 from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
+from tests.support.configuration import configuration
 from tests.unit.pipelines import pictures
 from trainer.autoencoder import AutoencoderError, codec_digest, load_codec
-from trainer.composition import composed
 from trainer.data import (
     check_latents,
     open_images,
@@ -72,21 +72,19 @@ def encoded(folder: Path, name: str, *more: str) -> None:
 
 
 def job_of(place: Path, *overrides: str, name: str = "latents") -> JobConfig:
-    job = composed(
-        [
-            "+exp=digits",
-            "data.prepare=none",
-            "data.space=latent",
-            "data.image_size=4",
-            "data.channels=4",
-            f"data.prefix={place / name}",
-            f"home={place / 'home'}",
-            "codec.kind=autoencoder_kl",
-            f"codec.source={place / 'autoencoder'}",
-            "train.global_batch=8",
-            "eval.classifier=false",
-            *overrides,
-        ]
+    job = configuration(
+        "+exp=digits",
+        "data.prepare=none",
+        "data.space=latent",
+        "data.image_size=4",
+        "data.channels=4",
+        f"data.prefix={place / name}",
+        f"home={place / 'home'}",
+        "codec.kind=autoencoder_kl",
+        f"codec.source={place / 'autoencoder'}",
+        "train.global_batch=8",
+        "eval.classifier=false",
+        *overrides,
     )
     validate(job)
     return job

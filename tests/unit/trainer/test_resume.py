@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
+from tests.support.configuration import configuration
 from trainer.checkpoint.manifest import Manifest
-from trainer.composition import composed
 from trainer.resume import check_start
 from trainer.schema import ConfigError, science, science_hash
 
@@ -27,13 +27,13 @@ def checkpoint_of(trained: dict) -> Manifest:
 
 
 def start(trained: dict, *overrides: str) -> None:
-    job = composed(["+exp=digits", *overrides])
+    job = configuration("+exp=digits", *overrides)
     check_start(job, science(job, data_digest="digest"), checkpoint_of(trained))
 
 
 @pytest.fixture
 def trained() -> dict:
-    return copy.deepcopy(science(composed(["+exp=digits"]), data_digest="digest"))
+    return copy.deepcopy(science(configuration("+exp=digits"), data_digest="digest"))
 
 
 def test_the_same_settings_continue(trained):
@@ -78,9 +78,9 @@ def test_a_checkpoint_from_before_there_were_codecs_is_of_pixels(trained):
 def test_a_moved_autoencoder_continues_also_when_a_setting_came_later():
     latent = ["+exp=digits", "codec=sd_vae"]
     digests = {"data_digest": "digest", "codec_digest": "autoencoder"}
-    trained = copy.deepcopy(science(composed(latent), **digests))
+    trained = copy.deepcopy(science(configuration(*latent), **digests))
     del trained["model"]["attention"]
-    moved = composed([*latent, "codec.source=/elsewhere"])
+    moved = configuration(*latent, "codec.source=/elsewhere")
     check_start(moved, science(moved, **digests), checkpoint_of(trained))
     other = science(moved, data_digest="digest", codec_digest="other")
     with pytest.raises(ConfigError, match=r"autoencoder\.sha256: autoencoder -> other"):
@@ -90,10 +90,10 @@ def test_a_moved_autoencoder_continues_also_when_a_setting_came_later():
 def test_a_checkpoint_from_before_the_encoders_precision_continues_in_fp32():
     digests = {"data_digest": "digest", "codec_digest": "autoencoder"}
     latent = ["+exp=digits", "codec=sd_vae"]
-    trained = copy.deepcopy(science(composed(latent), **digests))
+    trained = copy.deepcopy(science(configuration(*latent), **digests))
     del trained["codec"]["encode_precision"]
-    same = composed([*latent, "codec.encode_precision=fp32"])
+    same = configuration(*latent, "codec.encode_precision=fp32")
     check_start(same, science(same, **digests), checkpoint_of(trained))
-    faster = composed(latent)
+    faster = configuration(*latent)
     with pytest.raises(ConfigError, match=r"codec\.encode_precision: fp32 -> bf16"):
         check_start(faster, science(faster, **digests), checkpoint_of(trained))

@@ -1,0 +1,1 @@
+"""Benchmarks of expert shards: what ranks hold and send, and what a step takes."""

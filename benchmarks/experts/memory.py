@@ -1,0 +1,87 @@
+"""Bytes of live tensors on a rank, against the prediction, by placement and ZeRO stage.
+
+The engines are the real ones, on gloo ranks, after a backward pass and before its update: when
+weights, gradients, optimizer state and EMA all exist. DeepSpeed's buffers for collectives are kept
+small, so that they do not hide what is measured. Activations are not in it.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import command
+from benchmarks.experts.live import live_bytes
+from benchmarks.experts.training import Training
+from benchmarks.experts.variant import Variant, variants
+from cluster.contract import ClusterConfig, WorkerContext
+from cluster.launcher import run
+from cluster.prediction import rank_memory
+from trainer.placing import resolve_placement, workload, zero_stage
+from trainer.schema import JobConfig, to_dict
+
+_MIB = 2**20
+_BUCKET = 100_000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+    """
+    parser = command.parser("experts memory", description=__doc__ or "", rounds=1)
+    parser.add_argument("--size", default="S", help="preset; default S")
+    parser.add_argument("--scales", type=command.whole_numbers, default=(2, 3), help="default 2,3")
+    parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
+    options = parser.parse_args(arguments)
+    setting = command.setting("experts memory", options)
+    for scales in options.scales:
+        for stage in (0, 1, 2, 3):
+            for variant in variants(scales, ranks=options.ranks, stages=(stage,)):
+                job = variant.job(size=options.size, ranks=options.ranks, images=scales)
+                setting.report.add(**measured(variant, _with_small_buckets(job)))
+    setting.deliver()
+    return 0
+
+
+def measured(variant: Variant, job: JobConfig) -> dict[str, Any]:
+    """Measure one variant; the row of the table."""
+    told: list[dict[str, Any]] = []
+    run(
+        ClusterConfig(backend="local", workers=job.cluster.workers, gpus_per_worker=0),
+        hold,
+        {"job": to_dict(job)},
+        on_message=told.append,
+        stop=threading.Event(),
+    )
+    most = max(each["bytes"] for each in told)
+    memory = rank_memory(workload(job), resolve_placement(job), zero_stage=zero_stage(job))
+    predicted = memory.weights + memory.gradients + memory.optimizer + memory.ema
+    return {
+        "held as": variant.name,
+        "MiB": most / _MIB,
+        "predicted": predicted / _MIB,
+        "ratio": most / predicted,
+        "weights": memory.weights / _MIB,
+        "gradients": memory.gradients / _MIB,
+        "optimizer": memory.optimizer / _MIB,
+        "EMA": memory.ema / _MIB,
+    }
+
+
+def hold(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Train two updates, the second up to its backward pass, and tell what is alive."""
+    before = live_bytes()
+    training = Training(payload["job"], context)
+    training.update()
+    training.backward()
+    context.tell({"bytes": live_bytes() - before})
+
+
+def _with_small_buckets(job: JobConfig) -> JobConfig:
+    if job.engine.kind == "zero":
+        job.engine.deepspeed["zero_optimization"] = {
+            "reduce_bucket_size": _BUCKET,
+            "stage3_prefetch_bucket_size": _BUCKET,
+        }
+    return job

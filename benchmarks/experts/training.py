@@ -1,0 +1,65 @@
+"""A job's engine on one rank, trained on random latents."""
+
+from typing import Any
+
+import torch
+
+from cluster.contract import WorkerContext
+from models.flow.flow import Flow
+from models.flow.objective import Objective
+from models.pyramid import split
+from trainer.engine.build import build_engine
+from trainer.engine.protocol import Engine
+from trainer.placing import resolve_placement
+from trainer.schema import JobConfig, from_dict, micro_batch
+from trainer.space import flow_shape
+from trainer.worker import initial_model
+
+
+class Training:
+    """The engine of a job and one fixed batch for it.
+
+    Args:
+        job: The job's configuration as plain values.
+        context: This rank.
+    """
+
+    def __init__(self, job: dict[str, Any], context: WorkerContext) -> None:
+        self.job = from_dict(JobConfig, job)
+        self.engine = engine_of(self.job, context)
+        shape, images = flow_shape(self.job.data, self.job.codec), micro_batch(self.job)
+        flow = Flow(self.job.flow)
+        self._objective = Objective(flow)
+        device = torch.device(context.device)
+        generator = torch.Generator().manual_seed(context.rank)
+        latents = torch.randn(images, shape.channels, shape.size, shape.size, generator=generator)
+        noise = flow.noise_size(channels=shape.channels, image_size=shape.size)
+        self._batch: dict[str, Any] = {
+            "bands": split(latents.to(device), self.job.flow.scales),
+            "labels": torch.randint(shape.classes, (images,), generator=generator).to(device),
+            "uniforms": torch.rand(images, generator=generator).to(device),
+            "noise": torch.randn(images, noise, generator=generator).to(device),
+        }
+
+    def backward(self) -> None:
+        """Run the forward and backward pass of an update."""
+        self.engine.backward(self._objective(self.engine, **self._batch).total, last=True)
+
+    def update(self) -> None:
+        """Run one whole update."""
+        self.backward()
+        self.engine.update(learning_rate=1e-4, ema_decay=0.999)
+
+
+def engine_of(job: JobConfig, context: WorkerContext) -> Engine:
+    """Build the engine of a job as its workers do."""
+    return build_engine(
+        lambda settle: initial_model(job, settle),
+        config=job.engine,
+        placement=resolve_placement(job),
+        optim=job.optim,
+        micro_batch=micro_batch(job),
+        rank_batch=job.train.global_batch // context.world_size,
+        world_size=context.world_size,
+        device=torch.device(context.device),
+    )

@@ -1,0 +1,76 @@
+"""One way to hold and train a model: a placement and an engine, as overrides of an experiment."""
+
+from dataclasses import dataclass
+
+from trainer.composition import composed
+from trainer.schema import JobConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What one row of a table is measured of.
+
+    Attributes:
+        scales: Number of scales, K.
+        zero_stage: 1 to 3; 0 is the plain engine, which holds everything in fp32.
+        placement: As `engine.placement` takes it.
+    """
+
+    scales: int
+    zero_stage: int
+    placement: str = "replicated"
+
+    @property
+    def name(self) -> str:
+        """The row's name."""
+        stage = f"ZeRO-{self.zero_stage}" if self.zero_stage else "no ZeRO"
+        return f"K={self.scales}, {self.placement}, {stage}"
+
+    def job(self, *, size: str, ranks: int, images: int, precision: str = "bf16") -> JobConfig:
+        """Compose the job.
+
+        Args:
+            size: Preset of the model.
+            ranks: Number of ranks.
+            images: Images of each rank in an update; a multiple of the number of scales.
+            precision: "bf16" or "fp32"; the plain engine always has fp32.
+        """
+        engine = (
+            ["engine=plain", "engine.precision=fp32"]
+            if self.zero_stage == 0
+            else [f"engine.zero_stage={self.zero_stage}", f"engine.precision={precision}"]
+        )
+        return composed(
+            [
+                "+exp=imagenet_xl",
+                f"model={size.lower()}_2",
+                f"flow.scales={self.scales}",
+                "flow.critical_times=null",
+                "data.classes=1000",
+                f"cluster.workers={ranks}",
+                f"train.global_batch={ranks * images}",
+                f"engine.placement={self.placement}",
+                *engine,
+            ]
+        )
+
+
+def variants(scales: int, *, ranks: int, stages: tuple[int, ...]) -> list[Variant]:
+    """The placements that are compared: replicated, the coarsest or all coarse scales sharded.
+
+    Args:
+        scales: Number of scales, K.
+        ranks: Number of ranks; the size of the expert groups.
+        stages: ZeRO stages.
+    """
+    coarse = range(scales - 1, 0, -1)
+    placements = {
+        "replicated": None,
+        f"{{{scales - 1}:{ranks}}}": None,
+        "{" + ",".join(f"{k}:{ranks}" for k in coarse) + "}": None,
+    }
+    return [
+        Variant(scales=scales, zero_stage=stage, placement=placement)
+        for stage in stages
+        for placement in placements
+    ]

@@ -1,0 +1,161 @@
+"""Bytes that leave a rank in one step, by kind of collective, against the formula.
+
+They are counted where torch hands a collective to its backend, whoever asked for it: expert groups
+for their tokens, the engine for gradients and weights. A ring is assumed where it matters: of n
+ranks, (n - 1)/n of a buffer leaves each of them in an all-gather or reduce-scatter, and twice that
+in an all-reduce.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import command
+from benchmarks.experts.training import Training
+from benchmarks.experts.variant import Variant, variants
+from cluster.contract import ClusterConfig, WorkerContext
+from cluster.launcher import run
+from cluster.workload import exchange_bytes
+from trainer.placing import resolve_placement, workload, zero_stage
+from trainer.schema import JobConfig, micro_batch, to_dict
+
+_KIB = 2**10
+_KINDS = {
+    "c10d::allreduce_": "all_reduce",
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::allgather_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::alltoall_base_": "all_to_all",
+    "c10d::broadcast_": "broadcast",
+    "c10d::reduce_": "reduce",
+}
+"""The operators of collectives, by the kind they are."""
+
+
+class WireCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what leaves this rank in collectives.
+
+    Attributes:
+        bytes: By kind of collective.
+        calls: By kind of collective.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count a collective and carry it out."""
+        name = func._schema.name
+        if name.startswith("c10d::") and name in _KINDS:
+            group = next(
+                dist.ProcessGroup.unbox(each)
+                for each in args
+                if isinstance(each, torch.ScriptObject)
+            )
+            self._count(_KINDS[name], _sent(name, args), group.size())
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, kind: str, whole: int, ranks: int) -> None:
+        share = 2 if kind == "all_reduce" else 1
+        self.bytes[kind] += share * (ranks - 1) * whole // ranks
+        self.calls[kind] += 1
+
+
+def _sent(name: str, args: tuple[Any, ...]) -> int:
+    """Bytes of the whole buffer of a collective: what all ranks of it have, or get, together."""
+    first = args[0]
+    tensors: list[Tensor] = first if isinstance(first, list) else [first]
+    if name == "c10d::_reduce_scatter_base_":
+        tensors = [args[1]]
+    if name == "c10d::allgather_":
+        (tensors,) = first
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+    """
+    parser = command.parser("experts wire", description=__doc__ or "", rounds=1)
+    parser.add_argument("--size", default="S", help="preset; default S")
+    parser.add_argument("--scales", type=command.whole_numbers, default=(3,), help="default 3")
+    parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
+    parser.add_argument("--images", type=command.positive, default=6, help="of a rank; default 6")
+    options = parser.parse_args(arguments)
+    setting = command.setting("experts wire", options)
+    for scales in options.scales:
+        for variant in variants(scales, ranks=options.ranks, stages=(1, 2, 3)):
+            job = variant.job(size=options.size, ranks=options.ranks, images=options.images)
+            for row in measured(variant, job):
+                setting.report.add(**row)
+    setting.deliver()
+    return 0
+
+
+def measured(variant: Variant, job: JobConfig) -> list[dict[str, Any]]:
+    """Count one variant; a row for each kind of collective."""
+    told: list[dict[str, Any]] = []
+    run(
+        ClusterConfig(backend="local", workers=job.cluster.workers, gpus_per_worker=0),
+        send,
+        {"job": to_dict(job)},
+        on_message=told.append,
+        stop=threading.Event(),
+    )
+    expected = predicted(job)
+    (counted,) = told
+    return [
+        {
+            "held as": variant.name,
+            "collective": kind,
+            "calls": counted["calls"].get(kind, 0),
+            "KiB": counted["bytes"].get(kind, 0) / _KIB,
+            "predicted": expected[kind] / _KIB,
+            "ratio": counted["bytes"].get(kind, 0) / expected[kind] if expected[kind] else None,
+        }
+        for kind in expected
+        if expected[kind] or counted["bytes"].get(kind, 0)
+    ]
+
+
+def predicted(job: JobConfig) -> Counter[str]:
+    """Bytes that leave a rank in one update: tokens of experts, gradients, and weights."""
+    work, placement, stage = workload(job), resolve_placement(job), zero_stage(job)
+    scales = job.flow.scales
+    images = [micro_batch(job) * (k + 1) // scales for k in reversed(range(scales))]
+    bytes_by_kind = Counter(exchange_bytes(work, placement, images=images))
+    ring = sum(
+        (holders - 1) * weights * work.element_bytes // holders
+        for weights, ranks in work.shards(placement)
+        for holders in [work.world_size // ranks]
+    )
+    if stage == 3:
+        bytes_by_kind["all_gather"] += 2 * ring
+        bytes_by_kind["reduce_scatter"] += ring
+    else:
+        bytes_by_kind["all_reduce"] += 2 * ring
+        bytes_by_kind["all_gather"] += ring
+    return bytes_by_kind
+
+
+def send(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Count the collectives of the third update, when nothing is done for the first time."""
+    training = Training(payload["job"], context)
+    for _ in range(2):
+        training.update()
+    with WireCounter() as counter:
+        training.update()
+    if context.rank == 0:
+        context.tell({"bytes": dict(counter.bytes), "calls": dict(counter.calls)})

@@ -1,0 +1,155 @@
+"""Draws the picture of docs/design/expert-shards.md: `python docs/placement_picture.py`.
+
+Who holds what of LapFlow-XL/2 with three scales on eight GPUs, replicated and with the coarse
+scales' experts sharded. All figures are those of the planner.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from cluster.placement import Placement, shard_holders
+from cluster.prediction import RankMemory, rank_memory
+from cluster.workload import Workload
+from trainer.composition import composed
+from trainer.placing import workload
+
+FOLDER = Path(__file__).parent / "images"
+_JOB = ("+exp=imagenet_xl", "flow=three_scales", "cluster=h100_8", "train.global_batch=264")
+_SHARDED = {2: 8, 1: 8}
+_STAGE = 1
+_COLOURS = {0: "#4C72B0", 1: "#DD8452", 2: "#55A868", None: "0.35"}
+_MEMORY_COLOURS = {
+    "weights": "#7A4B9A",
+    "gradients": "#B08CC8",
+    "optimizer": "#C4A000",
+    "ema": "#E5D27A",
+    "activations": "#5B9BA8",
+    "buffers": "#B9D4D9",
+}
+_GIB = 2**30
+_PALE = 0.5
+_STRIP, _GAP = 0.34, 0.06
+"""Height of a strip and what is between two, in rows."""
+
+
+def placement() -> Figure:
+    """Draw what each rank holds of each part, and the memory of a rank."""
+    work = workload(composed(_JOB))
+    scales = len(work.scales)
+    placements = (Placement.of({}, scales=scales), Placement.of(_SHARDED, scales=scales))
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(2.5, 1))
+    grids, bars = halves
+    panels = grids.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
+    for panel, where in zip(panels, placements, strict=True):
+        _draw_holders(panel, work, where)
+    grids.legend(
+        handles=[
+            Patch(facecolor="0.35", label="weights and gradients"),
+            Patch(facecolor="0.35", alpha=_PALE, label="optimizer state and EMA"),
+            Patch(facecolor="0.93", label="on other ranks"),
+        ],
+        loc="outside lower center", ncols=3, frameon=False,
+    )  # fmt: skip
+    memories = {str(where): rank_memory(work, where, zero_stage=_STAGE) for where in placements}
+    _draw_memory(bars.subplots(), memories)
+    return figure
+
+
+def _draw_holders(panel: Any, work: Workload, where: Placement) -> None:
+    """A cell for each rank and part; its width is the whole part, filled as far as it is held."""
+    ranks, scales = work.world_size, len(work.scales)
+    rows: list[tuple[int | None, int, int]] = [(None, work.shared_parameters, 1)]
+    for position, (load, size) in enumerate(zip(work.scales, where.ranks, strict=True)):
+        rows.append((scales - 1 - position, load.parameters, size))
+    for row, (k, _, size) in enumerate(rows):
+        for rank in range(ranks):
+            holders = shard_holders(rank, size, ranks)
+            shard = rank % size / size
+            # Of what its holders have in common each keeps the state of an equal part.
+            part = shard + holders.index(rank) / ranks
+            top = row - _STRIP - _GAP / 2
+            _strip(panel, (rank, top), (shard, 1 / size), colour=_COLOURS[k])
+            state = (rank, row + _GAP / 2)
+            _strip(panel, state, (part, 1 / ranks), colour=_COLOURS[k], alpha=_PALE)
+    panel.set_yticks(
+        range(len(rows)),
+        [
+            f"shared\n{weights / 1e6:.1f} M" if k is None else f"scale {k}\n{weights / 1e6:.0f} M"
+            for k, weights, _ in rows
+        ],
+    )
+    panel.set_xticks([rank + 0.5 for rank in range(ranks)], [f"{rank}" for rank in range(ranks)])
+    panel.xaxis.set_ticks_position("top")
+    panel.xaxis.set_label_position("top")
+    panel.set_xlabel("rank")
+    panel.tick_params(length=0)
+    panel.set_xlim(0, ranks)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_title(f"{where}, ZeRO-{_STAGE}", pad=10, fontweight="bold")
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+
+
+def _strip(
+    panel: Any,
+    cell: tuple[int, float],
+    held: tuple[float, float],
+    *,
+    colour: str,
+    alpha: float = 1.0,
+) -> None:
+    """One part of a model as a bar in a rank's cell, of which the rank holds a stretch."""
+    width = 0.86
+    (rank, top), (start, length) = cell, held
+    left = rank + (1 - width) / 2
+    for x, size, style in (
+        (left, width, {"facecolor": "0.93"}),
+        (left + start * width, length * width, {"facecolor": colour, "alpha": alpha}),
+    ):
+        panel.add_patch(Rectangle((x, top), size, _STRIP, linewidth=0, **style))
+
+
+def _draw_memory(panel: Any, memories: dict[str, RankMemory]) -> None:
+    for row, memory in enumerate(memories.values()):
+        left = 0.0
+        for name, size in memory.parts.items():
+            gib = size / _GIB
+            panel.barh(
+                row, gib, left=left, height=0.62, color=_MEMORY_COLOURS[name],
+                label=name.replace("ema", "EMA") if row == 0 else None,
+            )  # fmt: skip
+            if gib > 0.5:
+                ink = "white" if name == "weights" else "black"
+                panel.text(left + gib / 2, row, f"{gib:.2f}", color=ink, ha="center", va="center")
+            left += gib
+        panel.text(left + 0.1, row, f"{left:.1f} GiB", va="center", fontweight="bold")
+    panel.set_yticks(range(len(memories)), list(memories))
+    panel.set_ylim(len(memories) - 0.5, -0.5)
+    panel.set_xlim(0, 1.12 * max(memory.total for memory in memories.values()) / _GIB)
+    panel.set_xlabel("GiB of a rank, predicted: bf16, 33 images")
+    panel.tick_params(axis="y", length=0)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.legend(ncols=6, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=FOLDER, help=f"folder, default {FOLDER}")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    # Without the program's version and date the same picture is the same file.
+    placement().savefig(options.output / "placement.png", dpi=80, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Configurations for tests that only read them: equal overrides are composed once."""
+
+from functools import cache
+
+from trainer.composition import composed
+from trainer.schema import JobConfig
+
+
+@cache
+def configuration(*overrides: str) -> JobConfig:
+    """Compose overrides as the command does, once; not for tests that change LAPFLOW_HOME."""
+    return composed(overrides)

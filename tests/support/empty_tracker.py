@@ -1,0 +1,17 @@
+"""An MLflow database without a run: making one takes seconds, copying one does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def empty_tracker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for the whole test session; give every home or server a copy."""
+    import mlflow
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file

@@ -38,9 +38,9 @@ class Placement:
         if stray:
             kept = {k: ranks for k, ranks in sharded.items() if k not in stray}
             raise PlacementError(
-                f"placement={dict(sharded)} has {_entries(stray)}, but the scales are 0 (finest) "
-                f"to {scales - 1} and each is sharded over at least 1 rank; without that it is "
-                f"{cls.of(kept, scales=scales)}"
+                f"placement={_entries(sharded)} has {_entries(stray)}, but the scales are 0 "
+                f"(finest) to {scales - 1} and each is sharded over at least 1 rank; without that "
+                f"it is {cls.of(kept, scales=scales)}"
             )
         return cls(tuple(sharded.get(k, 1) for k in reversed(range(scales))))
 

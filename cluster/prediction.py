@@ -49,9 +49,11 @@ def rank_memory(workload: Workload, placement: Placement, *, zero_stage: int) ->
     """Predict the bytes on each rank, with AdamW.
 
     ZeRO 1 splits optimizer state and moving average over the ranks that hold the same weights,
-    ZeRO 2 the gradients too, ZeRO 3 the weights too. Of a sharded scale N/E ranks hold each 1/E,
-    so what is split is 1/N of it whatever E is: sharding a scale saves weights and gradients, not
-    optimizer state. ZeRO keeps float32 master weights in either precision, stage 0 only in bf16.
+    ZeRO 2 the gradients too, ZeRO 3 the weights too. ZeRO 1 adds gradients up whole over several
+    passes; with one pass they are reduced as they come and kept split. Of a sharded scale N/E ranks
+    hold each 1/E, so what is split is 1/N of it whatever E is: sharding a scale saves weights and
+    whole gradients, not optimizer state. ZeRO keeps float32 master weights in either precision,
+    stage 0 only in bf16.
 
     A sharded scale keeps the group's tokens at the input of three projections of a block, and at
     most twice as much is under way in an exchange. ZeRO 1 to 3 reduce through whole buckets of
@@ -68,6 +70,7 @@ def rank_memory(workload: Workload, placement: Placement, *, zero_stage: int) ->
     held = sum(weights for weights, _ in shards)
     split = sum(math.ceil(weights * ranks / workload.world_size) for weights, ranks in shards)
     stateful = split if zero_stage >= 1 else held
+    adds_up_split = zero_stage >= 2 or (zero_stage == 1 and workload.passes == 1)
     copies = 2 if element == _FULL_BYTES and zero_stage == 0 else 3
     optimizer, ema = _FULL_BYTES * copies * stateful, _FULL_BYTES * stateful
     buffers = _exchange_buffers(workload, placement)
@@ -76,10 +79,10 @@ def rank_memory(workload: Workload, placement: Placement, *, zero_stage: int) ->
         buckets = 2 if workload.hides_reduction(zero_stage) and zero_stage < 3 else 1
         buffers += buckets * element * workload.bucket_elements
     if zero_stage == 3:
-        buffers += element * min(held, max(workload.live_parameters, held // workload.depth))
+        buffers += element * min(held, max(workload.kept_parameters, held // workload.depth))
     return RankMemory(
         weights=element * (split if zero_stage >= 3 else held),
-        gradients=element * (split if zero_stage >= 2 else held),
+        gradients=element * (split if adds_up_split else held),
         optimizer=0 if workload.offload else optimizer,
         ema=0 if workload.offload else ema,
         activations=element * _activations(workload, placement),
@@ -146,7 +149,6 @@ def step_time(
     *,
     zero_stage: int,
     hardware: HardwareConfig,
-    overlap: bool = False,
 ) -> StepTime:
     """Predict the time of one training step.
 
@@ -157,22 +159,22 @@ def step_time(
     Reductions are rings: of n ranks that hold B bytes each, (n - 1)/n B leave a rank in an
     all-gather or reduce-scatter, twice that in an all-reduce. Stages 0 to 2 all-reduce gradients,
     as DeepSpeed does by default, stage 2 in every pass; stages 1 and 2 gather the updated weights.
-    Stage 3 gathers weights for the forward and for the backward pass and reduce-scatters gradients.
+    Stage 3 gathers weights for the forward pass, those that it may not keep for the backward pass
+    again, and reduce-scatters gradients.
     A ring inside a node is as fast as its links. One over several nodes enters and leaves each of
     them once, through the network ports of those of its ranks that are there, but not faster than
     links in the node.
 
     What overlaps: the reduction of gradients with the backward pass it belongs to, where
-    `workload.hides_reduction`; with `overlap`, the exchange of coarse scales with the finest
-    scale's compute. The rest waits: the exchange, and the gathering of weights, though stage 3
-    prefetches some of them.
+    `workload.hides_reduction`; with `workload.overlaps_exchange`, and not with stage 3, the
+    exchange of coarse scales with the finest scale's compute. The rest waits: the exchange, and the
+    gathering of weights, though stage 3 prefetches some of them.
 
     Args:
         workload: The training step.
         placement: Where the experts are.
         zero_stage: 0 (no ZeRO) to 3.
         hardware: What it runs on.
-        overlap: Whether coarse scales' tokens travel while the finest scale computes.
     """
     flops = 1e12 * hardware.matmul_tflops
     passes = workload.passes
@@ -186,13 +188,15 @@ def step_time(
         _exchange_seconds(workload, position, ranks, hardware)
         for position, ranks in enumerate(placement.ranks)
     ]
+    overlap = workload.overlaps_exchange and zero_stage < 3
     coarse = max(0.0, sum(sent[:-1]) - (finest if overlap else 0.0))
     compute = passes * (forward + backward)
     ring = _ring_seconds(workload, placement, hardware)
     hidden = backward if workload.hides_reduction(zero_stage) else 0.0
     if zero_stage == 3:
         calls = 3 * (workload.depth + 2) * _LATENCY_S
-        reduction = passes * (2 * ring + max(0.0, ring - hidden) + calls)
+        gathers = workload.gathers(placement)
+        reduction = passes * (gathers * ring + max(0.0, ring - hidden) + calls)
     else:
         reducing = passes if zero_stage == 2 else 1
         updated = ring if zero_stage else 0.0

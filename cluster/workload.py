@@ -64,7 +64,9 @@ class Workload:
         bucket_elements: Gradients that are reduced together (DeepSpeed's reduce_bucket_size).
         reduces_in_backward: Whether gradients are reduced while the backward pass goes on
             (DeepSpeed's overlap_comm); None is its default, with ZeRO-3 alone.
-        live_parameters: Gathered weights that ZeRO-3 may hold (stage3_max_live_parameters).
+        overlaps_exchange: Whether coarse scales' tokens travel while the finest scale computes.
+        kept_parameters: Gathered weights that ZeRO-3 keeps from the forward to the backward pass:
+            the larger of DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance.
     """
 
     scales: tuple[ScaleLoad, ...]
@@ -83,13 +85,19 @@ class Workload:
     offload: bool = False
     bucket_elements: int = 500_000_000
     reduces_in_backward: bool | None = None
-    live_parameters: int = 1_000_000_000
+    overlaps_exchange: bool = False
+    kept_parameters: int = 1_000_000_000
 
     def hides_reduction(self, zero_stage: int) -> bool:
         """Whether the backward pass hides the reduction of gradients with a ZeRO stage."""
         if self.reduces_in_backward is None:
             return zero_stage == 3
         return self.reduces_in_backward and zero_stage > 0
+
+    def gathers(self, placement: Placement) -> float:
+        """How often ZeRO-3 gathers a weight in one pass: once, or for the backward pass again."""
+        held = sum(weights for weights, _ in self.shards(placement))
+        return 2 - min(1.0, self.kept_parameters / held)
 
     def shards(self, placement: Placement) -> list[tuple[int, int]]:
         """Weights that a rank holds with ZeRO 0 to 2, and over how many steps of E they repeat.
@@ -110,7 +118,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Collectives:
     """Collectives of one kind that an expert group makes for one scale in one pass.
 
     Attributes:
@@ -126,7 +134,7 @@ KINDS = ("all_gather", "all_to_all", "reduce_scatter")
 """The kinds of collectives that expert groups exchange tokens with."""
 
 
-def exchange(workload: Workload, load: ScaleLoad, ranks: int) -> dict[str, Exchange]:
+def exchange(workload: Workload, load: ScaleLoad, ranks: int) -> dict[str, Collectives]:
     """Count what a rank sends for one scale in the forward and backward pass of a micro-batch.
 
     To gather x numbers of an image, (E - 1) x leave its rank; to return x numbers, of which each
@@ -158,7 +166,7 @@ def exchange(workload: Workload, load: ScaleLoad, ranks: int) -> dict[str, Excha
         For each kind of collective, its calls and bytes; zeros where E is 1.
     """
     if ranks == 1:
-        return {kind: Exchange() for kind in KINDS}
+        return {kind: Collectives() for kind in KINDS}
     d, depth = workload.width, workload.depth
     block, last = load.tokens * d, load.patches * d
     patches = load.patches * workload.patch_elements
@@ -173,15 +181,15 @@ def exchange(workload: Workload, load: ScaleLoad, ranks: int) -> dict[str, Excha
     returned_again = again * (4 if workload.head_norms else 1) * block
     sent = (ranks - 1) * workload.element_bytes
     return {
-        "all_gather": Exchange(
+        "all_gather": Collectives(
             1 + gathers + depth + 3 * again,
             sent * (patches + gathered + scattered + 3 * again * block),
         ),
-        "all_to_all": Exchange(
+        "all_to_all": Collectives(
             2 * returns + again * (2 if workload.head_norms else 1),
             sent * (2 * returned + returned_again) // ranks,
         ),
-        "reduce_scatter": Exchange(
+        "reduce_scatter": Collectives(
             depth + gathers + again, sent * (scattered + gathered + again * block)
         ),
     }

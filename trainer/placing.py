@@ -112,11 +112,15 @@ def workload(job: JobConfig) -> Workload:
         passes=share // images,
         element_bytes=2 if job.engine.precision == "bf16" else 4,
         offload=job.engine.offload_optimizer,
+        overlaps_exchange=job.engine.overlap_exchange,
+        kept_parameters=max(
+            zero.get(f"stage3_max_{name}", Workload.kept_parameters)
+            for name in ("live_parameters", "reuse_distance")
+        ),
         **_given(
             zero,
             bucket_elements="reduce_bucket_size",
             reduces_in_backward="overlap_comm",
-            live_parameters="stage3_max_live_parameters",
         ),
     )
 

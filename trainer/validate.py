@@ -7,6 +7,16 @@ from trainer.placing import resolve_placement
 from trainer.schema import ConfigError, JobConfig, micro_batch
 from trainer.space import encodes, flow_shape
 
+_ZERO_TUNING = (
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "sub_group_size",
+    "use_multi_rank_bucket_allreduce",
+)
+"""DeepSpeed's ZeRO settings that change speed and buffers alone."""
+
 
 def validate(job: JobConfig) -> None:
     """Refuse combinations that cannot work.
@@ -56,14 +66,20 @@ def _check_engine(job: JobConfig) -> None:
             f"engine.activation_checkpointing={list(engine.activation_checkpointing)} names scale "
             f"{stray[0]}; the scales are 0 (finest) to {job.flow.scales - 1}"
         )
-    spread = resolve_placement(job).sharded or (engine.kind == "zero" and engine.zero_stage == 3)
-    if spread and job.eval.sampler.adaptive:
+    if engine.overlap_exchange and engine.kind == "zero" and engine.zero_stage == 3:
+        raise ConfigError(
+            "engine.overlap_exchange=true does not go with engine.zero_stage=3, which gathers "
+            "weights on one stream; use engine.zero_stage=2 or leave it out"
+        )
+    divided = engine.kind == "zero" and engine.zero_stage == 3
+    sharded = resolve_placement(job).sharded
+    if (divided or sharded) and job.eval.sampler.adaptive:
+        cause = f"engine.zero_stage={engine.zero_stage}" if divided else "sharded experts"
         raise ConfigError(
             f"eval.sampler.solver={job.eval.sampler.solver} takes another number of steps on every "
-            f"rank, but with engine.zero_stage={engine.zero_stage} and engine.placement="
-            f"{engine.placement} all ranks need one another in each; use a solver with fixed steps "
-            "here (euler, midpoint, heun, ab2), and python -m trainer.evaluate for dopri5 on the "
-            "finished checkpoint"
+            f"rank, but with {cause} all ranks need one another in each; use a solver with fixed "
+            "steps here (euler, midpoint, heun, ab2), and python -m trainer.evaluate, which holds "
+            "the whole model in one process, for dopri5 on the finished checkpoint"
         )
 
 
@@ -100,14 +116,32 @@ def _check_ranges(job: JobConfig) -> None:
         raise ConfigError(
             f"data.channels={job.data.channels} must be 1 (grey) or 3 (RGB) for images"
         )
+    _check_passed_on(job)
+
+
+def _check_passed_on(job: JobConfig) -> None:
+    """Refuse what is passed on to DeepSpeed over settings of our own, or would move weights."""
     rendered = zero_config(
         job.engine, micro_batch=1, accumulation=1, world_size=1, clip_norm=job.optim.clip_norm
     )
-    own = sorted(set(job.engine.deepspeed) & set(rendered) - {"zero_optimization"})
+    passed = job.engine.deepspeed
+    own = sorted(set(passed) & set(rendered) - {"zero_optimization"})
     if own:
         raise ConfigError(
             f"engine.deepspeed.{own[0]} is decided by other settings (train.global_batch, "
             "engine.micro_batch, optim.clip_norm, engine.precision); change those"
+        )
+    strange = sorted(
+        name
+        for name in passed.get("zero_optimization", {})
+        if name not in _ZERO_TUNING and not name.startswith("stage3_")
+    )
+    if strange:
+        raise ConfigError(
+            f"engine.deepspeed.zero_optimization.{strange[0]} cannot be passed on: it would change "
+            "where weights and their state are, which engine.zero_stage, engine.placement and "
+            "engine.offload_optimizer decide; what can be is "
+            f"{', '.join(_ZERO_TUNING)} and stage3_…"
         )
 
 

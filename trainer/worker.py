@@ -135,7 +135,6 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         shape=shape,
         codec=codec,
         device=device,
-        untrained=lambda: initial_model(job),
         held_out=lambda: real_images(job, "test", context),
         train=lambda: real_images(job, "train", context),
     )

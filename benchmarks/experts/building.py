@@ -17,6 +17,7 @@ from benchmarks import command
 from benchmarks.experts.full_size import join_alone
 from benchmarks.experts.variant import Variant
 from models.cost import parameters
+from pipelines.host_memory import return_large_blocks
 from trainer.engine.expert_shards import ExpertShards
 from trainer.placing import model_shape, resolve_placement
 from trainer.schema import JobConfig, from_dict, to_dict
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build(values: dict[str, Any]) -> dict[str, float]:
     """Build the model of a job as rank 0 holds it; return the memory it took, in MiB."""
     job = from_dict(JobConfig, values)
+    # As a worker does.
+    return_large_blocks()
     join_alone(job)
     shards = ExpertShards.of(resolve_placement(job))
     # What torch needs for itself, so that it does not count.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def live_bytes() -> int:
-    """Add up the memory of all tensors that anything refers to, each piece of it once.
+    """Add up the memory of all tensors that Python refers to, each piece of it once.
 
     What autograd keeps for a backward pass under way is not seen, and there should be none.
     """

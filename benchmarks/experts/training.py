@@ -22,32 +22,37 @@ class Training:
     Args:
         job: The job's configuration as plain values.
         context: This rank.
+
+    Attributes:
+        passes: Forward passes of an update.
     """
 
     def __init__(self, job: dict[str, Any], context: WorkerContext) -> None:
-        self.job = from_dict(JobConfig, job)
-        self.engine = engine_of(self.job, context)
-        shape, images = flow_shape(self.job.data, self.job.codec), micro_batch(self.job)
-        flow = Flow(self.job.flow)
+        settings = from_dict(JobConfig, job)
+        self.engine = engine_of(settings, context)
+        shape, images = flow_shape(settings.data, settings.codec), micro_batch(settings)
+        self.passes = settings.train.global_batch // settings.cluster.workers // images
+        flow = Flow(settings.flow)
         self._objective = Objective(flow)
         device = torch.device(context.device)
         generator = torch.Generator().manual_seed(context.rank)
         latents = torch.randn(images, shape.channels, shape.size, shape.size, generator=generator)
         noise = flow.noise_size(channels=shape.channels, image_size=shape.size)
         self._batch: dict[str, Any] = {
-            "bands": split(latents.to(device), self.job.flow.scales),
+            "bands": split(latents.to(device), settings.flow.scales),
             "labels": torch.randint(shape.classes, (images,), generator=generator).to(device),
             "uniforms": torch.rand(images, generator=generator).to(device),
             "noise": torch.randn(images, noise, generator=generator).to(device),
         }
 
-    def backward(self) -> None:
-        """Run the forward and backward pass of an update."""
-        self.engine.backward(self._objective(self.engine, **self._batch).total, last=True)
+    def backward(self, *, last: bool) -> None:
+        """Run one forward and backward pass, the last of an update or another."""
+        self.engine.backward(self._objective(self.engine, **self._batch).total, last=last)
 
     def update(self) -> None:
         """Run one whole update."""
-        self.backward()
+        for number in range(self.passes):
+            self.backward(last=number == self.passes - 1)
         self.engine.update(learning_rate=1e-4, ema_decay=0.999)
 
 

@@ -14,17 +14,20 @@ class Variant:
         scales: Number of scales, K.
         zero_stage: 1 to 3; 0 is the plain engine, which holds everything in fp32.
         placement: As `engine.placement` takes it.
+        passes: Forward passes of an update.
     """
 
     scales: int
     zero_stage: int
     placement: str = "replicated"
+    passes: int = 1
 
     @property
     def name(self) -> str:
         """The row's name."""
         stage = f"ZeRO-{self.zero_stage}" if self.zero_stage else "no ZeRO"
-        return f"K={self.scales}, {self.placement}, {stage}"
+        passes = f", {self.passes} passes" if self.passes > 1 else ""
+        return f"K={self.scales}, {self.placement}, {stage}{passes}"
 
     def job(self, *, size: str, ranks: int, images: int, precision: str = "bf16") -> JobConfig:
         """Compose the job.
@@ -32,7 +35,7 @@ class Variant:
         Args:
             size: Preset of the model.
             ranks: Number of ranks.
-            images: Images of each rank in an update; a multiple of the number of scales.
+            images: Images of each rank in one pass; a multiple of the number of scales.
             precision: "bf16" or "fp32"; the plain engine always has fp32.
         """
         engine = (
@@ -48,20 +51,22 @@ class Variant:
                 "flow.critical_times=null",
                 "data.classes=1000",
                 f"cluster.workers={ranks}",
-                f"train.global_batch={ranks * images}",
+                f"train.global_batch={ranks * images * self.passes}",
+                f"engine.micro_batch={images}",
                 f"engine.placement={self.placement}",
                 *engine,
             ]
         )
 
 
-def variants(scales: int, *, ranks: int, stages: tuple[int, ...]) -> list[Variant]:
+def variants(scales: int, *, ranks: int, stages: tuple[int, ...], passes: int = 1) -> list[Variant]:
     """The placements that are compared: replicated, the coarsest or all coarse scales sharded.
 
     Args:
         scales: Number of scales, K.
         ranks: Number of ranks; the size of the expert groups.
         stages: ZeRO stages.
+        passes: Forward passes of an update.
     """
     coarse = range(scales - 1, 0, -1)
     placements = {
@@ -70,7 +75,7 @@ def variants(scales: int, *, ranks: int, stages: tuple[int, ...]) -> list[Varian
         "{" + ",".join(f"{k}:{ranks}" for k in coarse) + "}": None,
     }
     return [
-        Variant(scales=scales, zero_stage=stage, placement=placement)
+        Variant(scales=scales, zero_stage=stage, placement=placement, passes=passes)
         for stage in stages
         for placement in placements
     ]

@@ -142,7 +142,7 @@ def predicted(job: JobConfig) -> Counter[str]:
         for holders in [work.world_size // ranks]
     )
     if stage == 3:
-        bytes_by_kind["all_gather"] += 2 * ring
+        bytes_by_kind["all_gather"] += round(work.gathers(placement) * ring)
         bytes_by_kind["reduce_scatter"] += ring
     else:
         bytes_by_kind["all_reduce"] += 2 * ring

@@ -82,6 +82,25 @@ ATTENTIONS: Mapping[AttentionKind, Callable[..., Gathered]] = {
 }
 
 
+def finest_attention(
+    kind: AttentionKind,
+    query: HeadTokens,
+    keys: tuple[HeadTokens, ...],
+    values: tuple[HeadTokens, ...],
+) -> Float[Tensor, "_b _n _d"]:
+    """Attend from the finest scale alone, as the attention of a kind does among all scales.
+
+    Args:
+        kind: "causal" or "own_scale": with "full" coarser scales depend on the finest.
+        query: Queries of the finest scale.
+        keys: Keys of all scales.
+        values: Values of all scales.
+    """
+    if kind == "own_scale":
+        return _attend(query, keys[-1], values[-1])
+    return _attend(query, _prefix(keys), _prefix(values))
+
+
 def _attend(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> Float[Tensor, "_b _n _d"]:
     mixed = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -1,19 +1,34 @@
 """One transformer block: an expert for each scale around one shared attention."""
 
-from collections.abc import Callable, Collection
-from typing import TypeVar, cast
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.transformer.attention import ATTENTIONS
+from models.transformer.attention import (
+    ATTENTIONS,
+    Gathered,
+    HeadTokens,
+    finest_attention,
+)
 from models.transformer.config import TransformerConfig
-from models.transformer.experts import BlockExpert, Tokens, per_scale
+from models.transformer.experts import BlockExpert, Modulation, Tokens, per_scale
+from models.transformer.streams import Streams
 from models.transformer.ties import tie_blocks
 
 T = TypeVar("T")
+
+
+class _Lane(NamedTuple):
+    """One scale's way through a block."""
+
+    scale: int
+    expert: BlockExpert
+    tokens: Tokens
+    modulation: tuple[Modulation, Modulation]
 
 
 class Block(nn.Module):
@@ -22,14 +37,17 @@ class Block(nn.Module):
     Attributes:
         recomputed: Scales, in the paper's numbering, whose experts compute again in the backward
             pass what they would otherwise keep from the forward pass.
+        streams: Where work is queued.
     """
 
     recomputed: Collection[int] = ()
+    streams = Streams()
 
     def __init__(self, config: TransformerConfig, *, scales: int) -> None:
         super().__init__()
         self.experts = per_scale(scales, lambda _: BlockExpert(config))
         tie_blocks(self.experts, config.ties)
+        self._kind = config.attention
         self._attention = ATTENTIONS[config.attention]
 
     def forward(
@@ -41,24 +59,43 @@ class Block(nn.Module):
             tokens: Tokens of the active scales, coarse to fine.
             conditions: What each scale's modulation is made from, for the images of its tokens.
         """
-        lanes = [
-            (k, cast(BlockExpert, self.experts[f"scale{k}"]), x, condition)
-            for k, x, condition in zip(
-                reversed(range(len(self.experts))), tokens, conditions, strict=False
-            )
-        ]
-        modulations = [expert.modulate(condition) for _, expert, _, condition in lanes]
+        if self._kind == "full" or len(tokens) == 1:
+            lanes = self._lanes(range(len(tokens)), tokens, conditions)
+            queries, keys, values = self._projected(lanes)
+            return self._outputs(lanes, self._attention(queries, keys, values))
+        *before, last = range(len(tokens))
+        with self.streams.coarse():
+            lanes = self._lanes(before, tokens, conditions)
+            queries, keys, values = self._projected(lanes)
+            coarse = self._outputs(lanes, self._attention(queries, keys, values))
+        finest = self._lanes([last], tokens, conditions)
+        (query,), (key,), (value,) = self._projected(finest)
+        self.streams.join((*keys, *values))
+        mixed = finest_attention(self._kind, query, (*keys, key), (*values, value))
+        return (*coarse, *self._outputs(finest, (mixed,)))
+
+    def _lanes(
+        self, positions: Iterable[int], tokens: tuple[Tokens, ...], conditions: tuple[Tensor, ...]
+    ) -> list[_Lane]:
+        lanes = []
+        for position in positions:
+            k = len(self.experts) - 1 - position
+            expert = cast(BlockExpert, self.experts[f"scale{k}"])
+            lanes.append(_Lane(k, expert, tokens[position], expert.modulate(conditions[position])))
+        return lanes
+
+    def _projected(self, lanes: list[_Lane]) -> tuple[tuple[HeadTokens, ...], ...]:
+        """Queries, keys and values, each of all lanes."""
         projected = [
-            self._kept(k, expert.attention_inputs, x, for_attention)
-            for (k, expert, x, _), (for_attention, _) in zip(lanes, modulations, strict=True)
+            self._kept(lane.scale, lane.expert.attention_inputs, lane.tokens, lane.modulation[0])
+            for lane in lanes
         ]
-        queries, keys, values = zip(*projected, strict=True)
-        gathered = self._attention(queries, keys, values)
+        return tuple(zip(*projected, strict=True))
+
+    def _outputs(self, lanes: list[_Lane], gathered: Gathered) -> tuple[Tokens, ...]:
         return tuple(
-            self._kept(k, expert.output, x, mixed, *modulation)
-            for (k, expert, x, _), mixed, modulation in zip(
-                lanes, gathered, modulations, strict=True
-            )
+            self._kept(lane.scale, lane.expert.output, lane.tokens, mixed, *lane.modulation)
+            for lane, mixed in zip(lanes, gathered, strict=True)
         )
 
     def _kept(self, scale: int, compute: Callable[..., T], *inputs: object) -> T:

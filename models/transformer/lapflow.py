@@ -13,6 +13,7 @@ from models.transformer.block import Block
 from models.transformer.config import TransformerConfig, check_image
 from models.transformer.embed import ClassTokens, LabelEmbed, PatchEmbed, TimeEmbed
 from models.transformer.experts import FinalExpert, per_scale, zero_linear
+from models.transformer.streams import Streams
 from models.transformer.ties import tie_embeddings, tie_outputs
 
 Settle: TypeAlias = Callable[[nn.Module], object]
@@ -68,6 +69,7 @@ class LapFlowTransformer(nn.Module):
         )
         width, patch = config.width, config.patch_size
         self._config = config
+        self._streams = Streams()
         self.time_embed = TimeEmbed(width)
         self.label_embed = LabelEmbed(classes=classes, width=width)
         self.patch_embed = per_scale(
@@ -111,6 +113,16 @@ class LapFlowTransformer(nn.Module):
         for block in self.blocks:
             cast(Block, block).recomputed = frozenset(scales)
 
+    def queue(self, streams: Streams) -> None:
+        """Queue the blocks' work on streams; by default all of it is in one.
+
+        Args:
+            streams: Where the work of coarse scales and of the finest active scale goes.
+        """
+        self._streams = streams
+        for block in self.blocks:
+            cast(Block, block).streams = streams
+
     def forward(self, states: Bands, time: Float[Tensor, "b"], labels: Int[Tensor, "b"]) -> Bands:
         """Predict velocities.
 
@@ -131,8 +143,10 @@ class LapFlowTransformer(nn.Module):
         )
         tokens = self._with_class_tokens(tokens, label)
         block_conditions = self._block_conditions(own_conditions)
+        self._streams.fork((*tokens[:-1], *block_conditions[:-1]))
         for block in self.blocks:
             tokens = block(tokens, block_conditions)
+        self._streams.join(tokens[:-1])
         tokens = (tokens[0][:, self._config.class_tokens :], *tokens[1:])
         return tuple(
             final(x, own).to(state.dtype)

@@ -184,11 +184,16 @@ def ema(context: WorkerContext, payload: dict[str, Any]) -> None:
             expected = [velocity.flatten().tolist() for velocity in whole(*inputs)]
             with looked.ema_weights() as model:
                 inside = [velocity.flatten().tolist() for velocity in model(*inputs)]
+            begun = [velocity.flatten().tolist() for velocity in tiny_model()(*inputs)]
+            with looked.initial_weights() as model:
+                beginning = [velocity.flatten().tolist() for velocity in model(*inputs)]
         for engine in (looked, plain):
             updates(engine, context, count=1, first=2, micro_batch=micro)
         told = {
             "inside": inside,
             "expected": expected,
+            "beginning": beginning,
+            "begun": begun,
             "after_look": state(looked),
             "without_look": state(plain),
         }

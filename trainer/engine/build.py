@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from cluster.placement import Placement
+from models.transformer.lapflow import LapFlowTransformer, Settle
+from trainer.engine.cuda_streams import CudaStreams
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.plain import PlainEngine
 from trainer.engine.protocol import BuildModel, Engine, EngineConfig
@@ -38,17 +39,25 @@ def build_engine(
     """
     accumulation = rank_batch // micro_batch
     shards = ExpertShards.of(placement)
+
+    def build(settle: Settle) -> LapFlowTransformer:
+        model = build_model(settle)
+        model.recompute(config.activation_checkpointing)
+        if config.overlap_exchange and device.type == "cuda":
+            model.queue(CudaStreams(device))
+        return model
+
     if config.kind == "plain":
-
-        def settle(part: nn.Module) -> None:
-            shards.divide(part)
-            part.to(device)
-
         return PlainEngine(
-            build_model(settle), config=config, optim=optim, accumulation=accumulation
+            build,
+            config=config,
+            shards=shards,
+            optim=optim,
+            accumulation=accumulation,
+            device=device,
         )
     return ZeroEngine(
-        build_model,
+        build,
         config=config,
         shards=shards,
         optim=optim,

@@ -30,6 +30,9 @@ class ExpertShard(nn.Module):
     Args:
         layer: The whole layer; its weight and bias are divided along their first dimension.
         exchange: The group that holds its parts.
+
+    Raises:
+        ValueError: The group's size does not divide them.
     """
 
     def __init__(self, layer: nn.Linear | InputMajorLinear, exchange: Exchange) -> None:
@@ -39,6 +42,11 @@ class ExpertShard(nn.Module):
         self.bias = self._part(layer.bias)
 
     def _part(self, whole: Tensor) -> nn.Parameter:
+        if whole.shape[0] % self.exchange.ranks:
+            raise ValueError(
+                f"an expert's weight of shape {tuple(whole.shape)} cannot be divided over "
+                f"{self.exchange.ranks} ranks"
+            )
         part = whole.detach().chunk(self.exchange.ranks)[self.exchange.index]
         return nn.Parameter(part.clone())
 
@@ -109,7 +117,8 @@ class ExpertShards:
 
     def divide(self, part: nn.Module) -> None:
         """Replace the sharded layers of one part of a model by this rank's shards, in place."""
-        divided: dict[nn.Module, ExpertShard] = {}
+        # By id, for a reference would keep each whole layer until all are divided.
+        divided: dict[int, ExpertShard] = {}
         for by_scale in [module for module in part.modules() if isinstance(module, nn.ModuleDict)]:
             for k, exchange in self.exchanges.items():
                 if (name := f"scale{k}") not in by_scale:
@@ -122,11 +131,12 @@ class ExpertShards:
                     layer = getattr(expert, layer_name, None)
                     if not isinstance(layer, nn.Linear | InputMajorLinear):
                         continue
-                    if layer not in divided:
-                        if layer.weight.shape[0] % exchange.ranks:
+                    if id(layer) not in divided:
+                        if layer_name == "projection" and layer.weight.shape[0] % exchange.ranks:
+                            # The last one: a patch may have fewer numbers than there are ranks.
                             continue
-                        divided[layer] = kind(layer, exchange)
-                    _replace(expert, layer_name, divided[layer])
+                        divided[id(layer)] = kind(layer, exchange)
+                    _replace(expert, layer_name, divided[id(layer)])
 
 
 def _replace(expert: nn.Module, name: str, shard: ExpertShard) -> None:

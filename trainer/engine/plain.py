@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.transformer.lapflow import LapFlowTransformer
 from trainer.engine.adamw import adamw, moments_of
-from trainer.engine.expert_shards import shards_of, whole_shape
-from trainer.engine.protocol import EngineConfig, UpdateOutcome
+from trainer.engine.expert_shards import ExpertShards, shards_of, whole_shape
+from trainer.engine.initial_weights import draw_initial_weights
+from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
 from trainer.schedule import OptimConfig
 from trainer.state import Fragment
 
@@ -23,7 +23,9 @@ class PlainEngine:
     Every rank holds all weights but those of sharded experts, and the whole state of its weights.
 
     Args:
-        model: The model on its device; the same weights on every rank, or shards of the same.
+        build_model: Builds the model with the same initial weights on every rank.
+        shards: Divides the experts.
+        device: Where the model is computed.
         config: Engine settings; only fp32 is supported here.
         optim: Optimizer settings.
         accumulation: Forward passes per update.
@@ -34,19 +36,27 @@ class PlainEngine:
 
     def __init__(
         self,
-        model: LapFlowTransformer,
+        build_model: BuildModel,
         *,
         config: EngineConfig,
+        shards: ExpertShards,
         optim: OptimConfig,
         accumulation: int,
+        device: torch.device,
     ) -> None:
         if config.precision != "fp32":
             raise ValueError(
                 f"engine.precision={config.precision} is not available with engine.kind=plain, "
                 "the fp32 reference; use engine.kind=zero or engine.precision=fp32"
             )
-        model.recompute(config.activation_checkpointing)
-        self._model = model
+
+        def settle(part: nn.Module) -> None:
+            shards.divide(part)
+            part.to(device)
+
+        self._build_model, self._experts = build_model, shards
+        model = build_model(settle)
+        self._model: nn.Module = model
         self._clip_norm = optim.clip_norm
         self._accumulation = accumulation
         self._named = dict(model.named_parameters())
@@ -149,12 +159,30 @@ class PlainEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the EMA in for the length of the block."""
+        with self._weights_replaced(lambda: self._copy(self._ema)):
+            yield self._model
+
+    @contextmanager
+    def initial_weights(self) -> Iterator[nn.Module]:
+        """Draw the initial weights into the model for the length of the block."""
+        with self._weights_replaced(self._draw):
+            yield self._model
+
+    @contextmanager
+    def _weights_replaced(self, replace: Callable[[], None]) -> Iterator[None]:
         kept = {name: p.detach().clone() for name, p in self._named.items()}
         try:
-            self._copy(self._ema)
-            yield self._model
+            replace()
+            yield
         finally:
             self._copy(kept)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        parameters = list(self._named.values())
+        draw_initial_weights(
+            self._build_model, self._experts, lambda n, value: parameters[n].copy_(value)
+        )
 
     @torch.no_grad()
     def _copy(self, source: dict[str, Tensor]) -> None:

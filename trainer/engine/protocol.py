@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from models.transformer.lapflow import LapFlowTransformer, Settle
@@ -21,7 +22,7 @@ class EngineConfig:
     """How weights, gradients and optimizer state are held and updated.
 
     Attributes:
-        kind: "zero" is DeepSpeed ZeRO; "plain" is the torch reference that replicates everything.
+        kind: "zero" is DeepSpeed ZeRO; "plain" is the torch reference, which spreads no state.
         zero_stage: ZeRO stage, 1 (optimizer state sharded), 2 (gradients too) or 3 (weights too).
         precision: Weights and activations; "bf16" keeps fp32 master weights, moments and EMA.
         micro_batch: Images per rank in one forward pass; None takes the rank's whole share.
@@ -30,6 +31,8 @@ class EngineConfig:
             "auto" takes the fastest that fits the cluster's GPUs (`python -m trainer.plan`).
         activation_checkpointing: Scales whose experts recompute in the backward pass instead of
             keeping their activations.
+        overlap_exchange: On GPUs, compute coarse scales, their exchange included, on a stream of
+            their own beside the finest scale; not with ZeRO-3.
         offload_optimizer: Keep moments, fp32 weights and EMA in host memory and update them there.
         deepspeed: Passed on to DeepSpeed's own configuration, over what the fields above render.
     """
@@ -40,8 +43,14 @@ class EngineConfig:
     micro_batch: int | None = None
     placement: Literal["auto", "replicated"] | dict[int, int] = "replicated"
     activation_checkpointing: tuple[int, ...] = ()
+    overlap_exchange: bool = False
     offload_optimizer: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights that the model computes with."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,4 +93,8 @@ class Engine(Protocol):
 
     def ema_weights(self) -> AbstractContextManager[nn.Module]:
         """Put the EMA weights into the model for the length of a `with` block, on every rank."""
+        ...
+
+    def initial_weights(self) -> AbstractContextManager[nn.Module]:
+        """Put the weights that training began with into the model, like `ema_weights`."""
         ...

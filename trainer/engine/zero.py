@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.transformer.lapflow import Settle
 from trainer.engine.adamw import adamw, moments_of
 from trainer.engine.expert_shards import ExpertShards, shards_of, whole_shape
+from trainer.engine.initial_weights import draw_initial_weights
 from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
 from trainer.engine.zero_config import zero_config
 from trainer.engine.zero_experts import (
@@ -59,7 +60,7 @@ class ZeroEngine:
         device: torch.device,
     ) -> None:
         deepspeed = _import_deepspeed()
-        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._dtype = config.dtype
         settings = zero_config(
             config,
             micro_batch=micro_batch,
@@ -68,12 +69,12 @@ class ZeroEngine:
             clip_norm=optim.clip_norm,
         )
         stage = config.zero_stage
+        self._build_model, self._experts = build_model, shards
         form_groups(shards.sizes)
         settle = _settle(shards, device=device, dtype=self._dtype)
         if stage == 3:
             settle = settle_divided(settle, shards, settings, self._dtype)
         model = build_model(settle)
-        model.recompute(config.activation_checkpointing)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._shards = shards_of(model)
         if stage < 3:
@@ -149,8 +150,19 @@ class ZeroEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the shards, not full copies: EMA in, gather, and the masters back afterwards."""
+        with self._masters_replaced(lambda: self._overwrite_masters(self._ema)) as model:
+            yield model
+
+    @contextmanager
+    def initial_weights(self) -> Iterator[nn.Module]:
+        """Draw the initial weights part by part into the shards, gather, and back afterwards."""
+        with self._masters_replaced(self._draw_masters) as model:
+            yield model
+
+    @contextmanager
+    def _masters_replaced(self, replace: Callable[[], None]) -> Iterator[nn.Module]:
         kept = [master.detach().clone() for master in self._partition.masters]
-        self._overwrite_masters(self._ema)
+        replace()
         self._partition.publish()
         try:
             yield self._deepspeed.module
@@ -158,6 +170,19 @@ class ZeroEngine:
             self._overwrite_masters(kept)
         # Not after an error: the other ranks would not be in this collective.
         self._partition.publish()
+
+    @torch.no_grad()
+    def _draw_masters(self) -> None:
+        held = {each.parameter: each for each in self._partition.slices()}
+        masters, parameters = self._partition.masters, list(self._names)
+
+        def take(number: int, value: Tensor) -> None:
+            each = held.get(parameters[number])
+            if each is not None:
+                part = value.flatten()[each.start : each.start + each.numel]
+                masters[each.group].narrow(0, each.offset, each.numel).copy_(part)
+
+        draw_initial_weights(self._build_model, self._experts, take)
 
     @torch.no_grad()
     def _overwrite_masters(self, shards: Sequence[Tensor]) -> None:

@@ -38,7 +38,6 @@ class FinalEvaluation:
         shape: Shape of what the flow works on.
         codec: Makes images of it.
         device: Device of the model.
-        untrained: Builds the model with its initial weights, where training started.
         held_out: Gives batches of held-out real images and labels.
         train: Gives batches of the training images and labels.
     """
@@ -48,14 +47,13 @@ class FinalEvaluation:
     shape: ImageShape
     codec: Codec
     device: torch.device
-    untrained: Callable[[], nn.Module]
     held_out: Callable[[], LabelledImages]
     train: Callable[[], LabelledImages]
 
     def run(
         self, engine: Engine, *, images: int, rank: int, store: Store, run: str, tracker: Tracker
     ) -> None:
-        """Evaluate the EMA weights; a collective call.
+        """Evaluate the EMA weights against the initial ones; a collective call.
 
         Args:
             engine: Holds the EMA.
@@ -69,7 +67,9 @@ class FinalEvaluation:
         with engine.ema_weights() as model:
             samples = self._draw(model, labels)
             grid = self.draw_grid(model)
-        untrained = self._draw(self.untrained().to(self.device), labels).images
+        # Where training started, in the place of the trained weights: there may be no other.
+        with engine.initial_weights() as model:
+            untrained = self._draw(model, labels).images
         if rank != 0:
             return
         report = evaluate(

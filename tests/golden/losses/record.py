@@ -16,8 +16,9 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer
+from models.transformer.lapflow import LapFlowTransformer, Settle
 from pipelines.batch import Batch
+from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.plain import PlainEngine
 from trainer.engine.protocol import EngineConfig
 from trainer.metrics.buffer import MetricBuffer
@@ -54,20 +55,31 @@ def kind() -> dict[str, str]:
     }
 
 
-def _trained() -> Curves:
-    torch.manual_seed(0)
-    flow = Flow(FlowConfig(scales=2))
-    model = LapFlowTransformer(
+def _model(settle: Settle) -> LapFlowTransformer:
+    return LapFlowTransformer(
         TransformerConfig(depth=2, width=32, heads=2),
         scales=2,
         channels=1,
         image_size=_SIZE,
         classes=_CLASSES,
+        settle=settle,
     )
+
+
+def _trained() -> Curves:
+    torch.manual_seed(0)
+    flow = Flow(FlowConfig(scales=2))
     optim = OptimConfig(learning_rate=3e-3, clip_norm=1.0, warmup_images=4 * _BATCH)
     metrics = MetricBuffer("cpu")
     step = TrainStep(
-        engine=PlainEngine(model, config=EngineConfig(kind="plain"), optim=optim, accumulation=2),
+        engine=PlainEngine(
+            _model,
+            config=EngineConfig(kind="plain"),
+            shards=ExpertShards(exchanges={}),
+            optim=optim,
+            accumulation=2,
+            device=torch.device("cpu"),
+        ),
         objective=Objective(flow),
         config=TrainConfig(total_images=_UPDATES * _BATCH, global_batch=_BATCH),
         optim=optim,

@@ -39,7 +39,7 @@ def test_neighbours_hold_a_scale_and_every_eth_rank_the_same_shard():
 @pytest.mark.parametrize(
     ("sharded", "message"),
     [
-        ({3: 4, 1: 2}, r"placement=\{3: 4, 1: 2\} has \{3:4\}.*0 \(finest\) to 2.*it is \{1:2\}"),
+        ({3: 4, 1: 2}, r"placement=\{3:4,1:2\} has \{3:4\}.*0 \(finest\) to 2.*it is \{1:2\}"),
         ({0: 0}, r"at least 1 rank; without that it is replicated"),
     ],
 )

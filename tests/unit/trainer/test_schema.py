@@ -87,11 +87,22 @@ def test_the_command_line_wins_over_the_experiment():
         ),
         (
             ["+exp=digits", "engine.placement={1:2}", "eval.sampler.solver=dopri5"],
-            ["eval.sampler.solver=dopri5", "fixed steps"],
+            ["eval.sampler.solver=dopri5", "sharded experts", "fixed steps"],
+        ),
+        (
+            ["+exp=digits", "engine.zero_stage=3", "engine.overlap_exchange=true"],
+            ["engine.overlap_exchange=true", "engine.zero_stage=3"],
+        ),
+        *(
+            (
+                ["+exp=digits", f"+engine.deepspeed.zero_optimization.{setting}"],
+                [f"zero_optimization.{setting.split('=')[0]}", "engine.zero_stage", "overlap_comm"],
+            )
+            for setting in ("stage=3", "round_robin_gradients=true", "zero_hpz_partition_size=2")
         ),
         # A placement of another number of scales, of other ranks, widths and nodes.
-        (["+exp=digits", "engine.placement={2:2}"], ["engine.placement={2: 2}", "0 (finest) to 1"]),
-        (["+exp=digits", "engine.placement={1:0}"], ["engine.placement={1: 0}", "at least 1"]),
+        (["+exp=digits", "engine.placement={2:2}"], ["engine.placement={2:2}", "0 (finest) to 1"]),
+        (["+exp=digits", "engine.placement={1:0}"], ["engine.placement={1:0}", "at least 1"]),
         (
             ["+exp=digits", "engine.placement={1:3}"],
             ["{1:3}", "number of ranks, which is 2", "nearest that does is {1:2}"],

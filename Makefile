@@ -4,7 +4,7 @@
 #   make test        set everything up and run all tests;  make test-fast  the quick part
 #   make check       linters, types, import contracts;     make format     apply ruff's format
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
-#   make pictures    draw the pictures of docs/method.md anew
+#   make pictures    draw the pictures of the documentation anew
 #   make ui          open the MLflow pages of the runs on this machine
 #   make clean-venv  remove .venv
 
@@ -39,11 +39,11 @@ data-demo: setup
 	$(BIN)/python -m pipelines.ingest verify $(SHARDS)/train
 	$(BIN)/python -m trainer.launch +exp=pictures data.prefix=$(SHARDS) $(ARGS)
 
-test: setup
-	$(BIN)/python -m pytest $(ARGS)
+test: test-fast
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -67,9 +67,12 @@ bench: setup
 	$(BIN)/python -m benchmarks.sampling --output $(LAPFLOW_HOME)/bench/sampling.json
 	for name in decoding streaming starting waiting; do \
 	    $(BIN)/python -m benchmarks.data $$name --output $(LAPFLOW_HOME)/bench/data_$$name.json || exit 1; done
+	for name in memory wire step full_size building; do \
+	    $(BIN)/python -m benchmarks.experts $$name --output $(LAPFLOW_HOME)/bench/experts_$$name.json || exit 1; done
 
 pictures: setup
 	$(BIN)/python docs/pictures.py $(ARGS)
+	$(BIN)/python docs/placement_picture.py
 
 ui: setup
 	$(BIN)/python -m mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(LAPFLOW_HOME)/mlflow.db

@@ -53,8 +53,8 @@ def placement() -> Figure:
         _draw_holders(panel, work, where)
     grids.legend(
         handles=[
-            Patch(facecolor="0.35", label="weights and gradients"),
-            Patch(facecolor="0.35", alpha=_PALE, label="optimizer state and EMA"),
+            Patch(facecolor="0.35", label="weights"),
+            Patch(facecolor="0.35", alpha=_PALE, label="gradients, optimizer state and EMA"),
             Patch(facecolor="0.93", label="on other ranks"),
         ],
         loc="outside lower center", ncols=3, frameon=False,

@@ -11,6 +11,8 @@ install_import_hook("models", "beartype.beartype")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Tests and the ranks they start share the cores among them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray cannot change its mind about tokens within one process, and some tests go without.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 

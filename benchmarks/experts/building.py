@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None takes the process's own.
     """
     parser = command.parser("experts building", description=__doc__ or "", rounds=1)
-    parser.add_argument("--size", default="XL", help="preset; default XL")
+    parser.add_argument("--model", default="xl_2", help="of configs/model; default xl_2")
     parser.add_argument("--ranks", type=command.positive, default=8, help="default 8")
     options = parser.parse_args(arguments)
     setting = command.setting("experts building", options)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{{2:{ranks},1:{ranks},0:{ranks}}}",
     ):
         variant = Variant(scales=3, zero_stage=0, placement=placement)
-        job = variant.job(size=options.size, ranks=ranks, images=6)
+        job = variant.job(model=options.model, ranks=ranks, images=6)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             found = process.submit(build, to_dict(job)).result()
         setting.report.add(**{"held as": variant.name}, **found)

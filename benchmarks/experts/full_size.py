@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None takes the process's own.
     """
     parser = command.parser("experts full_size", description=__doc__ or "", rounds=1)
-    parser.add_argument("--size", default="XL", help="preset; default XL")
+    parser.add_argument("--model", default="xl_2", help="of configs/model; default xl_2")
     parser.add_argument("--ranks", type=command.positive, default=8, help="default 8")
     options = parser.parse_args(arguments)
     setting = command.setting("experts full_size", options)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     baseline = None
     for variant in rows:
-        job = variant.job(size=options.size, ranks=ranks, images=6)
+        job = variant.job(model=options.model, ranks=ranks, images=6)
         # DeepSpeed keeps the groups of its first engine for all others of a process.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             counted = process.submit(count, to_dict(job)).result()

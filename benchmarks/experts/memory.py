@@ -5,6 +5,7 @@ weights, gradients, optimizer state and EMA all exist. DeepSpeed's buffers for c
 small, so that they do not hide what is measured. Activations are not in it.
 """
 
+import argparse
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -30,20 +31,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None takes the process's own.
     """
     parser = command.parser("experts memory", description=__doc__ or "", rounds=1)
-    parser.add_argument("--size", default="S", help="preset; default S")
+    parser.add_argument("--model", default="s_2", help="of configs/model; default s_2")
     parser.add_argument("--scales", type=command.whole_numbers, default=(2, 3), help="default 2,3")
     parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
+    parser.add_argument(
+        "--stages", type=stages, default=(0, 1, 2, 3), help="ZeRO stages; default 0,1,2,3"
+    )
     options = parser.parse_args(arguments)
     setting = command.setting("experts memory", options)
     for scales in options.scales:
-        found = variants(scales, ranks=options.ranks, stages=(0, 1, 2, 3))
-        # Only ZeRO-1 holds more gradients when it adds up those of several passes.
-        found += variants(scales, ranks=options.ranks, stages=(1,), passes=2)
+        found = variants(scales, ranks=options.ranks, stages=options.stages)
+        if 1 in options.stages:
+            # It alone holds more gradients when it adds up those of several passes.
+            found += variants(scales, ranks=options.ranks, stages=(1,), passes=2)
         for variant in found:
-            job = variant.job(size=options.size, ranks=options.ranks, images=scales)
-            setting.report.add(**measured(variant, _with_small_buckets(job)))
+            job = variant.job(model=options.model, ranks=options.ranks, images=scales)
+            setting.report.add(**measured(variant, with_small_buckets(job)))
     setting.deliver()
     return 0
+
+
+def stages(text: str) -> tuple[int, ...]:
+    """Parse a comma-separated list of ZeRO stages, for argparse."""
+    found = tuple(int(part) for part in text.split(","))
+    if not set(found) <= {0, 1, 2, 3}:
+        raise argparse.ArgumentTypeError(f"{text} must be some of 0,1,2,3")
+    return found
 
 
 def measured(variant: Variant, job: JobConfig) -> dict[str, Any]:
@@ -80,10 +93,15 @@ def hold(context: WorkerContext, payload: dict[str, Any]) -> None:
     context.tell({"bytes": live_bytes() - before})
 
 
-def _with_small_buckets(job: JobConfig) -> JobConfig:
+def with_small_buckets(job: JobConfig) -> JobConfig:
+    """Keep what DeepSpeed holds besides small beside the state of even a small model.
+
+    Its buffers for collectives, and small weights, which ZeRO-3 otherwise leaves whole.
+    """
     if job.engine.kind == "zero":
         job.engine.deepspeed["zero_optimization"] = {
             "reduce_bucket_size": _BUCKET,
             "stage3_prefetch_bucket_size": _BUCKET,
+            "stage3_param_persistence_threshold": 1000,
         }
     return job

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import command
+from benchmarks.experts.memory import stages
 from benchmarks.experts.training import Training
 from benchmarks.experts.variant import variants
 from benchmarks.interleaved import interleave
@@ -29,11 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None takes the process's own.
     """
     parser = command.parser("experts step", description=__doc__ or "", rounds=5)
-    parser.add_argument("--size", default="S", help="preset; default S")
+    parser.add_argument("--model", default="s_2", help="of configs/model; default s_2")
     parser.add_argument("--scales", type=command.positive, default=3, help="default 3")
     parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
     parser.add_argument("--images", type=command.positive, default=6, help="of a rank; default 6")
-    parser.add_argument("--stages", type=command.whole_numbers, default=(1, 2), help="default 1,2")
+    parser.add_argument(
+        "--stages", type=stages, default=(1, 2), help="ZeRO stages, 0 for none; default 1,2"
+    )
     options = parser.parse_args(arguments)
     setting = command.setting("experts step", options)
     for stage in options.stages:
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = {
             each.name: to_dict(
                 each.job(
-                    size=options.size,
+                    model=options.model,
                     ranks=options.ranks,
                     images=options.images,
                     precision="bf16" if setting.device.type == "cuda" else "fp32",

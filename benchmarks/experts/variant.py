@@ -29,11 +29,11 @@ class Variant:
         passes = f", {self.passes} passes" if self.passes > 1 else ""
         return f"K={self.scales}, {self.placement}, {stage}{passes}"
 
-    def job(self, *, size: str, ranks: int, images: int, precision: str = "bf16") -> JobConfig:
+    def job(self, *, model: str, ranks: int, images: int, precision: str = "bf16") -> JobConfig:
         """Compose the job.
 
         Args:
-            size: Preset of the model.
+            model: Member of the model group of the configuration, such as "s_2".
             ranks: Number of ranks.
             images: Images of each rank in one pass; a multiple of the number of scales.
             precision: "bf16" or "fp32"; the plain engine always has fp32.
@@ -46,7 +46,7 @@ class Variant:
         return composed(
             [
                 "+exp=imagenet_xl",
-                f"model={size.lower()}_2",
+                f"model={model}",
                 f"flow.scales={self.scales}",
                 "flow.critical_times=null",
                 "data.classes=1000",
@@ -69,11 +69,11 @@ def variants(scales: int, *, ranks: int, stages: tuple[int, ...], passes: int = 
         passes: Forward passes of an update.
     """
     coarse = range(scales - 1, 0, -1)
-    placements = {
-        "replicated": None,
-        f"{{{scales - 1}:{ranks}}}": None,
-        "{" + ",".join(f"{k}:{ranks}" for k in coarse) + "}": None,
-    }
+    placements = ["replicated"]
+    if ranks > 1 and scales > 1:
+        placements.append(f"{{{scales - 1}:{ranks}}}")
+    if ranks > 1 and scales > 2:
+        placements.append("{" + ",".join(f"{k}:{ranks}" for k in coarse) + "}")
     return [
         Variant(scales=scales, zero_stage=stage, placement=placement, passes=passes)
         for stage in stages

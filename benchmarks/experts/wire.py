@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None takes the process's own.
     """
     parser = command.parser("experts wire", description=__doc__ or "", rounds=1)
-    parser.add_argument("--size", default="S", help="preset; default S")
+    parser.add_argument("--model", default="s_2", help="of configs/model; default s_2")
     parser.add_argument("--scales", type=command.whole_numbers, default=(3,), help="default 3")
     parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
     parser.add_argument("--images", type=command.positive, default=6, help="of a rank; default 6")
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = command.setting("experts wire", options)
     for scales in options.scales:
         for variant in variants(scales, ranks=options.ranks, stages=(1, 2, 3)):
-            job = variant.job(size=options.size, ranks=options.ranks, images=options.images)
+            job = variant.job(model=options.model, ranks=options.ranks, images=options.images)
             for row in measured(variant, job):
                 setting.report.add(**row)
     setting.deliver()

@@ -95,7 +95,6 @@ LOOKS = (1, 10, 20)
         (
             4,
             [
-                {"kind": "plain", "placement": {2: 4, 1: 2}},
                 {"kind": "zero", "zero_stage": 1, "placement": {2: 4, 1: 2}},
                 {"kind": "zero", "zero_stage": 2, "placement": {2: 2, 0: 4}},
                 {"kind": "zero", "zero_stage": 3, "placement": {2: 4, 1: 2}},

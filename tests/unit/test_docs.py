@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("design/*.md")])
 
 
 def test_the_session_of_the_method_page_runs(capsys):
@@ -32,15 +32,16 @@ def test_the_method_page_needs_the_method_alone():
 
 @pytest.mark.slow
 def test_the_pictures_are_drawn(tmp_path):
-    from docs import pictures
+    from docs import pictures, placement_picture
 
     pictures.main(["--output", str(tmp_path)])
+    placement_picture.main(["--output", str(tmp_path)])
     drawn = {path.stem: Image.open(path).size for path in tmp_path.iterdir()}
-    assert set(drawn) == {"attention", "pyramid_and_path", "time_and_scale"}
+    assert set(drawn) == {"attention", "placement", "pyramid_and_path", "time_and_scale"}
     assert all(width > 600 and height > 300 for width, height in drawn.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_links_to_is_there(page):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
-    assert [target for target in targets if not (DOCS / target).exists()] == []
+    assert [target for target in targets if not (page.parent / target).exists()] == []

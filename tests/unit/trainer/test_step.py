@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from cluster.placement import Placement
 from models.band_statistics import band_statistics
 from models.codec import AutoencoderKlCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer
+from models.transformer.lapflow import LapFlowTransformer, Settle
 from pipelines.batch import Batch
 from tests.support.autoencoder import tiny_autoencoder
 from trainer import rng
@@ -35,25 +36,31 @@ def images():
     return torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def updated(bands, *, micro_batch=8, first_image=FIRST, encoder=None) -> dict[str, float]:
-    """Run one update of a fresh model and return its metrics."""
-    torch.manual_seed(0)
-    model = LapFlowTransformer(
+def model(settle: Settle) -> LapFlowTransformer:
+    return LapFlowTransformer(
         TransformerConfig(depth=1, width=16, heads=2, patch_size=2),
         scales=2,
         channels=4,
         image_size=8,
         classes=10,
+        settle=settle,
     )
+
+
+def updated(bands, *, micro_batch=8, first_image=FIRST, encoder=None) -> dict[str, float]:
+    """Run one update of a fresh model and return its metrics."""
+    torch.manual_seed(0)
     metrics = MetricBuffer(CPU)
     step = TrainStep(
         engine=build_engine(
             model,
             config=EngineConfig(kind="plain"),
+            placement=Placement((1, 1)),
             optim=OptimConfig(),
             micro_batch=micro_batch,
             rank_batch=8,
             world_size=1,
+            device=CPU,
         ),
         objective=Objective(FLOW),
         config=TrainConfig(seed=SEED, global_batch=8),

@@ -1,0 +1,37 @@
+"""What ranks hold and send is what the planner predicts, on real gloo ranks."""
+
+import pytest
+
+from benchmarks.experts import memory, wire
+from benchmarks.experts.variant import Variant
+
+pytestmark = pytest.mark.slow
+
+COARSE = "{2:2,1:2}"
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(scales=3, zero_stage=0, placement=COARSE),
+        Variant(scales=3, zero_stage=1, placement=COARSE, passes=2),
+        Variant(scales=3, zero_stage=3, placement=COARSE),
+    ],
+    ids=lambda variant: variant.name,
+)
+def test_bytes_of_live_tensors_are_as_predicted(variant):
+    job = memory.with_small_buckets(variant.job(model="digits", ranks=2, images=3))
+    assert memory.measured(variant, job)["ratio"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bytes_that_leave_a_rank_are_as_the_formula_says(stage):
+    variant = Variant(scales=3, zero_stage=stage, placement=COARSE)
+    rows = wire.measured(variant, variant.job(model="digits", ranks=2, images=3))
+    sent = {row["collective"]: row["ratio"] for row in rows}
+    kinds = {"all_gather", "all_to_all", "reduce_scatter"} | (
+        {"all_reduce"} if stage == 2 else set()
+    )
+    assert kinds <= set(sent)
+    for kind in kinds:
+        assert sent[kind] == pytest.approx(1, abs=0.02), kind

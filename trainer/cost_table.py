@@ -20,7 +20,8 @@ def cost_table(job: JobConfig) -> str:
     shape = model_shape(job)
     count = parameters(shape)
     average = average_multiply_adds(shape, critical_times=job.flow.critical_times)
-    memory = rank_memory(workload(job), resolve_placement(job), zero_stage=zero_stage(job))
+    placement = resolve_placement(job)
+    memory = rank_memory(workload(job), placement, zero_stage=zero_stage(job))
     share = job.train.global_batch // job.cluster.workers
     updates = -(-job.train.total_images // job.train.global_batch)
     rows = [
@@ -40,6 +41,7 @@ def cost_table(job: JobConfig) -> str:
         ("training, FLOPs in all", _si(6 * average * job.train.total_images, "FLOP")),
         ("updates", f"{updates:,} of {job.train.global_batch:,} images"),
         ("batch", f"{job.cluster.workers} ranks x {share} images, {micro_batch(job)} in one pass"),
+        ("experts", str(placement)),
         ("memory per rank", ""),
         ("  weights", _gib(memory.weights)),
         ("  gradients", _gib(memory.gradients)),

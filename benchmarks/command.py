@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,6 +111,25 @@ def setting(benchmark: str, options: argparse.Namespace) -> Setting:
     }
     report = Report(benchmark, device=device, settings=asked)
     return Setting(device=device, report=report, output=options.output)
+
+
+def dispatch(
+    benchmarks: Mapping[str, Callable[[Sequence[str]], int]],
+    usage: str,
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run the benchmark of a package that the first argument names.
+
+    Args:
+        benchmarks: Their main functions, by name.
+        usage: What to print where none is named.
+        arguments: Command line without the program's name; None takes the process's own.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in benchmarks:
+        print(usage, end="")
+        return 0 if given[:1] in (["-h"], ["--help"]) else 2
+    return benchmarks[given[0]](given[1:])
 
 
 def guarded(main: Callable[[], int]) -> int:

@@ -28,11 +28,7 @@ Each takes --help.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that the first argument names."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] not in _BENCHMARKS:
-        print(_USAGE, end="")
-        return 0 if given[:1] in (["-h"], ["--help"]) else 2
-    return _BENCHMARKS[given[0]](given[1:])
+    return command.dispatch(_BENCHMARKS, _USAGE, arguments)
 
 
 if __name__ == "__main__":

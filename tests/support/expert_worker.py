@@ -82,7 +82,7 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
         own = loss_of(divided, rank=context.rank, active=active)
         own.backward()
         held = shards_of(divided)
-        errors, parts = [], []
+        errors, same = [], []
         for name, parameter in divided.named_parameters():
             shard = held.get(name)
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -90,14 +90,17 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
             expected = whole.get_parameter(name).grad
             if expected is None:
                 expected = torch.zeros(whole_shape(parameter, shard), dtype=torch.float64)
+            begun = whole.get_parameter(name).detach()
             if shard is not None:
                 expected = expected.chunk(shard.ranks)[shard.index]
-                parts.append(parameter.numel() * shard.ranks == whole.get_parameter(name).numel())
+                begun = begun.chunk(shard.ranks)[shard.index]
+            # The same seed gives the same initial weights, whatever the placement.
+            same.append(torch.equal(parameter.detach(), begun))
             error = (gradient / world - expected).norm() / expected.norm().clamp(min=1e-3)
             errors.append(float(error))
         loss = float((own - losses[context.rank]).abs() / losses[context.rank].abs())
         everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, (loss, max(errors), sum(parts), all(parts)))
+        dist.all_gather_object(everyone, (loss, max(errors), len(held), all(same)))
         tell_once(context, {"errors": everyone})
 
 

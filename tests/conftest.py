@@ -1,6 +1,5 @@
 """Test-wide set-up: shape types of `models` are checked at run time, and nothing phones home."""
 
-import gc
 import os
 
 from jaxtyping import install_import_hook
@@ -16,17 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray cannot change its mind about tokens within one process, and some tests go without.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-# What the imports make stays: looking for garbage in it, over and over, is a tenth of the time.
-gc.disable()
-
 from tests.support.empty_tracker import empty_tracker  # noqa: E402
 from tests.support.finished import finished  # noqa: E402
 from tests.support.s3_server import s3  # noqa: E402
 
 __all__ = ["empty_tracker", "finished", "s3"]  # fixtures for all tests
-
-
-def pytest_collection_finish() -> None:
-    """Look for garbage again, but only in what the tests themselves make."""
-    gc.freeze()
-    gc.enable()

@@ -89,7 +89,7 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
             dist.all_reduce(gradient, group=None if shard is None else shard.holders)
             expected = whole.get_parameter(name).grad
             if expected is None:
-                expected = torch.zeros(whole_shape(parameter, shard), dtype=torch.float64)
+                expected = torch.zeros(whole_shape(parameter.shape, shard), dtype=torch.float64)
             begun = whole.get_parameter(name).detach()
             if shard is not None:
                 expected = expected.chunk(shard.ranks)[shard.index]

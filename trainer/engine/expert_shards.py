@@ -177,7 +177,6 @@ def shards_of(model: nn.Module) -> dict[str, Exchange]:
     }
 
 
-def whole_shape(part: Tensor | torch.Size, exchange: Exchange | None) -> tuple[int, ...]:
-    """Return the shape of a whole parameter, from this rank's part of it."""
-    shape = tuple(part.shape if isinstance(part, Tensor) else part)
-    return shape if exchange is None else (shape[0] * exchange.ranks, *shape[1:])
+def whole_shape(part: torch.Size, exchange: Exchange | None) -> tuple[int, ...]:
+    """Return the shape of a whole parameter, from that of this rank's part of it."""
+    return tuple(part) if exchange is None else (part[0] * exchange.ranks, *part[1:])

@@ -145,7 +145,7 @@ class PlainEngine:
                 Fragment(
                     name=name,
                     start=0 if shard is None else shard.index * parameter.numel(),
-                    shape=whole_shape(parameter, shard),
+                    shape=whole_shape(parameter.shape, shard),
                     tensors=tensors,
                 )
             )

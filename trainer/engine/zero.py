@@ -162,9 +162,9 @@ class ZeroEngine:
     @contextmanager
     def _masters_replaced(self, replace: Callable[[], None]) -> Iterator[nn.Module]:
         kept = [master.detach().clone() for master in self._partition.masters]
-        replace()
-        self._partition.publish()
         try:
+            replace()
+            self._partition.publish()
             yield self._deepspeed.module
         finally:
             self._overwrite_masters(kept)

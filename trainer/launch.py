@@ -16,7 +16,7 @@ from typing import TextIO
 
 import yaml
 
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.errors import CheckpointError, StoreError
 from trainer.composition import composed, members
 from trainer.data import with_classes
 from trainer.mistakes import is_users_mistake
@@ -48,10 +48,10 @@ common settings (every key is listed by --cfg job):
   tracking.uri=http://HOST:5000   an MLflow server instead of a file under home
   home=FOLDER                  local files; default $LAPFLOW_HOME or ~/lapflow
 
-exit codes: 0 done, 1 failed, 2 refused before it began, 130 or 143 stopped by a signal with a
-final checkpoint"""
+exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end but checkpoints could not
+be saved, 130 or 143 stopped by a signal with a final checkpoint"""
 
-_REFUSED, _FAILED = 2, 1
+_FAILED, _REFUSED, _UNSAVED = 1, 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,16 +123,32 @@ def _launch(job: JobConfig) -> int:
             if console.last_checkpoint:
                 _say(f"run the same command again to continue from {console.last_checkpoint}")
             return _REFUSED if isinstance(error, ValueError) and not console.begun else _FAILED
-        if outcome.status == "stopped" and not console.finished:
+        stopped = outcome.status == "stopped" and not console.finished
+        if stopped:
             console.note(
                 f"stopped; run the same command again to continue {console.last_checkpoint}"
             )
-            return 128 + (received[0] if received else signal.SIGINT)
-        table = summary(job, seconds=time.monotonic() - began)
+        table = None
+        if not stopped:
+            try:
+                table = summary(job, seconds=time.monotonic() - began)
+            except StoreError as error:
+                console.note(f"warning: the results cannot be shown: {error}")
+    if table is not None:
+        _say(table)
+    if console.failed_saves:
+        images, reason = console.failed_saves[-1]
+        _say(
+            f"error: {len(console.failed_saves)} checkpoints could not be saved, the last of them "
+            f"after {images:,} images: {reason}",
+            to=sys.stderr,
+        )
+        return _UNSAVED
+    if stopped:
+        return 128 + (received[0] if received else signal.SIGINT)
     if table is None:
         _say("error: the run ended without a report; run the same command again", to=sys.stderr)
         return _FAILED
-    _say(table)
     return 0
 
 

@@ -10,12 +10,12 @@ from trainer import places
 from trainer.autoencoder import codec_digest
 from trainer.checkpoint.layout import MANIFEST_NAME, checkpoints_prefix
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, open_store
 from trainer.data import Split, check_latents, open_split
 from trainer.evaluate.features import check_features
 from trainer.metrics.tracker_mlflow import TrackerUnreachable, check_tracker
-from trainer.resume import all_damaged, check_start, open_checkpoint
+from trainer.resume import all_damaged, check_start, open_checkpoint, science_changes
 from trainer.schema import ConfigError, JobConfig, science
 from trainer.space import picture_shape
 
@@ -58,17 +58,21 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         image_channels=picture_shape(job.data, job.codec).channels,
     )
     check_latents(job, codec_digest=digest)
-    check_start(job, science(job, data_digest=images.digest, codec_digest=digest), newest)
+    chosen = science(job, data_digest=images.digest, codec_digest=digest)
+    changes = check_start(job, chosen, newest)
     if job.resume not in ("auto", "never"):
         if newest is None:
-            open_checkpoint(job.resume, job.store)
+            _, _, branched = open_checkpoint(job.resume, job.store)
+            changes = science_changes(job, chosen, branched, place=job.resume)
         else:
             note(f"run {job.run} continues from its own checkpoints; resume=URI only begins a run")
+    if changes:
+        note(f"warning: resuming with changed settings: {'; '.join(changes)}")
     return newest
 
 
 def _newest(job: JobConfig, store: Store) -> Manifest | None:
-    newest = Checkpoints.reader(store, run=job.run).newest_valid()
+    newest = CheckpointReader(store, run=job.run).newest_valid()
     committed = any(key.endswith(MANIFEST_NAME) for key in store.list(checkpoints_prefix(job.run)))
     if newest is None and committed:
         raise all_damaged(job)

@@ -9,9 +9,10 @@ from typing import Any
 from trainer import places
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.engine.protocol import Engine
+from trainer.metrics.buffer import MetricBuffer
 from trainer.schema import (
     ConfigError,
     JobConfig,
@@ -25,13 +26,16 @@ from trainer.state import TrainState
 _CHECKPOINT_URI = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)/?")
 
 
-def check_start(job: JobConfig, chosen: Mapping[str, Any], own: Manifest | None) -> None:
+def check_start(job: JobConfig, chosen: Mapping[str, Any], own: Manifest | None) -> list[str]:
     """Refuse a start that would mix different runs.
 
     Args:
         job: The configuration.
         chosen: Its science.
         own: Newest valid checkpoint of the run's name, if there is one.
+
+    Returns:
+        The settings in which the run's checkpoint differs, where `resume_changed` allows that.
 
     Raises:
         ConfigError: If the checkpoint belongs to another configuration, if `resume=never` meets a
@@ -44,8 +48,38 @@ def check_start(job: JobConfig, chosen: Mapping[str, Any], own: Manifest | None)
         )
     if job.resume not in ("auto", "never"):
         parse_uri(job.resume)
-    if own is not None:
-        _check_science(chosen, own, f"run={job.run}")
+    return [] if own is None else science_changes(job, chosen, own, place=f"run={job.run}")
+
+
+def science_changes(
+    job: JobConfig, chosen: Mapping[str, Any], manifest: Manifest, *, place: str
+) -> list[str]:
+    """Compare the science of a job with that of a checkpoint.
+
+    Args:
+        job: The configuration.
+        chosen: Its science.
+        manifest: The checkpoint.
+        place: What to call it.
+
+    Returns:
+        What differs, as `key: old -> new`.
+
+    Raises:
+        ConfigError: If anything does and `resume_changed` is not set.
+    """
+    if manifest.science_hash == science_hash(chosen):
+        return []
+    # A setting that the checkpoint does not know came after it; its default is what was done then.
+    trained = _completed(manifest.science, chosen, defaults())
+    changes = difference(counted(trained), counted(chosen))
+    if changes and not job.resume_changed:
+        raise ConfigError(
+            f"the checkpoint of {manifest.images:,} images of {place} was trained with other "
+            f"settings ({'; '.join(changes)}); use those settings to continue it, another run=NAME "
+            "to start anew, or resume_changed=true to go on from it with yours"
+        )
+    return changes
 
 
 def parse_uri(uri: str) -> tuple[str, str, int]:
@@ -63,7 +97,7 @@ def parse_uri(uri: str) -> tuple[str, str, int]:
     return match["runs"], match["run"], int(match["images"])
 
 
-def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, Checkpoints, Manifest]:
+def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, CheckpointReader, Manifest]:
     """Open a checkpoint by its URI.
 
     Args:
@@ -78,7 +112,7 @@ def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, Checkpoints, 
     """
     runs, run, images = parse_uri(uri)
     store = open_store(runs, config)
-    checkpoints = Checkpoints.reader(store, run=run)
+    checkpoints = CheckpointReader(store, run=run)
     manifest = checkpoints.manifest(images)
     if manifest is None:
         raise ConfigError(f"there is no valid checkpoint at {uri}; list the folder above it")
@@ -90,7 +124,8 @@ def restore(
     chosen: Mapping[str, Any],
     *,
     engine: Engine,
-    checkpoints: Checkpoints,
+    metrics: MetricBuffer,
+    checkpoints: CheckpointReader,
     tell: Callable[[dict[str, object]], None],
 ) -> TrainState:
     """Bring the engine to where the run left off; a collective call.
@@ -101,6 +136,7 @@ def restore(
         job: The configuration.
         chosen: Its science.
         engine: Holds freshly initialised weights.
+        metrics: Takes what was recorded since the last point of the curves.
         checkpoints: The run's own checkpoints.
         tell: Takes a note for the user.
 
@@ -114,7 +150,7 @@ def restore(
     before: int | None = None
     while (manifest := checkpoints.newest_valid(before=before)) is not None:
         try:
-            return _load(checkpoints, manifest, engine, tell)
+            return _load(checkpoints, manifest, engine, metrics, tell)
         except DamagedCheckpoint as damage:
             tell({"kind": "warning", "text": str(damage)})
             before = manifest.images
@@ -123,9 +159,9 @@ def restore(
         raise all_damaged(job)
     if job.resume not in ("auto", "never"):
         _, source, manifest = open_checkpoint(job.resume, job.store)
-        _check_science(chosen, manifest, job.resume)
+        science_changes(job, chosen, manifest, place=job.resume)
         try:
-            return _load(source, manifest, engine, tell)
+            return _load(source, manifest, engine, metrics, tell)
         except DamagedCheckpoint as damage:
             raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
     return TrainState()
@@ -140,31 +176,19 @@ def all_damaged(job: JobConfig) -> ConfigError:
 
 
 def _load(
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointReader,
     manifest: Manifest,
     engine: Engine,
+    metrics: MetricBuffer,
     tell: Callable[[dict[str, object]], None],
 ) -> TrainState:
-    state = TrainState.from_dict(checkpoints.restore(manifest, engine.fragments()))
+    counters = checkpoints.restore(manifest, engine.fragments())
+    metrics.load_state(counters.pop("metrics", {}))
+    state = TrainState.from_dict(counters)
     engine.load_fragments(state.updates)
     uri = checkpoints.uri(manifest.images)
     tell({"kind": "resumed", "images": state.images, "uri": uri})
     return state
-
-
-def _check_science(wanted: Mapping[str, Any], manifest: Manifest, place: str) -> None:
-    if manifest.science_hash == science_hash(wanted):
-        return
-    # A setting that the checkpoint does not know came after it; its default is what was done then.
-    trained = _completed(manifest.science, wanted, defaults())
-    changes = difference(counted(trained), counted(wanted))
-    if not changes:
-        return
-    raise ConfigError(
-        f"the checkpoint of {manifest.images:,} images of {place} was trained with other settings "
-        f"({'; '.join(changes)}); use those settings to continue it, or another run=NAME to start "
-        "anew"
-    )
 
 
 def _completed(

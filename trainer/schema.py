@@ -25,7 +25,7 @@ from pipelines.mixture import StreamConfig
 from pipelines.shards import ShardsConfig
 from pipelines.view import AugmentConfig
 from trainer.autoencoder import CodecConfig
-from trainer.checkpoint.saver import CheckpointConfig
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.store import StoreConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluate.report import EvalConfig
@@ -92,6 +92,7 @@ class JobConfig:
         home: Folder for what stays on this machine: caches, logs, the default store and tracker.
         resume: "auto" continues the run from its newest valid checkpoint, "never" insists on a new
             run, a checkpoint's URI starts the run from there.
+        resume_changed: Resume also with scientific settings other than the checkpoint's.
         dry_run: Print the resolved configuration and its cost, then stop.
         data: The images.
         codec: Whether the flow works on pixels or on latents of which autoencoder.
@@ -113,6 +114,7 @@ class JobConfig:
     run: str = "run"
     home: str = "~/lapflow"
     resume: str = "auto"
+    resume_changed: bool = False
     dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -223,8 +225,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     """Say that a key does not exist and which one was probably meant."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]}?" if close else ""
-    siblings = ", ".join(sorted(known))
-    return f"there is no setting {key}{hint} (settings here: {siblings})"
+    return f"there is no setting {key}{hint} (settings here: {', '.join(sorted(known))})"
 
 
 def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None) -> dict[str, Any]:
@@ -267,8 +268,7 @@ def counted(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 def science_hash(chosen: Mapping[str, Any]) -> str:
     """Return a short digest of the scientific settings that count."""
-    text = json.dumps(counted(chosen), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(counted(chosen), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer import places
 from trainer.checkpoint.errors import MissingObject
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import open_store
 from trainer.clock import format_duration
 from trainer.evaluate.report import EvaluationReport, evaluation_key
@@ -24,12 +24,14 @@ class Console:
         last_checkpoint: URI of the newest checkpoint heard of, or "".
         finished: Whether the workers said that the run reached its end.
         begun: Whether training has made progress in this launch.
+        failed_saves: For each checkpoint that could not be saved its images and why.
     """
 
     def __init__(self) -> None:
         self.last_checkpoint = ""
         self.finished = False
         self.begun = False
+        self.failed_saves: list[tuple[int, str]] = []
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -49,6 +51,9 @@ class Console:
             case "checkpoint":
                 self.last_checkpoint = str(message["uri"])
                 self.note(f"checkpoint: {message['uri']}")
+            case "checkpoint_failed":
+                self.failed_saves.append((int(message["images"]), str(message["text"])))
+                self.note(f"warning: {message['uri']} could not be saved: {message['text']}")
             case "resumed":
                 self.last_checkpoint = str(message["uri"])
                 self.note(f"resumed after {message['images']:,} images from {message['uri']}")
@@ -64,7 +69,7 @@ def summary(job: JobConfig, *, seconds: float) -> str | None:
         seconds: Wall time of this launch; 0 leaves it out.
     """
     store = open_store(places.runs_uri(job), job.store)
-    newest = Checkpoints.reader(store, run=job.run).newest_valid()
+    newest = CheckpointReader(store, run=job.run).newest_valid()
     if newest is None:
         return None
     try:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from cluster.contract import WorkerContext
 from models.flow.flow import Flow
@@ -21,12 +20,15 @@ from pipelines.host_memory import return_large_blocks
 from trainer import places, rng
 from trainer.autoencoder import load_codec
 from trainer.checkpoint.hook import PeriodicSave
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.store import open_store
 from trainer.data import open_split, real_images, training_loader
 from trainer.engine.build import build_engine
 from trainer.evaluate.final import FinalEvaluation
 from trainer.evaluate.grid_hook import SampleGrids
+from trainer.evaluate.scores import frechet_scores
+from trainer.gathering import Gathering
 from trainer.hooks import Hook
 from trainer.loop import train
 from trainer.metrics.buffer import MetricBuffer
@@ -36,6 +38,7 @@ from trainer.metrics.tracker_mlflow import MlflowTracker
 from trainer.mistakes import is_users_mistake
 from trainer.placing import resolve_placement
 from trainer.resume import restore
+from trainer.save_news import SaveNews
 from trainer.schema import (
     JobConfig,
     from_dict,
@@ -87,14 +90,8 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
     )
 
     store = open_store(places.runs_uri(job), job.store)
-    checkpoints = Checkpoints(
-        store,
-        run=job.run,
-        config=job.checkpoint,
-        rank=context.rank,
-        world_size=context.world_size,
-        gather=_gather,
-    )
+    gather = Gathering()
+    checkpoints = CheckpointReader(store, run=job.run, rank=context.rank, gather=gather)
     images = open_split(job, "train")
     shape = flow_shape(job.data, job.codec)
     codec, codec_digest = load_codec(
@@ -105,7 +102,8 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         image_channels=picture_shape(job.data, job.codec).channels,
     )
     chosen = science(job, data_digest=images.digest, codec_digest=codec_digest)
-    state = restore(job, chosen, engine=engine, checkpoints=checkpoints, tell=tell)
+    metrics = MetricBuffer(device)
+    state = restore(job, chosen, engine=engine, metrics=metrics, checkpoints=checkpoints, tell=tell)
     tracker: Tracker = SilentTracker()
     if context.rank == 0:
         tracker = MlflowTracker(
@@ -116,7 +114,6 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         )
         tracker.config(to_dict(job))
 
-    metrics = MetricBuffer(device)
     step = TrainStep(
         engine=engine,
         objective=Objective(flow),
@@ -139,17 +136,29 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         train=lambda: real_images(job, "train", context),
     )
 
-    def save() -> None:
-        uri = checkpoints.save(
+    saver = CheckpointSaver(
+        store,
+        catalogue=checkpoints.catalogue,
+        config=job.checkpoint,
+        rank=context.rank,
+        world_size=context.world_size,
+        gather=gather,
+        gather_aside=Gathering(),
+        report=SaveNews(tracker, tell),
+        scores=lambda: frechet_scores(store, run=job.run, features=job.eval.features.name),
+        position=state.images or None,
+    )
+    saver.prepare(engine.fragments())
+
+    def save(*, last: bool = False) -> None:
+        saver.save(
             images=state.images,
             fragments=engine.fragments(),
-            train_state=state.to_dict(),
+            train_state=state.to_dict() | {"metrics": metrics.state()},
             science=chosen,
             science_hash=science_hash(chosen),
+            last=last,
         )
-        tracker.tag("checkpoint", uri)
-        tracker.tag(f"checkpoint.{state.images:012d}", uri)
-        tell({"kind": "checkpoint", "images": state.images, "uri": uri})
 
     hooks: list[Hook] = [
         Progress(
@@ -182,9 +191,12 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 total_images=job.train.total_images,
                 rank=context.rank,
             )
-        if state.images > 0 and not checkpoints.is_saved(state.images):
-            save()
-        if end == "finished":
+        if end == "stopped":
+            saver.hurry(job.checkpoint.grace_s)
+        if state.images > 0 and not saver.is_saved(state.images):
+            save(last=True)
+        saver.finish()
+        if end == "finished" and saver.is_saved(state.images):
             tell({"kind": "note", "text": "evaluating the EMA weights"})
             evaluation.run(
                 engine,
@@ -195,6 +207,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 tracker=tracker,
             )
     except BaseException:
+        saver.leave(job.checkpoint.grace_s)
         tracker.close("FAILED")
         raise
     tracker.close("FINISHED" if end == "finished" else "KILLED")
@@ -222,11 +235,3 @@ def initial_model(job: JobConfig, settle: Settle = stay) -> LapFlowTransformer:
 
 def _keep_quiet(_message: dict[str, Any]) -> None:
     """Stand in for the line to the driver on every rank but the first."""
-
-
-def _gather(value: object) -> list[object]:
-    if not dist.is_initialized():
-        return [value]
-    everyone: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.support.job import ROOT
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def test_progress_and_results_are_told(finished):
 
 
 def test_every_checkpoint_is_committed_and_whole(finished):
-    checkpoints = Checkpoints.reader(finished.store, run="digits")
+    checkpoints = CheckpointReader(finished.store, run="digits")
     for images in range(1280, 6401, 1280):
         manifest = checkpoints.manifest(images)
         assert manifest is not None

@@ -9,7 +9,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.support.job import ROOT, SMALL
 from tests.support.ray_cluster import ray_cluster
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import StoreConfig, open_store
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ COMMAND = (
 
 def newest_images(home: Path) -> int:
     store = open_store(f"{home}/store/runs", StoreConfig())
-    manifest = Checkpoints.reader(store, run="digits").newest_valid()
+    manifest = CheckpointReader(store, run="digits").newest_valid()
     return 0 if manifest is None else manifest.images
 
 

@@ -17,7 +17,7 @@ import psutil
 from torch import Tensor
 
 from trainer.checkpoint.content import load_weights
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import StoreConfig, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,7 +134,7 @@ def job(*overrides: str, home: Path, **options: object) -> Iterator[Job]:
 def final_state(store_uri: str, run: str, config: StoreConfig | None = None) -> dict[str, Tensor]:
     """Read weights, moments and EMA of a run's newest checkpoint, whole."""
     store = open_store(f"{store_uri}/runs", config or StoreConfig())
-    manifest = Checkpoints.reader(store, run=run).newest_valid()
+    manifest = CheckpointReader(store, run=run).newest_valid()
     assert manifest is not None
     state = {
         f"{kind}/{name}": tensor

@@ -12,9 +12,11 @@ from trainer.checkpoint.errors import (
     InvalidManifest,
     MissingObject,
     NewerManifest,
+    StoreError,
 )
+from trainer.checkpoint.inventory import Clearance, Inventory
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
-from trainer.checkpoint.retention import expired, remains
+from trainer.checkpoint.retention import RetentionPolicy, superseded
 from trainer.checkpoint.store import Store
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,11 @@ class Catalogue:
         self._run = run
         self._prefix = layout.checkpoints_prefix(run)
         self._found_damaged: set[tuple[int, str]] = set()
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self._run
 
     def uri(self, images: int) -> str:
         """Return the address of a checkpoint."""
@@ -102,10 +109,12 @@ class Catalogue:
 
         Raises:
             InvalidManifest: The manifest holds what is no JSON value.
+            StoreError: An object of it is not there, or the store fails.
             CheckpointConflict: Another run's checkpoint is there, or one in a newer format.
         """
         key = layout.manifest_key(self._run, manifest.images)
         data = manifest.to_json()
+        self._check_uploaded(manifest)
         if self._store.create(key, data):
             return manifest
         try:
@@ -126,45 +135,79 @@ class Catalogue:
                 "choose another run name for this one."
             )
         logger.warning(
-            "checkpoint %s was saved by another process of this run meanwhile; keeping that one",
+            "checkpoint %s was saved by another process of this run meanwhile; keeping that one. "
+            "Two processes train run=%s at once: stop one of them, or give it another run=NAME",
             self.uri(manifest.images),
+            self._run,
         )
         return standing
 
-    def retire(self, saved: Manifest, *, keep_last: int) -> None:
-        """Delete what `retention` says, after a save; a manifest goes before its objects.
+    def inventory(self, *, saved: Manifest | None = None) -> Inventory:
+        """Look at everything under the run's checkpoints, as far as can be told without reading it.
+
+        Args:
+            saved: A checkpoint that was just committed, which needs no look.
+
+        Raises:
+            StoreError: The store fails.
+        """
+        sizes = self._store.list(self._prefix)
+        manifests = {} if saved is None else {saved.images: saved}
+        damaged = {}
+        for images in sorted(self._committed(sizes) - manifests.keys()):
+            try:
+                manifests[images] = self.examine(images, sizes)
+            except (InvalidManifest, DamagedCheckpoint) as error:
+                damaged[images] = str(error)
+        return Inventory(run=self._run, sizes=sizes, manifests=manifests, damaged=damaged)
+
+    def retire(
+        self, saved: Manifest, *, policy: RetentionPolicy, scores: Mapping[int, float]
+    ) -> None:
+        """Delete what the policy does not keep, after a save.
 
         Args:
             saved: The checkpoint just saved.
-            keep_last: Valid checkpoints to keep.
+            policy: What to keep.
+            scores: Measured distances of the run's checkpoints by images, lower is better.
 
         Raises:
             StoreError: The store fails; what is left over goes at the next save.
         """
-        sizes = self._store.list(self._prefix)
-        committed = self._committed(sizes) | {saved.images}
-        manifests = {saved.images: saved}
-        for images in committed - {saved.images}:
-            try:
-                manifests[images] = self.examine(images, sizes)
-            except (InvalidManifest, DamagedCheckpoint) as error:
-                logger.debug("not counting checkpoint %s: %s", self.uri(images), error)
-        old = expired(
-            {images: images in manifests for images in committed},
-            keep_last=keep_last,
-            saved=saved.images,
-        )
-        for images in old:
-            self._store.delete(layout.manifest_key(self._run, images))
-        kept = committed.difference(old)
-        used = {
-            entry.key for images in kept & manifests.keys() for entry in manifests[images].objects
-        }
-        # Of a damaged checkpoint that stays nothing is known for sure, so all of it stays.
-        damaged = kept - manifests.keys()
-        used |= {key for key in sizes if layout.images_of(self._run, key) in damaged}
-        for key in remains(sizes, run=self._run, used=used, committed=saved.images):
+        self.clear(self.inventory(saved=saved).clearance(policy, scores=scores, saved=saved))
+
+    def clear(self, clearance: Clearance) -> int:
+        """Delete what can go; a manifest goes before its objects.
+
+        Returns:
+            Remains of unfinished uploads that were removed besides.
+
+        Raises:
+            StoreError: The store fails; what is left over can go at the next time.
+        """
+        for key in (*clearance.manifests, *clearance.content):
             self._store.delete(key)
+        committed = clearance.committed
+        if committed is None:
+            return 0
+        return self._store.sweep(
+            self._prefix, lambda key: superseded(key, run=self._run, committed=committed)
+        )
+
+    def _check_uploaded(self, manifest: Manifest) -> None:
+        """Refuse to commit what is not there: another process may hold this one for dead."""
+        sizes = self._store.list(
+            layout.attempt_prefix(self._run, manifest.images, manifest.attempt)
+        )
+        for entry in manifest.objects:
+            size = sizes.get(entry.key)
+            if size != entry.size_bytes:
+                state = "is not there" if size is None else f"has {size} bytes there"
+                raise StoreError(
+                    f"{self._store.uri(entry.key)} was uploaded with {entry.size_bytes} bytes but "
+                    f"{state}; another process may have deleted it: see that only one process "
+                    f"trains run={self._run}."
+                )
 
     def _committed(self, sizes: Mapping[str, int]) -> set[int]:
         found = {layout.images_of(self._run, key) for key in sizes}

@@ -1,26 +1,28 @@
-"""The content of checkpoints: slices of parameters in safetensors objects, hashed and checked.
+"""Reading the content of checkpoints: blocks of safetensors objects into slices of parameters.
 
 Nothing here is ever unpickled, and nothing is used before its SHA-256 was found right.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
-from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint, MissingObject
-from trainer.checkpoint.layout import checkpoint_key, tensor_key
-from trainer.checkpoint.manifest import Manifest, ObjectEntry
+from trainer.checkpoint.blocks import read_block
+from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
+from trainer.checkpoint.layout import checkpoint_key
+from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest
+from trainer.checkpoint.slices_file import first_elements
 from trainer.checkpoint.spans import Read, Span, plan_reads
 from trainer.checkpoint.store import Store
+from trainer.checkpoint.threads import in_threads
 from trainer.state import Fragment
 
 
@@ -44,26 +46,10 @@ def span_of(fragment: Fragment) -> Span:
     return Span(fragment.start, fragment.numel)
 
 
-def write(store: Store, key: str, fragments: Collection[Fragment]) -> ObjectEntry:
-    """Write fragments as one object and return its entry for the manifest."""
-    data = safetensors.save(
-        {
-            tensor_key(kind, fragment.name, fragment.start): tensor.detach().cpu()
-            for fragment in fragments
-            for kind, tensor in fragment.tensors.items()
-        }
-    )
-    store.put(key, data)
-    return ObjectEntry(
-        key=key,
-        size_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        fragments={fragment.name: span_of(fragment) for fragment in fragments},
-    )
-
-
 def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> None:
     """Fill fragments in place from the objects that overlap them, whoever wrote those.
+
+    Only the blocks that hold something wanted are read, several at a time, each once.
 
     Args:
         store: The store of the manifest's keys.
@@ -71,9 +57,10 @@ def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> Non
         fragments: What to fill. After an error their content is undefined.
 
     Raises:
-        DamagedCheckpoint: An object is missing or changed.
+        DamagedCheckpoint: An object is missing or changed, or holds values that are not finite.
         CheckpointMismatch: A parameter, or part of one, is not in the checkpoint, or has another
             shape.
+        StoreError: The store failed.
     """
     named = by_name(fragments)
     check_fit(manifest, fragments)
@@ -88,14 +75,25 @@ def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> Non
             f"{gaps[0].stop} of {name} and slices of {len(missing) - 1} more parameters: it was "
             "not saved by all ranks. Use another checkpoint."
         )
+    by_block: dict[tuple[int, int], list[_Piece]] = defaultdict(list)
     for source, parts in groupby(reads, key=lambda read: read.source):
-        tensors = _read(store, manifest.objects[source])
-        for read in parts:
-            if not _copied(read, tensors, named[read.name]):
+        for piece in _pieces(manifest, source, parts, named):
+            for number in piece.blocks(manifest.block_bytes):
+                by_block[source, number].append(piece)
+
+    @torch.no_grad()  # for the thread that runs it
+    def read(source: int, number: int) -> None:
+        entry = manifest.objects[source]
+        # torch wants memory that it could write to.
+        block = bytearray(read_block(store, entry, number, block_bytes=manifest.block_bytes))
+        for piece in by_block[source, number]:
+            if not piece.copied_from(block, start=number * manifest.block_bytes):
                 raise DamagedCheckpoint(
-                    f"{store.uri(manifest.objects[source].key)} does not hold {read.name} as its "
-                    "manifest says. Use an older checkpoint."
+                    f"{store.uri(entry.key)} holds values that are not finite. Use an older "
+                    "checkpoint."
                 )
+
+    in_threads(read, sorted(by_block))
 
 
 def check_fit(manifest: Manifest, fragments: Sequence[Fragment]) -> None:
@@ -149,33 +147,64 @@ def load_weights(
     return {fragment.name: fragment.tensors[which].view(fragment.shape) for fragment in whole}
 
 
-def _read(store: Store, entry: ObjectEntry) -> dict[str, Tensor]:
-    try:
-        data = store.get(entry.key)
-    except MissingObject as error:
-        raise DamagedCheckpoint(f"{store.uri(entry.key)} is missing.") from error
-    if len(data) != entry.size_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise DamagedCheckpoint(
-            f"{store.uri(entry.key)} changed after it was saved: its {len(data)} bytes do not "
-            "have the SHA-256 its manifest names. Use an older checkpoint, and check the store."
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Piece:
+    """Consecutive values of one object, and where they go.
+
+    Attributes:
+        start: First byte in the object.
+        target: The values' place, 1-D.
+    """
+
+    start: int
+    target: Tensor
+
+    @property
+    def stop(self) -> int:
+        """The byte after the last."""
+        return self.start + BYTES_PER_ELEMENT * self.target.numel()
+
+    def blocks(self, block_bytes: int) -> range:
+        """Numbers of the blocks that hold the values."""
+        return range(self.start // block_bytes, -(-self.stop // block_bytes))
+
+    def copied_from(self, block: bytearray, *, start: int) -> bool:
+        """Copy those values that a block holds, which begins at byte `start` of the object.
+
+        Returns:
+            Whether all of them are finite.
+        """
+        first, stop = max(self.start, start), min(self.stop, start + len(block))
+        values = torch.frombuffer(
+            block,
+            dtype=torch.float32,
+            count=(stop - first) // BYTES_PER_ELEMENT,
+            offset=first - start,
         )
-    try:
-        tensors = safetensors.load(data)
-    except SafetensorError as error:
-        raise DamagedCheckpoint(f"{store.uri(entry.key)} is not safetensors: {error}.") from error
-    return tensors
+        into = self.target.narrow(0, (first - self.start) // BYTES_PER_ELEMENT, values.numel())
+        into.copy_(values)
+        return bool(torch.isfinite(values).all())
 
 
-@torch.no_grad()
-def _copied(read: Read, tensors: Mapping[str, Tensor], target: Fragment) -> bool:
-    """Copy one part of all kinds, bit by bit; False if the object lacks it."""
-    for kind, view in target.tensors.items():
-        saved = tensors.get(tensor_key(kind, read.name, read.saved.start))
-        if saved is None or (saved.dtype, saved.shape) != (view.dtype, (read.saved.numel,)):
-            return False
-        piece = saved.narrow(0, read.part.start - read.saved.start, read.part.numel)
-        view.narrow(0, read.part.start - target.start, read.part.numel).copy_(piece)
-    return True
+def _pieces(
+    manifest: Manifest, source: int, reads: Iterable[Read], targets: Mapping[str, Fragment]
+) -> Iterator[_Piece]:
+    """Where the reads from one object find each kind of value."""
+    entry = manifest.objects[source]
+    first = first_elements(entry.fragments)
+    per_kind = sum(span.numel for span in entry.fragments.values())
+    values_start = entry.size_bytes - manifest.content_bytes(entry)
+    for read in reads:
+        target = targets[read.name]
+        for number, kind in enumerate(manifest.kinds):
+            if kind in target.tensors:
+                element = first[read.name] + read.part.start - read.saved.start
+                yield _Piece(
+                    start=values_start + BYTES_PER_ELEMENT * (number * per_kind + element),
+                    target=target.tensors[kind].narrow(
+                        0, read.part.start - target.start, read.part.numel
+                    ),
+                )
 
 
 def _place(store: Store, manifest: Manifest) -> str:

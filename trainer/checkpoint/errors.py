@@ -43,6 +43,10 @@ class DamagedCheckpoint(CheckpointError):
     """Objects of a committed checkpoint are missing or changed; an older one may be whole."""
 
 
+class NonFiniteState(CheckpointError):
+    """The state to save holds values that are not finite; the checkpoints before it are better."""
+
+
 class CheckpointMismatch(CheckpointError, ValueError):
     """A whole checkpoint does not fit the model, or the ranks do not fit each other."""
 

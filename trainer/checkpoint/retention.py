@@ -1,31 +1,97 @@
-"""Which checkpoints, and which remains of unfinished ones, to delete. Pure."""
+"""Which checkpoints stay, and why, and what else of a run is dead. Pure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from trainer.checkpoint import layout
+from trainer.checkpoint.config import CheckpointConfig
+
+NEWEST, LAST, SAVED = "newest valid", "last", "just saved"
+DAMAGED = "damaged, to be looked at"
 
 
-def expired(checkpoints: Mapping[int, bool], *, keep_last: int, saved: int) -> list[int]:
-    """Return the checkpoints to delete, oldest first.
+@dataclass(frozen=True, kw_only=True)
+class RetentionPolicy:
+    """Which checkpoints stay.
 
-    Kept are the newest `keep_last` valid ones, the one just saved, and every damaged one that is
-    newer than the oldest of these, for somebody to look at.
+    Attributes:
+        keep_last: Newest valid ones, at least 1.
+        keep_every_images: The first valid one at or after each multiple of this; 0 is none.
+        keep_best: Valid ones of the lowest measured distance.
+    """
+
+    keep_last: int = 3
+    keep_every_images: int = 0
+    keep_best: int = 0
+
+    @classmethod
+    def of(cls, config: CheckpointConfig) -> RetentionPolicy:
+        """Return the policy of a run."""
+        return cls(
+            keep_last=config.keep_last,
+            keep_every_images=config.keep_every_images,
+            keep_best=config.keep_best,
+        )
+
+
+def reasons_to_keep(
+    checkpoints: Mapping[int, bool],
+    policy: RetentionPolicy,
+    *,
+    scores: Mapping[int, float],
+    saved: int | None = None,
+) -> dict[int, tuple[str, ...]]:
+    """Tell of each checkpoint why it stays.
+
+    A damaged one stays, for somebody to look at, while it is newer than the oldest of the last
+    valid ones. One that nobody has measured is not among the best, and expires like any other.
 
     Args:
         checkpoints: Whether each committed checkpoint is valid, by images.
-        keep_last: Valid checkpoints to keep, at least 1.
-        saved: Images of the checkpoint just saved; kept in any case.
+        policy: What to keep.
+        scores: Measured distances, lower is better; what is not finite does not count, and of
+            equal ones the newer is better.
+        saved: The checkpoint just saved, which stays in any case.
 
     Returns:
-        Images of the checkpoints to delete; never the newest valid one.
+        Reasons such as "last" or "best (12.31)", oldest checkpoint first. Without a reason a
+        checkpoint expires, and the newest valid one always has one.
     """
-    assert keep_last >= 1
-    valid = sorted((images for images, good in checkpoints.items() if good), reverse=True)
-    kept = valid[:keep_last]
-    oldest = min(kept, default=min(checkpoints, default=0))
-    return sorted(images for images in checkpoints if images < oldest and images != saved)
+    assert policy.keep_last >= 1
+    reasons: dict[int, list[str]] = {images: [] for images in sorted(checkpoints)}
+    valid = [images for images in reasons if checkpoints[images]]
+    last = valid[-policy.keep_last :]
+    for images in last:
+        reasons[images].append(NEWEST if images == valid[-1] else LAST)
+    if policy.keep_every_images:
+        for images in _firsts(valid, policy.keep_every_images):
+            reasons[images].append(f"every {policy.keep_every_images:,}")
+    measured = [images for images in valid if math.isfinite(scores.get(images, math.nan))]
+    best = sorted(measured, key=lambda images: (scores[images], -images))
+    for images in best[: policy.keep_best]:
+        reasons[images].append(f"best ({scores[images]:.4g})")
+    if saved in reasons:
+        reasons[saved].append(SAVED)
+    for images, good in checkpoints.items():
+        if not good and (not last or images > last[0]):
+            reasons[images].append(DAMAGED)
+    return {images: tuple(found) for images, found in reasons.items()}
+
+
+def superseded(key: str, *, run: str, committed: int) -> bool:
+    """Tell whether a key belongs to a save that cannot be committed any more.
+
+    Args:
+        key: A key of the store.
+        run: Name of the run.
+        committed: Images of a checkpoint that was committed. A save before it has come too late;
+            one at it, or beyond, may be another writer's that is still under way.
+    """
+    images = layout.images_of(run, key)
+    return images is not None and images < committed
 
 
 def remains(keys: Collection[str], *, run: str, used: Collection[str], committed: int) -> list[str]:
@@ -35,17 +101,25 @@ def remains(keys: Collection[str], *, run: str, used: Collection[str], committed
         keys: Keys under the run's checkpoints.
         run: Name of the run.
         used: Keys the checkpoints that stay consist of.
-        committed: Images of the checkpoint just saved. A save before it has come too late; one
-            at it, or beyond, may be another writer's that is still under way.
+        committed: Images of the newest checkpoint that counts: see `superseded`.
 
     Returns:
         Keys to delete, without manifests.
     """
-    late = []
-    for key in keys:
-        images = layout.images_of(run, key)
-        if images is None or images >= committed or key == layout.manifest_key(run, images):
-            continue
-        if key not in used:
-            late.append(key)
-    return sorted(late)
+    return sorted(
+        key
+        for key in keys
+        if superseded(key, run=run, committed=committed)
+        and not key.endswith(f"/{layout.MANIFEST_NAME}")
+        and key not in used
+    )
+
+
+def _firsts(valid: Collection[int], every: int) -> list[int]:
+    """Return the first of `valid`, ascending, at or after each multiple of `every`."""
+    reached, firsts = 0, []
+    for images in valid:
+        if images // every > reached:
+            reached = images // every
+            firsts.append(images)
+    return firsts

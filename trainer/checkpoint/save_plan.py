@@ -1,4 +1,4 @@
-"""What the ranks tell each other before a save, and the plan that follows from it. Pure."""
+"""What the ranks tell each other before the first save, and the plan that follows from it. Pure."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ from trainer.state import Fragment
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
-    """What one rank is about to save.
+    """What one rank holds of the state.
 
     Attributes:
-        images: Its position in the run.
-        science_hash: Hash of its configuration.
-        attempt: A random name for this save; the first rank's is taken.
         kinds: What it holds of each slice.
         shapes: Shape of each parameter it holds a slice of.
         spans: The slices.
     """
 
-    images: int
-    science_hash: str
-    attempt: str
     kinds: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     spans: Mapping[str, Span]
@@ -35,24 +29,20 @@ class Announcement:
 
 @dataclass(frozen=True, kw_only=True)
 class SavePlan:
-    """How the ranks write one checkpoint together.
+    """How the ranks write checkpoints together.
 
     Attributes:
-        attempt: The save's random name.
         kinds: What every object holds of each slice.
         parameters: Shape of every parameter.
         writes: For each rank, the parameters whose slice it writes.
     """
 
-    attempt: str
     kinds: tuple[str, ...]
     parameters: Mapping[str, tuple[int, ...]]
     writes: Sequence[set[str]]
 
 
-def announce(
-    fragments: Sequence[Fragment], *, images: int, science_hash: str, attempt: str
-) -> Announcement:
+def announce(fragments: Sequence[Fragment]) -> Announcement:
     """Describe a rank's fragments.
 
     Raises:
@@ -63,9 +53,6 @@ def announce(
     if len(kinds) > 1:
         raise CheckpointMismatch(f"All slices must hold the same kinds of values, got {kinds}.")
     return Announcement(
-        images=images,
-        science_hash=science_hash,
-        attempt=attempt,
         kinds=kinds.pop() if kinds else (),
         shapes={name: fragment.shape for name, fragment in named.items()},
         spans={name: span_of(fragment) for name, fragment in named.items()},
@@ -73,7 +60,7 @@ def announce(
 
 
 def plan_save(announcements: Sequence[Announcement]) -> SavePlan:
-    """Check that the ranks are about to save one whole state, and divide the writing.
+    """Check that the ranks together hold one whole state, and divide the writing.
 
     Args:
         announcements: One of each rank; the same list on all ranks gives the same plan or error.
@@ -81,12 +68,6 @@ def plan_save(announcements: Sequence[Announcement]) -> SavePlan:
     Raises:
         CheckpointMismatch: The ranks disagree, or together miss part of a parameter.
     """
-    if len({(each.images, each.science_hash) for each in announcements}) > 1:
-        seen = sorted({each.images for each in announcements})
-        raise CheckpointMismatch(
-            f"The ranks do not save the same state: they are at {seen} images, or differ in "
-            "configuration. This is a fault of the program; no checkpoint was written."
-        )
     kinds = {each.kinds for each in announcements if each.spans}
     if len(kinds) != 1:
         raise CheckpointMismatch(f"The ranks must save the same kinds of values, got {kinds}.")
@@ -107,7 +88,6 @@ def plan_save(announcements: Sequence[Announcement]) -> SavePlan:
             "fragments() are not the whole state. No checkpoint was written."
         )
     return SavePlan(
-        attempt=announcements[0].attempt,
         kinds=kinds.pop(),
         parameters=parameters,
         writes=share_writes([each.spans for each in announcements]),

@@ -1,101 +1,130 @@
-"""Saving and restoring a run: every rank its own slices, all ranks one decision.
+"""Saving a run while it goes on: every rank its own slices, all ranks one decision.
 
-A save writes content first and the manifest last, with a conditional PUT: that is the commit. Until
-then the checkpoint does not exist, so a reader sees the old one or the new one and never a mix.
+A save copies the state into host memory and lets training go on. A thread then writes the content
+and, with a conditional PUT, the manifest: that is the commit. Until then the checkpoint does not
+exist, so a reader sees the old one or the new one and never a mix.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from trainer.checkpoint import content, layout
-from trainer.checkpoint.agreement import Agreement, Gather, alone
+from trainer.checkpoint.agreement import Agreement, Gather
+from trainer.checkpoint.blocks import BLOCK_BYTES
 from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.errors import (
-    CheckpointError,
-    CheckpointMismatch,
-    DamagedCheckpoint,
-    InvalidManifest,
-    StoreError,
-)
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.save_plan import announce, plan_save
+from trainer.checkpoint.patience import Patience
+from trainer.checkpoint.retention import RetentionPolicy
+from trainer.checkpoint.save_plan import SavePlan, announce, plan_save
+from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.store import Store
+from trainer.checkpoint.upload import Destination, SaveReport, Upload
+from trainer.checkpoint.versions import versions
 from trainer.state import Fragment
 
 logger = logging.getLogger(__name__)
 
-GIB = 1024**3
-PACKAGES = ("lapflow-trainer", "torch", "safetensors", "deepspeed")
-
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """How often a run is saved and how much of it is kept.
+class _Turn:
+    """What a rank is about to save.
 
     Attributes:
-        interval_images: Images from one checkpoint to the next; what a failure costs at most. 0 is
-            never.
-        keep_last: Newest valid checkpoints to keep; with 1 there is nothing to fall back to.
+        images: Its position in the run.
+        science_hash: Hash of its configuration.
+        attempt: A random name for this save; the first rank's is taken.
+        busy: Whether its part of the save before is still on its way.
     """
 
-    interval_images: int = 500_000
-    keep_last: int = 3
-
-    def __post_init__(self) -> None:
-        if self.interval_images < 0:
-            raise ValueError(
-                f"checkpoint.interval_images={self.interval_images} must be 0 (never) or more"
-            )
-        if self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last={self.keep_last} must be at least 1")
+    images: int
+    science_hash: str
+    attempt: str
+    busy: bool
 
 
-class Checkpoints:
-    """The checkpoints of one run, as one of its ranks sees them.
+class CheckpointSaver:
+    """Saves one run, as one of its ranks sees it.
 
-    All methods but `uri` and `is_saved` are collective: every rank calls them, and what fails on
-    one raises on all.
+    `prepare` and `save` are collective: every rank calls them, and what fails on one raises on all.
 
     Args:
-        store: Where they are kept.
-        run: Name of the run.
-        config: What to keep.
+        store: Where its checkpoints are kept.
+        catalogue: Its checkpoints; shared with the reader that restored the run, which may have
+            found one damaged that is now to be replaced.
+        config: When to save, and what to keep.
         rank: This rank.
         world_size: Number of ranks.
         gather: Returns the list of every rank's object, in rank order, on every rank.
+        gather_aside: The same, for the threads that upload: they gather while the ranks do.
+        report: Called on the first rank, in a thread, when a save has ended.
+        scores: Fréchet distances measured so far, by images; retention asks for them.
+        position: Images of the checkpoint from which the run was restored, if it was.
     """
 
     def __init__(
         self,
         store: Store,
         *,
-        run: str,
+        catalogue: Catalogue,
         config: CheckpointConfig,
         rank: int,
         world_size: int,
         gather: Gather,
+        gather_aside: Gather,
+        report: Callable[[SaveReport], None] = lambda _report: None,
+        scores: Callable[[], Mapping[int, float]] = dict,
+        position: int | None = None,
     ) -> None:
         self._store = store
-        self._run = layout.check_key(run)
+        self._run = catalogue.run
         self._config = config
         self._rank = rank
         self._world_size = world_size
         self._ranks = Agreement(rank=rank, gather=gather)
-        self._catalogue = Catalogue(store, run=run)
-        self._saved_images: int | None = None
+        self._catalogue = catalogue
+        self._patience = Patience(config.patience_s)
+        self._destination = Destination(
+            store=store,
+            catalogue=catalogue,
+            ranks=Agreement(rank=rank, gather=gather_aside),
+            patience=self._patience,
+            policy=RetentionPolicy.of(config),
+            scores=scores,
+        )
+        self._report = report if rank == 0 else _keep_quiet
+        self._plan: SavePlan | None = None
+        self._snapshot: Snapshot | None = None
+        self._upload: Upload | None = None
+        self._position = position
 
-    @classmethod
-    def reader(cls, store: Store, *, run: str) -> Checkpoints:
-        """Open a run's checkpoints in one process, to look at them or sample from them."""
-        return cls(store, run=run, config=CheckpointConfig(), rank=0, world_size=1, gather=alone)
+    def prepare(self, fragments: Sequence[Fragment]) -> None:
+        """Plan who writes what, and take the memory for it, so that the first save is no slower.
+
+        Args:
+            fragments: What this rank holds; all ranks together must hold everything. A slice that
+                several ranks hold is written by one of them.
+
+        Raises:
+            CheckpointMismatch: The ranks' fragments do not make up one whole state.
+            RankFailed: A rank failed for another reason.
+        """
+        if self._plan is not None:
+            return
+        announced = self._ranks.each(lambda: announce(fragments))
+        assert len(announced) == self._world_size
+        plan = plan_save(announced)
+        self._ranks.each(lambda: self._allocate(fragments, plan))
+        self._plan = plan
 
     def save(
         self,
@@ -105,167 +134,154 @@ class Checkpoints:
         train_state: Mapping[str, Any],
         science: Mapping[str, Any],
         science_hash: str,
-    ) -> str:
-        """Save the state, whole or not at all, and retire old checkpoints.
+        last: bool = False,
+    ) -> bool:
+        """Copy the state, and have it uploaded, committed and old checkpoints retired meanwhile.
 
         Args:
             images: Images the run has seen.
-            fragments: What this rank holds; all ranks together must hold everything. A slice that
-                several ranks hold is written by one of them.
+            fragments: What this rank holds, the same slices every time.
             train_state: The run's counters, as JSON values; the first rank's are kept.
             science: The configuration that determines the result, as JSON values.
             science_hash: Its hash, for a quick comparison on resume.
+            last: Wait for a save under way, whatever the configuration says.
 
         Returns:
-            The checkpoint's address.
+            Whether the save was begun. It was not if the one before is still on its way, and the
+            configuration says to skip then, or `hurry` left no time to wait.
 
         Raises:
-            StoreError: The store failed. The checkpoint does not exist, unless the very last
-                answer was lost.
             CheckpointMismatch: The ranks' fragments do not make up one whole state.
-            CheckpointConflict: Another run's checkpoint stands in the place.
+            CheckpointConflict: At the save before, another run's checkpoint stood in its place.
             RankFailed: A rank failed for another reason.
         """
         began = time.monotonic()
-        announced = self._ranks.each(
-            lambda: announce(
-                fragments, images=images, science_hash=science_hash, attempt=uuid.uuid4().hex[:12]
-            )
+        self.prepare(fragments)
+        if self._upload is not None and (last or self._config.when_busy == "wait"):
+            self._upload.wait(self._patience.left_s())
+        turns = self._ranks.each(lambda: self._turn(images, science_hash))
+        _check_agreed(turns)
+        if any(turn.busy for turn in turns):
+            self._skip(images)
+            return False
+        self._ranks.each(lambda: self._take(fragments))
+        self._position = images
+        self._upload = Upload(
+            self._described(turns[0], train_state=train_state, science=science),
+            key=layout.object_key(self._run, images, turns[0].attempt, self._rank),
+            snapshot=self._snapshot,
+            to=self._destination,
+            report=self._report,
+            blocked_s=time.monotonic() - began,
         )
-        assert len(announced) == self._world_size
-        plan = plan_save(announced)
-        key = layout.object_key(self._run, images, plan.attempt, self._rank)
-        mine = [each for each in fragments if each.name in plan.writes[self._rank]]
-        try:
-            entries = self._ranks.each(
-                lambda: content.write(self._store, key, mine) if mine else None
-            )
-        except CheckpointError:
-            self._discard(key)
-            raise
-        objects = tuple(entry for entry in entries if entry is not None)
-        self._ranks.first(
-            lambda: self._commit(
-                Manifest(
-                    run=self._run,
-                    images=images,
-                    attempt=plan.attempt,
-                    world_size=self._world_size,
-                    science_hash=science_hash,
-                    science=science,
-                    train_state=train_state,
-                    kinds=plan.kinds,
-                    parameters=plan.parameters,
-                    objects=objects,
-                    versions=_versions(),
-                )
-            )
-        )
-        self._saved_images = images
-        if self._rank == 0:
-            logger.info(
-                "saved %s (%.2f GiB in %.1f s)",
-                self.uri(images),
-                sum(entry.size_bytes for entry in objects) / GIB,
-                time.monotonic() - began,
-            )
-        return self.uri(images)
+        return True
 
-    def newest_valid(self, *, before: int | None = None) -> Manifest | None:
-        """Find the newest checkpoint that is whole, as far as can be told without reading it.
+    def hurry(self, within_s: float) -> None:
+        """Leave no more than so many seconds for all that is, and will be, on its way."""
+        self._patience.hurry(within_s)
 
-        Args:
-            before: Consider only checkpoints of fewer images.
+    def finish(self) -> None:
+        """Wait until the save under way has ended, but no longer than `hurry` allows.
 
-        Returns:
-            Its manifest, or None if there is none. For each newer one that is damaged the first
-            rank logs a warning that names it.
+        How it ended was reported. Here it raises only if the run cannot go on like this.
 
         Raises:
-            StoreError: The store failed, which does not mean that there is no checkpoint.
+            CheckpointConflict: Another run's checkpoint stands in the place.
+            RankFailed: A rank failed for a reason outside this package.
         """
-        return self._ranks.first(lambda: self._catalogue.newest_valid(before=before))
-
-    def manifest(self, images: int) -> Manifest | None:
-        """Return the manifest of one checkpoint, or None, with a warning, if it is not whole."""
-        return self._ranks.first(lambda: self._examined(images))
-
-    def restore(self, manifest: Manifest, fragments: Sequence[Fragment]) -> dict[str, Any]:
-        """Fill the live state from a checkpoint of any number of ranks.
-
-        Args:
-            manifest: The checkpoint.
-            fragments: What this rank holds; filled in place, undefined after an error.
-
-        Returns:
-            The train state that was saved.
-
-        Raises:
-            DamagedCheckpoint: Content is missing or changed. `newest_valid` then passes this
-                checkpoint over, so asking it again gives the one to fall back to.
-            CheckpointMismatch: The checkpoint is of another model.
-            StoreError: The store failed.
-        """
-        names = self._ranks.each(lambda: self._fitting(manifest, fragments))
-        if unknown := set(manifest.parameters).difference(*names):
-            raise CheckpointMismatch(
-                f"The checkpoint {self.uri(manifest.images)} holds {len(unknown)} parameters that "
-                f"the model lacks, such as {min(unknown)}: build the model it was saved from."
+        if self._upload is None:
+            return
+        self._upload.wait(self._patience.left_s())
+        if self._upload.running:
+            self._upload.report_failure(
+                "there was no time left to wait for it (checkpoint.grace_s)"
             )
-        try:
-            self._ranks.each(lambda: content.fill(self._store, manifest, fragments))
-        except DamagedCheckpoint:
-            self._catalogue.mark_damaged(manifest)
-            raise
-        self._saved_images = manifest.images
-        return copy.deepcopy(dict(manifest.train_state))
+            return
+        self._note_failure()
+
+    def leave(self, within_s: float) -> None:
+        """Give the save under way so many seconds after the run failed: its state is a good one."""
+        self._patience.hurry(within_s)
+        if self._upload is not None:
+            self._upload.wait(within_s)
 
     def uri(self, images: int) -> str:
         """Return the address of a checkpoint."""
         return self._catalogue.uri(images)
 
     def is_saved(self, images: int) -> bool:
-        """Tell whether the last save or restore of this process was of this position."""
-        return self._saved_images == images
+        """Tell whether the last save or restore was of this position, as far as is known."""
+        return self._position == images
 
-    def _commit(self, manifest: Manifest) -> None:
-        standing = self._catalogue.commit(manifest)
-        try:
-            self._catalogue.retire(standing, keep_last=self._config.keep_last)
-        except StoreError as error:
-            # The save is done; what could not be deleted goes after the next one.
-            logger.warning("old checkpoints of %s are still there: %s", self._run, error)
+    def _allocate(self, fragments: Sequence[Fragment], plan: SavePlan) -> None:
+        spans = {
+            each.name: content.span_of(each)
+            for each in fragments
+            if each.name in plan.writes[self._rank]
+        }
+        if spans:
+            pinned = any(value.is_cuda for each in fragments for value in each.tensors.values())
+            self._snapshot = Snapshot(spans, kinds=plan.kinds, pinned=pinned)
 
-    def _discard(self, key: str) -> None:
-        """Remove this rank's part of a save that was not committed; it may fill a disk."""
-        try:
-            self._store.delete(key)
-        except StoreError as error:
-            logger.warning("the remains of a failed save are still there: %s", error)
+    def _turn(self, images: int, science_hash: str) -> _Turn:
+        self._note_failure()
+        return _Turn(
+            images=images,
+            science_hash=science_hash,
+            attempt=uuid.uuid4().hex[:12],
+            busy=self._upload is not None and self._upload.running,
+        )
 
-    def _examined(self, images: int) -> Manifest | None:
-        try:
-            return self._catalogue.examine(images)
-        except (InvalidManifest, DamagedCheckpoint) as error:
-            logger.warning("checkpoint %s is not valid: %s", self.uri(images), error)
-            return None
+    def _note_failure(self) -> None:
+        if self._upload is not None and self._upload.failed:
+            self._position = None
+            self._upload.raise_if_fatal()
 
-    def _fitting(self, manifest: Manifest, fragments: Sequence[Fragment]) -> set[str]:
-        content.check_fit(manifest, fragments)
-        for fragment in fragments:
-            if unread := set(manifest.kinds) - set(fragment.tensors):
-                raise CheckpointMismatch(
-                    f"The checkpoint {self.uri(manifest.images)} also holds {', '.join(unread)} "
-                    f"of {fragment.name}, which the engine has no place for."
+    def _take(self, fragments: Sequence[Fragment]) -> None:
+        if self._snapshot is not None:
+            self._snapshot.take(fragments)
+
+    def _described(
+        self, turn: _Turn, *, train_state: Mapping[str, Any], science: Mapping[str, Any]
+    ) -> Manifest:
+        assert self._plan is not None
+        return Manifest(
+            run=self._run,
+            images=turn.images,
+            attempt=turn.attempt,
+            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            world_size=self._world_size,
+            science_hash=turn.science_hash,
+            science=science,
+            train_state=copy.deepcopy(dict(train_state)),
+            kinds=self._plan.kinds,
+            parameters=self._plan.parameters,
+            block_bytes=BLOCK_BYTES,
+            objects=(),
+            versions=versions(),
+        )
+
+    def _skip(self, images: int) -> None:
+        if self._patience.left_s() is None:
+            if self._rank == 0:
+                logger.warning(
+                    "checkpoint %s is skipped: the one before is still on its way "
+                    "(checkpoint.when_busy=skip)",
+                    self.uri(images),
                 )
-        return set(content.by_name(fragments))
+            return
+        assert self._upload is not None
+        self._upload.report_failure("there was no time left to wait for it (checkpoint.grace_s)")
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def _check_agreed(turns: Sequence[_Turn]) -> None:
+    if len({(turn.images, turn.science_hash) for turn in turns}) > 1:
+        seen = sorted({turn.images for turn in turns})
+        raise CheckpointMismatch(
+            f"The ranks do not save the same state: they are at {seen} images, or differ in "
+            "configuration. This is a fault of the program; no checkpoint was written."
+        )
+
+
+def _keep_quiet(_report: SaveReport) -> None:
+    """Stand in for the report on every rank but the first."""

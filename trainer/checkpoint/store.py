@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,7 +18,7 @@ class Store(Protocol):
     answer, and `InvalidKey` for an unsafe key. Methods may be called from several threads.
     """
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object, whole or not at all; an older one under this key is replaced."""
         ...
 
@@ -31,6 +32,10 @@ class Store(Protocol):
 
     def get(self, key: str) -> bytes:
         """Read an object, or raise `MissingObject`."""
+        ...
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        """Read `size` bytes from `start` on, fewer where the object ends, or `MissingObject`."""
         ...
 
     def fingerprint(self, key: str) -> str:
@@ -47,6 +52,18 @@ class Store(Protocol):
 
     def list(self, prefix: str) -> dict[str, int]:
         """Return all keys that begin with `prefix`, sorted, and the size of each in bytes."""
+        ...
+
+    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+        """Remove what writers left of objects that they did not finish; `list` shows none of it.
+
+        Args:
+            prefix: What the keys begin with.
+            is_dead: Tells of a key, or another name in the key's folder, whether its writer is.
+
+        Returns:
+            How many remains were removed.
+        """
         ...
 
 

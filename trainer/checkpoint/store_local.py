@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +30,8 @@ _CAUSES = {
 class LocalStore:
     """Objects as files: written beside their place, made durable, then renamed into it.
 
-    A process that dies while it writes leaves a file whose name begins with ".tmp-"; no method
-    sees it, and it may be removed by hand.
+    A process that dies while it writes leaves a file whose name begins with ".tmp-"; only `sweep`
+    sees it.
 
     Args:
         root: The folder; made with the first object.
@@ -41,7 +41,7 @@ class LocalStore:
         # Absolute, because workers may be started in another directory.
         self._root = root.expanduser().absolute()
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object by rename."""
         with self._explained("write", key), self._written(key, data) as temporary:
             os.replace(temporary, self._path(key))
@@ -63,6 +63,16 @@ class LocalStore:
             except (FileNotFoundError, IsADirectoryError) as error:
                 raise MissingObject(f"There is no object at {self.uri(key)}.") from error
 
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        """Read a part of a file."""
+        with self._explained("read", key):
+            try:
+                with self._path(key).open("rb") as file:
+                    file.seek(start)
+                    return file.read(size)
+            except (FileNotFoundError, IsADirectoryError) as error:
+                raise MissingObject(f"There is no object at {self.uri(key)}.") from error
+
     def fingerprint(self, key: str) -> str:
         """Join the file's number, size and time; a new file takes an object's place."""
         with self._explained("read", key):
@@ -74,12 +84,8 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         """Remove an object and the folders it leaves empty."""
-        path = self._path(key)
         with self._explained("delete", key):
-            path.unlink(missing_ok=True)
-            for folder in path.parents:
-                if folder == self._root or not _removed_empty(folder):
-                    break
+            self._remove(self._path(key))
 
     def uri(self, key: str) -> str:
         """Return the path of the object's file."""
@@ -87,28 +93,50 @@ class LocalStore:
 
     def list(self, prefix: str) -> dict[str, int]:
         """Walk the folder the prefix names."""
+        sizes: dict[str, int] = {}
+        for path in self._files(prefix):
+            if not path.name.startswith(TEMPORARY):
+                try:
+                    sizes[self._key(path)] = path.stat().st_size
+                except FileNotFoundError:
+                    continue  # deleted since the folder was read
+        return dict(sorted(sizes.items()))
+
+    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+        """Remove temporary files."""
+        swept = 0
+        for path in self._files(prefix):
+            if path.name.startswith(TEMPORARY) and is_dead(self._key(path)):
+                with self._explained("delete", self._key(path)):
+                    self._remove(path)
+                swept += 1
+        return swept
+
+    def _files(self, prefix: str) -> Iterator[Path]:
+        """All files, temporary ones too, whose key begins so."""
         check_prefix(prefix)
         folder, _, _ = prefix.rpartition("/")
         top = self._path(folder) if folder else self._root
-        sizes: dict[str, int] = {}
         with self._explained("list", folder):
             for parent, _, names in os.walk(top, onerror=_raise_unless_missing):
-                for name in names:
-                    path = Path(parent, name)
-                    key = path.relative_to(self._root).as_posix()
-                    if name.startswith(TEMPORARY) or not key.startswith(prefix):
-                        continue
-                    try:
-                        sizes[key] = path.stat().st_size
-                    except FileNotFoundError:
-                        continue  # deleted since the folder was read
-        return dict(sorted(sizes.items()))
+                paths = (Path(parent, name) for name in names)
+                yield from (path for path in paths if self._key(path).startswith(prefix))
+
+    def _remove(self, path: Path) -> None:
+        """Removes a file and the folders it leaves empty."""
+        path.unlink(missing_ok=True)
+        for folder in path.parents:
+            if folder == self._root or not _removed_empty(folder):
+                break
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self._root).as_posix()
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
     @contextmanager
-    def _written(self, key: str, data: bytes) -> Iterator[Path]:
+    def _written(self, key: str, data: bytes | memoryview) -> Iterator[Path]:
         """A durable temporary file beside the key's place; its new name is made durable after."""
         folder = self._path(key).parent
         temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"

@@ -1,12 +1,13 @@
 """Metrics recorded as device tensors with a declared reduction, reduced over ranks when flushed.
 
-Recording never waits for the device; the flush, every so many updates, is the only place where
-values travel between ranks and to the host.
+Recording never waits for the device. Values travel between ranks and to the host only at a flush,
+every so many updates, and when a checkpoint takes along what was recorded since the last one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,22 @@ class _Running:
     weight: Tensor | float
 
 
+@dataclass(kw_only=True)
+class _Folded:
+    """What was reduced over ranks so far."""
+
+    reduction: Reduction
+    total: float
+    weight: float
+
+    @property
+    def value(self) -> float | None:
+        """The metric; None for a mean of nothing."""
+        if self.reduction != "mean":
+            return self.total
+        return self.total / self.weight if self.weight else None
+
+
 class MetricBuffer:
     """Accumulates values between flushes; every rank must record the same names.
 
@@ -36,6 +53,7 @@ class MetricBuffer:
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._running: dict[tuple[str, ...], _Running] = {}
+        self._folded: dict[str, _Folded] = {}
 
     def record(
         self,
@@ -72,31 +90,73 @@ class MetricBuffer:
 
     def flush(self) -> dict[str, float]:
         """Reduce over ranks, empty the buffer, and return values by name (a collective call)."""
-        values: dict[str, float] = {}
-        for reduction in ("mean", "sum", "max"):
+        self._fold()
+        values = {
+            name: entry.value for name, entry in self._folded.items() if entry.value is not None
+        }
+        self._folded.clear()
+        return values
+
+    def state(self) -> dict[str, list[str]]:
+        """Return what was recorded since the last flush, as JSON values (a collective call).
+
+        The same on all ranks: from here on it counts as reduced, so that a run which is restored
+        from it flushes the same bits as the one that goes on.
+        """
+        self._fold()
+        return {
+            name: [entry.reduction, entry.total.hex(), entry.weight.hex()]
+            for name, entry in self._folded.items()
+        }
+
+    def load_state(self, state: Mapping[str, Sequence[str]]) -> None:
+        """Take up what `state` returned, on every rank.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        for name, entry in state.items():
+            reduction, total, weight = entry
+            if reduction not in typing.get_args(Reduction):
+                raise ValueError(f"metric {name} is reduced by {reduction!r}, which is unknown")
+            self._folded[name] = _Folded(
+                reduction=typing.cast(Reduction, reduction),
+                total=float.fromhex(total),
+                weight=float.fromhex(weight),
+            )
+
+    def _fold(self) -> None:
+        """Reduces what was recorded over ranks, and adds it to what was before."""
+        for reduction in typing.get_args(Reduction):
             # In the same order on every rank.
             groups = sorted(
                 names for names, entry in self._running.items() if entry.reduction == reduction
             )
             if not groups:
                 continue
-            names = [name for group in groups for name in group]
             running = [(len(group), self._running[group]) for group in groups]
             totals = [self._vector(entry.total, length) for length, entry in running]
-            if reduction != "mean":
-                values.update(zip(names, self._over_ranks(totals, reduction), strict=True))
-                continue
             weights = [self._vector(entry.weight, length) for length, entry in running]
-            sums = self._over_ranks([*totals, *weights], "sum")
-            values.update(
-                (name, total / weight)
-                for name, total, weight in zip(
-                    names, sums[: len(names)], sums[len(names) :], strict=True
-                )
-                if weight
-            )
+            names = [name for group in groups for name in group]
+            if reduction == "max":
+                reduced = [*self._over_ranks(totals, "max"), *(0.0 for _ in names)]
+            else:
+                reduced = self._over_ranks([*totals, *weights], "sum")
+            for name, total, weight in zip(
+                names, reduced[: len(names)], reduced[len(names) :], strict=True
+            ):
+                self._fold_one(name, _Folded(reduction=reduction, total=total, weight=weight))
         self._running.clear()
-        return values
+
+    def _fold_one(self, name: str, new: _Folded) -> None:
+        known = self._folded.get(name)
+        if known is None:
+            self._folded[name] = new
+        elif new.reduction == "max":
+            known.total = max(known.total, new.total)
+        else:
+            known.total += new.total
+            known.weight += new.weight
 
     def _add(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.resume import open_checkpoint, parse_uri
 from trainer.schema import ConfigError
@@ -52,13 +52,13 @@ def choose_checkpoints(
             "a run (…/runs/NAME)"
         )
     store = open_store(runs, config)
-    found = _valid(Checkpoints.reader(store, run=run), only_newest=which == "newest")
+    found = _valid(CheckpointReader(store, run=run), only_newest=which == "newest")
     if not found:
         raise ConfigError(f"there is no valid checkpoint of a run at {uri}; list the folder")
     return ChosenCheckpoints(runs, store, found)
 
 
-def _valid(checkpoints: Checkpoints, *, only_newest: bool) -> list[Manifest]:
+def _valid(checkpoints: CheckpointReader, *, only_newest: bool) -> list[Manifest]:
     found: list[Manifest] = []
     manifest = checkpoints.newest_valid()
     while manifest is not None:

@@ -19,7 +19,7 @@ from models.flow.sampler_config import SamplerConfig
 from pipelines.mixture import StreamConfig
 from trainer.checkpoint.errors import MissingObject
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saver import Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.evaluate.features import (
@@ -164,7 +164,7 @@ class _Evaluation:
         self, store: Store, manifest: Manifest, measurement: Measurement
     ) -> tuple[bytes, CheckpointReport]:
         """Draw and measure in parts, of which only what the grid shows is kept."""
-        uri = Checkpoints.reader(store, run=manifest.run).uri(manifest.images)
+        uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
         trained = self._trained(uri)
         distances = self._yardstick.distances
         labels = torch.arange(self._config.samples) % trained.shape.classes

@@ -8,8 +8,8 @@ from PIL import Image
 from models.flow.flow import FlowConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
+from tests.support.saved import save_now
 from trainer import inpaint, sample
-from trainer.checkpoint.saver import Checkpoints
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate import __main__ as evaluate
 from trainer.schema import DataConfig, to_dict
@@ -40,9 +40,8 @@ def place(tmp_path_factory):
         )
     data = DataConfig(name="colours", image_size=8, channels=3, classes=2)
     science = {"data": to_dict(data), "model": to_dict(MODEL), "flow": to_dict(FlowConfig())}
-    Checkpoints.reader(open_store(f"{place}/runs", StoreConfig()), run="small").save(
-        images=100, fragments=fragments, train_state={}, science=science, science_hash="x"
-    )
+    store = open_store(f"{place}/runs", StoreConfig())
+    save_now(store, run="small", images=100, fragments=fragments, science=science)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(place / "image.png")
     mask = np.zeros((8, 8), np.uint8)

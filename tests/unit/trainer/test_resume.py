@@ -15,20 +15,22 @@ def checkpoint_of(trained: dict) -> Manifest:
         run="run",
         images=100,
         attempt="a",
+        saved_at="",
         world_size=1,
         science_hash=science_hash(trained),
         science=trained,
         train_state={},
         kinds=(),
         parameters={},
+        block_bytes=4,
         objects=(),
         versions={},
     )
 
 
-def start(trained: dict, *overrides: str) -> None:
+def start(trained: dict, *overrides: str) -> list[str]:
     job = configuration("+exp=digits", *overrides)
-    check_start(job, science(job, data_digest="digest"), checkpoint_of(trained))
+    return check_start(job, science(job, data_digest="digest"), checkpoint_of(trained))
 
 
 @pytest.fixture
@@ -55,6 +57,17 @@ def test_a_changed_and_a_removed_setting_are_refused(trained):
         start(trained, "optim.learning_rate=0.002")
     with pytest.raises(ConfigError, match=r"model\.gone: 3 -> None"):
         start({**trained, "model": {**trained["model"], "gone": 3}})
+
+
+def test_a_changed_setting_is_shown_and_taken_where_that_is_allowed(trained):
+    changed = ["optim.learning_rate=0.002", "train.label_dropout=0.2"]
+    with pytest.raises(ConfigError, match="or resume_changed=true to go on from it with yours"):
+        start(trained, *changed)
+    assert start(trained, *changed, "resume_changed=true") == [
+        "optim.learning_rate: 0.001 -> 0.002",
+        "train.label_dropout: 0.1 -> 0.2",
+    ]
+    assert start(trained, "resume_changed=true") == []
 
 
 def test_a_checkpoint_of_pixels_from_before_the_encoders_precision_continues(trained):

@@ -21,8 +21,8 @@ class MemoryStore:
         self.objects: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
-    def put(self, key: str, data: bytes) -> None:
-        self.objects[check_key(key)] = data
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        self.objects[check_key(key)] = bytes(data)
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
@@ -36,6 +36,9 @@ class MemoryStore:
             return self.objects[check_key(key)]
         except KeyError:
             raise MissingObject(f"There is no object at {self.uri(key)}.") from None
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        return self.get(key)[start : start + size]
 
     def fingerprint(self, key: str) -> str:
         return hashlib.sha256(self.get(key)).hexdigest()
@@ -55,6 +58,9 @@ class MemoryStore:
                 if key.startswith(prefix)
             }
 
+    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+        return 0  # a put is done at once
+
 
 class WatchedStore:
     """Calls `watch(number, verb, key, "before" | "after")` around each operation of another store.
@@ -69,7 +75,7 @@ class WatchedStore:
         self._count = 0
         self._lock = threading.Lock()
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         self._around("put", key, lambda: self._store.put(key, data))
 
     def create(self, key: str, data: bytes) -> bool:
@@ -77,6 +83,9 @@ class WatchedStore:
 
     def get(self, key: str) -> bytes:
         return self._around("get", key, lambda: self._store.get(key))
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        return self._around("get_range", key, lambda: self._store.get_range(key, start, size))
 
     def fingerprint(self, key: str) -> str:
         return self._around("fingerprint", key, lambda: self._store.fingerprint(key))
@@ -89,6 +98,9 @@ class WatchedStore:
 
     def list(self, prefix: str) -> dict[str, int]:
         return self._around("list", prefix, lambda: self._store.list(prefix))
+
+    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+        return self._around("sweep", prefix, lambda: self._store.sweep(prefix, is_dead))
 
     def _around(self, verb: str, key: str, operation: Callable[[], Result]) -> Result:
         with self._lock:

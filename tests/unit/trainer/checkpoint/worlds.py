@@ -13,16 +13,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.agreement import Gather, alone
+from trainer.checkpoint.agreement import alone
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.errors import DamagedCheckpoint
-from trainer.checkpoint.saver import CheckpointConfig, Checkpoints
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.store import Store
+from trainer.checkpoint.upload import SaveReport
 from trainer.state import Fragment
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 SHAPES = {"embed.weight": (5, 7), "scales.0.bias": (3,), "scales.1.weight": (2, 3, 4), "gain": ()}
-# A NaN with a payload, a signalling NaN, infinity, negative zero, the least positive number.
-DELICATE = (0x7FC12345, 0x7F800001, 0x7F800000, -(2**31), 1)
+# Negative zero, the least positive number and its negative, the largest number, one off 1.
+DELICATE = (-(2**31), 1, -(2**31) + 1, 0x7F7FFFFF, 0x3F800001)
 SCIENCE = {"science": {"flow": {"scales": 2}}, "science_hash": "a1b2"}
 RUN = "night-1"
 MOST_FALLBACKS = 10
@@ -33,11 +37,12 @@ Result = TypeVar("Result")
 
 
 def random_state(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> State:
-    """Random bits, and in larger parameters what arithmetic would not preserve."""
+    """Random bits of finite numbers, in larger parameters also what arithmetic might lose."""
     generator = torch.Generator().manual_seed(seed)
 
     def values(numel: int) -> Tensor:
         bits = torch.randint(-(2**31), 2**31, (numel,), generator=generator, dtype=torch.int32)
+        bits[~bits.view(torch.float32).isfinite()] &= 0x007FFFFF  # not finite: all ones there
         if numel > 2 * len(DELICATE):
             bits[: len(DELICATE)] = torch.tensor(DELICATE, dtype=torch.int32)
         return bits.view(torch.float32)
@@ -97,27 +102,24 @@ class ThreadGroup:
 
     def __init__(self, world: int) -> None:
         self._world = world
-        self._rounds: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
+        self._rounds: defaultdict[tuple[str, int], dict[int, bytes]] = defaultdict(dict)
         self._ended = False
         self._changed = threading.Condition()
 
-    def gather_of(self, rank: int) -> Gather:
-        """The gather of one rank; it pickles, as torch.distributed does."""
-        rounds = itertools.count()
+    def gather_of(self, rank: int) -> RankGather:
+        """The gather of one rank."""
+        return RankGather(self, rank)
 
-        def gather(value: object) -> list[object]:
-            round_ = self._rounds[next(rounds)]
-            with self._changed:
-                round_[rank] = pickle.dumps(value)
-                self._changed.notify_all()
-                self._changed.wait_for(
-                    lambda: self._ended or len(round_) == self._world, timeout=30
-                )
-            if len(round_) < self._world:
-                raise RankEnded
-            return [pickle.loads(round_[each]) for each in range(self._world)]
-
-        return gather
+    def round(self, channel: str, number: int, rank: int, value: object) -> list[object]:
+        """One gather of one channel; it pickles, as torch.distributed does."""
+        round_ = self._rounds[channel, number]
+        with self._changed:
+            round_[rank] = pickle.dumps(value)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or len(round_) == self._world, timeout=30)
+        if len(round_) < self._world:
+            raise RankEnded
+        return [pickle.loads(round_[each]) for each in range(self._world)]
 
     def end(self) -> None:
         """Called by a rank that ends early."""
@@ -126,7 +128,24 @@ class ThreadGroup:
             self._changed.notify_all()
 
 
-def on_ranks(world: int, act: Callable[[int, Gather], Result]) -> list[Result | BaseException]:
+class RankGather:
+    """What one rank gathers with, and `aside`, what its upload threads gather with."""
+
+    def __init__(self, group: ThreadGroup, rank: int, channel: str = "ranks") -> None:
+        self._group = group
+        self._rank = rank
+        self._channel = channel
+        self._rounds = itertools.count()
+
+    @property
+    def aside(self) -> RankGather:
+        return RankGather(self._group, self._rank, "threads")
+
+    def __call__(self, value: object) -> list[object]:
+        return self._group.round(self._channel, next(self._rounds), self._rank, value)
+
+
+def on_ranks(world: int, act: Callable[[int, RankGather], Result]) -> list[Result | BaseException]:
     """Runs `act(rank, gather)` in a thread per rank.
 
     Returns:
@@ -150,16 +169,55 @@ def on_ranks(world: int, act: Callable[[int, Gather], Result]) -> list[Result | 
     return outcomes
 
 
-def checkpoints(
-    store: Store,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    gather: Gather = alone,
-    keep_last: int = 2,
-) -> Checkpoints:
-    config = CheckpointConfig(keep_last=keep_last)
-    return Checkpoints(store, run=RUN, config=config, rank=rank, world_size=world, gather=gather)
+class NotSaved(Exception):
+    """A save ended without a checkpoint; the first rank knows why."""
+
+
+class Savings:
+    """A saver, and how each of its saves ended.
+
+    Args:
+        store: Where it saves to.
+        rank: Its rank.
+        world: Number of ranks.
+        gather: Its rank's gather; a single rank needs none.
+        catalogue: The run's checkpoints, if a reader has looked at them.
+        changes: Settings other than two checkpoints to keep and no patience.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        gather: RankGather | None = None,
+        catalogue: Catalogue | None = None,
+        **changes: Any,
+    ) -> None:
+        self.reports: list[SaveReport] = []
+        self.saver = CheckpointSaver(
+            store,
+            catalogue=catalogue or Catalogue(store, run=RUN),
+            config=CheckpointConfig(**{"keep_last": 2, "patience_s": 0.0, **changes}),
+            rank=rank,
+            world_size=world,
+            gather=gather or alone,
+            gather_aside=gather.aside if gather else alone,
+            report=self.reports.append,
+        )
+
+    def save(self, *, images: int, **settings: Any) -> str:
+        """Save and wait for the end.
+
+        Returns:
+            The checkpoint's address.
+        """
+        self.saver.save(images=images, **settings)
+        self.saver.finish()
+        if not self.saver.is_saved(images):
+            raise NotSaved(*[report.error for report in self.reports[-1:]])
+        return self.saver.uri(images)
 
 
 def save(
@@ -174,8 +232,9 @@ def save(
     """Saves a state by that many ranks; its train state holds `images`."""
     fragments = split(state, even_cuts(world))
 
-    def act(rank: int, gather: Gather) -> str:
-        return checkpoints(store, rank=rank, world=world, gather=gather, keep_last=keep_last).save(
+    def act(rank: int, gather: RankGather) -> str:
+        savings = Savings(store, rank=rank, world=world, gather=gather, keep_last=keep_last)
+        return savings.save(
             images=images, fragments=fragments[rank], train_state={"images": images}, **science
         )
 
@@ -187,8 +246,8 @@ def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
     state = empty_state()
     fragments = split(state, even_cuts(world))
 
-    def act(rank: int, gather: Gather) -> int | None:
-        mine = checkpoints(store, rank=rank, world=world, gather=gather)
+    def act(rank: int, gather: RankGather) -> int | None:
+        mine = CheckpointReader(store, run=RUN, rank=rank, gather=gather)
         for _ in range(MOST_FALLBACKS):
             manifest = mine.newest_valid()
             if manifest is None:

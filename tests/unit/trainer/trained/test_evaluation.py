@@ -16,7 +16,7 @@ from models.transformer.lapflow import LapFlowTransformer
 from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset, ShardsConfig
-from trainer.checkpoint.saver import Checkpoints
+from tests.support.saved import save_now
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.checkpoint_report import CheckpointReport
@@ -140,7 +140,7 @@ def place(tmp_path_factory):
     }
     torch.manual_seed(0)
     model = LapFlowTransformer(MODEL, scales=2, channels=1, image_size=8, classes=2)
-    checkpoints = Checkpoints.reader(open_store(f"{place}/runs", StoreConfig()), run="small")
+    store = open_store(f"{place}/runs", StoreConfig())
     for seen in (100, 200):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -156,9 +156,7 @@ def place(tmp_path_factory):
             )
             for name, p in model.named_parameters()
         ]
-        checkpoints.save(
-            images=seen, fragments=fragments, train_state={}, science=science, science_hash="x"
-        )
+        save_now(store, run="small", images=seen, fragments=fragments, science=science)
     return place
 
 

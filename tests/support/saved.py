@@ -1,0 +1,44 @@
+"""A checkpoint saved by one process, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.checkpoint.agreement import alone
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.saver import CheckpointSaver
+from trainer.checkpoint.store import Store
+from trainer.state import Fragment
+
+
+def save_now(
+    store: Store,
+    *,
+    run: str,
+    images: int,
+    fragments: Sequence[Fragment],
+    science: Mapping[str, Any],
+    train_state: Mapping[str, Any] | None = None,
+    science_hash: str = "x",
+) -> None:
+    """Saves a state and waits until it is committed."""
+    saver = CheckpointSaver(
+        store,
+        catalogue=Catalogue(store, run=run),
+        config=CheckpointConfig(keep_last=100),
+        rank=0,
+        world_size=1,
+        gather=alone,
+        gather_aside=alone,
+    )
+    saver.save(
+        images=images,
+        fragments=fragments,
+        train_state=train_state or {},
+        science=science,
+        science_hash=science_hash,
+    )
+    saver.finish()
+    assert saver.is_saved(images)

@@ -1,0 +1,43 @@
+"""Checkpoints of a few bytes, committed without a model and a saver."""
+
+from __future__ import annotations
+
+from trainer.checkpoint import layout
+from trainer.checkpoint.blocks import BLOCK_BYTES, block_hash
+from trainer.checkpoint.manifest import Manifest, ObjectEntry
+from trainer.checkpoint.spans import Span
+from trainer.checkpoint.store import Store
+
+SAVED_AT = "2026-02-19T12:00:00+00:00"
+
+
+def upload(store: Store, *, run: str, images: int, attempt: str, ranks: int = 1) -> Manifest:
+    """Writes the objects of a checkpoint and returns the manifest that would commit it."""
+    objects = []
+    for rank in range(ranks):
+        data = f"{images:012d}{rank:04d}".encode()
+        key = layout.object_key(run, images, attempt, rank)
+        store.put(key, data)
+        objects.append(
+            ObjectEntry(
+                key=key,
+                size_bytes=len(data),
+                block_sha256=(block_hash(data),),
+                fragments={"weight": Span(rank, 1)},
+            )
+        )
+    return Manifest(
+        run=run,
+        images=images,
+        attempt=attempt,
+        saved_at=SAVED_AT,
+        world_size=ranks,
+        science_hash="a1b2",
+        science={},
+        train_state={},
+        kinds=("ema",),
+        parameters={"weight": (ranks,)},
+        block_bytes=BLOCK_BYTES,
+        objects=tuple(objects),
+        versions={},
+    )

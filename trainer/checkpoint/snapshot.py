@@ -1,0 +1,137 @@
+"""A rank's part of a checkpoint in host memory, laid out as the object that it becomes.
+
+Training goes on as soon as the values are copied; whoever uploads the object reads the copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.blocks import block_hash, blocks_of
+from trainer.checkpoint.errors import CheckpointMismatch, NonFiniteState
+from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, ObjectEntry
+from trainer.checkpoint.slices_file import header
+from trainer.checkpoint.spans import Span
+from trainer.state import Fragment
+
+logger = logging.getLogger(__name__)
+
+
+class Snapshot:
+    """One buffer for all saves of a run: what is in flight must be gone before the next `take`.
+
+    The buffer is a safetensors file: its header, then all slices of the first kind, of the second,
+    and so on, so that a reader of one kind reads one range. It is written here rather than by the
+    safetensors package, which would hold a second copy of everything.
+
+    Args:
+        spans: The slice of each parameter this rank writes.
+        kinds: The kinds of values of each slice.
+        pinned: Whether values come from a GPU, which copies faster into page-locked memory.
+    """
+
+    def __init__(
+        self, spans: Mapping[str, Span], *, kinds: Sequence[str], pinned: bool = False
+    ) -> None:
+        self._spans = dict(spans)
+        self._kinds = tuple(sorted(kinds))
+        start = header(self._spans, self._kinds)
+        numel = len(self._kinds) * sum(span.numel for span in self._spans.values())
+        self._buffer = torch.empty(len(start) + BYTES_PER_ELEMENT * numel, dtype=torch.uint8)
+        # The system gives memory when it is first written: now, and not while training waits.
+        self._buffer.zero_()
+        if pinned and numel:
+            _page_lock(self._buffer)
+        self._buffer[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        self._values = self._buffer[len(start) :].view(torch.float32)
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes of the object."""
+        view: memoryview = self._buffer.numpy().data
+        return view
+
+    @torch.no_grad()
+    def take(self, fragments: Collection[Fragment]) -> None:
+        """Copy the live values, as they are after all work queued on the device so far.
+
+        Args:
+            fragments: The slices this snapshot was made for, among others.
+
+        Raises:
+            CheckpointMismatch: One is missing, or is another slice.
+        """
+        named = {fragment.name: fragment for fragment in fragments}
+        live = {
+            name: (Span(found.start, found.numel), tuple(sorted(found.tensors)))
+            for name in self._spans
+            if (found := named.get(name)) is not None
+        }
+        if live != {name: (span, self._kinds) for name, span in self._spans.items()}:
+            raise CheckpointMismatch(
+                "The engine's fragments() are other slices than when the run began. No checkpoint "
+                "was written."
+            )
+        on_device = False
+        for (kind, name), place in zip(self._order(), self._places(), strict=True):
+            value = named[name].tensors[kind]
+            on_device |= value.is_cuda
+            place.copy_(value, non_blocking=True)
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+
+    def examined(self, key: str) -> ObjectEntry:
+        """Hash the bytes and look at the values.
+
+        Args:
+            key: Where the object will lie.
+
+        Returns:
+            The object's entry for the manifest.
+
+        Raises:
+            NonFiniteState: A value is not finite.
+        """
+        self._check_finite()
+        return ObjectEntry(
+            key=key,
+            size_bytes=len(self.data),
+            block_sha256=tuple(block_hash(block) for block in blocks_of(self.data)),
+            fragments=self._spans,
+        )
+
+    def _check_finite(self) -> None:
+        for (kind, name), values in zip(self._order(), self._places(), strict=True):
+            if not torch.isfinite(values).all():
+                raise NonFiniteState(
+                    f"The {kind} of {name} holds values that are not finite, so this state is not "
+                    "saved: the last checkpoint is better. Lower optim.learning_rate, set "
+                    "optim.clip_norm, or use engine.precision=fp32."
+                )
+
+    def _order(self) -> list[tuple[str, str]]:
+        return [(kind, name) for kind in self._kinds for name in self._spans]
+
+    def _places(self) -> Sequence[Tensor]:
+        numels = [self._spans[name].numel for _, name in self._order()]
+        return torch.split(self._values, numels)
+
+
+def _page_lock(buffer: Tensor) -> None:
+    """Page-lock memory in place: torch's own pinned memory is rounded up to a power of two."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    failed = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    if failed:
+        logger.warning(
+            "%.1f GiB of host memory cannot be page-locked (CUDA error %d), so saves block "
+            "training longer",
+            buffer.nbytes / 1024**3,
+            failed,
+        )
+        return
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())

@@ -1,0 +1,179 @@
+"""A save on its way: one thread on each rank that writes, commits and retires."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from trainer.checkpoint.agreement import Agreement
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.errors import CheckpointError, NonFiniteState, StoreError
+from trainer.checkpoint.manifest import Manifest, ObjectEntry
+from trainer.checkpoint.patience import Patience
+from trainer.checkpoint.retention import RetentionPolicy
+from trainer.checkpoint.snapshot import Snapshot
+from trainer.checkpoint.store import Store
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """How a save ended.
+
+    Attributes:
+        images: Images the saved state has seen.
+        uri: Where the checkpoint is, or should be.
+        size_bytes: Size of its objects, of all ranks; 0 if the save failed.
+        blocked_s: Seconds for which training waited for it.
+        upload_s: Seconds from then on until it was committed, or given up.
+        error: Why it failed; None if it did not.
+    """
+
+    images: int
+    uri: str
+    size_bytes: int
+    blocked_s: float
+    upload_s: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a rank's uploads go, and what they need on the way; the same for all of a run.
+
+    Attributes:
+        store: The store.
+        catalogue: The run's checkpoints in it.
+        ranks: Brings the threads of all ranks to one decision.
+        patience: How long the store is tried again.
+        policy: Which checkpoints stay.
+        scores: Gives the Fréchet distances measured so far, by images.
+    """
+
+    store: Store
+    catalogue: Catalogue
+    ranks: Agreement
+    patience: Patience
+    policy: RetentionPolicy
+    scores: Callable[[], Mapping[int, float]]
+
+
+class Upload:
+    """Begins at once; the snapshot must stay as it is until the upload has ended.
+
+    Args:
+        manifest: The checkpoint, still without its objects.
+        key: Where this rank's object goes.
+        snapshot: What is in it; None if this rank writes nothing.
+        to: Where it goes.
+        report: Called in the thread when the save has ended.
+        blocked_s: How long training waited, for the report.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        key: str,
+        snapshot: Snapshot | None,
+        to: Destination,
+        report: Callable[[SaveReport], None],
+        blocked_s: float,
+    ) -> None:
+        self._manifest = manifest
+        self._key = key
+        self._snapshot = snapshot
+        self._to = to
+        self._report = report
+        self._blocked_s = blocked_s
+        self._began = time.monotonic()
+        self._failed = False
+        self._fatal: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether it is still on its way."""
+        return self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended without a checkpoint."""
+        return self._failed and not self.running
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait until it has ended, or for so many seconds."""
+        self._thread.join(timeout_s)
+
+    def raise_if_fatal(self) -> None:
+        """Raise what ended it, unless that was only the store or the state."""
+        if self._fatal is not None and not self.running:
+            raise self._fatal
+
+    def report_failure(self, error: str) -> None:
+        """Report that no checkpoint came of it."""
+        self._report(self._ended(0, error))
+
+    def _run(self) -> None:
+        try:
+            size_bytes = self._published()
+        except (StoreError, NonFiniteState) as error:
+            self._failed = True
+            self.report_failure(str(error))
+        except BaseException as error:
+            # It is raised where the rank waits for this thread.
+            self._failed, self._fatal = True, error
+        else:
+            self._report(self._ended(size_bytes))
+
+    def _published(self) -> int:
+        persist = self._to.patience.persist
+        try:
+            entries = self._to.ranks.each(lambda: persist(self._written))
+        except CheckpointError:
+            self._discard()
+            raise
+        objects = tuple(entry for entry in entries if entry is not None)
+        self._to.ranks.first(lambda: self._commit(replace(self._manifest, objects=objects)))
+        return sum(entry.size_bytes for entry in objects)
+
+    def _written(self) -> ObjectEntry | None:
+        if self._snapshot is None:
+            return None
+        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash") as pool:
+            examined = pool.submit(self._snapshot.examined, self._key)
+            self._to.store.put(self._key, self._snapshot.data)
+            return examined.result()
+
+    def _commit(self, manifest: Manifest) -> None:
+        standing = self._to.patience.persist(lambda: self._to.catalogue.commit(manifest))
+        try:
+            self._to.catalogue.retire(standing, policy=self._to.policy, scores=self._to.scores())
+        except StoreError as error:
+            # The save is done; what could not be deleted goes after the next one.
+            logger.warning("old checkpoints are still there: %s", error)
+
+    def _discard(self) -> None:
+        """Remove this rank's part of a save that was not committed; it may fill a disk."""
+        try:
+            self._to.store.delete(self._key)
+        except StoreError as error:
+            logger.warning("the remains of a failed save are still there: %s", error)
+
+    def _ended(self, size_bytes: int, error: str | None = None) -> SaveReport:
+        return SaveReport(
+            images=self._manifest.images,
+            uri=self._to.catalogue.uri(self._manifest.images),
+            size_bytes=size_bytes,
+            blocked_s=self._blocked_s,
+            upload_s=time.monotonic() - self._began,
+            error=error,
+        )

@@ -1,0 +1,1 @@
+"""Weights that leave the project: files and folders that other programs load."""

@@ -1,0 +1,246 @@
+"""The model card of an exported folder: Markdown with a head of YAML, as model hubs read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.checkpoint.manifest import Manifest
+from trainer.export import card_code
+from trainer.export.description import ModelDescription
+from trainer.export.results import Result
+
+_LATENTS = """
+The model draws latents. For pictures, give `LapFlowPipeline.from_pretrained` the autoencoder of its
+training as `vae=AutoencoderKL.from_pretrained(…)`, and leave `output_type` out. It is not in this
+folder: {autoencoder}.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """One file of weights.
+
+    Attributes:
+        name: Its name in the folder.
+        weights: "ema" or "master".
+        sha256: Hash of its bytes, in hexadecimal.
+    """
+
+    name: str
+    weights: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model card tells; it names no place outside the folder.
+
+    Attributes:
+        folder: Name of the folder.
+        manifest: The checkpoint.
+        model: Its model.
+        files: The weights; the first file is the one that is loaded by default.
+        results: What was measured.
+    """
+
+    folder: str
+    manifest: Manifest
+    model: ModelDescription
+    files: Sequence[WeightsFile]
+    results: Sequence[Result]
+
+    def text(self) -> str:
+        """Return the card."""
+        sections = {
+            "Model": _table(self._model()),
+            "Files": self._files(),
+            "Use with diffusers": self._diffusers(),
+            "Use with torch alone": "The same network without diffusers:\n\n"
+            + card_code.torch_alone(self.folder, self.model, self.files[0].name),
+            "Training": _table(self._training()),
+            "Results": self._results(),
+            "Limits": self._limits(),
+            "License": "The checkpoint does not say under which license these weights may be used. "
+            "Ask whoever trained them, and add `license:` to the head of this file before you "
+            "publish it.",
+        }
+        body = "\n".join(f"## {title}\n\n{text.strip()}\n" for title, text in sections.items())
+        return f"{self._head()}\n# {self.manifest.run}\n\n{self._summary()}\n\n{body}"
+
+    def _head(self) -> str:
+        lines = ["library_name: diffusers", "pipeline_tag: unconditional-image-generation", "tags:"]
+        lines += [f"- {tag}" for tag in ("lapflow", "flow-matching", "class-conditional")]
+        # "fid" is the distance of Inception's features alone.
+        names = sorted({_metric(result.features) for result in self.results})
+        lines += ["metrics:", *(f"- {json.dumps(name)}" for name in names)] if names else []
+        return "\n".join(("---", *lines, "---", ""))
+
+    def _summary(self) -> str:
+        return (
+            "Class-conditional image generation by LapFlow, flow matching over the scales of a "
+            f"Laplacian pyramid: the weights of the run {_code(self.manifest.run)} after "
+            f"{self.manifest.images:,} training images."
+        )
+
+    def _model(self) -> dict[str, object]:
+        config, flow, shape = self.model.transformer, self.model.flow, self.model.shape
+        parameters = sum(math.prod(sizes) for sizes in self.manifest.parameters.values())
+        ties = config.ties
+        pixels = shape.size * (self.model.codec.factor if self.model.on_latents else 1)
+        times = flow.stages.critical_times
+        return {
+            "architecture": "LapFlow, a Mixture-of-Transformers with experts for each scale",
+            "parameters": f"{parameters:,}",
+            "depth, width, heads": f"{config.depth}, {config.width}, {config.heads}",
+            "patch size": config.patch_size,
+            "attention": config.attention + (", QK-norm" if config.qk_norm else ""),
+            "class tokens": config.class_tokens or None,
+            "scales": flow.scales,
+            "critical times": ", ".join(map(str, times)) or None,
+            "scales that share weights": ", ".join(map(str, ties.scales)) or None,
+            "what they share": ", ".join(ties.parts) if ties.scales else None,
+            "path, noise": f"{flow.path}, {flow.noise}",
+            "works on": f"{'latents' if self.model.on_latents else 'images in [-1, 1]'}, "
+            f"{shape.channels} x {shape.size} x {shape.size}",
+            "image size": f"{pixels} x {pixels}",
+            "classes": f"{shape.classes}; labels 0 … {shape.classes - 1}, and "
+            f"{shape.classes} is the null label of guidance",
+        }
+
+    def _files(self) -> str:
+        meaning = {
+            "ema": "moving average of the weights",
+            "master": "weights as trained, without averaging",
+        }
+        rows = [
+            f"| `{file.name}` | {meaning[file.weights]} | `{file.sha256}` |" for file in self.files
+        ]
+        return "\n".join(("| file | weights, float32 | SHA-256 |", "| --- | --- | --- |", *rows))
+
+    def _diffusers(self) -> str:
+        text = (
+            "Python finds the classes in the packages of `lapflow-trainer`, which must be "
+            "installed; no code is in this folder.\n\n"
+        )
+        text += card_code.pipeline(self.folder, on_latents=self.model.on_latents)
+        if self.model.on_latents:
+            text += _LATENTS.format(autoencoder=self._autoencoder())
+        text += "\nThe network by itself:\n\n" + card_code.model(self.folder)
+        for other in self.files[1:]:
+            text += f"\nThe other weights ({other.weights}):\n\n"
+            text += card_code.model(self.folder, variant=other.weights)
+        return text
+
+    def _autoencoder(self) -> str:
+        codec = self.model.codec
+        return (
+            f"an `AutoencoderKL` with {codec.channels} channels and {codec.factor} pixels for one "
+            f"element (digest of architecture and weights {_code(self.model.autoencoder_sha256)})"
+        )
+
+    def _training(self) -> dict[str, object]:
+        manifest = self.manifest
+        setting = _Science(manifest.science)
+        clip = setting("optim", "clip_norm")
+        return {
+            "images seen": f"{manifest.images:,}",
+            "updates": _count(manifest.train_state.get("updates")),
+            "images per update": _count(setting("train", "global_batch")),
+            "optimizer": _named(
+                "AdamW",
+                {
+                    "learning rate": setting("optim", "learning_rate"),
+                    "β₁": setting("optim", "beta1"),
+                    "β₂": setting("optim", "beta2"),
+                    "ε": setting("optim", "epsilon"),
+                    "weight decay": setting("optim", "weight_decay"),
+                    "gradient norm at most": clip or None,
+                    "warm-up images": setting("optim", "warmup_images") or None,
+                    "then": setting("optim", "decay"),
+                },
+            ),
+            "EMA decay": setting("train", "ema", "decay"),
+            "label dropout": setting("train", "label_dropout"),
+            "precision": setting("engine", "precision"),
+            "seed": setting("train", "seed"),
+            "data set": setting("data", "name"),
+            "SHA-256 of its index": setting("data_set", "index_sha256"),
+            "saved": manifest.saved_at,
+            "checkpoint": f"attempt {manifest.attempt}, configuration {manifest.science_hash}",
+            "versions": ", ".join(f"{name} {v}" for name, v in sorted(manifest.versions.items())),
+        }
+
+    def _results(self) -> str:
+        if not self.results:
+            return "No evaluation of this checkpoint was found beside it."
+        head = ("weights", "features", "Fréchet distance", "real halves", "samples", "sampler")
+        rows = [
+            (
+                result.weights,
+                _code(result.features),
+                f"{result.frechet:.4g}",
+                f"{result.frechet_real_halves:.4g}",
+                f"{result.samples:,}",
+                _code(result.sampler),
+            )
+            for result in self.results
+        ]
+        lines = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+        return (
+            "Samples against held-out real images; lower is better. “Real halves” is one half of "
+            "these real images against the other, which a perfect model could reach. Distances of "
+            "different features do not compare.\n\n" + "\n".join(lines)
+        )
+
+    def _limits(self) -> str:
+        return (
+            f"The model draws the {self.model.shape.classes} classes of its training data at one "
+            "size, and nothing else; it takes no text. It repeats what its data shows, with its "
+            "gaps and biases. There is no filter of its output."
+        )
+
+
+class _Science:
+    """Looks a setting up; older checkpoints lack some."""
+
+    def __init__(self, science: Mapping[str, Any]) -> None:
+        self._science = science
+
+    def __call__(self, *path: str) -> Any:
+        value: Any = self._science
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+
+def _metric(features: str) -> str:
+    return "fid" if features == "inception" else f"frechet_{features}"
+
+
+def _count(value: object) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None
+
+
+def _named(name: str, values: Mapping[str, object]) -> str:
+    known = [f"{key} {value}" for key, value in values.items() if value is not None]
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def _table(values: Mapping[str, object]) -> str:
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items() if value is not None]
+    return "\n".join(("| | |", "| --- | --- |", *rows))
+
+
+def _cell(value: object) -> str:
+    """Escape what would end a cell or be read as HTML or Markdown."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(str(value).split()))
+
+
+def _code(value: object) -> str:
+    """Quote a value as code, in a table too."""
+    return f"`{re.sub(r'[`|]', ' ', ' '.join(str(value).split()))}`"

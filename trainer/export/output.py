@@ -1,0 +1,117 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trainer.schema import ConfigError
+
+
+def check_file(output: Path, *, overwrite: bool) -> None:
+    """Refuse a place where a file must not be written.
+
+    Raises:
+        ConfigError: There is a folder, or a file that may not be replaced.
+    """
+    if output.is_dir():
+        raise ConfigError(f"output={output} is a folder; name a file in it")
+    if output.exists() and not overwrite:
+        raise ConfigError(
+            f"output={output} exists; choose another, or set overwrite=true to replace it"
+        )
+
+
+def check_folder(output: Path, *, own: Collection[str], overwrite: bool) -> None:
+    """Refuse a place where a folder must not be written.
+
+    Args:
+        output: The place.
+        own: Names of all files that may be in a folder that is replaced.
+        overwrite: Whether one may be replaced.
+
+    Raises:
+        ConfigError: There is a file, a folder that may not be replaced, or one that holds something
+            else.
+    """
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink() or not output.is_dir():
+        raise ConfigError(f"output={output} is not a folder; choose another place")
+    names = {entry.name for entry in output.iterdir()}
+    if names and not overwrite:
+        raise ConfigError(
+            f"output={output} exists and is not empty; choose another, or set overwrite=true to "
+            "replace an earlier export"
+        )
+    if foreign := sorted(names - set(own)):
+        raise ConfigError(
+            f"output={output} holds {foreign[0]}, which no export has written, so overwrite=true "
+            "does not replace it; choose another folder, or move that away"
+        )
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """Give a place beside `output` to write to; what is there at the end becomes `output`.
+
+    Whatever fails leaves `output` as it was, and nothing beside it.
+
+    Args:
+        output: A file or folder, checked before; what is there is replaced.
+
+    Yields:
+        The place, where nothing is yet.
+
+    Raises:
+        ConfigError: It cannot be written, as on a full disk.
+    """
+    name = f".{output.name}.{secrets.token_hex(4)}"
+    partial, replaced = output.with_name(f"{name}.partial"), output.with_name(f"{name}.replaced")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        if output.is_dir():
+            output.rename(replaced)
+        try:
+            partial.rename(output)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
+        _sync_one(output.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"output={output} cannot be written, and nothing of it is left: {error}"
+        ) from error
+    finally:
+        _remove(partial)
+        _remove(replaced)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync(entry)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

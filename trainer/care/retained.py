@@ -136,15 +136,14 @@ def prune_checkpoints(config: PruneConfig) -> Outcome:
     going = (*clearance.manifests, *clearance.content)
     freed = f"{format_bytes(sum(sizes[key] for key in going))} of "
     freed += format_bytes(sum(sizes.values()))
-    number = len(clearance.expired)
-    what = f"{number} {'checkpoint' if number == 1 else 'checkpoints'}"
+    what = _counted(len(clearance.expired), "checkpoint")
     if left := _left_behind(shown.inventory, clearance):
-        what += f" and {left} {'object' if left == 1 else 'objects'} that no checkpoint uses"
+        what += f" and {_counted(left, 'object')} that no checkpoint uses"
     policy = " ".join(f"{key}={value}" for key, value in asdict(config.policy).items())
     lines = [shown_table, "", f"kept by {policy}", *_unmeasured(config, shown)]
     if config.yes:
         swept = shown.place.catalogue.clear(clearance)
-        uploads = f", and {swept} unfinished uploads" if swept else ""
+        uploads = f", and {_counted(swept, 'unfinished upload')}" if swept else ""
         lines.append(f"deleted {what}{uploads}: {freed} freed")
     elif going:
         lines.append(f"would delete {what}: frees {freed}")
@@ -196,3 +195,7 @@ def _unmeasured(config: RunConfig, shown: _Shown) -> list[str]:
         f"keep_best={config.keep_best} keeps nothing: no checkpoint was measured{extractor}; "
         "measure them with python -m trainer.evaluate"
     ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -12,6 +12,7 @@ from trainer.checkpoint.store import Store
 # Large enough for a request, small enough that a rank which needs a slice reads little beside it;
 # a whole number of float32 values.
 BLOCK_BYTES = 8 * 1024**2
+ADVICE = "Use an older checkpoint, and check the store."
 
 
 def blocks_of(data: memoryview) -> Iterator[memoryview]:
@@ -42,11 +43,10 @@ def read_block(store: Store, entry: ObjectEntry, number: int, *, block_bytes: in
     try:
         block = store.get_range(entry.key, start, size)
     except MissingObject as error:
-        raise DamagedCheckpoint(f"{store.uri(entry.key)} is missing.") from error
+        raise DamagedCheckpoint(f"{store.uri(entry.key)} is missing. {ADVICE}") from error
     if len(block) != size or block_hash(block) != entry.block_sha256[number]:
         raise DamagedCheckpoint(
             f"{store.uri(entry.key)} changed after it was saved: bytes {start} to {start + size} "
-            "do not have the SHA-256 that its manifest names. Use an older checkpoint, and check "
-            "the store."
+            f"do not have the SHA-256 that its manifest names. {ADVICE}"
         )
     return block

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from trainer.checkpoint import layout
+from trainer.checkpoint.blocks import ADVICE
 from trainer.checkpoint.errors import (
     CheckpointConflict,
     DamagedCheckpoint,
@@ -84,21 +85,24 @@ class Catalogue:
         if sizes is None:
             sizes = self._store.list(layout.checkpoint_key(self._run, images) + "/")
         if sizes.get(key, 0) > MAX_MANIFEST_BYTES:
-            raise InvalidManifest(f"{self._store.uri(key)} is too large for a manifest.")
+            raise InvalidManifest(f"{self._store.uri(key)} is too large for a manifest. {ADVICE}")
         try:
             data = self._store.get(key)
         except MissingObject as error:
-            raise DamagedCheckpoint(f"{self._store.uri(key)} is missing.") from error
+            raise DamagedCheckpoint(f"{self._store.uri(key)} is missing. {ADVICE}") from error
         manifest = Manifest.from_json(data, run=self._run, images=images)
         for entry in manifest.objects:
             size = sizes.get(entry.key)
             if size != entry.size_bytes:
                 state = "is missing" if size is None else f"has {size} bytes"
                 raise DamagedCheckpoint(
-                    f"{self._store.uri(entry.key)} {state}; {entry.size_bytes} bytes were saved."
+                    f"{self._store.uri(entry.key)} {state}; {entry.size_bytes} bytes were saved. "
+                    f"{ADVICE}"
                 )
         if (images, manifest.attempt) in self._found_damaged:
-            raise DamagedCheckpoint(f"{self.uri(images)} was found damaged when it was read.")
+            raise DamagedCheckpoint(
+                f"{self.uri(images)} was found damaged when it was read. {ADVICE}"
+            )
         return manifest
 
     def commit(self, manifest: Manifest) -> Manifest:

@@ -220,8 +220,8 @@ class CheckpointSaver:
             if each.name in plan.writes[self._rank]
         }
         if spans:
-            pinned = any(value.is_cuda for each in fragments for value in each.tensors.values())
-            self._snapshot = Snapshot(spans, kinds=plan.kinds, pinned=pinned)
+            on_gpu = any(value.is_cuda for each in fragments for value in each.tensors.values())
+            self._snapshot = Snapshot(spans, kinds=plan.kinds, page_locked=on_gpu)
 
     def _turn(self, images: int, science_hash: str) -> _Turn:
         self._note_failure()

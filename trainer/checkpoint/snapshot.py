@@ -32,21 +32,17 @@ class Snapshot:
     Args:
         spans: The slice of each parameter this rank writes.
         kinds: The kinds of values of each slice.
-        pinned: Whether values come from a GPU, which copies faster into page-locked memory.
+        page_locked: Lock the buffer's pages, into which a GPU copies several times as fast.
     """
 
     def __init__(
-        self, spans: Mapping[str, Span], *, kinds: Sequence[str], pinned: bool = False
+        self, spans: Mapping[str, Span], *, kinds: Sequence[str], page_locked: bool = False
     ) -> None:
         self._spans = dict(spans)
         self._kinds = tuple(sorted(kinds))
         start = header(self._spans, self._kinds)
         numel = len(self._kinds) * sum(span.numel for span in self._spans.values())
-        self._buffer = torch.empty(len(start) + BYTES_PER_ELEMENT * numel, dtype=torch.uint8)
-        # The system gives memory when it is first written: now, and not while training waits.
-        self._buffer.zero_()
-        if pinned and numel:
-            _page_lock(self._buffer)
+        self._buffer = host_buffer(len(start) + BYTES_PER_ELEMENT * numel, page_locked=page_locked)
         self._buffer[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
         self._values = self._buffer[len(start) :].view(torch.float32)
 
@@ -122,8 +118,18 @@ class Snapshot:
         return torch.split(self._values, numels)
 
 
-def _page_lock(buffer: Tensor) -> None:
-    """Page-lock memory in place: torch's own pinned memory is rounded up to a power of two."""
+def host_buffer(size: int, *, page_locked: bool) -> Tensor:
+    """Return host memory that the system has really given, as bytes.
+
+    Args:
+        size: Number of bytes.
+        page_locked: Lock its pages in place; torch's own pinned memory is rounded up to a power of
+            two.
+    """
+    # The system gives memory when it is first written: now, and not while training waits.
+    buffer = torch.empty(size, dtype=torch.uint8).zero_()
+    if not page_locked:
+        return buffer
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failed = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     if failed:
@@ -133,5 +139,6 @@ def _page_lock(buffer: Tensor) -> None:
             buffer.nbytes / 1024**3,
             failed,
         )
-        return
-    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    else:
+        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return buffer

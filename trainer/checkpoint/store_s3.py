@@ -26,9 +26,9 @@ from trainer.checkpoint.layout import check_key, check_prefix
 from trainer.checkpoint.store import StoreConfig, check_endpoint
 
 MIB = 1024**2
-# Parts of 16 MiB allow objects of 156 GiB. Up to ten of them are in memory at a time.
+# Up to ten parts are in memory at a time. For objects beyond 80 GiB boto3 makes them larger.
 TRANSFER = TransferConfig(
-    multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=8
+    multipart_threshold=8 * MIB, multipart_chunksize=8 * MIB, max_concurrency=8
 )
 CONFLICT_TRIES = 8
 
@@ -155,6 +155,10 @@ class S3Store:
                 try:
                     answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=where)
                     return bytes(answer["Body"].read())
+                except aws.ClientError as error:
+                    if _status(error) == 416:  # the object ends before
+                        return b""
+                    raise
                 except _BROKEN_OFF:
                     # boto3 tries a request again, but not the reading of its answer.
                     if not tries_left:

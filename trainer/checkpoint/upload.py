@@ -156,7 +156,8 @@ class Upload:
     def _commit(self, manifest: Manifest) -> None:
         standing = self._to.patience.persist(lambda: self._to.catalogue.commit(manifest))
         try:
-            self._to.catalogue.retire(standing, policy=self._to.policy, scores=self._to.scores())
+            scores = self._to.scores() if self._to.policy.keep_best else {}
+            self._to.catalogue.retire(standing, policy=self._to.policy, scores=scores)
         except StoreError as error:
             # The save is done; what could not be deleted goes after the next one.
             logger.warning("old checkpoints are still there: %s", error)

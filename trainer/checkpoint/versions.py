@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import cache
 
 PACKAGES = ("lapflow-trainer", "torch", "safetensors", "deepspeed")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the version of each package that is installed."""
     found = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.trainer.checkpoint.handmade import upload
-from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
+from tests.unit.trainer.checkpoint.stores import MemoryStore, WatchedStore, count_operations
 from trainer.checkpoint import layout
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import StoreError
@@ -73,6 +73,35 @@ def test_what_a_save_does_in_the_store() -> None:
         "sweep"  # unfinished uploads
     )
     assert count_operations(store, lambda watched: commit(watched, 30)) == expected.split()
+
+
+def test_a_manifest_goes_before_its_objects() -> None:
+    """Else a process that dies in between would leave a damaged checkpoint."""
+    store = MemoryStore()
+    for images in (10, 20):
+        commit(store, images)
+    deleted = []
+
+    def watch(number: int, verb: str, key: str, when: str) -> None:
+        if (verb, when) == ("delete", "before"):
+            deleted.append(key)
+
+    commit(WatchedStore(store, watch), 30)
+    content = [layout.object_key(RUN, 10, "good", rank) for rank in range(2)]
+    assert deleted == [layout.manifest_key(RUN, 10), *content]
+
+
+def test_a_damaged_checkpoint_that_stays_keeps_what_is_left_of_it() -> None:
+    store = MemoryStore()
+    for images in (10, 20):
+        commit(store, images)
+    missing, left = (layout.object_key(RUN, 20, "good", rank) for rank in range(2))
+    del store.objects[missing]
+    commit(store, 30)
+    assert Catalogue(store, run=RUN).inventory().damaged.keys() == {20}
+    assert left in store.objects
+    commit(store, 40)
+    assert {layout.images_of(RUN, key) for key in store.objects} == {30, 40}
 
 
 def test_what_dead_writers_left_is_swept_and_what_may_be_alive_is_not(tmp_path: Path) -> None:

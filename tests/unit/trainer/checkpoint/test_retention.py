@@ -16,7 +16,7 @@ from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.retention import RetentionPolicy, reasons_to_keep, remains
 
-MANY = settings(max_examples=1000, deadline=None)
+MANY = settings(max_examples=500, deadline=None)
 CHECKPOINTS = st.dictionaries(st.integers(0, 40), st.booleans(), max_size=14)
 # Few values, so that there are ties.
 SCORE = st.sampled_from([0.5, 1.0, 2.0, math.nan, math.inf])

@@ -1,0 +1,1 @@
+"""What a checkpoint costs: time that training waits, transfer, memory."""

@@ -1,0 +1,122 @@
+"""The state of one rank: parameters, cut as ZeRO cuts them, with all that AdamW keeps of them."""
+
+import argparse
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from benchmarks import command
+from models.transformer.lapflow import LapFlowTransformer
+from trainer.checkpoint.agreement import alone
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.saver import CheckpointSaver
+from trainer.checkpoint.store import Store
+from trainer.state import Fragment
+
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+RUN = "benchmark"
+MIB = 2**20
+
+
+def add_state(parser: argparse.ArgumentParser, *, size: str) -> None:
+    """Add the options that choose the state."""
+    command.add_size(parser, size=size, depth=None, batch=None)
+    parser.add_argument("--scales", type=command.positive, default=2, help="default 2")
+    parser.add_argument(
+        "--ranks",
+        type=command.positive,
+        default=1,
+        help="the state is of one of so many; default 1",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """What one rank saves.
+
+    Attributes:
+        flats: Every kind of value, flat: the layout of ZeRO-1 and ZeRO-2.
+        fragments: The slices of parameters in them.
+    """
+
+    flats: dict[str, Tensor]
+    fragments: list[Fragment]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all values."""
+        return sum(flat.nbytes for flat in self.flats.values())
+
+    def step(self) -> None:
+        """Change every value, as an update does."""
+        for flat in self.flats.values():
+            flat.add_(1e-6)
+
+
+def rank_state(options: argparse.Namespace, device: torch.device) -> RankState:
+    """Make the state that the options of `add_state` choose: the first of `--ranks` equal parts."""
+    with torch.device("meta"):
+        model = LapFlowTransformer(
+            command.sizes(options),
+            scales=options.scales,
+            channels=options.channels,
+            image_size=options.image_size,
+            classes=1000,
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    numels = [math.prod(shape) for shape in shapes.values()]
+    share = -(-sum(numels) // options.ranks)
+    flats = {kind: torch.randn(share, device=device) for kind in KINDS}
+    fragments = []
+    for (name, shape), stop in zip(shapes.items(), accumulate(numels), strict=True):
+        start = stop - math.prod(shape)
+        if start < share:
+            fragments.append(
+                Fragment(
+                    name=name,
+                    start=0,
+                    # The last one is cut; the others of the model are other ranks'.
+                    shape=shape if stop <= share else (share - start,),
+                    tensors={kind: flat[start : min(stop, share)] for kind, flat in flats.items()},
+                )
+            )
+    return RankState(flats=flats, fragments=fragments)
+
+
+class Saves:
+    """Saves a state to a store again and again, each time after more images."""
+
+    def __init__(self, state: RankState, store: Store) -> None:
+        self._state = state
+        self._images = 0
+        self.saver = CheckpointSaver(
+            store,
+            catalogue=Catalogue(store, run=RUN),
+            config=CheckpointConfig(keep_last=1),
+            rank=0,
+            world_size=1,
+            gather=alone,
+            gather_aside=alone,
+        )
+        self.saver.prepare(state.fragments)
+
+    def begin(self) -> None:
+        """Take a snapshot and begin its upload: what training waits for."""
+        self._images += 1
+        self.saver.save(
+            images=self._images,
+            fragments=self._state.fragments,
+            train_state={"images": self._images},
+            science={},
+            science_hash="",
+        )
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is committed."""
+        self.saver.finish()
+        if not self.saver.is_saved(self._images):
+            raise RuntimeError("the checkpoint was not saved, so nothing was measured")

@@ -65,7 +65,8 @@ def session(config: ClusterConfig) -> Iterator[Session]:
     a ValueError.
 
     Raises:
-        ClusterConfigError: RAY_ADDRESS is not an address to join.
+        ClusterConfigError: RAY_ADDRESS is not an address to join, or `config.scratch_dir` cannot be
+            written.
         ClusterUnavailable: This process is connected already, or no cluster was reached or started.
     """
     if ray.is_initialized():
@@ -73,7 +74,7 @@ def session(config: ClusterConfig) -> Iterator[Session]:
             "This process is connected to Ray already. Call ray.shutdown() first; to run on that "
             "cluster set cluster.address to its host:port."
         )
-    scratch = Path(tempfile.mkdtemp(prefix="lapflow-", dir=config.scratch_dir))
+    scratch = _scratch(config.scratch_dir)
     children = psutil.Process().children()
     daemons: list[psutil.Process] = []
     private = False
@@ -95,6 +96,17 @@ def session(config: ClusterConfig) -> Iterator[Session]:
             _log.warning("Ray's logs are kept in %s/ray/session_latest/logs.", scratch)
         else:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(parent: str | None) -> Path:
+    try:
+        if parent is not None:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="lapflow-", dir=parent))
+    except OSError as error:
+        raise ClusterConfigError(
+            f"cluster.scratch_dir={parent} cannot be written: {error}. Choose another folder."
+        ) from error
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -66,15 +66,9 @@ def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> Non
     check_fit(manifest, fragments)
     reads, missing = plan_reads(
         {name: span_of(fragment) for name, fragment in named.items()},
-        [entry.fragments for entry in manifest.objects],
+        _slices(manifest),
     )
-    if missing:
-        name, gaps = min(missing.items())
-        raise CheckpointMismatch(
-            f"Checkpoint {_place(store, manifest)} lacks elements {gaps[0].start} to "
-            f"{gaps[0].stop} of {name} and slices of {len(missing) - 1} more parameters: it was "
-            "not saved by all ranks. Use another checkpoint."
-        )
+    _check_held(store, manifest, missing)
     by_block: dict[tuple[int, int], list[_Piece]] = defaultdict(list)
     for source, parts in groupby(reads, key=lambda read: read.source):
         for piece in _pieces(manifest, source, parts, named):
@@ -139,12 +133,15 @@ def load_weights(
         DamagedCheckpoint: An object is missing or changed.
         CheckpointMismatch: The checkpoint lacks such weights.
     """
-    whole = [
+    whole = {name: Span(0, math.prod(shape)) for name, shape in manifest.parameters.items()}
+    # Before memory is taken for what a manifest may only claim.
+    _check_held(store, manifest, plan_reads(whole, _slices(manifest))[1])
+    fragments = [
         Fragment(name=name, start=0, shape=shape, tensors={which: torch.empty(math.prod(shape))})
         for name, shape in manifest.parameters.items()
     ]
-    fill(store, manifest, whole)
-    return {fragment.name: fragment.tensors[which].view(fragment.shape) for fragment in whole}
+    fill(store, manifest, fragments)
+    return {fragment.name: fragment.tensors[which].view(fragment.shape) for fragment in fragments}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,5 +204,15 @@ def _pieces(
                 )
 
 
-def _place(store: Store, manifest: Manifest) -> str:
-    return store.uri(checkpoint_key(manifest.run, manifest.images))
+def _slices(manifest: Manifest) -> list[Mapping[str, Span]]:
+    return [entry.fragments for entry in manifest.objects]
+
+
+def _check_held(store: Store, manifest: Manifest, missing: Mapping[str, Sequence[Span]]) -> None:
+    if missing:
+        name, gaps = min(missing.items())
+        raise CheckpointMismatch(
+            f"Checkpoint {store.uri(checkpoint_key(manifest.run, manifest.images))} lacks elements "
+            f"{gaps[0].start} to {gaps[0].stop} of {name} and slices of {len(missing) - 1} more "
+            "parameters: it was not saved by all ranks. Use another checkpoint."
+        )

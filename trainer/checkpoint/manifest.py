@@ -175,7 +175,7 @@ def _parsed(body: Mapping[str, Any]) -> Manifest:
     prefix = layout.attempt_prefix(run, images, _text(body["attempt"], "attempt"))
     kinds = tuple(_text(kind, "a kind") for kind in _sequence(body["kinds"], "kinds"))
     parameters = {
-        name: _shape(shape, name)
+        _text(name, "a name"): _shape(shape, name)
         for name, shape in _mapping(body["parameters"], "parameters").items()
     }
     block_bytes = _whole(body["block_bytes"], "block_bytes", low=1, high=MAX_BLOCK_BYTES)
@@ -272,7 +272,8 @@ def _sequence(value: object, what: str) -> list[Any]:
 
 
 def _text(value: object, what: str) -> str:
-    if not isinstance(value, str):
+    # Names come to stand in messages, where they shall not move a terminal's cursor.
+    if not isinstance(value, str) or not value.isprintable():
         raise _Rejected(f"{what} is not text")
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,20 +58,16 @@ class LocalStore:
 
     def get(self, key: str) -> bytes:
         """Read an object."""
-        with self._explained("read", key):
-            try:
-                return self._path(key).read_bytes()
-            except (FileNotFoundError, IsADirectoryError) as error:
-                raise MissingObject(f"There is no object at {self.uri(key)}.") from error
+        return self.get_range(key, 0, -1)
 
     def get_range(self, key: str, start: int, size: int) -> bytes:
         """Read a part of a file."""
         with self._explained("read", key):
             try:
-                with self._path(key).open("rb") as file:
+                with open(self._path(key), "rb", opener=_opened_to_read) as file:
                     file.seek(start)
                     return file.read(size)
-            except (FileNotFoundError, IsADirectoryError) as error:
+            except FileNotFoundError as error:
                 raise MissingObject(f"There is no object at {self.uri(key)}.") from error
 
     def fingerprint(self, key: str) -> str:
@@ -97,9 +94,12 @@ class LocalStore:
         for path in self._files(prefix):
             if not path.name.startswith(TEMPORARY):
                 try:
-                    sizes[self._key(path)] = path.stat().st_size
+                    with self._explained("list", self._key(path)):
+                        status = path.stat()
                 except FileNotFoundError:
                     continue  # deleted since the folder was read
+                if stat.S_ISREG(status.st_mode):
+                    sizes[self._key(path)] = status.st_size
         return dict(sorted(sizes.items()))
 
     def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
@@ -159,6 +159,15 @@ class LocalStore:
             place = self._root / key
             cause = _CAUSES.get(error.errno or 0, f"the system says: {error.strerror or error}")
             raise StoreError(f"Cannot {verb} {place}: {cause}.") from error
+
+
+def _opened_to_read(path: str, flags: int) -> int:
+    """Opens a file; a pipe or a device in its place, which may have no end, is no object."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "this is no regular file", path)
 
 
 @contextmanager

@@ -173,9 +173,8 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         """Delete an object."""
-        name = self._name(key)
         with self._explained("delete", key):
-            self._client.delete_object(Bucket=self._bucket, Key=name)
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def uri(self, key: str) -> str:
         """Return the s3:// URI of a key."""
@@ -228,9 +227,8 @@ class S3Store:
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
         """Turns the errors of boto3 into ours; their own text may quote a credential."""
-        place = f"s3://{self._bucket}/{self._prefix}{key}"
-        if self._endpoint is not None:
-            place += f" at {self._endpoint}"
+        at = "" if self._endpoint is None else f" at {self._endpoint}"
+        place = f"s3://{self._bucket}/{self._prefix}{key}{at}"
         try:
             yield
         except _NO_CREDENTIALS as error:

@@ -1,5 +1,8 @@
 """Metrics: what is recorded comes out reduced as declared; pace is arithmetic on a clock."""
 
+import json
+import math
+
 import pytest
 import torch
 
@@ -55,6 +58,51 @@ def test_several_means_are_recorded_at_once():
     buffer.record("d", 1.0)
     assert buffer.flush() == {"a": 4.0, "b": 2.0, "d": 1.0}
     assert buffer.flush() == {}
+
+
+def record_some(buffer, start, stop):
+    for number in range(start, stop):
+        value = 0.1 + number / 7
+        buffer.record("loss", torch.tensor(value), weight=number % 3)
+        buffer.record("images", value, reduction="sum")
+        buffer.record("peak", -value, reduction="max")
+        buffer.record_each(
+            ["a", "b"],
+            torch.tensor([value, value**2]),
+            weights=torch.tensor([1.0, float(number == 0)]),
+        )
+
+
+def test_a_restored_buffer_flushes_the_same_bits():
+    one = MetricBuffer("cpu")
+    record_some(one, 0, 5)
+    state = json.loads(json.dumps(one.state()))
+    other = MetricBuffer("cpu")
+    other.load_state(state)
+    for buffer in (one, other):
+        record_some(buffer, 5, 11)
+    values = one.flush()
+    assert other.flush() == values
+    assert values.keys() == {"loss", "images", "peak", "a", "b"}
+    assert one.flush() == other.flush() == {}
+
+
+def test_a_state_is_what_was_recorded_and_changes_no_value():
+    watched, plain = MetricBuffer("cpu"), MetricBuffer("cpu")
+    for buffer in (watched, plain):
+        record_some(buffer, 0, 4)
+    watched.state()
+    assert watched.state() == watched.state()
+    assert watched.flush() == plain.flush()
+
+
+def test_a_state_keeps_what_is_not_a_number():
+    one, other = MetricBuffer("cpu"), MetricBuffer("cpu")
+    one.record("loss", float("nan"))
+    other.load_state(json.loads(json.dumps(one.state())))
+    assert math.isnan(other.flush()["loss"])
+    with pytest.raises(ValueError, match="reduced by 'median'"):
+        other.load_state({"loss": ["median", "0x1p+0", "0x1p+0"]})
 
 
 def test_a_maximum_takes_numbers_and_tensors():

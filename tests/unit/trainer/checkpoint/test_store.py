@@ -30,6 +30,22 @@ def test_an_object_of_several_parts_is_read_back_as_written(store: Store) -> Non
     assert store.list("large") == {"large": len(data)}
 
 
+def test_a_part_of_an_object_is_read(store: Store) -> None:
+    data = os.urandom(1000)
+    store.put("a", memoryview(data))
+    assert store.get_range("a", 0, 1000) == data
+    assert store.get_range("a", 17, 100) == data[17:117]
+    assert store.get_range("a", 990, 100) == data[990:]
+    with pytest.raises(MissingObject, match="nowhere"):
+        store.get_range("nowhere", 0, 1)
+
+
+def test_nothing_is_swept_where_nothing_was_left(store: Store) -> None:
+    store.put("a/b", b"1")
+    assert store.sweep("a/", lambda _key: True) == 0
+    assert store.get("a/b") == b"1"
+
+
 def test_put_replaces(store: Store) -> None:
     store.put("a", b"old, and longer")
     store.put("a", b"new")

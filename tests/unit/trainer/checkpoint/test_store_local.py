@@ -76,6 +76,26 @@ def test_a_leftover_temporary_file_is_invisible(tmp_path: Path) -> None:
     assert store.list("") == {}
 
 
+def test_what_a_dead_writer_left_is_swept_with_its_folder(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("run/1/a", b"1")
+    for folder in ("run/1", "run/2", "other/1"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / ".tmp-0123").write_bytes(b"half")
+    seen: list[str] = []
+
+    def dead(key: str) -> bool:
+        seen.append(key.rpartition("/")[0])
+        return key.startswith("run/2/")
+
+    assert store.sweep("run/", dead) == 1
+    assert sorted(seen) == ["run/1", "run/2"]
+    assert not (tmp_path / "run/2").exists()
+    assert (tmp_path / "other/1/.tmp-0123").exists()
+    assert store.sweep("run/1/", lambda _key: True) == 1
+    assert store.list("") == {"run/1/a": 1}
+
+
 def test_writing_leaves_no_temporary_files(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("a", b"1")

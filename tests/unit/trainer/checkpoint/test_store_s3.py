@@ -171,3 +171,17 @@ def test_an_unfinished_upload_is_no_object(bucket: str, s3: S3Server) -> None:
     assert store.list("") == {}
     with pytest.raises(CheckpointError, match="no object"):
         store.get("large")
+
+
+@pytest.mark.slow
+def test_unfinished_uploads_of_the_dead_are_aborted(bucket: str, s3: S3Server) -> None:
+    name, client = bucket.removeprefix("s3://"), s3.client
+    for key in ("run/1/dead", "run/2/alive", "other/1/dead"):
+        upload = client.create_multipart_upload(Bucket=name, Key=key)["UploadId"]
+        client.upload_part(
+            Bucket=name, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 5 * 1024**2
+        )
+    store = open_store(f"{bucket}/run", StoreConfig())
+    assert store.sweep("", lambda key: key == "1/dead") == 1
+    left = client.list_multipart_uploads(Bucket=name).get("Uploads", [])
+    assert sorted(upload["Key"] for upload in left) == ["other/1/dead", "run/2/alive"]

@@ -253,7 +253,9 @@ def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
             if manifest is None:
                 return None
             try:
-                return mine.restore(manifest, fragments[rank])["images"]
+                counters = mine.restore(manifest, fragments[rank])
+                assert counters.get("images", manifest.images) == manifest.images
+                return manifest.images
             except DamagedCheckpoint:
                 continue
         raise AssertionError("a damaged checkpoint is offered again and again")

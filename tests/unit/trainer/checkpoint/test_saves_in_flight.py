@@ -1,0 +1,238 @@
+"""Saves that are still on their way: training goes on, the next one waits or is skipped."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.unit.trainer.checkpoint.stores import MemoryStore
+from tests.unit.trainer.checkpoint.worlds import (
+    SCIENCE,
+    NotSaved,
+    RankGather,
+    Savings,
+    empty_state,
+    even_cuts,
+    load_newest,
+    on_ranks,
+    random_state,
+    same_bits,
+    split,
+)
+from trainer.checkpoint.errors import CheckpointConflict, StoreUnreachable
+
+SETTINGS = {"train_state": {}, **SCIENCE}
+
+
+class GatedStore(MemoryStore):
+    """Content waits at the gate; each put that waits counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.arrived = threading.Semaphore(0)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        self.arrived.release()
+        assert self.gate.wait(20)
+        super().put(key, data)
+
+
+class DownStore(MemoryStore):
+    """Fails until it is `up`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = False
+        self.tries = 0
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        self.tries += 1
+        if not self.up:
+            raise StoreUnreachable("Cannot write memory://…: the service does not answer.")
+        super().put(key, data)
+
+
+@pytest.fixture
+def gated() -> Iterator[GatedStore]:
+    store = GatedStore()
+    yield store
+    store.gate.set()
+
+
+def test_training_changes_the_state_while_the_old_one_is_on_its_way(gated: GatedStore) -> None:
+    state, twin = random_state(0), random_state(0)
+    fragments = split(state, [])[0]
+    mine = Savings(gated)
+    assert mine.saver.save(images=10, fragments=fragments, **SETTINGS)
+    assert gated.arrived.acquire(timeout=20)
+    for values in (values for each in fragments for values in each.tensors.values()):
+        values.fill_(7.0)
+    assert gated.objects == {}
+    assert mine.reports == []
+    gated.gate.set()
+    mine.saver.finish()
+    images, loaded = load_newest(gated) or (None, empty_state())
+    assert images == 10
+    assert same_bits(loaded, twin)
+    (report,) = mine.reports
+    assert (report.images, report.error) == (10, None)
+    assert report.size_bytes > 4 * 4 * 60
+    assert report.upload_s > report.blocked_s > 0
+
+
+def test_the_next_save_waits(gated: GatedStore) -> None:
+    fragments = split(random_state(0), [])[0]
+    mine = Savings(gated, when_busy="wait")
+    mine.saver.save(images=10, fragments=fragments, **SETTINGS)
+    second = threading.Thread(
+        target=mine.saver.save, kwargs={"images": 20, "fragments": fragments, **SETTINGS}
+    )
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    gated.gate.set()
+    second.join(20)
+    mine.saver.finish()
+    assert [report.images for report in mine.reports] == [10, 20]
+
+
+def test_the_next_save_is_skipped_on_all_ranks_and_the_last_one_waits(
+    gated: GatedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = split(random_state(0), even_cuts(2))
+
+    def act(rank: int, gather: RankGather) -> list[bool]:
+        saver = Savings(gated, rank=rank, world=2, gather=gather, when_busy="skip").saver
+        begun = [
+            saver.save(images=images, fragments=ranks[rank], **SETTINGS) for images in (10, 20)
+        ]
+        assert not saver.is_saved(20)
+        gated.gate.set()
+        begun.append(saver.save(images=30, fragments=ranks[rank], last=True, **SETTINGS))
+        saver.finish()
+        assert saver.is_saved(30)
+        return begun
+
+    with caplog.at_level(logging.WARNING):
+        assert on_ranks(2, act) == [[True, False, True]] * 2
+    assert caplog.text.count("checkpoints/000000000020 is skipped") == 1
+    assert (load_newest(gated) or [None])[0] == 30
+
+
+def test_one_slow_rank_is_enough_to_skip(gated: GatedStore) -> None:
+    """Rank 1's upload is done at once; all the same no rank begins what another cannot."""
+    ranks = split(random_state(0), even_cuts(2))
+    fast = MemoryStore()
+    fast.objects = gated.objects
+
+    def act(rank: int, gather: RankGather) -> bool:
+        store = gated if rank == 0 else fast
+        saver = Savings(store, rank=rank, world=2, gather=gather, when_busy="skip").saver
+        saver.save(images=10, fragments=ranks[rank], **SETTINGS)
+        begun = saver.save(images=20, fragments=ranks[rank], **SETTINGS)
+        gated.gate.set()
+        saver.finish()
+        return begun
+
+    assert on_ranks(2, act) == [False, False]
+
+
+def test_a_run_in_a_hurry_leaves_what_does_not_arrive(gated: GatedStore) -> None:
+    fragments = split(random_state(0), [])[0]
+    mine = Savings(gated)
+    mine.saver.save(images=10, fragments=fragments, **SETTINGS)
+    mine.saver.hurry(0.2)
+    assert not mine.saver.save(images=20, fragments=fragments, last=True, **SETTINGS)
+    assert not mine.saver.is_saved(20)
+    mine.saver.finish()
+    errors = [report.error for report in mine.reports]
+    assert errors
+    assert all(error and "checkpoint.grace_s" in error for error in errors)
+
+
+def test_a_failed_run_waits_for_a_good_state_and_raises_nothing(gated: GatedStore) -> None:
+    fragments = split(random_state(0), [])[0]
+    mine = Savings(gated)
+    mine.saver.save(images=10, fragments=fragments, **SETTINGS)
+    threading.Timer(0.2, gated.gate.set).start()
+    mine.saver.leave(20.0)
+    assert (load_newest(gated) or [None])[0] == 10
+
+
+def test_a_store_that_comes_back_gets_the_state_of_then(caplog: pytest.LogCaptureFixture) -> None:
+    store = DownStore()
+    state, twin = random_state(0), random_state(0)
+    fragments = split(state, [])[0]
+    mine = Savings(store, patience_s=30.0)
+    threading.Timer(0.5, lambda: setattr(store, "up", True)).start()
+    with caplog.at_level(logging.WARNING):
+        mine.saver.save(images=10, fragments=fragments, **SETTINGS)
+        fragments[0].tensors["ema"].fill_(1.0)
+        mine.saver.finish()
+    assert store.tries == 2
+    assert "does not answer. Trying again in 1 s." in caplog.text
+    _, loaded = load_newest(store) or (None, empty_state())
+    assert same_bits(loaded, twin)
+
+
+def test_a_save_is_given_up_and_the_next_one_succeeds() -> None:
+    store = DownStore()
+    fragments = split(random_state(0), [])[0]
+    mine = Savings(store, patience_s=0.2)
+    with pytest.raises(NotSaved, match="does not answer"):
+        mine.save(images=10, fragments=fragments, **SETTINGS)
+    assert store.tries == 2
+    assert store.objects == {}
+    store.up = True
+    mine.save(images=20, fragments=fragments, **SETTINGS)
+    assert [report.error is None for report in mine.reports] == [False, True]
+
+
+def test_a_state_that_is_not_finite_is_no_checkpoint() -> None:
+    store = MemoryStore()
+    fragments = split(random_state(0), [])[0]
+    mine = Savings(store, keep_last=1)
+    mine.save(images=10, fragments=fragments, **SETTINGS)
+    fragments[0].tensors["exp_avg_sq"][0] = math.inf
+    with pytest.raises(NotSaved, match=r"exp_avg_sq of embed\.weight holds values"):
+        mine.save(images=20, fragments=fragments, **SETTINGS)
+    # The last good one is still there, and nothing else.
+    images, _ = load_newest(store) or (None, None)
+    assert images == 10
+    assert len(store.objects) == 2
+
+
+def test_a_conflict_ends_the_run_at_the_next_save() -> None:
+    store = MemoryStore()
+    fragments = split(random_state(0), [])[0]
+    Savings(store).save(images=10, fragments=fragments, **SETTINGS)
+    mine = Savings(store)
+    other = {**SETTINGS, "science_hash": "other"}
+    mine.saver.save(images=10, fragments=fragments, **other)
+    with pytest.raises(CheckpointConflict):
+        mine.saver.save(images=20, fragments=fragments, **other)
+    assert mine.reports == []
+    assert (load_newest(store) or [None])[0] == 10
+
+
+def test_the_state_is_copied_once() -> None:
+    store = MemoryStore()
+    kept: list[int] = []
+
+    class Looking(MemoryStore):
+        def put(self, key: str, data: bytes | memoryview) -> None:
+            assert isinstance(data, memoryview)
+            kept.append(torch.frombuffer(data, dtype=torch.uint8).data_ptr())
+            super().put(key, data)
+
+    store = Looking()
+    mine = Savings(store)
+    for images in (10, 20):
+        mine.save(images=images, fragments=split(random_state(0), [])[0], **SETTINGS)
+    assert kept[0] == kept[1]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmarks import expert_matmul, gpu_training, prefix_attention, sampling, training_step
+from benchmarks.checkpoints import blocked, transfer
+from benchmarks.checkpoints import memory as save_memory
 from benchmarks.data import decoding, starting, streaming, waiting
 from benchmarks.data.__main__ import main as data_main
 from benchmarks.data.photographs import photographs
@@ -30,6 +32,8 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
         (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),
         (decoding, [*TINY, *FEW_IMAGES, "--decode-threads", "1,2"], 3 + decoding.has_turbo()),
         (waiting, [*TINY_MODEL, "--batch", "4", "--steps", "1"], 1),
+        (blocked, TINY_MODEL, 2),
+        pytest.param(transfer, TINY_MODEL, 4, marks=pytest.mark.slow),
         pytest.param(streaming, [*TINY, *FEW_IMAGES, "--samples", "8"], 2, marks=pytest.mark.slow),
         pytest.param(starting, [*TINY, *FEW_IMAGES, "--samples", "8"], 4, marks=pytest.mark.slow),
         pytest.param(
@@ -52,6 +56,17 @@ def test_the_command_prints_a_table_and_writes_its_rows(
         timed = [value for name, value in row.items() if name.endswith(("_s", "_ms"))]
         assert timed
         assert min(timed) > 0
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_save_is_counted(tmp_path):
+    file = tmp_path / "out.json"
+    assert save_memory.main(["--device", "cpu", "--size", "S/2", "--output", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["state_mib"] > 900
+    # One copy and no more: this is no timing, and the state is far larger than a page.
+    assert row["snapshot_per_state"] == pytest.approx(1.0, abs=0.05)
+    assert row["upload_mib"] < 0.5 * row["state_mib"]
 
 
 @pytest.mark.slow

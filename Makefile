@@ -40,7 +40,7 @@ data-demo: setup
 	$(BIN)/python -m trainer.launch +exp=pictures data.prefix=$(SHARDS) $(ARGS)
 
 test: test-fast
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
@@ -69,6 +69,8 @@ bench: setup
 	    $(BIN)/python -m benchmarks.data $$name --output $(LAPFLOW_HOME)/bench/data_$$name.json || exit 1; done
 	for name in memory wire step full_size building; do \
 	    $(BIN)/python -m benchmarks.experts $$name --output $(LAPFLOW_HOME)/bench/experts_$$name.json || exit 1; done
+	for name in blocked transfer memory; do \
+	    $(BIN)/python -m benchmarks.checkpoints $$name --output $(LAPFLOW_HOME)/bench/checkpoints_$$name.json || exit 1; done
 
 pictures: setup
 	$(BIN)/python docs/pictures.py $(ARGS)

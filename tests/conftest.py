@@ -1,7 +1,9 @@
 """Test-wide set-up: shape types of `models` are checked at run time, and nothing phones home."""
 
+import faulthandler
 import os
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Before anything imports `models`.
@@ -17,6 +19,20 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 from tests.support.empty_tracker import empty_tracker  # noqa: E402
 from tests.support.finished import finished  # noqa: E402
+from tests.support.forked import forked_ranks  # noqa: E402
 from tests.support.s3_server import s3  # noqa: E402
 
-__all__ = ["empty_tracker", "finished", "s3"]  # fixtures for all tests
+__all__ = ["empty_tracker", "finished", "forked_ranks", "s3"]  # fixtures for all tests
+
+_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the way to the terminal that pytest hides from tests."""
+    config.stash[_STDERR] = os.dup(2)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have an abort tell where every thread was: Ray takes that away when it is left."""
+    faulthandler.disable()
+    faulthandler.enable(item.config.stash[_STDERR])

@@ -13,7 +13,7 @@ import pytest
 from pipelines.ingest.digits import ensure_digits
 from trainer.launch import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 TINY = [
     "+exp=digits",

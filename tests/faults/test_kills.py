@@ -15,8 +15,6 @@ from tests.support.job import SMALL, final_state, job
 
 pytestmark = pytest.mark.slow
 
-SECOND_CHECKPOINT = r"checkpoint: \S+/000000002560"
-
 
 @pytest.fixture
 def home(empty_tracker, tmp_path):
@@ -40,32 +38,27 @@ def assert_no_point_twice(home):
     assert len(points) == len(set(points))
 
 
-def test_a_killed_worker_is_replaced_and_a_killed_job_continued_when_run_again(finished, home):
-    with job(*SMALL, home=home) as running:
-        running.wait_for(SECOND_CHECKPOINT)
-        running.workers()[0].kill()
+def test_a_run_goes_on_after_ctrl_c_a_killed_worker_and_a_killed_job(finished, home):
+    """One run through all three, so that each has to leave what the next goes on from."""
+    with job(*SMALL, home=home) as interrupted:
+        interrupted.wait_for(r"checkpoint: \S+/000000001280")
+        interrupted.signal_group(signal.SIGINT)
+        assert interrupted.wait() == 128 + signal.SIGINT, interrupted.output
+        final = interrupted.wait_for(r"stopped; .* (\S+/checkpoints/(\d+))")
+        assert 1280 < int(final[2]) < 6400
+        assert interrupted.processes() == []
+    with job(*SMALL, home=home) as killed:
+        killed.wait_for(r"(?s)resumed after .+checkpoint: \S+")
+        assert f"resumed after {int(final[2]):,} images from {final[1]}" in killed.output
+        killed.workers()[0].kill()
         # It restarts by itself, from a checkpoint.
-        running.wait_for(r"resumed after [\d,]+ images(.|\n)+checkpoint: \S+")
-        running.kill_everything()
+        killed.wait_for(r"(?s)resumed after .+resumed after [\d,]+ images.+checkpoint: \S+")
+        killed.kill_everything()
     with job(*SMALL, home=home) as again:
         assert again.wait() == 0, again.output
         assert "resumed after" in again.output
     assert_same_state(home, finished.state)
     assert_no_point_twice(home)
-
-
-def test_ctrl_c_leaves_a_final_checkpoint_from_which_the_run_goes_on(finished, home):
-    with job(*SMALL, home=home) as running:
-        running.wait_for(SECOND_CHECKPOINT)
-        running.signal_group(signal.SIGINT)
-        assert running.wait() == 128 + signal.SIGINT, running.output
-        final = running.wait_for(r"stopped; .* (\S+/checkpoints/(\d+))")
-        assert 2560 < int(final[2]) < 6400
-        assert running.processes() == []
-    with job(*SMALL, home=home) as again:
-        assert again.wait() == 0, again.output
-        assert f"resumed after {int(final[2]):,} images from {final[1]}" in again.output
-    assert_same_state(home, finished.state)
     with job(*SMALL, home=home) as complete:
         assert complete.wait() == 0
         assert "this run is complete" in complete.output

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.experts import memory, wire
 from benchmarks.experts.variant import Variant
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 COARSE = "{2:2,1:2}"
 

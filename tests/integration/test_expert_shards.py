@@ -11,7 +11,7 @@ from tests.support import expert_worker
 from tests.support.engine_worker import OPTIM
 from tests.support.expert_worker import SCALES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 EXACT = 1e-11
 """Rounding of float64 after a deep network; a wrong average is off by a factor."""
@@ -79,6 +79,13 @@ LOOKS = (1, 10, 20)
 """After how many updates the whole state is compared; losses and norms are after each."""
 
 
+@pytest.fixture(scope="module")
+def alone() -> list[dict[str, Any]]:
+    """What one process learns."""
+    payload = {"updates": UPDATES, "looks": LOOKS, "variants": [{"kind": "plain"}]}
+    return on_ranks(expert_worker.trajectories, 1, payload)
+
+
 @pytest.mark.parametrize(
     ("ranks", "variants"),
     [
@@ -102,11 +109,10 @@ LOOKS = (1, 10, 20)
         ),
     ],
 )
-def test_twenty_updates_are_those_of_one_process(ranks, variants):
-    payload = {"updates": UPDATES, "looks": LOOKS}
-    alone = on_ranks(expert_worker.trajectories, 1, payload | {"variants": [{"kind": "plain"}]})
+def test_twenty_updates_are_those_of_one_process(alone, ranks, variants):
     assert sum(each["history"][1] > OPTIM.clip_norm for each in alone) > UPDATES / 2
-    told = on_ranks(expert_worker.trajectories, ranks, payload | {"variants": variants})
+    payload = {"updates": UPDATES, "looks": LOOKS, "variants": variants}
+    told = on_ranks(expert_worker.trajectories, ranks, payload)
     assert len(told) == UPDATES * len(variants)
     for number, variant in enumerate(variants):
         for update in range(UPDATES):

@@ -10,7 +10,7 @@ from cluster.contract import ClusterConfig
 from cluster.launcher import run
 from tests.support import gather_worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 SAMPLERS = [
     {"solver": "heun", "steps": 5, "guidance_scale": 2.0},

@@ -17,7 +17,7 @@ from trainer.trained.evaluation import (
     evaluate_checkpoints,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def cluster() -> Iterator[RayCluster]:
     head, *more = CPUS.values()
     with (
         pytest.MonkeyPatch.context() as patch,
-        ray_cluster(cpus=head, more_cpus=more) as cluster,
+        ray_cluster(cpus=head, more_cpus=more, dashboard=False) as cluster,
     ):
         patch.setenv("RAY_AUTH_MODE", cluster.environment["RAY_AUTH_MODE"])
         yield cluster

@@ -1,5 +1,6 @@
 """The command as a Ray job on a cluster that `ray start` began."""
 
+import shlex
 import sqlite3
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 TOTAL = 12800
 COMMAND = (
-    *("--working-dir", str(ROOT), "--", "python", "-m", "trainer.launch"),
+    *("python", "-m", "trainer.launch"),
     *(setting for setting in SMALL if not setting.startswith("cluster.address")),
     f"train.total_images={TOTAL}",
 )
@@ -28,32 +29,47 @@ def newest_images(home: Path) -> int:
     return 0 if manifest is None else manifest.images
 
 
+def submit(client: JobSubmissionClient, deadline: float) -> None:
+    """Submits the job `first`; a cluster answers before its agent, which starts jobs, is up."""
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=shlex.join(COMMAND),
+                submission_id="first",
+                runtime_env={"working_dir": str(ROOT)},
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+        else:
+            return
+
+
 def test_stop_leaves_a_final_checkpoint_and_submitting_again_finishes(tmp_path, monkeypatch):
     monkeypatch.setenv("LAPFLOW_HOME", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with ray_cluster(cpus=2) as cluster:
         deadline = time.monotonic() + 240
-        submit = ("submit", "--no-wait", "--submission-id", "first", *COMMAND)
-        # A cluster answers before its agent, which starts jobs, is up.
-        while "No available agent" in (submitted := cluster.job(*submit)).stderr:
-            assert time.monotonic() < deadline, submitted.stderr
-        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-        while newest_images(tmp_path) < 2560:
-            assert time.monotonic() < deadline, cluster.job("logs", "first").stdout
-            time.sleep(0.1)
-        # The command `ray job stop` does the same after importing for seconds.
+        # The command `ray job`, which the second submission is, imports for seconds.
         client = JobSubmissionClient(cluster.dashboard)
+        submit(client, deadline)
+        while newest_images(tmp_path) < 2560:
+            assert time.monotonic() < deadline, client.get_job_logs("first")
+            time.sleep(0.1)
         assert client.stop_job("first")
         while client.get_job_status("first") not in (JobStatus.STOPPED, JobStatus.FAILED):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        log = cluster.job("logs", "first").stdout
+        log = client.get_job_logs("first")
         stopped_at = newest_images(tmp_path)
         assert 2560 < stopped_at < TOTAL, log
         assert "stopped; run the same command again" in log
         assert f"{stopped_at:012d}" in log
 
-        again = cluster.job("submit", "--submission-id", "second", *COMMAND)
+        again = cluster.job(
+            *("submit", "--submission-id", "second", "--working-dir", str(ROOT), "--", *COMMAND)
+        )
         assert again.returncode == 0, again.stdout + again.stderr
         assert f"resumed after {stopped_at:,} images" in again.stdout
         assert "classifier reads the label" in again.stdout

@@ -141,84 +141,88 @@ def state(engine: Engine) -> dict[str, list[float]]:
 
 def conformance(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Train every variant alike and tell losses, norms and final states."""
+    stages = payload.get("stages")
     for variant in payload["variants"]:
         micro = variant.pop("micro_batch", BATCH // context.world_size)
+        poisoned = variant.pop("poisoned", False)
         engine = build(context, micro_batch=micro, **variant)
-        stages = payload.get("stages")
         history = updates(engine, context, count=4, micro_batch=micro, stages=stages)
-        tell_once(context, {"history": history, "state": state(engine)})
+        told = {"history": history, "state": state(engine)}
+        if poisoned:
+            told |= poison(engine, context, before=told["state"])
+        tell_once(context, told)
 
 
-def reload(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """Train 4 updates; then 2, move the state into a fresh engine, and 2 more; tell both states."""
+def course(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Take every engine through all that may happen to one; tell each side of it.
+
+    It trains 4 updates; half way its state is copied and its model is used with other weights. A
+    fresh engine goes on from the copy, and gets a NaN at the end.
+    """
     micro = BATCH // context.world_size
     for settings in payload["engines"]:
-        straight, first, second = (build(context, micro_batch=micro, **settings) for _ in range(3))
-        updates(straight, context, count=4, micro_batch=micro)
-        updates(first, context, count=2, micro_batch=micro)
-        for source, target in zip(first.fragments(), second.fragments(), strict=True):
+        straight, resumed = (build(context, micro_batch=micro, **settings) for _ in range(2))
+        history = updates(straight, context, count=2, micro_batch=micro)
+        copies = [
+            {kind: tensor.clone() for kind, tensor in fragment.tensors.items()}
+            for fragment in straight.fragments()
+        ]
+        told = other_weights(straight)
+        history += updates(straight, context, count=2, first=2, micro_batch=micro)
+        for source, target in zip(copies, resumed.fragments(), strict=True):
             for kind, tensor in target.tensors.items():
-                tensor.copy_(source.tensors[kind])
-        second.load_fragments(2)
-        updates(second, context, count=2, first=2, micro_batch=micro)
-        tell_once(context, {"straight": state(straight), "resumed": state(second)})
+                tensor.copy_(source[kind])
+        resumed.load_fragments(2)
+        updates(resumed, context, count=2, first=2, micro_batch=micro)
+        told |= {"history": history, "state": state(straight), "resumed": state(resumed)}
+        told |= poison(resumed, context, before=told["resumed"])
+        tell_once(context, told)
 
 
-def ema(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """Tell what the model computes inside `ema_weights`, and how it trains on after it."""
-    micro = BATCH // context.world_size
+def other_weights(engine: Engine) -> dict[str, Any]:
+    """Use the model with its averaged and its initial weights, beside whole models with them."""
     inputs = (
         (torch.linspace(-1, 1, 32).view(2, 1, 4, 4), torch.linspace(-1, 1, 64).view(1, 1, 8, 8)),
         torch.tensor([0.25, 0.75]),
         torch.tensor([0, 3]),
     )
-    for settings in payload["engines"]:
-        looked, plain = (build(context, micro_batch=micro, **settings) for _ in range(2))
-        for engine in (looked, plain):
-            updates(engine, context, count=2, micro_batch=micro)
-        whole = tiny_model()
-        averages = state(looked)
-        with torch.no_grad():
-            for name, parameter in whole.named_parameters():
-                parameter.copy_(torch.tensor(averages[f"ema/{name}"]).view_as(parameter))
-            expected = [velocity.flatten().tolist() for velocity in whole(*inputs)]
-            with looked.ema_weights() as model:
-                inside = [velocity.flatten().tolist() for velocity in model(*inputs)]
-            begun = [velocity.flatten().tolist() for velocity in tiny_model()(*inputs)]
-            with looked.initial_weights() as model:
-                beginning = [velocity.flatten().tolist() for velocity in model(*inputs)]
-        for engine in (looked, plain):
-            updates(engine, context, count=1, first=2, micro_batch=micro)
-        told = {
-            "inside": inside,
-            "expected": expected,
-            "beginning": beginning,
-            "begun": begun,
-            "after_look": state(looked),
-            "without_look": state(plain),
-        }
-        tell_once(context, told)
+    whole = tiny_model()
+    averages = state(engine)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.copy_(torch.tensor(averages[f"ema/{name}"]).view_as(parameter))
+        expected = [velocity.flatten().tolist() for velocity in whole(*inputs)]
+        with engine.ema_weights() as model:
+            inside = [velocity.flatten().tolist() for velocity in model(*inputs)]
+        begun = [velocity.flatten().tolist() for velocity in tiny_model()(*inputs)]
+        with engine.initial_weights() as model:
+            beginning = [velocity.flatten().tolist() for velocity in model(*inputs)]
+    return {"inside": inside, "expected": expected, "beginning": beginning, "begun": begun}
 
 
-def nonfinite(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """Give one rank a NaN loss; tell every rank's outcome and whether the state moved."""
+def poison(
+    engine: Engine, context: WorkerContext, *, before: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Give one rank a NaN loss after 4 updates; every rank's outcome, and what comes after it.
+
+    Args:
+        engine: Its micro-batch is all of a rank's images.
+        context: This rank.
+        before: The engine's state.
+    """
+    velocity = engine(
+        (torch.ones(2, 1, 4, 4), torch.ones(1, 1, 8, 8)), torch.rand(2), torch.tensor([0, 1])
+    )
+    loss = sum(v.square().mean() for v in velocity)
+    assert isinstance(loss, torch.Tensor)
+    engine.backward(loss * (float("nan") if context.rank == 1 else 1.0), last=True)
+    outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
+    applied: list[Any] = [None] * context.world_size
+    torch.distributed.all_gather_object(applied, outcome.applied)
+    unmoved = state(engine) == before
     micro = BATCH // context.world_size
-    for settings in payload["engines"]:
-        engine = build(context, micro_batch=micro, **settings)
-        updates(engine, context, count=1, micro_batch=micro)
-        before = state(engine)
-        velocity = engine(
-            (torch.ones(2, 1, 4, 4), torch.ones(1, 1, 8, 8)), torch.rand(2), torch.tensor([0, 1])
-        )
-        loss = sum(v.square().mean() for v in velocity)
-        assert isinstance(loss, torch.Tensor)
-        engine.backward(loss * (float("nan") if context.rank == 1 else 1.0), last=True)
-        outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
-        applied: list[Any] = [None] * context.world_size
-        torch.distributed.all_gather_object(applied, outcome.applied)
-        unmoved = state(engine) == before
-        history = updates(engine, context, count=1, first=1, micro_batch=micro)
-        tell_once(context, {"applied": applied, "unmoved": unmoved, "next": history})
+    history = updates(engine, context, count=1, first=4, micro_batch=micro)
+    return {"applied": applied, "unmoved": unmoved, "next": history}
 
 
 def tell_once(context: WorkerContext, message: dict[str, Any]) -> None:

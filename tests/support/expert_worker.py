@@ -71,11 +71,16 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
     world = context.world_size
     sizes = sorted({size for case in payload["cases"] for size in case["placement"].values()})
     formed = {size: ExpertShards.of(Placement((size,) * SCALES)).exchanges[0] for size in sizes}
+    wholes: dict[str, tuple[LapFlowTransformer, list[torch.Tensor]]] = {}
     for case in payload["cases"]:
         options, active = case.get("options", {}), case.get("active", SCALES)
-        whole = network(options)
-        losses = [loss_of(whole, rank=rank, active=active) for rank in range(world)]
-        torch.stack(losses).mean().backward()
+        # Many placements are compared with the same whole model.
+        if (name := f"{options} {active}") not in wholes:
+            whole = network(options)
+            losses = [loss_of(whole, rank=rank, active=active) for rank in range(world)]
+            torch.stack(losses).mean().backward()
+            wholes[name] = whole, [loss.detach() for loss in losses]
+        whole, losses = wholes[name]
         shards = ExpertShards(exchanges={k: formed[n] for k, n in case["placement"].items()})
         divided = network(options, shards.divide)
         divided.recompute(case.get("recomputed", ()))

@@ -54,12 +54,15 @@ class RayCluster:
 
 
 @contextmanager
-def ray_cluster(*, cpus: int = 2, more_cpus: Sequence[int] = ()) -> Iterator[RayCluster]:
+def ray_cluster(
+    *, cpus: int = 2, more_cpus: Sequence[int] = (), dashboard: bool = True
+) -> Iterator[RayCluster]:
     """Starts a cluster and ends it after the block.
 
     Args:
-        cpus: CPUs of the head node, which has a dashboard.
+        cpus: CPUs of the head node.
         more_cpus: CPUs of each further node.
+        dashboard: Whether the head node has one, which is what takes jobs.
     """
     scratch = Path(tempfile.mkdtemp(prefix="ray-"))
     port, dashboard_port = _free_port(), _free_port()
@@ -68,11 +71,13 @@ def ray_cluster(*, cpus: int = 2, more_cpus: Sequence[int] = ()) -> Iterator[Ray
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A process for each CPU, before anybody asks for one, is work that no test needs.
+        "RAY_prestart_worker_first_driver": "0",
         # Time for a last checkpoint between the SIGTERM and the SIGKILL of `ray job stop`.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }
     head = (
-        *("--head", "--port", str(port), "--include-dashboard", "true"),
+        *("--head", "--port", str(port), "--include-dashboard", str(dashboard).lower()),
         *("--dashboard-host", HOST, "--dashboard-port", str(dashboard_port)),
         *("--temp-dir", str(scratch / "ray")),
     )
@@ -84,7 +89,11 @@ def ray_cluster(*, cpus: int = 2, more_cpus: Sequence[int] = ()) -> Iterator[Ray
             role = ("--address", f"{HOST}:{port}") if nodes else head
             log = scratch / f"{host}.log"
             nodes[host] = _start(
-                (*role, "--node-ip-address", host, "--num-cpus", str(count)),
+                (
+                    *(*role, "--node-ip-address", host, "--num-cpus", str(count)),
+                    # Without it every cluster of this machine wants the same one.
+                    *("--dashboard-agent-listen-port", str(_free_port())),
+                ),
                 environment=environment,
                 log=log,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,13 +15,11 @@ from pipelines.decode import DecodeConfig
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from pipelines.torchvision_cpu import ensure_torchvision
+from tests.support.forked import forked
 
 BATCH_IMAGES = 8
 IMAGE_SIZE = 16
 
-# A server that has imported what readers need, so that one starts in milliseconds.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([__name__, "streaming", "boto3"])
 ensure_torchvision()  # streaming needs it
 
 
@@ -65,8 +62,8 @@ class Reader:
     """
 
     def __init__(self, reading: Reading, *, before: Callable[[], object] | None = None) -> None:
-        self._pipe, theirs = _processes.Pipe(duplex=False)
-        self.process: BaseProcess = _processes.Process(target=_read, args=(reading, theirs, before))
+        self._pipe, theirs = forked.Pipe(duplex=False)
+        self.process: BaseProcess = forked.Process(target=_read, args=(reading, theirs, before))
         self.process.start()
         theirs.close()
 

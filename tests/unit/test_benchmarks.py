@@ -61,12 +61,13 @@ def test_the_command_prints_a_table_and_writes_its_rows(
 @pytest.mark.slow
 def test_the_memory_of_a_save_is_counted(tmp_path):
     file = tmp_path / "out.json"
-    assert save_memory.main(["--device", "cpu", "--size", "S/2", "--output", str(file)]) == 0
+    asked = [*TINY, "--size", "S/2", "--depth", "2", "--output", str(file)]
+    assert save_memory.main(asked) == 0
     (row,) = json.loads(file.read_text())["rows"]
-    assert row["state_mib"] > 900
+    assert row["state_mib"] > 150
     # One copy and no more: this is no timing, and the state is far larger than a page.
     assert row["snapshot_per_state"] == pytest.approx(1.0, abs=0.05)
-    assert row["upload_mib"] < 0.5 * row["state_mib"]
+    assert row["upload_mib"] < 120
 
 
 @pytest.mark.slow

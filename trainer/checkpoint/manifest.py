@@ -15,7 +15,7 @@ from trainer.checkpoint.errors import InvalidKey, InvalidManifest, NewerManifest
 from trainer.checkpoint.spans import Span
 
 FORMAT_VERSION = 2
-MAX_MANIFEST_BYTES = 256 * 1024**2
+MAX_MANIFEST_BYTES = 32 * 1024**2
 MAX_ELEMENTS = 2**44
 MAX_BLOCK_BYTES = 2**30
 MAX_DIMENSIONS = 8

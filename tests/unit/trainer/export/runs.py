@@ -11,11 +11,8 @@ import torch
 from models.flow.flow import FlowConfig
 from models.transformer.config import Ties, TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
+from tests.support.saved import save_now
 from trainer.autoencoder import CodecConfig
-from trainer.checkpoint.agreement import alone
-from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.schema import DataConfig, JobConfig, science, science_hash
 from trainer.space import flow_shape
@@ -108,25 +105,15 @@ def save_run(
         for name, parameter in saved.master.named_parameters()
     ]
     chosen = science(job, data_digest="d1" * 32, codec_digest=codec_digest)
-    store = open_store(f"{place}/runs", StoreConfig())
-    checkpoints = CheckpointSaver(
-        store,
-        catalogue=Catalogue(store, run=RUN),
-        config=CheckpointConfig(),
-        rank=0,
-        world_size=1,
-        gather=alone,
-        gather_aside=alone,
-    )
-    checkpoints.prepare(fragments)
-    checkpoints.save(
+    save_now(
+        open_store(f"{place}/runs", StoreConfig()),
+        run=RUN,
         images=IMAGES,
         fragments=fragments,
         train_state=TrainState(images=IMAGES, updates=7).to_dict(),
         science=chosen | (changed_science or {}),
         science_hash=science_hash(chosen),
     )
-    checkpoints.finish()
     return saved
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer import places
 from trainer.checkpoint.errors import DamagedCheckpoint
@@ -13,6 +13,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.engine.protocol import Engine
 from trainer.metrics.buffer import MetricBuffer
+from trainer.metrics.unsent import Point
 from trainer.schema import (
     ConfigError,
     JobConfig,
@@ -119,6 +120,14 @@ def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, CheckpointRea
     return store, checkpoints, manifest
 
 
+class Restored(NamedTuple):
+    """Where a run goes on."""
+
+    state: TrainState
+    unsent: list[Point]
+    """Points of its curves that had not reached the tracker when the checkpoint was saved."""
+
+
 def restore(
     job: JobConfig,
     chosen: Mapping[str, Any],
@@ -127,7 +136,7 @@ def restore(
     metrics: MetricBuffer,
     checkpoints: CheckpointReader,
     tell: Callable[[dict[str, object]], None],
-) -> TrainState:
+) -> Restored:
     """Bring the engine to where the run left off; a collective call.
 
     A checkpoint whose content turns out damaged is passed over for the one before it.
@@ -141,7 +150,7 @@ def restore(
         tell: Takes a note for the user.
 
     Returns:
-        The run's counters.
+        The run's counters, and points of its curves to record again.
 
     Raises:
         ConfigError: If every checkpoint of the run is damaged, or `resume` names one that does not
@@ -164,7 +173,7 @@ def restore(
             return _load(source, manifest, engine, metrics, tell)
         except DamagedCheckpoint as damage:
             raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
-    return TrainState()
+    return Restored(TrainState(), [])
 
 
 def all_damaged(job: JobConfig) -> ConfigError:
@@ -181,14 +190,15 @@ def _load(
     engine: Engine,
     metrics: MetricBuffer,
     tell: Callable[[dict[str, object]], None],
-) -> TrainState:
+) -> Restored:
     counters = checkpoints.restore(manifest, engine.fragments())
     metrics.load_state(counters.pop("metrics", {}))
+    unsent = [Point.from_json(encoded) for encoded in counters.pop("unsent_points", [])]
     state = TrainState.from_dict(counters)
     engine.load_fragments(state.updates)
     uri = checkpoints.uri(manifest.images)
     tell({"kind": "resumed", "images": state.images, "uri": uri})
-    return state
+    return Restored(state, unsent)
 
 
 def _completed(

@@ -103,7 +103,9 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
     )
     chosen = science(job, data_digest=images.digest, codec_digest=codec_digest)
     metrics = MetricBuffer(device)
-    state = restore(job, chosen, engine=engine, metrics=metrics, checkpoints=checkpoints, tell=tell)
+    state, unsent = restore(
+        job, chosen, engine=engine, metrics=metrics, checkpoints=checkpoints, tell=tell
+    )
     tracker: Tracker = SilentTracker()
     if context.rank == 0:
         tracker = MlflowTracker(
@@ -113,6 +115,8 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
             identity=f"{places.run_uri(job)} {science_hash(chosen)}",
         )
         tracker.config(to_dict(job))
+        for point in unsent:
+            tracker.metrics(point.values, images=point.images)
 
     step = TrainStep(
         engine=engine,
@@ -154,7 +158,11 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         saver.save(
             images=state.images,
             fragments=engine.fragments(),
-            train_state=state.to_dict() | {"metrics": metrics.state()},
+            train_state={
+                **state.to_dict(),
+                "metrics": metrics.state(),
+                "unsent_points": [point.to_json() for point in tracker.unsent()],
+            },
             science=chosen,
             science_hash=science_hash(chosen),
             last=last,

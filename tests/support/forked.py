@@ -27,6 +27,12 @@ forked.set_forkserver_preload(
     [
         *("tests.support.shard_reader", "streaming", "boto3"),
         *("tests.support.engine_worker", "trainer.worker", "deepspeed", "torch._dynamo"),
+        *("deepspeed.runtime.engine", "deepspeed.compile.inductor", "nvidia.dali.fn"),
+        *(
+            "mlflow.store.tracking.sqlalchemy_store",
+            "sqlalchemy.dialects.sqlite",
+            "alembic.command",
+        ),
     ]
 )
 

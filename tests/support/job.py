@@ -141,7 +141,11 @@ def final_state(store_uri: str, run: str, config: StoreConfig | None = None) -> 
         for kind in manifest.kinds
         for name, tensor in load_weights(store, manifest, kind).items()  # type: ignore[arg-type]
     }
-    counters = {name: _number(value) for name, value in manifest.train_state.items()}
+    counters = {
+        name: _number(value)
+        for name, value in manifest.train_state.items()
+        if name not in ("metrics", "unsent_points")
+    }
     return state | counters
 
 

@@ -93,11 +93,11 @@ class LocalStore:
         sizes: dict[str, int] = {}
         for path in self._files(prefix):
             if not path.name.startswith(TEMPORARY):
-                try:
-                    with self._explained("list", self._key(path)):
+                with self._explained("list", self._key(path)):
+                    try:
                         status = path.stat()
-                except FileNotFoundError:
-                    continue  # deleted since the folder was read
+                    except FileNotFoundError:
+                        continue  # deleted since the folder was read
                 if stat.S_ISREG(status.st_mode):
                     sizes[self._key(path)] = status.st_size
         return dict(sorted(sizes.items()))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from trainer.metrics.unsent import Point
+
 
 class InvalidTrackingUri(ValueError):
     """A tracking address that must not be used."""
@@ -48,6 +50,10 @@ class Tracker(Protocol):
         """Record values at a position of the run."""
         ...
 
+    def unsent(self) -> list[Point]:
+        """Return the recorded values that are not safe yet, oldest first."""
+        ...
+
     def image(self, name: str, png: bytes, *, images: int) -> None:
         """Record a picture at a position of the run."""
         ...
@@ -69,6 +75,10 @@ class SilentTracker:
 
     def metrics(self, values: Mapping[str, float], *, images: int) -> None:
         """Ignore."""
+
+    def unsent(self) -> list[Point]:
+        """There are none."""
+        return []
 
     def image(self, name: str, png: bytes, *, images: int) -> None:
         """Ignore."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.metrics.tracker import TrackingConfig
+from trainer.metrics.unsent import Point, UnsentPoints
 
 # A dead server must not hold one call for minutes: our own queue retries. Users can override.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -132,6 +133,7 @@ class MlflowTracker:
         self._uri = tracking_uri(config, home)
         self._run_id = ""
         self._newest: dict[str, int] = {}
+        self._unsent = UnsentPoints()
         self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE_CALLS)
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
@@ -164,6 +166,7 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         timestamp = int(time.time() * 1000)
+        number = self._unsent.add(images, values)
 
         def send(client: Any) -> None:
             fresh = [
@@ -173,8 +176,13 @@ class MlflowTracker:
             ]
             client.log_batch(self._run_id, metrics=fresh)
             self._newest.update({metric.key: images for metric in fresh})
+            self._unsent.forget(number)
 
         self._put(send)
+
+    def unsent(self) -> list[Point]:
+        """Return the points that MLflow has not taken yet."""
+        return self._unsent.points()
 
     def image(self, name: str, png: bytes, *, images: int) -> None:
         """Store a picture as the artifact `<name>/<images>.png`."""

@@ -12,6 +12,7 @@ from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.progress import Progress
 from trainer.metrics.throughput import Throughput
 from trainer.metrics.tracker import InvalidTrackingUri, SilentTracker, TrackingConfig
+from trainer.metrics.unsent import MOST_POINTS, Point, UnsentPoints
 
 
 def test_values_are_reduced_as_declared_and_forgotten_by_the_flush():
@@ -170,3 +171,17 @@ def test_credentials_in_the_tracking_uri_are_refused_and_not_repeated():
     with pytest.raises(InvalidTrackingUri) as caught:
         TrackingConfig(uri="http://me:hunter2@host")
     assert "hunter2" not in str(caught.value)
+
+
+def test_points_on_their_way_are_kept_to_the_bit_until_they_arrive():
+    unsent = UnsentPoints()
+    first = unsent.add(64, {"loss": 0.1, "norm": float("inf")})
+    unsent.add(128, {"loss": 1 / 3})
+    encoded = json.loads(json.dumps([point.to_json() for point in unsent.points()]))
+    assert [Point.from_json(each) for each in encoded] == unsent.points()
+    unsent.forget(first)
+    assert unsent.points() == [Point(128, {"loss": 1 / 3})]
+    unsent.forget(first)
+    for images in range(2 * MOST_POINTS):
+        unsent.add(images, {})
+    assert [point.images for point in unsent.points()] == list(range(MOST_POINTS, 2 * MOST_POINTS))

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from trainer.care.retained import ListConfig, PruneConfig, list_checkpoints, prune_checkpoints
-from trainer.care.run_place import open_run
-from trainer.care.verified import VerifyConfig, verify_checkpoints
-from trainer.checkpoint.errors import DamagedCheckpoint
-from trainer.checkpoint.store import StoreConfig
-from trainer.command import Outcome, Subcommand, run_subcommands
-from trainer.export.export import ExportConfig, export_checkpoint
-from trainer.schema import ConfigError
+from trainer.checkpoint_command.exporting import ExportConfig, export_chosen_checkpoint
+from trainer.checkpoint_command.listing import ListConfig, list_checkpoints
+from trainer.checkpoint_command.pruning import PruneConfig, prune_checkpoints
+from trainer.checkpoint_command.verifying import VerifyConfig, verify_checkpoints
+from trainer.command import Subcommand, run_subcommands
 
 _MODULE = "trainer.checkpoints"
 _RUN = "~/lapflow/store/runs/digits"
@@ -61,29 +57,6 @@ The newest valid checkpoint is never deleted, nor what may belong to a save unde
 checkpoint is valid is told without reading it: run verify first where that is not enough."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChosenExport:
-    """What to export, and where to.
-
-    Attributes:
-        uri: URI of a checkpoint, or of a run.
-        output: Folder or file to write.
-        choose: Images of the run's checkpoint to take; None takes the newest valid one.
-        file: "folder" for diffusers and torch, or "safetensors" for one file of weights.
-        weights: "ema", "master" for the weights without averaging, or, in a folder, "both".
-        overwrite: Replace what is at `output`.
-        store: How to reach the store.
-    """
-
-    uri: str
-    output: str
-    choose: int | None = None
-    file: Literal["folder", "safetensors"] = "folder"
-    weights: Literal["ema", "master", "both"] = "ema"
-    overwrite: bool = False
-    store: StoreConfig = field(default_factory=StoreConfig)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     commands: dict[str, Subcommand[Any]] = {
@@ -102,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             example=_RUN,
         ),
         "export": Subcommand(
-            kind=ChosenExport,
-            make=export_chosen,
+            kind=ExportConfig,
+            make=export_chosen_checkpoint,
             summary="write the weights for other programs",
             description=_EXPORT,
             example=f"{_RUN} output=digits-weights",
@@ -117,38 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     }
     return run_subcommands(commands, module=_MODULE, description=_DESCRIPTION, arguments=arguments)
-
-
-def export_chosen(config: ChosenExport) -> Outcome:
-    """Export a checkpoint, or the newest valid one of a run.
-
-    Raises:
-        ConfigError: If there is no such checkpoint, or `output` cannot be written.
-        CheckpointError: If the checkpoint is damaged, or the store fails.
-    """
-    place = open_run(config.uri, config.store)
-    if place.images is not None and config.choose is not None:
-        raise ConfigError(
-            f"choose={config.choose} needs the URI of a run, but {config.uri} is one checkpoint; "
-            f"give {place.uri}"
-        )
-    images = place.images if config.choose is None else config.choose
-    found = place.committed(images)
-    if found.newest_valid is None:
-        raise DamagedCheckpoint(
-            f"{config.uri} cannot be exported: {found.damaged[max(found.damaged)]}"
-        )
-    written = export_checkpoint(
-        ExportConfig(
-            checkpoint=place.catalogue.uri(found.newest_valid.images),
-            output=config.output,
-            file=config.file,
-            weights=config.weights,
-            overwrite=config.overwrite,
-            store=config.store,
-        )
-    )
-    return Outcome(f"{written}")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ common settings (every key is listed by --cfg job):
   tracking.uri=http://HOST:5000   an MLflow server instead of a file under home
   home=FOLDER                  local files; default $LAPFLOW_HOME or ~/lapflow
 
-exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end but checkpoints could not
-be saved, 130 or 143 stopped by a signal with a final checkpoint"""
+exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end or was stopped but
+checkpoints could not be saved, 130 or 143 stopped by a signal, its last state saved"""
 
 _FAILED, _REFUSED, _UNSAVED = 1, 2, 3
 
@@ -125,9 +125,8 @@ def _launch(job: JobConfig) -> int:
             return _REFUSED if isinstance(error, ValueError) and not console.begun else _FAILED
         stopped = outcome.status == "stopped" and not console.finished
         if stopped:
-            console.note(
-                f"stopped; run the same command again to continue {console.last_checkpoint}"
-            )
+            place = console.last_checkpoint or "from the beginning"
+            console.note(f"stopped; run the same command again to continue {place}")
         table = None
         if not stopped:
             try:
@@ -137,10 +136,11 @@ def _launch(job: JobConfig) -> int:
     if table is not None:
         _say(table)
     if console.failed_saves:
-        images, reason = console.failed_saves[-1]
+        images, reason = max(console.failed_saves.items())
+        count = len(console.failed_saves)
         _say(
-            f"error: {len(console.failed_saves)} checkpoints could not be saved, the last of them "
-            f"after {images:,} images: {reason}",
+            f"error: {count} checkpoint{'s' * (count > 1)} of this launch could not be saved, the "
+            f"last after {images:,} images: {reason}",
             to=sys.stderr,
         )
         return _UNSAVED

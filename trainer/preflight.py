@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from trainer import places
 from trainer.autoencoder import codec_digest
-from trainer.checkpoint.layout import MANIFEST_NAME, checkpoints_prefix
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, open_store
@@ -72,9 +71,9 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
 
 
 def _newest(job: JobConfig, store: Store) -> Manifest | None:
-    newest = CheckpointReader(store, run=job.run).newest_valid()
-    committed = any(key.endswith(MANIFEST_NAME) for key in store.list(checkpoints_prefix(job.run)))
-    if newest is None and committed:
+    checkpoints = CheckpointReader(store, run=job.run)
+    newest = checkpoints.newest_valid()
+    if newest is None and not checkpoints.is_empty():
         raise all_damaged(job)
     return newest
 

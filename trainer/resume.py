@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from trainer import places
-from trainer.checkpoint.errors import DamagedCheckpoint
+from trainer.checkpoint.address import check_no_credentials, parse_address
+from trainer.checkpoint.agreement import Gather, alone
+from trainer.checkpoint.errors import DamagedCheckpoint, InvalidStoreUri
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
@@ -23,8 +24,6 @@ from trainer.schema import (
     science_hash,
 )
 from trainer.state import TrainState
-
-_CHECKPOINT_URI = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)/?")
 
 
 def check_start(job: JobConfig, chosen: Mapping[str, Any], own: Manifest | None) -> list[str]:
@@ -88,22 +87,31 @@ def parse_uri(uri: str) -> tuple[str, str, int]:
 
     Raises:
         ConfigError: If it is not the URI of a checkpoint.
+        InvalidStoreUri: If it may carry credentials.
     """
-    match = _CHECKPOINT_URI.fullmatch(uri)
-    if match is None:
+    check_no_credentials(uri)
+    try:
+        address = parse_address(uri)
+    except InvalidStoreUri:
+        address = None
+    if address is None or address.images is None:
         raise ConfigError(
             f"{uri!r} is neither auto, never, nor the URI of a checkpoint, which looks like "
             "…/runs/NAME/checkpoints/000000100000"
         )
-    return match["runs"], match["run"], int(match["images"])
+    return address.runs, address.run, address.images
 
 
-def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, CheckpointReader, Manifest]:
-    """Open a checkpoint by its URI.
+def open_checkpoint(
+    uri: str, config: StoreConfig, *, rank: int = 0, gather: Gather = alone
+) -> tuple[Store, CheckpointReader, Manifest]:
+    """Open a checkpoint by its URI; a collective call where there are several ranks.
 
     Args:
         uri: Where it is.
         config: How to reach its store.
+        rank: This rank.
+        gather: Returns the list of every rank's object, in rank order, on every rank.
 
     Returns:
         The store of its run, the run's checkpoints, and this one's manifest.
@@ -113,7 +121,7 @@ def open_checkpoint(uri: str, config: StoreConfig) -> tuple[Store, CheckpointRea
     """
     runs, run, images = parse_uri(uri)
     store = open_store(runs, config)
-    checkpoints = CheckpointReader(store, run=run)
+    checkpoints = CheckpointReader(store, run=run, rank=rank, gather=gather)
     manifest = checkpoints.manifest(images)
     if manifest is None:
         raise ConfigError(f"there is no valid checkpoint at {uri}; list the folder above it")
@@ -126,6 +134,8 @@ class Restored(NamedTuple):
     state: TrainState
     unsent: list[Point]
     """Points of its curves that had not reached the tracker when the checkpoint was saved."""
+    position: int | None
+    """Images of the run's own checkpoint; None for a new run and for another run's checkpoint."""
 
 
 def restore(
@@ -135,6 +145,8 @@ def restore(
     engine: Engine,
     metrics: MetricBuffer,
     checkpoints: CheckpointReader,
+    rank: int,
+    gather: Gather,
     tell: Callable[[dict[str, object]], None],
 ) -> Restored:
     """Bring the engine to where the run left off; a collective call.
@@ -147,33 +159,38 @@ def restore(
         engine: Holds freshly initialised weights.
         metrics: Takes what was recorded since the last point of the curves.
         checkpoints: The run's own checkpoints.
+        rank: This rank.
+        gather: Returns the list of every rank's object, in rank order, on every rank.
         tell: Takes a note for the user.
 
     Returns:
         The run's counters, and points of its curves to record again.
 
     Raises:
-        ConfigError: If every checkpoint of the run is damaged, or `resume` names one that does not
-            fit.
+        ConfigError: If every checkpoint of the run is damaged, if its newest was saved with another
+            configuration, or if `resume` names one that does not fit.
     """
     before: int | None = None
     while (manifest := checkpoints.newest_valid(before=before)) is not None:
+        # It may have appeared since the start was checked, by another launch of the same name.
+        science_changes(job, chosen, manifest, place=f"run={job.run}")
         try:
-            return _load(checkpoints, manifest, engine, metrics, tell)
+            restored = _load(checkpoints, manifest, engine, metrics, tell)
+            return restored._replace(position=manifest.images)
         except DamagedCheckpoint as damage:
             tell({"kind": "warning", "text": str(damage)})
             before = manifest.images
-    if before is not None:
+    if not checkpoints.is_empty():
         # The engine may hold part of what was read; and a new run must not replace the evidence.
         raise all_damaged(job)
     if job.resume not in ("auto", "never"):
-        _, source, manifest = open_checkpoint(job.resume, job.store)
+        _, source, manifest = open_checkpoint(job.resume, job.store, rank=rank, gather=gather)
         science_changes(job, chosen, manifest, place=job.resume)
         try:
             return _load(source, manifest, engine, metrics, tell)
         except DamagedCheckpoint as damage:
             raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
-    return Restored(TrainState(), [])
+    return Restored(TrainState(), [], None)
 
 
 def all_damaged(job: JobConfig) -> ConfigError:
@@ -198,7 +215,7 @@ def _load(
     engine.load_fragments(state.updates)
     uri = checkpoints.uri(manifest.images)
     tell({"kind": "resumed", "images": state.images, "uri": uri})
-    return Restored(state, unsent)
+    return Restored(state, unsent, None)
 
 
 def _completed(

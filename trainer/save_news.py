@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainer.checkpoint.upload import GIB, SaveReport
+from trainer.checkpoint.upload import SaveReport
 from trainer.metrics.tracker import Tracker
 
 
@@ -29,7 +29,7 @@ class SaveNews:
             {
                 "checkpoint/blocked_s": report.blocked_s,
                 "checkpoint/upload_s": report.upload_s,
-                "checkpoint/size_gib": report.size_bytes / GIB,
+                "checkpoint/size_gib": report.size_bytes / 2**30,
                 "checkpoint/failed": float(report.error is not None),
             },
             images=report.images,

@@ -24,14 +24,14 @@ class Console:
         last_checkpoint: URI of the newest checkpoint heard of, or "".
         finished: Whether the workers said that the run reached its end.
         begun: Whether training has made progress in this launch.
-        failed_saves: For each checkpoint that could not be saved its images and why.
+        failed_saves: Why checkpoints could not be saved, by images.
     """
 
     def __init__(self) -> None:
         self.last_checkpoint = ""
         self.finished = False
         self.begun = False
-        self.failed_saves: list[tuple[int, str]] = []
+        self.failed_saves: dict[int, str] = {}
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -50,9 +50,11 @@ class Console:
                 self.note(f"warning: {message['text']}")
             case "checkpoint":
                 self.last_checkpoint = str(message["uri"])
+                # It was given up before, perhaps by workers that were started again since.
+                self.failed_saves.pop(int(message["images"]), None)
                 self.note(f"checkpoint: {message['uri']}")
             case "checkpoint_failed":
-                self.failed_saves.append((int(message["images"]), str(message["text"])))
+                self.failed_saves[int(message["images"])] = str(message["text"])
                 self.note(f"warning: {message['uri']} could not be saved: {message['text']}")
             case "resumed":
                 self.last_checkpoint = str(message["uri"])

@@ -103,9 +103,17 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
     )
     chosen = science(job, data_digest=images.digest, codec_digest=codec_digest)
     metrics = MetricBuffer(device)
-    state, unsent = restore(
-        job, chosen, engine=engine, metrics=metrics, checkpoints=checkpoints, tell=tell
+    restored = restore(
+        job,
+        chosen,
+        engine=engine,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        rank=context.rank,
+        gather=gather,
+        tell=tell,
     )
+    state = restored.state
     tracker: Tracker = SilentTracker()
     if context.rank == 0:
         tracker = MlflowTracker(
@@ -115,7 +123,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
             identity=f"{places.run_uri(job)} {science_hash(chosen)}",
         )
         tracker.config(to_dict(job))
-        for point in unsent:
+        for point in restored.unsent:
             tracker.metrics(point.values, images=point.images)
 
     step = TrainStep(
@@ -150,9 +158,9 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         gather_aside=Gathering(),
         report=SaveNews(tracker, tell),
         scores=lambda: frechet_scores(store, run=job.run, features=job.eval.features.name),
-        position=state.images or None,
+        position=restored.position,
+        stop_requested=context.stop_requested,
     )
-    saver.prepare(engine.fragments())
 
     def save(*, last: bool = False) -> None:
         saver.save(
@@ -189,6 +197,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         ),
     ]
     try:
+        saver.prepare(engine.fragments())
         with training_loader(job, images, context, codec=codec) as loader:
             end = train(
                 state,

@@ -76,3 +76,20 @@ def test_page_locked_memory_is_not_rounded_up():
     assert buffer.is_pinned()
     assert buffer.untyped_storage().nbytes() == size
     assert not host_buffer(size, page_locked=False).is_pinned()
+
+
+def test_memory_that_cannot_be_locked_does_not_fail_the_next_kernel(monkeypatch, caplog):
+    runtime = torch.cuda.cudart()
+
+    class RegisteringTwice:
+        """The second time fails, and CUDA keeps the error for the next launch."""
+
+        def cudaHostRegister(self, *arguments):  # noqa: N802
+            assert int(runtime.cudaHostRegister(*arguments)) == 0
+            return runtime.cudaHostRegister(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "cudart", RegisteringTwice)
+    buffer = host_buffer(4096, page_locked=True)
+    assert "cannot be page-locked" in caplog.text
+    assert torch.ones(1000, device="cuda").sum().item() == 1000
+    runtime.cudaHostUnregister(buffer.data_ptr())

@@ -152,6 +152,23 @@ def test_a_killed_run_goes_on_bit_for_bit(begin, undisturbed, stage, placement):
     assert_same_run(run, again, undisturbed(stage, placement))
 
 
+def test_a_run_branches_off_another(begin, undisturbed):
+    """With ZeRO-2 no rank knows all names of the other run's checkpoint."""
+    whole, _ = undisturbed(2, "replicated")
+    source = f"{whole.home}/store/runs/digits/checkpoints/{THIRD:012d}"
+    plain = begin(2, "replicated")
+    changes = (f"resume={source}", "optim.learning_rate=5e-4")
+    run = Run(plain.home, (*plain.settings, *changes))
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: .* -> 0\.0005"):
+        run.train(1)
+    branch = Run(run.home, (*run.settings, "resume_changed=true"))
+    seen = branch.train(2)
+    assert seen.resumed == THIRD
+    assert_same_state(seen.loaded, whole.saved(THIRD)[0])
+    # Stopped off the interval, it has saved its last state as its own.
+    assert branch.saved(seen.images)[1].train_state["updates"] == 20
+
+
 def test_it_does_not_matter_when_a_run_is_killed_nor_how_often(begin, undisturbed):
     run = begin(2, SHARDED)
     # Before any save; while the first rank's part of one is written and the second's is not; while

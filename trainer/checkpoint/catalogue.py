@@ -13,7 +13,7 @@ from trainer.checkpoint.errors import (
     InvalidManifest,
     MissingObject,
     NewerManifest,
-    StoreError,
+    VanishedObject,
 )
 from trainer.checkpoint.inventory import Clearance, Inventory
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -36,6 +36,10 @@ class Catalogue:
         self._run = run
         self._prefix = layout.checkpoints_prefix(run)
         self._found_damaged: set[tuple[int, str]] = set()
+        # The committed ones that were there at the last look; None before the first.
+        self._known: set[int] | None = None
+        # For each checkpoint, what was found valid and what its folder then held.
+        self._valid: dict[int, tuple[Mapping[str, int], Manifest]] = {}
 
     @property
     def run(self) -> str:
@@ -49,6 +53,7 @@ class Catalogue:
     def mark_damaged(self, manifest: Manifest) -> None:
         """Remember that reading showed a checkpoint to be damaged."""
         self._found_damaged.add((manifest.images, manifest.attempt))
+        self._valid.pop(manifest.images, None)
 
     def newest_valid(self, *, before: int | None = None) -> Manifest | None:
         """Return the newest valid checkpoint, with a warning for each newer one that is not.
@@ -60,7 +65,8 @@ class Catalogue:
             StoreError: The store fails, which is no reason to take an older checkpoint.
         """
         sizes = self._store.list(self._prefix)
-        for images in sorted(self._committed(sizes), reverse=True):
+        self._known = self._committed(sizes)
+        for images in sorted(self._known, reverse=True):
             if before is not None and images >= before:
                 continue
             try:
@@ -68,6 +74,15 @@ class Catalogue:
             except (InvalidManifest, DamagedCheckpoint) as error:
                 logger.warning("passing over checkpoint %s: %s", self.uri(images), error)
         return None
+
+    def is_committed(self, images: int) -> bool:
+        """Tell whether there is a manifest at this position, whoever wrote it."""
+        key = layout.manifest_key(self._run, images)
+        return key in self._store.list(key)
+
+    def is_empty(self) -> bool:
+        """Tell whether no checkpoint is committed, not even a damaged one."""
+        return not self._committed(self._store.list(self._prefix))
 
     def examine(self, images: int, sizes: Mapping[str, int] | None = None) -> Manifest:
         """Return the manifest of a checkpoint whose objects are all there in the right size.
@@ -113,12 +128,22 @@ class Catalogue:
 
         Raises:
             InvalidManifest: The manifest holds what is no JSON value.
-            StoreError: An object of it is not there, or the store fails.
-            CheckpointConflict: Another run's checkpoint is there, or one in a newer format.
+            VanishedObject: An object of it is not there.
+            StoreError: The store fails.
+            CheckpointConflict: A process with another configuration saves this run too, or has
+                saved it here; or there is a checkpoint in a newer format.
         """
+        standing = self._committed_by_one(manifest)
+        if self._known is not None:
+            self._known.add(manifest.images)
+        return standing
+
+    def _committed_by_one(self, manifest: Manifest) -> Manifest:
         key = layout.manifest_key(self._run, manifest.images)
         data = manifest.to_json()
-        self._check_uploaded(manifest)
+        sizes = self._store.list(self._prefix)
+        self._check_uploaded(manifest, sizes)
+        self._check_alone(manifest, sizes)
         if self._store.create(key, data):
             return manifest
         try:
@@ -156,11 +181,17 @@ class Catalogue:
             StoreError: The store fails.
         """
         sizes = self._store.list(self._prefix)
+        folders = layout.folders(self._run, sizes)
         manifests = {} if saved is None else {saved.images: saved}
         damaged = {}
         for images in sorted(self._committed(sizes) - manifests.keys()):
+            folder, valid = self._valid.get(images, ({}, None))
+            if valid is not None and folder == folders[images]:
+                manifests[images] = valid
+                continue
             try:
                 manifests[images] = self.examine(images, sizes)
+                self._valid[images] = folders[images], manifests[images]
             except (InvalidManifest, DamagedCheckpoint) as error:
                 damaged[images] = str(error)
         return Inventory(run=self._run, sizes=sizes, manifests=manifests, damaged=damaged)
@@ -198,20 +229,34 @@ class Catalogue:
             self._prefix, lambda key: superseded(key, run=self._run, committed=committed)
         )
 
-    def _check_uploaded(self, manifest: Manifest) -> None:
+    def _check_uploaded(self, manifest: Manifest, sizes: Mapping[str, int]) -> None:
         """Refuse to commit what is not there: another process may hold this one for dead."""
-        sizes = self._store.list(
-            layout.attempt_prefix(self._run, manifest.images, manifest.attempt)
-        )
         for entry in manifest.objects:
             size = sizes.get(entry.key)
             if size != entry.size_bytes:
                 state = "is not there" if size is None else f"has {size} bytes there"
-                raise StoreError(
+                raise VanishedObject(
                     f"{self._store.uri(entry.key)} was uploaded with {entry.size_bytes} bytes but "
                     f"{state}; another process may have deleted it: see that only one process "
                     f"trains run={self._run}."
                 )
+
+    def _check_alone(self, manifest: Manifest, sizes: Mapping[str, int]) -> None:
+        """Refuse to save beside a process that trains the run with another configuration."""
+        if self._known is None:
+            return
+        for images in sorted(self._committed(sizes) - self._known - {manifest.images}):
+            try:
+                other = self.examine(images, sizes)
+            except (InvalidManifest, DamagedCheckpoint):
+                continue
+            if other.science_hash != manifest.science_hash:
+                raise CheckpointConflict(
+                    f"{self.uri(images)} was saved meanwhile by a process that trains "
+                    f"run={self._run} with another configuration: stop one of the two, or choose "
+                    "another run name for it."
+                )
+            self._known.add(images)
 
     def _committed(self, sizes: Mapping[str, int]) -> set[int]:
         found = {layout.images_of(self._run, key) for key in sizes}

@@ -19,6 +19,10 @@ class StoreUnreachable(StoreError):
     """The store does not answer, or answers that it is overloaded; trying later may help."""
 
 
+class VanishedObject(StoreError):
+    """Something that was written is not there any more; trying again does not bring it back."""
+
+
 class MissingObject(CheckpointError):
     """There is no object under this key."""
 

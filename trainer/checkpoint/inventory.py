@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,12 +52,7 @@ class Inventory:
     @cached_property
     def folders(self) -> Mapping[int, Mapping[str, int]]:
         """The objects of each position of the run, committed or not, oldest first."""
-        found: defaultdict[int, dict[str, int]] = defaultdict(dict)
-        for key, size in self.sizes.items():
-            images = layout.images_of(self.run, key)
-            if images is not None:
-                found[images][key] = size
-        return {images: found[images] for images in sorted(found)}
+        return layout.folders(self.run, self.sizes)
 
     @property
     def newest_valid(self) -> Manifest | None:

@@ -9,6 +9,8 @@ Each save has a random attempt of its own, so two writers never touch the same c
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Mapping
 
 from trainer.checkpoint.errors import InvalidKey
 
@@ -80,6 +82,26 @@ def images_of(run: str, key: str) -> int | None:
     if not rest or not re.fullmatch(rf"[0-9]{{{IMAGES_DIGITS}}}", folder):
         return None
     return int(folder) if key.startswith(checkpoint_key(run, int(folder)) + "/") else None
+
+
+def folders(run: str, sizes: Mapping[str, int]) -> dict[int, dict[str, int]]:
+    """Group keys and what is known of each by the checkpoint they belong to, oldest first."""
+    found: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    for key, size in sizes.items():
+        images = images_of(run, key)
+        if images is not None:
+            found[images][key] = size
+    return {images: found[images] for images in sorted(found)}
+
+
+def is_content(run: str, key: str) -> bool:
+    """Tell whether a key is of content that a save wrote, and not somebody else's file."""
+    folder, _, rest = key.removeprefix(checkpoints_prefix(run)).partition("/")
+    return (
+        key.startswith(checkpoints_prefix(run))
+        and re.fullmatch(rf"[0-9]{{{IMAGES_DIGITS}}}", folder) is not None
+        and re.fullmatch(rf"{_SEGMENT.pattern}/rank-[0-9]{{5,}}\.safetensors", rest) is not None
+    )
 
 
 def tensor_key(kind: str, name: str, start: int) -> str:

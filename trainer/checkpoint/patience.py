@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from trainer.checkpoint.errors import StoreError
+from trainer.checkpoint.errors import StoreError, VanishedObject
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,15 @@ class Patience:
         """Run a step, and again while the store fails and time is left.
 
         Raises:
-            StoreError: The last failure.
+            StoreError: The last failure, or one that no time cures.
         """
         began: float | None = None
         pause = FIRST_PAUSE_S
         while True:
             try:
                 return step()
+            except VanishedObject:
+                raise
             except StoreError as error:
                 now = time.monotonic()
                 began = now if began is None else began

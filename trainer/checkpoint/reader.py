@@ -54,6 +54,10 @@ class CheckpointReader:
         """
         return self._ranks.first(lambda: self.catalogue.newest_valid(before=before))
 
+    def is_empty(self) -> bool:
+        """Tell whether the run has no checkpoint, not even a damaged one."""
+        return self._ranks.first(self.catalogue.is_empty)
+
     def manifest(self, images: int) -> Manifest | None:
         """Return the manifest of one checkpoint, or None, with a warning, if it is not whole."""
         return self._ranks.first(lambda: self._examined(images))

@@ -104,13 +104,13 @@ def remains(keys: Collection[str], *, run: str, used: Collection[str], committed
         committed: Images of the newest checkpoint that counts: see `superseded`.
 
     Returns:
-        Keys to delete, without manifests.
+        Keys to delete: content that saves wrote, and no file that somebody put beside it.
     """
     return sorted(
         key
         for key in keys
         if superseded(key, run=run, committed=committed)
-        and not key.endswith(f"/{layout.MANIFEST_NAME}")
+        and layout.is_content(run, key)
         and key not in used
     )
 

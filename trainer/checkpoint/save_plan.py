@@ -1,4 +1,4 @@
-"""What the ranks tell each other before the first save, and the plan that follows from it. Pure."""
+"""What the ranks tell each other before saves, and the plan that follows from it. Pure."""
 
 from __future__ import annotations
 
@@ -25,6 +25,23 @@ class Announcement:
     kinds: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     spans: Mapping[str, Span]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one rank is about to save.
+
+    Attributes:
+        images: Its position in the run.
+        science_hash: Hash of its configuration.
+        attempt: A random name for this save; the first rank's is taken.
+        busy: Whether its part of the save before is still on its way.
+    """
+
+    images: int
+    science_hash: str
+    attempt: str
+    busy: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +109,17 @@ def plan_save(announcements: Sequence[Announcement]) -> SavePlan:
         parameters=parameters,
         writes=share_writes([each.spans for each in announcements]),
     )
+
+
+def check_agreed(turns: Sequence[Turn]) -> None:
+    """Check that all ranks are about to save the same position of the same run.
+
+    Raises:
+        CheckpointMismatch: They are not.
+    """
+    if len({(turn.images, turn.science_hash) for turn in turns}) > 1:
+        seen = sorted({turn.images for turn in turns})
+        raise CheckpointMismatch(
+            f"The ranks do not save the same state: they are at {seen} images, or differ in "
+            "configuration. This is a fault of the program; no checkpoint was written."
+        )

@@ -12,7 +12,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,11 +20,10 @@ from trainer.checkpoint.agreement import Agreement, Gather
 from trainer.checkpoint.blocks import BLOCK_BYTES
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.patience import Patience
 from trainer.checkpoint.retention import RetentionPolicy
-from trainer.checkpoint.save_plan import SavePlan, announce, plan_save
+from trainer.checkpoint.save_plan import SavePlan, Turn, announce, check_agreed, plan_save
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.store import Store
 from trainer.checkpoint.upload import Destination, SaveReport, Upload
@@ -34,22 +32,8 @@ from trainer.state import Fragment
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """What a rank is about to save.
-
-    Attributes:
-        images: Its position in the run.
-        science_hash: Hash of its configuration.
-        attempt: A random name for this save; the first rank's is taken.
-        busy: Whether its part of the save before is still on its way.
-    """
-
-    images: int
-    science_hash: str
-    attempt: str
-    busy: bool
+_TICK_S = 0.2
+_NO_TIME = "there was no time left to wait for the store (checkpoint.grace_s)"
 
 
 class CheckpointSaver:
@@ -68,7 +52,8 @@ class CheckpointSaver:
         gather_aside: The same, for the threads that upload: they gather while the ranks do.
         report: Called on the first rank, in a thread, when a save has ended.
         scores: Fréchet distances measured so far, by images; retention asks for them.
-        position: Images of the checkpoint from which the run was restored, if it was.
+        position: Images of the run's own checkpoint from which it was restored, if it was.
+        stop_requested: Tells that the run was asked to stop: then no save waits for another.
     """
 
     def __init__(
@@ -84,6 +69,7 @@ class CheckpointSaver:
         report: Callable[[SaveReport], None] = lambda _report: None,
         scores: Callable[[], Mapping[int, float]] = dict,
         position: int | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._run = catalogue.run
@@ -106,6 +92,7 @@ class CheckpointSaver:
         self._snapshot: Snapshot | None = None
         self._upload: Upload | None = None
         self._position = position
+        self._stop_requested = stop_requested
 
     def prepare(self, fragments: Sequence[Fragment]) -> None:
         """Plan who writes what, and take the memory for it, so that the first save is no slower.
@@ -148,7 +135,7 @@ class CheckpointSaver:
 
         Returns:
             Whether the save was begun. It was not if the one before is still on its way, and the
-            configuration says to skip then, or `hurry` left no time to wait.
+            configuration says to skip then, a stop was asked for, or `hurry` left no time.
 
         Raises:
             CheckpointMismatch: The ranks' fragments do not make up one whole state.
@@ -157,10 +144,10 @@ class CheckpointSaver:
         """
         began = time.monotonic()
         self.prepare(fragments)
-        if self._upload is not None and (last or self._config.when_busy == "wait"):
-            self._upload.wait(self._patience.left_s())
+        if last or self._config.when_busy == "wait":
+            self._wait(for_all_of_it=last)
         turns = self._ranks.each(lambda: self._turn(images, science_hash))
-        _check_agreed(turns)
+        check_agreed(turns)
         if any(turn.busy for turn in turns):
             self._skip(images)
             return False
@@ -172,6 +159,7 @@ class CheckpointSaver:
             snapshot=self._snapshot,
             to=self._destination,
             report=self._report,
+            retires=self._rank == 0,
             blocked_s=time.monotonic() - began,
         )
         return True
@@ -193,9 +181,7 @@ class CheckpointSaver:
             return
         self._upload.wait(self._patience.left_s())
         if self._upload.running:
-            self._upload.report_failure(
-                "there was no time left to wait for it (checkpoint.grace_s)"
-            )
+            self._upload.report_failure(_NO_TIME)
             return
         self._note_failure()
 
@@ -223,9 +209,9 @@ class CheckpointSaver:
             on_gpu = any(value.is_cuda for each in fragments for value in each.tensors.values())
             self._snapshot = Snapshot(spans, kinds=plan.kinds, page_locked=on_gpu)
 
-    def _turn(self, images: int, science_hash: str) -> _Turn:
+    def _turn(self, images: int, science_hash: str) -> Turn:
         self._note_failure()
-        return _Turn(
+        return Turn(
             images=images,
             science_hash=science_hash,
             attempt=uuid.uuid4().hex[:12],
@@ -242,7 +228,7 @@ class CheckpointSaver:
             self._snapshot.take(fragments)
 
     def _described(
-        self, turn: _Turn, *, train_state: Mapping[str, Any], science: Mapping[str, Any]
+        self, turn: Turn, *, train_state: Mapping[str, Any], science: Mapping[str, Any]
     ) -> Manifest:
         assert self._plan is not None
         return Manifest(
@@ -261,26 +247,31 @@ class CheckpointSaver:
             versions=versions(),
         )
 
-    def _skip(self, images: int) -> None:
-        if self._patience.left_s() is None:
-            if self._rank == 0:
-                logger.warning(
-                    "checkpoint %s is skipped: the one before is still on its way "
-                    "(checkpoint.when_busy=skip)",
-                    self.uri(images),
-                )
+    def _wait(self, *, for_all_of_it: bool) -> None:
+        """Wait for the save under way: to its end, or until a stop is asked for."""
+        if self._upload is None:
             return
-        assert self._upload is not None
-        self._upload.report_failure("there was no time left to wait for it (checkpoint.grace_s)")
+        if for_all_of_it:
+            self._upload.wait(self._patience.left_s())
+        while self._upload.running and not for_all_of_it and not self._stop_requested():
+            self._upload.wait(_TICK_S)
 
-
-def _check_agreed(turns: Sequence[_Turn]) -> None:
-    if len({(turn.images, turn.science_hash) for turn in turns}) > 1:
-        seen = sorted({turn.images for turn in turns})
-        raise CheckpointMismatch(
-            f"The ranks do not save the same state: they are at {seen} images, or differ in "
-            "configuration. This is a fault of the program; no checkpoint was written."
-        )
+    def _skip(self, images: int) -> None:
+        if self._patience.left_s() is not None:
+            self._report(
+                SaveReport(
+                    images=images,
+                    uri=self.uri(images),
+                    size_bytes=0,
+                    blocked_s=0.0,
+                    upload_s=0.0,
+                    error=_NO_TIME,
+                )
+            )
+        elif self._rank == 0:
+            logger.warning(
+                "checkpoint %s is skipped: the one before is still on its way", self.uri(images)
+            )
 
 
 def _keep_quiet(_report: SaveReport) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 from trainer.checkpoint.layout import tensor_key
-from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
+from trainer.checkpoint.safetensors_header import safetensors_header
 from trainer.checkpoint.spans import Span
-
-LENGTH_BYTES = 8
-_ALIGNMENT = 8
 
 
 def first_elements(spans: Mapping[str, Span]) -> dict[str, int]:
@@ -24,30 +19,16 @@ def first_elements(spans: Mapping[str, Span]) -> dict[str, int]:
 
 
 def header(spans: Mapping[str, Span], kinds: Sequence[str]) -> bytes:
-    """Return the first bytes of the file: the length of the JSON text in 8 bytes, and the text.
+    """Return the first bytes of the file, after which the slices lie, kind by kind.
 
     Args:
         spans: The slice of each parameter, in the order of the file.
         kinds: The kinds of values of each, in the order of the file.
     """
-    text = json.dumps(contents(spans, kinds), separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
-
-
-def contents(spans: Mapping[str, Span], kinds: Sequence[str]) -> dict[str, Any]:
-    """Return what the header says: type, shape and place of each tensor, by its name."""
-    first = first_elements(spans)
-    per_kind = sum(span.numel for span in spans.values())
-    return {
-        tensor_key(kind, name, span.start): {
-            "dtype": "F32",
-            "shape": [span.numel],
-            "data_offsets": [
-                BYTES_PER_ELEMENT * (number * per_kind + first[name]),
-                BYTES_PER_ELEMENT * (number * per_kind + first[name] + span.numel),
-            ],
+    return safetensors_header(
+        {
+            tensor_key(kind, name, span.start): (span.numel,)
+            for kind in kinds
+            for name, span in spans.items()
         }
-        for number, kind in enumerate(kinds)
-        for name, span in spans.items()
-    }
+    )

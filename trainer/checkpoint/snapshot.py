@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -133,6 +134,9 @@ def host_buffer(size: int, *, page_locked: bool) -> Tensor:
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failed = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     if failed:
+        # CUDA reports it once more, to whoever launches the next kernel: not to training.
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         logger.warning(
             "%.1f GiB of host memory cannot be page-locked (CUDA error %d), so saves block "
             "training longer",

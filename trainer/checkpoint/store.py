@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
+from trainer.checkpoint.address import check_no_credentials
 from trainer.checkpoint.errors import InvalidStoreUri
 
 
@@ -96,6 +97,8 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.endpoint_url is not None:
             check_endpoint(self.endpoint_url)
+        if self.uri is not None:
+            check_no_credentials(self.uri)
         if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
             raise ValueError(
                 f"store.retries={self.retries}, store.connect_timeout_s={self.connect_timeout_s} "

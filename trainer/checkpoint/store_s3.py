@@ -1,4 +1,4 @@
-"""A store in an S3 bucket, on AWS or any service that speaks S3; the only user of boto3."""
+"""A store in an S3 bucket, on AWS or any service that speaks S3."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as aws
 from botocore.config import Config
-from s3transfer.exceptions import RetriesExceededError
 
-from trainer.checkpoint.errors import (
-    InvalidStoreUri,
-    MissingObject,
-    StoreError,
-    StoreUnreachable,
-)
+from trainer.checkpoint.errors import InvalidStoreUri, MissingObject
 from trainer.checkpoint.layout import check_key, check_prefix
 from trainer.checkpoint.store import StoreConfig, check_endpoint
+from trainer.checkpoint.store_s3_errors import CAUSES, CAUSES_OF_SWEEP, explained, http_status
 
 MIB = 1024**2
 # Up to ten parts are in memory at a time. For objects beyond 80 GiB boto3 makes them larger.
@@ -32,40 +27,7 @@ TRANSFER = TransferConfig(
 )
 CONFLICT_TRIES = 8
 
-_CREDENTIALS = (
-    "give a valid key by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the AWS profile in "
-    "store.profile, or the machine's role"
-)
-_NO_CREDENTIALS = (
-    aws.NoCredentialsError,
-    aws.PartialCredentialsError,
-    aws.CredentialRetrievalError,
-    aws.TokenRetrievalError,
-    aws.SSOError,
-)
 _BROKEN_OFF = (aws.IncompleteReadError, aws.ResponseStreamingError, aws.ReadTimeoutError)
-_NO_ANSWER = (
-    aws.ConnectionError,
-    aws.HTTPClientError,
-    aws.IncompleteReadError,
-    RetriesExceededError,
-)
-_CAUSES = {
-    "NoSuchBucket": "the bucket does not exist; create it or correct the name",
-    "InvalidAccessKeyId": f"the access key is unknown there; {_CREDENTIALS}",
-    "SignatureDoesNotMatch": f"the access key or its secret is wrong; {_CREDENTIALS}",
-    "ExpiredToken": f"the credentials have expired; {_CREDENTIALS}",
-    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
-    "AccessDenied": "these credentials may not do this; grant s3:GetObject, s3:PutObject, "
-    "s3:DeleteObject and s3:ListBucket, or use others",
-    "403": f"access is refused; {_CREDENTIALS}, and grant it this bucket",
-    "PermanentRedirect": "the bucket is in another region; set store.region",
-    "AuthorizationHeaderMalformed": "the bucket is in another region; set store.region",
-    "NotImplemented": "the service lacks an operation that safe checkpoints need (PUT with "
-    "If-None-Match); update it or use another",
-    "QuotaExceeded": "the quota is used up; raise it or delete something",
-    "XMinioStorageFull": "its disks are full; free space",
-}
 
 
 class S3Store:
@@ -129,7 +91,7 @@ class S3Store:
                     )
                     return True
                 except aws.ClientError as error:
-                    status = _status(error)
+                    status = http_status(error)
                     if status == 412:  # exists
                         return False
                     if status != 409 or attempt == CONFLICT_TRIES - 1:
@@ -156,7 +118,7 @@ class S3Store:
                     answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=where)
                     return bytes(answer["Body"].read())
                 except aws.ClientError as error:
-                    if _status(error) == 416:  # the object ends before
+                    if http_status(error) == 416:  # the object ends before
                         return b""
                     raise
                 except _BROKEN_OFF:
@@ -197,7 +159,7 @@ class S3Store:
         """Abort uploads in parts, which no listing of objects shows and which cost money."""
         check_prefix(prefix)
         swept = 0
-        with self._explained("list unfinished uploads of", prefix):
+        with self._explained("remove unfinished uploads of", prefix, CAUSES_OF_SWEEP):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
@@ -220,55 +182,15 @@ class S3Store:
         except aws.ClientError as error:
             # A download begins with a HEAD, whose answer gives no reason; a listing's does.
             self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._name(key), MaxKeys=1)
-            if _status(error) != 404:
+            if http_status(error) != 404:
                 raise
             raise MissingObject(f"There is no object at {self.uri(key)}.") from error
 
-    @contextmanager
-    def _explained(self, verb: str, key: str) -> Iterator[None]:
-        """Turns the errors of boto3 into ours; their own text may quote a credential."""
+    def _explained(
+        self, verb: str, key: str, causes: Mapping[str, str] = CAUSES
+    ) -> AbstractContextManager[None]:
         at = "" if self._endpoint is None else f" at {self._endpoint}"
-        place = f"s3://{self._bucket}/{self._prefix}{key}{at}"
-        try:
-            yield
-        except _NO_CREDENTIALS as error:
-            raise StoreError(
-                f"Cannot {verb} {place}: no usable credentials were found; {_CREDENTIALS}."
-            ) from error
-        except _NO_ANSWER as error:
-            if "Invalid header value" in str(error):
-                raise StoreError(
-                    f"Cannot {verb} {place}: the access key or session token contains a line "
-                    "break or another character that cannot be sent; set it anew."
-                ) from None  # the cause quotes them
-            raise StoreUnreachable(
-                f"Cannot {verb} {place}: the service does not answer ({type(error).__name__}); "
-                "check that it runs, and the address in store.endpoint_url or S3_ENDPOINT_URL."
-            ) from error
-        except aws.ClientError as error:
-            code, status = _code(error), _status(error)
-            if status >= 500 and code not in _CAUSES:
-                raise StoreUnreachable(
-                    f"Cannot {verb} {place}: the service fails or is overloaded (HTTP {status} "
-                    f"{code}) after all retries; look at its state, or raise store.retries."
-                ) from error
-            cause = _CAUSES.get(code, "look the code up in the service's manual")
-            raise StoreError(
-                f"Cannot {verb} {place}: refused with HTTP {status} {code}: {cause}."
-            ) from error
-        except aws.BotoCoreError as error:
-            raise StoreError(
-                f"Cannot {verb} {place}: {type(error).__name__}: {error}; check the settings in "
-                "store and the AWS environment variables."
-            ) from error
-
-
-def _code(error: aws.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", "unknown"))
-
-
-def _status(error: aws.ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        return explained(f"{verb} s3://{self._bucket}/{self._prefix}{key}{at}", causes)
 
 
 class _File(io.RawIOBase):

@@ -11,7 +11,12 @@ from dataclasses import dataclass, replace
 
 from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.errors import CheckpointError, NonFiniteState, StoreError
+from trainer.checkpoint.errors import (
+    CheckpointError,
+    NonFiniteState,
+    StoreError,
+    StoreUnreachable,
+)
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
 from trainer.checkpoint.patience import Patience
 from trainer.checkpoint.retention import RetentionPolicy
@@ -19,8 +24,6 @@ from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.store import Store
 
 logger = logging.getLogger(__name__)
-
-GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class SaveReport:
         images: Images the saved state has seen.
         uri: Where the checkpoint is, or should be.
         size_bytes: Size of its objects, of all ranks; 0 if the save failed.
-        blocked_s: Seconds for which training waited for it.
+        blocked_s: Seconds that `CheckpointSaver.save` took, for which training waited.
         upload_s: Seconds from then on until it was committed, or given up.
         error: Why it failed; None if it did not.
     """
@@ -74,6 +77,7 @@ class Upload:
         snapshot: What is in it; None if this rank writes nothing.
         to: Where it goes.
         report: Called in the thread when the save has ended.
+        retires: Whether this rank deletes old checkpoints afterwards.
         blocked_s: How long training waited, for the report.
     """
 
@@ -85,6 +89,7 @@ class Upload:
         snapshot: Snapshot | None,
         to: Destination,
         report: Callable[[SaveReport], None],
+        retires: bool,
         blocked_s: float,
     ) -> None:
         self._manifest = manifest
@@ -92,8 +97,12 @@ class Upload:
         self._snapshot = snapshot
         self._to = to
         self._report = report
+        self._retires = retires
         self._blocked_s = blocked_s
         self._began = time.monotonic()
+        self._entry: ObjectEntry | None = None
+        self._reported: SaveReport | None = None
+        self._reporting = threading.Lock()
         self._failed = False
         self._fatal: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
@@ -119,48 +128,70 @@ class Upload:
             raise self._fatal
 
     def report_failure(self, error: str) -> None:
-        """Report that no checkpoint came of it."""
-        self._report(self._ended(0, error))
+        """Report that no checkpoint came of it, unless it was reported how it ended."""
+        self._tell(self._ended(0, error))
 
     def _run(self) -> None:
         try:
-            size_bytes = self._published()
+            standing, size_bytes = self._published()
+            self._tell(self._ended(size_bytes))
+            if self._retires:
+                self._retire(standing)
         except (StoreError, NonFiniteState) as error:
             self._failed = True
             self.report_failure(str(error))
         except BaseException as error:
             # It is raised where the rank waits for this thread.
             self._failed, self._fatal = True, error
-        else:
-            self._report(self._ended(size_bytes))
 
-    def _published(self) -> int:
-        persist = self._to.patience.persist
+    def _published(self) -> tuple[Manifest, int]:
+        """Write, commit, and return the checkpoint that now stands and the size of its objects."""
+        ranks, persist = self._to.ranks, self._to.patience.persist
         try:
-            entries = self._to.ranks.each(lambda: persist(self._written))
+            entries = ranks.each(lambda: persist(self._written))
         except CheckpointError:
             self._discard()
             raise
         objects = tuple(entry for entry in entries if entry is not None)
-        self._to.ranks.first(lambda: self._commit(replace(self._manifest, objects=objects)))
-        return sum(entry.size_bytes for entry in objects)
+        manifest = replace(self._manifest, objects=objects)
+        try:
+            standing = ranks.first(lambda: persist(lambda: self._to.catalogue.commit(manifest)))
+        except StoreUnreachable:
+            raise  # the answer may be what was lost
+        except StoreError:
+            if ranks.first(lambda: not self._to.catalogue.is_committed(manifest.images)):
+                self._discard()
+            raise
+        return standing, sum(entry.size_bytes for entry in objects)
 
     def _written(self) -> ObjectEntry | None:
-        if self._snapshot is None:
+        snapshot = self._snapshot
+        if snapshot is None:
             return None
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash") as pool:
-            examined = pool.submit(self._snapshot.examined, self._key)
-            self._to.store.put(self._key, self._snapshot.data)
-            return examined.result()
+            examined = pool.submit(lambda: self._entry or snapshot.examined(self._key))
+            try:
+                self._to.store.put(self._key, snapshot.data)
+            finally:
+                self._entry = examined.result()
+        return self._entry
 
-    def _commit(self, manifest: Manifest) -> None:
-        standing = self._to.patience.persist(lambda: self._to.catalogue.commit(manifest))
+    def _retire(self, standing: Manifest) -> None:
         try:
             scores = self._to.scores() if self._to.policy.keep_best else {}
             self._to.catalogue.retire(standing, policy=self._to.policy, scores=scores)
-        except StoreError as error:
+        except Exception as error:
             # The save is done; what could not be deleted goes after the next one.
-            logger.warning("old checkpoints are still there: %s", error)
+            logger.warning("old checkpoints are still there: %s: %s", type(error).__name__, error)
+
+    def _tell(self, report: SaveReport) -> None:
+        """Report once; only a late success corrects that a save was given up."""
+        with self._reporting:
+            before = self._reported
+            if before is not None and (before.error is None or report.error is not None):
+                return
+            self._reported = report
+        self._report(report)
 
     def _discard(self) -> None:
         """Remove this rank's part of a save that was not committed; it may fill a disk."""

@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from trainer.byte_size import format_bytes
 from trainer.checkpoint.blocks import read_block
 from trainer.checkpoint.errors import DamagedCheckpoint
-from trainer.checkpoint.listing import format_bytes
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
 from trainer.checkpoint.store import Store
 from trainer.checkpoint.threads import in_threads

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.errors import MissingObject
 from trainer.checkpoint.store import Store
-from trainer.evaluate.checkpoint_report import CheckpointReport
-from trainer.evaluate.report import EvaluationReport, evaluation_key
-
-logger = logging.getLogger(__name__)
-
-REPORT = "report.json"
+from trainer.evaluate.measured import measured_distances
 
 
 class _Measured(NamedTuple):
     """One distance; of several of one checkpoint the greatest counts."""
 
     samples: int
-    key: str
+    report: str
     frechet: float
 
 
@@ -51,26 +43,13 @@ def measured_scores(store: Store, run: str) -> dict[str, dict[int, float]]:
         StoreError: The store fails, which does not mean that nothing was measured.
     """
     keys = store.list(f"{layout.check_key(run)}/")
-    attempts = _attempts(run, keys)
     found: defaultdict[str, dict[int, _Measured]] = defaultdict(dict)
-    for images in sorted(attempts):
-        for key in _reports(run, images, keys):
-            try:
-                distances = _distances(json.loads(store.get(key)), attempts[images])
-            except MissingObject:
-                continue  # deleted since the listing
-            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-                logger.warning(
-                    "passing over the report %s, which cannot be read (%s: %s); measure that "
-                    "checkpoint again with python -m trainer.evaluate, or delete the report",
-                    store.uri(key),
-                    type(error).__name__,
-                    error,
-                )
-                continue
-            for features, (samples, frechet) in distances.items():
-                measured = _Measured(samples, key, frechet)
-                found[features][images] = max(found[features].get(images, measured), measured)
+    for images, attempts in sorted(_attempts(run, keys).items()):
+        for each in measured_distances(store, run, images, keys=keys, attempts=attempts):
+            if each.weights == "ema":
+                measured = _Measured(each.samples, each.report, each.frechet)
+                by_images = found[each.features]
+                by_images[images] = max(by_images.get(images, measured), measured)
     return {
         features: {images: each.frechet for images, each in by_images.items()}
         for features, by_images in sorted(found.items())
@@ -85,33 +64,3 @@ def _attempts(run: str, keys: Mapping[str, int]) -> dict[int, set[str]]:
         if images is not None and layout.manifest_key(run, images) in keys:
             attempts[images].add(key.removeprefix(layout.checkpoint_key(run, images)).split("/")[1])
     return attempts
-
-
-def _reports(run: str, images: int, keys: Mapping[str, int]) -> list[str]:
-    """Return the run's own report, of its end, and those of later measurements."""
-    folder = evaluation_key(run, images, "")
-    return [
-        key
-        for key in keys
-        if key.startswith(folder)
-        and key.endswith(f"/{REPORT}")
-        and key.removeprefix(folder).count("/") <= 1
-    ]
-
-
-def _distances(values: Any, attempts: set[str]) -> dict[str, tuple[int, float]]:
-    """Return samples and distance for each extractor; none for other weights than the EMA."""
-    if not isinstance(values, dict):
-        raise TypeError("it is no JSON object")
-    if "measurement" not in values:
-        own = EvaluationReport.from_dict(values)
-        return {str(own.features): (int(own.samples), float(own.frechet))}
-    report = CheckpointReport.from_json(json.dumps(values).encode())
-    measurement = report.measurement
-    # Another attempt's report is of a checkpoint that has been replaced since.
-    if measurement.weights != "ema" or measurement.attempt not in attempts:
-        return {}
-    return {
-        str(each.features): (int(measurement.samples), float(each.frechet))
-        for each in report.distances
-    }

@@ -9,9 +9,10 @@ import torch
 
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.store import Store
+from trainer.evaluate.measured import MeasuredDistance, measured_distances
+from trainer.evaluate.report import evaluation_key
 from trainer.export.description import ModelDescription
 from trainer.export.model_card import ModelCard, WeightsFile
-from trainer.export.results import find_results
 from trainer.export.weights import write_weights
 from trainer.trained.model import Weights
 
@@ -62,7 +63,7 @@ def write_folder(
         manifest=manifest,
         model=description,
         files=files,
-        results=find_results(store, manifest, weights),
+        results=_results(store, manifest, weights),
     )
     (folder / _CARD).write_text(card.text(), encoding="utf-8")
 
@@ -76,3 +77,18 @@ def _write_settings(folder: Path, description: ModelDescription) -> None:
         model = LapFlowTransformer2DModel(**description.arguments())
     model.save_config(folder)
     LapFlowPipeline(model).save_config(folder)
+
+
+def _results(
+    store: Store, manifest: Manifest, weights: Sequence[Weights]
+) -> list[MeasuredDistance]:
+    """Return what was measured of these weights."""
+    run, images = manifest.run, manifest.images
+    found = measured_distances(
+        store,
+        run,
+        images,
+        keys=store.list(evaluation_key(run, images, "")),
+        attempts=(manifest.attempt,),
+    )
+    return [each for each in found if each.weights in weights]

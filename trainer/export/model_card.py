@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.manifest import Manifest
+from trainer.evaluate.measured import MeasuredDistance
 from trainer.export import card_code
 from trainer.export.description import ModelDescription
-from trainer.export.results import Result
 
 _LATENTS = """
 The model draws latents. For pictures, give `LapFlowPipeline.from_pretrained` the autoencoder of its
@@ -52,7 +52,7 @@ class ModelCard:
     manifest: Manifest
     model: ModelDescription
     files: Sequence[WeightsFile]
-    results: Sequence[Result]
+    results: Sequence[MeasuredDistance]
 
     def text(self) -> str:
         """Return the card."""
@@ -186,7 +186,7 @@ class ModelCard:
                 f"{result.frechet:.4g}",
                 f"{result.frechet_real_halves:.4g}",
                 f"{result.samples:,}",
-                _code(result.sampler),
+                _code(_sampler(result.sampler)),
             )
             for result in self.results
         ]
@@ -220,6 +220,15 @@ class _Science:
 
 def _metric(features: str) -> str:
     return "fid" if features == "inception" else f"frechet_{features}"
+
+
+def _sampler(settings: Mapping[str, Any]) -> str:
+    known = [f"{settings['solver']}"] if "solver" in settings else []
+    if "steps" in settings and settings.get("solver") != "dopri5":
+        known.append(f"{settings['steps']} steps")
+    if "guidance_scale" in settings:
+        known.append(f"guidance {settings['guidance_scale']}")
+    return ", ".join(known) or "unknown"
 
 
 def _count(value: object) -> str | None:

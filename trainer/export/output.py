@@ -59,7 +59,9 @@ def check_folder(output: Path, *, own: Collection[str], overwrite: bool) -> None
 def written_whole(output: Path) -> Iterator[Path]:
     """Give a place beside `output` to write to; what is there at the end becomes `output`.
 
-    Whatever fails leaves `output` as it was, and nothing beside it.
+    Whatever fails, an interrupt too, leaves `output` as it was, and nothing beside it. A process
+    that is killed leaves a hidden folder or file beside it; an earlier folder it may leave there
+    alone, renamed, if it is killed between two renames.
 
     Args:
         output: A file or folder, checked before; what is there is replaced.
@@ -68,7 +70,8 @@ def written_whole(output: Path) -> Iterator[Path]:
         The place, where nothing is yet.
 
     Raises:
-        ConfigError: It cannot be written, as on a full disk.
+        ConfigError: It cannot be written, as on a full disk; or what was there cannot be put back,
+            and lies beside it.
     """
     name = f".{output.name}.{secrets.token_hex(4)}"
     partial, replaced = output.with_name(f"{name}.partial"), output.with_name(f"{name}.replaced")
@@ -78,20 +81,34 @@ def written_whole(output: Path) -> Iterator[Path]:
         _sync(partial)
         if output.is_dir():
             output.rename(replaced)
-        try:
-            partial.rename(output)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
+        partial.rename(output)
         _sync_one(output.parent)
     except OSError as error:
         raise ConfigError(
             f"output={output} cannot be written, and nothing of it is left: {error}"
         ) from error
     finally:
+        _settle(output, partial=partial, replaced=replaced)
+
+
+def _settle(output: Path, *, partial: Path, replaced: Path) -> None:
+    """Put an earlier folder back if nothing has come to its place, and remove what is left over.
+
+    Raises:
+        ConfigError: It cannot be put back, and is not removed either.
+    """
+    try:
+        # An interrupt, too, may come between the renames.
+        if replaced.exists() and not os.path.lexists(output):
+            replaced.rename(output)
+    except OSError as error:
+        raise ConfigError(
+            f"output={output} cannot be written, and what was there is now at {replaced}, which "
+            f"cannot be renamed back: {error}"
+        ) from error
+    finally:
         _remove(partial)
-        _remove(replaced)
+    _remove(replaced)
 
 
 def _sync(path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from trainer.checkpoint.address import parse_address
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
-from trainer.resume import open_checkpoint, parse_uri
+from trainer.resume import open_checkpoint
 from trainer.schema import ConfigError
 
 
@@ -34,28 +35,22 @@ def choose_checkpoints(
 
     Raises:
         ConfigError: If there is none, or if all are asked for of what is one checkpoint.
-        StoreError: If the store fails.
+        CheckpointError: If the URI is neither, or the store fails.
     """
-    place = uri.rstrip("/").removesuffix("/checkpoints")
-    if "/checkpoints/" in place:
+    address = parse_address(uri)
+    if address.images is not None:
         if which == "all":
             raise ConfigError(
                 f"checkpoints=all needs the URI of a run, but {uri} is one checkpoint; give "
-                f"checkpoint={place.partition('/checkpoints/')[0]}"
+                f"checkpoint={address.run_uri}"
             )
-        store, _, manifest = open_checkpoint(place, config)
-        return ChosenCheckpoints(parse_uri(place)[0], store, [manifest])
-    runs, _, run = place.rpartition("/")
-    if not runs or not run:
-        raise ConfigError(
-            f"checkpoint={uri} is neither a checkpoint (…/runs/NAME/checkpoints/000000100000) nor "
-            "a run (…/runs/NAME)"
-        )
-    store = open_store(runs, config)
-    found = _valid(CheckpointReader(store, run=run), only_newest=which == "newest")
+        store, _, manifest = open_checkpoint(uri, config)
+        return ChosenCheckpoints(address.runs, store, [manifest])
+    store = open_store(address.runs, config)
+    found = _valid(CheckpointReader(store, run=address.run), only_newest=which == "newest")
     if not found:
         raise ConfigError(f"there is no valid checkpoint of a run at {uri}; list the folder")
-    return ChosenCheckpoints(runs, store, found)
+    return ChosenCheckpoints(address.runs, store, found)
 
 
 def _valid(checkpoints: CheckpointReader, *, only_newest: bool) -> list[Manifest]:

@@ -301,6 +301,19 @@ def test_what_cannot_be_used_is_told(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["list", "verify", "export", "prune"])
+@pytest.mark.parametrize("rest", ["p", "runs/a", "runs/a/checkpoints/000000000100"])
+def test_credentials_in_a_uri_are_not_repeated(
+    capsys: pytest.CaptureFixture[str], name: str, rest: str
+) -> None:
+    more = ["output=weights"] if name == "export" else []
+    assert checkpoints.main([name, f"s3://AKIDXX:SEKRET@bucket/{rest}", *more]) == 2
+    error = capsys.readouterr().err
+    assert "no credentials" in error
+    assert "AKID" not in error
+    assert "SEKRET" not in error
+
+
 @pytest.mark.parametrize(
     "words", [[], ["lsit", "runs/a"], ["list"], ["list", "json=true"], ["list", "runs/a", "--yes"]]
 )

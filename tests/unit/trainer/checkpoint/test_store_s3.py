@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -116,6 +119,83 @@ def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_profile_that_does_not_exist() -> None:
     with pytest.raises(StoreError, match="nobody-here"):
         open_store("s3://bucket/run", StoreConfig(profile="nobody-here"))
+
+
+UPLOADS = """\
+<ListMultipartUploadsResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">
+<Upload><Key>run/1/dead</Key><UploadId>4711</UploadId></Upload></ListMultipartUploadsResult>"""
+
+
+@contextmanager
+def service(answers: dict[str, tuple[int, str]]) -> Iterator[Store]:
+    """Runs a web server with one answer for each method, and gives a store there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            status, body = answers[self.command]
+            self.send_response(status)
+            self.send_header("Content-Length", f"{len(body)}")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_GET = do_DELETE = do_PUT = answer  # noqa: N815
+
+        def log_message(self, *values: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+            yield open_store("s3://bucket/run", StoreConfig(endpoint_url=endpoint, retries=1))
+        finally:
+            server.shutdown()
+
+
+def refusal(status: int, code: str) -> tuple[int, str]:
+    return status, f"<Error><Code>{code}</Code></Error>"
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (
+            {"GET": refusal(403, "AccessDenied")},
+            "grant s3:ListBucketMultipartUploads and s3:AbortMultipartUpload",
+        ),
+        (
+            {"GET": (200, UPLOADS), "DELETE": refusal(403, "AccessDenied")},
+            "grant s3:ListBucketMultipartUploads and s3:AbortMultipartUpload",
+        ),
+        ({"GET": refusal(501, "NotImplemented")}, "does not list or abort unfinished uploads"),
+        ({"GET": refusal(405, "MethodNotAllowed")}, "does not list or abort unfinished uploads"),
+    ],
+)
+def test_a_sweep_that_is_refused_tells_what_it_takes_and_what_is_affected(
+    key: None, answers: dict[str, tuple[int, str]], message: str
+) -> None:
+    with service(answers) as store, pytest.raises(StoreError) as caught:
+        store.sweep("1/", lambda key: True)
+    assert "Cannot remove unfinished uploads of s3://bucket/run/1/" in str(caught.value)
+    assert message in str(caught.value)
+    assert "nothing but unfinished uploads is affected" in str(caught.value)
+    assert "If-None-Match" not in str(caught.value)
+    assert "s3:GetObject" not in str(caught.value)
+
+
+def test_a_service_without_conditional_writes_is_told_by_name(key: None) -> None:
+    with (
+        service({"PUT": refusal(501, "NotImplemented")}) as store,
+        pytest.raises(StoreError, match="PUT with If-None-Match"),
+    ):
+        store.create("key", b"1")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
+from trainer.byte_size import format_bytes
 from trainer.checkpoint import verification
 from trainer.checkpoint.blocks import block_hash
 from trainer.checkpoint.errors import StoreUnreachable
-from trainer.checkpoint.listing import format_bytes
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
 

@@ -182,6 +182,7 @@ class Savings:
         world: Number of ranks.
         gather: Its rank's gather; a single rank needs none.
         catalogue: The run's checkpoints, if a reader has looked at them.
+        stop_requested: Tells that the run was asked to stop.
         changes: Settings other than two checkpoints to keep and no patience.
     """
 
@@ -193,9 +194,11 @@ class Savings:
         world: int = 1,
         gather: RankGather | None = None,
         catalogue: Catalogue | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
         **changes: Any,
     ) -> None:
         self.reports: list[SaveReport] = []
+        self.late = threading.Semaphore(0)
         self.saver = CheckpointSaver(
             store,
             catalogue=catalogue or Catalogue(store, run=RUN),
@@ -204,8 +207,15 @@ class Savings:
             world_size=world,
             gather=gather or alone,
             gather_aside=gather.aside if gather else alone,
-            report=self.reports.append,
+            report=self._keep,
+            stop_requested=stop_requested,
         )
+
+    def _keep(self, report: SaveReport) -> None:
+        again = any(report.images == before.images for before in self.reports)
+        self.reports.append(report)
+        if again:
+            self.late.release()
 
     def save(self, *, images: int, **settings: Any) -> str:
         """Save and wait for the end.

@@ -14,6 +14,8 @@ from models.transformer.lapflow import LapFlowTransformer
 from tests.support.saved import save_now
 from trainer.autoencoder import CodecConfig
 from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.export.export import ExportSettings, export_checkpoint
+from trainer.resume import open_checkpoint
 from trainer.schema import DataConfig, JobConfig, science, science_hash
 from trainer.space import flow_shape
 from trainer.state import Fragment, TrainState
@@ -115,6 +117,12 @@ def save_run(
         science_hash=science_hash(chosen),
     )
     return saved
+
+
+def export(run: SavedRun, output: Path, **settings: Any) -> Path:
+    """Exports the checkpoint."""
+    store, _, manifest = open_checkpoint(run.uri, StoreConfig())
+    return export_checkpoint(store, manifest, ExportSettings(output=str(output), **settings))
 
 
 def inputs(job: JobConfig) -> tuple[Any, ...]:

@@ -11,20 +11,17 @@ from models.flow.flow import Flow
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from tests.support.autoencoder import tiny_autoencoder
-from tests.unit.trainer.export.runs import inputs, same_outputs, save_run
+from tests.unit.trainer.export.runs import export, inputs, same_outputs, save_run
 from trainer.autoencoder import CodecConfig
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
 from trainer.export.diffusers_pipeline import LapFlowPipeline
-from trainer.export.export import ExportConfig, export_checkpoint
 from trainer.schema import ConfigError, DataConfig
 
 LATENTS = CodecConfig(kind="autoencoder_kl", source="/home/somebody/vae", scale=0.5, shift=0.25)
 
 
 def exported(run, place, weights="ema"):
-    return export_checkpoint(
-        ExportConfig(checkpoint=run.uri, output=str(place / "out"), weights=weights)
-    )
+    return export(run, place / "out", weights=weights)
 
 
 @pytest.fixture(scope="module")

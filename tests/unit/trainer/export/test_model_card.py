@@ -10,20 +10,17 @@ import torch
 from huggingface_hub import ModelCard
 
 from models.flow.sampler_config import SamplerConfig
-from tests.unit.trainer.export.runs import IMAGES, RUN, same_outputs, save_run
+from tests.unit.trainer.export.runs import IMAGES, RUN, export, same_outputs, save_run
 from trainer.autoencoder import CodecConfig
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluation_key
-from trainer.export.export import ExportConfig, export_checkpoint
 from trainer.resume import open_checkpoint
 from trainer.schema import DataConfig, to_dict
 
 
 def card_of(run, place, name="out", **options):
-    folder = export_checkpoint(
-        ExportConfig(checkpoint=run.uri, output=str(place / name), **options)
-    )
+    folder = export(run, place / name, **options)
     return (folder / "README.md").read_text()
 
 

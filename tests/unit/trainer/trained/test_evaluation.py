@@ -17,6 +17,7 @@ from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.saved import save_now
+from trainer.checkpoint.errors import InvalidStoreUri
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.checkpoint_report import CheckpointReport
@@ -243,7 +244,7 @@ def test_other_images_than_the_runs_own_are_refused(place, tmp_path):
     ("changes", "part"),
     [
         ({"checkpoint": "{place}/runs/absent"}, "no valid checkpoint"),
-        ({"checkpoint": "small"}, "nor a run"),
+        ({"checkpoint": "small"}, "neither a run"),
         (
             {"checkpoint": "{place}/runs/small/checkpoints/000000000100", "checkpoints": "all"},
             "URI of a run",
@@ -253,7 +254,7 @@ def test_other_images_than_the_runs_own_are_refused(place, tmp_path):
 )
 def test_checkpoints_and_devices_that_cannot_be_used_are_named(place, changes, part):
     changes["checkpoint"] = changes["checkpoint"].format(place=place)
-    with pytest.raises(ConfigError, match=part):
+    with pytest.raises((ConfigError, InvalidStoreUri), match=part):
         evaluate_checkpoints(config(place, **changes), tell=quiet)
 
 

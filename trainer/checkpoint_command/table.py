@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+from trainer.byte_size import format_bytes
 from trainer.checkpoint.inventory import Inventory
 
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
 _NOTHING = "-"
 
 State = Literal["whole", "damaged", "unfinished"]
@@ -125,15 +125,6 @@ def table(listed: Sequence[Entry], *, features: str | None, gone: str = "expires
     lines = ["  ".join(row).rstrip() for row in zip(*laid, strict=True)]
     notes = [f"{each.images:,} is {each.state}: {each.problem}" for each in listed if each.problem]
     return "\n".join([*lines, *([""] if notes else []), *notes])
-
-
-def format_bytes(size: float) -> str:
-    """Write a size for people: 16 B, 1.5 KiB, 123 MiB."""
-    if size < 1024:
-        return f"{size:.0f} B"
-    power = min(int(math.log2(size)) // 10, len(_UNITS))
-    value = size / 1024**power
-    return f"{value:.{0 if value >= 100 else 1}f} {_UNITS[power - 1]}"
 
 
 def _time(saved_at: str | None) -> str:

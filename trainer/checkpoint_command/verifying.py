@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from trainer.care.run_place import RunPlace, open_run
 from trainer.checkpoint.inventory import Inventory
 from trainer.checkpoint.store import StoreConfig
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
+from trainer.checkpoint_command.run_place import RunPlace, open_run
 from trainer.command import Outcome
 
 _DAMAGED = 1

@@ -7,12 +7,12 @@ import difflib
 from typing import NamedTuple
 
 from trainer.checkpoint import layout
+from trainer.checkpoint.address import Address, parse_address
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.inventory import Inventory
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.schema import ConfigError
 
-_CHECKPOINTS = "/checkpoints"
 _MOST_NAMES = 10
 
 
@@ -20,23 +20,29 @@ class RunPlace(NamedTuple):
     """A run, or one checkpoint of it, in an opened store.
 
     Attributes:
-        runs: URI of all runs.
-        run: Name of the run.
-        images: The checkpoint, where the URI named one.
+        address: What the URI names.
         store: The store of all runs.
         catalogue: The run's checkpoints.
     """
 
-    runs: str
-    run: str
-    images: int | None
+    address: Address
     store: Store
     catalogue: Catalogue
 
     @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self.address.run
+
+    @property
     def uri(self) -> str:
         """Address of the run."""
-        return f"{self.runs}/{self.run}"
+        return self.address.run_uri
+
+    @property
+    def images(self) -> int | None:
+        """The checkpoint, where the URI named one."""
+        return self.address.images
 
     def inventory(self) -> Inventory:
         """Look at everything under the run's checkpoints.
@@ -80,18 +86,19 @@ class RunPlace(NamedTuple):
         return key in self.store.list(key)
 
     def _nothing_there(self) -> ConfigError:
+        runs = self.address.runs
         keys = [key.split("/") for key in self.store.list("")]
         names = sorted({parts[0] for parts in keys if parts[1:]})
         if self.run not in names:
             close = difflib.get_close_matches(self.run, names, n=1, cutoff=0.4)
-            hint = f"; did you mean {self.runs}/{close[0]}?" if close else ""
+            hint = f"; did you mean {runs}/{close[0]}?" if close else ""
             there = f"the runs there are {_joined(names)}" if names else "there are no runs"
-            return ConfigError(f"there is no run {self.run} in {self.runs}{hint} ({there})")
+            return ConfigError(f"there is no run {self.run} in {runs}{hint} ({there})")
         below = sorted(
             {
                 parts[1]
                 for parts in keys
-                if parts[0] == self.run and len(parts) > 3 and f"/{parts[2]}" == _CHECKPOINTS
+                if parts[0] == self.run and len(parts) > 3 and parts[2] == "checkpoints"
             }
         )
         if below:
@@ -113,25 +120,11 @@ def open_run(uri: str, config: StoreConfig) -> RunPlace:
         config: How to reach its store.
 
     Raises:
-        ConfigError: If it is neither.
-        CheckpointError: If the URI or the settings are no store's.
+        CheckpointError: If it is neither, or if the URI or the settings are no store's.
     """
-    place, named, folder = uri.rstrip("/").removesuffix(_CHECKPOINTS).partition(f"{_CHECKPOINTS}/")
-    runs, _, run = place.rpartition("/")
-    whole = folder.isdecimal() and len(folder) == layout.IMAGES_DIGITS
-    if not run or not runs or runs.endswith(":/") or (named and not whole):
-        raise ConfigError(
-            f"{uri} is neither a run (…/runs/NAME) nor a checkpoint "
-            "(…/runs/NAME/checkpoints/000000128000)"
-        )
-    store = open_store(runs, config)
-    return RunPlace(
-        runs=runs,
-        run=run,
-        images=int(folder) if named else None,
-        store=store,
-        catalogue=Catalogue(store, run=run),
-    )
+    address = parse_address(uri)
+    store = open_store(address.runs, config)
+    return RunPlace(address, store, Catalogue(store, run=address.run))
 
 
 def _joined(names: list[str]) -> str:

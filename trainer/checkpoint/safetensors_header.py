@@ -1,0 +1,34 @@
+"""The beginning of a safetensors file: what lies where after it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+
+from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
+
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+
+
+def safetensors_header(
+    shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the length of the JSON text in 8 bytes, and the text.
+
+    Equal arguments make equal bytes; safetensors' own writer shuffles the metadata.
+
+    Args:
+        shapes: Shape of each float32 tensor by its name; they lie one after the other.
+        metadata: What else the file tells; None leaves it out.
+    """
+    sizes = (BYTES_PER_ELEMENT * math.prod(shape) for shape in shapes.values())
+    bounds = pairwise(accumulate(sizes, initial=0))
+    contents: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    for (name, shape), place in zip(shapes.items(), bounds, strict=True):
+        contents[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": place}
+    text = json.dumps(contents, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text

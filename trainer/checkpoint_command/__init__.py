@@ -1,0 +1,1 @@
+"""What `python -m trainer.checkpoints` does: list, verify, export and prune."""

@@ -92,7 +92,9 @@ def test_a_store_that_goes_and_stays_away(
     assert "6,400/6,400 images (100%)" in output  # training reached its end
     uri = f"s3://{remote.bucket}/runs/digits/checkpoints"
     assert f"warning: {uri}/000000002560 could not be saved: Cannot write {uri}/" in output
-    last = re.search(r"^error: 4 checkpoints could not be saved, the last .*$", output, re.M)
+    last = re.search(
+        r"^error: 4 checkpoints of this launch could not be saved, the last .*$", output, re.M
+    )
     assert last, output
     for part in (
         "after 6,400 images",
@@ -156,5 +158,5 @@ def test_a_stop_during_an_upload_waits_for_a_final_checkpoint(
     assert time.monotonic() - began_s < 120
     said, errors = capfd.readouterr()
     assert f"resumed after {final:,} images" in said
-    assert "there was no time left to wait for it (checkpoint.grace_s)" in errors
+    assert "there was no time left to wait for the store (checkpoint.grace_s)" in errors
     assert newest(remote).images == final

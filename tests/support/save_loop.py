@@ -52,6 +52,8 @@ class Training:
             assert time.monotonic() < deadline, "the save does not end"
             time.sleep(0.001)
             self.steps += 1
+        # What the new checkpoint made needless is deleted after the report.
+        self._savings.saver.finish()
         return self.reports[-1]
 
 

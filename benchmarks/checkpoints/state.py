@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import threading
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -93,6 +94,7 @@ class Saves:
     def __init__(self, state: RankState, store: Store) -> None:
         self._state = state
         self._images = 0
+        self._ended = threading.Event()
         self.saver = CheckpointSaver(
             store,
             catalogue=Catalogue(store, run=RUN),
@@ -101,12 +103,14 @@ class Saves:
             world_size=1,
             gather=alone,
             gather_aside=alone,
+            report=lambda _report: self._ended.set(),
         )
         self.saver.prepare(state.fragments)
 
     def begin(self) -> None:
         """Take a snapshot and begin its upload: what training waits for."""
         self._images += 1
+        self._ended.clear()
         self.saver.save(
             images=self._images,
             fragments=self._state.fragments,
@@ -115,8 +119,12 @@ class Saves:
             science_hash="",
         )
 
+    def until_committed(self) -> None:
+        """Wait until the checkpoint exists."""
+        self._ended.wait()
+
     def finish(self) -> None:
-        """Wait until the checkpoint is committed."""
+        """Wait until old ones are deleted, too."""
         self.saver.finish()
         if not self.saver.is_saved(self._images):
             raise RuntimeError("the checkpoint was not saved, so nothing was measured")

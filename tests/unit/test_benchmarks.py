@@ -67,7 +67,8 @@ def test_the_memory_of_a_save_is_counted(tmp_path):
     assert row["state_mib"] > 150
     # One copy and no more: this is no timing, and the state is far larger than a page.
     assert row["snapshot_per_state"] == pytest.approx(1.0, abs=0.05)
-    assert row["upload_mib"] < 120
+    # Six parts of 16 MiB, and what boto3 makes of them.
+    assert row["upload_mib"] < 256
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.checkpoint.blocks import read_block
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
+from trainer.checkpoint.finite import all_finite
 from trainer.checkpoint.layout import checkpoint_key
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest
 from trainer.checkpoint.slices_file import first_elements
@@ -180,7 +181,7 @@ class _Piece:
         )
         into = self.target.narrow(0, (first - self.start) // BYTES_PER_ELEMENT, values.numel())
         into.copy_(values)
-        return bool(torch.isfinite(values).all())
+        return all_finite(values)
 
 
 def _pieces(

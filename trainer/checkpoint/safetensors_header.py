@@ -10,7 +10,8 @@ from itertools import accumulate, pairwise
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
 
 _LENGTH_BYTES = 8
-_ALIGNMENT = 8
+# Of the first value: copies to places off a cache line take a fourth longer.
+_ALIGNMENT = 64
 
 
 def safetensors_header(
@@ -30,5 +31,5 @@ def safetensors_header(
     for (name, shape), place in zip(shapes.items(), bounds, strict=True):
         contents[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": place}
     text = json.dumps(contents, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.checkpoint.blocks import block_hash, blocks_of
 from trainer.checkpoint.errors import CheckpointMismatch, NonFiniteState
+from trainer.checkpoint.finite import all_finite
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, ObjectEntry
 from trainer.checkpoint.slices_file import header
 from trainer.checkpoint.spans import Span
@@ -104,7 +105,7 @@ class Snapshot:
 
     def _check_finite(self) -> None:
         for (kind, name), values in zip(self._order(), self._places(), strict=True):
-            if not torch.isfinite(values).all():
+            if not all_finite(values):
                 raise NonFiniteState(
                     f"The {kind} of {name} holds values that are not finite, so this state is not "
                     "saved: the last checkpoint is better. Lower optim.learning_rate, set "

@@ -21,10 +21,13 @@ from trainer.checkpoint.store import StoreConfig, check_endpoint
 from trainer.checkpoint.store_s3_errors import CAUSES, CAUSES_OF_SWEEP, explained, http_status
 
 MIB = 1024**2
-# Up to ten parts are in memory at a time. For objects beyond 80 GiB boto3 makes them larger.
+# Few large parts cost a service less than many small ones. For objects beyond 156 GiB boto3 makes
+# them larger.
 TRANSFER = TransferConfig(
-    multipart_threshold=8 * MIB, multipart_chunksize=8 * MIB, max_concurrency=8
+    multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=6
 )
+# Parts in memory at a time: ten unless told, for which boto3's own class has no argument.
+TRANSFER.max_in_memory_upload_chunks = 6
 CONFLICT_TRIES = 8
 
 _BROKEN_OFF = (aws.IncompleteReadError, aws.ResponseStreamingError, aws.ReadTimeoutError)

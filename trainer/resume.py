@@ -133,7 +133,7 @@ class Restored(NamedTuple):
 
     state: TrainState
     unsent: list[Point]
-    """Points of its curves that had not reached the tracker when the checkpoint was saved."""
+    """Points of its own curves that had not reached the tracker when the checkpoint was saved."""
     position: int | None
     """Images of the run's own checkpoint; None for a new run and for another run's checkpoint."""
 
@@ -187,7 +187,8 @@ def restore(
         _, source, manifest = open_checkpoint(job.resume, job.store, rank=rank, gather=gather)
         science_changes(job, chosen, manifest, place=job.resume)
         try:
-            return _load(source, manifest, engine, metrics, tell)
+            restored = _load(source, manifest, engine, metrics, tell)
+            return restored._replace(unsent=[])  # they are of the other run's curves
         except DamagedCheckpoint as damage:
             raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
     return Restored(TrainState(), [], None)

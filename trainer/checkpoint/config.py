@@ -20,7 +20,7 @@ class CheckpointConfig:
         when_busy: If a save is due while the last one is still on its way: "wait" for that one, or
             "skip" the new one.
         patience_s: Seconds for which a failing store is tried again before a save is given up;
-            training goes on meanwhile and afterwards.
+            training goes on, until a next save waits for this one, and afterwards.
         grace_s: Seconds that a run which was asked to stop may take to save its last state.
     """
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import alone
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
@@ -277,3 +278,23 @@ def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
     assert len(set(outcomes)) == 1
     images = outcomes[0]
     return None if images is None else (images, state)
+
+
+def manifest_keys(store: Store) -> list[str]:
+    return [key for key in store.list("") if key.endswith(layout.MANIFEST_NAME)]
+
+
+def contents(store: Store, images: int) -> list[str]:
+    keys = store.list(layout.checkpoint_key(RUN, images) + "/")
+    return [key for key in keys if key.endswith(".safetensors")]
+
+
+def replace_object(store: Store, key: str, data: bytes) -> None:
+    store.delete(key)
+    store.put(key, data)
+
+
+def flip_middle_bit(store: Store, key: str) -> None:
+    data = bytearray(store.get(key))
+    data[len(data) // 2] ^= 1
+    replace_object(store, key, bytes(data))

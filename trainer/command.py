@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from pipelines.console import say
 from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import MissingSettingError, settings
 from trainer.mistakes import is_users_mistake
@@ -147,7 +148,7 @@ def _answered(
             raise
         missing = isinstance(error, MissingSettingError)
         hint = f", for example: python -m {example}" if missing else ""
-        sys.stderr.write(f"error: {error}{hint}\n")
+        say(f"error: {error}{hint}", to=sys.stderr)
         return 2
-    sys.stdout.write(f"{made.text}\n")
+    say(made.text)
     return made.exit_code

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pipelines.console import say
 from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
 from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
 from trainer.metrics.tracker_mlflow import TrackerUnreachable, run_curves, tracking_uri
@@ -50,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         found = differences(a, b, tolerance=options.tolerance)
     except (CurvesError, TrackerUnreachable, InvalidTrackingUri) as error:
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}", to=sys.stderr)
         return _REFUSED
     told = described(found, tolerance=options.tolerance, only_common=options.common_points)
-    sys.stdout.write(f"{told}\n")
+    say(told)
     return 0 if agree(found, only_common=options.common_points) else _DIFFERENT
 
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TextIO
 
 import yaml
 
+from pipelines.console import SayingHandler, say
 from trainer.checkpoint.errors import CheckpointError, StoreError
 from trainer.composition import composed, members
 from trainer.data import with_classes
@@ -64,18 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        handlers=[SayingHandler()],
+    )
     try:
         job = with_classes(composed(options.overrides))
         validate(job)
         if options.cfg or job.dry_run:
-            _say(described(job))
+            say(described(job))
             return 0
         return _launch(job)
     except (ValueError, CheckpointError) as error:
         if not is_users_mistake(error) and not isinstance(error, CheckpointError):
             raise
-        _say(f"error: {error}", to=sys.stderr)
+        say(f"error: {error}", to=sys.stderr)
         return _REFUSED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -105,7 +109,7 @@ def _launch(job: JobConfig) -> int:
     complete = newest is not None and newest.images >= job.train.total_images
     if complete and (table := summary(job, seconds=0.0)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
-        _say(table)
+        say(table)
         return 0
 
     with _stop_on_signals() as (stop, received):
@@ -119,9 +123,9 @@ def _launch(job: JobConfig) -> int:
                 kept_together=resolve_placement(job).unit,
             )
         except (WorkerFailed, ClusterUnavailable) as error:
-            _say(f"error: {error}", to=sys.stderr)
+            say(f"error: {error}", to=sys.stderr)
             if console.last_checkpoint:
-                _say(f"run the same command again to continue from {console.last_checkpoint}")
+                say(f"run the same command again to continue from {console.last_checkpoint}")
             return _REFUSED if isinstance(error, ValueError) and not console.begun else _FAILED
         stopped = outcome.status == "stopped" and not console.finished
         if stopped:
@@ -134,11 +138,11 @@ def _launch(job: JobConfig) -> int:
             except StoreError as error:
                 console.note(f"warning: the results cannot be shown: {error}")
     if table is not None:
-        _say(table)
+        say(table)
     if console.failed_saves:
         images, reason = max(console.failed_saves.items())
         count = len(console.failed_saves)
-        _say(
+        say(
             f"error: {count} checkpoint{'s' * (count > 1)} of this launch could not be saved, the "
             f"last after {images:,} images: {reason}",
             to=sys.stderr,
@@ -147,7 +151,7 @@ def _launch(job: JobConfig) -> int:
     if stopped:
         return 128 + (received[0] if received else signal.SIGINT)
     if table is None:
-        _say("error: the run ended without a report; run the same command again", to=sys.stderr)
+        say("error: the run ended without a report; run the same command again", to=sys.stderr)
         return _FAILED
     return 0
 
@@ -167,7 +171,7 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        _say("stopping after a final checkpoint; once more ends at once")
+        say("stopping after a final checkpoint; once more ends at once")
         stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -195,12 +199,6 @@ def _parser() -> argparse.ArgumentParser:
 def _experiments() -> str:
     text = f"experiments: {', '.join(members('exp'))}"
     return textwrap.fill(text, width=100, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _say(text: str, *, to: TextIO | None = None) -> None:
-    stream = to or sys.stdout
-    stream.write(f"{text}\n")
-    stream.flush()
 
 
 if __name__ == "__main__":

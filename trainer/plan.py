@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from cluster.hardware import HardwareError
 from cluster.planner import Candidate, candidates, explain, fastest
+from pipelines.console import say
 from trainer.composition import composed, members
 from trainer.mistakes import is_users_mistake
 from trainer.placement_table import as_json, placement_table
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not is_users_mistake(error):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}", to=sys.stderr)
         return _REFUSED
     chosen = fastest(found)
     if options.json:
@@ -67,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "candidates": [as_json(one) for one in found],
             "words": words,
         }
-        sys.stdout.write(f"{json.dumps(plan, indent=1)}\n")
+        say(json.dumps(plan, indent=1))
     else:
         shown = found if options.all else _shown(found)
         table = placement_table(shown, chosen=chosen, left_out=len(found) - len(shown))
         text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in words)
-        sys.stdout.write(f"{table}\n\n{text}\n")
+        say(f"{table}\n\n{text}")
     return 0 if chosen else _NOTHING_FITS
 
 

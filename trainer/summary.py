@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.console import say
 from trainer import places
 from trainer.checkpoint.errors import MissingObject
 from trainer.checkpoint.reader import CheckpointReader
@@ -35,8 +36,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a line."""
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        say(text)
 
     def message(self, message: Mapping[str, Any]) -> None:
         """Show what a worker told."""

@@ -221,6 +221,15 @@ def test_a_finished_run_is_evaluated_again_for_other_settings(launch, first):
     assert "of 30 samples" in output
 
 
+def test_a_run_goes_on_when_nobody_reads_its_output(launch, first, tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr("sys.stdout", os.fdopen(writing, "w"))
+    code, output = launch(*first, "train.total_images=512")
+    assert (code, output) == (0, "")
+    assert (tmp_path / "home/store/runs/first/evaluation/000000000512/report.json").exists()
+
+
 def test_a_signal_stops_the_run_and_is_the_callers_own_after_it(launch, first, tmp_path):
     checkpoints = tmp_path / "home/store/runs/first/checkpoints"
 

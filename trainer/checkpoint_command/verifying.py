@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+from pipelines.console import say
 from trainer.checkpoint.inventory import Inventory
 from trainer.checkpoint.store import StoreConfig
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
@@ -89,5 +90,4 @@ def _advice(place: RunPlace, *, newest: int | None) -> list[str]:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    say(line, to=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pipelines.console import say
 from trainer.command import run_command
 from trainer.evaluate.checkpoint_report import table
 from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
@@ -26,17 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run_command(
         CheckpointEvaluationConfig,
-        lambda config: table(evaluate_checkpoints(config, tell=_say)),
+        lambda config: table(evaluate_checkpoints(config, tell=say)),
         module="trainer.evaluate",
         description=_DESCRIPTION,
         example=_EXAMPLE,
         arguments=arguments,
     )
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

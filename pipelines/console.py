@@ -1,0 +1,56 @@
+"""Lines for people, written to a terminal, pipe or file that may be gone before the work is done.
+
+`… | head` closes the pipe, a terminal is closed, a disk fills up, a locale lacks a character. None
+of it may end a run of days: what cannot be written is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+
+def say(text: str, *, to: TextIO | None = None) -> None:
+    """Write a line at once, as far as it can be written.
+
+    Args:
+        text: The line; characters that the stream's encoding lacks are escaped.
+        to: Where; None is standard output as it is now.
+    """
+    stream: TextIO | None = to or sys.stdout
+    if stream is None or stream.closed:  # standard output was closed before the program began
+        return
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
+        stream.flush()
+    except OSError:
+        _drop_buffered(stream)
+    except RuntimeError:
+        return  # a signal handler speaks while the line that it interrupts is being written
+
+
+class SayingHandler(logging.Handler):
+    """Logs to standard error by `say`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        say(self.format(record), to=sys.stderr)
+
+
+def _drop_buffered(stream: TextIO) -> None:
+    """Empty the stream's buffers into nowhere, or Python would fail to flush them at its exit."""
+    try:
+        number = stream.fileno()
+        kept, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        return
+    try:
+        os.dup2(nowhere, number)
+        stream.flush()
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
+        os.close(nowhere)

@@ -205,14 +205,16 @@ def _module(files: AutoencoderFiles) -> nn.Module:
     from diffusers import AutoencoderKL
 
     try:
-        with _quiet():
+        with _quiet(), files.exactly() as folder:
             module, report = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
-                str(files.folder),
+                str(folder),
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
+    except AutoencoderError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AutoencoderError(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,32 @@ class AutoencoderFiles:
     folder: Path
     config: Mapping[str, Any]
     sha256: str
+
+    @contextmanager
+    def exactly(self) -> Iterator[Path]:
+        """Give a private folder that holds what the digest covers and nothing else.
+
+        A loader that looks around in the folder that was named finds other files too, such as an
+        index of weights that lie elsewhere; and a file may change after it was hashed.
+
+        Raises:
+            AutoencoderError: The weights have changed since, or cannot be copied.
+        """
+        with tempfile.TemporaryDirectory(prefix="lapflow-autoencoder-") as name:
+            (copy := Path(name) / _CONFIG).write_text(json.dumps(dict(self.config)))
+            try:
+                shutil.copyfile(self.folder / _WEIGHTS, copy.with_name(_WEIGHTS))
+            except OSError as error:
+                raise AutoencoderError(
+                    f"the weights in {self.folder} cannot be copied to {name} ({error}); free some "
+                    "space, or set TMPDIR to a folder with more of it"
+                ) from error
+            if _digest(self.config, copy.with_name(_WEIGHTS)) != self.sha256:
+                raise AutoencoderError(
+                    f"the weights in {self.folder} have changed since they were checked; leave "
+                    "them alone while a run starts, and start it again"
+                )
+            yield Path(name)
 
     # What config.json leaves out has diffusers' default.
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from models.codec import AutoencoderKlCodec, IdentityCodec
 from tests.support.autoencoder import saved_autoencoder, tiny_autoencoder
-from trainer.autoencoder import CodecConfig, codec_digest, load_codec
+from trainer.autoencoder import CodecConfig, codec_digest, load_codec, open_codec
 from trainer.autoencoder_files import AutoencoderError, find_autoencoder
 from trainer.checkpoint.store import StoreConfig
 from trainer.schema import ConfigError
@@ -212,6 +212,25 @@ def test_weights_that_are_missing_or_pickled(copied, tmp_path):
     message = refused(copied, tmp_path)
     assert "pickle" in message
     assert "save_pretrained" in message
+
+
+def test_what_is_loaded_is_what_the_digest_covers(saved, copied, tmp_path):
+    """Diffusers prefers an index of weights, and follows it out of the folder."""
+    saved_autoencoder(tmp_path / "other", seed=1)
+    names = dict.fromkeys(load_file(copied / WEIGHTS), f"../other/{WEIGHTS}")
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (copied / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    assert_is_the_saved(loaded(copied, tmp_path))
+    assert codec_digest(of(copied), cache=tmp_path, store=STORE) == codec_digest(
+        of(saved), cache=tmp_path, store=STORE
+    )
+
+
+def test_weights_that_change_after_they_were_hashed_are_not_loaded(copied, tmp_path):
+    files = find_autoencoder(str(copied), cache=tmp_path, store=STORE)
+    saved_autoencoder(copied, seed=1)
+    with pytest.raises(AutoencoderError, match="have changed since they were checked"):
+        open_codec(files, device=CPU)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unknown", "shape"])

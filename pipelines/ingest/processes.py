@@ -1,6 +1,7 @@
 """Processes that share the work of an ingest or of a verification."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +32,12 @@ def spawned(
     for number in range(workers):
         numbers.put(number)
     pool = ProcessPoolExecutor(workers, context, initializer=_enter, initargs=(begin, numbers))
+    # The first task starts all of them. Until they have entered, Ctrl-C must wait.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        pool.submit(os.getpid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -44,6 +51,10 @@ def spawned(
 
 def _enter(begin: Callable[[int], None] | None, numbers: "SimpleQueue[int]") -> None:
     _end_with_parent()
+    # Ctrl-C reaches every process of a terminal. The one that started these says what there is to
+    # say; these leave without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if begin is not None:
         begin(numbers.get())
 

@@ -1,0 +1,27 @@
+"""Ctrl-C ends a command as it ends other programs: without a traceback, with exit code 130."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import TracebackType
+
+EXIT_CODE = 128 + signal.SIGINT
+
+
+def end_quietly_when_interrupted() -> None:
+    """Have an interrupt that nobody catches end the command that this process is.
+
+    A package calls it when it is imported, so that it also holds while a command's other imports
+    are under way. Only `python -m` imports a package with "-m" in the program's place: programs
+    that use the package for something else keep their own ways.
+    """
+    if sys.argv[:1] != ["-m"] or sys.excepthook is not sys.__excepthook__:
+        return
+    sys.excepthook = _end
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        raise SystemExit(EXIT_CODE)
+    sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,80 @@
+"""Ctrl-C at any moment, imports included: no traceback, exit code 130, and no process left."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.job import ROOT
+from trainer.checkpoint.layout import MANIFEST_NAME
+
+# Read by Python before all else: sends Ctrl-C when a module is imported, or a file opened.
+INTERRUPTING = """
+import os, signal, sys
+wanted = os.environ.pop("INTERRUPT_AT")
+sent = []
+def watch(event, arguments):
+    if event in ("import", "open") and wanted in str(arguments[0]) and not sent:
+        sent.append(wanted)
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(watch)
+"""
+
+
+def interrupted(tmp_path, at: str, *words: str) -> tuple[int, str]:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, "-m", *words],
+        env={**os.environ, "PYTHONPATH": path, "INTERRUPT_AT": at},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return ended.returncode, ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "at"),
+    [
+        ("trainer.sample", "torch"),
+        ("trainer.inpaint", "torch"),
+        ("trainer.evaluate", "pipelines.console"),
+        ("trainer.checkpoints", "trainer.checkpoint_command"),
+        ("trainer.plan", "cluster.hardware"),
+        ("trainer.compare_losses", "pipelines.console"),
+        ("trainer.launch", "pipelines.console"),
+        ("pipelines.ingest", "pipelines.errors"),
+        ("pipelines.ingest.latents", "torch"),
+        ("benchmarks.sampling", "torch"),
+        ("benchmarks.data", "benchmarks.command"),
+    ],
+)
+def test_an_interrupt_during_imports_is_quiet(tmp_path, command, at):
+    assert interrupted(tmp_path, at, command, "--help") == (130, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.sample", "checkpoint={run}"),
+        ("trainer.checkpoints", "verify", "{run}"),
+    ],
+)
+def test_an_interrupt_during_the_work_is_quiet(tmp_path, words):
+    manifest = tmp_path / "runs" / "a" / "checkpoints" / "000000000100" / MANIFEST_NAME
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    run = str(manifest.parent)
+    found = [word.format(run=run) for word in words]
+    assert interrupted(tmp_path, MANIFEST_NAME, *found) == (130, "")
+
+
+def test_programs_that_use_the_packages_keep_their_tracebacks():
+    script = "import trainer; raise KeyboardInterrupt"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert b"Traceback" in ended.stderr

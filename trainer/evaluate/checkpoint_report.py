@@ -36,7 +36,7 @@ class Measurement:
         samples: Samples drawn, classes in equal parts.
         seed: Seed of their noise.
         sampler: Solver, steps and guidance.
-        extractors: Name of each extractor and, where it was learned, the SHA-256 of its weights.
+        extractors: Name of each extractor and, where it has weights of its own, their SHA-256.
         held_out_index: SHA-256 of the index of the real images.
     """
 

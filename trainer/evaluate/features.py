@@ -18,13 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.evaluate.inception import InceptionFeatures
 from trainer.evaluate.learned_features import LabelledImages, learned_features
 
 FeatureName = Literal["random_conv", "learned_conv", "inception"]
 
 
 class FeatureExtractor(Protocol):
-    """Maps images in [-1, 1], shape [n, c, h, w], to features, shape [n, d]."""
+    """Maps images in [-1, 1], shape [n, c, h, w], to features, shape [n, d].
+
+    Attributes:
+        digest: SHA-256 of its weights; empty where the code decides them.
+    """
+
+    digest: str
 
     def __call__(self, images: Tensor) -> Tensor:
         """Extract features."""
@@ -33,10 +40,6 @@ class FeatureExtractor(Protocol):
 
 class UnknownFeatures(ValueError):
     """There is no extractor of that name."""
-
-
-class MissingWeights(ValueError):
-    """The extractor's weights are neither on disk nor downloadable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class RandomConvFeatures:
         channels: Channels of the images.
     """
 
+    digest = ""
+
     def __init__(self, channels: int) -> None:
         generator = torch.Generator().manual_seed(20260219)
         widths = (channels, 16, 32, 32)
@@ -82,47 +87,6 @@ class RandomConvFeatures:
                 F.conv2d(x, weight.to(x.device), padding=1, stride=2 if layer == 1 else 1), 0.2
             )
         return torch.cat((x.mean(dim=(2, 3)), x.std(dim=(2, 3))), dim=1)
-
-
-class InceptionFeatures:
-    """The 2048 pool features of the TensorFlow Inception network that defines FID.
-
-    Args:
-        weights: Local weights file, or None to download it.
-
-    Raises:
-        MissingWeights: If the file is missing, the download fails, or the package is not installed.
-    """
-
-    def __init__(self, weights: str | None) -> None:
-        try:
-            from pipelines.torchvision_cpu import ensure_torchvision
-
-            ensure_torchvision()
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise MissingWeights(
-                "eval.features.name=inception needs the package torch-fidelity: "
-                'pip install "lapflow-trainer[inception]"'
-            ) from error
-        try:
-            self._network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
-            )
-        except OSError as error:
-            raise MissingWeights(
-                f"Inception weights cannot be loaded ({error}); put the file on disk and set "
-                f"eval.features.inception_weights (now {weights}), or use "
-                "eval.features.name=random_conv"
-            ) from error
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Extract 2048 features per image; grey images are repeated to three channels."""
-        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        bytes_ = (rgb * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        features: Tensor = self._network.to(images.device)(bytes_)[0]
-        return features
 
 
 def feature_extractor(

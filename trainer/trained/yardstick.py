@@ -91,11 +91,8 @@ class Yardstick:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Each extractor and, where it was learned, the SHA-256 of its weights."""
-        return {
-            name: extractor.digest if isinstance(extractor, LearnedConvFeatures) else ""
-            for name, extractor in self._extractors.items()
-        }
+        """Each extractor and, where it has weights of its own, their SHA-256."""
+        return {name: extractor.digest for name, extractor in self._extractors.items()}
 
     def held_out_accuracy(self, name: str) -> float | None:
         """Share of held-out images that a learned extractor reads right."""

@@ -1,7 +1,10 @@
 """Evaluation figures against closed forms, and what they must not depend on."""
 
+import hashlib
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +20,13 @@ from models.transformer.lapflow import LapFlowTransformer
 from trainer.evaluate.classifier import label_agreement
 from trainer.evaluate.features import (
     FeatureConfig,
-    MissingWeights,
     RandomConvFeatures,
     check_features,
     feature_extractor,
 )
 from trainer.evaluate.frechet import FeatureStatistics, frechet_distance
 from trainer.evaluate.grid import grid_png
+from trainer.evaluate.inception import MissingWeights
 from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluate
 from trainer.evaluate.samples import ImageShape, draw
 
@@ -84,8 +87,41 @@ def test_inception_without_its_file_says_what_to_do(tmp_path):
         check_features(FeatureConfig(name="inception", inception_weights=missing))
 
 
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_weights_file_runs_no_code(tmp_path, zipped):
+    weights, sung = tmp_path / "inception.pth", tmp_path / "sung"
+    content = {"Conv2d_1a_3x3.conv.weight": Canary(sung)}
+    torch.save(content, weights, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(MissingWeights, match=r"cannot be loaded .*inception_weights"):
+        check_features(FeatureConfig(name="inception", inception_weights=str(weights)))
+    assert not sung.exists()
+    torch.load(weights, weights_only=False)
+    assert sung.exists()  # the canary is one
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"a": "text"}, {1: torch.zeros(1)}, {"Conv2d_1a_3x3": torch.zeros(3)}]
+)
+def test_weights_of_something_else_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "inception.pth")
+    with pytest.raises(MissingWeights, match=r"cannot be loaded .*inception_weights"):
+        check_features(
+            FeatureConfig(name="inception", inception_weights=str(tmp_path / "inception.pth"))
+        )
+
+
 @pytest.mark.slow
-def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch):
+def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch, caplog):
     from pipelines.torchvision_cpu import ensure_torchvision
 
     ensure_torchvision()
@@ -109,6 +145,8 @@ def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monk
     features = extract(torch.rand(2, 1, 16, 16) * 2 - 1)
     assert features.shape == (2, 2048)
     assert torch.isfinite(features).all()
+    assert extract.digest == hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    assert f"have the SHA-256 {extract.digest}, not that of the weights that FID" in caplog.text
 
 
 def test_a_grid_shows_every_image_in_its_place_with_a_gap_around_it():

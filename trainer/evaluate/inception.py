@@ -1,0 +1,119 @@
+"""The network whose features define FID, loaded without trusting the file it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FID_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of pt_inception-2015-12-05-6726825d.pth, with which the literature's FID is computed."""
+
+_MAX_BYTES = 2**30  # ten times what the network needs
+
+
+class MissingWeights(ValueError):
+    """The weights are neither on disk nor downloadable, or are no weights of this network."""
+
+
+class InceptionFeatures:
+    """The 2048 pool features of the TensorFlow Inception network that defines FID.
+
+    Args:
+        weights: Local weights file, or None to download it.
+
+    Attributes:
+        digest: SHA-256 of the weights file.
+
+    Raises:
+        MissingWeights: The file is missing, holds anything but the network's tensors, or cannot be
+            downloaded; or the package is not installed.
+    """
+
+    def __init__(self, weights: str | None) -> None:
+        try:
+            from pipelines.torchvision_cpu import ensure_torchvision
+
+            ensure_torchvision()
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise MissingWeights(
+                "eval.features.name=inception needs the package torch-fidelity: "
+                "pip install '.[inception]'"
+            ) from error
+        self.digest, tensors = _tensors(weights)
+        # The package unpickles whatever file it is given, so it is given one that was written here.
+        with tempfile.TemporaryDirectory(prefix="lapflow-inception-") as folder:
+            own = str(Path(folder) / "inception.pth")
+            torch.save(tensors, own)
+            try:
+                self._network = FeatureExtractorInceptionV3(
+                    "inception-v3-compat", ["2048"], feature_extractor_weights_path=own
+                )
+            except RuntimeError as error:  # names and shapes that are not the network's
+                raise _unusable(weights, str(error).splitlines()[0]) from error
+        if self.digest != FID_WEIGHTS_SHA256:
+            logger.warning(
+                "The Inception weights of eval.features.inception_weights=%s have the SHA-256 "
+                "%s, not that of the weights that FID is computed with (%s): distances do not "
+                "compare with the literature's.",
+                *(weights, self.digest, FID_WEIGHTS_SHA256),
+            )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract 2048 features per image; grey images are repeated to three channels."""
+        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        bytes_ = (rgb * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        features: Tensor = self._network.to(images.device)(bytes_)[0]
+        return features
+
+
+def _tensors(weights: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Read a file of tensors, in which nothing can run code, and its SHA-256."""
+    try:
+        file = _downloaded() if weights is None else Path(weights).expanduser()
+        if file.stat().st_size > _MAX_BYTES:
+            raise _unusable(weights, f"it is larger than {_MAX_BYTES:,} bytes")
+        data = file.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if weights is None and digest != FID_WEIGHTS_SHA256:
+            raise _unusable(weights, f"{file} is not the published file; delete it")
+        content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MissingWeights:
+        raise
+    except Exception as error:  # a file from elsewhere can end its reader in any way
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise _unusable(weights, reason) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise _unusable(weights, "it holds something else than named tensors")
+    return digest, dict(content)
+
+
+def _downloaded() -> Path:
+    """Fetch the published file into torch's cache, once, and only if it is the published one."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=FID_WEIGHTS_SHA256)
+    return file
+
+
+def _unusable(weights: str | None, reason: str) -> MissingWeights:
+    return MissingWeights(
+        f"Inception weights cannot be loaded ({reason}); put "
+        "pt_inception-2015-12-05-6726825d.pth on disk and set eval.features.inception_weights to "
+        f"it (now {weights}), or use eval.features.name=random_conv"
+    )

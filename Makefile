@@ -6,6 +6,7 @@
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
 #   make pictures    draw the pictures of the documentation anew
 #   make ui          open the MLflow pages of the runs on this machine
+#   make doctor      look at the installation: versions, what is wrong, what to do
 #   make clean-venv  remove .venv
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train data-demo test test-fast check format bench pictures ui setup clean-venv golden
+.PHONY: train data-demo test test-fast check format bench pictures ui setup clean-venv golden doctor
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -78,6 +79,9 @@ pictures: setup
 
 ui: setup
 	$(BIN)/python -m mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(LAPFLOW_HOME)/mlflow.db
+
+doctor: setup
+	$(BIN)/python -m trainer.doctor
 
 setup: $(READY)
 

@@ -24,7 +24,6 @@ from pipelines.errors import (
 )
 from pipelines.index import INDEX_NAME
 from pipelines.slow_steps import told_when_slow
-from pipelines.torchvision_cpu import ensure_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +160,6 @@ class Source:
             ) from error
 
     def _connect(self) -> Any:
-        ensure_torchvision()
         from streaming.base.storage import CloudDownloader
 
         try:

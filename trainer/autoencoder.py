@@ -199,9 +199,6 @@ def _files(
 
 
 def _module(files: AutoencoderFiles) -> nn.Module:
-    from pipelines.torchvision_cpu import ensure_torchvision
-
-    ensure_torchvision()
     from diffusers import AutoencoderKL
 
     try:

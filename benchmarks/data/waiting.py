@@ -21,7 +21,6 @@ from models.codec import AutoencoderKlCodec
 from models.pyramid import split
 from pipelines.batch import Batch, Cursor
 from pipelines.ingest.digits import CHANNELS, IMAGE_SIZE, ensure_digits
-from pipelines.torchvision_cpu import ensure_torchvision
 
 _DESCRIPTION = """\
 Train on real batches: loader, forward, backward and AdamW, and how long each update had to wait for
@@ -124,7 +123,6 @@ def _update(options: argparse.Namespace, device: torch.device) -> Callable[[Batc
 
 
 def _sd_sized_encoder(device: torch.device) -> Callable[[Tensor], Tensor]:
-    ensure_torchvision()
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from pipelines.ingest.processes import spawned
-from pipelines.torchvision_cpu import ensure_torchvision
 
 _HASH = "sha256"
 _PLAN = "plan.json"
@@ -143,7 +142,6 @@ def _write_here(part: NumberedPart, work: Path) -> FinishedShard:
 
 def _write(part: P, work: Path, *, filler: ShardFiller[P]) -> FinishedShard:
     """Write one part as one shard, and record it."""
-    ensure_torchvision()
     from streaming.base.format.mds import MDSWriter
 
     scratch = work / f"part.{part.number:05d}"

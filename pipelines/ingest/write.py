@@ -22,7 +22,6 @@ from pipelines.errors import (
 )
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard, parse_index
 from pipelines.source import Source, SourceConfig, describe_failure
-from pipelines.torchvision_cpu import ensure_torchvision
 
 _HASH = "sha256"
 _UPLOAD_ATTEMPTS = 5
@@ -127,7 +126,6 @@ def _build(
 
     The index is there when the last shard has been given.
     """
-    ensure_torchvision()
     from streaming.base.format.mds import MDSWriter
 
     writer: Any = MDSWriter(

@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 
-from pipelines.torchvision_cpu import ensure_torchvision
-
 
 def tiny_autoencoder(*, channels: int = 1, seed: int = 0, **settings: Any) -> Any:
     """Build an AutoencoderKL with random weights that a seed decides."""
-    ensure_torchvision()
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)

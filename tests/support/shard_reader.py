@@ -14,13 +14,10 @@ from pipelines.batch import Batch, Cursor
 from pipelines.decode import DecodeConfig
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
-from pipelines.torchvision_cpu import ensure_torchvision
 from tests.support.forked import forked
 
 BATCH_IMAGES = 8
 IMAGE_SIZE = 16
-
-ensure_torchvision()  # streaming needs it
 
 
 @dataclass(frozen=True, kw_only=True)

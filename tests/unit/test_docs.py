@@ -1,12 +1,14 @@
 """What the documentation shows works: its Python runs, and its pictures and pages are there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("design/*.md")])
 
 
@@ -39,6 +41,25 @@ def test_the_pictures_are_drawn(tmp_path):
     drawn = {path.stem: Image.open(path).size for path in tmp_path.iterdir()}
     assert set(drawn) == {"attention", "placement", "pyramid_and_path", "time_and_scale"}
     assert all(width > 600 and height > 300 for width, height in drawn.values())
+
+
+def test_what_the_readme_shows_can_be_typed():
+    blocks = re.findall(
+        r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert len(blocks) >= 3
+    assert [
+        line for block in blocks for line in block.splitlines() if "…" in line or "<" in line
+    ] == []
+
+
+def test_the_license_is_there_in_full_and_is_the_one_that_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0"
+    (name,) = project["license-files"]
+    words = (ROOT / name).read_text().split()
+    assert " ".join(words[:6]) == "Apache License Version 2.0, January 2004"
+    assert len(words) == 1581  # as published, with its appendix
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -40,9 +40,6 @@ class InceptionFeatures:
 
     def __init__(self, weights: str | None) -> None:
         try:
-            from pipelines.torchvision_cpu import ensure_torchvision
-
-            ensure_torchvision()
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise MissingWeights(

@@ -8,18 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.torchvision_cpu import ensure_torchvision
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 
-# diffusers imports torchvision.
-ensure_torchvision()
-
-from diffusers.configuration_utils import ConfigMixin, register_to_config  # noqa: E402
-from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
-
-from models.flow.flow import FlowConfig  # noqa: E402
-from models.transformer.config import TransformerConfig  # noqa: E402
-from models.transformer.lapflow import LapFlowTransformer  # noqa: E402
-from trainer.schema import from_dict  # noqa: E402
+from models.flow.flow import FlowConfig
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
+from trainer.schema import from_dict
 
 
 class LapFlowTransformer2DModel(LapFlowTransformer, ModelMixin, ConfigMixin):  # type: ignore[misc]

@@ -6,25 +6,19 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
-
-from pipelines.torchvision_cpu import ensure_torchvision
-
-# diffusers imports torchvision.
-ensure_torchvision()
-
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
-from diffusers.pipelines.pipeline_utils import (  # noqa: E402
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import (
     DiffusionPipeline,
     ImagePipelineOutput,
 )
+from torch import Tensor
 
-from models.codec import AutoencoderKlCodec  # noqa: E402
-from models.flow.flow import Flow, FlowConfig  # noqa: E402
-from models.flow.sampler import sample  # noqa: E402
-from models.flow.sampler_config import SamplerConfig  # noqa: E402
-from trainer.export.diffusers_model import LapFlowTransformer2DModel  # noqa: E402
-from trainer.schema import ConfigError, from_dict  # noqa: E402
+from models.codec import AutoencoderKlCodec
+from models.flow.flow import Flow, FlowConfig
+from models.flow.sampler import sample
+from models.flow.sampler_config import SamplerConfig
+from trainer.export.diffusers_model import LapFlowTransformer2DModel
+from trainer.schema import ConfigError, from_dict
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 OutputType: TypeAlias = Literal["pil", "np", "pt", "latent"]

@@ -73,16 +73,24 @@ class ModelCard:
         return f"{self._head()}\n# {self.manifest.run}\n\n{self._summary()}\n\n{body}"
 
     def _head(self) -> str:
-        lines = ["library_name: diffusers", "pipeline_tag: unconditional-image-generation", "tags:"]
-        lines += [f"- {tag}" for tag in ("lapflow", "flow-matching", "class-conditional")]
+        # Hubs have a task for models without conditions, and none for models of classes.
+        task = [] if self._by_class else ["pipeline_tag: unconditional-image-generation"]
+        tags = ["lapflow", "flow-matching", "image-generation"]
+        tags += ["class-conditional"] if self._by_class else []
+        lines = ["library_name: diffusers", *task, "tags:", *(f"- {tag}" for tag in tags)]
         # "fid" is the distance of Inception's features alone.
         names = sorted({_metric(result.features) for result in self.results})
         lines += ["metrics:", *(f"- {json.dumps(name)}" for name in names)] if names else []
         return "\n".join(("---", *lines, "---", ""))
 
+    @property
+    def _by_class(self) -> bool:
+        return self.model.shape.classes > 1
+
     def _summary(self) -> str:
+        what = "Class-conditional image" if self._by_class else "Image"
         return (
-            "Class-conditional image generation by LapFlow, flow matching over the scales of a "
+            f"{what} generation by LapFlow, flow matching over the scales of a "
             f"Laplacian pyramid: the weights of the run {_code(self.manifest.run)} after "
             f"{self.manifest.images:,} training images."
         )

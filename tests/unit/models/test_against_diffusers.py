@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from pipelines.torchvision_cpu import ensure_torchvision
 
 DEPTH, WIDTH, HEADS = 3, 48, 4
 CHANNELS, SIZE, PATCH, CLASSES = 4, 16, 2, 7
@@ -34,7 +33,6 @@ def ours() -> LapFlowTransformer:
 
 @pytest.fixture(scope="module")
 def theirs(ours: LapFlowTransformer) -> nn.Module:
-    ensure_torchvision()
     from diffusers import DiTTransformer2DModel
     from diffusers.models.embeddings import Timesteps
 

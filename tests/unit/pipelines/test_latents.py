@@ -15,7 +15,6 @@ from pipelines.latent_format import LatentFormat
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.sample_key import SampleKey
 from pipelines.shards import ShardedDataset
-from pipelines.torchvision_cpu import ensure_torchvision
 
 DECODERS = ("dali", "pillow")
 COUNT = 20
@@ -43,7 +42,6 @@ def keys(count: int = COUNT, *, epoch: int = 0) -> list[SampleKey]:
 
 
 def write(folder: Path, arrays: list[np.ndarray], form: LatentFormat) -> None:
-    ensure_torchvision()
     from streaming.base.format.mds import MDSWriter
 
     with MDSWriter(

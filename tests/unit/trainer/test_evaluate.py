@@ -122,9 +122,6 @@ def test_weights_of_something_else_are_refused(tmp_path, content):
 
 @pytest.mark.slow
 def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch, caplog):
-    from pipelines.torchvision_cpu import ensure_torchvision
-
-    ensure_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
     # The constructor builds random weights before it loads a file: those are the file here.

@@ -71,10 +71,18 @@ def test_the_code_of_a_card_for_latents_runs(tmp_path, monkeypatch):
 def test_a_hub_reads_the_head(run, tmp_path):
     data = ModelCard(card_of(run, tmp_path)).data
     assert data.library_name == "diffusers"
-    assert data.pipeline_tag == "unconditional-image-generation"
-    assert "lapflow" in data.tags
+    assert data.pipeline_tag is None  # no task of the hub is class-conditional generation
+    assert {"lapflow", "class-conditional"} <= set(data.tags)
     assert data.license is None
     assert data.metrics is None
+
+
+def test_a_model_of_one_class_is_said_to_be_unconditional(tmp_path):
+    one = DataConfig(name="faces", image_size=8, channels=1, classes=1)
+    card = card_of(save_run(tmp_path, data=one), tmp_path)
+    data = ModelCard(card).data
+    assert data.pipeline_tag == "unconditional-image-generation"
+    assert "class-conditional" not in card.lower()
 
 
 def test_the_card_tells_how_the_model_was_trained(run, tmp_path):

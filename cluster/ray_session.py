@@ -1,13 +1,6 @@
 """The connection to Ray: joins a running cluster, or starts a private one and ends it again.
 
-A private cluster lives on this machine alone. Everything of it listens on 127.0.0.1: the control
-server (GCS), the raylet, the agents and every worker, on ports chosen at random; there is no
-dashboard. Ray also asks for a token, which it keeps in ~/.ray/auth_token (`RAY_AUTH_MODE=disabled`
-turns that off). The daemons are children of this process. They ignore the terminal's Ctrl-C,
-inherit the environment (credentials too, so none has to be passed on) and are ended by the kernel
-when this process dies, the last of them a minute later. A SIGTERM ends them, though: it must go to
-this process alone, which then stops the workers, and not to its process group or control group
-(systemd: `KillMode=mixed`).
+A private cluster lives on this machine alone, for the length of the run (`cluster.ray_private`).
 
 A joined cluster is only left again, which ends this run's workers and nothing else. Its workers
 find the caller's modules when the caller is a Ray job (`ray job submit --working-dir . -- python -m
@@ -27,17 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import ray
-from ray._private import ray_constants
 from ray._private.utils import read_ray_address
 
 from cluster.capacity import Node, resources
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailable
 from cluster.ray_nodes import answers, live_nodes
-
-_OBJECT_STORE_BYTES = 200 * 2**20
-"""Ray's shared memory here: it only carries the worker function and messages."""
+from cluster.ray_private import private_cluster
 
 _log = logging.getLogger(__name__)
 
@@ -75,23 +64,16 @@ def session(config: ClusterConfig) -> Iterator[Session]:
             "cluster set cluster.address to its host:port."
         )
     scratch = _scratch(config.scratch_dir)
-    children = psutil.Process().children()
-    daemons: list[psutil.Process] = []
-    private = False
     keep = False
     try:
-        with _signal_handlers_kept():
-            private = _connect(config, scratch)
-        daemons = [child for child in psutil.Process().children() if child not in children]
-        yield Session(private=private, nodes=live_nodes(), scratch=scratch)
-    except Exception as error:
-        keep = private and not isinstance(error, ValueError)
-        raise
+        with _connected(config, scratch) as private:
+            connected = Session(private=private, nodes=live_nodes(), scratch=scratch)
+            try:
+                yield connected
+            except Exception as error:
+                keep = private and not isinstance(error, ValueError)
+                raise
     finally:
-        workers = [worker for daemon in daemons for worker in _descendants(daemon)]
-        ray.shutdown()
-        # Left alone, the workers of a private cluster notice only seconds later that it is gone.
-        _end(daemons + workers)
         if keep:
             _log.warning("Ray's logs are kept in %s/ray/session_latest/logs.", scratch)
         else:
@@ -109,37 +91,29 @@ def _scratch(parent: str | None) -> Path:
         ) from error
 
 
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=5)
-
-
-def _connect(config: ClusterConfig, scratch: Path) -> bool:
-    """Joins or starts a cluster; True if it was started."""
+@contextlib.contextmanager
+def _connected(config: ClusterConfig, scratch: Path) -> Iterator[bool]:
+    """Joins or starts a cluster for the time of the block; gives True if it was started."""
     began = time.monotonic()
     address = address_to_join(config)
-    if address is None:
-        _start(config, scratch)
-    else:
-        _join(address, found=config.address == "auto")
-    nodes = live_nodes()
-    _log.info(
-        "%s: %d node(s), %s (%.1f s).",
-        "Started a private Ray cluster" if address is None else f"Joined the Ray cluster {address}",
-        len(nodes),
-        resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)),
-        time.monotonic() - began,
-    )
-    return address is None
+    with contextlib.ExitStack() as at_last:
+        with _signal_handlers_kept():
+            if address is None:
+                at_last.enter_context(private_cluster(config, scratch))
+            else:
+                at_last.callback(ray.shutdown)
+                _join(address, found=config.address == "auto")
+        nodes = live_nodes()
+        _log.info(
+            "%s: %d node(s), %s (%.1f s).",
+            "Started a private Ray cluster"
+            if address is None
+            else f"Joined the Ray cluster {address}",
+            len(nodes),
+            resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)),
+            time.monotonic() - began,
+        )
+        yield address is None
 
 
 def address_to_join(config: ClusterConfig) -> str | None:
@@ -180,33 +154,6 @@ def _join(address: str, *, found: bool) -> None:
             "its version of Ray and its RAY_AUTH_MODE are this environment's; set "
             "cluster.address=local to start a private cluster instead."
         ) from error
-
-
-def _start(config: ClusterConfig, scratch: Path) -> None:
-    # On Linux Ray replaces 127.0.0.1 by the address the host is reached by, unless it believes that
-    # it cannot form clusters here, as on macOS.
-    reachable = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(config.workers * config.cpus_per_worker, os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # Ray opens its directory to everybody; the one around it is ours alone.
-            _temp_dir=str(scratch / "ray"),
-            # The workers get an environment of their own, so processes started ahead are of no use.
-            _system_config={"prestart_worker_first_driver": False},
-        )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterUnavailable(
-            f"No private Ray cluster could be started in {scratch}: {error} Check the free memory, "
-            "disk and length of that path (cluster.scratch_dir), or use cluster.backend=local."
-        ) from error
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = reachable
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ pictures: setup
 	$(BIN)/python docs/placement_picture.py
 
 ui: setup
-	$(BIN)/python -m mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(LAPFLOW_HOME)/mlflow.db
+	$(BIN)/python -m trainer.ui home=$(LAPFLOW_HOME) $(ARGS)
 
 doctor: setup
 	$(BIN)/python -m trainer.doctor

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pipelines.console import say
 from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
+from trainer.metrics.mlflow_curves import run_curves
+from trainer.metrics.mlflow_place import TrackerUnreachable, tracking_uri
 from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
-from trainer.metrics.tracker_mlflow import TrackerUnreachable, run_curves, tracking_uri
 
 _DESCRIPTION = """\
 Compare the loss curves of two runs, image by image.

@@ -16,7 +16,7 @@ from types import FrameType
 import yaml
 
 from pipelines.console import SayingHandler, say
-from trainer.checkpoint.errors import CheckpointError, StoreError
+from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import composed, members
 from trainer.data import with_classes
 from trainer.mistakes import is_users_mistake
@@ -51,7 +51,7 @@ common settings (every key is listed by --cfg job):
 exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end or was stopped but
 checkpoints could not be saved, 130 or 143 stopped by a signal, its last state saved"""
 
-_FAILED, _REFUSED, _UNSAVED = 1, 2, 3
+_REFUSED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,9 +97,11 @@ def _launch(job: JobConfig) -> int:
     from cluster.contract import ClusterUnavailable
     from cluster.failure import WorkerFailed
     from cluster.launcher import run
-    from trainer import places
+    from trainer import ending, places
+    from trainer.pages import where_to_look
     from trainer.preflight import preflight
-    from trainer.summary import Console, summary
+    from trainer.summary import Console, final_report, summary
+    from trainer.tracked_run import send_unsent
     from trainer.worker import train_worker
 
     began = time.monotonic()
@@ -107,9 +109,10 @@ def _launch(job: JobConfig) -> int:
     console.note(f"run {job.run}: {places.run_uri(job)}")
     newest = preflight(job, note=console.note)
     complete = newest is not None and newest.images >= job.train.total_images
-    if complete and (table := summary(job, seconds=0.0)) is not None:
+    if newest is not None and complete and (report := final_report(job)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
-        say(table)
+        send_unsent(job, newest, report.metrics())
+        say(f"{summary(job, report, seconds=0.0)}\n\nlook at the run: {where_to_look(job)}")
         return 0
 
     with _stop_on_signals() as (stop, received):
@@ -123,37 +126,14 @@ def _launch(job: JobConfig) -> int:
                 kept_together=resolve_placement(job).unit,
             )
         except (WorkerFailed, ClusterUnavailable) as error:
-            say(f"error: {error}", to=sys.stderr)
-            if console.last_checkpoint:
-                say(f"run the same command again to continue from {console.last_checkpoint}")
-            return _REFUSED if isinstance(error, ValueError) and not console.begun else _FAILED
-        stopped = outcome.status == "stopped" and not console.finished
-        if stopped:
-            place = console.last_checkpoint or "from the beginning"
-            console.note(f"stopped; run the same command again to continue {place}")
-        table = None
-        if not stopped:
-            try:
-                table = summary(job, seconds=time.monotonic() - began)
-            except StoreError as error:
-                console.note(f"warning: the results cannot be shown: {error}")
-    if table is not None:
-        say(table)
-    if console.failed_saves:
-        images, reason = max(console.failed_saves.items())
-        count = len(console.failed_saves)
-        say(
-            f"error: {count} checkpoint{'s' * (count > 1)} of this launch could not be saved, the "
-            f"last after {images:,} images: {reason}",
-            to=sys.stderr,
-        )
-        return _UNSAVED
-    if stopped:
-        return 128 + (received[0] if received else signal.SIGINT)
-    if table is None:
-        say("error: the run ended without a report; run the same command again", to=sys.stderr)
-        return _FAILED
-    return 0
+            return ending.failed(job, console, error)
+        except KeyboardInterrupt:
+            ending.interrupted(job, console)
+            raise
+        if outcome.status == "stopped" and not console.finished:
+            number = received[0] if received else signal.SIGINT
+            return ending.stopped(job, console, signal_number=number)
+        return ending.done(job, console, seconds=time.monotonic() - began)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, open_store
 from trainer.data import Split, check_latents, open_split
 from trainer.evaluate.features import check_features
-from trainer.metrics.tracker_mlflow import TrackerUnreachable, check_tracker
+from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
+from trainer.pages import where_to_look
 from trainer.resume import all_damaged, check_start, open_checkpoint, science_changes
 from trainer.schema import ConfigError, JobConfig, science
 from trainer.space import picture_shape
@@ -44,6 +45,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
     check_features(job.eval.features)
     try:
         check_tracker(job.tracking, str(places.home(job)))
+        note(f"look at the run: {where_to_look(job)}")
     except TrackerUnreachable as error:
         if job.tracking.required:
             raise

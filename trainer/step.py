@@ -20,6 +20,7 @@ from models.flow.objective import TIME_BINS, LossReport, Objective
 from models.pyramid import split
 from pipelines.batch import Batch
 from trainer import rng
+from trainer.divergence import LossWatch
 from trainer.engine.protocol import Engine, UpdateOutcome
 from trainer.metrics.buffer import MetricBuffer
 from trainer.schedule import OptimConfig, learning_rate
@@ -48,14 +49,6 @@ class TrainConfig:
     max_skipped_updates: int = 10
 
 
-class NonFiniteGradient(ValueError):
-    """Too many updates in a row had a gradient that is not finite.
-
-    A ValueError, because the settings are at fault: started again, the run would repeat itself to
-    the bit.
-    """
-
-
 class TrainStep:
     """Turns batches into updates.
 
@@ -69,6 +62,7 @@ class TrainStep:
         null_label: Label index that stands for "no class".
         micro_batch: Images per forward pass on this rank.
         device: Device of the model.
+        watch: Sees every loss.
         encoder: Makes latents of whole images, which are then split into bands here; None when
             batches come as the flow's bands.
     """
@@ -85,6 +79,7 @@ class TrainStep:
         null_label: int,
         micro_batch: int,
         device: torch.device,
+        watch: LossWatch,
         encoder: Codec | None = None,
     ) -> None:
         self._engine = engine
@@ -96,6 +91,7 @@ class TrainStep:
         self._null_label = null_label
         self._micro_batch = micro_batch
         self._device = device
+        self._watch = watch
         self._encoder = encoder
         self._skipped_in_a_row = 0
 
@@ -111,7 +107,7 @@ class TrainStep:
             What the update did.
 
         Raises:
-            NonFiniteGradient: If too many updates in a row had to be skipped.
+            Diverged: If too many updates in a row had to be skipped.
         """
         count = len(batch.labels)
         stage = self._stage(state.images)
@@ -182,6 +178,7 @@ class TrainStep:
         return split(latents, self._objective.flow.stages.scales)
 
     def _record_loss(self, report: LossReport) -> None:
+        self._watch.record(report.total)
         self._metrics.record("loss/total", report.total)
         scales = reversed(range(len(report.per_scale)))
         for k, loss, images in zip(scales, report.per_scale, report.images_per_scale, strict=True):
@@ -210,10 +207,9 @@ class TrainStep:
             return
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self._config.max_skipped_updates:
-            raise NonFiniteGradient(
+            raise self._watch.diverged(
                 f"the gradient was not finite in {self._skipped_in_a_row} updates in a row "
-                f"(train.max_skipped_updates={self._config.max_skipped_updates}); lower "
-                "optim.learning_rate, set optim.clip_norm, or use engine.precision=fp32"
+                f"(train.max_skipped_updates={self._config.max_skipped_updates})"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import open_store
 from trainer.clock import format_duration
 from trainer.evaluate.report import EvaluationReport, evaluation_key
-from trainer.metrics.tracker_mlflow import tracking_uri
 from trainer.schema import JobConfig, to_dict
 
 
@@ -26,6 +24,7 @@ class Console:
         finished: Whether the workers said that the run reached its end.
         begun: Whether training has made progress in this launch.
         failed_saves: Why checkpoints could not be saved, by images.
+        tracked: MLflow's ID of the run, or "" as long as it is unknown.
     """
 
     def __init__(self) -> None:
@@ -33,6 +32,7 @@ class Console:
         self.finished = False
         self.begun = False
         self.failed_saves: dict[int, str] = {}
+        self.tracked = ""
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -59,16 +59,17 @@ class Console:
             case "resumed":
                 self.last_checkpoint = str(message["uri"])
                 self.note(f"resumed after {message['images']:,} images from {message['uri']}")
+            case "tracked":
+                self.tracked = str(message["run_id"])
             case "end":
                 self.finished = message["end"] == "finished"
 
 
-def summary(job: JobConfig, *, seconds: float) -> str | None:
-    """Render the closing table of a complete run, or None if it has no report of these settings.
+def final_report(job: JobConfig) -> EvaluationReport | None:
+    """Read what was measured at the end of a run; None if that is still to do.
 
     Args:
-        job: The configuration.
-        seconds: Wall time of this launch; 0 leaves it out.
+        job: The configuration; a report of other `eval` settings is none of it.
     """
     store = open_store(places.runs_uri(job), job.store)
     newest = CheckpointReader(store, run=job.run).newest_valid()
@@ -79,11 +80,21 @@ def summary(job: JobConfig, *, seconds: float) -> str | None:
     except MissingObject:
         return None
     report = EvaluationReport.from_dict(json.loads(text))
-    if report.settings != to_dict(job.eval):
-        return None
+    return report if report.settings == to_dict(job.eval) else None
+
+
+def summary(job: JobConfig, report: EvaluationReport, *, seconds: float) -> str:
+    """Render the closing table of a complete run.
+
+    Args:
+        job: The configuration.
+        report: What was measured at its end.
+        seconds: Wall time of this launch; 0 leaves it out.
+    """
+    store = open_store(places.runs_uri(job), job.store)
 
     def place(name: str) -> str:
-        return store.uri(evaluation_key(job.run, newest.images, name))
+        return store.uri(evaluation_key(job.run, report.images, name))
 
     rows = [
         (
@@ -93,7 +104,7 @@ def summary(job: JobConfig, *, seconds: float) -> str | None:
         ),
         ("samples", place("samples.npz")),
         ("sample grid", place("grid.png")),
-        ("checkpoint", store.uri(f"{job.run}/checkpoints/{newest.images:012d}")),
+        ("checkpoint", store.uri(f"{job.run}/checkpoints/{report.images:012d}")),
         (
             f"Fréchet distance ({report.features})",
             f"{report.frechet:.4f} of {report.samples:,} samples to held-out images "
@@ -116,12 +127,4 @@ def summary(job: JobConfig, *, seconds: float) -> str | None:
             )
         )
     width = max(len(name) for name, _ in rows)
-    table = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-    return f"{table}\n\n{_look(job)}"
-
-
-def _look(job: JobConfig) -> str:
-    if job.tracking.uri is not None and job.tracking.uri.startswith("http"):
-        return f"look at the run: {job.tracking.uri}"
-    uri = tracking_uri(job.tracking, str(places.home(job)))
-    return f"look at the run: {sys.executable} -m mlflow ui --backend-store-uri {uri}"
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.store import open_store
 from trainer.data import open_split, real_images, training_loader
+from trainer.divergence import LossWatch
 from trainer.engine.build import build_engine
 from trainer.evaluate.final import FinalEvaluation
 from trainer.evaluate.grid_hook import SampleGrids
@@ -34,7 +36,6 @@ from trainer.loop import train
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.progress import Progress
 from trainer.metrics.tracker import SilentTracker, Tracker
-from trainer.metrics.tracker_mlflow import MlflowTracker
 from trainer.mistakes import is_users_mistake
 from trainer.placing import resolve_placement
 from trainer.resume import restore
@@ -45,12 +46,12 @@ from trainer.schema import (
     micro_batch,
     science,
     science_hash,
-    to_dict,
 )
 from trainer.space import encodes, flow_shape, picture_shape
 from trainer.step import TrainStep
 from trainer.stop_vote import StopVote
 from trainer.told_warnings import warnings_told
+from trainer.tracked_run import tracked_run
 
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
@@ -114,121 +115,128 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         tell=tell,
     )
     state = restored.state
-    tracker: Tracker = SilentTracker()
-    if context.rank == 0:
-        tracker = MlflowTracker(
-            job.tracking,
-            home=str(places.home(job)),
-            run=job.run,
-            identity=f"{places.run_uri(job)} {science_hash(chosen)}",
-        )
-        tracker.config(to_dict(job))
-        for point in restored.unsent:
-            tracker.metrics(point.values, images=point.images)
-
-    step = TrainStep(
-        engine=engine,
-        objective=Objective(flow),
-        config=job.train,
-        optim=job.optim,
-        metrics=metrics,
-        noise_size=flow.noise_size(channels=shape.channels, image_size=shape.size),
-        null_label=shape.classes,
-        micro_batch=micro_batch(job),
-        device=device,
-        encoder=codec if encodes(job) else None,
-    )
-    evaluation = FinalEvaluation(
-        config=job.eval,
-        flow=flow,
-        shape=shape,
-        codec=codec,
-        device=device,
-        held_out=lambda: real_images(job, "test", context),
-        train=lambda: real_images(job, "train", context),
-    )
-
-    saver = CheckpointSaver(
-        store,
-        catalogue=checkpoints.catalogue,
-        config=job.checkpoint,
-        rank=context.rank,
-        world_size=context.world_size,
-        gather=gather,
-        gather_aside=Gathering(),
-        report=SaveNews(tracker, tell),
-        scores=lambda: frechet_scores(store, run=job.run, features=job.eval.features.name),
-        position=restored.position,
-        stop_requested=context.stop_requested,
-    )
-
-    def save(*, last: bool = False) -> None:
-        saver.save(
-            images=state.images,
-            fragments=engine.fragments(),
-            train_state={
-                **state.to_dict(),
-                "metrics": metrics.state(),
-                "unsent_points": [point.to_json() for point in tracker.unsent()],
-            },
-            science=chosen,
-            science_hash=science_hash(chosen),
-            last=last,
-        )
-
-    hooks: list[Hook] = [
-        Progress(
-            metrics=metrics,
-            tracker=tracker,
-            tell=tell,
+    with ExitStack() as block:
+        tracker: Tracker = SilentTracker()
+        if context.rank == 0:
+            tracker = block.enter_context(
+                tracked_run(job, chosen, unsent=restored.unsent, tell=context.tell)
+            )
+        watch = LossWatch(
+            device,
             interval_images=job.runtime.log_interval_images,
             total_images=job.train.total_images,
-            start_images=state.images,
-            rank=context.rank,
-        ),
-        PeriodicSave(save, interval_images=job.checkpoint.interval_images),
-        SampleGrids(
+            patience_updates=job.train.max_skipped_updates,
+            optim=job.optim,
+            precision=job.engine.precision,
+        )
+        step = TrainStep(
             engine=engine,
-            draw=evaluation.draw_grid,
-            tracker=tracker,
-            interval_images=job.eval.grid_interval_images,
-            columns=job.eval.grid_columns,
+            objective=Objective(flow),
+            config=job.train,
+            optim=job.optim,
+            metrics=metrics,
+            noise_size=flow.noise_size(channels=shape.channels, image_size=shape.size),
+            null_label=shape.classes,
+            micro_batch=micro_batch(job),
+            device=device,
+            watch=watch,
+            encoder=codec if encodes(job) else None,
+        )
+        evaluation = FinalEvaluation(
+            config=job.eval,
+            flow=flow,
+            shape=shape,
+            codec=codec,
+            device=device,
+            held_out=lambda: real_images(job, "test", context),
+            train=lambda: real_images(job, "train", context),
+        )
+
+        saver = CheckpointSaver(
+            store,
+            catalogue=checkpoints.catalogue,
+            config=job.checkpoint,
             rank=context.rank,
-        ),
-    ]
-    try:
-        saver.prepare(engine.fragments())
-        with training_loader(job, images, context, codec=codec) as loader:
-            end = train(
-                state,
-                loader=loader,
-                step=step,
-                hooks=hooks,
-                stop=StopVote(context.stop_requested),
-                total_images=job.train.total_images,
-                rank=context.rank,
-            )
-        if end == "stopped":
-            saver.hurry(job.checkpoint.grace_s)
-        if state.images > 0 and not saver.is_saved(state.images):
-            save(last=True)
-        saver.finish()
-        if end == "finished" and saver.is_saved(state.images):
-            tell({"kind": "note", "text": "evaluating the EMA weights"})
-            evaluation.run(
-                engine,
+            world_size=context.world_size,
+            gather=gather,
+            gather_aside=Gathering(),
+            report=SaveNews(tracker, tell),
+            scores=lambda: frechet_scores(store, run=job.run, features=job.eval.features.name),
+            position=restored.position,
+            stop_requested=context.stop_requested,
+        )
+
+        def save(*, last: bool = False) -> None:
+            if watch.has_lost():
+                text = f"{state.images:,} images: the loss is not finite, so nothing is saved"
+                tell({"kind": "warning", "text": text})
+                return
+            saver.save(
                 images=state.images,
-                rank=context.rank,
-                store=store,
-                run=job.run,
-                tracker=tracker,
+                fragments=engine.fragments(),
+                train_state={
+                    **state.to_dict(),
+                    "metrics": metrics.state(),
+                    "unsent_points": [point.to_json() for point in tracker.unsent()],
+                },
+                science=chosen,
+                science_hash=science_hash(chosen),
+                last=last,
             )
-    except BaseException:
-        saver.leave(job.checkpoint.grace_s)
-        tracker.close("FAILED")
-        raise
-    tracker.close("FINISHED" if end == "finished" else "KILLED")
-    tell({"kind": "end", "end": end, "images": state.images})
+
+        hooks: list[Hook] = [
+            Progress(
+                metrics=metrics,
+                tracker=tracker,
+                tell=tell,
+                interval_images=job.runtime.log_interval_images,
+                total_images=job.train.total_images,
+                start_images=state.images,
+                rank=context.rank,
+            ),
+            watch,
+            PeriodicSave(save, interval_images=job.checkpoint.interval_images),
+            SampleGrids(
+                engine=engine,
+                draw=evaluation.draw_grid,
+                tracker=tracker,
+                interval_images=job.eval.grid_interval_images,
+                columns=job.eval.grid_columns,
+                rank=context.rank,
+            ),
+        ]
+        try:
+            saver.prepare(engine.fragments())
+            with training_loader(job, images, context, codec=codec) as loader:
+                end = train(
+                    state,
+                    loader=loader,
+                    step=step,
+                    hooks=hooks,
+                    stop=StopVote(context.stop_requested),
+                    total_images=job.train.total_images,
+                    rank=context.rank,
+                )
+            if end == "stopped":
+                saver.hurry(job.checkpoint.grace_s)
+            if state.images > 0 and not saver.is_saved(state.images):
+                save(last=True)
+            saver.finish()
+            if end == "finished" and saver.is_saved(state.images):
+                tell({"kind": "note", "text": "evaluating the EMA weights"})
+                evaluation.run(
+                    engine,
+                    images=state.images,
+                    rank=context.rank,
+                    store=store,
+                    run=job.run,
+                    tracker=tracker,
+                )
+        except BaseException:
+            saver.leave(job.checkpoint.grace_s)
+            raise
+        tracker.close("FINISHED" if end == "finished" else "KILLED")
+        tell({"kind": "end", "end": end, "images": state.images})
 
 
 def initial_model(job: JobConfig, settle: Settle = stay) -> LapFlowTransformer:

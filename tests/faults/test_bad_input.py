@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipelines.ingest.digits import ensure_digits
@@ -58,6 +60,15 @@ def launch(empty_tracker, tmp_path, monkeypatch, capfd):
         return code, written.out + written.err
 
     return run
+
+
+@pytest.fixture
+def mlflow_rows(tmp_path):
+    def rows(query: str) -> list[tuple]:
+        with sqlite3.connect(tmp_path / "home/mlflow.db") as database:
+            return database.execute(query).fetchall()
+
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +159,19 @@ def test_an_unreachable_store(launch, digits):
     assert_refused(code, output, "127.0.0.1:9")
 
 
-def test_an_unreachable_tracker_is_refused_or_tolerated_as_configured(launch, digits):
+def test_an_unreachable_tracker_is_refused_or_tolerated_as_configured(launch, digits, mlflow_rows):
     away = [f"data.prefix={digits}", "tracking.uri=http://127.0.0.1:9"]
     assert_refused(*launch(*away), "tracking.uri=http://127.0.0.1:9", "tracking.required=false")
     code, output = launch(*away, "tracking.required=false", "tracking.flush_timeout_s=1")
     assert code == 0, output
     assert "warning: MLflow" in output
+    # A checkpoint has kept the curves, and the complete run sends them once MLflow is there.
+    code, output = launch(away[0])
+    assert code == 0, output
+    assert "this run is complete" in output
+    assert mlflow_rows("SELECT status FROM runs") == [("FINISHED",)]
+    assert mlflow_rows("SELECT step FROM metrics WHERE key = 'loss/total'") == [(256,)]
+    assert len(mlflow_rows("SELECT step FROM metrics WHERE key = 'eval/gap_closed'")) == 1
 
 
 def test_an_unwritable_home_and_store(launch, digits, tmp_path):
@@ -228,6 +246,64 @@ def test_a_run_goes_on_when_nobody_reads_its_output(launch, first, tmp_path, mon
     code, output = launch(*first, "train.total_images=512")
     assert (code, output) == (0, "")
     assert (tmp_path / "home/store/runs/first/evaluation/000000000512/report.json").exists()
+
+
+def test_a_resumed_run_shows_its_present_settings_and_where_it_is_shown(
+    launch, first, tmp_path, mlflow_rows
+):
+    code, output = launch(*first, "train.total_images=512", "checkpoint.keep_last=2")
+    assert code == 0, output
+    tags = dict(mlflow_rows("SELECT key, value FROM tags WHERE key LIKE 'setting.%'"))
+    assert tags["setting.train.total_images"] == "512"
+    assert tags["setting.checkpoint.keep_last"] == "2"
+    parameters = dict(mlflow_rows("SELECT key, value FROM params"))
+    assert parameters["train.global_batch"] == "64"
+    assert "train.total_images" not in parameters
+    ((experiment,),) = mlflow_rows("SELECT experiment_id FROM experiments WHERE name = 'lapflow'")
+    page = (
+        f"trainer.ui home={tmp_path}/home   opens http://127.0.0.1:5000/#/experiments/"
+        f"{experiment}/runs?workflowType=machine_learning"
+    )
+    assert output.count(page) == 2
+
+
+def test_a_run_whose_worker_was_killed_has_failed_in_mlflow(launch, first, tmp_path, mlflow_rows):
+    def kill() -> None:
+        news = tmp_path / "home/store/runs/first/checkpoints/000000000384/MANIFEST.json"
+        deadline = time.monotonic() + 120
+        while not news.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if process.ppid() != os.getpid():  # the rank, a child of the server of forks
+                process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    settings = ["train.total_images=1000000", "checkpoint.keep_last=100000"]
+    code, output = launch(*first, *settings)
+    assert code == 1, output
+    assert "SIGKILL" in output
+    assert "once the cause is gone, run the same command again to continue" in output
+    newest = "SELECT status FROM runs ORDER BY start_time DESC LIMIT 1"
+    assert mlflow_rows(newest) == [("FAILED",)]
+
+
+def test_a_run_whose_loss_is_no_number_stops_unsaved_and_says_what_may_help(
+    launch, first, tmp_path
+):
+    checkpoints = tmp_path / "home/store/runs/hot/checkpoints"
+    settings = ["train.total_images=6400", "runtime.log_interval_images=640"]
+    hot = [first[0], "run=hot", *settings, "optim.learning_rate=1e15"]
+    code, output = launch(*hot)
+    assert code == 1, output
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "training has diverged" in error
+    assert "lower optim.learning_rate=1e+15" in error
+    assert "precision" not in error
+    assert "same command" not in output
+    assert "Traceback" not in output
+    assert "evaluating" not in output
+    for saved in checkpoints.glob("*/MANIFEST.json"):
+        assert int(saved.parent.name) < 640
 
 
 def test_a_signal_stops_the_run_and_is_the_callers_own_after_it(launch, first, tmp_path):

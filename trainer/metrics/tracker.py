@@ -42,8 +42,20 @@ class TrackingConfig:
 class Tracker(Protocol):
     """Takes what a run reports. No method raises for a tracker that is away."""
 
-    def config(self, resolved: Mapping[str, Any]) -> None:
-        """Record the resolved configuration."""
+    def config(
+        self,
+        resolved: Mapping[str, Any],
+        *,
+        lasting: Mapping[str, Any],
+        present: Mapping[str, Any],
+    ) -> None:
+        """Record the configuration.
+
+        Args:
+            resolved: All of it.
+            lasting: What no launch of the run may change.
+            present: What else is worth a look, as this launch has it.
+        """
         ...
 
     def metrics(self, values: Mapping[str, float], *, images: int) -> None:
@@ -70,7 +82,13 @@ class Tracker(Protocol):
 class SilentTracker:
     """Keeps nothing: the tracker of every rank but the first."""
 
-    def config(self, resolved: Mapping[str, Any]) -> None:
+    def config(
+        self,
+        resolved: Mapping[str, Any],
+        *,
+        lasting: Mapping[str, Any],
+        present: Mapping[str, Any],
+    ) -> None:
         """Ignore."""
 
     def metrics(self, values: Mapping[str, float], *, images: int) -> None:

@@ -18,6 +18,7 @@ from models.pyramid import split
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, Settle
 from pipelines.batch import Batch
+from tests.support.loss_watch import watch
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.plain import PlainEngine
 from trainer.engine.protocol import EngineConfig
@@ -88,6 +89,7 @@ def _trained() -> Curves:
         null_label=_CLASSES,
         micro_batch=_BATCH // 2,
         device=torch.device("cpu"),
+        watch=watch(optim),
     )
     digits = load_digits()
     images = torch.tensor(digits.images / 8 - 1, dtype=torch.float32).unsqueeze(1)

@@ -13,6 +13,7 @@ from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, Settle
 from pipelines.batch import Batch
 from tests.support.autoencoder import tiny_autoencoder
+from tests.support.loss_watch import watch
 from trainer import rng
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import EngineConfig
@@ -70,6 +71,7 @@ def updated(bands, *, micro_batch=8, first_image=FIRST, encoder=None) -> dict[st
         null_label=10,
         micro_batch=micro_batch,
         device=CPU,
+        watch=watch(OptimConfig()),
         encoder=encoder,
     )
     batch = Batch(bands=bands, labels=torch.arange(8), sample_ids=torch.arange(8), skipped=0)

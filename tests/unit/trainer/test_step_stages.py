@@ -12,6 +12,7 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from pipelines.batch import Batch
+from tests.support.loss_watch import watch
 from trainer import rng
 from trainer.engine.protocol import UpdateOutcome
 from trainer.metrics.buffer import MetricBuffer
@@ -65,6 +66,7 @@ def run(
         null_label=CLASSES,
         micro_batch=micro_batch,
         device=torch.device("cpu"),
+        watch=watch(OptimConfig()),
     )
     pixels = rng.normals(1, "images", first=first, count=count, size=SIZE**2)
     batch = Batch(

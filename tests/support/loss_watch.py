@@ -1,0 +1,23 @@
+"""A watch over losses for tests that are not about it."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.divergence import LossWatch
+from trainer.schedule import OptimConfig
+
+
+def watch(optim: OptimConfig | None = None, **changes: int | str) -> LossWatch:
+    """Return one that may end a run at its end alone, unless told otherwise."""
+    settings: dict[str, int | str] = {
+        "interval_images": 0,
+        "total_images": 10**9,
+        "patience_updates": 10,
+        "precision": "fp32",
+    }
+    return LossWatch(
+        torch.device("cpu"),
+        optim=optim or OptimConfig(),
+        **(settings | changes),  # type: ignore[arg-type]
+    )

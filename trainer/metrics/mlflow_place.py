@@ -1,0 +1,117 @@
+"""Where MLflow keeps runs: its server or file, the experiment in it, and the page that shows it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.metrics.tracker import TrackingConfig
+
+# A dead server must not hold one call for minutes: our own queue retries. Users can override.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+
+_log = logging.getLogger(__name__)
+
+
+class TrackerUnreachable(ValueError):
+    """The tracking server or file cannot be used; the message says which and what to do."""
+
+
+class ExperimentDeleted(TrackerUnreachable):
+    """The experiment was deleted in MLflow, which takes nothing for it until it is restored."""
+
+
+def tracking_uri(config: TrackingConfig, home: str) -> str:
+    """Return the configured URI, or that of the SQLite file in the home folder."""
+    return config.uri or f"sqlite:///{Path(home) / 'mlflow.db'}"
+
+
+def check_tracker(config: TrackingConfig, home: str) -> str:
+    """Create the experiment if needed, which proves that the tracker can be written.
+
+    Returns:
+        The experiment's ID.
+
+    Raises:
+        ExperimentDeleted: If it was deleted.
+        TrackerUnreachable: If MLflow cannot be used.
+    """
+    uri = tracking_uri(config, home)
+    try:
+        return experiment_id(connect(uri), config.experiment, uri, home)
+    except ExperimentDeleted:
+        raise
+    except Exception as error:
+        raise TrackerUnreachable(
+            f"MLflow at tracking.uri={uri} cannot be used: {cause(error)}. Start the server or "
+            "correct tracking.uri; tracking.required=false trains without waiting for it"
+        ) from error
+
+
+def connect(uri: str) -> Any:
+    """Return a client of MLflow; nothing is sent yet."""
+    import mlflow
+
+    # MLflow and Alembic report every schema migration of a new SQLite file.
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def experiment_id(client: Any, name: str, uri: str, home: str) -> str:
+    """Return the ID of the experiment of a name, which is created if there is none.
+
+    Raises:
+        ExperimentDeleted: If it was deleted.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        local = uri.startswith("sqlite:")
+        location = (Path(home) / "mlartifacts").resolve().as_uri() if local else None
+        return str(client.create_experiment(name, artifact_location=location))
+    if experiment.lifecycle_stage == "deleted":
+        raise ExperimentDeleted(
+            f"tracking.experiment={name} was deleted in MLflow at {uri}, which takes nothing for "
+            f"it any more. Restore it with MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}, or give another tracking.experiment=NAME"
+        )
+    return str(experiment.experiment_id)
+
+
+def page(server: str, experiment: str) -> str:
+    """Return the address of an experiment's runs.
+
+    Args:
+        server: Address of the MLflow server that shows them.
+        experiment: ID of the experiment.
+    """
+    # Without the last part the pages open on what concerns language models.
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+
+def end_run(config: TrackingConfig, home: str, run_id: str, status: str) -> None:
+    """End a run whose own process is gone, as "FAILED" or "KILLED"; never raises.
+
+    Args:
+        config: Where it is tracked.
+        home: Folder of the default SQLite file.
+        run_id: MLflow's ID of the run; it is left alone unless it counts as running.
+        status: How it ended.
+    """
+    uri = tracking_uri(config, home)
+    try:
+        client = connect(uri)
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, status)
+    except Exception as error:
+        _log.warning("MLflow at %s still shows the run as running: %s", uri, cause(error))
+
+
+def cause(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -65,7 +65,7 @@ class Progress:
         values["images_per_s"] = pace.images_per_s
         self._tracker.metrics(values, images=report.images)
         losses = ", ".join(
-            f"{name.removeprefix('loss/')} {value:.4f}"
+            f"{name.removeprefix('loss/')} {value:{'.4f' if value < 1e4 else '.3e'}}"
             for name, value in sorted(values.items(), reverse=True)
             if name.startswith("loss/")
         )

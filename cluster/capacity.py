@@ -56,6 +56,19 @@ def require_room(config: ClusterConfig, nodes: Sequence[Node], *, gpus: int) -> 
     )
 
 
+def crowding(config: ClusterConfig, *, cores: int) -> str | None:
+    """A word on processor workers that have to share this machine's cores, if they have to."""
+    wanted = config.workers * config.cpus_per_worker
+    if wanted <= cores:
+        return None
+    return (
+        f"warning: cluster.workers={config.workers} with cluster.cpus_per_worker="
+        f"{config.cpus_per_worker} want {wanted} cores, and this machine has {cores}: the workers "
+        "share them and wait for each other, and each needs memory of its own. "
+        f"cluster.workers={max(1, cores // config.cpus_per_worker)} is faster here."
+    )
+
+
 def resources(cpus: float, gpus: float) -> str:
     """The amounts in words, GPUs only where there are some."""
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")

@@ -91,10 +91,17 @@ def died(rank: int, attempt: int, exit_code: int | None) -> Failure:
     """The failure of a worker whose process ended; a negative code is a signal's number."""
     how = f"ended with exit code {exit_code}"
     if exit_code is not None and exit_code < 0:
-        how = f"was ended by {signal.Signals(-exit_code).name}"
+        how = f"was ended by {_signal_name(-exit_code)}"
     if exit_code == -signal.SIGKILL:
         how += " (by hand, or by the kernel because memory ran out)"
     return Failure(rank=rank, attempt=attempt, kind="died", text=f"{how}.")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal between SIGRTMIN and SIGRTMAX
+        return f"signal {number}"
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure:

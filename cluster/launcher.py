@@ -7,6 +7,10 @@ from cluster.contract import ClusterConfig, Message, Outcome, Payload, Worker
 from cluster.seating import require_whole_groups
 
 
+def _say_nothing(_line: str) -> None:
+    """Stand in for a caller's lines."""
+
+
 def run(
     config: ClusterConfig,
     worker: Worker,
@@ -14,6 +18,7 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
+    note: Callable[[str], None] = _say_nothing,
     kept_together: int = 1,
 ) -> Outcome:
     """Runs `worker(context, payload)` on `config.workers` processes and waits for all of them.
@@ -25,8 +30,10 @@ def run(
         on_message: Called in this thread with each message that a worker tells. What it raises ends
             the run.
         stop: Set it (from a signal handler, say) to ask the workers to stop; they learn of it
-            within 0.3 s and end when they choose to. An exception that a signal handler raises
+            at once and end when they choose to. An exception that a signal handler raises
             here, such as KeyboardInterrupt, ends the workers at once.
+        note: Called in this thread with lines for a person: what the cluster does before the
+            workers can tell, what is waited for, and what is amiss.
         kept_together: How many consecutive ranks (0 to g-1, g to 2g-1, …) always share a node; it
             divides `config.workers`.
 
@@ -46,9 +53,15 @@ def run(
         # One machine: everything shares a node.
         from cluster import local
 
-        return local.run(config, worker, payload, on_message=on_message, stop=stop)
+        return local.run(config, worker, payload, on_message=on_message, stop=stop, note=note)
     from cluster import ray_train
 
     return ray_train.run(
-        config, worker, payload, on_message=on_message, stop=stop, kept_together=kept_together
+        config,
+        worker,
+        payload,
+        on_message=on_message,
+        stop=stop,
+        note=note,
+        kept_together=kept_together,
     )

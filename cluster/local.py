@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from socket import socket
 
+from cluster.capacity import crowding
 from cluster.contract import (
     ClusterConfig,
     ClusterTooSmall,
@@ -44,9 +45,13 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
+    note: Callable[[str], None],
 ) -> Outcome:
     """Runs the worker in `config.workers` processes; see `cluster.launcher.run`."""
-    with _processes(config, worker, payload) as processes:
+    devices = _devices(config)
+    if "cpu" in devices and (word := crowding(config, cores=os.cpu_count() or 1)):
+        note(word)
+    with _processes(config, devices, worker, payload) as processes:
         stopped = _watch(processes, on_message=on_message, stop=stop)
     return Outcome(status="stopped" if stopped else "finished")
 
@@ -97,10 +102,9 @@ def _ask_to_stop(channel: Connection) -> None:
 
 @contextmanager
 def _processes(
-    config: ClusterConfig, worker: Worker, payload: Payload
+    config: ClusterConfig, devices: list[str], worker: Worker, payload: Payload
 ) -> Iterator[dict[Connection, SpawnProcess]]:
     """Starts the workers, in the order of ranks and keyed by channel; ends them after the block."""
-    devices = _devices(config)
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, SpawnProcess] = {}
     try:

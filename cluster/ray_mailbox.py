@@ -1,13 +1,20 @@
 """The actor between a run's driver and its workers: news one way, the stop request the other."""
 
+import asyncio
+import itertools
+import uuid
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.contract import Message
+from cluster.contract import ClusterConfig, Message
 from cluster.failure import Failure
+
+_MORE_CALLS = 100
+"""Calls at a time beside those that wait for the stop request."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,14 @@ class Ended:
     rank: int
 
 
-News: TypeAlias = Message | Failure | Begun | Ended
+@dataclass(frozen=True)
+class Note:
+    """A line for a person about what the cluster does."""
+
+    text: str
+
+
+News: TypeAlias = Message | Failure | Begun | Ended | Note
 
 
 class Mailbox:
@@ -43,16 +57,16 @@ class Mailbox:
         attempt: int = ray.get(self._actor.begin.remote())
         return attempt
 
-    def tell(self, message: Message) -> None:
-        """Sends a message and does not wait for its arrival."""
-        self._actor.put.remote(message)
+    def sender(self, name: str) -> "Sender":
+        """What one process sends its news by; no other has its name."""
+        return Sender(self._actor, name)
 
-    def end(self, news: Ended | Failure) -> None:
-        """Sends a worker's last news and waits until all it sent has arrived."""
-        ray.get(self._actor.put.remote(news))
+    def note(self, text: str) -> None:
+        """Sends a line for a person; unlike a sender's, notes may overtake each other."""
+        self.sender(f"note {uuid.uuid4()}").tell(Note(text))
 
     def fetch(self) -> list[News]:
-        """All news since the last call, in the order of arrival, each worker's in its own."""
+        """All news since the last call, in the order of arrival, each sender's in its own."""
         news: list[News] = ray.get(self._actor.fetch.remote())
         return news
 
@@ -60,45 +74,93 @@ class Mailbox:
         """Asks all workers to stop, of this attempt and of any later."""
         ray.get(self._actor.ask_to_stop.remote())
 
-    def stop_asked(self) -> bool:
-        """Whether the driver asked for a stop."""
-        asked: bool = ray.get(self._actor.stop_asked.remote())
-        return asked
+    def wait_for_stop(self) -> None:
+        """Returns once the driver asks for a stop; one call that waits, however long it takes."""
+        ray.get(self._actor.wait_for_stop.remote())
 
 
-def open_mailbox() -> Mailbox:
-    """Starts a mailbox on the driver's node, as long-lived as the driver's connection to Ray."""
+class Sender:
+    """One process's way into the mailbox.
+
+    Args:
+        actor: The handle of the mailbox's actor.
+        name: The sender's, unlike any other's.
+    """
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self._actor = actor
+        self._name = name
+        self._numbers = itertools.count()
+
+    def tell(self, news: News) -> None:
+        """Sends news and does not wait for their arrival."""
+        self._put(news)
+
+    def end(self, news: Ended | Failure) -> None:
+        """Sends the last news and waits until all it sent has arrived."""
+        ray.get(self._put(news))
+
+    def _put(self, news: News) -> Any:
+        return self._actor.put.remote(self._name, next(self._numbers), news)
+
+
+def open_mailbox(config: ClusterConfig) -> Mailbox:
+    """Starts a mailbox on the driver's node, as long-lived as the driver's connection to Ray.
+
+    Args:
+        config: How many workers wait at it for the stop request, in how many attempts.
+    """
     here = ray.get_runtime_context().get_node_id()
+    waiting = config.workers * (config.max_failures + 2)
     return Mailbox(
-        ray.remote(_Box)
-        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+        ray.remote(Box)
+        .options(
+            num_cpus=0,
+            max_concurrency=waiting + _MORE_CALLS,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        )
         .remote()
     )
 
 
-class _Box:
-    """The actor. One call runs at a time, so that each worker's news stay in order."""
+class Box:
+    """The actor.
+
+    Its calls are coroutines, so that any number of workers can wait for the stop request by one
+    call each. Ray may run such calls in another order than they were made in, so each sender
+    numbers its news, and what comes early waits for its turn.
+    """
 
     def __init__(self) -> None:
         self._news: list[News] = []
+        self._next: Counter[str] = Counter()
+        self._early: dict[tuple[str, int], News] = {}
         self._attempts = 0
-        self._stop = False
+        self._stop = asyncio.Event()
 
-    def begin(self) -> int:
+    async def begin(self) -> int:
+        """Opens an attempt and returns its number."""
         attempt = self._attempts
         self._attempts += 1
         self._news.append(Begun(attempt))
         return attempt
 
-    def put(self, news: News) -> None:
-        self._news.append(news)
+    async def put(self, sender: str, number: int, news: News) -> None:
+        """Takes a sender's news of that number, from 0."""
+        self._early[sender, number] = news
+        while (turn := (sender, self._next[sender])) in self._early:
+            self._news.append(self._early.pop(turn))
+            self._next[sender] += 1
 
-    def fetch(self) -> list[News]:
+    async def fetch(self) -> list[News]:
+        """Gives the news since the last call."""
         news, self._news = self._news, []
         return news
 
-    def ask_to_stop(self) -> None:
-        self._stop = True
+    async def ask_to_stop(self) -> None:
+        """Lets all go that wait for the stop request."""
+        self._stop.set()
 
-    def stop_asked(self) -> bool:
-        return self._stop
+    async def wait_for_stop(self) -> None:
+        """Returns once a stop is asked for."""
+        await self._stop.wait()

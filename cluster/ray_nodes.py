@@ -1,6 +1,8 @@
 """The nodes of the connected Ray cluster: what they have, what of it is free, who answers."""
 
 import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -9,6 +11,7 @@ from ray._private.state import available_resources_per_node
 from cluster.capacity import Node
 
 _ANSWER_TIMEOUT_S = 5.0
+_MOST_AT_ONCE = 128
 
 
 def live_nodes() -> tuple[Node, ...]:
@@ -22,13 +25,23 @@ def free_nodes() -> tuple[Node, ...]:
     Ray itself counts a node as alive for many seconds after it was lost.
     """
     free = available_resources_per_node()
+    records = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] in free]
+    answer = all_answer(
+        [f"{one['NodeManagerAddress']}:{one['NodeManagerPort']}" for one in records]
+    )
     return tuple(
         _node(record, free[record["NodeID"]])
-        for record in ray.nodes()
-        if record["Alive"]
-        and record["NodeID"] in free
-        and answers(f"{record['NodeManagerAddress']}:{record['NodeManagerPort']}")
+        for record, does in zip(records, answer, strict=True)
+        if does
     )
+
+
+def all_answer(addresses: Sequence[str]) -> list[bool]:
+    """Whether each address answers; asked all at once, for each that does not takes seconds."""
+    if not addresses:
+        return []
+    with ThreadPoolExecutor(min(len(addresses), _MOST_AT_ONCE)) as pool:
+        return list(pool.map(answers, addresses))
 
 
 def answers(address: str) -> bool:

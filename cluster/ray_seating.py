@@ -6,6 +6,7 @@ Train's. The seats are decided anew whenever the workers are started: a node may
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
@@ -34,11 +35,13 @@ class Seating(WorkerGroupCallback):  # type: ignore[misc]
     Args:
         party: The workers.
         timeout_s: How long a start waits for room.
+        note: Takes a line when it has to wait.
     """
 
-    def __init__(self, party: Party, *, timeout_s: float) -> None:
+    def __init__(self, party: Party, *, timeout_s: float, note: Callable[[str], None]) -> None:
         self._party = party
         self._timeout_s = timeout_s
+        self._note = note
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Decides the seats, once there is room, and writes them into the bundles' selectors.
@@ -63,6 +66,7 @@ class Seating(WorkerGroupCallback):  # type: ignore[misc]
 
     def _seats(self) -> tuple[str, ...]:
         deadline = time.monotonic() + self._timeout_s
+        told = ""
         while True:
             try:
                 return seat(self._party, free_nodes())
@@ -72,4 +76,7 @@ class Seating(WorkerGroupCallback):  # type: ignore[misc]
                     raise WorkerGroupStartupFailedError(
                         f"After {self._timeout_s:g} s there is no room. {error}"
                     ) from error
+                if str(error) != told:
+                    told = str(error)
+                    self._note(f"waiting up to {self._timeout_s:g} s for room: {told}")
             time.sleep(_LOOK_S)

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +47,12 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(config: ClusterConfig) -> Iterator[Session]:
+def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Session]:
     """Connects to Ray for the time of the block.
+
+    Args:
+        config: Which cluster, or that it is to be started.
+        note: Takes a line for a person once it is there.
 
     Ray's logs of a private cluster are kept, and named in the log, if the block raises anything but
     a ValueError.
@@ -66,7 +70,7 @@ def session(config: ClusterConfig) -> Iterator[Session]:
     scratch = _scratch(config.scratch_dir)
     keep = False
     try:
-        with _connected(config, scratch) as private:
+        with _connected(config, scratch, note) as private:
             connected = Session(private=private, nodes=live_nodes(), scratch=scratch)
             try:
                 yield connected
@@ -92,7 +96,7 @@ def _scratch(parent: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _connected(config: ClusterConfig, scratch: Path) -> Iterator[bool]:
+def _connected(config: ClusterConfig, scratch: Path, note: Callable[[str], None]) -> Iterator[bool]:
     """Joins or starts a cluster for the time of the block; gives True if it was started."""
     began = time.monotonic()
     address = address_to_join(config)
@@ -104,14 +108,10 @@ def _connected(config: ClusterConfig, scratch: Path) -> Iterator[bool]:
                 at_last.callback(ray.shutdown)
                 _join(address, found=config.address == "auto")
         nodes = live_nodes()
-        _log.info(
-            "%s: %d node(s), %s (%.1f s).",
-            "Started a private Ray cluster"
-            if address is None
-            else f"Joined the Ray cluster {address}",
-            len(nodes),
-            resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)),
-            time.monotonic() - began,
+        has = resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))
+        note(
+            f"Ray: {'started on this machine' if address is None else f'joined {address}'}, "
+            f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {has} ({time.monotonic() - began:.1f} s)"
         )
         yield address is None
 

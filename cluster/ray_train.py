@@ -10,7 +10,6 @@ start` on the head node. What listens where is told in `cluster.ray_session`.
 """
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -21,7 +20,7 @@ import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from cluster.capacity import gpus_per_worker, require_room, resources
+from cluster.capacity import crowding, gpus_per_worker, require_room, resources
 from cluster.contract import ClusterConfig, ClusterTooSmall, Message, Outcome, Payload, Worker
 from cluster.ray_mailbox import Mailbox, open_mailbox
 from cluster.ray_nodes import free_nodes
@@ -32,8 +31,6 @@ from cluster.ray_watch import TICK_S, TIDY_UP_S, Fit, Watch
 from cluster.ray_worker import work
 from cluster.seating import Party, seat
 
-_log = logging.getLogger(__name__)
-
 
 def run(
     config: ClusterConfig,
@@ -42,16 +39,23 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
+    note: Callable[[str], None],
     kept_together: int,
 ) -> Outcome:
     """Runs the worker on `config.workers` Ray Train workers; see `cluster.launcher.run`."""
     with (
         contextlib.ExitStack() as at_last,
-        session(config) as connected,
+        session(config, note) as connected,
         _environment(config, connected),
     ):
         gpus = gpus_per_worker(config, connected.nodes)
         require_room(config, connected.nodes, gpus=gpus)
+        if (
+            connected.private
+            and gpus == 0
+            and (word := crowding(config, cores=os.cpu_count() or 1))
+        ):
+            note(word)
         party = Party(
             workers=config.workers,
             kept_together=kept_together,
@@ -60,15 +64,15 @@ def run(
         )
         # Only to refuse groups that even the idle cluster could not hold: each start seats anew.
         seat(party, connected.nodes)
-        if not _wait_for_room(config, party, stop):
+        if not _wait_for_room(config, party, stop, note):
             return Outcome(status="stopped")
-        mailbox = open_mailbox()
+        mailbox = open_mailbox(config)
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
-        fit = Fit(_trainer(config, party, loop, scratch=connected.scratch))
+        fit = Fit(_trainer(config, party, loop, mailbox, scratch=connected.scratch))
         fit.start()
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
         at_last.callback(fit.join, TIDY_UP_S)
-        return Watch(config, mailbox, fit, on_message=on_message, stop=stop).run()
+        return Watch(config, mailbox, fit, on_message=on_message, stop=stop, note=note).run()
 
 
 def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> Callable[[], None]:
@@ -81,14 +85,19 @@ def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> C
 
 
 def _trainer(
-    config: ClusterConfig, party: Party, loop: Callable[[], None], *, scratch: Path
+    config: ClusterConfig,
+    party: Party,
+    loop: Callable[[], None],
+    mailbox: Mailbox,
+    *,
+    scratch: Path,
 ) -> DataParallelTrainer:
     per_worker: dict[str, float] = {"CPU": config.cpus_per_worker}
     if party.gpus:
         per_worker["GPU"] = party.gpus
     # Workers of which each may be anywhere are left to Ray.
     pinned = party.kept_together > 1
-    seating = Seating(party, timeout_s=config.start_timeout_s)
+    seating = Seating(party, timeout_s=config.start_timeout_s, note=mailbox.note)
     return DataParallelTrainer(
         loop,
         backend_config=RendezvousConfig(
@@ -111,11 +120,13 @@ def _trainer(
     )
 
 
-def _wait_for_room(config: ClusterConfig, party: Party, stop: threading.Event) -> bool:
+def _wait_for_room(
+    config: ClusterConfig, party: Party, stop: threading.Event, note: Callable[[str], None]
+) -> bool:
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
     cpus, gpus = party.workers * party.cpus, party.workers * party.gpus
     deadline = time.monotonic() + config.start_timeout_s
-    waiting = False
+    told = ""
     while not stop.is_set():
         free = ray.available_resources()
         enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
@@ -132,9 +143,12 @@ def _wait_for_room(config: ClusterConfig, party: Party, stop: threading.Event) -
                 f"only {now}: other jobs hold the rest of the cluster. Wait for them, ask for less "
                 "(cluster.workers, cluster.cpus_per_worker), or raise cluster.start_timeout_s."
             )
-        if not waiting:
-            _log.info("Waiting for %s; %s.", resources(cpus, gpus), now)
-            waiting = True
+        if now != told:
+            note(
+                f"waiting up to {config.start_timeout_s:g} s (cluster.start_timeout_s) for "
+                f"{resources(cpus, gpus)}: {now}, other jobs hold the rest of the cluster"
+            )
+            told = now
         time.sleep(TICK_S)
     return False
 

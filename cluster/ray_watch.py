@@ -11,7 +11,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cluster.contract import ClusterConfig, ClusterUnavailable, Message, Outcome
 from cluster.failure import Failure, WorkerFailed, root_cause
-from cluster.ray_mailbox import Begun, Ended, Mailbox
+from cluster.ray_mailbox import Begun, Ended, Mailbox, Note
 
 TICK_S = 0.1
 """How often the driver looks for news and a stop request."""
@@ -50,6 +50,7 @@ class Watch:
         fit: Ray Train, started.
         on_message: The caller's.
         stop: The caller's.
+        note: The caller's.
     """
 
     def __init__(
@@ -60,12 +61,15 @@ class Watch:
         *,
         on_message: Callable[[Message], None],
         stop: threading.Event,
+        note: Callable[[str], None],
     ) -> None:
         self._config = config
         self._mailbox = mailbox
         self._fit = fit
         self._on_message = on_message
         self._stop = stop
+        self._note = note
+        self._since_s = time.monotonic()
         self._attempt = -1
         self._ended: set[int] = set()
         self._failures: list[Failure] = []
@@ -118,6 +122,10 @@ class Watch:
                             attempt,
                             self._config.max_failures,
                         )
+                    workers, seconds = self._config.workers, time.monotonic() - self._since_s
+                    self._note(f"workers: {workers} of {workers} ({seconds:.1f} s)")
+                case Note(text):
+                    self._note(text)
                 case Ended(attempt, rank):
                     if attempt == self._attempt:
                         self._ended.add(rank)
@@ -125,6 +133,7 @@ class Watch:
                     raise news.error()
                 case Failure():
                     self._failures.append(news)
+                    self._since_s = time.monotonic()
                     _log.warning("Worker %d failed: %s", news.rank, news.text)
                 case _:
                     self._on_message(news)

@@ -1,8 +1,9 @@
 """A Ray Train worker's side of a run: what surrounds the worker function on each rank."""
 
+import contextlib
 import threading
-import time
 
+import ray
 import ray.train
 import ray.train.collective
 
@@ -10,9 +11,6 @@ from cluster.contract import Payload, Worker, WorkerContext
 from cluster.failure import attend
 from cluster.ray_mailbox import Ended, Mailbox
 from cluster.ray_rendezvous import device
-
-_HEAR_S = 0.15
-"""How often each worker asks for the stop request."""
 
 
 def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> None:
@@ -32,6 +30,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
     attempt = ray.train.collective.broadcast_from_rank_zero(mailbox.begin() if rank == 0 else None)
     stop = threading.Event()
     threading.Thread(target=_hear, args=(mailbox, stop), name="hear", daemon=True).start()
+    sender = mailbox.sender(f"attempt {attempt} rank {rank}")
     context = WorkerContext(
         rank=rank,
         world_size=place.get_world_size(),
@@ -40,17 +39,17 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         attempt=attempt,
         device=device(gpu=gpu),
         stop_requested=stop.is_set,
-        tell=mailbox.tell,
+        tell=sender.tell,
     )
     failure = attend(worker, context, payload)
-    mailbox.end(failure or Ended(attempt, rank))
+    sender.end(failure or Ended(attempt, rank))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":
         raise RuntimeError(failure.text)
 
 
 def _hear(mailbox: Mailbox, stop: threading.Event) -> None:
-    """Sets `stop` soon after the driver asked for it."""
-    while not mailbox.stop_asked():
-        time.sleep(_HEAR_S)
-    stop.set()
+    """Sets `stop` once the driver asks for it; if the mailbox is lost, so is the driver."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        mailbox.wait_for_stop()
+        stop.set()

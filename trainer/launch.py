@@ -122,6 +122,7 @@ def _launch(job: JobConfig) -> int:
                 train_worker,
                 to_dict(job),
                 on_message=console.message,
+                note=console.note,
                 stop=stop,
                 kept_together=resolve_placement(job).unit,
             )

@@ -66,7 +66,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_its_token_is_its_own_and_nobody_else_can_read_it(config: ClusterConfig) -> None:
     tokens = []
     for _ in range(2):
-        with session(config) as connected:
+        with session(config, print) as connected:
             file = connected.scratch / "auth_token"
             assert os.environ["RAY_AUTH_MODE"] == "token"
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -81,7 +81,7 @@ def test_a_users_token_is_neither_used_nor_touched(
     config: ClusterConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
-    with session(config):
+    with session(config, print):
         assert "RAY_AUTH_TOKEN" not in os.environ
     assert os.environ["RAY_AUTH_TOKEN"] == "a" * 64
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
@@ -91,7 +91,7 @@ def test_a_slow_start_is_tried_once_more_with_more_patience(
     config: ClusterConfig, slow: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     slow(3)
-    with session(config) as connected:
+    with session(config, print) as connected:
         assert len(connected.nodes) == 1
         sessions = list((connected.scratch / "ray").glob("session_2*"))
         assert len(sessions) == 1  # nothing of the first try
@@ -103,7 +103,7 @@ def test_a_start_that_never_succeeds_is_one_paragraph(
     config: ClusterConfig, slow: Callable[[float], None]
 ) -> None:
     slow(float("inf"))
-    with pytest.raises(ClusterUnavailable) as caught, session(config):
+    with pytest.raises(ClusterUnavailable) as caught, session(config, print):
         pass
     paragraph, *log = str(caught.value).splitlines()
     assert "No private Ray cluster could be started" in paragraph
@@ -118,7 +118,7 @@ def test_a_path_too_long_for_sockets_is_refused_at_once(
 ) -> None:
     deep = Path(config.scratch_dir or "") / ("d" * 60) / ("e" * 60)
     too_long = ClusterConfig(address="local", workers=1, scratch_dir=str(deep))
-    with pytest.raises(ClusterUnavailable, match="length of that path"), session(too_long):
+    with pytest.raises(ClusterUnavailable, match="length of that path"), session(too_long, print):
         pass
     assert "Once more" not in caplog.text
     deep.rmdir()

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.capacity import Node, gpus_per_worker, require_room, workers_that_fit
+from cluster.capacity import Node, crowding, gpus_per_worker, require_room, workers_that_fit
 from cluster.contract import ClusterConfig, ClusterTooSmall
 
 SMALL, LARGE, GPU = (
@@ -28,6 +28,15 @@ def test_auto_means_a_gpu_where_there_is_one():
     assert gpus_per_worker(config, [LARGE]) == 0
     assert gpus_per_worker(config, [LARGE, GPU]) == 1
     assert gpus_per_worker(ClusterConfig(gpus_per_worker=0), [GPU]) == 0
+
+
+def test_more_workers_than_cores_get_a_word_with_the_number_that_fits():
+    crowd = ClusterConfig(workers=8, cpus_per_worker=2)
+    assert crowding(crowd, cores=16) is None
+    word = crowding(crowd, cores=5) or ""
+    assert "cluster.workers=8 with cluster.cpus_per_worker=2 want 16 cores" in word
+    assert "this machine has 5" in word
+    assert "cluster.workers=2 is faster" in word
 
 
 def test_a_cluster_without_room_is_refused_with_numbers():

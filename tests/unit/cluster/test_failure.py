@@ -55,6 +55,10 @@ def test_whatever_else_is_raised_is_told_with_its_traceback(error):
     assert "in worker" in str(told.error())
 
 
+def test_a_signal_without_a_name_has_a_number():
+    assert "Worker 1 was ended by signal 35." in str(died(1, 0, -35).error())
+
+
 def test_a_signal_is_named():
     assert "SIGKILL" in str(died(1, 0, -9).error())
     assert "memory" in str(died(1, 0, -9).error())

@@ -33,20 +33,25 @@ def pins(seating):
 
 
 def test_each_start_waits_for_room_and_decides_anew(free):
-    seating = Seating(PARTY, timeout_s=60)
+    told: list[str] = []
+    seating = Seating(PARTY, timeout_s=60, note=told.append)
     free += [[node("a", 3)], [node("a", 3), node("b", 3)], [node("c", 1)], [node("c", 4)]]
     assert pins(seating) == ["a", "a", "b", "b"]
     assert pins(seating) == ["c"] * 4
+    first, second = told
+    assert first.startswith("waiting up to 60 s for room: ")
+    assert "(a has 3 CPUs, room for 1)" in first
+    assert "(c has 1 CPUs, room for 0)" in second
 
 
 def test_a_start_without_room_fails_in_a_way_that_ray_train_tries_again(free):
     free += [[node("a", 3), node("b", 1)]]
     with pytest.raises(WorkerGroupStartupFailedError, match=r"After 0.1 s .* room for 1 \(a has 3"):
-        pins(Seating(PARTY, timeout_s=0.1))
+        pins(Seating(PARTY, timeout_s=0.1, note=print))
 
 
 def test_other_numbers_than_were_decided_are_an_error():
     workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in "abba"]
     group = SimpleNamespace(get_workers=lambda: workers)
     with pytest.raises(RuntimeError, match="Ranks 0 to 1 must share a node, but run on a, b"):
-        Seating(PARTY, timeout_s=1).after_worker_group_start(group)
+        Seating(PARTY, timeout_s=1, note=print).after_worker_group_start(group)

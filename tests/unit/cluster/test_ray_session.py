@@ -41,7 +41,10 @@ def test_auto_ignores_what_does_not_run_any_more(monkeypatch, caplog):
 
 def test_joining_what_does_not_run_is_refused_at_once():
     config = ClusterConfig(address=unused_address())
-    with pytest.raises(ClusterUnavailable, match="nothing answers"), ray_session.session(config):
+    with (
+        pytest.raises(ClusterUnavailable, match="nothing answers"),
+        ray_session.session(config, print),
+    ):
         pass
 
 

@@ -1,0 +1,17 @@
+import threading
+
+from cluster import ray_nodes
+
+
+def test_nodes_are_asked_all_at_once(monkeypatch):
+    """One that is silent takes seconds, and forty of them take no longer."""
+    together = threading.Barrier(40)
+
+    def silent(address):
+        together.wait()
+        return address == "lives"
+
+    monkeypatch.setattr(ray_nodes, "answers", silent)
+    addresses = ["lives", *(f"10.0.0.{n}:1" for n in range(39))]
+    assert ray_nodes.all_answer(addresses) == [True] + [False] * 39
+    assert ray_nodes.all_answer([]) == []

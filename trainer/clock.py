@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def due(before_images: int, after_images: int, interval_images: int) -> bool:
     """Tell whether a multiple of the interval lies in (before, after].
@@ -20,7 +22,9 @@ def due(before_images: int, after_images: int, interval_images: int) -> bool:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a duration for people: 45s, 3m05s, 2h07m."""
+    """Write a duration for people: 45s, 3m05s, 2h07m, and ∞ for one that has no end."""
+    if math.isinf(seconds):
+        return "∞"
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -35,6 +35,7 @@ from trainer.hooks import Hook
 from trainer.loop import train
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.progress import Progress
+from trainer.metrics.throughput import Throughput
 from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.mistakes import is_users_mistake
 from trainer.placing import resolve_placement
@@ -184,6 +185,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 last=last,
             )
 
+        throughput = Throughput(state.images)
         hooks: list[Hook] = [
             Progress(
                 metrics=metrics,
@@ -191,7 +193,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 tell=tell,
                 interval_images=job.runtime.log_interval_images,
                 total_images=job.train.total_images,
-                start_images=state.images,
+                throughput=throughput,
                 rank=context.rank,
             ),
             watch,
@@ -203,6 +205,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 interval_images=job.eval.grid_interval_images,
                 columns=job.eval.grid_columns,
                 rank=context.rank,
+                interrupted=throughput.interrupted,
             ),
         ]
         try:

@@ -23,7 +23,7 @@ class Progress:
         tell: Takes the progress line on rank 0.
         interval_images: How often; 0 is never.
         total_images: Length of the run.
-        start_images: Images seen when the loop starts.
+        throughput: Measures how fast the run is.
         rank: This rank.
     """
 
@@ -35,7 +35,7 @@ class Progress:
         tell: Callable[[dict[str, object]], None],
         interval_images: int,
         total_images: int,
-        start_images: int,
+        throughput: Throughput,
         rank: int,
     ) -> None:
         self._metrics = metrics
@@ -44,13 +44,18 @@ class Progress:
         self._interval_images = interval_images
         self._total_images = total_images
         self._rank = rank
-        self._throughput = Throughput(start_images)
+        self._throughput = throughput
+        self._begun = False
 
     def after_update(self, report: UpdateReport) -> None:
         """Report when the interval is due or the run is complete."""
         last = report.images >= self._total_images
         if not last and not due(report.images_before, report.images, self._interval_images):
+            if not self._begun:
+                self._throughput.restart(images=report.images, waited_s=report.waited_s)
+            self._begun = True
             return
+        self._begun = True
         pace = self._throughput.pace(
             images=report.images, total_images=self._total_images, waited_s=report.waited_s
         )

@@ -124,6 +124,33 @@ def test_pace_is_measured_over_the_window_since_the_last_call():
     assert (pace.images_per_s, pace.data_wait_share, pace.remaining_s) == (1000.0, 0.0, 0.0)
 
 
+def test_interruptions_slow_no_speed_and_are_expected_again():
+    now = [0.0]
+    throughput = Throughput(0, now=lambda: now[0])
+    now[0] += 50.0  # the start: a first batch, compiling
+    throughput.restart(images=100, waited_s=40.0)
+    speeds, remaining = [], []
+    for images in range(200, 1001, 100):
+        now[0] += 1.0
+        pace = throughput.pace(images=images, total_images=1000, waited_s=40.0)
+        speeds.append(pace.images_per_s)
+        remaining.append(pace.remaining_s)
+        assert pace.data_wait_share == 0.0
+        if images % 500 == 0:
+            with throughput.interrupted():
+                now[0] += 5.0
+    assert speeds == [100.0] * 9
+    assert remaining[:4] == [8.0, 7.0, 6.0, 5.0]
+    assert remaining[4] == pytest.approx(4 + 5 * 400 / 600)
+    assert remaining[-1] == 0.0
+
+
+def test_a_window_without_images_has_no_end_in_sight():
+    throughput = Throughput(10)
+    pace = throughput.pace(images=10, total_images=20, waited_s=0.0)
+    assert format_duration(pace.remaining_s) == "∞"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "interval", "expected"),
     [
@@ -153,7 +180,7 @@ def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
             tell=messages.append,
             interval_images=100,
             total_images=260,
-            start_images=0,
+            throughput=Throughput(0),
             rank=rank,
         )
         for before in range(0, 260, 52):

@@ -15,10 +15,12 @@ from types import FrameType
 
 import yaml
 
-from pipelines.console import SayingHandler, say
+from pipelines.console import say
+from trainer import places
 from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import composed, members
 from trainer.data import with_classes
+from trainer.log_lines import show_logs
 from trainer.mistakes import is_users_mistake
 from trainer.placing import resolve_placement
 from trainer.schema import JobConfig, to_dict
@@ -53,6 +55,8 @@ checkpoints could not be saved, 130 or 143 stopped by a signal, its last state s
 
 _REFUSED = 2
 
+logger = logging.getLogger("trainer.launch")  # also when it is run as __main__
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -64,11 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-        handlers=[SayingHandler()],
-    )
+    show_logs()
     try:
         job = with_classes(composed(options.overrides))
         validate(job)
@@ -94,10 +94,12 @@ def described(job: JobConfig) -> str:
 
 
 def _launch(job: JobConfig) -> int:
+    say(f"run {job.run}: {places.run_uri(job)}")
+    logger.info("loading libraries")
     from cluster.contract import ClusterUnavailable
     from cluster.failure import WorkerFailed
     from cluster.launcher import run
-    from trainer import ending, places
+    from trainer import ending
     from trainer.pages import where_to_look
     from trainer.preflight import preflight
     from trainer.summary import Console, final_report, summary
@@ -106,7 +108,6 @@ def _launch(job: JobConfig) -> int:
 
     began = time.monotonic()
     console = Console()
-    console.note(f"run {job.run}: {places.run_uri(job)}")
     newest = preflight(job, note=console.note)
     complete = newest is not None and newest.images >= job.train.total_images
     if newest is not None and complete and (report := final_report(job)) is not None:
@@ -116,6 +117,7 @@ def _launch(job: JobConfig) -> int:
         return 0
 
     with _stop_on_signals() as (stop, received):
+        logger.info("starting %d workers on %s", job.cluster.workers, job.cluster.backend)
         try:
             outcome = run(
                 job.cluster,

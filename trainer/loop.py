@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -11,6 +12,8 @@ from trainer.hooks import Hook, UpdateReport
 from trainer.state import TrainState
 from trainer.step import TrainStep
 from trainer.stop_vote import StopVote
+
+logger = logging.getLogger(__name__)
 
 LoopEnd = Literal["finished", "stopped"]
 
@@ -41,10 +44,17 @@ def train(
     """
     if state.images >= total_images:
         return "finished"
+    logger.info("waiting for the first batch")
     batches: Iterator[tuple[Batch, Cursor]] = loader.batches(Cursor(images=state.images))
+    first = True
     for batch, cursor in batches:
         before = state.images
+        if first:
+            logger.info("the first batch is there; the first update takes longer than others")
         outcome = step(batch, state, first_image=before + rank * len(batch.labels))
+        if first:
+            logger.info("the first update is done; training")
+        first = False
         state.images = cursor.images
         state.updates += outcome.applied
         state.skipped_updates += not outcome.applied

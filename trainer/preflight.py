@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from trainer.pages import where_to_look
 from trainer.resume import all_damaged, check_start, open_checkpoint, science_changes
 from trainer.schema import ConfigError, JobConfig, science
 from trainer.space import picture_shape
+
+logger = logging.getLogger(__name__)
 
 
 def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None:
@@ -37,6 +40,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         DataError: If the data set is missing or damaged.
         AutoencoderError: If the codec's autoencoder is missing or not as the settings say.
     """
+    logger.info("checking the store and MLflow")
     os.environ.update(places.object_store_environment(job))
     _check_home(job)
     store = open_store(places.runs_uri(job), job.store)
@@ -51,6 +55,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
             raise
         note(f"warning: {error}")
     images = _prepared_data(job, note)
+    logger.info("looking for checkpoints of the run")
     newest = _newest(job, store)
     digest = codec_digest(
         job.codec,
@@ -104,6 +109,7 @@ def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> Split:
     if job.data.prepare == "digits":
         from pipelines.ingest.digits import ensure_digits
 
+        logger.info("writing scikit-learn's digits into shards, unless they are there")
         ensure_digits(places.data_prefix(job))
     train, test = open_split(job, "train"), open_split(job, "test")
     note(

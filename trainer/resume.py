@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from trainer.schema import (
     science_hash,
 )
 from trainer.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 def check_start(job: JobConfig, chosen: Mapping[str, Any], own: Manifest | None) -> list[str]:
@@ -209,6 +212,7 @@ def _load(
     metrics: MetricBuffer,
     tell: Callable[[dict[str, object]], None],
 ) -> Restored:
+    logger.info("reading the checkpoint %s", checkpoints.uri(manifest.images))
     counters = checkpoints.restore(manifest, engine.fragments())
     metrics.load_state(counters.pop("metrics", {}))
     unsent = [Point.from_json(encoded) for encoded in counters.pop("unsent_points", [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from trainer.checkpoint.store import open_store
 from trainer.clock import format_duration
 from trainer.evaluate.report import EvaluationReport, evaluation_key
 from trainer.schema import JobConfig, to_dict
+
+logger = logging.getLogger(__name__)
 
 
 class Console:
@@ -46,6 +49,8 @@ class Console:
                 self.note(str(message["text"]))
             case "note":
                 self.note(str(message["text"]))
+            case "phase":
+                logger.info("%s", message["text"])
             case "warning":
                 self.note(f"warning: {message['text']}")
             case "checkpoint":

@@ -6,6 +6,7 @@ model, the objective, the engine, the data, the state, the hooks and the loop, i
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from trainer.evaluate.grid_hook import SampleGrids
 from trainer.evaluate.scores import frechet_scores
 from trainer.gathering import Gathering
 from trainer.hooks import Hook
+from trainer.log_lines import logs_told
 from trainer.loop import train
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.progress import Progress
@@ -51,8 +53,9 @@ from trainer.schema import (
 from trainer.space import encodes, flow_shape, picture_shape
 from trainer.step import TrainStep
 from trainer.stop_vote import StopVote
-from trainer.told_warnings import warnings_told
 from trainer.tracked_run import tracked_run
+
+logger = logging.getLogger(__name__)
 
 
 def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
@@ -63,7 +66,8 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         payload: The job's configuration as plain values.
     """
     try:
-        with warnings_told(context.tell, rank=context.rank):
+        with logs_told(context.tell, rank=context.rank):
+            logger.info("%d of %d workers have met", context.world_size, context.world_size)
             _train(context, from_dict(JobConfig, payload))
     except ValueError as error:
         if is_users_mistake(error):
@@ -91,6 +95,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         device=device,
     )
 
+    logger.info("the model is there")
     store = open_store(places.runs_uri(job), job.store)
     gather = Gathering()
     checkpoints = CheckpointReader(store, run=job.run, rank=context.rank, gather=gather)

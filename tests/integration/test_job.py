@@ -30,8 +30,29 @@ def test_progress_and_results_are_told(finished):
     assert f"{finished.uri}/runs/digits/checkpoints/000000006400" in finished.output
     for row in ("Fréchet distance (random_conv)", "real halves / untrained", "classifier reads"):
         assert row in finished.output
-    assert "look at the run: http://127.0.0.1" in finished.output
+    page = r"look at the run: http://127\.0\.0\.1:\d+/#/experiments/\d+/runs\?workflowType=mach"
+    assert len(re.findall(page, finished.output)) == 2
     assert "Traceback" not in finished.output
+
+
+def test_no_silence_lasts_before_the_first_progress_line(finished):
+    phases = re.findall(r"^\[\S+s\] (.*)$", finished.output.split("640/6,400")[0], re.MULTILINE)
+    expected = (
+        "loading libraries",
+        "checking the store and MLflow",
+        "writing scikit-learn's digits",
+        "looking for checkpoints",
+        "starting 2 workers",
+        "2 of 2 workers have met",
+        "building the model",
+        "the model is there",
+        "waiting for the first batch",
+        "the first batch is there",
+        "the first update is done",
+    )
+    told = iter(phases)
+    for beginning in expected:
+        assert any(phase.startswith(beginning) for phase in told), (beginning, phases)
 
 
 def test_every_checkpoint_is_committed_and_whole(finished):

@@ -179,6 +179,8 @@ class CheckpointSaver:
         """
         if self._upload is None:
             return
+        if self._upload.running:
+            logger.info("waiting until the checkpoint under way is saved")
         self._upload.wait(self._patience.left_s())
         if self._upload.running:
             self._upload.report_failure(_NO_TIME)

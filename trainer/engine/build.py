@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from cluster.placement import Placement
@@ -12,6 +14,8 @@ from trainer.engine.plain import PlainEngine
 from trainer.engine.protocol import BuildModel, Engine, EngineConfig
 from trainer.engine.zero import ZeroEngine
 from trainer.schedule import OptimConfig
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -37,6 +41,7 @@ def build_engine(
         world_size: Number of ranks.
         device: Where this rank computes.
     """
+    logger.info("building the model, its optimizer and EMA on %s", device)
     accumulation = rank_batch // micro_batch
     shards = ExpertShards.of(placement)
 

@@ -150,7 +150,11 @@ class MlflowTracker:
         """End the run and wait for the queue, but not longer than configured."""
         self._put(lambda client: client.set_terminated(self._run_id, status))
         self._put(None)
-        self._thread.join(self._config.flush_timeout_s)
+        patience_s = self._config.flush_timeout_s
+        self._thread.join(min(1.0, patience_s))
+        if self._thread.is_alive():
+            _log.info("waiting for MLflow to take %d calls", self._calls.qsize())
+        self._thread.join(max(0.0, patience_s - 1.0))
         if self._thread.is_alive():
             _log.warning(
                 "MLflow at %s did not take the last %d calls within %.0f s; the last checkpoint "

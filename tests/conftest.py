@@ -17,12 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray cannot change its mind about tokens within one process, and some tests go without.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+from tests.support.clock import source_clock  # noqa: E402
 from tests.support.empty_tracker import empty_tracker  # noqa: E402
 from tests.support.finished import finished  # noqa: E402
 from tests.support.forked import forked_ranks  # noqa: E402
 from tests.support.s3_server import s3  # noqa: E402
 
-__all__ = ["empty_tracker", "finished", "forked_ranks", "s3"]  # fixtures for all tests
+# Fixtures for all tests.
+__all__ = ["empty_tracker", "finished", "forked_ranks", "s3", "source_clock"]
 
 _STDERR = pytest.StashKey[int]()
 

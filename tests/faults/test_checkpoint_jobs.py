@@ -85,7 +85,7 @@ def test_a_store_that_goes_and_stays_away(
     gone = FirstSight(r"checkpoints/000000002560/.*safetensors")
     remote.proxy.inject(Answer(status=503), when=gone.strikes)
     with job(*settings(remote), home=home) as running:
-        assert gone.seen.wait(180), running.output
+        assert gone.seen.wait(), running.output
         with remote.proxy.down():
             assert running.wait() == UNSAVED, running.output
         output = running.output
@@ -128,8 +128,8 @@ def ask_to_stop_at(sight: FirstSight) -> None:
     """Have the command in this process asked to stop as soon as something is seen."""
 
     def ask() -> None:
-        if sight.seen.wait(240):
-            os.kill(os.getpid(), signal.SIGTERM)
+        sight.seen.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask, daemon=True).start()
 
@@ -152,10 +152,8 @@ def test_a_stop_during_an_upload_waits_for_a_final_checkpoint(
     slow = FirstSight(r"digits/checkpoints/.*safetensors", delay_s=6)
     remote.proxy.inject(Answer(), when=slow.slows)
     ask_to_stop_at(slow)
-    began_s = time.monotonic()
     hasty = [*settings(remote, *LONG), "checkpoint.grace_s=1", f"home={home}"]
     assert main(hasty) == UNSAVED
-    assert time.monotonic() - began_s < 120
     said, errors = capfd.readouterr()
     assert f"resumed after {final:,} images" in said
     assert "there was no time left to wait for the store (checkpoint.grace_s)" in errors

@@ -35,7 +35,7 @@ def connections_break(remote: RemoteStore) -> None:
     broken = threading.Event()
 
     def wait_for_part() -> None:
-        if broken.wait(30):
+        if broken.wait():
             remote.proxy.down_for(0.5)
 
     threading.Thread(target=wait_for_part, daemon=True).start()
@@ -73,22 +73,21 @@ def test_an_upload_in_parts_that_breaks_off_is_made_anew(
 
 
 def test_a_black_hole_is_left_after_the_time_limit(remote: RemoteStore) -> None:
+    save_state(remote.store, random_state(10), images=10)
+    manifest = CheckpointReader(remote.store, run=RUN).newest_valid()
     store = remote.open(read_timeout_s=0.3)
-    save_state(store, random_state(10), images=10)
-    manifest = CheckpointReader(store, run=RUN).newest_valid()
     remote.proxy.inject(Silence())
     training = Training(store, patience_s=1.5)
     training.save(20)
     report = training.until_reported(1)
-    assert report.upload_s < 15
     assert "the service does not answer (ReadTimeoutError)" in str(report.error)
     for read in (lambda: load_state(store), lambda: restored(store, manifest)):
-        began_s = time.monotonic()
+        before = len(remote.proxy.requests)
         with pytest.raises(StoreUnreachable, match="does not answer"):
             read()
-        assert time.monotonic() - began_s < 10
+        assert len(remote.proxy.requests) - before <= 2  # a request, and one more by boto3
     remote.proxy.heal()
-    assert resumed(store) == 10
+    assert resumed(remote.store) == 10
 
 
 @pytest.fixture
@@ -116,9 +115,8 @@ def test_answers_that_break_off_are_read_again(remote: RemoteStore, large: Manif
 
 def test_answers_that_come_slowly_are_waited_for(remote: RemoteStore) -> None:
     """Slower than the time limit for silence: what counts is that something comes."""
-    store = remote.open(read_timeout_s=0.5)
-    save_state(store, random_state(10), images=10)
-    remote.proxy.inject(Drip(bytes_per_s=1500), when=is_content)
+    save_state(remote.store, random_state(10), images=10)
+    remote.proxy.inject(Drip(bytes_per_s=500), when=is_content)
     began_s = time.monotonic()
-    assert resumed(store) == 10
-    assert time.monotonic() - began_s > 1
+    assert resumed(remote.open(read_timeout_s=2)) == 10
+    assert time.monotonic() - began_s > 2

@@ -6,9 +6,10 @@ Whatever happens, training goes on, what is committed is whole, and who has to a
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
@@ -23,6 +24,7 @@ from tests.unit.trainer.checkpoint.worlds import (
 )
 from trainer.checkpoint import layout
 from trainer.checkpoint.errors import StoreError
+from trainer.checkpoint.patience import FIRST_PAUSE_S
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.upload import SaveReport
 
@@ -57,7 +59,7 @@ def outage(s3: S3Server) -> Iterator[Future[Outage]]:
         training.until_reported(1)
         away = remote.proxy.down_for(60)
         training.save(20)
-        report = training.until_reported(2, within_s=180)
+        report = training.until_reported(2)
         assert not away.is_alive()
         return Outage(report, training.steps, resumed(remote.store), list(lines))
 
@@ -85,26 +87,24 @@ def test_errors_for_half_of_the_requests(remote: RemoteStore, status: int, code:
 def test_a_store_away_for_a_while_makes_a_save_late(
     remote: RemoteStore, when_busy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    training = Training(remote.open(), patience_s=60, when_busy=when_busy)
+    training = Training(remote.open(), patience_s=600, when_busy=when_busy)
     assert training.save(10)
     training.until_reported(1)
-    away = remote.proxy.down_for(4)
-    assert training.save(20)  # and training goes on at once
-    assert away.is_alive()
-    began_s = time.monotonic()
-    for _ in range(100):
-        time.sleep(0.001)
-        training.steps += 1
-    assert len(training.reports) == 1
-    begun = training.save(30)
-    waited_s = time.monotonic() - began_s
-    assert begun == (when_busy == "wait")
-    assert (waited_s > 3) == begun
+    with ExitStack() as outage:
+        outage.enter_context(remote.proxy.down())
+        assert training.save(20)
+        training.until(lambda: "Trying again in 2 s" in caplog.text)  # and training goes on
+        assert len(training.reports) == 1
+        if when_busy == "wait":
+            threading.Timer(0.5, outage.close).start()
+        begun = training.save(30)
+        assert begun == (when_busy == "wait")
+        assert len(training.reports) == (2 if begun else 1)
     report = training.until_reported(3 if begun else 2)
     assert [each.error for each in training.reports] == [None] * len(training.reports)
     assert training.reports[1].images == 20
-    assert training.reports[1].blocked_s < 2
-    assert training.reports[1].upload_s > 3
+    assert training.reports[1].upload_s >= FIRST_PAUSE_S
+    assert training.reports[1].blocked_s < training.reports[1].upload_s
     assert report.images == resumed(remote.store) == (30 if begun else 20)
     skipped = [line for line in caplog.messages if "000000000030 is skipped" in line]
     assert len(skipped) == (not begun)
@@ -119,10 +119,10 @@ def test_a_store_gone_for_good_costs_checkpoints_and_not_the_run(remote: RemoteS
             before = training.steps
             assert training.save(images)
             report = training.until_reported(number)
-            assert training.steps - before > 100
+            assert training.steps > before
             assert report.images == images
             assert report.size_bytes == 0
-            assert 2 <= report.upload_s < 15
+            assert report.upload_s >= 2
             # What, where, why, and what to do.
             for part in (
                 f"Cannot write {remote.uri}/{RUN}/checkpoints/{images:012d}/",
@@ -185,12 +185,11 @@ def test_a_key_that_loses_its_rights_in_mid_run(remote: RemoteStore, refusal: Re
 
 def test_a_store_away_for_a_minute_makes_a_save_late(outage: Future[Outage]) -> None:
     """The last test here, so that the minute has passed meanwhile."""
-    seen = outage.result(timeout=180)
+    seen = outage.result()
     assert seen.report.error is None
     assert seen.images == 20
-    assert seen.report.blocked_s < 2
-    assert 50 < seen.report.upload_s < 100
-    assert seen.steps > 10_000
+    assert seen.report.blocked_s < 50 < seen.report.upload_s
+    assert seen.steps > 1_000
     assert len(seen.lines) >= 5
     for line in seen.lines:
         assert "the service does not answer" in line

@@ -194,7 +194,7 @@ def test_a_drip(client: Any, proxy: FaultyProxy) -> None:
     proxy.inject(Drip(bytes_per_s=20_000), when=is_get)
     started_s = time.monotonic()
     assert body(client, "key") == CONTENT[:10_000]
-    assert 0.4 < time.monotonic() - started_s < 3
+    assert time.monotonic() - started_s > 0.4
 
 
 def test_a_black_hole(s3: S3Server, proxy: FaultyProxy) -> None:
@@ -203,7 +203,7 @@ def test_a_black_hole(s3: S3Server, proxy: FaultyProxy) -> None:
     for call in (impatient.list_buckets, lambda: impatient.put_object(Bucket=BUCKET, Key="k")):
         with pytest.raises(Exception, match=r"[tT]imeout"):
             call()
-    impatient.list_buckets()
+    client_of(replace(s3, endpoint_url=proxy.endpoint_url)).list_buckets()
 
 
 def test_down_refuses_breaks_what_is_open_and_keeps_the_port(

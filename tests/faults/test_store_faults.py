@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from pipelines.cache import default_cache_dir
 from pipelines.errors import StoreUnreachableError
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardsConfig
+from tests.support.clock import Clock
 from tests.support.faulty_proxy import FaultyProxy, Request, faulty_proxy
 from tests.support.http_faults import Answer, Cut, Drip, Flip, Silence
 from tests.support.s3_server import S3Server
@@ -136,45 +136,39 @@ def with_shards(reading: Reading, **config: Any) -> Reading:
     return replace(reading, shards=replace(reading.shards, **config))
 
 
-@pytest.fixture
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses between attempts last no longer than 50 ms."""
-    short = SimpleNamespace(
-        sleep=lambda seconds: time.sleep(min(seconds, 0.05)), monotonic=time.monotonic
-    )
-    monkeypatch.setattr("pipelines.source.time", short)
-
-
 def is_shard(request: Request) -> bool:
     return request.method == "GET" and request.path.endswith(".mds")
 
 
 def test_a_store_gone_for_good_ends_the_run_when_patience_does(
-    stored: Stored, proxy: FaultyProxy, reading: Reading
+    stored: Stored, proxy: FaultyProxy, reading: Reading, source_clock: Clock
 ) -> None:
-    digests = with_shards(reading, download_patience_s=2).digests()
+    patience_s, longest_s = 20, 17
+    patient = with_shards(reading, download_patience_s=patience_s, download_threads=1)
+    digests = patient.digests()
     got = [next(digests) for _ in range(2)]
-    with proxy.down():
-        started_s = time.monotonic()
-        with pytest.raises(StoreUnreachableError, match=r"shard\.\d+\.mds could not .*Check that"):
-            got.extend(digests)
-        assert time.monotonic() - started_s < 15
+    with (
+        proxy.down(),
+        pytest.raises(StoreUnreachableError, match=r"shard\.\d+\.mds could not .*Check that"),
+    ):
+        got.extend(digests)
+    # The pause in which patience ends is the last.
+    assert 0 < sum(source_clock.waits) < patience_s + longest_s
     assert got == stored.undisturbed[: len(got)]  # what was made before came first
 
 
 def test_refused_credentials_end_the_run_at_once(
-    stored: Stored, proxy: FaultyProxy, reading: Reading
+    stored: Stored, proxy: FaultyProxy, reading: Reading, source_clock: Clock
 ) -> None:
     digests = reading.digests()
     next(digests)
     proxy.inject(Answer(status=403, code="AccessDenied"))
-    started_s = time.monotonic()
     with pytest.raises(StoreUnreachableError, match=r"refused to give .*credentials"):
         list(digests)
-    assert time.monotonic() - started_s < 5
+    assert source_clock.waits == []
 
 
-@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.usefixtures("source_clock")
 @pytest.mark.parametrize(
     "answer",
     [Answer(status=500, code="InternalError"), Answer(status=503, code="SlowDown")],
@@ -187,7 +181,7 @@ def test_errors_for_half_of_the_requests(
     assert list(reading.digests()) == stored.undisturbed
 
 
-@pytest.mark.usefixtures("short_pauses")
+@pytest.mark.usefixtures("source_clock")
 def test_bodies_that_break_off(stored: Stored, proxy: FaultyProxy, reading: Reading) -> None:
     proxy.inject(Cut(after_bytes=3000), share=0.5, when=is_shard)
     assert list(reading.digests()) == stored.undisturbed
@@ -196,8 +190,8 @@ def test_bodies_that_break_off(stored: Stored, proxy: FaultyProxy, reading: Read
 
 def test_bodies_that_come_slowly(stored: Stored, proxy: FaultyProxy, reading: Reading) -> None:
     """Slower than the time limit for silence: what counts is that something comes."""
-    proxy.inject(Drip(bytes_per_s=SHARD_BYTES), when=is_shard)
-    assert list(with_shards(reading, download_timeout_s=0.4).digests()) == stored.undisturbed
+    proxy.inject(Drip(bytes_per_s=SHARD_BYTES // 3), when=is_shard, times=3)
+    assert list(with_shards(reading, download_timeout_s=2).digests()) == stored.undisturbed
 
 
 def test_a_bit_that_flips_on_the_way_is_fetched_again(
@@ -222,22 +216,22 @@ def test_a_bit_that_flips_on_the_way_is_fetched_again(
 def test_a_black_hole_is_left_after_the_time_limit(
     stored: Stored, proxy: FaultyProxy, reading: Reading, caplog: pytest.LogCaptureFixture
 ) -> None:
-    impatient = with_shards(reading, download_timeout_s=0.5, download_threads=1)
+    impatient = with_shards(reading, download_timeout_s=1, download_threads=1)
     proxy.inject(Silence(), times=3, when=lambda request: request.path.endswith("00001.mds"))
     with caplog.at_level(logging.WARNING, logger="pipelines"):
         assert list(impatient.digests()) == stored.undisturbed
-    assert ["shard.00001.mds failed" in record.getMessage() for record in caplog.records] == [True]
-    assert "imeout" in caplog.text
+    failed = [line for line in caplog.messages if "shard.00001.mds failed" in line]
+    assert "imeout" in failed[0]
 
 
 def test_a_black_hole_for_good_is_an_error(
     stored: Stored, proxy: FaultyProxy, reading: Reading
 ) -> None:
     proxy.inject(Silence())
-    started_s = time.monotonic()
     with pytest.raises(StoreUnreachableError, match=r"index\.json could not .*imeout"):
         next(with_shards(reading, download_timeout_s=0.5, download_patience_s=3).digests())
-    assert time.monotonic() - started_s < 15
+    # A try is up to three requests of half a second; the pauses between tries are 1 and 2 s.
+    assert len(proxy.requests) <= 3 * 3
 
 
 def test_the_processes_of_a_node_fetch_each_shard_once(
@@ -279,9 +273,9 @@ def test_kills_at_any_moment_leave_nothing_behind(
     # Four threads and the index: what one process can leave, not what many can.
     assert 1 < max(left) <= 5
     proxy.heal()
-    started_s = time.monotonic()
-    assert list(Reader(reading).digests()) == stored.undisturbed
-    assert time.monotonic() - started_s < 10
+    log = tmp_path / "log"
+    assert list(Reader(reading, before=partial(log_to, log)).digests()) == stored.undisturbed
+    assert "waiting for another process" not in log.read_text()
     assert in_transit(tmp_path) == []
 
 
@@ -309,9 +303,9 @@ def test_a_store_away_for_a_minute_costs_a_pause_and_log_lines(
     stored: Stored, outage: Future[Outage]
 ) -> None:
     """The last test here, so that the minute has passed meanwhile."""
-    seen = outage.result(timeout=120)
+    seen = outage.result()
     assert seen.digests == stored.undisturbed
-    assert 40 < max(seen.waits_s) < 90
+    assert max(seen.waits_s) > 40
     assert seen.is_over
     assert len(seen.lines) >= 4
     for line in seen.lines:

@@ -40,7 +40,7 @@ def tell_node(context: WorkerContext, payload: Payload) -> None:
             "address": ray.util.get_node_ip_address(),
         }
     )
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 540
     while context.attempt == 0:
         assert time.monotonic() < limit
         dist.barrier()

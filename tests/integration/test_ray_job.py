@@ -50,7 +50,7 @@ def test_stop_leaves_a_final_checkpoint_and_submitting_again_finishes(tmp_path, 
     monkeypatch.setenv("LAPFLOW_HOME", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with ray_cluster(cpus=2) as cluster:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 540
         # The command `ray job`, which the second submission is, imports for seconds.
         client = JobSubmissionClient(cluster.dashboard)
         submit(client, deadline)

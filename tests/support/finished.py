@@ -60,7 +60,7 @@ def finished(
             f"tracking.uri={server.uri}",
         ]
         with job(*arguments, home=home, environment=credentials) as running:
-            assert running.wait(400) == 0, running.output
+            assert running.wait() == 0, running.output
         with pytest.MonkeyPatch.context() as patch:
             for name, value in credentials.items():
                 patch.setenv(name, value)

@@ -70,13 +70,13 @@ class Job:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def wait(self, timeout_s: float = 240.0) -> int:
+    def wait(self, timeout_s: float = 540.0) -> int:
         """Wait for the end and return the exit code."""
         code = self._process.wait(timeout_s)
         self._reader.join(10)
         return code
 
-    def wait_for(self, pattern: str, timeout_s: float = 180.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, timeout_s: float = 540.0) -> re.Match[str]:
         """Wait until the output matches a pattern."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -31,7 +31,7 @@ class MlflowServer:
         self.uri = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout_s: float = 120.0) -> None:
+    def start(self, timeout_s: float = 540.0) -> None:
         """Start it and wait until it answers."""
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(

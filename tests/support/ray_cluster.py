@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import create_server
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 540
 HOST = "127.0.0.2"
 """A loopback address that Ray, unlike 127.0.0.1, does not replace by the host's own."""
 
@@ -37,7 +37,7 @@ class RayCluster:
     environment: dict[str, str]
     nodes: dict[str, subprocess.Popen[bytes]]
 
-    def job(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    def job(self, *arguments: str, timeout_s: float = 540) -> subprocess.CompletedProcess[str]:
         """Runs `ray job <arguments>` against the cluster and returns what it printed."""
         return subprocess.run(
             [_ray(), "job", arguments[0], "--address", self.dashboard, *arguments[1:]],

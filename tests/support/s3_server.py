@@ -26,7 +26,7 @@ import pytest
 
 RINGS = ("account", "container", "object")
 SERVERS = (*RINGS, "proxy")
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 540.0
 STOP_TIMEOUT_S = 5.0
 
 PIPELINE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tests.support.remote_store import load_state
@@ -45,13 +46,15 @@ class Training:
             **SCIENCE,
         )
 
-    def until_reported(self, count: int, *, within_s: float = 60.0) -> SaveReport:
-        """Train until so many saves have ended, and return the last one's report."""
-        deadline = time.monotonic() + within_s
-        while len(self.reports) < count:
-            assert time.monotonic() < deadline, "the save does not end"
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Train until something holds."""
+        while not holds():
             time.sleep(0.001)
             self.steps += 1
+
+    def until_reported(self, count: int) -> SaveReport:
+        """Train until so many saves have ended, and return the last one's report."""
+        self.until(lambda: len(self.reports) >= count)
         # What the new checkpoint made needless is deleted after the report.
         self._savings.saver.finish()
         return self.reports[-1]

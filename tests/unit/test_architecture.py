@@ -29,6 +29,20 @@ def test_files_stay_small():
     assert {name: count for name, count in lines.items() if count > 300} == {}
 
 
+def test_no_test_demands_that_a_machine_is_fast():
+    """Counts and events tell what a limit in seconds would; what hangs ends at pytest's timeout."""
+    hurry = re.compile(
+        r"^\s*assert (?!.*_clock\.).*((time|monotonic|counter)\(\) - \w+|\w+_s) <=? [\d.]+$"
+    )
+    offenders = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if hurry.match(line)
+    ]
+    assert offenders == []
+
+
 def test_nothing_is_unpickled():
     """Neither by this code nor by the loaders of libraries that it calls."""
     loads = re.compile(

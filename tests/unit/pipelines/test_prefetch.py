@@ -28,8 +28,7 @@ def test_it_runs_ahead_by_its_depth() -> None:
 
     items = Prefetched(source(), depth=3)
     assert next(items) == 0
-    deadline_s = time.monotonic() + 5
-    while len(made) < 5 and time.monotonic() < deadline_s:
+    while len(made) < 5:
         time.sleep(0.01)
     time.sleep(0.05)
     assert made == [0, 1, 2, 3, 4]  # one taken, three waiting, one in hand
@@ -58,7 +57,7 @@ def test_a_waiting_consumer_is_let_go() -> None:
     release = threading.Event()
 
     def source() -> Iterator[int]:
-        release.wait(10)
+        release.wait()
         yield 1
 
     items = Prefetched(source(), depth=1)

@@ -3,33 +3,13 @@
 import logging
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipelines.errors import CacheUnusableError, DataError, StoreUnreachableError
 from pipelines.source import Source, SourceConfig
-
-
-class Clock:
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        self.waits: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.waits.append(seconds)
-        self.now_s += seconds
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    fake = SimpleNamespace(sleep=clock.sleep, monotonic=lambda: clock.now_s)
-    monkeypatch.setattr("pipelines.source.time", fake)
-    return clock
+from tests.support.clock import Clock
 
 
 class Failing:
@@ -63,13 +43,13 @@ def source_of(errors: list[Exception], **config: Any) -> Source:
 
 
 def test_a_flaky_store_is_asked_again(
-    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, source_clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = source_of([ConnectionError("reset"), TimeoutError("slow"), answer("503", 503)])
     with caplog.at_level(logging.WARNING, logger="pipelines"):
         source.fetch("shard", tmp_path / "shard")
     assert (tmp_path / "shard").read_bytes() == b"whole"
-    assert clock.waits == pytest.approx([1, 2, 4], abs=0.5)
+    assert source_clock.waits == pytest.approx([1, 2, 4], abs=0.5)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
     assert "/store/shard" in lines[2]
@@ -77,7 +57,9 @@ def test_a_flaky_store_is_asked_again(
     assert "503" in lines[2]
 
 
-def test_a_store_that_comes_back_after_a_minute_is_waited_for(tmp_path: Path, clock: Clock) -> None:
+def test_a_store_that_comes_back_after_a_minute_is_waited_for(
+    tmp_path: Path, source_clock: Clock
+) -> None:
     """And after almost two; one that has gone for good is an error within three."""
     pauses = [1, 2, 4, 8, 16, 16, 16, 16, 16, 16, 16]
     tries_s = [0, *accumulate(pauses)]
@@ -85,27 +67,27 @@ def test_a_store_that_comes_back_after_a_minute_is_waited_for(tmp_path: Path, cl
     tries = len(tries_s)
     away = [ConnectionError("refused")] * (tries - 2)  # 95 s of refusals, jitter apart
     source_of(away).fetch("shard", tmp_path / "shard")
-    assert clock.waits == pytest.approx(pauses[: tries - 2], abs=0.5)
-    clock.waits.clear()
+    assert source_clock.waits == pytest.approx(pauses[: tries - 2], abs=0.5)
+    source_clock.waits.clear()
     with pytest.raises(StoreUnreachableError, match=r"in 1\d\d s .*refused.*S3_ENDPOINT_URL"):
         source_of([ConnectionError("refused")] * 100).fetch("shard", tmp_path / "other")
-    assert 120 <= sum(clock.waits) < 150
+    assert 120 <= sum(source_clock.waits) < 150
     assert not (tmp_path / "other").exists()
 
 
-def test_time_spent_in_tries_counts(tmp_path: Path, clock: Clock) -> None:
+def test_time_spent_in_tries_counts(tmp_path: Path, source_clock: Clock) -> None:
     """A silent store is given up as soon as one that refuses, though a try of it takes a minute."""
     source = source_of([])
 
     def silent(url: str, path: str, timeout: float) -> None:
-        clock.now_s += 60
+        source_clock.now_s += 60
         raise TimeoutError("nothing came")
 
     source._downloaders.own.download = silent
     with pytest.raises(StoreUnreachableError, match="nothing came"):
         source.fetch("shard", tmp_path / "shard")
-    assert 120 <= clock.now_s - 1000 < 185
-    assert len(clock.waits) >= 1
+    assert 120 <= source_clock.now_s - 1000 < 185
+    assert len(source_clock.waits) >= 1
 
 
 def test_a_slow_transfer_is_told(
@@ -117,7 +99,7 @@ def test_a_slow_transfer_is_told(
     told = threading.Event()
     caplog.handler.addFilter(lambda record: told.set() or True)
     source = source_of([])
-    source._downloaders.own.download = lambda url, path, timeout: told.wait(10)
+    source._downloaders.own.download = lambda url, path, timeout: told.wait()
     source.fetch("shard", tmp_path / "shard")
     assert [record.getMessage() for record in caplog.records] == [
         "still fetching /store/shard after 0 s"
@@ -136,11 +118,11 @@ def test_a_slow_transfer_is_told(
     ],
 )
 def test_failures_that_time_does_not_heal(
-    tmp_path: Path, clock: Clock, error: Exception, kind: type[Exception], words: str
+    tmp_path: Path, source_clock: Clock, error: Exception, kind: type[Exception], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
         source_of([error]).fetch("shard", tmp_path / "shard")
-    assert not clock.waits
+    assert not source_clock.waits
     assert not (tmp_path / "shard").exists()
 
 

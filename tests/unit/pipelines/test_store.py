@@ -17,6 +17,7 @@ from pipelines.errors import (
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
+from tests.support.clock import Clock
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
@@ -97,7 +98,11 @@ def test_damage_in_the_store(
 
 
 def test_mistakes_are_named(
-    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source_clock: Clock,
 ) -> None:
     with pytest.raises(MissingDatasetError, match="no dataset at s3://images/nothing"):
         ShardedDataset(f"{bucket}/nothing", config=config(tmp_path))
@@ -108,6 +113,7 @@ def test_mistakes_are_named(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreUnreachableError, match=r"refused to give .*credentials"):
         ShardedDataset(f"{bucket}/nothing", config=config(tmp_path))
+    assert source_clock.waits == []  # none of these is mended by time
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StoreUnreachableError, match=r"attempts: 2.*127\.0\.0\.1:1"):
         ShardedDataset(f"{bucket}/nothing", config=config(tmp_path))

@@ -124,7 +124,7 @@ def test_it_loads_nothing_that_trains():
         "print({'ray', 'deepspeed', 'streaming', 'mlflow'} & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=540
     )
     assert done.stderr.strip() == "set()"
     assert "No sharding is needed" in done.stdout

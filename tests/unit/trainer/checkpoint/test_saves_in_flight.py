@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,21 +43,22 @@ class GatedStore(MemoryStore):
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         self.arrived.release()
-        assert self.gate.wait(20)
+        assert self.gate.wait()
         super().put(key, data)
 
 
 class DownStore(MemoryStore):
-    """Fails until it is `up`."""
+    """Fails until it is `up`, or so many times."""
 
-    def __init__(self) -> None:
+    def __init__(self, failures: float = math.inf) -> None:
         super().__init__()
         self.up = False
         self.tries = 0
+        self._failures = failures
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         self.tries += 1
-        if not self.up:
+        if not self.up and self.tries <= self._failures:
             raise StoreUnreachable("Cannot write memory://…: the service does not answer.")
         super().put(key, data)
 
@@ -75,7 +75,7 @@ def test_training_changes_the_state_while_the_old_one_is_on_its_way(gated: Gated
     fragments = split(state, [])[0]
     mine = Savings(gated)
     assert mine.saver.save(images=10, fragments=fragments, **SETTINGS)
-    assert gated.arrived.acquire(timeout=20)
+    assert gated.arrived.acquire()
     for values in (values for each in fragments for values in each.tensors.values()):
         values.fill_(7.0)
     assert gated.objects == {}
@@ -161,7 +161,7 @@ def test_a_run_in_a_hurry_leaves_what_does_not_arrive(gated: GatedStore) -> None
     assert all("checkpoint.grace_s" in (report.error or "") for report in mine.reports)
     # What was given up may arrive all the same, and then that is what counts.
     gated.gate.set()
-    assert mine.late.acquire(timeout=20)
+    assert mine.late.acquire()
     assert [(report.images, report.error) for report in mine.reports[2:]] == [(10, None)]
 
 
@@ -183,16 +183,15 @@ def test_a_failed_run_waits_for_a_good_state_and_raises_nothing(gated: GatedStor
     mine = Savings(gated)
     mine.saver.save(images=10, fragments=fragments, **SETTINGS)
     threading.Timer(0.2, gated.gate.set).start()
-    mine.saver.leave(20.0)
+    mine.saver.leave(3600.0)
     assert (load_newest(gated) or [None])[0] == 10
 
 
 def test_a_store_that_comes_back_gets_the_state_of_then(caplog: pytest.LogCaptureFixture) -> None:
-    store = DownStore()
+    store = DownStore(failures=1)
     state, twin = random_state(0), random_state(0)
     fragments = split(state, [])[0]
-    mine = Savings(store, patience_s=30.0)
-    threading.Timer(0.5, lambda: setattr(store, "up", True)).start()
+    mine = Savings(store, patience_s=3600.0)
     with caplog.at_level(logging.WARNING):
         mine.saver.save(images=10, fragments=fragments, **SETTINGS)
         fragments[0].tensors["ema"].fill_(1.0)
@@ -292,11 +291,9 @@ def test_content_that_vanished_is_not_waited_for() -> None:
         def put(self, key: str, data: bytes | memoryview) -> None:
             """Loses it."""
 
-    mine = Savings(Losing(), patience_s=60.0)
-    began = time.monotonic()
+    mine = Savings(Losing(), patience_s=3600.0)
     with pytest.raises(NotSaved, match=r"was uploaded with .* is not there"):
         mine.save(images=10, fragments=split(random_state(0), [])[0], **SETTINGS)
-    assert time.monotonic() - began < 30
 
 
 def test_files_of_others_in_the_folders_of_checkpoints_are_left_alone(tmp_path: Path) -> None:

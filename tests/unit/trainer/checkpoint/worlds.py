@@ -117,7 +117,7 @@ class ThreadGroup:
         with self._changed:
             round_[rank] = pickle.dumps(value)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended or len(round_) == self._world, timeout=30)
+            self._changed.wait_for(lambda: self._ended or len(round_) == self._world)
         if len(round_) < self._world:
             raise RankEnded
         return [pickle.loads(round_[each]) for each in range(self._world)]

@@ -77,12 +77,14 @@ def rank_memory(workload: Workload, placement: Placement, *, zero_stage: int) ->
     if zero_stage >= 1:
         # The second is filled while the first is under way; ZeRO-3 does with one.
         buckets = 2 if workload.hides_reduction(zero_stage) and zero_stage < 3 else 1
-        buffers += buckets * element * workload.bucket_elements
+        # What ZeRO-1 reduces has been added up; the others reduce each pass's own gradients.
+        reduced = workload.gradient_bytes if zero_stage == 1 else element
+        buffers += buckets * reduced * workload.bucket_elements
     if zero_stage == 3:
         buffers += element * min(held, max(workload.kept_parameters, held // workload.depth))
     return RankMemory(
         weights=element * (split if zero_stage >= 3 else held),
-        gradients=element * (split if adds_up_split else held),
+        gradients=workload.gradient_bytes * (split if adds_up_split else held),
         optimizer=0 if workload.offload else optimizer,
         ema=0 if workload.offload else ema,
         activations=element * _activations(workload, placement),
@@ -244,5 +246,5 @@ def _offload_seconds(workload: Workload, placement: Placement, hardware: Hardwar
         math.ceil(weights * ranks / workload.world_size)
         for weights, ranks in workload.shards(placement)
     )
-    moved = 2 * workload.element_bytes + 2 * 4 * _FULL_BYTES
+    moved = workload.gradient_bytes + workload.element_bytes + 2 * 4 * _FULL_BYTES
     return split * moved / (1e9 * hardware.host_link_gb_per_s)

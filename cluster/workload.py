@@ -59,7 +59,8 @@ class Workload:
         world_size: Number of ranks.
         images: Images of a rank's micro-batch.
         passes: Micro-batches of a step.
-        element_bytes: Bytes of a weight, gradient and activation: 2 for bf16, 4 for fp32.
+        element_bytes: Bytes of a weight and an activation: 2 for bf16, 4 for fp32.
+        gradient_bytes: Bytes of a gradient where those of a step are kept.
         offload: Whether moments, fp32 weights and EMA are in host memory.
         bucket_elements: Gradients that are reduced together (DeepSpeed's reduce_bucket_size).
         reduces_in_backward: Whether gradients are reduced while the backward pass goes on
@@ -82,6 +83,7 @@ class Workload:
     images: int
     passes: int = 1
     element_bytes: int = 2
+    gradient_bytes: int = 2
     offload: bool = False
     bucket_elements: int = 500_000_000
     reduces_in_backward: bool | None = None

@@ -19,6 +19,7 @@ from trainer.schema import ConfigError, JobConfig, micro_batch
 from trainer.space import flow_shape
 
 _ROWS = 6
+_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def resolve_placement(job: JobConfig) -> Placement:
@@ -110,7 +111,8 @@ def workload(job: JobConfig) -> Workload:
         world_size=workers,
         images=images,
         passes=share // images,
-        element_bytes=2 if job.engine.precision == "bf16" else 4,
+        element_bytes=_BYTES[job.engine.precision],
+        gradient_bytes=_BYTES[job.engine.sum_precision(share // images)],
         offload=job.engine.offload_optimizer,
         overlaps_exchange=job.engine.overlap_exchange,
         kept_parameters=max(

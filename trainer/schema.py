@@ -250,7 +250,9 @@ def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None
     chosen["data_set"] = {"index_sha256": data_digest}
     if codec_digest is not None:
         chosen["autoencoder"] = {"sha256": codec_digest}
-    chosen["engine"] = {key: everything["engine"][key] for key in ("precision", "deepspeed")}
+    chosen["engine"] = {
+        key: everything["engine"][key] for key in ("precision", "grad_accum_dtype", "deepspeed")
+    }
     chosen["loader"] = {"shuffle_block_samples": everything["loader"]["shuffle_block_samples"]}
     if job.optim.decay == "constant":
         # Then the length is only when to stop: a finished run may go on.

@@ -129,7 +129,8 @@ def _check_passed_on(job: JobConfig) -> None:
     if own:
         raise ConfigError(
             f"engine.deepspeed.{own[0]} is decided by other settings (train.global_batch, "
-            "engine.micro_batch, optim.clip_norm, engine.precision); change those"
+            "engine.micro_batch, optim.clip_norm, engine.precision, engine.grad_accum_dtype); "
+            "change those"
         )
     strange = sorted(
         name

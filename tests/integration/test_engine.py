@@ -68,11 +68,17 @@ def courses() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def bf16() -> list[dict[str, Any]]:
     """What the engines do that can train in bf16, one of each ZeRO stage with a NaN at the end."""
-    variants = [
+    whole = [
         each | {"precision": "bf16", "poisoned": each in ENGINES[1:4]}
         for each in ENGINES
         if each["kind"] == "zero"
     ]
+    # In two micro-batches, whose gradients are added up in fp32.
+    summed = [
+        each | {"precision": "bf16", "micro_batch": 2}
+        for each in (*ENGINES[1:4], ENGINES[5], *ENGINES[8:10])
+    ]
+    variants = [*whole, *summed]
     told = on_ranks(engine_worker.conformance, 2, {"variants": variants})
     assert len(told) == len(variants)
     return [{"variant": one, **other} for one, other in zip(variants, told, strict=True)]
@@ -123,6 +129,32 @@ def test_bf16_keeps_fp32_masters_and_stays_near(reference, bf16):
         torch.testing.assert_close(losses, wanted, rtol=3e-2, atol=0, msg=str(variant))
         masters = torch.tensor(result["state"]["master/time_embed.hidden.weight"])
         assert not torch.equal(masters, masters.bfloat16().float()), variant
+
+
+@pytest.fixture(scope="module")
+def sums() -> dict[str, list[float]]:
+    """What 15 gradients of 1/512 add to one, by precision and with every engine that has it."""
+    zero = [each for each in ENGINES if each["kind"] == "zero"]
+    by_precision: dict[str, list[dict[str, Any]]] = {
+        "fp32": [{"kind": "plain"}],
+        "bf16 added up in fp32": [each | {"precision": "bf16"} for each in zero],
+        "bf16": [each | {"precision": "bf16", "grad_accum_dtype": "bf16"} for each in ENGINES[1:4]],
+    }
+    variants = [each for group in by_precision.values() for each in group]
+    told = iter(on_ranks(engine_worker.adding_up, 2, {"variants": variants, "passes": 16}))
+    return {name: [next(told)["sum"] for _ in group] for name, group in by_precision.items()}
+
+
+def test_small_gradients_are_not_lost_in_the_sum(sums):
+    exact = 1 + 15 / 512
+    assert sums["fp32"] == pytest.approx([exact], rel=1e-5)
+    kept = sums["bf16 added up in fp32"]
+    # Ranks still exchange sums, or what is summed, in bf16: each number is rounded once.
+    assert kept == pytest.approx([exact] * len(kept), rel=1e-4)
+
+
+def test_adding_up_in_bf16_loses_them(sums):
+    assert sums["bf16"] == pytest.approx([1.0] * 3, abs=2e-3)
 
 
 def test_moved_state_trains_on_bit_for_bit(courses):

@@ -179,6 +179,35 @@ def course(context: WorkerContext, payload: dict[str, Any]) -> None:
         tell_once(context, told)
 
 
+def adding_up(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Add small gradients to a large one; tell the sum in units of the large one.
+
+    All micro-batches are the same, so their gradients are, and a loss that is divided by a power of
+    two divides them exactly: the first counts whole, each other 1/512.
+    """
+    micro, passes = 2, payload["passes"]
+    objective = Objective(Flow(FlowConfig(scales=2)))
+    images = rng.normals(1, "images", size=64, first=0, count=micro).view(-1, 1, 8, 8)
+    batch: dict[str, Any] = {
+        "bands": split(images, 2),
+        "labels": torch.arange(micro),
+        "uniforms": rng.uniforms(1, "time", first=0, count=micro),
+        "noise": rng.normals(1, "noise", size=64, first=0, count=micro),
+    }
+    for variant in payload["variants"]:
+        engine = build(
+            context, micro_batch=micro, batch=micro * passes * context.world_size, **variant
+        )
+        norms = []
+        for small in (0.0, 1 / 512):
+            for number in range(passes):
+                loss = objective(engine, **batch).total
+                engine.backward(loss * (small if number else 1), last=number == passes - 1)
+            # Nothing moves, so that the second gradient is that of the same weights.
+            norms.append(engine.update(learning_rate=0.0, ema_decay=0.0).gradient_norm)
+        tell_once(context, {"sum": norms[1] / norms[0]})
+
+
 def other_weights(engine: Engine) -> dict[str, Any]:
     """Use the model with its averaged and its initial weights, beside whole models with them."""
     inputs = (

@@ -25,6 +25,10 @@ class EngineConfig:
         kind: "zero" is DeepSpeed ZeRO; "plain" is the torch reference, which spreads no state.
         zero_stage: ZeRO stage, 1 (optimizer state sharded), 2 (gradients too) or 3 (weights too).
         precision: Weights and activations; "bf16" keeps fp32 master weights, moments and EMA.
+        grad_accum_dtype: In what the gradients of an update's micro-batches are added up, with
+            precision "bf16". In "bf16" a sum loses what is below 1/256 of it, and takes half the
+            memory: 2 bytes less for each gradient that a rank keeps, which with ZeRO-1 are all.
+            One micro-batch alone is not added up, and takes no more memory.
         micro_batch: Images per rank in one forward pass; None takes the rank's whole share.
         placement: Where the experts are: "replicated" on every rank; `{scale: E}` leaves every rank
             1/E of that scale's experts, and E neighbouring ranks exchange the scale's tokens;
@@ -40,6 +44,7 @@ class EngineConfig:
     kind: Literal["zero", "plain"] = "zero"
     zero_stage: int = 2
     precision: Literal["fp32", "bf16"] = "fp32"
+    grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
     micro_batch: int | None = None
     placement: Literal["auto", "replicated"] | dict[int, int] = "replicated"
     activation_checkpointing: tuple[int, ...] = ()
@@ -51,6 +56,11 @@ class EngineConfig:
     def dtype(self) -> torch.dtype:
         """Type of the weights that the model computes with."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def sum_precision(self, accumulation: int) -> Literal["fp32", "bf16"]:
+        """Precision in which the gradients of so many micro-batches are added up."""
+        summed = self.precision == "bf16" and accumulation > 1
+        return self.grad_accum_dtype if summed else self.precision
 
 
 @dataclass(frozen=True, kw_only=True)

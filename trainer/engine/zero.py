@@ -79,9 +79,10 @@ class ZeroEngine:
         self._shards = shards_of(model)
         if stage < 3:
             mark_expert_groups(model, shards.sizes)
-        self._deepspeed, self._zero, _, _ = deepspeed.initialize(
-            model=model, optimizer=adamw(self._optimizer_groups(), optim), config=settings
-        )
+        with _one_optimizer_for_all_stages():
+            self._deepspeed, self._zero, _, _ = deepspeed.initialize(
+                model=model, optimizer=adamw(self._optimizer_groups(), optim), config=settings
+            )
         self._partition: ZeroPartition = (
             WeightPartition(self._zero) if stage == 3 else StatePartition(self._zero)
         )
@@ -223,6 +224,23 @@ def _settle(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype) -
             buffer.data = buffer.data.to(device)
 
     return settle
+
+
+@contextmanager
+def _one_optimizer_for_all_stages() -> Iterator[None]:
+    """Let ZeRO-1 in bf16 add gradients up in fp32 with the optimizer that it has otherwise.
+
+    DeepSpeed would take another one for that alone, which has no update that it skips: a gradient
+    that is not finite ends training by an assertion.
+    """
+    from deepspeed.runtime import engine
+
+    chosen = engine.BFLOAT16
+    engine.BFLOAT16 = engine.ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        engine.BFLOAT16 = chosen
 
 
 def _import_deepspeed() -> Any:

@@ -37,6 +37,7 @@ def zero_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": config.sum_precision(accumulation)},
         "zero_optimization": zero,
         # The optimizer is torch's AdamW, which needs no compiled extension, in host memory too.
         "zero_allow_untested_optimizer": True,

@@ -26,7 +26,7 @@ REPLICATED = Placement((1, 1, 1))
     ],
 )
 def test_zero_splits_what_its_stage_says(stage, element, whole, split):
-    work = xl(element_bytes=element, passes=2)
+    work = xl(element_bytes=element, gradient_bytes=element, passes=2)
     count = 3 * 672_000_000 + 3_000_000
     got = rank_memory(work, REPLICATED, zero_stage=stage)
     state = got.total - got.activations - got.buffers
@@ -40,6 +40,9 @@ def test_state_of_xl_with_three_scales_on_eight_ranks():
     assert (got.weights, got.gradients) == (2 * count, 2 * count // 8)
     # Gradients of several passes are added up before they are reduced.
     assert rank_memory(xl(passes=2), REPLICATED, zero_stage=1).gradients == 2 * count
+    summed = xl(passes=2, gradient_bytes=4)
+    assert rank_memory(summed, REPLICATED, zero_stage=1).gradients == 4 * count
+    assert rank_memory(summed, REPLICATED, zero_stage=2).gradients == 4 * count // 8
     assert (got.optimizer, got.ema) == (12 * count // 8, 4 * count // 8)
     # 33 images carry the coarsest scale, 22 the next, 11 the finest; 22 widths a token and block.
     assert got.activations == 2 * 28 * 22 * 1152 * (33 * 16 + 22 * 64 + 11 * 256)

@@ -1,7 +1,8 @@
 """Draws the picture of docs/design/expert-shards.md: `python docs/placement_picture.py`.
 
 Who holds what of LapFlow-XL/2 with three scales on eight GPUs, replicated and with the coarse
-scales' experts sharded. All figures are those of the planner.
+scales' experts sharded; and what a rank's memory comes to, with and without recomputation. All
+figures are those of the planner.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from trainer.placing import workload
 FOLDER = Path(__file__).parent / "images"
 _JOB = ("+exp=imagenet_xl", "flow=three_scales", "cluster=h100_8", "train.global_batch=264")
 _SHARDED = {2: 8, 1: 8}
+_RECOMPUTED = (1, 2)
 _STAGE = 1
 _COLOURS = {0: "#4C72B0", 1: "#DD8452", 2: "#55A868", None: "0.35"}
 _MEMORY_COLOURS = {
@@ -44,9 +46,9 @@ def placement() -> Figure:
     scales = len(work.scales)
     placements = (Placement.of({}, scales=scales), Placement.of(_SHARDED, scales=scales))
 
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    halves: Any = figure.subfigures(2, 1, height_ratios=(2.5, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.8, 1))
     grids, bars = halves
     panels = grids.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
     for panel, where in zip(panels, placements, strict=True):
@@ -59,9 +61,35 @@ def placement() -> Figure:
         ],
         loc="outside lower center", ncols=3, frameon=False,
     )  # fmt: skip
-    memories = {str(where): rank_memory(work, where, zero_stage=_STAGE) for where in placements}
-    _draw_memory(bars.subplots(), memories)
+    recomputing = f"engine.activation_checkpointing={list(_RECOMPUTED)}"
+    memories = {
+        f"{where}{how}": rank_memory(load, where, zero_stage=_STAGE)
+        for load, how in (
+            (work, ""),
+            (workload(composed([*_JOB, recomputing])), ",\ncoarse scales recompute"),
+        )
+        for where in placements
+    }
+    panel = bars.subplots()
+    _draw_memory(panel, memories)
+    panel.set_title(_heading(*memories.values()), pad=24, fontsize="medium", fontweight="bold")
     return figure
+
+
+def _heading(whole: RankMemory, sharded: RankMemory, again: RankMemory, both: RankMemory) -> str:
+    """Say what sharding does to a rank's memory, without and with recomputation."""
+    weights, activations = (
+        (getattr(sharded, part) - getattr(whole, part)) / _GIB
+        for part in ("weights", "activations")
+    )
+    return (
+        f"sharding: weights {weights:+.1f} GiB, activations {activations:+.1f} GiB, together "
+        f"{_change(whole, sharded)}; where coarse scales recompute {_change(again, both)}"
+    )
+
+
+def _change(before: RankMemory, after: RankMemory) -> str:
+    return f"{(after.total - before.total) / _GIB:+.1f} GiB"
 
 
 def _draw_holders(panel: Any, work: Workload, where: Placement) -> None:

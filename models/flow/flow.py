@@ -18,6 +18,7 @@ _PATHS: Mapping[str, type[LinearPath] | type[GvpPath]] = {"linear": LinearPath, 
 _TIME_SAMPLERS: Mapping[str, TimeSampler] = {"uniform": uniform, "logit_normal": logit_normal}
 _NOISES = ("banded", "independent")
 _STAGE_CHOICES = ("stratified", "one_per_step")
+_LOSS_NORMS = ("mean", "sum")
 
 
 class FlowConfigError(ValueError):
@@ -37,6 +38,8 @@ class FlowConfig:
         time_sampler: "uniform" (paper) or "logit_normal".
         stage_choice: "stratified" deals the images of a batch out to the stages in equal shares;
             "one_per_step" (paper) trains each update at one stage, drawn uniformly.
+        loss_norm: "mean" takes the mean of a band's squared errors, "sum" their sum, which weighs
+            each scale 4 times as much as the next coarser one.
         scale_weights: Weight of each scale's loss, coarse to fine; None weighs all by 1.
 
     Raises:
@@ -50,6 +53,7 @@ class FlowConfig:
     noise: Literal["banded", "independent"] = "banded"
     time_sampler: Literal["uniform", "logit_normal"] = "uniform"
     stage_choice: Literal["stratified", "one_per_step"] = "stratified"
+    loss_norm: Literal["mean", "sum"] = "mean"
     scale_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +62,7 @@ class FlowConfig:
             ("noise", _NOISES),
             ("time_sampler", _TIME_SAMPLERS),
             ("stage_choice", _STAGE_CHOICES),
+            ("loss_norm", _LOSS_NORMS),
         ):
             value = getattr(self, name)
             if value not in known:

@@ -122,8 +122,9 @@ class Objective:
         ):
             predicted, carrying = velocity.to(target.dtype), target.shape[0]
             losses.append(F.mse_loss(predicted, target))
+            counted = target[0].numel() if self.flow.config.loss_norm == "sum" else 1
             # A scale weighs by the share of the images that carry it.
-            shares.append(weight * carrying / time.shape[0] * losses[-1])
+            shares.append(weight * counted * carrying / time.shape[0] * losses[-1])
             errors = (predicted.detach() - target).square().mean(dim=(1, 2, 3))
             own_bins = bins[:carrying].to(errors.dtype)
             sums.append(errors @ own_bins)

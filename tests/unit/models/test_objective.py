@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -66,6 +68,39 @@ def test_stratified_loss_is_the_mean_of_the_stages_losses(
     torch.testing.assert_close(report.per_scale, expected)
     assert report.total.requires_grad
     assert not report.per_scale.requires_grad
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3])
+def test_the_sum_weighs_a_scale_by_its_elements(scales: int) -> None:
+    weights = tuple(1.0 + p for p in range(scales))
+    mean = Flow(FlowConfig(scales=scales, scale_weights=weights))
+    summed = Flow(FlowConfig(scales=scales, scale_weights=weights, loss_norm="sum"))
+    data = batch(mean, images=2 * scales)
+    reports = [Objective(flow)(Recorder(), **data) for flow in (mean, summed)]
+    # What is told is the mean, whatever the norm.
+    torch.testing.assert_close(reports[0].per_scale, reports[1].per_scale)
+    shares = [
+        weight * carrying / (2 * scales) * error
+        for weight, carrying, error in zip(
+            weights, reports[0].images_per_scale, reports[0].per_scale, strict=True
+        )
+    ]
+    elements = [2 * (SIZE >> k) ** 2 for k in reversed(range(scales))]
+    assert all(fine == 4 * coarse for coarse, fine in pairwise(elements))
+    torch.testing.assert_close(reports[0].total, sum(shares))
+    torch.testing.assert_close(
+        reports[1].total, sum(n * share for n, share in zip(elements, shares, strict=True))
+    )
+
+
+def test_the_printed_norm_of_one_scale_is_the_squared_distance() -> None:
+    flow = Flow(FlowConfig(scales=1, loss_norm="sum"))
+    data = batch(flow, images=5)
+    recorder = Recorder()
+    total = Objective(flow)(recorder, **data).total
+    noise = data["noise"].reshape(5, 2, SIZE, SIZE)
+    distance = torch.linalg.vector_norm(data["bands"][0] - noise, dim=(1, 2, 3)).square()
+    torch.testing.assert_close(total, distance.mean())
 
 
 def test_one_scale_is_plain_rectified_flow() -> None:

@@ -149,6 +149,10 @@ def test_the_command_line_wins_over_the_experiment():
         (["+exp=digits", "data.channels=2", "data.prepare=none"], ["data.channels=2"]),
         (["+exp=digits", "data.name=../x"], ["data.name='../x'"]),
         (
+            ["+exp=digits", "+engine.deepspeed.data_types.grad_accum_dtype=bf16"],
+            ["engine.deepspeed.data_types", "engine.grad_accum_dtype"],
+        ),
+        (
             ["+exp=digits", "+engine.deepspeed.gradient_accumulation_steps=4"],
             ["engine.deepspeed.gradient_accumulation_steps", "engine.micro_batch"],
         ),

@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = command.setting("experts memory", options)
     for scales in options.scales:
         found = variants(scales, ranks=options.ranks, stages=options.stages)
-        if 1 in options.stages:
-            # It alone holds more gradients when it adds up those of several passes.
-            found += variants(scales, ranks=options.ranks, stages=(1,), passes=2)
+        # Those of several passes are added up in fp32, and with ZeRO-1 whole.
+        summed = tuple(stage for stage in options.stages if stage)
+        found += variants(scales, ranks=options.ranks, stages=summed, passes=2)
         for variant in found:
             job = variant.job(model=options.model, ranks=options.ranks, images=scales)
             setting.report.add(**measured(variant, with_small_buckets(job)))

@@ -149,8 +149,8 @@ def test_small_gradients_are_not_lost_in_the_sum(sums):
     exact = 1 + 15 / 512
     assert sums["fp32"] == pytest.approx([exact], rel=1e-5)
     kept = sums["bf16 added up in fp32"]
-    # Ranks still exchange sums, or what is summed, in bf16: each number is rounded once.
-    assert kept == pytest.approx([exact] * len(kept), rel=1e-4)
+    # Ranks still exchange gradients in bf16, with ZeRO-1 the sums: each is rounded to 8 bits, once.
+    assert kept == pytest.approx([exact] * len(kept), rel=2**-9)
 
 
 def test_adding_up_in_bf16_loses_them(sums):

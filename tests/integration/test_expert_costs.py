@@ -15,7 +15,9 @@ COARSE = "{2:2,1:2}"
     [
         Variant(scales=3, zero_stage=0, placement=COARSE),
         Variant(scales=3, zero_stage=1, placement=COARSE, passes=2),
+        Variant(scales=3, zero_stage=2, placement=COARSE, passes=2),
         Variant(scales=3, zero_stage=3, placement=COARSE),
+        Variant(scales=3, zero_stage=3, placement=COARSE, passes=2),
     ],
     ids=lambda variant: variant.name,
 )

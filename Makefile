@@ -7,6 +7,7 @@
 #   make pictures    draw the pictures of the documentation anew
 #   make ui          open the MLflow pages of the runs on this machine
 #   make doctor      look at the installation: versions, what is wrong, what to do
+#   make audit       licences, versions and files of what is installed
 #   make clean-venv  remove .venv
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train data-demo test test-fast check format bench pictures ui setup clean-venv golden doctor
+.PHONY: train data-demo test test-fast check format bench pictures ui setup clean-venv golden doctor audit
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -79,6 +80,9 @@ pictures: setup
 
 ui: setup
 	$(BIN)/python -m trainer.ui home=$(LAPFLOW_HOME) $(ARGS)
+
+audit: setup
+	$(BIN)/python install/audit.py
 
 doctor: setup
 	$(BIN)/python -m trainer.doctor

@@ -53,7 +53,7 @@ def load(
     except ImportError as error:
         raise UnreadableSourceError(
             "Hugging Face datasets are read by the package `datasets`, which is not installed: "
-            'pip install "lapflow-trainer[huggingface]"'
+            "pip install '.[huggingface]' in the project's folder"
         ) from error
     try:
         if saved:

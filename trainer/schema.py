@@ -250,9 +250,8 @@ def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None
     chosen["data_set"] = {"index_sha256": data_digest}
     if codec_digest is not None:
         chosen["autoencoder"] = {"sha256": codec_digest}
-    chosen["engine"] = {
-        key: everything["engine"][key] for key in ("precision", "grad_accum_dtype", "deepspeed")
-    }
+    numbers = ("precision", "grad_accum_dtype", "deepspeed")
+    chosen["engine"] = {key: everything["engine"][key] for key in numbers}
     chosen["loader"] = {"shuffle_block_samples": everything["loader"]["shuffle_block_samples"]}
     if job.optim.decay == "constant":
         # Then the length is only when to stop: a finished run may go on.
@@ -287,9 +286,8 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str 
 
 def micro_batch(job: JobConfig) -> int:
     """Return images per rank and forward pass."""
-    if job.engine.micro_batch is None:
-        return job.train.global_batch // job.cluster.workers
-    return job.engine.micro_batch
+    images = job.engine.micro_batch
+    return job.train.global_batch // job.cluster.workers if images is None else images
 
 
 def _plain(value: Any) -> Any:

@@ -34,13 +34,14 @@ from trainer.evaluate.checkpoint_report import CheckpointReport
 from trainer.evaluate.features import FeatureName
 from trainer.mistakes import is_users_mistake
 from trainer.resume import open_checkpoint
-from trainer.schema import difference, from_dict
+from trainer.schema import counted, difference, from_dict
 from trainer.trained.codec import recorded_shape
 from trainer.trained.evaluation import (
     CheckpointEvaluationConfig,
     RealImagesConfig,
     evaluate_checkpoints,
 )
+from trainer.trained.own_settings import SamplerChoice
 
 FLOPS_PER_MULTIPLY_ADD = 6
 
@@ -147,7 +148,7 @@ def as_markdown(arms: Sequence[Arm]) -> str:
         lines += [
             "",
             f"Fréchet distance with `{distance.features}`, mean over seeds (each seed); half of "
-            f"the real images to the other half: {distance.frechet_real_halves:.4f}{reads}.",
+            f"the real images to the other half: {_written(distance.frechet_real_halves)}{reads}.",
             "",
             "| images | " + " | ".join(f"{arm.name} | TFLOP" for arm in arms) + " |",
             "| --- |" + " --- | --- |" * len(arms),
@@ -194,8 +195,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch=options.batch,
             seed=options.seed,
             weights=options.weights,
-            sampler=SamplerConfig(
-                solver=options.solver, steps=options.steps, guidance_scale=options.guidance
+            # All of it, or each run would keep what it has of its own.
+            sampler=SamplerChoice(
+                **asdict(
+                    SamplerConfig(
+                        solver=options.solver,
+                        steps=options.steps,
+                        guidance_scale=options.guidance,
+                        guidance_interval=(0.0, 1.0),
+                    )
+                )
             ),
             features=tuple(options.features),
             data=RealImagesConfig(prefix=options.data_prefix),
@@ -219,9 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _written(distance: float | None) -> str:
+    return "too few for halves" if distance is None else f"{distance:.4f}"
+
+
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Settings that differ, the seed aside."""
-    found = difference(before, after)
+    found = difference(counted(before), counted(after))
     return [change for change in found if not change.startswith("train.seed:")]
 
 

@@ -51,7 +51,9 @@ def draw_picture(arms: Sequence[Curves], features: Sequence[str], file: Path) ->
             _draw(by_cost, arm, name, colour, arm.teraflops)
         by_images.set_ylabel(f"Fréchet distance ({name})")
         by_images.set_title(
-            f"half of the real images to the other half: {floor:.3g}", fontsize="medium", loc="left"
+            "" if floor is None else f"half of the real images to the other half: {floor:.3g}",
+            fontsize="medium",
+            loc="left",
         )
         by_images.set_xlabel("images seen, thousands")
         by_cost.set_xlabel("training cost, TFLOP (6 FLOP for each multiply-add)")

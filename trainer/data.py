@@ -1,20 +1,16 @@
-"""The run's images: splits opened from the store, batches for training, real images to compare."""
+"""The run's images: splits opened from the store, and batches for training."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
 
 from cluster.contract import WorkerContext
 from models.codec import AutoencoderKlCodec, Codec
-from pipelines.decode import DecodeConfig, LatentDecodeConfig, make_decoder
-from pipelines.errors import MissingDatasetError, UndecodableImageError
+from pipelines.decode import DecodeConfig, LatentDecodeConfig
+from pipelines.errors import MissingDatasetError
 from pipelines.ingest.about import read_about
 from pipelines.latent_format import LatentFormat
 from pipelines.latent_record import RECORD_NAME, LatentRecord, read_latent_record
@@ -27,8 +23,6 @@ from pipelines.view import AugmentConfig
 from trainer import places, rng
 from trainer.schema import ConfigError, JobConfig
 from trainer.space import encodes, picture_shape
-
-_REAL_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +165,7 @@ def training_loader(
     decode: DecodeConfig | LatentDecodeConfig
     if split.latents is None:
         scales = 1 if encodes(job) else job.flow.scales
-        decode = _decoding(job, context, scales=scales, augment=job.data.augment)
+        decode = decoding(job, context, scales=scales, augment=job.data.augment)
     else:
         assert isinstance(codec, AutoencoderKlCodec)
         decode = LatentDecodeConfig(
@@ -195,30 +189,6 @@ def training_loader(
         device=context.device,
         classes=job.data.classes,
     )
-
-
-def real_images(
-    job: JobConfig, split: str, context: WorkerContext
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield whole images [b, c, h, w] in [-1, 1] and labels [b] of a split, in stored order.
-
-    Images that cannot be decoded are left out. Where the run reads latents, the images are those
-    that the latents were made of.
-    """
-    decoder = make_decoder(
-        job.loader.decoder, _decoding(job, context, scales=1), device=context.device
-    )
-    for images in open_images(job, split).streams:
-        for start in range(0, len(images), _REAL_BATCH):
-            raw = [images.read(i) for i in range(start, min(start + _REAL_BATCH, len(images)))]
-            try:
-                (pictures,) = decoder([image.data for image in raw])
-            except UndecodableImageError as error:
-                raw = [image for place, image in enumerate(raw) if place not in error.indices]
-                if not raw:
-                    continue
-                (pictures,) = decoder([image.data for image in raw])
-            yield pictures.cpu(), torch.tensor([image.label for image in raw])
 
 
 def open_images(job: JobConfig, split: str) -> Split:
@@ -260,6 +230,27 @@ def open_images(job: JobConfig, split: str) -> Split:
     return Split(streams=tuple(streams), weights=None)
 
 
+def decoding(
+    job: JobConfig, context: WorkerContext, *, scales: int, augment: AugmentConfig | None = None
+) -> DecodeConfig:
+    """Say how stored images become pictures, or the bands of pictures.
+
+    Args:
+        job: The configuration.
+        context: Place of this worker, whose node's cores its ranks share.
+        scales: Number of bands; 1 leaves images whole.
+        augment: How views vary; None takes the central square.
+    """
+    shape = picture_shape(job.data, job.codec)
+    return DecodeConfig(
+        image_size=shape.size,
+        channels=1 if shape.channels == 1 else 3,
+        scales=scales,
+        decode_threads=job.loader.threads_for(context.local_world_size),
+        augment=augment or AugmentConfig(),
+    )
+
+
 def _shards(job: JobConfig) -> ShardsConfig:
     return replace(job.shards, cache_dir=job.shards.cache_dir or str(places.cache(job)))
 
@@ -284,16 +275,3 @@ def _check_kind(job: JobConfig, latents: LatentFormat | None, *, prefix: str) ->
             f"{latents.size} elements; set data.channels={latents.channels} and data.image_size="
             f"{latents.size} (now {wanted[0]} and {wanted[1]})"
         )
-
-
-def _decoding(
-    job: JobConfig, context: WorkerContext, *, scales: int, augment: AugmentConfig | None = None
-) -> DecodeConfig:
-    shape = picture_shape(job.data, job.codec)
-    return DecodeConfig(
-        image_size=shape.size,
-        channels=1 if shape.channels == 1 else 3,
-        scales=scales,
-        decode_threads=job.loader.threads_for(context.local_world_size),
-        augment=augment or AugmentConfig(),
-    )

@@ -75,6 +75,13 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> int:
     console.note(f"\nlook at the run: {where_to_look(job)}")
     if code := _unsaved(console):
         return code
+    if console.unmeasured:
+        say(
+            f"error: the run is trained to its end ({console.last_checkpoint}), but its samples "
+            f"could not be measured: {console.unmeasured}",
+            to=sys.stderr,
+        )
+        return FAILED
     if report is None:
         say("error: the run ended without a report; run the same command again", to=sys.stderr)
         return FAILED

@@ -20,7 +20,7 @@ from trainer.picture_file import read_picture, write_picture
 from trainer.schema import ConfigError
 from trainer.trained.model import TrainedModel, Weights, load_trained_model
 
-_EXAMPLE = "checkpoint=URI image=photo.png mask=mask.png label=3"
+_EXAMPLE = "checkpoint=~/lapflow/store/runs/digits image=photo.png mask=mask.png label=3"
 _DESCRIPTION = f"""\
 Fill in what is missing of a picture: where the mask is white the picture is kept, where it is black
 the model of a checkpoint draws. The output shows the picture, the mask and the results in a row.
@@ -33,7 +33,7 @@ class InpaintConfig:
     """What to fill in.
 
     Attributes:
-        checkpoint: URI of the checkpoint.
+        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`), whose newest one is taken.
         image: Picture of the size that the model draws.
         mask: Picture of the same size, white where the image is known.
         label: Class of the picture.
@@ -88,7 +88,7 @@ def fill_in(config: InpaintConfig) -> Path:
 
     Raises:
         ConfigError: For a picture or mask that does not fit, a class that the model does not have,
-            or an output that cannot be written.
+            guidance without a trained null label, or an output that cannot be written.
         InpaintError: For a solver that chooses its own steps, or ``repeats`` below 1.
         AutoencoderError: If the autoencoder of the checkpoint's latents cannot be had.
         CheckpointError: If the checkpoint is missing or damaged.
@@ -102,6 +102,7 @@ def fill_in(config: InpaintConfig) -> Path:
         home=config.home,
     )
     trained.check_classes([config.label])
+    trained.check_guidance(config.sampler)
     channels = trained.codec.image_channels(trained.shape.channels)
     size = trained.shape.size * trained.codec.factor
     picture = read_picture("image", config.image, channels=channels, size=size)

@@ -16,6 +16,7 @@ from trainer.data import Split, check_latents, open_split
 from trainer.evaluate.features import check_features
 from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
 from trainer.pages import where_to_look
+from trainer.real_images import check_measurable
 from trainer.resume import all_damaged, check_start, open_checkpoint, science_changes
 from trainer.schema import ConfigError, JobConfig, science
 from trainer.space import picture_shape
@@ -64,6 +65,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         image_channels=picture_shape(job.data, job.codec).channels,
     )
     check_latents(job, codec_digest=digest)
+    check_measurable(job, note=note)
     chosen = science(job, data_digest=images.digest, codec_digest=digest)
     changes = check_start(job, chosen, newest)
     if job.resume not in ("auto", "never"):

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import torch
 
-from models.flow.sampler_config import SamplerConfig
 from trainer.checkpoint.store import StoreConfig
 from trainer.command import run_command
 from trainer.evaluate.grid import grid_png
-from trainer.evaluate.samples import draw
 from trainer.picture_file import write_picture
 from trainer.schema import ConfigError
 from trainer.trained.model import Weights, load_trained_model
+from trainer.trained.own_settings import SamplerChoice
 
-_EXAMPLE = "checkpoint=~/lapflow/store/runs/digits/checkpoints/000000256000"
+_EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
 _DESCRIPTION = f"""\
-Draw a grid of samples from a checkpoint.
+Draw a grid of samples from a checkpoint, or from a run's newest one.
 
   python -m trainer.sample {_EXAMPLE}
   python -m trainer.sample checkpoint=s3://bucket/runs/NAME/checkpoints/000001280000 \\
@@ -32,15 +31,15 @@ class SampleConfig:
     """What to draw.
 
     Attributes:
-        checkpoint: URI of the checkpoint.
+        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`), whose newest one is taken.
         output: PNG file to write.
         weights: "ema", or "master" for the weights without averaging.
         classes: Classes to draw, one row each; None draws the first ten.
         columns: Images per class.
         seed: Seed of the noise.
-        batch: Images in one network call when all scales are active.
+        batch: Most images in one network call.
         device: "auto" takes a GPU when there is one.
-        sampler: Solver, steps and guidance.
+        sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
         codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
             run had it.
         home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
@@ -55,7 +54,7 @@ class SampleConfig:
     seed: int = 1
     batch: int = 64
     device: str = "auto"
-    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(guidance_scale=1.5))
+    sampler: SamplerChoice = field(default_factory=SamplerChoice)
     codec_source: str | None = None
     home: str | None = None
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -86,8 +85,8 @@ def draw_grid(config: SampleConfig) -> Path:
     """Draw the grid and return where it was written.
 
     Raises:
-        ConfigError: For a class or weights the checkpoint does not have, a device that cannot be
-            used, or an output that cannot be written.
+        ConfigError: For a class or weights the checkpoint does not have, guidance without a trained
+            null label, a device that cannot be used, or an output that cannot be written.
         AutoencoderError: If the autoencoder of its latents cannot be had.
         CheckpointError: If the checkpoint is missing or damaged.
     """
@@ -101,17 +100,10 @@ def draw_grid(config: SampleConfig) -> Path:
     )
     classes = config.classes or range(min(10, trained.shape.classes))
     trained.check_classes(classes)
-    drawn = draw(
-        trained.model,
-        flow=trained.flow,
-        config=config.sampler,
-        shape=trained.shape,
-        codec=trained.codec,
-        labels=torch.tensor(classes).repeat_interleave(config.columns),
-        seed=config.seed,
-        batch=config.batch,
-        device=trained.device,
+    drawing = trained.drawing(
+        config.sampler.over(trained.own.sampler), seed=config.seed, batch=config.batch
     )
+    drawn = drawing.all(trained.model, torch.tensor(classes).repeat_interleave(config.columns))
     return write_picture(config.output, grid_png(drawn.images, columns=config.columns))
 
 

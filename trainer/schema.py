@@ -133,13 +133,12 @@ class JobConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-# Recorded with the science, but free to change.
-_PLACE = ("codec", "source")
-
-# Fields of scientific components that cannot change the trained weights.
-_OPERATIONAL = {
+# Recorded with the science, but free to change, like all of `eval`: what it takes to find the run's
+# images and its autoencoder again, and to measure as the run does.
+_RECORDED = {
+    "codec": {"source"},
     "data": {"prefix", "streams", "prepare", "images_prefix"},
-    "train": {"max_skipped_updates"},
+    "loader": {"decoder"},
 }
 
 
@@ -231,7 +230,7 @@ def unknown_key(key: str, known: list[str]) -> str:
 def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None) -> dict[str, Any]:
     """Return what decides the trained weights: what a resumed run must not change.
 
-    It also tells where the autoencoder was, so that samples of the run can be decoded later.
+    It also records what does not count: where images and autoencoder are, and how the run measures.
 
     Args:
         job: The configuration.
@@ -239,20 +238,16 @@ def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None
         codec_digest: Which autoencoder it works with; None in pixel space.
     """
     everything = to_dict(job)
-    chosen = {
-        group: {
-            key: value
-            for key, value in everything[group].items()
-            if key not in _OPERATIONAL.get(group, set())
-        }
-        for group in ("data", "codec", "model", "flow", "optim", "train")
-    }
+    groups = ("data", "codec", "model", "flow", "optim", "train", "eval")
+    chosen = {group: everything[group] for group in groups}
+    del chosen["train"]["max_skipped_updates"]
     chosen["data_set"] = {"index_sha256": data_digest}
     if codec_digest is not None:
         chosen["autoencoder"] = {"sha256": codec_digest}
     numbers = ("precision", "grad_accum_dtype", "deepspeed")
     chosen["engine"] = {key: everything["engine"][key] for key in numbers}
-    chosen["loader"] = {"shuffle_block_samples": everything["loader"]["shuffle_block_samples"]}
+    kept = ("shuffle_block_samples", "decoder")
+    chosen["loader"] = {key: everything["loader"][key] for key in kept}
     if job.optim.decay == "constant":
         # Then the length is only when to stop: a finished run may go on.
         del chosen["train"]["total_images"]
@@ -260,10 +255,13 @@ def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None
 
 
 def counted(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out where an autoencoder is: its own digest says which one it is."""
+    """Leave out what is recorded and free to change."""
     return {
-        group: {key: value for key, value in settings.items() if (group, key) != _PLACE}
+        group: {
+            key: value for key, value in settings.items() if key not in _RECORDED.get(group, set())
+        }
         for group, settings in chosen.items()
+        if group != "eval"
     }
 
 

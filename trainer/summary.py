@@ -27,6 +27,7 @@ class Console:
         finished: Whether the workers said that the run reached its end.
         begun: Whether training has made progress in this launch.
         failed_saves: Why checkpoints could not be saved, by images.
+        unmeasured: Why the samples could not be measured at the end, or "".
         tracked: MLflow's ID of the run, or "" as long as it is unknown.
     """
 
@@ -35,6 +36,7 @@ class Console:
         self.finished = False
         self.begun = False
         self.failed_saves: dict[int, str] = {}
+        self.unmeasured = ""
         self.tracked = ""
 
     def note(self, text: str) -> None:
@@ -64,6 +66,8 @@ class Console:
             case "resumed":
                 self.last_checkpoint = str(message["uri"])
                 self.note(f"resumed after {message['images']:,} images from {message['uri']}")
+            case "unmeasured":
+                self.unmeasured = str(message["text"])
             case "tracked":
                 self.tracked = str(message["run_id"])
             case "end":
@@ -112,16 +116,10 @@ def summary(job: JobConfig, report: EvaluationReport, *, seconds: float) -> str:
         ("checkpoint", store.uri(f"{job.run}/checkpoints/{report.images:012d}")),
         (
             f"Fréchet distance ({report.features})",
-            f"{report.frechet:.4f} of {report.samples:,} samples to held-out images "
+            f"{report.frechet:.4f} of {report.samples:,} samples to {_held_out(report)} "
             f"({report.network_evaluations:g} network evaluations per sample)",
         ),
-        (
-            "  real halves / untrained",
-            (
-                f"{report.frechet_real_halves:.4f} / {report.frechet_untrained:.4f}: "
-                f"{report.gap_closed:.1%} of the gap closed"
-            ),
-        ),
+        ("  real halves / untrained", _references(report)),
     ]
     if report.labels is not None:
         rows.append(
@@ -133,3 +131,21 @@ def summary(job: JobConfig, report: EvaluationReport, *, seconds: float) -> str:
         )
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _held_out(report: EvaluationReport) -> str:
+    counted = "" if report.real_images is None else f"{report.real_images:,} "
+    unusable = report.unusable_real_images
+    more = f" ({unusable:,} more cannot be used)" if unusable else ""
+    return f"{counted}held-out images{more}"
+
+
+def _references(report: EvaluationReport) -> str:
+    """Say what the distance has to be compared with."""
+    halves, gap = report.frechet_real_halves, report.gap_closed
+    if halves is None or gap is None:
+        return f"too few held-out images for halves / {report.frechet_untrained:.4f}"
+    reached = (
+        f"{gap:.1%} of the gap closed" if gap <= 1 else "below that of halves (docs/evaluate.md)"
+    )
+    return f"{halves:.4f} / {report.frechet_untrained:.4f}: {reached}"

@@ -39,11 +39,28 @@ def validate(job: JobConfig) -> None:
         )
     if not 0.0 <= job.train.label_dropout < 1.0:
         raise ConfigError(f"train.label_dropout={job.train.label_dropout} must be in [0, 1)")
-    if job.eval.sampler.guidance_scale != 1.0 and job.train.label_dropout == 0.0:
+    check_guidance(
+        job.eval.sampler.guidance_scale,
+        label_dropout=job.train.label_dropout,
+        key="eval.sampler.guidance_scale",
+    )
+
+
+def check_guidance(scale: float, *, label_dropout: float, key: str) -> None:
+    """Refuse guidance by a null label that was never trained, whose row is as it was drawn.
+
+    Args:
+        scale: Guidance scale.
+        label_dropout: Share of the labels that training replaces by the null label.
+        key: What the scale is called where it was asked for.
+
+    Raises:
+        ConfigError: If the scale is not 1 and no label is ever replaced.
+    """
+    if scale != 1.0 and label_dropout == 0.0:
         raise ConfigError(
-            f"eval.sampler.guidance_scale={job.eval.sampler.guidance_scale} needs a null label, "
-            "which train.label_dropout=0 never trains; set train.label_dropout=0.1 or "
-            "eval.sampler.guidance_scale=1"
+            f"{key}={scale} needs a null label, which train.label_dropout=0 never trains; set "
+            f"{key}=1, or train with train.label_dropout=0.1"
         )
 
 

@@ -25,11 +25,12 @@ from trainer.checkpoint.hook import PeriodicSave
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.store import open_store
-from trainer.data import open_split, real_images, training_loader
+from trainer.data import open_split, training_loader
 from trainer.divergence import LossWatch
 from trainer.engine.build import build_engine
 from trainer.evaluate.final import FinalEvaluation
 from trainer.evaluate.grid_hook import SampleGrids
+from trainer.evaluate.samples import Drawing
 from trainer.evaluate.scores import frechet_scores
 from trainer.gathering import Gathering
 from trainer.hooks import Hook
@@ -41,6 +42,7 @@ from trainer.metrics.throughput import Throughput
 from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.mistakes import is_users_mistake
 from trainer.placing import resolve_placement
+from trainer.real_images import RealImages
 from trainer.resume import restore
 from trainer.save_news import SaveNews
 from trainer.schema import (
@@ -150,12 +152,18 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         )
         evaluation = FinalEvaluation(
             config=job.eval,
-            flow=flow,
-            shape=shape,
-            codec=codec,
-            device=device,
-            held_out=lambda: real_images(job, "test", context),
-            train=lambda: real_images(job, "train", context),
+            drawing=Drawing(
+                flow=flow,
+                sampler=job.eval.sampler,
+                shape=shape,
+                codec=codec,
+                seed=job.eval.seed,
+                batch=job.eval.batch,
+                device=device,
+            ),
+            gather=gather,
+            held_out=RealImages(job, "test", context),
+            train=RealImages(job, "train", context),
         )
 
         saver = CheckpointSaver(
@@ -235,10 +243,10 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 evaluation.run(
                     engine,
                     images=state.images,
-                    rank=context.rank,
                     store=store,
                     run=job.run,
                     tracker=tracker,
+                    tell=tell,
                 )
         except BaseException:
             saver.leave(job.checkpoint.grace_s)

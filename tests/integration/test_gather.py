@@ -1,4 +1,4 @@
-"""Samples and metrics on real gloo ranks: every rank gets the same, and one process would too."""
+"""Samples and metrics on real gloo ranks: what one process would get."""
 
 import threading
 from typing import Any
@@ -26,28 +26,44 @@ def on_ranks(worker: Any, ranks: int, payload: dict[str, Any]) -> list[Any]:
     return told
 
 
-def test_samples_do_not_depend_on_batch_size_or_number_of_ranks():
+def test_samples_do_not_depend_on_the_number_of_ranks_to_the_bit_nor_on_the_batch():
     draws = {
         (ranks, batch): on_ranks(
             gather_worker.samples, ranks, {"images": 13, "batch": batch, "samplers": SAMPLERS}
         )
-        for ranks, batch in ((1, 13), (1, 2), (2, 1))
+        for ranks, batch in ((1, 13), (1, 2), (2, 2), (3, 2))
     }
-    for index, sampler in enumerate(SAMPLERS):
-        reference = draws[1, 13][index]
-        assert len(reference["images"]) == 13
-        for told in draws.values():
-            ranks = len(told) // len(SAMPLERS)
-            for rank in range(ranks):
-                mine = [message for message in told if message["rank"] == rank][index]
-                assert mine["evaluations"] == pytest.approx(reference["evaluations"], rel=1e-12)
-                torch.testing.assert_close(
-                    torch.tensor(mine["images"]),
-                    torch.tensor(reference["images"]),
-                    rtol=1e-6,
-                    atol=1e-6,
-                    msg=lambda m, s=sampler: f"{s}: {m}",
-                )
+    for told in draws.values():
+        assert all(message["images"] == [] for message in told if message["rank"] > 0)
+    firsts = {
+        key: [message for message in told if message["rank"] == 0] for key, told in draws.items()
+    }
+    assert firsts[2, 2] == firsts[1, 2]
+    assert firsts[3, 2] == firsts[1, 2]
+    for one, other, sampler in zip(firsts[1, 13], firsts[1, 2], SAMPLERS, strict=True):
+        assert len(one["images"]) == 13
+        assert other["evaluations"] == pytest.approx(one["evaluations"], rel=1e-12)
+        torch.testing.assert_close(
+            torch.tensor(other["images"]),
+            torch.tensor(one["images"]),
+            rtol=1e-6,
+            atol=1e-6,
+            msg=lambda m, s=sampler: f"{s}: {m}",
+        )
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 9])
+def test_a_first_rank_that_leaves_early_takes_the_others_along(blocks):
+    told = on_ranks(gather_worker.left_early, 3, {"blocks": blocks})
+    # One block in each of the turns that were begun, and two network evaluations for each.
+    turns = -(-blocks // 3)
+    assert sorted(message["rank"] for message in told) == [0, 1, 2]
+    assert [message["calls"] for message in told] == [2 * turns] * 3
+
+
+def test_the_first_rank_may_take_longer_than_a_collective():
+    told = on_ranks(gather_worker.slow_first, 2, {"blocks": 3})
+    assert sorted(message["rank"] for message in told) == [0, 1]
 
 
 def test_metrics_are_reduced_over_ranks_as_declared():

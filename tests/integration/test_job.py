@@ -5,6 +5,7 @@ Nothing is replaced by a stand-in.
 """
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from PIL import Image
 
 from tests.support.job import ROOT
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.store import StoreConfig
+from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +77,29 @@ def test_results_are_in_the_store(finished):
     assert np.bincount(samples["arr_1"]).tolist() == [10] * 10
 
 
+def test_a_run_is_measured_again_to_the_bit(finished, s3, tmp_path, monkeypatch):
+    for name, value in finished.credentials.items():
+        monkeypatch.setenv(name, value)
+    store = StoreConfig(endpoint_url=s3.endpoint_url)
+    config = CheckpointEvaluationConfig(
+        checkpoint=f"{finished.uri}/runs/digits",
+        store=store,
+        home=str(tmp_path),
+        output=str(tmp_path / "results"),
+        device="cpu",
+    )
+    (again,) = evaluate_checkpoints(config, tell=lambda _text: None)
+    own = json.loads(finished.store.get("digits/evaluation/000000006400/report.json"))
+    (distance,) = again.distances
+    assert distance.features == own["features"]
+    assert distance.frechet == own["frechet"]
+    assert distance.frechet_real_halves == own["frechet_real_halves"]
+    assert again.network_evaluations == own["network_evaluations"]
+    assert again.real_images == own["real_images"]
+    assert again.measurement.samples == own["samples"]
+    assert again.measurement.sampler == own["settings"]["sampler"]
+
+
 def test_mlflow_has_the_configuration_the_curves_and_the_pictures(finished):
     client, record = finished.client, finished.record
     assert record.info.status == "FINISHED"
@@ -119,14 +145,14 @@ def test_no_credential_is_written_anywhere(finished):
     assert secret not in finished.output
 
 
-def test_a_grid_is_drawn_from_any_checkpoint(finished, s3, tmp_path):
+def test_a_grid_is_drawn_from_any_checkpoint_or_the_newest_of_a_run(finished, s3, tmp_path):
     grids = []
-    for images in (1280, 6400):
-        output = tmp_path / f"{images}.png"
+    for name in ("/checkpoints/000000001280", ""):
+        output = tmp_path / f"{len(grids)}.png"
         subprocess.run(
             [
                 *(sys.executable, "-m", "trainer.sample"),
-                f"checkpoint={finished.uri}/runs/digits/checkpoints/{images:012d}",
+                f"checkpoint={finished.uri}/runs/digits{name}",
                 f"store.endpoint_url={s3.endpoint_url}",
                 f"output={output}",
                 "classes=[3,5]",

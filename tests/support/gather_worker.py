@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import closing
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cluster.contract import WorkerContext
 from models.axes import Bands
 from models.codec import IdentityCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig
-from trainer.evaluate.samples import ImageShape, draw
+from trainer.evaluate.samples import Drawing, ImageShape
+from trainer.gathering import Gathering
 from trainer.metrics.buffer import MetricBuffer
 
 
 class Mild(torch.nn.Module):
     """A velocity that couples scales, pixels, time and label, and is smooth in time."""
 
+    calls = 0
+
     def forward(self, states: Bands, time: torch.Tensor, labels: torch.Tensor) -> Bands:
+        self.calls += 1
         coarse = states[0].mean(dim=(2, 3), keepdim=True)
         waves = torch.sin(3 * time + labels)[:, None, None, None]
         return tuple(
@@ -28,20 +36,51 @@ class Mild(torch.nn.Module):
 
 def samples(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Draw the same images with every sampler; each rank tells what it got."""
+    gather = Gathering()
     for sampler in payload["samplers"]:
-        drawn = draw(
-            Mild(),
-            flow=Flow(FlowConfig(scales=2)),
-            config=SamplerConfig(**sampler),
-            shape=ImageShape(channels=1, size=8, classes=3),
-            codec=IdentityCodec(),
-            labels=torch.arange(payload["images"]) % 3,
-            seed=5,
-            batch=payload["batch"],
-            device=torch.device("cpu"),
+        drawn = _drawing(payload["batch"], sampler).all(
+            Mild(), torch.arange(payload["images"]) % 3, gather=gather
         )
         told = {"images": drawn.images.tolist(), "evaluations": list(drawn.evaluations)}
         context.tell({"rank": context.rank, **told})
+
+
+def left_early(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Leave after some blocks on the first rank; tell how often each called the model."""
+    gather = Gathering()
+    model = Mild()
+    drawing = _drawing(1, {"solver": "euler", "steps": 2})
+    with closing(drawing.blocks(model, torch.zeros(9, dtype=torch.int64), gather=gather)) as blocks:
+        for number, _ in enumerate(blocks, 1):
+            if number == payload["blocks"]:
+                break
+    gather("all are here again")
+    context.tell({"rank": context.rank, "calls": model.calls})
+
+
+def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Take longer over a block, on the first rank, than any collective of the training may."""
+    gather = Gathering()
+    _set_pg_timeout(timedelta(seconds=0.5))
+    for _ in _drawing(1, {"solver": "euler", "steps": 2}).blocks(
+        Mild(), torch.zeros(payload["blocks"], dtype=torch.int64), gather=gather
+    ):
+        time.sleep(1.5)
+    gather("all are here again")
+    _set_pg_timeout(timedelta(minutes=5))
+    context.tell({"rank": context.rank})
+
+
+def _drawing(batch: int, sampler: dict[str, Any]) -> Drawing:
+    return Drawing(
+        flow=Flow(FlowConfig(scales=2)),
+        sampler=SamplerConfig(**sampler),
+        shape=ImageShape(channels=1, size=8, classes=3),
+        codec=IdentityCodec(),
+        seed=5,
+        batch=batch,
+        device=torch.device("cpu"),
+    )
 
 
 def metrics(context: WorkerContext, _payload: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ SMALL = (
     "checkpoint.keep_last=100",
     "runtime.log_interval_images=640",
     "eval.samples=100",
+    # More blocks than ranks, and the last one is not full.
+    "eval.batch=40",
     "eval.sampler.steps=2",
     "eval.grid_interval_images=3200",
     "cluster.address=local",

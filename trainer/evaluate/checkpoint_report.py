@@ -16,13 +16,14 @@ class Distance:
     Attributes:
         features: Name of the extractor; distances of different extractors do not compare.
         frechet: Samples against held-out real images; lower is better.
-        frechet_real_halves: One half of the held-out real images against the other.
+        frechet_real_halves: One half of the held-out real images against the other; None where
+            there were too few for halves.
         held_out_accuracy: For "learned_conv": share of held-out images its classifier reads right.
     """
 
     features: str
     frechet: float
-    frechet_real_halves: float
+    frechet_real_halves: float | None
     held_out_accuracy: float | None = None
 
 
@@ -64,6 +65,7 @@ class CheckpointReport:
         run: Name of its run.
         images: Images its weights were trained on.
         real_images: Held-out images that the samples were compared with.
+        unusable_real_images: Held-out images that could not be read or decoded.
         network_evaluations: Network evaluations per sample; a guided pair counts as two.
         distances: One for each extractor.
         measurement: How it was measured.
@@ -76,6 +78,7 @@ class CheckpointReport:
     network_evaluations: float
     distances: tuple[Distance, ...]
     measurement: Measurement
+    unusable_real_images: int = 0
 
     def to_json(self) -> bytes:
         """Return the report as JSON."""
@@ -97,15 +100,19 @@ class CheckpointReport:
 
 def table(reports: Sequence[CheckpointReport]) -> str:
     """Lay reports out for a terminal, one line for each checkpoint and extractor."""
-    head = ("run", "images", "features", "Fréchet", "real halves", "extractor's accuracy")
+    head = (
+        *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n"),
+        *("Fréchet", "real halves", "extractor's accuracy"),
+    )
     rows = [
         (
-            report.run,
-            f"{report.images:,}",
-            distance.features,
+            *(report.run, f"{report.images:,}", report.measurement.weights, distance.features),
+            *_sampling(report.measurement.sampler),
+            f"{report.network_evaluations:g}",
+            f"{report.measurement.samples:,}",
             f"{distance.frechet:.4f}",
-            f"{distance.frechet_real_halves:.4f}",
-            "" if distance.held_out_accuracy is None else f"{distance.held_out_accuracy:.1%}",
+            _or_nothing(distance.frechet_real_halves, ".4f"),
+            _or_nothing(distance.held_out_accuracy, ".1%"),
         )
         for report in reports
         for distance in report.distances
@@ -116,3 +123,17 @@ def table(reports: Sequence[CheckpointReport]) -> str:
         for row in (head, *rows)
     ]
     return "\n".join(lines)
+
+
+def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Return solver with steps, and guidance with the times at which it acts."""
+    solver = f"{settings['solver']}"
+    steps = "" if solver == "dopri5" else f" {settings['steps']}"
+    scale, interval = settings["guidance_scale"], settings["guidance_interval"]
+    if scale == 1:
+        return f"{solver}{steps}", "none"
+    return f"{solver}{steps}", f"{scale:g}" + ("" if interval is None else f" in {interval}")
+
+
+def _or_nothing(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from trainer import rng
 from trainer.evaluate.features import FeatureExtractor
-from trainer.evaluate.frechet import FeatureMoments, FeatureStatistics, frechet_distance
+from trainer.evaluate.frechet import (
+    LEAST_IMAGES_IN_HALVES,
+    FeatureMoments,
+    FeatureStatistics,
+    frechet_distance,
+)
 
 
 class DistanceToReal:
@@ -26,7 +31,10 @@ class DistanceToReal:
     Attributes:
         real_images: How many real images there are.
         between_halves: One half of the real images against the other: what a perfect generator
-            could reach with so few images.
+            could reach with so few images; None where the halves would be too small.
+
+    Raises:
+        FrechetError: There are fewer than two real images.
     """
 
     def __init__(
@@ -41,16 +49,11 @@ class DistanceToReal:
         self._device = device
         self._batch = batch
         self._moments = FeatureMoments()
-        features = np.concatenate([self._extract(images) for images in real])
+        parts = [self._extract(images) for images in real]
+        features = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
         self._reference = FeatureStatistics.of(features)
-        generator = torch.Generator().manual_seed(rng.derived_seed(0, "real halves"))
-        order = torch.randperm(len(features), generator=generator).numpy()
-        half = len(features) // 2
         self.real_images = len(features)
-        self.between_halves = frechet_distance(
-            FeatureStatistics.of(features[order[:half]]),
-            FeatureStatistics.of(features[order[half:]]),
-        )
+        self.between_halves = _between_halves(features)
 
     def __call__(self, samples: Tensor) -> float:
         """Return the distance of samples [n, c, h, w]."""
@@ -71,3 +74,14 @@ class DistanceToReal:
     def _extract(self, images: Tensor) -> NDArray[np.float32]:
         features: NDArray[np.float32] = self._extractor(images.to(self._device)).cpu().numpy()
         return features
+
+
+def _between_halves(features: NDArray[np.float32]) -> float | None:
+    if len(features) < LEAST_IMAGES_IN_HALVES:
+        return None
+    generator = torch.Generator().manual_seed(rng.derived_seed(0, "real halves"))
+    order = torch.randperm(len(features), generator=generator).numpy()
+    half = len(features) // 2
+    return frechet_distance(
+        FeatureStatistics.of(features[order[:half]]), FeatureStatistics.of(features[order[half:]])
+    )

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.codec import Codec
-from models.flow.flow import Flow
-from models.flow.sampler import Samples
 from trainer.checkpoint.store import Store
 from trainer.engine.protocol import Engine
+from trainer.evaluate.classifier import LabelAgreement, label_agreement
+from trainer.evaluate.distance import DistanceToReal
+from trainer.evaluate.features import feature_extractor
 from trainer.evaluate.grid import grid_png
-from trainer.evaluate.learned_features import LabelledImages
-from trainer.evaluate.report import (
-    EvalConfig,
-    EvaluationReport,
-    evaluate,
-    evaluation_key,
-)
-from trainer.evaluate.samples import ImageShape, draw
+from trainer.evaluate.learned_features import LabelledImages, StoredImages, joined
+from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluation_key
+from trainer.evaluate.samples import Drawing, SampleBlock
+from trainer.evaluate.taken import TakenSamples
+from trainer.gathering import Gathering
 from trainer.metrics.tracker import Tracker
+from trainer.mistakes import is_users_mistake
+
+T = TypeVar("T")
+
+
+class _Unmeasurable(Exception):
+    """The samples cannot be measured, for a reason that a user can mend; raised on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,80 +38,147 @@ class FinalEvaluation:
 
     Attributes:
         config: What to draw and measure.
-        flow: The flow the model was trained with.
-        shape: Shape of what the flow works on.
-        codec: Makes images of it.
-        device: Device of the model.
-        held_out: Gives batches of held-out real images and labels.
-        train: Gives batches of the training images and labels.
+        drawing: Decides the samples.
+        gather: Joins the ranks, which wait for each other however long the first one measures.
+        held_out: Batches of held-out real images and labels.
+        train: Batches of the training images and labels.
     """
 
     config: EvalConfig
-    flow: Flow
-    shape: ImageShape
-    codec: Codec
-    device: torch.device
-    held_out: Callable[[], LabelledImages]
-    train: Callable[[], LabelledImages]
+    drawing: Drawing
+    gather: Gathering
+    held_out: StoredImages
+    train: LabelledImages
 
     def run(
-        self, engine: Engine, *, images: int, rank: int, store: Store, run: str, tracker: Tracker
+        self,
+        engine: Engine,
+        *,
+        images: int,
+        store: Store,
+        run: str,
+        tracker: Tracker,
+        tell: Callable[[dict[str, object]], None],
     ) -> None:
         """Evaluate the EMA weights against the initial ones; a collective call.
+
+        What a user has to mend is told, and no error: the run is trained to its end all the same.
 
         Args:
             engine: Holds the EMA.
             images: Images the weights were trained on.
-            rank: This rank; the first one measures and publishes.
             store: Where results go.
             run: Name of the run.
             tracker: Takes the figures and the grid.
+            tell: Takes a message for the driver.
         """
-        labels = torch.arange(self.config.samples) % self.shape.classes
+        try:
+            self._run(engine, images=images, store=store, run=run, tracker=tracker)
+        except _Unmeasurable as error:
+            tell({"kind": "unmeasured", "text": str(error)})
+
+    def _run(
+        self, engine: Engine, *, images: int, store: Store, run: str, tracker: Tracker
+    ) -> None:
+        labels = torch.arange(self.config.samples) % self.drawing.shape.classes
+        distance = self._on_first(self._distance_to_real)
+        taken = TakenSamples(whole=self.config.classifier)
         with engine.ema_weights() as model:
-            samples = self._draw(model, labels)
+            reached = self._frechet(model, labels, distance, also=taken.add)
             grid = self.draw_grid(model)
         # Where training started, in the place of the trained weights: there may be no other.
         with engine.initial_weights() as model:
-            untrained = self._draw(model, labels).images
-        if rank != 0:
-            return
-        report = evaluate(
-            self.config,
-            images=images,
-            device=self.device,
-            samples=(samples.images, labels),
-            untrained=untrained,
-            held_out=self.held_out,
-            train=self.train,
-            segment_evaluations=samples.evaluations,
-        )
-        self._publish(report, samples.images, labels, grid, store=store, run=run, tracker=tracker)
+            untrained = self._frechet(model, labels, distance)
+
+        def publish() -> None:
+            assert distance is not None
+            report = EvaluationReport.of(
+                self.config,
+                images=images,
+                distance=distance,
+                stored_real_images=len(self.held_out),
+                frechet=reached,
+                frechet_untrained=untrained,
+                segment_evaluations=taken.evaluations,
+                labels=self._label_agreement(taken) if self.config.classifier else None,
+            )
+            self._publish(report, taken, grid, store=store, run=run, tracker=tracker)
+
+        self._on_first(publish)
 
     def draw_grid(self, model: nn.Module) -> Tensor:
-        """Draw one row of `grid_columns` images for each class shown; a collective call."""
-        classes = min(self.config.grid_classes, self.shape.classes)
-        labels = torch.arange(classes).repeat_interleave(self.config.grid_columns)
-        return self._draw(model, labels).images
+        """Draw `grid_columns` images for each class shown; a collective call.
 
-    def _draw(self, model: nn.Module, labels: Tensor) -> Samples:
-        return draw(
-            model,
-            flow=self.flow,
-            config=self.config.sampler,
-            shape=self.shape,
-            codec=self.codec,
-            labels=labels,
-            seed=self.config.seed,
+        Returns:
+            On the first rank the images, one class after the other.
+        """
+        classes = min(self.config.grid_classes, self.drawing.shape.classes)
+        labels = torch.arange(classes).repeat_interleave(self.config.grid_columns)
+        # Few images in one block would be the work of one rank.
+        share = min(self.config.batch, -(-len(labels) // self.gather.ranks))
+        return replace(self.drawing, batch=share).all(model, labels, gather=self.gather).images
+
+    def _distance_to_real(self) -> DistanceToReal:
+        channels = self.drawing.codec.image_channels(self.drawing.shape.channels)
+        return DistanceToReal(
+            feature_extractor(
+                self.config.features,
+                channels=channels,
+                train=lambda: self.train,
+                held_out=lambda: self.held_out,
+            ),
+            (images for images, _ in self.held_out),
+            device=self.drawing.device,
             batch=self.config.batch,
-            device=self.device,
         )
+
+    def _frechet(
+        self,
+        model: nn.Module,
+        labels: Tensor,
+        distance: DistanceToReal | None,
+        *,
+        also: Callable[[SampleBlock], None] | None = None,
+    ) -> float:
+        """Draw and measure block by block, of which none is kept here; 0 on the other ranks."""
+
+        def drawn_and_measured() -> float:
+            with closing(self.drawing.blocks(model, labels, gather=self.gather)) as blocks:
+                for block in blocks:
+                    assert distance is not None
+                    distance.add(block.images)
+                    if also is not None:
+                        also(block)
+            return 0.0 if distance is None else distance.take()
+
+        return self._agreed(drawn_and_measured)
+
+    def _label_agreement(self, taken: TakenSamples) -> LabelAgreement:
+        return label_agreement(
+            train=joined(self.train), held_out=joined(self.held_out), samples=joined(taken.whole)
+        )
+
+    def _on_first(self, step: Callable[[], T]) -> T | None:
+        """Let the first rank do something while the others wait."""
+        return self._agreed(lambda: step() if self.gather.rank == 0 else None)
+
+    def _agreed(self, step: Callable[[], T]) -> T:
+        """Do something on every rank; a user's mistake on one ends the evaluation on all."""
+        mistake = None
+        try:
+            done = step()
+        except ValueError as error:
+            if not is_users_mistake(error):
+                raise
+            mistake = str(error)
+        if told := next(filter(None, self.gather(mistake)), None):
+            raise _Unmeasurable(str(told))
+        return done
 
     def _publish(
         self,
         report: EvaluationReport,
-        samples: Tensor,
-        labels: Tensor,
+        taken: TakenSamples,
         grid: Tensor,
         *,
         store: Store,
@@ -117,7 +188,7 @@ class FinalEvaluation:
         picture = grid_png(grid, columns=self.config.grid_columns)
         # The report comes last: where it is, the evaluation is complete.
         results = {
-            "samples.npz": _npz(samples, labels),
+            "samples.npz": taken.npz(),
             "grid.png": picture,
             "report.json": json.dumps(report.to_dict(), indent=2).encode(),
         }
@@ -125,11 +196,3 @@ class FinalEvaluation:
             store.put(evaluation_key(run, report.images, name), data)
         tracker.metrics(report.metrics(), images=report.images)
         tracker.image("evaluation", picture, images=report.images)
-
-
-def _npz(samples: Tensor, labels: Tensor) -> bytes:
-    """Pack samples as FID tools expect them: uint8 NHWC under arr_0, labels under arr_1."""
-    pixels = (samples * 127.5 + 127.5).round().clamp(0, 255).byte()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, pixels.permute(0, 2, 3, 1).numpy(), labels.numpy())
-    return buffer.getvalue()

@@ -8,6 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST_IMAGES = 2
+LEAST_IMAGES_IN_HALVES = 2 * LEAST_IMAGES
+
+
+class FrechetError(ValueError):
+    """There is no distance of these images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
@@ -26,10 +33,9 @@ class FeatureStatistics:
         """Summarise features of shape [n, d].
 
         Raises:
-            ValueError: If there are fewer than two rows, or a value that is not finite.
+            FrechetError: If there are fewer than two rows, or a value that is not finite.
         """
-        if len(features) < 2:
-            raise ValueError(f"a Fréchet distance needs at least 2 images, got {len(features)}")
+        _check_count(len(features))
         wide = _checked(features)
         return FeatureStatistics(mean=wide.mean(axis=0), covariance=np.cov(wide, rowvar=False))
 
@@ -50,7 +56,7 @@ class FeatureMoments:
         """Take a batch of shape [n, d].
 
         Raises:
-            ValueError: If a value is not finite.
+            FrechetError: If a value is not finite.
         """
         wide = _checked(features)
         mean = wide.mean(axis=0)
@@ -68,19 +74,29 @@ class FeatureMoments:
         """Return the summary of everything taken so far.
 
         Raises:
-            ValueError: If there were fewer than two rows.
+            FrechetError: If there were fewer than two rows.
         """
-        if self._count < 2:
-            raise ValueError(f"a Fréchet distance needs at least 2 images, got {self._count}")
+        _check_count(self._count)
         return FeatureStatistics(
             mean=self._mean.copy(), covariance=self._deviations / (self._count - 1)
+        )
+
+
+def _check_count(images: int) -> None:
+    if images < LEAST_IMAGES:
+        raise FrechetError(
+            f"a Fréchet distance needs at least {LEAST_IMAGES} images, got {images}: hold out more "
+            "images of the data set"
         )
 
 
 def _checked(features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     wide = features.astype(np.float64)
     if not np.isfinite(wide).all():
-        raise ValueError("features hold values that are not finite: the samples have diverged")
+        raise FrechetError(
+            "features hold values that are not finite: the samples have diverged. Look at the "
+            "loss; train with a lower optim.learning_rate, or measure an earlier checkpoint"
+        )
     return wide
 
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,30 @@ RECIPE = 1
 """Number of the way to train: one more whenever it changes, so that kept weights are not reused."""
 
 LabelledImages = Iterable[tuple[Tensor, Tensor]]
+"""Batches of images [b, c, h, w] in [-1, 1] and labels [b]."""
+
+
+class StoredImages(Protocol):
+    """Labelled images, and how many are stored, those that cannot be used among them."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give batches of those that can be used."""
+        ...
+
+    def __len__(self) -> int:
+        """Count them."""
+        ...
+
 
 _FEATURES = 128
 _EPOCHS = 5
 _BATCH = 128
 _PEAK_RATE = 1e-2
 _ACCURACY = "held_out_accuracy"
+
+
+class NothingToLearn(ValueError):
+    """There are no images."""
 
 
 class LearnedConvFeatures:
@@ -99,7 +118,7 @@ def learned_features(
     """
     if file is not None and file.is_file():
         return _read(file.read_bytes())
-    images, labels = (torch.cat(parts) for parts in zip(*train(), strict=True))
+    images, labels = joined(train())
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derived_seed(0, "learned features"))
         network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)
@@ -108,6 +127,19 @@ def learned_features(
     if file is not None:
         _write(file, network, accuracy)
     return LearnedConvFeatures(network, held_out_accuracy=accuracy)
+
+
+def joined(batches: LabelledImages) -> tuple[Tensor, Tensor]:
+    """Return all images and labels at once.
+
+    Raises:
+        NothingToLearn: There are none.
+    """
+    parts = list(batches)
+    if not parts:
+        raise NothingToLearn("there are no images of which any can be used: see the warnings above")
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def _train(network: _Classifier, images: Tensor, labels: Tensor) -> None:

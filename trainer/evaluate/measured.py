@@ -35,7 +35,8 @@ class MeasuredDistance:
         weights: Weights that were measured, "ema" or "master".
         features: Name of the extractor; distances of different extractors do not compare.
         frechet: Samples against held-out real images; lower is better.
-        frechet_real_halves: One half of the held-out real images against the other.
+        frechet_real_halves: One half of the held-out real images against the other; None where
+            there were too few for halves.
         samples: Images drawn.
         sampler: Solver, steps and guidance, as far as the report tells them.
     """
@@ -44,7 +45,7 @@ class MeasuredDistance:
     weights: str
     features: str
     frechet: float
-    frechet_real_halves: float
+    frechet_real_halves: float | None
     samples: int
     sampler: Mapping[str, Any]
 
@@ -121,12 +122,13 @@ def _distance(
     sampler: Mapping[str, Any],
 ) -> MeasuredDistance:
     """Join what was measured and how; what has another type than it should raises."""
+    halves = figures.frechet_real_halves
     return MeasuredDistance(
         report=key,
         weights=str(weights),
         features=str(figures.features),
         frechet=float(figures.frechet),
-        frechet_real_halves=float(figures.frechet_real_halves),
+        frechet_real_halves=None if halves is None else float(halves),
         samples=int(samples),
         sampler=dict(sampler),
     )

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from models.flow.sampler_config import SamplerConfig
-from trainer.evaluate.classifier import LabelAgreement, label_agreement
+from trainer.evaluate.classifier import LabelAgreement
 from trainer.evaluate.distance import DistanceToReal
-from trainer.evaluate.features import FeatureConfig, feature_extractor
-from trainer.evaluate.learned_features import LabelledImages
+from trainer.evaluate.features import FeatureConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +19,8 @@ class EvalConfig:
 
     Attributes:
         samples: Images drawn for the final figures; classes in equal parts.
-        batch: Images in one network call on one rank when all scales are active; a segment with
-            fewer tokens takes more.
+        batch: Most images in one network call on one rank. Ranks draw whole batches, so as many
+            batches as ranks, or a multiple, keep all of them busy.
         seed: Seed of the samples' noise.
         sampler: Solver, steps and guidance.
         features: Feature extractor of the Fréchet distance.
@@ -62,12 +58,15 @@ class EvaluationReport:
         frechet: Samples against held-out real images; lower is better.
         frechet_untrained: The same for the untrained model: where training started.
         frechet_real_halves: One half of the held-out real images against the other: what a perfect
-            generator could reach with so few images.
-        gap_closed: Share of the way from untrained to real halves, 1 is all of it.
+            generator could reach with so few images; None where there are too few for halves.
+        gap_closed: Share of the way from untrained to real halves, 1 is all of it; None without
+            these.
         network_evaluations: Network evaluations per image as counted; a guided pair counts as two.
         segment_evaluations: The same in each segment, from noise to data.
         settings: The evaluation's configuration.
         labels: What a classifier of real images reads in the samples; None when not asked for.
+        real_images: Held-out real images measured; None in reports of older versions.
+        unusable_real_images: Held-out real images that could not be read or decoded.
     """
 
     images: int
@@ -75,12 +74,61 @@ class EvaluationReport:
     features: str
     frechet: float
     frechet_untrained: float
-    frechet_real_halves: float
-    gap_closed: float
+    frechet_real_halves: float | None
+    gap_closed: float | None
     network_evaluations: float
     segment_evaluations: tuple[float, ...]
     settings: dict[str, Any]
     labels: LabelAgreement | None = None
+    real_images: int | None = None
+    unusable_real_images: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: EvalConfig,
+        *,
+        images: int,
+        distance: DistanceToReal,
+        stored_real_images: int,
+        frechet: float,
+        frechet_untrained: float,
+        segment_evaluations: tuple[float, ...],
+        labels: LabelAgreement | None,
+    ) -> EvaluationReport:
+        """Put figures beside the references they need.
+
+        Args:
+            config: What was measured.
+            images: Images the weights had been trained on.
+            distance: What measured.
+            stored_real_images: Held-out real images, those that cannot be used among them.
+            frechet: Distance of the samples.
+            frechet_untrained: Distance of those drawn the same way from the initial weights.
+            segment_evaluations: Network evaluations per sample in each segment.
+            labels: What a classifier of real images reads in the samples.
+        """
+        halves = distance.between_halves
+        gap = None
+        if halves is not None:
+            way = frechet_untrained - halves
+            gap = (frechet_untrained - frechet) / way if way > 0 else 0.0
+        return cls(
+            images=images,
+            samples=config.samples,
+            features=config.features.name,
+            frechet=frechet,
+            frechet_untrained=frechet_untrained,
+            frechet_real_halves=halves,
+            gap_closed=gap,
+            network_evaluations=sum(segment_evaluations),
+            segment_evaluations=segment_evaluations,
+            # As JSON would hold them, so that a report read back compares equal.
+            settings=json.loads(json.dumps(asdict(config))),
+            labels=labels,
+            real_images=distance.real_images,
+            unusable_real_images=stored_real_images - distance.real_images,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -105,71 +153,13 @@ class EvaluationReport:
         values = {
             f"eval/frechet_{self.features}": self.frechet,
             f"eval/frechet_{self.features}_untrained": self.frechet_untrained,
-            f"eval/frechet_{self.features}_real_halves": self.frechet_real_halves,
-            "eval/gap_closed": self.gap_closed,
             "eval/network_evaluations": self.network_evaluations,
+            "eval/unusable_real_images": float(self.unusable_real_images),
         }
+        if self.frechet_real_halves is not None and self.gap_closed is not None:
+            values[f"eval/frechet_{self.features}_real_halves"] = self.frechet_real_halves
+            values["eval/gap_closed"] = self.gap_closed
         if self.labels is not None:
             values["eval/label_agreement"] = self.labels.samples
             values["eval/classifier_held_out_accuracy"] = self.labels.held_out
         return values
-
-
-def evaluate(
-    config: EvalConfig,
-    *,
-    images: int,
-    device: torch.device,
-    samples: tuple[Tensor, Tensor],
-    untrained: Tensor,
-    held_out: Callable[[], LabelledImages],
-    train: Callable[[], LabelledImages],
-    segment_evaluations: tuple[float, ...],
-) -> EvaluationReport:
-    """Measure samples against held-out real images.
-
-    Args:
-        config: What to measure.
-        images: Images the weights had been trained on.
-        device: Where features are extracted.
-        samples: Generated images [n, c, h, w] and requested labels [n].
-        untrained: Images drawn the same way from the initial weights.
-        held_out: Gives batches of real images the model has never seen, and their labels.
-        train: Gives batches of the training images; read only for what learns from them.
-        segment_evaluations: Network evaluations per sample in each segment.
-
-    Returns:
-        The figures.
-    """
-    extractor = feature_extractor(
-        config.features, channels=samples[0].shape[1], train=train, held_out=held_out
-    )
-
-    distance = DistanceToReal(
-        extractor, (real for real, _ in held_out()), device=device, batch=config.batch
-    )
-    reached, start, floor = distance(samples[0]), distance(untrained), distance.between_halves
-    labels = None
-    if config.classifier:
-        labels = label_agreement(
-            train=_joined(train()), held_out=_joined(held_out()), samples=samples
-        )
-    return EvaluationReport(
-        images=images,
-        samples=len(samples[0]),
-        features=config.features.name,
-        frechet=reached,
-        frechet_untrained=start,
-        frechet_real_halves=floor,
-        gap_closed=(start - reached) / (start - floor) if start > floor else 0.0,
-        network_evaluations=sum(segment_evaluations),
-        segment_evaluations=segment_evaluations,
-        # As JSON would hold them, so that a report read back compares equal.
-        settings=json.loads(json.dumps(asdict(config))),
-        labels=labels,
-    )
-
-
-def _joined(batches: LabelledImages) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*batches, strict=True)
-    return torch.cat(images), torch.cat(labels)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.codec import Codec
 from models.flow.flow import Flow
-from models.flow.sampler import Samples, images_per_call, sample
-from models.flow.sampler_config import SamplerConfig
+from models.flow.sampler import Samples, sample
+from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from trainer import rng
+from trainer.gathering import Gathering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,93 +31,140 @@ class ImageShape:
     classes: int
 
 
-@torch.no_grad()
-def draw(
-    model: nn.Module,
-    *,
-    flow: Flow,
-    config: SamplerConfig,
-    shape: ImageShape,
-    codec: Codec,
-    labels: Tensor,
-    seed: int,
-    batch: int,
-    device: torch.device,
-    first_image: int = 0,
-) -> Samples:
-    """Sample one image per label; image i depends on (seed, i, its label) alone.
+@dataclass(frozen=True, kw_only=True)
+class SampleBlock:
+    """Samples that were drawn together.
 
-    A collective call: every rank draws its share, and every rank gets all images. All ranks call
-    the model equally often with equally many images, so its weights may be spread over them.
+    Attributes:
+        first: Index of the first one.
+        images: Shape [n, c, h, w], on the host, in [-1, 1] or slightly beyond.
+        labels: Their classes, shape [n].
+        evaluations: Network evaluations for each image in each segment.
+    """
 
-    Args:
-        model: Velocity model.
-        flow: The flow it was trained with.
-        config: Solver, steps and guidance.
+    first: int
+    images: Tensor
+    labels: Tensor
+    evaluations: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Everything that decides samples but the model; image i depends on (seed, i, its label) alone.
+
+    Images are drawn in blocks of equal size, at most `batch`, which do not depend on the number of
+    ranks. So neither does any bit of them, on one kind of processor.
+
+    Attributes:
+        flow: The flow that the model was trained with.
+        sampler: Solver, steps and guidance.
         shape: What to draw, before it is decoded.
-        codec: Makes images of it, ``batch`` at a time.
-        labels: Requested classes, shape [n].
+        codec: Makes images of it.
         seed: Seed of the noise.
-        batch: Images in one network call on one rank when all scales are active.
+        batch: Most images in one network call.
         device: Where the model is.
-        first_image: Index i of the first image, to draw many in parts.
-
-    Returns:
-        All images on every rank's host, shape [n, c, h, w], in [-1, 1] or slightly beyond, with
-        the network evaluations counted over all ranks.
 
     Raises:
         SamplerConfigError: ``batch`` is below 1.
     """
-    spread = dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
-    share = -(-len(labels) // world)
-    first, last = rank * share, (rank + 1) * share
-    # What is drawn beyond the last label, for ranks to keep step, is thrown away.
-    padded = torch.nn.functional.pad(labels, (0, world * share - len(labels)))
-    noise_size = flow.noise_size(channels=shape.channels, image_size=shape.size)
-    pixels = shape.size * codec.factor
-    parts = [torch.zeros(0, codec.image_channels(shape.channels), pixels, pixels)]
-    evaluations = torch.zeros(flow.stages.scales, dtype=torch.float64)
-    at_once = images_per_call(flow.stages.scales, finest_batch=batch)[0]
-    for start in range(first, last, at_once):
-        count = min(at_once, last - start)
+
+    flow: Flow
+    sampler: SamplerConfig
+    shape: ImageShape
+    codec: Codec
+    seed: int
+    batch: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise SamplerConfigError(f"a batch of {self.batch} images must have at least 1.")
+
+    def all(self, model: nn.Module, labels: Tensor, *, gather: Gathering | None = None) -> Samples:
+        """Draw one image for each label; a collective call.
+
+        Args:
+            model: Velocity model.
+            labels: Requested classes, shape [n].
+            gather: Joins the ranks; None is one process by itself.
+
+        Returns:
+            On the first rank all images, on the others none, with the network evaluations.
+        """
+        pixels = self.shape.size * self.codec.factor
+        images = [torch.zeros(0, self.codec.image_channels(self.shape.channels), pixels, pixels)]
+        evaluations = torch.zeros(self.flow.stages.scales, dtype=torch.float64)
+        for block in self.blocks(model, labels, gather=gather):
+            images.append(block.images)
+            evaluations += len(block.images) * torch.tensor(block.evaluations, dtype=torch.float64)
+        return Samples(
+            images=torch.cat(images), evaluations=tuple((evaluations / len(labels)).tolist())
+        )
+
+    @torch.no_grad()
+    def blocks(
+        self, model: nn.Module, labels: Tensor, *, gather: Gathering | None = None
+    ) -> Generator[SampleBlock]:
+        """Draw one image for each label, block by block; a collective call.
+
+        Every rank draws its share of the blocks and walks through this iterator. All ranks call the
+        model equally often with equally many images, so its weights may be spread over them. The
+        first rank, which gets the blocks, holds one of them at a time and may take as long as it
+        likes over each. Where it leaves early it has to close the iterator, which also ends the
+        others' drawing.
+
+        Args:
+            model: Velocity model.
+            labels: Requested classes, shape [n].
+            gather: Joins the ranks; None is one process by itself.
+
+        Yields:
+            The blocks in order, on the first rank alone.
+        """
+        gather = gather or Gathering(alone=True)
+        size = -(-len(labels) // -(-len(labels) // self.batch)) if len(labels) else 1
+        starts = range(0, len(labels), size)
+        for turn in range(0, len(starts), gather.ranks):
+            # Ranks that are left over in the last turn draw the last block too, to keep step.
+            own = self._block(model, labels, starts[min(turn + gather.rank, len(starts) - 1)], size)
+            left = False
+            for source in range(min(gather.ranks, len(starts) - turn)):
+                if gather.rank == 0:
+                    block = own if source == 0 else gather.receive(source)
+                    try:
+                        if not left:
+                            yield block
+                    except GeneratorExit:
+                        left = True  # the others are still handing theirs over
+                elif gather.rank == source:
+                    gather.hand_over(own)
+            if any(gather(left)):
+                return
+
+    def _block(self, model: nn.Module, labels: Tensor, first: int, size: int) -> SampleBlock:
+        """Draw images first … first + size - 1; those beyond the last label are thrown away."""
+        own = labels[first : first + size]
+        padded = torch.nn.functional.pad(own, (0, size - len(own)))
+        shape = {"channels": self.shape.channels, "image_size": self.shape.size}
         drawn = sample(
             model,
-            flow=flow,
-            config=config,
+            flow=self.flow,
+            config=self.sampler,
             noise=rng.normals(
-                seed,
+                self.seed,
                 "samples",
-                first=first_image + start,
-                count=count,
-                size=noise_size,
-                device=device,
+                first=first,
+                count=size,
+                size=self.flow.noise_size(**shape),
+                device=self.device,
             ),
-            labels=padded[start : start + count].to(device),
-            channels=shape.channels,
-            image_size=shape.size,
-            null_label=shape.classes,
-            finest_batch=batch,
+            labels=padded.to(self.device),
+            null_label=self.shape.classes,
+            **shape,
         )
-        parts += [codec.decode(some).cpu() for some in torch.split(drawn.images, batch)]
-        wanted = min(max(len(labels) - start, 0), count)
-        evaluations += wanted * torch.tensor(drawn.evaluations, dtype=torch.float64)
-    mine = torch.cat(parts)
-    if spread:
-        mine = _gathered(mine, total=len(labels), device=device)
-        evaluations = _summed(evaluations, device=device)
-    return Samples(images=mine, evaluations=tuple((evaluations / len(labels)).tolist()))
-
-
-def _gathered(mine: Tensor, *, total: int, device: torch.device) -> Tensor:
-    moved = mine.to(device)
-    everyone = [torch.empty_like(moved) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, moved)
-    return torch.cat(everyone)[:total].cpu()
-
-
-def _summed(counts: Tensor, *, device: torch.device) -> Tensor:
-    moved = counts.to(device)
-    dist.all_reduce(moved)
-    return moved.cpu()
+        return SampleBlock(
+            first=first,
+            images=self.codec.decode(drawn.images[: len(own)]).cpu(),
+            labels=own,
+            evaluations=drawn.evaluations,
+        )

@@ -17,6 +17,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.evaluate.samples import ImageShape
 from trainer.schema import from_dict, to_dict
 from trainer.trained.codec import recorded_codec, recorded_shape
+from trainer.trained.own_settings import label_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class ModelDescription:
         shape: Shape of what the flow works on.
         codec: How images become that.
         autoencoder_sha256: Digest of the autoencoder; None in pixel space.
+        label_dropout: Share of labels that training replaced by the null label; without it there is
+            nothing to guide by.
     """
 
     transformer: TransformerConfig
@@ -36,6 +39,7 @@ class ModelDescription:
     shape: ImageShape
     codec: CodecConfig
     autoencoder_sha256: str | None
+    label_dropout: float
 
     @classmethod
     def of(cls, manifest: Manifest) -> ModelDescription:
@@ -52,6 +56,7 @@ class ModelDescription:
             shape=recorded_shape(science),
             codec=recorded_codec(science),
             autoencoder_sha256=science.get("autoencoder", {}).get("sha256"),
+            label_dropout=label_dropout(science),
         )
         wanted = description._parameters()
         if wanted != manifest.parameters:
@@ -76,6 +81,7 @@ class ModelDescription:
             "in_channels": self.shape.channels,
             "sample_size": self.shape.size,
             "num_classes": self.shape.classes,
+            "label_dropout": self.label_dropout,
             "latents": self._latents(),
         }
 

@@ -33,6 +33,7 @@ class LapFlowTransformer2DModel(LapFlowTransformer, ModelMixin, ConfigMixin):  #
         in_channels: int,
         sample_size: int,
         num_classes: int,
+        label_dropout: float | None = None,
         latents: Mapping[str, Any] | None = None,
     ) -> None:
         """Build the network with fresh weights; the arguments become `config`.
@@ -44,6 +45,8 @@ class LapFlowTransformer2DModel(LapFlowTransformer, ModelMixin, ConfigMixin):  #
             in_channels: Channels of what the flow works on, images or latents.
             sample_size: Its height and width.
             num_classes: Number of classes; label `num_classes` is the null label.
+            label_dropout: Share of labels that training replaced by the null label; 0 leaves
+                nothing to guide by.
             latents: For a flow on latents, what makes images of them: `factor`, pixels for one
                 element; `scale` and `shift`, where they are not the autoencoder's own; and the
                 autoencoder's `sha256`.

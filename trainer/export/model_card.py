@@ -116,9 +116,13 @@ class ModelCard:
             "works on": f"{'latents' if self.model.on_latents else 'images in [-1, 1]'}, "
             f"{shape.channels} x {shape.size} x {shape.size}",
             "image size": f"{pixels} x {pixels}",
-            "classes": f"{shape.classes}; labels 0 … {shape.classes - 1}, and "
-            f"{shape.classes} is the null label of guidance",
+            "classes": f"{shape.classes}; labels 0 … {shape.classes - 1}, and {self._null_label()}",
         }
+
+    def _null_label(self) -> str:
+        if self.model.label_dropout == 0.0:
+            return "no null label was trained: there is no guidance"
+        return f"{self.model.shape.classes} is the null label of guidance"
 
     def _files(self) -> str:
         meaning = {
@@ -192,7 +196,7 @@ class ModelCard:
                 result.weights,
                 _code(result.features),
                 f"{result.frechet:.4g}",
-                f"{result.frechet_real_halves:.4g}",
+                "" if result.frechet_real_halves is None else f"{result.frechet_real_halves:.4g}",
                 f"{result.samples:,}",
                 _code(_sampler(result.sampler)),
             )

@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from models.flow.sampler import Samples, images_per_call
-from models.flow.sampler_config import SamplerConfig
+from pipelines.loader import LoaderConfig
 from pipelines.mixture import StreamConfig
 from trainer.checkpoint.errors import MissingObject
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
-from trainer.evaluate.features import (
-    FeatureName,
-)
+from trainer.evaluate.features import FeatureName
 from trainer.evaluate.grid import class_grid, grid_png
-from trainer.evaluate.report import evaluation_key
-from trainer.evaluate.samples import draw
+from trainer.evaluate.report import EvalConfig, evaluation_key
+from trainer.evaluate.taken import TakenSamples
 from trainer.schema import ConfigError, JobConfig, from_dict, to_dict
 from trainer.trained.choice import choose_checkpoints
 from trainer.trained.codec import recorded_codec
 from trainer.trained.device import usable_device
 from trainer.trained.model import TrainedModel, Weights, load_trained_model
+from trainer.trained.own_settings import SamplerChoice, label_dropout, own_eval
 from trainer.trained.yardstick import Yardstick
+from trainer.validate import check_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +40,11 @@ class RealImagesConfig:
     """Where the real images are.
 
     Attributes:
-        prefix: Folder or `s3://…` with the shards' `train/` and `test/`; None is the data set's
-            place in the run's own store.
-        streams: The streams of a run that read several, with their weights.
-        images_prefix: For a run that read latents, where the images are; None is where the latents
-            were made of.
+        prefix: Folder or `s3://…` with the shards' `train/` and `test/`; None is where the run
+            read them.
+        streams: The streams of a run that read several, with their weights; none are the run's own.
+        images_prefix: For a run that read latents, where the images are; None is where the run
+            looked for them.
     """
 
     prefix: str | None = None
@@ -61,12 +60,14 @@ class CheckpointEvaluationConfig:
         checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`).
         checkpoints: Which ones of a run: the "newest", or "all".
         weights: "ema", or "master" for the weights without averaging.
-        samples: Images to draw, classes in equal parts.
-        batch: Images in one network call when all scales are active.
-        seed: Seed of the noise; image i depends on it, on i and on its class alone.
-        sampler: Solver, steps and guidance.
-        features: One or more extractors; the same samples are measured with each.
-        inception_weights: Local file for "inception"; None downloads it when online.
+        samples: Images to draw, classes in equal parts; None is the run's own `eval.samples`.
+        batch: Most images in one network call; None is the run's own.
+        seed: Seed of the noise; image i depends on it, on i and on its class alone; None is the
+            run's own.
+        sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
+        features: One or more extractors, with each of which the same samples are measured; None is
+            the run's own.
+        inception_weights: Local file for "inception"; None is the run's own, or downloads it.
         data: The real images.
         output: Folder for the results; None is the run's own `evaluation/`.
         codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
@@ -79,11 +80,11 @@ class CheckpointEvaluationConfig:
     checkpoint: str
     checkpoints: Literal["newest", "all"] = "newest"
     weights: Weights = "ema"
-    samples: int = 1000
-    batch: int = 125
-    seed: int = 1
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    features: tuple[FeatureName, ...] = ("random_conv",)
+    samples: int | None = None
+    batch: int | None = None
+    seed: int | None = None
+    sampler: SamplerChoice = field(default_factory=SamplerChoice)
+    features: tuple[FeatureName, ...] | None = None
     inception_weights: str | None = None
     data: RealImagesConfig = field(default_factory=RealImagesConfig)
     output: str | None = None
@@ -93,11 +94,22 @@ class CheckpointEvaluationConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.batch < 1 or not self.features:
-            raise ConfigError(
-                f"samples={self.samples} must be at least 2, batch={self.batch} at least 1, and "
-                f"features={list(self.features)} must name an extractor"
-            )
+        if self.samples is not None and self.samples < 2:
+            raise ConfigError(f"samples={self.samples} must be at least 2")
+        if self.batch is not None and self.batch < 1:
+            raise ConfigError(f"batch={self.batch} must be at least 1")
+        if self.features is not None and not self.features:
+            raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
+
+    def over(self, own: EvalConfig) -> EvalConfig:
+        """Return a run's own settings with the changes; extractors are told by `features`."""
+        return replace(
+            own,
+            samples=own.samples if self.samples is None else self.samples,
+            batch=own.batch if self.batch is None else self.batch,
+            seed=own.seed if self.seed is None else self.seed,
+            sampler=self.sampler.over(own.sampler),
+        )
 
 
 def evaluate_checkpoints(
@@ -118,7 +130,13 @@ def evaluate_checkpoints(
         config.checkpoint, which=config.checkpoints, config=config.store
     )
     results = store if config.output is None else open_store(config.output, config.store)
-    evaluation = _Evaluation(config, manifests[-1], runs=runs, tell=tell)
+    own = own_eval(store, manifests[-1])
+    if own is None:
+        tell(
+            "warning: this checkpoint is of a version that did not record how its run measures; "
+            "what is not set here takes its default"
+        )
+    evaluation = _Evaluation(config, own or EvalConfig(), manifests[-1], runs=runs, tell=tell)
     return [evaluation.report(store, manifest, results=results) for manifest in manifests]
 
 
@@ -128,20 +146,27 @@ class _Evaluation:
     def __init__(
         self,
         config: CheckpointEvaluationConfig,
+        own: EvalConfig,
         manifest: Manifest,
         *,
         runs: str,
         tell: Callable[[str], None],
     ) -> None:
         self._config = config
+        self._asked = asked = config.over(own)
         self._tell = tell
+        check_guidance(
+            asked.sampler.guidance_scale,
+            label_dropout=label_dropout(manifest.science),
+            key="sampler.guidance_scale",
+        )
         self._yardstick = Yardstick(
             _job(config, manifest, runs=runs),
             trained_on=manifest.science["data_set"]["index_sha256"],
-            features=config.features,
-            inception_weights=config.inception_weights,
+            features=config.features or (own.features.name,),
+            inception_weights=config.inception_weights or own.features.inception_weights,
             device=usable_device(config.device),
-            batch=config.batch,
+            batch=asked.batch,
         )
 
     def report(self, store: Store, manifest: Manifest, *, results: Store) -> CheckpointReport:
@@ -166,25 +191,26 @@ class _Evaluation:
         """Draw and measure in parts, of which only what the grid shows is kept."""
         uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
         trained = self._trained(uri)
-        distances = self._yardstick.distances
-        labels = torch.arange(self._config.samples) % trained.shape.classes
+        asked, distances = self._asked, self._yardstick.distances
+        labels = torch.arange(asked.samples) % trained.shape.classes
         chosen, columns = class_grid(len(labels), classes=trained.shape.classes)
         shown: dict[int, Tensor] = {}
-        evaluations, first = 0.0, 0
-        at_once = images_per_call(trained.flow.stages.scales, finest_batch=self._config.batch)[0]
-        for part in torch.split(labels, at_once):
-            drawn = self._drawn(trained, part, first_image=first)
+        taken = TakenSamples(most_bytes=0)
+        drawing = trained.drawing(asked.sampler, seed=asked.seed, batch=asked.batch)
+        for block in drawing.blocks(trained.model, labels):
             for distance in distances.values():
-                distance.add(drawn.images)
-            shown |= {i: drawn.images[i - first] for i in chosen if 0 <= i - first < len(part)}
-            evaluations += len(part) * sum(drawn.evaluations)
-            first += len(part)
+                distance.add(block.images)
+            here = range(block.first, block.first + len(block.images))
+            shown |= {i: block.images[i - block.first] for i in chosen if i in here}
+            taken.add(block)
+        real_images = next(iter(distances.values())).real_images
         report = CheckpointReport(
             checkpoint=uri,
             run=manifest.run,
             images=manifest.images,
-            real_images=next(iter(distances.values())).real_images,
-            network_evaluations=evaluations / len(labels),
+            real_images=real_images,
+            unusable_real_images=self._yardstick.stored_real_images - real_images,
+            network_evaluations=sum(taken.evaluations),
             distances=tuple(
                 Distance(
                     features=name,
@@ -207,29 +233,16 @@ class _Evaluation:
             store=config.store,
             codec_source=config.codec_source,
             home=config.home,
-        )
-
-    def _drawn(self, trained: TrainedModel, labels: Tensor, *, first_image: int) -> Samples:
-        return draw(
-            trained.model,
-            flow=trained.flow,
-            config=self._config.sampler,
-            shape=trained.shape,
-            codec=trained.codec,
-            labels=labels,
-            seed=self._config.seed,
-            batch=self._config.batch,
-            device=trained.device,
-            first_image=first_image,
+            precision="run",
         )
 
     def _measurement(self, manifest: Manifest) -> Measurement:
         return Measurement(
             attempt=manifest.attempt,
             weights=self._config.weights,
-            samples=self._config.samples,
-            seed=self._config.seed,
-            sampler=asdict(self._config.sampler),
+            samples=self._asked.samples,
+            seed=self._asked.seed,
+            sampler=asdict(self._asked.sampler),
             extractors=self._yardstick.digests,
             held_out_index=self._yardstick.held_out_index,
         )
@@ -238,12 +251,16 @@ class _Evaluation:
 def _job(config: CheckpointEvaluationConfig, manifest: Manifest, *, runs: str) -> JobConfig:
     """Rebuild what the evaluation needs of the job that saved the checkpoint."""
     science = manifest.science
+    given = {key: value for key, value in to_dict(config.data).items() if value}
+    if given.keys() & {"prefix", "streams"}:
+        given = {"prefix": None, "streams": (), **given}
     return from_dict(
         JobConfig,
         {
             "run": manifest.run,
             "home": config.home or os.environ.get("LAPFLOW_HOME", JobConfig.home),
-            "data": {**science["data"], **to_dict(config.data)},
+            "data": {**science["data"], **given},
+            "loader": {"decoder": science.get("loader", {}).get("decoder", LoaderConfig.decoder)},
             "codec": asdict(recorded_codec(science)),
             "model": science["model"],
             "flow": science["flow"],

@@ -14,16 +14,21 @@ from torch import nn
 
 from models.codec import Codec
 from models.flow.flow import Flow, FlowConfig
+from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from trainer import places
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.store import StoreConfig
-from trainer.evaluate.samples import ImageShape
-from trainer.resume import open_checkpoint
+from trainer.engine.protocol import EngineConfig
+from trainer.evaluate.report import EvalConfig
+from trainer.evaluate.samples import Drawing, ImageShape
 from trainer.schema import ConfigError, from_dict
+from trainer.trained.choice import choose_checkpoints
 from trainer.trained.codec import codec_of
 from trainer.trained.device import usable_device
+from trainer.trained.own_settings import label_dropout, own_eval
+from trainer.validate import check_guidance
 
 Weights = Literal["ema", "master"]
 
@@ -38,6 +43,9 @@ class TrainedModel:
         codec: Between images and what the flow works on.
         shape: Shape of what the flow works on.
         device: Where model and codec are.
+        label_dropout: Share of labels that training replaced by the null label.
+        own: How the run samples and measures itself; the defaults for older checkpoints, which do
+            not record it.
     """
 
     model: nn.Module
@@ -45,6 +53,8 @@ class TrainedModel:
     codec: Codec
     shape: ImageShape
     device: torch.device
+    label_dropout: float
+    own: EvalConfig
 
     def check_classes(self, classes: Sequence[int]) -> None:
         """Refuse classes that the model does not know.
@@ -56,6 +66,39 @@ class TrainedModel:
         if beyond:
             raise ConfigError(f"classes={beyond} are not among 0 … {self.shape.classes - 1}")
 
+    def drawing(self, sampler: SamplerConfig, *, seed: int, batch: int) -> Drawing:
+        """Decide how to draw.
+
+        Args:
+            sampler: Solver, steps and guidance.
+            seed: Seed of the noise.
+            batch: Most images in one network call.
+
+        Raises:
+            ConfigError: For guidance by a null label that was never trained.
+            SamplerConfigError: For a batch below 1.
+        """
+        self.check_guidance(sampler)
+        return Drawing(
+            flow=self.flow,
+            sampler=sampler,
+            shape=self.shape,
+            codec=self.codec,
+            seed=seed,
+            batch=batch,
+            device=self.device,
+        )
+
+    def check_guidance(self, sampler: SamplerConfig) -> None:
+        """Refuse guidance by a null label that was never trained.
+
+        Raises:
+            ConfigError: If the sampler asks for it.
+        """
+        check_guidance(
+            sampler.guidance_scale, label_dropout=self.label_dropout, key="sampler.guidance_scale"
+        )
+
 
 def load_trained_model(
     checkpoint: str,
@@ -65,17 +108,19 @@ def load_trained_model(
     store: StoreConfig,
     codec_source: str | None,
     home: str | None,
+    precision: Literal["fp32", "run"] = "fp32",
 ) -> TrainedModel:
     """Load the model of a checkpoint.
 
     Args:
-        checkpoint: URI of the checkpoint.
+        checkpoint: URI of the checkpoint, or of a run, whose newest valid one is taken.
         weights: "ema", or "master" for the weights without averaging.
         device: A device of torch; "auto" takes a GPU when there is one.
         store: How to reach the store.
         codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where
             the run had it.
         home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
+        precision: Of the weights: "fp32", or that in which the run computed with them.
 
     Raises:
         ConfigError: If there is no valid checkpoint there, or the device cannot be used.
@@ -83,7 +128,7 @@ def load_trained_model(
         CheckpointError: If the checkpoint is damaged, or the store fails.
     """
     place = usable_device(device)
-    opened, _, manifest = open_checkpoint(checkpoint, store)
+    _, opened, (manifest,) = choose_checkpoints(checkpoint, which="newest", config=store)
     codec, shape = codec_of(
         manifest.science,
         source=codec_source,
@@ -100,6 +145,18 @@ def load_trained_model(
         classes=shape.classes,
     )
     model.load_state_dict(load_weights(opened, manifest, weights))
+    if precision == "run":
+        # As the engines have it: buffers stay in float32.
+        engine = manifest.science.get("engine", {})
+        trained = EngineConfig(precision=engine.get("precision", EngineConfig.precision))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(trained.dtype)
     return TrainedModel(
-        model=model.to(place).eval(), flow=flow, codec=codec, shape=shape, device=place
+        model=model.to(place).eval(),
+        flow=flow,
+        codec=codec,
+        shape=shape,
+        device=place,
+        label_dropout=label_dropout(manifest.science),
+        own=own_eval(opened, manifest) or EvalConfig(),
     )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cluster.contract import WorkerContext
 from trainer import places
-from trainer.data import open_images, open_split, real_images
+from trainer.data import open_images, open_split
 from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import (
     FeatureConfig,
@@ -21,6 +20,7 @@ from trainer.evaluate.features import (
     feature_extractor,
 )
 from trainer.evaluate.learned_features import RECIPE, LearnedConvFeatures
+from trainer.real_images import RealImages, check_held
 from trainer.schema import ConfigError, JobConfig
 from trainer.space import picture_shape
 
@@ -65,12 +65,13 @@ class Yardstick:
                 f"that run {job.run} was trained on; give the prefix of its own data set"
             )
         self.held_out_index = open_images(job, "test").digest
+        check_held(job, features, classifier=False)
         self._extractors: dict[str, FeatureExtractor] = {
             name: feature_extractor(
                 FeatureConfig(name=name, inception_weights=inception_weights),
                 channels=picture_shape(job.data, job.codec).channels,
-                train=self._split("train"),
-                held_out=self._split("test"),
+                train=lambda: self._split("train"),
+                held_out=lambda: self._split("test"),
                 learned_weights=self._learned_weights(trained_on),
             )
             for name in features
@@ -82,7 +83,7 @@ class Yardstick:
         return {
             name: DistanceToReal(
                 extractor,
-                (images for images, _ in self._split("test")()),
+                (images for images, _ in self._split("test")),
                 device=self._device,
                 batch=self._batch,
             )
@@ -99,8 +100,13 @@ class Yardstick:
         extractor = self._extractors[name]
         return extractor.held_out_accuracy if isinstance(extractor, LearnedConvFeatures) else None
 
-    def _split(self, split: str) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-        return lambda: real_images(self._job, split, _context(self._device))
+    @property
+    def stored_real_images(self) -> int:
+        """How many held-out images are stored, those that cannot be used among them."""
+        return len(self._split("test"))
+
+    def _split(self, split: str) -> RealImages:
+        return RealImages(self._job, split, _context(self._device))
 
     def _learned_weights(self, trained_on: str) -> Path:
         shape = picture_shape(self._job.data, self._job.codec)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,11 +11,15 @@ from cluster.contract import WorkerContext
 from models.codec import IdentityCodec
 from models.pyramid import merge
 from pipelines.batch import Cursor
+from pipelines.encoded import as_png
+from pipelines.errors import BadDataError
 from pipelines.ingest.digits import ensure_digits
+from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.view import AugmentConfig
 from tests.support.configuration import configuration
-from trainer.data import open_split, real_images, training_loader
-from trainer.schema import JobConfig
+from trainer.data import open_split, training_loader
+from trainer.real_images import RealImages, check_held, check_measurable
+from trainer.schema import ConfigError, JobConfig
 
 ALONE = WorkerContext(
     rank=0,
@@ -42,7 +47,7 @@ def job_of(digits: Path, home: Path, augment: AugmentConfig) -> JobConfig:
 
 def test_training_images_are_flipped_and_real_ones_are_not(digits: Path, tmp_path: Path) -> None:
     job = job_of(digits, tmp_path, AugmentConfig(flip=True))
-    real = torch.cat([pictures for pictures, _ in real_images(job, "train", ALONE)])
+    real = torch.cat([pictures for pictures, _ in RealImages(job, "train", ALONE)])
     images = open_split(job, "train")
     with training_loader(job, images, ALONE, codec=IdentityCodec()) as loader:
         batch, _ = next(loader.batches(Cursor()))
@@ -57,5 +62,77 @@ def test_training_images_are_flipped_and_real_ones_are_not(digits: Path, tmp_pat
     assert abs(flipped - 64) < 5 * (128 * 0.25) ** 0.5
 
     plain = job_of(digits, tmp_path, AugmentConfig())
-    again = torch.cat([pictures for pictures, _ in real_images(plain, "train", ALONE)])
+    again = torch.cat([pictures for pictures, _ in RealImages(plain, "train", ALONE)])
     assert torch.equal(real, again)
+
+
+def spoiled(place: Path, *, bad: dict[int, bytes], count: int = 12) -> list[bytes]:
+    """Write held-out images in shards of two, some of which are no pictures."""
+    images = [
+        bad.get(number) or as_png(np.full((8, 8, 1), 20 * number, np.uint8))
+        for number in range(count)
+    ]
+    for split in ("train", "test"):
+        write_dataset(
+            [LabelledImage(image, number % 10) for number, image in enumerate(images)],
+            f"{place}/{split}",
+            shard_bytes=2 * max(map(len, images)) + 100,
+        )
+    return images
+
+
+def test_real_images_that_cannot_be_used_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What shows at once, and what only the decoder finds.
+    whole = as_png(np.arange(64, dtype=np.uint8).reshape(8, 8, 1))
+    spoiled(tmp_path / "data", bad={3: b"<html>", 8: whole[: len(whole) // 2]})
+    job = job_of(tmp_path / "data", tmp_path, AugmentConfig())
+    found = RealImages(job, "test", ALONE)
+    labels = torch.cat([labels for _, labels in found])
+    assert labels.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 0, 1]
+    assert len(found) == 12
+    named = {record.args[0] for record in caplog.records if record.args}
+    assert named == {3, 8}
+
+
+def test_real_images_of_lost_shards_are_left_out_as_far_as_allowed(tmp_path: Path) -> None:
+    spoiled(tmp_path / "data", bad={})
+    shards = sorted((tmp_path / "data" / "test").glob("*.mds"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    job = job_of(tmp_path / "data", tmp_path, AugmentConfig())
+    found = RealImages(job, "test", ALONE)
+    left = torch.cat([labels for _, labels in found])
+    assert 0 < len(left) < len(found)
+    none_allowed = dataclasses.replace(
+        job, loader=dataclasses.replace(job.loader, max_bad_share=0.0)
+    )
+    with pytest.raises(BadDataError, match="max_bad_share"):
+        list(RealImages(none_allowed, "test", ALONE))
+
+
+@pytest.mark.parametrize(("count", "told"), [(2, True), (3, True), (4, False)])
+def test_few_held_out_images_are_told_before_a_run(tmp_path: Path, count: int, told: bool) -> None:
+    spoiled(tmp_path / "data", bad={}, count=count)
+    notes: list[str] = []
+    check_measurable(job_of(tmp_path / "data", tmp_path, AugmentConfig()), note=notes.append)
+    assert bool(notes) == told
+    assert not told or f"with {count} held-out images" in notes[0]
+
+
+def test_too_few_or_too_large_images_are_refused_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled(tmp_path / "one", bad={}, count=1)
+    with pytest.raises(ConfigError, match=r"has 1 held-out image, .*--hold-out"):
+        check_measurable(job_of(tmp_path / "one", tmp_path, AugmentConfig()), note=print)
+    spoiled(tmp_path / "data", bad={})
+    job = job_of(tmp_path / "data", tmp_path, AugmentConfig())
+    check_measurable(job, note=print)
+    monkeypatch.setattr("trainer.real_images._MOST_HELD_BYTES", 12 * 64 * 4 - 1)
+    with pytest.raises(ConfigError, match=r"eval\.classifier=true holds all 12 .*3\.0 KiB"):
+        check_measurable(job, note=print)
+    with pytest.raises(ConfigError, match=r"learned_conv .* holds all 12"):
+        check_held(job, ["random_conv", "learned_conv"], classifier=False)
+    check_held(job, ["random_conv", "inception"], classifier=False)

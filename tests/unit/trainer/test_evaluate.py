@@ -1,5 +1,6 @@
 """Evaluation figures against closed forms, and what they must not depend on."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -9,26 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from models.codec import IdentityCodec
 from models.flow.flow import Flow, FlowConfig
-from models.flow.sampler_config import SamplerConfig
+from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.pyramid import up
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from trainer.evaluate.classifier import label_agreement
+from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import (
     FeatureConfig,
     RandomConvFeatures,
     check_features,
     feature_extractor,
 )
-from trainer.evaluate.frechet import FeatureStatistics, frechet_distance
+from trainer.evaluate.frechet import FeatureStatistics, FrechetError, frechet_distance
 from trainer.evaluate.grid import grid_png
 from trainer.evaluate.inception import MissingWeights
-from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluate
-from trainer.evaluate.samples import ImageShape, draw
+from trainer.evaluate.report import EvalConfig, EvaluationReport
+from trainer.evaluate.samples import Drawing, ImageShape, SampleBlock
+from trainer.evaluate.taken import TakenSamples
 
 
 def statistics(mean, covariance):
@@ -63,9 +68,9 @@ def test_frechet_distance_agrees_with_the_matrix_square_root():
 
 
 def test_statistics_refuse_what_they_cannot_summarise():
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(FrechetError, match="at least 2"):
         FeatureStatistics.of(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(FrechetError, match="not finite"):
         FeatureStatistics.of(np.array([[0.0], [np.nan]]))
 
 
@@ -162,22 +167,58 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    settings = {
-        "flow": Flow(FlowConfig()),
-        "config": SamplerConfig(steps=4, guidance_scale=2.0),
-        "shape": ImageShape(channels=1, size=8, classes=4),
-        "codec": IdentityCodec(),
-        "labels": torch.arange(6) % 4,
-        "device": torch.device("cpu"),
-    }
-    whole = draw(model, seed=1, batch=6, **settings)
+    drawing = Drawing(
+        flow=Flow(FlowConfig()),
+        sampler=SamplerConfig(steps=4, guidance_scale=2.0),
+        shape=ImageShape(channels=1, size=8, classes=4),
+        codec=IdentityCodec(),
+        seed=1,
+        batch=6,
+        device=torch.device("cpu"),
+    )
+    labels = torch.arange(6) % 4
+    whole = drawing.all(model, labels)
     assert whole.evaluations == (8.0, 8.0)
     for batch in (1, 4):
-        other = draw(model, seed=1, batch=batch, **settings)
+        other = dataclasses.replace(drawing, batch=batch).all(model, labels)
         torch.testing.assert_close(other.images, whole.images, rtol=1e-5, atol=1e-5)
         assert other.evaluations == whole.evaluations
-    other = draw(model, seed=2, batch=6, **settings)
+    other = dataclasses.replace(drawing, seed=2).all(model, labels)
     assert not torch.allclose(other.images, whole.images, atol=0.1)
+    with pytest.raises(SamplerConfigError, match="at least 1"):
+        dataclasses.replace(drawing, batch=0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_blocks_are_equal_and_hold_every_sample_once(images, batch):
+    drawing = Drawing(
+        flow=Flow(FlowConfig()),
+        sampler=SamplerConfig(solver="euler", steps=2),
+        shape=ImageShape(channels=1, size=2, classes=3),
+        codec=IdentityCodec(),
+        seed=1,
+        batch=batch,
+        device=torch.device("cpu"),
+    )
+    calls = []
+
+    def still(states, time, labels):
+        calls.append(len(labels))
+        return tuple(torch.zeros_like(state) for state in states)
+
+    labels = torch.arange(images) % 3
+    blocks = list(drawing.blocks(still, labels))
+    assert [block.first for block in blocks] == [
+        sum(len(before.labels) for before in blocks[:number]) for number in range(len(blocks))
+    ]
+    assert torch.equal(torch.cat([block.labels for block in blocks]), labels)
+    assert all(len(block.images) == len(block.labels) for block in blocks)
+    # No call has more than a batch, and as few as possible are thrown away.
+    assert len(set(calls)) == 1
+    assert calls[0] <= batch
+    assert len(blocks) == -(-images // batch)
+    assert calls[0] * len(blocks) - images < len(blocks)
 
 
 def two_classes(count: int, seed: int):
@@ -197,40 +238,75 @@ def test_the_classifier_reads_what_was_asked_for_and_not_what_was_not():
     assert (agreement.samples, agreement.held_out) == (0.0, 1.0)
 
 
+def measured(images, real, untrained, **settings) -> EvaluationReport:
+    distance = DistanceToReal(RandomConvFeatures(1), [real], device=torch.device("cpu"), batch=64)
+    return EvaluationReport.of(
+        EvalConfig(samples=len(images), **settings),
+        images=7,
+        distance=distance,
+        stored_real_images=len(real) + 1,
+        frechet=distance(images),
+        frechet_untrained=distance(untrained),
+        segment_evaluations=(1.0, 2.5),
+        labels=None,
+    )
+
+
 def test_a_report_puts_each_figure_beside_its_references():
     held_out, train, perfect = (two_classes(200, seed) for seed in range(3))
     untrained = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(9))
-    report = evaluate(
-        EvalConfig(classifier=True),
-        images=7,
-        device=torch.device("cpu"),
-        samples=perfect,
-        untrained=untrained,
-        held_out=lambda: [held_out],
-        train=lambda: [train],
-        segment_evaluations=(1.0, 2.5),
-    )
+    report = measured(perfect[0], held_out[0], untrained)
     assert report.frechet < report.frechet_untrained / 50
+    assert report.gap_closed is not None
     assert 0.97 < report.gap_closed < 1.05
-    assert report.labels is not None
-    assert report.labels.samples == 1.0
+    assert (report.real_images, report.unusable_real_images) == (200, 1)
     assert (report.network_evaluations, report.segment_evaluations) == (3.5, (1.0, 2.5))
     assert report.metrics()["eval/network_evaluations"] == 3.5
+    agreement = label_agreement(train=train, held_out=held_out, samples=perfect)
+    report = dataclasses.replace(report, labels=agreement)
+    assert report.metrics()["eval/label_agreement"] == 1.0
     written = json.loads(json.dumps(report.to_dict()))
     assert EvaluationReport.from_dict(written) == report
     del written["segment_evaluations"]
     assert EvaluationReport.from_dict(written).network_evaluations == 3.5
-    start = evaluate(
-        EvalConfig(),
-        images=7,
-        device=torch.device("cpu"),
-        samples=(untrained, perfect[1]),
-        untrained=untrained,
-        held_out=lambda: [held_out],
-        train=lambda: [train],
-        segment_evaluations=(1.0, 2.5),
-    )
-    assert start.gap_closed == 0.0
+    assert measured(untrained, held_out[0], untrained).gap_closed == 0.0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_too_few_real_images_for_halves_leave_that_figure_out(count):
+    real, samples = two_classes(count, 0)[0], two_classes(20, 1)[0]
+    report = measured(samples, real, torch.randn(20, 1, 8, 8))
+    assert np.isfinite(report.frechet)
+    assert (report.frechet_real_halves, report.gap_closed) == (None, None)
+    assert not [name for name in report.metrics() if "halves" in name or "gap" in name]
+    assert EvaluationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_distance_is_measured_to_fewer_than_two_images(count):
+    real = [two_classes(count, 0)[0]] if count else []
+    with pytest.raises(FrechetError, match=f"at least 2 images, got {count}"):
+        DistanceToReal(RandomConvFeatures(1), real, device=torch.device("cpu"), batch=8)
+
+
+def test_samples_are_kept_as_pictures_as_far_as_there_is_room():
+    taken = TakenSamples(most_bytes=5 * 64, whole=True)
+    images, labels = two_classes(8, 0)
+    for first, last in ((0, 3), (3, 6), (6, 8)):
+        taken.add(
+            SampleBlock(
+                first=first,
+                images=images[first:last],
+                labels=labels[first:last],
+                evaluations=(float(last - first), 1.0),
+            )
+        )
+    file = np.load(io.BytesIO(taken.npz()))
+    wanted = (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    assert np.array_equal(file["arr_0"], wanted[:5].numpy())
+    assert file["arr_1"].tolist() == labels[:5].tolist()
+    assert taken.evaluations == ((3 * 3 + 3 * 3 + 2 * 2) / 8, 1.0)
+    assert torch.equal(torch.cat([part for part, _ in taken.whole]), images)
 
 
 def test_samples_are_decoded_a_batch_at_a_time():
@@ -246,25 +322,22 @@ def test_samples_are_decoded_a_batch_at_a_time():
             return up(latents).repeat(1, 3, 1, 1)
 
     torch.manual_seed(0)
-    settings = {
-        "model": LapFlowTransformer(
-            TransformerConfig(depth=1, width=16, heads=2),
-            scales=2,
-            channels=1,
-            image_size=8,
-            classes=4,
-        ),
-        "flow": Flow(FlowConfig()),
-        "config": SamplerConfig(steps=2),
-        "shape": ImageShape(channels=1, size=8, classes=4),
-        "labels": torch.arange(7) % 4,
-        "seed": 1,
-        "batch": 3,
-        "device": torch.device("cpu"),
-    }
-    latents = draw(codec=IdentityCodec(), **settings).images
+    model = LapFlowTransformer(
+        TransformerConfig(depth=1, width=16, heads=2), scales=2, channels=1, image_size=8, classes=4
+    )
+    drawing = Drawing(
+        flow=Flow(FlowConfig()),
+        sampler=SamplerConfig(steps=2),
+        shape=ImageShape(channels=1, size=8, classes=4),
+        codec=IdentityCodec(),
+        seed=1,
+        batch=3,
+        device=torch.device("cpu"),
+    )
+    labels = torch.arange(7) % 4
+    latents = drawing.all(model, labels).images
     codec = Doubling()
-    images = draw(codec=codec, **settings).images
+    images = dataclasses.replace(drawing, codec=codec).all(model, labels).images
     assert torch.equal(images, up(latents).repeat(1, 3, 1, 1))
     assert sum(codec.decoded) == 7
     assert max(codec.decoded) == 3

@@ -42,6 +42,9 @@ def place(tmp_path_factory):
     science = {"data": to_dict(data), "model": to_dict(MODEL), "flow": to_dict(FlowConfig())}
     store = open_store(f"{place}/runs", StoreConfig())
     save_now(store, run="small", images=100, fragments=fragments, science=science)
+    # What +exp=celeba_hq_256 trains: no label is ever dropped.
+    without = {**science, "train": {"label_dropout": 0.0}, "data_set": {"index_sha256": ""}}
+    save_now(store, run="no_null_label", images=100, fragments=fragments, science=without)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(place / "image.png")
     mask = np.zeros((8, 8), np.uint8)
@@ -156,6 +159,41 @@ def test_samples_are_drawn_from_the_same_checkpoint(place, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_run_stands_for_its_newest_checkpoint(place):
+    for command, extra in ((inpaint, ()), (sample, ("image", "mask", "label", "repeats"))):
+        pictures = []
+        for name in ("runs/small", "runs/small/checkpoints/000000000100"):
+            words = settings(place, checkpoint=f"{place}/{name}", output=place / "run.png")
+            kept = [word for word in words if word.partition("=")[0] not in extra]
+            assert command.main(kept) == 0
+            pictures.append((place / "run.png").read_bytes())
+        assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "left_out"),
+    [
+        (inpaint.main, ("columns",)),
+        (sample.main, ("image", "mask", "label", "repeats")),
+        (evaluate.main, ("image", "mask", "label", "repeats", "columns", "output")),
+    ],
+)
+def test_guidance_by_a_null_label_that_was_never_trained_is_refused(
+    place, capsys, command, left_out
+):
+    def words(run: str) -> list[str]:
+        found = settings(place, checkpoint=f"{place}/runs/{run}")
+        return [word for word in found if word.partition("=")[0] not in left_out]
+
+    assert command([*words("no_null_label"), "sampler.guidance_scale=1.5"]) == 2
+    error = capsys.readouterr().err
+    assert "sampler.guidance_scale=1.5 needs a null label" in error
+    assert "sampler.guidance_scale=1" in error
+    if command is not evaluate.main:  # which needs a data set
+        assert command(words("no_null_label")) == 0
+        assert command([*words("small"), "sampler.guidance_scale=1.5"]) == 0
 
 
 @pytest.mark.parametrize(

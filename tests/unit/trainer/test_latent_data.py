@@ -26,10 +26,10 @@ from trainer.data import (
     check_latents,
     open_images,
     open_split,
-    real_images,
     training_loader,
     with_classes,
 )
+from trainer.real_images import RealImages
 from trainer.schema import ConfigError, JobConfig
 from trainer.validate import validate
 
@@ -135,7 +135,7 @@ def test_half_of_the_latents_are_those_of_mirrored_images(place: Path, pristine:
     job = job_of(place, "codec.posterior=mean", "data.augment.flip=true")
     checked(job)
     codec = codec_of(job)
-    images = torch.cat([pictures for pictures, _ in real_images(job, "train", ALONE)])
+    images = torch.cat([pictures for pictures, _ in RealImages(job, "train", ALONE)])
     none = torch.empty(len(images), 0)
     plain, mirrored = codec.encode(images, none), codec.encode(images.flip(-1), none)
     shown = []
@@ -153,7 +153,7 @@ def test_half_of_the_latents_are_those_of_mirrored_images(place: Path, pristine:
 def test_real_images_are_those_the_latents_were_made_of(place: Path, pristine: Path) -> None:
     job = job_of(place)
     images, labels = (
-        torch.cat(parts) for parts in zip(*real_images(job, "test", ALONE), strict=True)
+        torch.cat(parts) for parts in zip(*RealImages(job, "test", ALONE), strict=True)
     )
     assert images.shape == (COUNTS["test"], 3, 32, 32)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5]

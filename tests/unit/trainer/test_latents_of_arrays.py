@@ -12,7 +12,8 @@ from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.unit.pipelines import pictures
 from tests.unit.trainer.test_latent_data import ALONE, checked, codec_of, job_of, refused
-from trainer.data import open_images, open_split, real_images, training_loader
+from trainer.data import open_images, open_split, training_loader
+from trainer.real_images import RealImages
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_run_that_names_images_reads_the_latents_and_is_compared_with_them(pla
     checked(job)
     images = ShardedDataset(str(place / "images" / "test"))
     assert open_images(job, "test").digest == images.digest
-    (pictures_of_test,) = real_images(job, "test", ALONE)
+    (pictures_of_test,) = RealImages(job, "test", ALONE)
     assert pictures_of_test[0].shape == (5, 3, 32, 32)
     split = open_split(job, "train")
     assert len(split) == 30

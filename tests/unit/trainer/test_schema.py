@@ -11,6 +11,7 @@ from trainer.sample import SampleConfig
 from trainer.schema import (
     ConfigError,
     JobConfig,
+    counted,
     defaults,
     difference,
     from_dict,
@@ -203,7 +204,11 @@ def test_science_holds_what_decides_the_weights_and_nothing_else():
         "data.prefix=s3://bucket/digits",
         "loader.prefetch_batches=5",
     )
-    assert chosen("+exp=digits", *operational) == base
+    other = chosen("+exp=digits", *operational)
+    assert counted(other) == counted(base)
+    assert science_hash(other) == science_hash(base)
+    # Recorded all the same, so that the run's images are found again and measured with alike.
+    assert (other["eval"]["samples"], other["data"]["prefix"]) == (10, "s3://bucket/digits")
     for scientific in (
         "train.seed=1",
         "optim.learning_rate=1e-4",

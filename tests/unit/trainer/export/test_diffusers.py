@@ -189,3 +189,16 @@ def test_which_autoencoder_it_was_is_told_and_where_it_was_is_not(latent_folder)
     assert config["latents"] == {"factor": 8, "scale": 0.5, "shift": 0.25, "sha256": "ab" * 32}
     for file in latent_folder.iterdir():
         assert b"somebody" not in file.read_bytes()
+
+
+def test_there_is_no_guidance_without_a_trained_null_label(folder, tmp_path):
+    run = save_run(tmp_path / "store", changed_science={"train": {"label_dropout": 0.0}})
+    place = exported(run, tmp_path)
+    pipeline = LapFlowPipeline.from_pretrained(place)
+    with pytest.raises(ConfigError, match=r"guidance_scale=2\.0 needs a null label"):
+        pipeline([0], num_inference_steps=2, guidance_scale=2.0)
+    assert pipeline([0], num_inference_steps=2).images
+    assert "no null label was trained: there is no guidance" in (place / "README.md").read_text()
+    trained = LapFlowPipeline.from_pretrained(folder)
+    assert trained([0], num_inference_steps=2, guidance_scale=2.0).images
+    assert "3 is the null label of guidance" in (folder / "README.md").read_text()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.flow.flow import FlowConfig
+from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from pipelines.encoded import as_png
@@ -22,15 +23,26 @@ from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.checkpoint_report import CheckpointReport
 from trainer.evaluate.distance import DistanceToReal
-from trainer.evaluate.features import RandomConvFeatures
+from trainer.evaluate.features import FeatureConfig, RandomConvFeatures
 from trainer.evaluate.frechet import FeatureMoments, FeatureStatistics
 from trainer.evaluate.grid import class_grid
 from trainer.evaluate.learned_features import learned_features
+from trainer.evaluate.report import EvalConfig, evaluation_key
 from trainer.schema import ConfigError, DataConfig, to_dict
 from trainer.state import Fragment
+from trainer.trained.choice import choose_checkpoints
 from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.trained.own_settings import SamplerChoice, own_eval
 
 MODEL = TransformerConfig(depth=1, width=16, heads=2)
+OWN = EvalConfig(
+    samples=20,
+    batch=6,
+    seed=3,
+    sampler=SamplerConfig(solver="midpoint", steps=20, guidance_scale=1.5),
+    features=FeatureConfig(name="random_conv"),
+)
+"""How the run of these tests measures itself."""
 
 
 def two_kinds(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,6 +150,8 @@ def place(tmp_path_factory):
         "model": to_dict(MODEL),
         "flow": to_dict(FlowConfig()),
         "data_set": {"index_sha256": images.digest},
+        "train": {"label_dropout": 0.1},
+        "eval": to_dict(OWN),
     }
     torch.manual_seed(0)
     model = LapFlowTransformer(MODEL, scales=2, channels=1, image_size=8, classes=2)
@@ -163,7 +177,7 @@ def place(tmp_path_factory):
 
 def config(place, **changes) -> CheckpointEvaluationConfig:
     base = CheckpointEvaluationConfig(
-        checkpoint=f"{place}/runs/small", samples=20, home=str(place / "home"), device="cpu"
+        checkpoint=f"{place}/runs/small", home=str(place / "home"), device="cpu"
     )
     return dataclasses.replace(base, **changes)
 
@@ -181,6 +195,57 @@ def test_a_run_is_measured_at_its_newest_checkpoint_or_at_all(place):
     assert both[1] == newest
     named = config(place, checkpoint=f"{place}/runs/small/checkpoints/000000000100")
     assert evaluate_checkpoints(named, tell=quiet) == both[:1]
+
+
+def test_the_runs_own_settings_hold_unless_changed(place, tmp_path):
+    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
+    assert [each.features for each in report.distances] == ["random_conv"]
+    asked = report.measurement
+    assert (asked.samples, asked.seed, asked.sampler) == (20, 3, to_dict(OWN.sampler))
+    changed = config(place, samples=22, sampler=SamplerChoice(steps=3, guidance_scale=1.0))
+    (other,) = evaluate_checkpoints(changed, tell=quiet)
+    assert other.measurement.samples == 22
+    assert other.measurement.seed == 3
+    assert other.measurement.sampler == {
+        **to_dict(OWN.sampler),
+        "steps": 3,
+        "guidance_scale": 1.0,
+    }
+
+
+def test_a_report_of_the_run_tells_its_own_settings_before_its_checkpoint(place):
+    (manifest,) = choose_checkpoints(
+        f"{place}/runs/small", which="newest", config=StoreConfig()
+    ).manifests
+    store = open_store(f"{place}/elsewhere", StoreConfig())
+    assert own_eval(store, manifest) == OWN
+    again = dataclasses.replace(OWN, samples=30)
+    key = evaluation_key("small", 200, "report.json")
+    store.put(key, json.dumps({"settings": to_dict(again)}).encode())
+    assert own_eval(store, manifest) == again
+    for damaged in (b"[]", b"{", b'{"settings": {"samples": "x"}}', b'{"settings": 3}'):
+        store.put(key, damaged)
+        assert own_eval(store, manifest) == OWN
+    older = dataclasses.replace(manifest, science={})
+    assert own_eval(store, older) is None
+
+
+def test_a_choice_has_every_setting_of_a_sampler():
+    fields = [field.name for field in dataclasses.fields(SamplerConfig)]
+    assert [field.name for field in dataclasses.fields(SamplerChoice)] == fields
+    everything = SamplerConfig(
+        solver="dopri5",
+        steps=7,
+        absolute_tolerance=1e-3,
+        relative_tolerance=1e-4,
+        adaptive_group=5,
+        guidance_scale=3.0,
+        guidance_interval=(0.25, 0.75),
+    )
+    assert SamplerChoice(**dataclasses.asdict(everything)).over(SamplerConfig()) == everything
+    assert SamplerChoice().over(everything) == everything
+    with pytest.raises(SamplerConfigError, match="steps=0"):
+        SamplerChoice(steps=0)
 
 
 def test_what_is_measured_is_read_and_not_measured_again(place, tmp_path):
@@ -206,7 +271,7 @@ def test_the_figures_do_not_depend_on_the_batch(place, tmp_path):
         for batch, folder in zip((20, 2), places, strict=True)
     )
     assert parts.measurement == whole.measurement
-    assert parts.network_evaluations == whole.network_evaluations == 80.0
+    assert parts.network_evaluations == whole.network_evaluations == 80.0  # 20 · 2 · 2
     assert parts.distances[0].frechet == pytest.approx(whole.distances[0].frechet, rel=1e-4)
     grids = [next(folder.rglob("grid.png")).read_bytes() for folder in places]
     assert grids[0] == grids[1]
@@ -262,6 +327,12 @@ def test_the_command_prints_a_table_or_one_paragraph(place, capsys):
     words = [f"checkpoint={place}/runs/small", "samples=20", f"home={place}/home", "device=cpu"]
     assert main([*words, "features=[random_conv]"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[-1].split()[:3] == ["small", "200", "random_conv"]
+    assert table[-2].split() == [
+        *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n"),
+        *("Fréchet", "real", "halves", "extractor's", "accuracy"),
+    ]
+    assert table[-1].split()[:9] == [
+        *("small", "200", "ema", "random_conv", "midpoint", "20", "1.5", "80", "20")
+    ]
     assert main([*words, "samples=1"]) == 2
     assert "samples=1" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""What cannot be measured at the end of a run is told in words; the run is trained all the same."""
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.encoded import as_png
+from pipelines.ingest.write import LabelledImage, write_dataset
+from trainer.launch import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
+
+TINY = (
+    "+exp=digits",
+    "cluster.backend=local",
+    "cluster.workers=1",
+    "engine=plain",
+    "model.depth=1",
+    "model.width=16",
+    "train.global_batch=64",
+    "train.total_images=128",
+    "checkpoint.interval_images=128",
+    "eval.samples=20",
+    "eval.sampler.steps=2",
+    "eval.classifier=false",
+    "eval.grid_interval_images=0",
+    "data.prepare=none",
+)
+GOOD = as_png(np.arange(64, dtype=np.uint8).reshape(8, 8, 1))
+BAD = b"<html>not found</html>"
+
+
+@pytest.fixture
+def launch(empty_tracker, tmp_path, capfd):
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(empty_tracker, home)
+
+    def run(held_out: list[bytes], *overrides: str) -> tuple[int, str]:
+        data = tmp_path / "data"
+        if not data.exists():
+            for split, images in (("train", [GOOD] * 30), ("test", held_out)):
+                labelled = [LabelledImage(image, n % 10) for n, image in enumerate(images)]
+                write_dataset(labelled, f"{data}/{split}")
+        code = main([*TINY, f"home={home}", f"data.prefix={data}", *overrides])
+        written = capfd.readouterr()
+        assert "Traceback" not in written.out + written.err
+        return code, written.out + written.err
+
+    return run
+
+
+def report(tmp_path: Path) -> dict:
+    (file,) = tmp_path.glob("home/store/runs/digits/evaluation/*/report.json")
+    return json.loads(file.read_text())
+
+
+def status(tmp_path: Path) -> list[str]:
+    with sqlite3.connect(tmp_path / "home" / "mlflow.db") as database:
+        return [row[0] for row in database.execute("SELECT status FROM runs")]
+
+
+def test_three_held_out_images_are_compared_with_but_not_in_halves(launch, tmp_path):
+    code, output = launch([GOOD] * 3)
+    assert code == 0
+    assert "with 3 held-out images the distance between two halves of them is left out" in output
+    assert "too few held-out images for halves" in output
+    figures = report(tmp_path)
+    assert (figures["real_images"], figures["frechet_real_halves"]) == (3, None)
+    code, output = launch([])
+    assert code == 0
+    assert "this run is complete" in output
+
+
+def test_one_held_out_image_is_refused_before_training(launch):
+    code, output = launch([GOOD])
+    assert code == 2
+    assert "has 1 held-out image" in output
+    assert "training" not in output.split("error: ")[1].split(":")[0]
+
+
+def test_held_out_images_that_cannot_be_decoded_are_passed_over(launch, tmp_path):
+    code, output = launch([GOOD, BAD, GOOD, GOOD, GOOD[: len(GOOD) // 2], GOOD])
+    assert code == 0
+    figures = report(tmp_path)
+    assert (figures["real_images"], figures["unusable_real_images"]) == (4, 2)
+    assert "4 held-out images (2 more cannot be used)" in output
+    assert "skipping sample 1 in shard" in output
+
+
+@pytest.mark.parametrize(
+    ("held_out", "overrides", "reason"),
+    [
+        ([GOOD] * 8, ["eval.sampler.guidance_scale=1e38"], "the samples have diverged"),
+        ([GOOD, *[BAD] * 12], [], "samples read cannot be used"),
+        ([GOOD, BAD, BAD], [], "at least 2 images, got 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_once_and_the_run_is_trained(
+    launch, tmp_path, held_out, overrides, reason
+):
+    code, output = launch(held_out, *overrides)
+    assert code == 1
+    assert output.count(reason) == 1
+    assert output.count("evaluating the EMA weights") == 1
+    assert "the run is trained to its end" in output
+    assert status(tmp_path) == ["FINISHED"]
+    code, output = launch(held_out, *overrides)
+    assert code == 1
+    assert "images/s" not in output  # nothing is trained again
+    assert output.count(reason) == 1

@@ -149,7 +149,7 @@ def conformance(context: WorkerContext, payload: dict[str, Any]) -> None:
         history = updates(engine, context, count=4, micro_batch=micro, stages=stages)
         told = {"history": history, "state": state(engine)}
         if poisoned:
-            told |= poison(engine, context, before=told["state"])
+            told |= poison(engine, context, before=told["state"], micro_batch=micro)
         tell_once(context, told)
 
 
@@ -175,7 +175,7 @@ def course(context: WorkerContext, payload: dict[str, Any]) -> None:
         resumed.load_fragments(2)
         updates(resumed, context, count=2, first=2, micro_batch=micro)
         told |= {"history": history, "state": state(straight), "resumed": state(resumed)}
-        told |= poison(resumed, context, before=told["resumed"])
+        told |= poison(resumed, context, before=told["resumed"], micro_batch=micro)
         tell_once(context, told)
 
 
@@ -230,27 +230,34 @@ def other_weights(engine: Engine) -> dict[str, Any]:
 
 
 def poison(
-    engine: Engine, context: WorkerContext, *, before: dict[str, list[float]]
+    engine: Engine,
+    context: WorkerContext,
+    *,
+    before: dict[str, list[float]],
+    micro_batch: int,
 ) -> dict[str, Any]:
     """Give one rank a NaN loss after 4 updates; every rank's outcome, and what comes after it.
 
     Args:
-        engine: Its micro-batch is all of a rank's images.
+        engine: Of several micro-batches it is the first one's loss.
         context: This rank.
         before: The engine's state.
+        micro_batch: Images of a forward pass.
     """
-    velocity = engine(
-        (torch.ones(2, 1, 4, 4), torch.ones(1, 1, 8, 8)), torch.rand(2), torch.tensor([0, 1])
-    )
-    loss = sum(v.square().mean() for v in velocity)
-    assert isinstance(loss, torch.Tensor)
-    engine.backward(loss * (float("nan") if context.rank == 1 else 1.0), last=True)
+    passes = BATCH // context.world_size // micro_batch
+    for number in range(passes):
+        velocity = engine(
+            (torch.ones(2, 1, 4, 4), torch.ones(1, 1, 8, 8)), torch.rand(2), torch.tensor([0, 1])
+        )
+        loss = sum(v.square().mean() for v in velocity)
+        assert isinstance(loss, torch.Tensor)
+        bad = context.rank == 1 and number == 0
+        engine.backward(loss * (float("nan") if bad else 1.0), last=number == passes - 1)
     outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
     applied: list[Any] = [None] * context.world_size
     torch.distributed.all_gather_object(applied, outcome.applied)
     unmoved = state(engine) == before
-    micro = BATCH // context.world_size
-    history = updates(engine, context, count=1, first=4, micro_batch=micro)
+    history = updates(engine, context, count=1, first=4, micro_batch=micro_batch)
     return {"applied": applied, "unmoved": unmoved, "next": history}
 
 

@@ -23,6 +23,7 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.index import INDEX_NAME
+from pipelines.proxies import proxy_hint
 from pipelines.slow_steps import told_when_slow
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Source:
                     raise StoreUnreachableError(
                         f"{url} could not be fetched in {tried_s:.0f} s (attempts: {attempt}); the "
                         f"last one gave {describe_failure(error)}. Check that the store is up and, "
-                        "if it is not AWS, that S3_ENDPOINT_URL names it."
+                        f"if it is not AWS, that S3_ENDPOINT_URL names it.{proxy_hint(None)}"
                     ) from error
                 wait_s = min(2.0 ** (attempt - 1), _LONGEST_WAIT_S) + random.random() / 2
                 logger.warning(
@@ -181,6 +182,7 @@ class Source:
                 f"The store refused to give {url} ({describe_failure(error)}). Check that the "
                 "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
                 "instance role) are right and may read the bucket."
+                f"{proxy_hint(None)}"
             ) from error
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise CacheUnusableError(

@@ -21,6 +21,7 @@ from pipelines.errors import (
     UnwritableTargetError,
 )
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard, parse_index
+from pipelines.proxies import proxy_hint
 from pipelines.source import Source, SourceConfig, describe_failure
 
 _HASH = "sha256"
@@ -244,5 +245,6 @@ class Upload:
         return StoreUnreachableError(
             f"The dataset could not be written to {self._prefix} ({describe_failure(error)}). "
             "Check that the bucket exists, that the credentials may write to it and, if the store "
-            "is not AWS, that S3_ENDPOINT_URL names it. Then run the same command again."
+            f"is not AWS, that S3_ENDPOINT_URL names it.{proxy_hint(None)} Then run the same "
+            "command again."
         )

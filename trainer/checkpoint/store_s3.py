@@ -193,7 +193,8 @@ class S3Store:
         self, verb: str, key: str, causes: Mapping[str, str] = CAUSES
     ) -> AbstractContextManager[None]:
         at = "" if self._endpoint is None else f" at {self._endpoint}"
-        return explained(f"{verb} s3://{self._bucket}/{self._prefix}{key}{at}", causes)
+        what = f"{verb} s3://{self._bucket}/{self._prefix}{key}{at}"
+        return explained(what, causes, endpoint=self._endpoint)
 
 
 class _File(io.RawIOBase):

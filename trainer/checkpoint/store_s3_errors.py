@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from botocore import exceptions as aws
 from s3transfer.exceptions import RetriesExceededError
 
+from pipelines.proxies import proxy_hint
 from trainer.checkpoint.errors import StoreError, StoreUnreachable
 
 _CREDENTIALS = (
@@ -62,12 +63,15 @@ CAUSES_OF_SWEEP: Mapping[str, str] = {
 
 
 @contextmanager
-def explained(what: str, causes: Mapping[str, str]) -> Iterator[None]:
+def explained(
+    what: str, causes: Mapping[str, str], *, endpoint: str | None = None
+) -> Iterator[None]:
     """Turn the errors of boto3 into ours; their own text may quote a credential.
 
     Args:
         what: What is done, where.
         causes: Cause and remedy for the codes of an answer.
+        endpoint: Address of the service; None is AWS.
 
     Raises:
         StoreError: The service refuses.
@@ -88,16 +92,21 @@ def explained(what: str, causes: Mapping[str, str]) -> Iterator[None]:
         raise StoreUnreachable(
             f"Cannot {what}: the service does not answer ({type(error).__name__}); check that it "
             "runs, and the address in store.endpoint_url or S3_ENDPOINT_URL."
+            f"{proxy_hint(endpoint)}"
         ) from error
     except aws.ClientError as error:
         code, status = _code(error), http_status(error)
         if status >= 500 and code not in causes:
             raise StoreUnreachable(
                 f"Cannot {what}: the service fails or is overloaded (HTTP {status} {code}) after "
-                "all retries; look at its state, or raise store.retries."
+                f"all retries; look at its state, or raise store.retries.{proxy_hint(endpoint)}"
             ) from error
         cause = causes.get(code, "look the code up in the service's manual")
-        raise StoreError(f"Cannot {what}: refused with HTTP {status} {code}: {cause}.") from error
+        # An answer that is not the service's own has the status for its code.
+        hint = "" if code in causes and not code.isdigit() else proxy_hint(endpoint)
+        raise StoreError(
+            f"Cannot {what}: refused with HTTP {status} {code}: {cause}.{hint}"
+        ) from error
     except aws.BotoCoreError as error:
         raise StoreError(
             f"Cannot {what}: {type(error).__name__}: {error}; check the settings in store and the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipelines.proxies import proxy_hint
 from trainer.metrics.mlflow_place import TrackerUnreachable, cause, connect
 
 
@@ -48,7 +49,9 @@ def run_curves(uri: str, *, experiment: str, run: str) -> dict[str, dict[int, fl
                 for metric in runs[0].data.metrics
             }
     except Exception as error:
-        raise TrackerUnreachable(f"MLflow at {uri} cannot be read: {cause(error)}") from error
+        raise TrackerUnreachable(
+            f"MLflow at {uri} cannot be read: {cause(error)}.{proxy_hint(uri)}"
+        ) from error
     raise TrackerUnreachable(
         f"MLflow at {uri} has no run named {run!r} in the experiment {experiment!r}; the pages of "
         "`make ui` list the names"

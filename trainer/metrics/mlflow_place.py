@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipelines.proxies import proxy_hint
 from trainer.metrics.tracker import TrackingConfig
 
 # A dead server must not hold one call for minutes: our own queue retries. Users can override.
@@ -48,8 +49,9 @@ def check_tracker(config: TrackingConfig, home: str) -> str:
         raise
     except Exception as error:
         raise TrackerUnreachable(
-            f"MLflow at tracking.uri={uri} cannot be used: {cause(error)}. Start the server or "
-            "correct tracking.uri; tracking.required=false trains without waiting for it"
+            f"MLflow at tracking.uri={uri} cannot be used: {cause(error)}.{proxy_hint(uri)} Start "
+            "the server or correct tracking.uri; tracking.required=false trains without waiting "
+            "for it"
         ) from error
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.proxies import proxy_hint
 from trainer.metrics.mlflow_place import (
     ExperimentDeleted,
     connect,
@@ -180,7 +181,10 @@ class MlflowTracker:
                     call(client)
                     break
                 except Exception as error:
-                    news = f"MLflow at {self._uri}: {error}; trying again in {pause:.1f} s"
+                    news = (
+                        f"MLflow at {self._uri}: {error}; trying again in {pause:.1f} s."
+                        f"{proxy_hint(self._uri)}"
+                    )
                     if deleted := self._deleted(error):
                         news = f"{deleted}. Until then its points are kept"
                     else:

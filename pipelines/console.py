@@ -8,21 +8,40 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from typing import TextIO
+
+# All but tab and line break: a terminal would obey them.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    r"""Put text from outside, such as a file's name, into one line of characters that can be seen.
+
+    What a terminal would obey, what turns the direction of writing, line breaks and bytes that are
+    no text in the file system's encoding become escapes such as ``\x1b`` and ``\udcff``.
+    """
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
     """Write a line at once, as far as it can be written.
 
     Args:
-        text: The line; characters that the stream's encoding lacks are escaped.
+        text: The line, or several; control characters, and those that the stream's encoding lacks,
+            are escaped.
         to: Where; None is standard output as it is now.
     """
     stream: TextIO | None = to or sys.stdout
     if stream is None or stream.closed:  # standard output was closed before the program began
         return
     encoding = stream.encoding or "utf-8"
+    text = _CONTROLS.sub(lambda found: _escaped(found[0]), text)
     try:
         stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
         stream.flush()

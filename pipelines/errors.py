@@ -27,6 +27,10 @@ class InvalidIndexError(DataError):
     """index.json is damaged, hostile or of a kind that is not read here."""
 
 
+class UnreadableSourceError(DataError):
+    """The images to be ingested are missing, damaged, or lie in a way that is not understood."""
+
+
 class MissingLatentRecordError(DataError):
     """Latents do not say what they were made with: there is no latents.json."""
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pipelines.console import say
 from pipelines.errors import DataError
 from pipelines.ingest import digits, huggingface, image_folder, verify
 
@@ -38,16 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     try:
-        status: int = options.run(options, _say)
+        status: int = options.run(options, say)
     except DataError as error:
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}", to=sys.stderr)
         return _REFUSED
     return status
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 from dataclasses import dataclass
 
+from pipelines.console import visible
 from pipelines.errors import DataError
+from pipelines.ingest.entry import PassedOver
 from pipelines.source import Source, SourceConfig
 
 ABOUT_NAME = "ingest.json"
@@ -23,12 +25,14 @@ class About:
         images_per_class: Images in the dataset, in the order of `classes`; None if that was not
             noted.
         skipped: Name and reason of each image that was left out.
+        passed_over: What lay beside the images and was not taken, and how often.
     """
 
     plan: str
     classes: tuple[str, ...]
     images_per_class: tuple[int, ...] | None
     skipped: tuple[tuple[str, str], ...]
+    passed_over: PassedOver = ()
 
 
 def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | None:
@@ -69,7 +73,10 @@ def _parsed(content: bytes) -> About:
         raise ValueError("images_per_class is not a number for each class")
     return About(
         plan=str(values["plan"]),
-        classes=tuple(classes),
+        classes=tuple(map(visible, classes)),
         images_per_class=None if counts is None else tuple(counts),
-        skipped=tuple((str(name), str(reason)) for name, reason in values["skipped"]),
+        skipped=tuple((visible(name), visible(reason)) for name, reason in values["skipped"]),
+        passed_over=tuple(
+            (visible(kind), int(number)) for kind, number in values.get("passed_over", ())
+        ),
     )

@@ -38,8 +38,8 @@ def is_complete(prefix: str, *, plan: str) -> bool:
     about = read_about(prefix) if complete else None
     if complete and (about is None or about.plan != plan):
         raise OccupiedPrefixError(
-            f"{prefix} holds another dataset, so nothing was written. Choose another prefix, or "
-            "remove the one that is there."
+            f"{prefix} holds another dataset, or one of the same images before some were replaced, "
+            "so nothing was written. Choose another prefix, or remove the one that is there."
         )
     if source.is_local and not complete:
         refuse_occupied(Path(source.prefix))

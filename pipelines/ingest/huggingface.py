@@ -8,15 +8,17 @@ finished shards are kept.
 """
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import IngestSettingError
-from pipelines.ingest.image_folder import Splits, add_writing_arguments
-from pipelines.ingest.listing import Listing, UnreadableSourceError
+from pipelines.console import visible
+from pipelines.errors import IngestSettingError, UnreadableSourceError
+from pipelines.ingest.listing import Listing
 from pipelines.ingest.rows import list_rows
+from pipelines.ingest.splits import Splits, add_writing_arguments
 
 # What `save_to_disk` of the library leaves in a folder: of a dataset with splits, of one without.
 _SAVED = ("dataset_dict.json", "state.json")
@@ -78,19 +80,43 @@ def load(
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
+def folders_of(name: str) -> tuple[Path, ...]:
+    """Say where the files of a dataset may lie that its rows name, instead of holding images.
+
+    Args:
+        name: Of a dataset on the Hub, whose files the library keeps in its caches; or a local
+            folder, or a .parquet file.
+    """
+    place = Path(name)
+    if place.exists():
+        return ((place if place.is_dir() else place.parent).resolve(),)
+    from datasets import config
+
+    fetched = Path(os.environ.get("HF_HUB_CACHE") or Path(config.HF_CACHE_HOME) / "hub")
+    own = fetched.expanduser() / f"datasets--{name.replace('/', '--')}"
+    return own.resolve(), Path(config.EXTRACTED_DATASETS_PATH).resolve()
+
+
 def list_split(
-    splits: Mapping[str, Any], split: str, *, image_column: str, label_column: str
+    splits: Mapping[str, Any],
+    split: str,
+    *,
+    image_column: str,
+    label_column: str,
+    folders: tuple[Path, ...] = (),
 ) -> Listing:
     """List the images of a split.
 
     Class names come from the label column where it has them. Other labels, whole numbers or texts,
-    are numbered in their order, alike in all splits.
+    are numbered in their order, alike in all splits. A negative number is no class: datasets keep
+    the labels of a split to themselves by it.
 
     Args:
         splits: All splits of a dataset.
         split: Which of them.
         image_column: Name of the column of images.
         label_column: Name of the column of labels.
+        folders: Where the files may lie that rows name; see `folders_of`.
 
     Raises:
         UnreadableSourceError: There is no such split or column, or it is of another kind, or a
@@ -133,8 +159,13 @@ def list_split(
                 "split by --split, or another column by --label-column."
             )
     return Listing(
-        images=list_rows(dataset, column=image_column, labels=[numbers[label] for label in labels]),
-        classes=classes,
+        images=list_rows(
+            dataset,
+            column=image_column,
+            labels=[numbers[label] for label in labels],
+            folders=folders,
+        ),
+        classes=tuple(map(visible, classes)),
     )
 
 
@@ -153,6 +184,7 @@ def _values(splits: Mapping[str, Any], column: str) -> list[Any]:
     import pyarrow as pa
 
     found: set[Any] = set()
+    kinds = set()
     for dataset in splits.values():
         if column in dataset.features:
             labels = dataset.data.column(column)
@@ -162,8 +194,15 @@ def _values(splits: Mapping[str, Any], column: str) -> list[Any]:
                     f"whole numbers or texts. Choose another of {_listed(dataset.features)} by "
                     "--label-column."
                 )
+            kinds.add(pa.types.is_string(labels.type))
             found.update(labels.unique().to_pylist())
-    return sorted(found - {None})
+    if len(kinds) > 1:
+        raise UnreadableSourceError(
+            f"The column {column!r} holds whole numbers in some splits and texts in others, so the "
+            "classes cannot be numbered alike. Choose another one by --label-column."
+        )
+    found.discard(None)
+    return sorted(value for value in found if isinstance(value, str) or value >= 0)
 
 
 def _listed(names: Any) -> str:
@@ -197,6 +236,7 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
         options.split,
         image_column=options.image_column,
         label_column=options.label_column,
+        folders=folders_of(options.name),
     )
     note(f"{listing.summary} in the split {options.split} of {options.name}")
     written.write(listing, note=note)

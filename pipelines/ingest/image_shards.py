@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from pipelines.encoded import BadImageError
+from pipelines.errors import UnreadableSourceError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN
-from pipelines.ingest.listing import SourceImage, UnreadableSourceError
+from pipelines.ingest.listing import SourceImage
 from pipelines.ingest.resize import Resize, checked
 from pipelines.ingest.shard_files import Filled, WriteSample
 
@@ -40,14 +41,16 @@ def cut(images: Sequence[SourceImage], *, shard_bytes: int) -> tuple[ImagePart, 
 
 
 def plan_digest(parts: Sequence[ImagePart], resize: Resize | None) -> str:
-    """Digest of what decides the shards: names, sizes and classes of the images, and the resize.
+    """Digest of what decides the shards: names, versions and classes of the images, and the resize.
 
-    Where the images lie does not count, so that a moved or unpacked source is the same one.
+    Where the images lie does not count, so that a moved source is the same one; a copy is, if it
+    keeps the times of the files. An image that was replaced is another one, also of equal size.
     """
     digest = hashlib.sha256(json.dumps(asdict(resize) if resize else None).encode())
     for part in parts:
         for image in part.images:
-            digest.update(json.dumps([part.number, image.name, image.size, image.label]).encode())
+            decisive = [part.number, image.name, image.size, image.label, image.version]
+            digest.update(json.dumps(decisive).encode())
     return digest.hexdigest()
 
 

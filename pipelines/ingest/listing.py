@@ -1,24 +1,42 @@
-"""What an image folder holds: every image as a range of bytes of some file, with its class.
+"""What a source holds: every image as a range of bytes of some file, with its class.
 
 Images lie in one folder for each class, as in ImageNet's own layout, or in one uncompressed tar
 archive for each class, or in one archive of either of these. An image in an archive is a range of
 the archive's bytes, so nothing has to be unpacked. A folder of images without classes is one class.
+What else lies there is counted, and told.
 """
 
-import tarfile
-from collections.abc import Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
-from pipelines.errors import DataError, EmptyDatasetError
+from pipelines.console import visible
+from pipelines.errors import EmptyDatasetError, UnreadableSourceError
+from pipelines.ingest.class_folders import (
+    class_names,
+    common_folder,
+    refuse_other_layouts,
+    without,
+)
+from pipelines.ingest.entry import Entry, PassedOver, Wanted, count, in_words
+from pipelines.ingest.folder import walk
+from pipelines.ingest.label_table import in_order, labels_beside, labels_of
 from pipelines.order import permutation
 
-SUFFIXES = (".jpeg", ".jpg", ".png")
+MOST_IMAGE_BYTES = 1 << 28  # as many as the largest image that is decoded takes without compression
+IMAGES = Wanted(
+    # Formats that training decodes, by the names that they have.
+    suffixes=(".jpeg", ".jpg", ".jpe", ".jfif", ".png"),
+    most_bytes=MOST_IMAGE_BYTES,
+)
 
-
-class UnreadableSourceError(DataError):
-    """The images to be ingested are missing, or lie in a way that is not understood."""
+ClassesFrom = Literal["folders", "folders anyway", "nothing", "cls files"] | Path
+"""What tells the class of an image: its folder; its folder, whatever that looks like; nothing, for
+all are of one class; webdataset's .cls files; or the table at this path.
+"""
 
 
 class SourceImage(Protocol):
@@ -42,6 +60,11 @@ class SourceImage(Protocol):
         """Class index."""
         ...
 
+    @property
+    def version(self) -> str:
+        """What becomes another text when the image is replaced."""
+        ...
+
     def read(self) -> bytes:
         """Read the encoded image.
 
@@ -61,7 +84,8 @@ class ListedImage:
         offset: First byte.
         size: Number of bytes.
         label: Class index.
-        name: What to call it in messages: class folder and file name.
+        name: What to call it in messages: its path in the source.
+        modified_ns: When the file that holds it was changed last.
     """
 
     path: str
@@ -69,10 +93,26 @@ class ListedImage:
     size: int
     label: int
     name: str
+    modified_ns: int
+
+    @property
+    def version(self) -> str:
+        """When the file that holds it was changed last."""
+        return str(self.modified_ns)
 
     def read(self) -> bytes:
-        """Read the encoded image."""
+        """Read the encoded image.
+
+        Raises:
+            OSError: The file cannot be read.
+            UnreadableSourceError: It was changed since it was listed.
+        """
         with Path(self.path).open("rb") as file:
+            if os.fstat(file.fileno()).st_mtime_ns != self.modified_ns:
+                raise UnreadableSourceError(
+                    f"{visible(self.path)} was changed while it was taken in, so images of two "
+                    "states would be mixed. Run the same command again when it is complete."
+                )
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -84,31 +124,29 @@ class Listing:
     Attributes:
         images: All images, in an order of the source that is always the same.
         classes: Name of each class; a label is a place in this list.
+        passed_over: What lies in the source and is not taken.
+        inside: The folder around all class folders, if there is one.
     """
 
     images: Sequence[SourceImage]
     classes: tuple[str, ...]
+    passed_over: PassedOver = ()
+    inside: str = ""
 
     @property
     def summary(self) -> str:
         """How much there is, in words."""
         word = "class" if len(self.classes) == 1 else "classes"
-        return f"{len(self.images):,} images of {len(self.classes):,} {word}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Range:
-    """One image before the classes are numbered."""
-
-    path: Path
-    offset: int
-    size: int
-    class_name: str
-    name: str
+        inside = f", which are the folders in {self.inside}" if self.inside else ""
+        return f"{len(self.images):,} images of {len(self.classes):,} {word}{inside}"
 
 
 def list_images(
-    source: Path, *, classes: tuple[str, ...] | None = None, one_class: bool = False
+    source: Path,
+    *,
+    classes: tuple[str, ...] | None = None,
+    classes_from: ClassesFrom = "folders",
+    follow_links: bool = False,
 ) -> Listing:
     """Find the images under a folder, or in a tar archive.
 
@@ -116,56 +154,130 @@ def list_images(
         source: A folder with one folder or tar archive for each class, or a tar archive of such; or
             a folder with nothing but images, which are then of one class.
         classes: Names of the classes in the order of their labels; None numbers those found, in
-            alphabetical order.
-        one_class: Take all images for one class, whatever folders they lie in.
+            alphabetical order, or by their value if all are whole numbers.
+        classes_from: What tells the class of an image.
+        follow_links: Take symbolic links for what they name.
 
     Raises:
-        UnreadableSourceError: The source is missing, has another layout, or has a class that
-            ``classes`` does not list.
+        UnreadableSourceError: The source is missing, damaged, has another layout, or has a class
+            that ``classes`` does not list.
         EmptyDatasetError: There are no images.
     """
     try:
-        found = sorted(
-            _in_place(source, one_class=one_class), key=lambda image: (image.class_name, image.name)
-        )
+        entries = list(walk(source, wanted=IMAGES, follow_links=follow_links))
+        images = [entry for entry in entries if not entry.passed_over]
+        others = [entry for entry in entries if entry.passed_over]
+        if not images:
+            raise EmptyDatasetError(_no_images(source, others))
+        around = common_folder(images) if isinstance(classes_from, str) else ()
+        images, others = ([without(around, entry) for entry in part] for part in (images, others))
+        names, kinds = _classes_of(images, others, source=source, classes_from=classes_from)
     except OSError as error:
         raise UnreadableSourceError(
             f"{source} cannot be read ({error}). Give a folder with one sub-folder of images for "
             "each class, or a tar archive of one."
         ) from error
-    except tarfile.TarError as error:
+    listing = numbered(
+        {image: name for image, name in zip(images, names, strict=True) if name is not None},
+        classes=classes,
+        source=source,
+        by_value=classes_from == "cls files" or isinstance(classes_from, Path),
+    )
+    by_folder = classes_from in ("folders", "folders anyway")
+    return replace(
+        listing,
+        passed_over=count([*(other.passed_over for other in others), *kinds]),
+        inside=visible("/".join(around)) if by_folder else "",
+    )
+
+
+def _classes_of(
+    images: Sequence[Entry], others: Sequence[Entry], *, source: Path, classes_from: ClassesFrom
+) -> tuple[Sequence[str | None], list[str]]:
+    """Name the class of each image, None for one without; and say what is passed over besides."""
+    if classes_from == "nothing":
+        return [source.stem] * len(images), []
+    if classes_from in ("folders", "folders anyway"):
+        found = class_names(images, source=source)
+        if classes_from == "folders":
+            refuse_other_layouts(found, images, others, source=source)
+        return found, []
+    strangers = 0
+    if isinstance(classes_from, Path):
+        names, strangers = labels_of(images, classes_from)
+    else:
+        names = labels_beside(images, others)
+    if not any(names):
         raise UnreadableSourceError(
-            f"{source} holds an archive that cannot be read ({error}). Only uncompressed .tar "
-            "archives are read in place; unpack it, and give the folder."
-        ) from error
-    if not found:
-        raise EmptyDatasetError(
-            f"{source} holds no images: there must be files that end in {', '.join(SUFFIXES)}, in "
-            "one sub-folder (or .tar archive) for each class, or in the folder itself."
+            f"None of the {len(images):,} images in {source} has a label, such as "
+            f"{visible('/'.join(images[0].parts))!r}. Tables name images by their path in the "
+            "source, or by their file name where no two have the same; shards of webdataset have "
+            "a .cls file beside each image."
         )
-    if one_class:
-        found = [replace(image, class_name=source.stem) for image in found]
-    names = classes or tuple(sorted({image.class_name for image in found}))
-    labels = {name: label for label, name in enumerate(names)}
-    unknown = sorted({image.class_name for image in found} - labels.keys())
+    kinds = ["unlabelled image"] * names.count(None) + ["unmatched label"] * strangers
+    return names, kinds
+
+
+def _no_images(source: Path, others: Sequence[Entry]) -> str:
+    passed = in_words(count(other.passed_over for other in others))
+    return (
+        f"{source} holds no images{f', only {passed}' if passed else ''}: there must be files that "
+        f"end in {', '.join(IMAGES.suffixes)}, in one sub-folder (or .tar archive) for each class, "
+        "or in the folder itself."
+    )
+
+
+def numbered(
+    class_of: Mapping[Entry, str],
+    *,
+    classes: tuple[str, ...] | None,
+    source: Path,
+    by_value: bool = False,
+) -> Listing:
+    """Number the classes of what was found.
+
+    Args:
+        class_of: Name of the class of each entry.
+        classes: Names of the classes in the order of their labels; None for those found.
+        source: What holds the entries.
+        by_value: Put whole numbers in the order of their values, and take them for places in
+            `classes` if that has other names.
+
+    Raises:
+        UnreadableSourceError: A class is not in the list, or two things have the same name.
+    """
+    found = (in_order if by_value else sorted)(set(class_of.values()))
+    names = tuple(visible(name) for name in classes or found)
+    labels = {name: label for label, name in enumerate(classes or found)}
+    if classes and by_value and not labels.keys() & set(found):
+        labels = {str(label): label for label in range(len(classes))}
+    unknown = sorted(set(found) - labels.keys())
     if unknown:
         raise UnreadableSourceError(
-            f"{source} holds the class {unknown[0]!r}, which is not among the {len(names)} classes "
-            "given. Add it to the class list, or remove its folder."
+            f"{source} holds the class {visible(unknown[0])!r}, which is not among the "
+            f"{len(names)} classes given. Add it to the class list, or remove its images."
         )
-    return Listing(
-        images=tuple(
+    images = sorted(
+        (
             ListedImage(
-                path=str(image.path),
-                offset=image.offset,
-                size=image.size,
-                label=labels[image.class_name],
-                name=image.name,
+                path=str(entry.path),
+                offset=entry.offset,
+                size=entry.size,
+                label=labels[name],
+                name=visible("/".join(entry.parts)),
+                modified_ns=entry.modified_ns,
             )
-            for image in found
+            for entry, name in class_of.items()
         ),
-        classes=names,
+        key=lambda image: (image.label, image.name),
     )
+    for repeated, what in ((Counter(names), "classes"), (Counter(i.name for i in images), "files")):
+        if repeated and (most := repeated.most_common(1)[0])[1] > 1:
+            raise UnreadableSourceError(
+                f"{source} holds {most[1]} {what} called {most[0]!r}, for example in a folder and "
+                "in an archive of the same name. Rename or remove all but one."
+            )
+    return Listing(images=tuple(images), classes=names)
 
 
 def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Listing]:
@@ -183,95 +295,4 @@ def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Lis
         chosen = set(order[: round(share * len(members))].tolist())
         for place, image in enumerate(members):
             (held if place in chosen else kept).append(image)
-    return (
-        Listing(images=tuple(kept), classes=listing.classes),
-        Listing(images=tuple(held), classes=listing.classes),
-    )
-
-
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """Read the names of classes in the order of their labels, one a line.
-
-    Raises:
-        UnreadableSourceError: The file cannot be read as text, or names no class.
-    """
-    try:
-        names = tuple(filter(None, path.read_text(encoding="utf-8").split("\n")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableSourceError(
-            f"The class list {path} cannot be read ({error}). Give a text file with the name of "
-            "one class a line, in the order of the labels."
-        ) from error
-    if not names:
-        raise UnreadableSourceError(
-            f"The class list {path} names no class. Write one a line, or leave it away to number "
-            "the classes by name."
-        )
-    return names
-
-
-def _in_place(source: Path, *, one_class: bool) -> Iterator[_Range]:
-    if source.is_file():
-        yield from _in_archive(source, start=0, class_name=None)
-        return
-    entries = sorted(source.iterdir())
-    loose = [entry for entry in entries if _is_image(entry)]
-    for entry in entries:
-        if entry.suffix == ".tar":
-            yield from _in_archive(entry, start=0, class_name=entry.stem)
-        elif entry.is_dir():
-            for path in entry.rglob("*"):
-                if _is_image(path):
-                    name = f"{entry.name}/{path.relative_to(entry).as_posix()}"
-                    yield _file(path, class_name=entry.name, name=name)
-        else:
-            continue
-        if loose and not one_class:
-            raise UnreadableSourceError(
-                f"{source} holds the image {loose[0].name!r} beside the class {entry.name!r}, so "
-                "its class is unclear. Put it into a class folder, or take all images for one "
-                "class by --one-class."
-            )
-    for path in loose:
-        yield _file(path, class_name=source.resolve().name, name=path.name)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
-
-
-def _file(path: Path, *, class_name: str, name: str) -> _Range:
-    return _Range(path=path, offset=0, size=path.stat().st_size, class_name=class_name, name=name)
-
-
-def _in_archive(path: Path, *, start: int, class_name: str | None) -> Iterator[_Range]:
-    """Find the images in an archive that begins somewhere in a file.
-
-    Args:
-        path: The file.
-        start: Where the archive begins: not at 0 for an archive inside another one.
-        class_name: Class of the images; None takes it from each member's folder.
-    """
-    with path.open("rb") as file:
-        file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                if not member.isreg():
-                    continue
-                # Offsets count from the start of the file, also in an archive inside another one.
-                if name.suffix == ".tar":
-                    yield from _in_archive(path, start=member.offset_data, class_name=name.stem)
-                elif name.suffix.lower() in SUFFIXES:
-                    owner = class_name or name.parent.name
-                    if not owner:
-                        raise UnreadableSourceError(
-                            f"{path} holds the image {member.name!r} outside of any class folder."
-                        )
-                    yield _Range(
-                        path=path,
-                        offset=member.offset_data,
-                        size=member.size,
-                        class_name=owner,
-                        name=f"{owner}/{name.name}",
-                    )
+    return replace(listing, images=tuple(kept)), replace(listing, images=tuple(held))

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from pipelines.console import visible
 from pipelines.ingest.duplicates import Duplicates
+from pipelines.ingest.entry import PassedOver, in_words
 from pipelines.ingest.inspection import BadSample
 
 _SHOWN = 20  # of each kind of finding; the JSON has them all
@@ -51,6 +53,8 @@ class Report:
         miscounts: How the counts differ from what the dataset says of itself, in sentences.
         duplicates: Samples with the same bytes, by 128-bit BLAKE2b.
         duplicates_forbidden: Whether those are a fault.
+        left_out: Images that were listed at ingest and not taken, for they could not be decoded.
+        passed_over: What else the ingest did not take, and how often.
     """
 
     prefix: str
@@ -69,6 +73,8 @@ class Report:
     miscounts: Sequence[str]
     duplicates: Duplicates
     duplicates_forbidden: bool
+    left_out: int
+    passed_over: PassedOver
 
     @property
     def faults(self) -> Sequence[str]:
@@ -116,6 +122,10 @@ def _contents(report: Report) -> Iterator[str]:
             f"height {min(heights):,} to {max(heights):,}"
         )
         yield f"  {count:,} of {first[0]} x {first[1]}{more if others else ''}"
+    if report.left_out:
+        yield f"  left out at ingest: {report.left_out:,} {report.holds} (named in ingest.json)"
+    if report.passed_over:
+        yield f"  passed over at ingest: {in_words(report.passed_over)}"
 
 
 def _classes(report: Report) -> Iterator[str]:
@@ -165,14 +175,15 @@ def _faults(report: Report) -> Iterator[str]:
     if report.bad_shards:
         yield "shards that are missing or damaged"
         yield from _first(
-            f"{shard.name}: {shard.lost:,} of {shard.samples:,} samples lost: "
-            f"{_first_sentence(shard.problem)}"
+            f"{visible(shard.name)}: {shard.lost:,} of {shard.samples:,} samples lost: "
+            f"{visible(_first_sentence(shard.problem))}"
             for shard in report.bad_shards
         )
     if report.bad_samples:
         yield f"{report.holds} that cannot be used"
         yield from _first(
-            f"sample {bad.sample_id} in {bad.shard}: {bad.problem}" for bad in report.bad_samples
+            f"sample {bad.sample_id} in {visible(bad.shard)}: {visible(bad.problem)}"
+            for bad in report.bad_samples
         )
     if report.stray_labels:
         yield "labels of no class"

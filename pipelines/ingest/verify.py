@@ -176,6 +176,8 @@ def _report(
             examples=_EXAMPLES,
         ),
         duplicates_forbidden=forbid_duplicates,
+        left_out=len(about.skipped) if about else 0,
+        passed_over=about.passed_over if about else (),
     )
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
+from pipelines.console import say
 from pipelines.errors import IngestSettingError, MissingDatasetError
+from pipelines.ingest.class_list import read_class_names
 from pipelines.ingest.latents.arrays.layout import ArrayLayout
 from pipelines.ingest.latents.arrays.listing import list_arrays
 from pipelines.ingest.latents.arrays.plan import ArrayPlan, ArraysConfig, ArraySource, split_apart
 from pipelines.ingest.latents.encode import EncodeConfig, LatentPlan
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.ingest.latents.options import parse_options
-from pipelines.ingest.listing import read_class_names
 from pipelines.ingest.write import has_dataset
 from pipelines.shards import ShardsConfig
 from trainer import places
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # The trainer names the setting that it has for the autoencoder.
         said = str(error).replace("codec.source=", "--autoencoder ")
-        sys.stderr.write(f"error: {said.replace('codec.source', '--autoencoder')}\n")
+        say(f"error: {said.replace('codec.source', '--autoencoder')}", to=sys.stderr)
         return _REFUSED
     return 0
 
@@ -165,8 +166,7 @@ def _encoder(options: argparse.Namespace, *, cache: Path) -> Encoder:
 
 
 def _tell(place: str, text: str) -> None:
-    sys.stdout.write(f"{place}: {text}\n")
-    sys.stdout.flush()
+    say(f"{place}: {text}")
 
 
 if __name__ == "__main__":

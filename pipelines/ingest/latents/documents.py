@@ -7,6 +7,7 @@ from typing import Literal
 
 from pipelines.errors import EmptyDatasetError
 from pipelines.ingest.about import ABOUT_NAME, About
+from pipelines.ingest.entry import PassedOver
 from pipelines.ingest.latents.band_sums import merged
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.ingest.shard_files import FinishedShard
@@ -27,6 +28,7 @@ class Origin:
         encoder: The autoencoder.
         precision: What it computed in; None where that is not known.
         format: How latents are stored.
+        passed_over: What lies beside the arrays and is not taken.
     """
 
     plan: str
@@ -37,6 +39,7 @@ class Origin:
     encoder: Encoder
     precision: Literal["fp32", "bf16"] | None
     format: LatentFormat
+    passed_over: PassedOver = ()
 
     def documents(self, finished: Sequence[FinishedShard]) -> Mapping[str, object]:
         """Give the content of ingest.json and latents.json.
@@ -60,6 +63,7 @@ class Origin:
             classes=self.classes,
             images_per_class=tuple(counts[label] for label in range(len(self.classes))) or None,
             skipped=tuple(image for shard in finished for image in shard.filled.skipped),
+            passed_over=self.passed_over,
         )
         encoder = self.encoder
         record = LatentRecord(

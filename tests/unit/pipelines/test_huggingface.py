@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import pytest
 
+from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.about import read_about
 from pipelines.ingest.huggingface import list_split, load
-from pipelines.ingest.image_folder import IngestConfig, ingest
-from pipelines.ingest.listing import UnreadableSourceError
+from pipelines.ingest.image_dataset import IngestConfig, ingest
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
 
@@ -206,3 +207,49 @@ def test_a_row_without_a_label_is_refused() -> None:
     dataset = hub_dataset(labels=[-1, *LABELS[1:]])
     with pytest.raises(UnreadableSourceError, match=r"Row 0 .* the label -1, which is no class"):
         list_split({"test": dataset}, "test", image_column="image", label_column="label")
+
+
+def test_unknown_labels_of_another_split_shift_no_class() -> None:
+    def split(labels: list[int]) -> Any:
+        return datasets.Dataset.from_dict({"image": IMAGES[: len(labels)], "label": labels})
+
+    splits = {"train": split([0, 1, 2]), "test": split([-1, -1])}
+    listing = list_split(splits, "train", image_column="image", label_column="label")
+    assert listing.classes == ("0", "1", "2")
+    assert [image.label for image in listing.images] == [0, 1, 2]
+    with pytest.raises(UnreadableSourceError, match=r"Row 0 .* the label -1, which is no class"):
+        list_split(splits, "test", image_column="image", label_column="label")
+    mixed = {"train": split([0, 1]), "test": datasets.Dataset.from_dict({"label": ["a"]})}
+    with pytest.raises(UnreadableSourceError, match="numbers in some splits and texts in others"):
+        list_split(mixed, "train", image_column="image", label_column="label")
+
+
+def test_rows_reach_no_file_outside_of_the_dataset(tmp_path: Path) -> None:
+    copy, secret = tmp_path / "copy", tmp_path / "secret.png"
+    copy.mkdir()
+    secret.write_bytes(IMAGES[0])
+    (copy / "mine.png").write_bytes(IMAGES[1])
+    (copy / "link.png").symlink_to(secret)
+    (copy / "folder.png").mkdir()
+    with (copy / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)
+    paths = [
+        *(str(secret), "../secret.png", "link.png", str(copy / "link.png"), "folder.png"),
+        *("/dev/zero", "/proc/self/environ", "huge.png", "no\0thing", "x" * 5000, "mine.png"),
+        str(copy / "mine.png"),
+    ]
+    images = [{"bytes": None, "path": path} for path in paths]
+    schema = hub_dataset().features.arrow_schema
+    table = pyarrow.Table.from_pydict({"image": images, "label": [0] * len(images)}, schema)
+    pyarrow.parquet.write_table(table, copy / "data.parquet")
+    name = str(copy / "data.parquet")
+    out = tmp_path / "out"
+    command = ["huggingface", name, str(out), "--workers", "1", "--max-skipped-share", "0.9"]
+    assert main(command) == 0
+    assert [data for data, _ in contents(out / "train")] == [IMAGES[1]] * 2
+    about = read_about(str(out / "train"))
+    assert about is not None
+    assert len(about.skipped) == 10
+    reasons = {reason for _, reason in about.skipped}
+    assert any("no file below the dataset's folder" in reason for reason in reasons)
+    assert all(name.isprintable() for name, _ in about.skipped)

@@ -16,10 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import BadDataError, EmptyDatasetError, OccupiedPrefixError
+from pipelines.errors import (
+    BadDataError,
+    EmptyDatasetError,
+    OccupiedPrefixError,
+    UnreadableSourceError,
+)
 from pipelines.ingest.__main__ import main
-from pipelines.ingest.image_folder import IngestConfig, ingest
-from pipelines.ingest.listing import Listing, UnreadableSourceError, hold_out, list_images
+from pipelines.ingest.image_dataset import IngestConfig, ingest
+from pipelines.ingest.listing import Listing, hold_out, list_images
 from pipelines.ingest.resize import Resize
 from pipelines.shards import ShardedDataset
 from tests.support.s3_server import S3Server
@@ -242,15 +247,15 @@ def test_a_killed_ingest_goes_on_where_it_stopped(folder: Path, tmp_path: Path) 
 # The command line with small shards, that stops after two of them, to be killed.
 HALF_AN_INGEST = """
 import itertools, signal, sys
-from pipelines.ingest import image_folder
+from pipelines.ingest import image_dataset
 from pipelines.ingest.__main__ import main
-write = image_folder.write_shards
+write = image_dataset.write_shards
 def two(parts, *arguments, **options):
     yield from itertools.islice(write(parts, *arguments, **options), 2)
     signal.pause()
-image_folder.write_shards = two
-cut = image_folder.cut
-image_folder.cut = lambda images, shard_bytes: cut(images, shard_bytes=1500)
+image_dataset.write_shards = two
+cut = image_dataset.cut
+image_dataset.cut = lambda images, shard_bytes: cut(images, shard_bytes=1500)
 sys.exit(main(sys.argv[1:]))
 """
 

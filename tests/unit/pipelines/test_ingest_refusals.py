@@ -4,12 +4,15 @@ import errno
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pipelines.errors import BadDataError
+from pipelines.errors import BadDataError, UnreadableSourceError
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.build import refuse_too_many
-from pipelines.ingest.listing import ListedImage
+from pipelines.ingest.class_list import read_class_names
+from pipelines.ingest.image_dataset import IngestConfig, ingest
+from pipelines.ingest.listing import ListedImage, list_images
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
 
@@ -34,6 +37,9 @@ def folder(tmp_path: Path) -> Path:
         ("--classes missing.txt", "class list missing.txt cannot be read"),
         ("--classes FOLDER", "class list FOLDER cannot be read"),
         ("--classes EMPTY", "class list EMPTY names no class"),
+        ("--classes TWICE", "class list TWICE names 'ant' 2 times"),
+        ("--classes GAP", "class list GAP has nothing in line 2"),
+        ("--hold-out 0.05", "Choose another share, or take all images .* by --one-class"),
         ("--classes FOLDER/bee/000.png", "000.png cannot be read"),
         ("--seed -1", "seed=-1 must be 0 or more"),
         ("--image-size 0", "image_size=0 must be at least 1 pixel"),
@@ -51,8 +57,10 @@ def test_settings_that_cannot_be_used_are_named_and_nothing_is_written(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "empty.txt").write_text("\n")
-    places = {"FOLDER": str(folder), "EMPTY": str(tmp_path / "empty.txt")}
+    places = {"FOLDER": str(folder)}
+    for name, content in (("EMPTY", "\n"), ("TWICE", "ant\nbee\nant\n"), ("GAP", "ant\n\nbee\n")):
+        (tmp_path / name).write_text(content)
+        places[name] = str(tmp_path / name)
     for name, place in places.items():
         words, message = words.replace(name, place), message.replace(name, place)
     out = tmp_path / "out"
@@ -137,3 +145,55 @@ def test_an_image_that_is_there_and_cannot_be_read_is_not_left_out(
     assert "7.jpg cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().err
     assert main(words) == 0
     assert len(ShardedDataset(str(tmp_path / "out" / "train"))) == 200
+
+
+def test_a_class_list_from_another_system_is_the_same_one(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbfbee\r\nant\r\n")
+    assert read_class_names(tmp_path / "names") == ("bee", "ant")
+
+
+def test_replaced_images_of_equal_size_are_not_taken_for_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by a start after the end, nor by one that goes on with half the shards."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    data = {color: solid(color) for color in (0, 7)}
+    assert len(data[0]) == len(data[7])
+    for number in range(4):
+        (source / f"{number}.png").write_bytes(data[0])
+    words = ["image-folder", str(source), str(out), "--workers", "1"]
+    assert main(words) == 0
+    assert main(words) == 0
+    assert "complete, nothing to do" in capsys.readouterr().out
+    (source / "0.png").write_bytes(data[7])
+    assert main(words) == 2
+    assert "before some were replaced" in capsys.readouterr().err
+
+    monkeypatch.setattr("pipelines.ingest.progress._TELL_EVERY_S", 0.0)
+    config = IngestConfig(shard_bytes=1)
+    ingest(list_images(source), str(tmp_path / "whole"), config=config, note=lambda _: None)
+    (source / "0.png").write_bytes(data[0])
+    with pytest.raises(KeyboardInterrupt):
+        ingest(list_images(source), str(tmp_path / "half"), config=config, note=stop)
+    assert any((tmp_path / ".half.building").glob("*.mds"))
+    (source / "0.png").write_bytes(data[7])
+    ingest(list_images(source), str(tmp_path / "half"), config=config, note=lambda _: None)
+    halves = [ShardedDataset(str(tmp_path / name)) for name in ("whole", "half")]
+    assert halves[0].digest == halves[1].digest
+
+
+def test_an_image_that_changes_while_it_is_taken_in_stops_it(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(solid(0))
+    listing = list_images(tmp_path)
+    (tmp_path / "1.png").write_bytes(solid(7))
+    with pytest.raises(UnreadableSourceError, match="was changed while it was taken in"):
+        ingest(listing, str(tmp_path / "out"), config=IngestConfig(), note=lambda _: None)
+
+
+def solid(color: int) -> bytes:
+    return pictures.encode(np.full((9, 9, 3), color, np.uint8), compress_level=0)
+
+
+def stop(text: str) -> None:
+    raise KeyboardInterrupt

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UnreadableSourceError
 from pipelines.ingest.latents.arrays.npy import MOST_BYTES, BadArrayError, parse_npy
-from pipelines.ingest.listing import SourceImage, UnreadableSourceError
+from pipelines.ingest.listing import SourceImage
 
 Holds = Literal["mean-std", "latents"]
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pipelines.errors import EmptyDatasetError, IngestSettingError
 from pipelines.ingest.build import build, is_complete, refuse_too_many
+from pipelines.ingest.entry import in_words
 from pipelines.ingest.latents.arrays.layout import ArrayLayout, MisfitArrayError, read_array
 from pipelines.ingest.latents.arrays.npy import BadArrayError
 from pipelines.ingest.latents.arrays.shards import OpenArrayFiller, cut
@@ -173,6 +174,7 @@ class ArrayPlan:
             encoder=self._source.encoder,
             precision=None,
             format=self._format,
+            passed_over=self._source.listing.passed_over,
         )
         build(
             self._prefix,
@@ -211,7 +213,7 @@ class ArrayPlan:
         return common
 
     def _plan_digest(self) -> str:
-        """Digest of all that decides the latents: names, sizes and classes, not contents."""
+        """Digest of all that decides the latents: names, versions and classes of the arrays."""
         decisive = {
             "recipe": _RECIPE,
             "layout": asdict(self._config.layout),
@@ -223,11 +225,14 @@ class ArrayPlan:
         digest = hashlib.sha256(json.dumps(decisive).encode())
         for part in self._parts:
             for file in part.arrays:
-                digest.update(json.dumps([part.number, file.name, file.size, file.label]).encode())
+                one = [part.number, file.name, file.size, file.label, file.version]
+                digest.update(json.dumps(one).encode())
         return digest.hexdigest()
 
     def _shards(self, work: Path, note: Callable[[str], None]) -> Iterator[FinishedShard]:
         note(f"{len(self._arrays):,} arrays to take in")
+        if self._source.listing.passed_over:
+            note(f"passed over: {in_words(self._source.listing.passed_over)}")
         finished = write_shards(
             self._parts,
             work,

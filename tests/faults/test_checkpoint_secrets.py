@@ -19,7 +19,7 @@ from tests.support.http_faults import Answer
 from tests.support.job import SMALL, job
 from tests.support.s3_server import S3Server, s3_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 CANARIES = {
     "secret": "canary-s3cr3t-7Qx",

@@ -13,7 +13,7 @@ import torch
 
 from tests.support.job import SMALL, final_state, job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("finished")]
 
 
 @pytest.fixture

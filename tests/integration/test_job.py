@@ -20,7 +20,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import StoreConfig
 from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("finished")]
 
 
 def test_progress_and_results_are_told(finished):

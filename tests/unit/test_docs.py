@@ -62,6 +62,24 @@ def test_the_license_is_there_in_full_and_is_the_one_that_is_declared():
     assert len(words) == 1581  # as published, with its appendix
 
 
+@pytest.mark.slow
+def test_the_heading_of_the_placement_says_what_its_bars_show():
+    from docs import placement_picture
+
+    (panel,) = [
+        axes for axes in placement_picture.placement().axes if "sharding:" in axes.get_title()
+    ]
+    totals: dict[float, float] = {}
+    for bar in panel.patches:
+        row = bar.get_y()
+        totals[row] = max(totals.get(row, 0.0), bar.get_x() + bar.get_width())
+    whole, sharded, again, both = (totals[row] for row in sorted(totals))
+    assert f"together {sharded - whole:+.1f} GiB" in panel.get_title()
+    assert panel.get_title().endswith(f"recompute {both - again:+.1f} GiB")
+    assert sharded > whole  # what the heading must not hide
+    assert both < again
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_links_to_is_there(page):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 
 def due(before_images: int, after_images: int, interval_images: int) -> bool:
@@ -31,3 +33,24 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class TimeAgain:
+    """Tells whether it is time again to say how far something is.
+
+    Args:
+        every_s: Seconds between two times.
+        clock: Monotonic clock in seconds.
+    """
+
+    def __init__(self, every_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._clock = clock
+        self._last = clock()
+
+    def __call__(self) -> bool:
+        """Return whether so many seconds have passed since the last time, or the beginning."""
+        if self._clock() - self._last < self._every_s:
+            return False
+        self._last = self._clock()
+        return True

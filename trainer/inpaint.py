@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from trainer.evaluate.grid import grid_png
 from trainer.picture_file import read_picture, write_picture
 from trainer.schema import ConfigError
 from trainer.trained.model import TrainedModel, Weights, load_trained_model
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLE = "checkpoint=~/lapflow/store/runs/digits image=photo.png mask=mask.png label=3"
 _DESCRIPTION = f"""\
@@ -107,6 +110,7 @@ def fill_in(config: InpaintConfig) -> Path:
     size = trained.shape.size * trained.codec.factor
     picture = read_picture("image", config.image, channels=channels, size=size)
     mask = read_picture("mask", config.mask, channels=1, size=size)
+    logger.info("drawing %d images on %s", config.columns, trained.device)
     results = _results(config, trained, picture, mask > 0)
     row = torch.cat([picture, mask.expand_as(picture), results])
     return write_picture(config.output, grid_png(row, columns=len(row)))

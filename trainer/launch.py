@@ -55,7 +55,7 @@ checkpoints could not be saved, 130 or 143 stopped by a signal, its last state s
 
 _REFUSED = 2
 
-logger = logging.getLogger("trainer.launch")  # also when it is run as __main__
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 from pipelines.console import SayingHandler
 from trainer.clock import format_duration
 
-_PACKAGES = ("trainer", "pipelines", "models", "cluster")
+# The last is the module that `python -m` runs.
+_PACKAGES = ("trainer", "pipelines", "models", "cluster", "__main__")
 
 
 class _Lines(logging.Formatter):
@@ -27,9 +28,11 @@ class _Lines(logging.Formatter):
 
 def show_logs() -> None:
     """Print what this process logs to standard error: our own packages' news, others' warnings."""
-    handler = SayingHandler()
-    handler.setFormatter(_Lines())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    root = logging.getLogger()
+    if not any(isinstance(each, SayingHandler) for each in root.handlers):
+        handler = SayingHandler()
+        handler.setFormatter(_Lines())
+        root.addHandler(handler)
     for name in _PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from trainer.picture_file import write_picture
 from trainer.schema import ConfigError
 from trainer.trained.model import Weights, load_trained_model
 from trainer.trained.own_settings import SamplerChoice
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
 _DESCRIPTION = f"""\
@@ -103,7 +106,9 @@ def draw_grid(config: SampleConfig) -> Path:
     drawing = trained.drawing(
         config.sampler.over(trained.own.sampler), seed=config.seed, batch=config.batch
     )
-    drawn = drawing.all(trained.model, torch.tensor(classes).repeat_interleave(config.columns))
+    labels = torch.tensor(classes).repeat_interleave(config.columns)
+    logger.info("drawing %d images on %s", len(labels), trained.device)
+    drawn = drawing.all(trained.model, labels)
     return write_picture(config.output, grid_png(drawn.images, columns=config.columns))
 
 

@@ -239,7 +239,6 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 save(last=True)
             saver.finish()
             if end == "finished" and saver.is_saved(state.images):
-                tell({"kind": "note", "text": "evaluating the EMA weights"})
                 evaluation.run(
                     engine,
                     images=state.images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from trainer.evaluate.taken import TakenSamples
 from trainer.gathering import Gathering
 from trainer.metrics.tracker import Tracker
 from trainer.mistakes import is_users_mistake
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -81,12 +84,15 @@ class FinalEvaluation:
         self, engine: Engine, *, images: int, store: Store, run: str, tracker: Tracker
     ) -> None:
         labels = torch.arange(self.config.samples) % self.drawing.shape.classes
+        logger.info("reading the held-out images")
         distance = self._on_first(self._distance_to_real)
         taken = TakenSamples(whole=self.config.classifier)
+        logger.info("evaluating the EMA weights: drawing and measuring %d images", len(labels))
         with engine.ema_weights() as model:
             reached = self._frechet(model, labels, distance, also=taken.add)
             grid = self.draw_grid(model)
         # Where training started, in the place of the trained weights: there may be no other.
+        logger.info("evaluating the initial weights, to compare")
         with engine.initial_weights() as model:
             untrained = self._frechet(model, labels, distance)
 
@@ -104,6 +110,7 @@ class FinalEvaluation:
             )
             self._publish(report, taken, grid, store=store, run=run, tracker=tracker)
 
+        logger.info("writing the report")
         self._on_first(publish)
 
     def draw_grid(self, model: nn.Module) -> Tensor:

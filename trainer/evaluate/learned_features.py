@@ -8,6 +8,7 @@ a minute or two, from nothing but the data at hand.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import uuid
@@ -22,6 +23,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from trainer import rng
+
+logger = logging.getLogger(__name__)
 
 RECIPE = 1
 """Number of the way to train: one more whenever it changes, so that kept weights are not reused."""
@@ -119,6 +122,7 @@ def learned_features(
     if file is not None and file.is_file():
         return _read(file.read_bytes())
     images, labels = joined(train())
+    logger.info("teaching the network whose features measure, on %d images", len(images))
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derived_seed(0, "learned features"))
         network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)

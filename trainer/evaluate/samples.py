@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -13,7 +14,13 @@ from models.flow.flow import Flow
 from models.flow.sampler import Samples, sample
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from trainer import rng
+from trainer.clock import TimeAgain
 from trainer.gathering import Gathering
+
+logger = logging.getLogger(__name__)
+
+_NEWS_S = 10.0
+"""Between two lines about images that take long to draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +131,7 @@ class Drawing:
         gather = gather or Gathering(alone=True)
         size = -(-len(labels) // -(-len(labels) // self.batch)) if len(labels) else 1
         starts = range(0, len(labels), size)
+        say_so = TimeAgain(_NEWS_S)
         for turn in range(0, len(starts), gather.ranks):
             # Ranks that are left over in the last turn draw the last block too, to keep step.
             own = self._block(model, labels, starts[min(turn + gather.rank, len(starts) - 1)], size)
@@ -131,6 +139,9 @@ class Drawing:
             for source in range(min(gather.ranks, len(starts) - turn)):
                 if gather.rank == 0:
                     block = own if source == 0 else gather.receive(source)
+                    if say_so():
+                        done = block.first + len(block.images)
+                        logger.info("%d of %d images are drawn", done, len(labels))
                     try:
                         if not left:
                             yield block

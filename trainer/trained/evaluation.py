@@ -6,6 +6,7 @@ there already is read instead of measured again, so an evaluation can be stopped
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,8 @@ from trainer.trained.model import TrainedModel, Weights, load_trained_model
 from trainer.trained.own_settings import SamplerChoice, label_dropout, own_eval
 from trainer.trained.yardstick import Yardstick
 from trainer.validate import check_guidance
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +200,7 @@ class _Evaluation:
         shown: dict[int, Tensor] = {}
         taken = TakenSamples(most_bytes=0)
         drawing = trained.drawing(asked.sampler, seed=asked.seed, batch=asked.batch)
+        logger.info("drawing and measuring %d images on %s", len(labels), trained.device)
         for block in drawing.blocks(trained.model, labels):
             for distance in distances.values():
                 distance.add(block.images)

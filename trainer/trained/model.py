@@ -5,6 +5,7 @@ The checkpoint's own manifest says what model it is, so nothing else has to be c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ from trainer.trained.codec import codec_of
 from trainer.trained.device import usable_device
 from trainer.trained.own_settings import label_dropout, own_eval
 from trainer.validate import check_guidance
+
+logger = logging.getLogger(__name__)
 
 Weights = Literal["ema", "master"]
 
@@ -127,6 +130,7 @@ def load_trained_model(
         AutoencoderError: If the autoencoder of its latents cannot be had.
         CheckpointError: If the checkpoint is damaged, or the store fails.
     """
+    logger.info("reading the checkpoint %s", checkpoint)
     place = usable_device(device)
     _, opened, (manifest,) = choose_checkpoints(checkpoint, which="newest", config=store)
     codec, shape = codec_of(

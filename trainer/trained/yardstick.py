@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,6 +24,8 @@ from trainer.evaluate.learned_features import RECIPE, LearnedConvFeatures
 from trainer.real_images import RealImages, check_held
 from trainer.schema import ConfigError, JobConfig
 from trainer.space import picture_shape
+
+logger = logging.getLogger(__name__)
 
 
 class Yardstick:
@@ -80,6 +83,7 @@ class Yardstick:
     @cached_property
     def distances(self) -> dict[str, DistanceToReal]:
         """Distance to the held-out images by each extractor; reads them at first use."""
+        logger.info("reading the held-out images")
         return {
             name: DistanceToReal(
                 extractor,

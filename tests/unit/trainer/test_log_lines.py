@@ -27,6 +27,7 @@ def test_a_command_says_what_it_is_at_and_after_how_long():
 
 def test_workers_tell_warnings_and_the_first_one_what_it_is_at():
     told = []
+    before = logging.getLogger("trainer").level
     logger = logging.getLogger("trainer.engine")
     for rank in (0, 1):
         with logs_told(told.append, rank=rank):
@@ -38,4 +39,4 @@ def test_workers_tell_warnings_and_the_first_one_what_it_is_at():
         {"kind": "warning", "text": "worker 0: odd"},
         {"kind": "warning", "text": "worker 1: odd"},
     ]
-    assert logging.getLogger("trainer").level == logging.NOTSET
+    assert logging.getLogger("trainer").level == before

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from trainer.clock import due, format_duration
+from trainer.clock import TimeAgain, due, format_duration
 from trainer.hooks import UpdateReport
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.progress import Progress
@@ -168,6 +168,16 @@ def test_due_when_a_multiple_is_crossed(before, after, interval, expected):
 @pytest.mark.parametrize(("seconds", "text"), [(44.6, "45s"), (185, "3m05s"), (7620, "2h07m")])
 def test_durations_are_written_for_people(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_news_come_at_most_so_often():
+    now = [0.0]
+    say_so = TimeAgain(10.0, clock=lambda: now[0])
+    told = []
+    for now[0] in (3.0, 9.9, 10.0, 12.0, 25.0, 34.0, 35.0):
+        if say_so():
+            told.append(now[0])
+    assert told == [10.0, 25.0, 35.0]
 
 
 def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():

@@ -84,15 +84,15 @@ class FinalEvaluation:
         self, engine: Engine, *, images: int, store: Store, run: str, tracker: Tracker
     ) -> None:
         labels = torch.arange(self.config.samples) % self.drawing.shape.classes
-        logger.info("reading the held-out images")
+        logger.info("evaluating the EMA weights: reading the held-out images")
         distance = self._on_first(self._distance_to_real)
         taken = TakenSamples(whole=self.config.classifier)
-        logger.info("evaluating the EMA weights: drawing and measuring %d images", len(labels))
+        logger.info("drawing and measuring %d images with them", len(labels))
         with engine.ema_weights() as model:
             reached = self._frechet(model, labels, distance, also=taken.add)
             grid = self.draw_grid(model)
         # Where training started, in the place of the trained weights: there may be no other.
-        logger.info("evaluating the initial weights, to compare")
+        logger.info("drawing as many with the initial weights, to compare")
         with engine.initial_weights() as model:
             untrained = self._frechet(model, labels, distance)
 

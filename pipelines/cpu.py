@@ -11,10 +11,10 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from pipelines.batch import Bands
 from pipelines.decode import DecodeConfig, Decoder, LatentDecodeConfig
-from pipelines.encoded import open_image, pixels
+from pipelines.encoded import read_image
 from pipelines.latent_draw import DrawnLatent, draw_latent
+from pipelines.pixels import pixels
 from pipelines.sample_key import SampleKey
-from pipelines.view import view_of
 
 
 class PillowDecoder(Decoder[NDArray[np.float32]]):
@@ -31,11 +31,12 @@ class PillowDecoder(Decoder[NDArray[np.float32]]):
 
     def prepare(self, sample: bytes, key: SampleKey | None) -> NDArray[np.float32]:
         """Decode one image and cut out its view; values are 0 to 255, [size, size, channels]."""
-        image = pixels(open_image(sample), channels=self._config.channels).astype(np.float32)
-        view = view_of(self._config.augment, width=image.shape[1], height=image.shape[0], key=key)
+        image = pixels(read_image(sample), channels=self._config.channels)
+        view = self._config.view(width=image.shape[1], height=image.shape[0], key=key)
         part = image[view.top : view.top + view.height, view.left : view.left + view.width]
-        size = self._config.image_size
-        shown = part if part.shape[:2] == (size, size) else _resize(part, size)
+        shown, size = part.astype(np.float32), self._config.image_size
+        if shown.shape[:2] != (size, size):
+            shown = _resize(shown, size)
         return shown[:, ::-1] if view.mirrored else shown
 
     def decode(self, prepared: Sequence[NDArray[np.float32]]) -> Bands:
@@ -76,9 +77,9 @@ class LatentDecoder(Decoder[DrawnLatent]):
 def _resize(part: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """Resize with an antialiased linear filter that sees the edge pixels repeated outside."""
     height, width, channels = part.shape
-    margin = max(height, width) // size + 2
-    padded = np.pad(part, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
-    box = (margin, margin, margin + width, margin + height)
+    above, left = height // size + 2, width // size + 2
+    padded = np.pad(part, ((above, above), (left, left), (0, 0)), mode="edge")
+    box = (left, above, left + width, above + height)
     planes = [
         Image.fromarray(padded[..., channel]).resize(
             (size, size), Image.Resampling.BILINEAR, box=box

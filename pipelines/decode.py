@@ -20,7 +20,7 @@ from pipelines.errors import (
 )
 from pipelines.latent_format import LatentFormat
 from pipelines.sample_key import SampleKey
-from pipelines.view import AugmentConfig
+from pipelines.view import AugmentConfig, View, view_of
 
 DecoderName = Literal["dali", "pillow"]
 Prepared = TypeVar("Prepared")
@@ -36,6 +36,8 @@ class DecodeConfig:
         scales: Number of Laplacian bands.
         decode_threads: Threads that decode.
         augment: How views vary from epoch to epoch.
+        whole: Show all of each image, squeezed into the square, instead of a view of it: to find
+            damage wherever it is.
     """
 
     image_size: int
@@ -43,6 +45,7 @@ class DecodeConfig:
     scales: int = 2
     decode_threads: int = 2
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -50,6 +53,12 @@ class DecodeConfig:
         if self.decode_threads < 1:
             raise DataError(f"decode_threads must be at least 1, got {self.decode_threads}.")
         check_splittable(self.image_size, self.scales, what="Images")
+
+    def view(self, *, width: int, height: int, key: SampleKey | None) -> View:
+        """Choose the part of an upright image that one turn of its sample shows."""
+        if self.whole:
+            return View(left=0, top=0, width=width, height=height, mirrored=False)
+        return view_of(self.augment, width=width, height=height, key=key)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.dataset import RawSample
-from pipelines.encoded import as_png
 from pipelines.errors import EmptyDatasetError
+from pipelines.pixels import as_png
 
 
 class SyntheticImages:

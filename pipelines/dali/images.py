@@ -15,10 +15,11 @@ from nvidia.dali import fn, types
 from pipelines.batch import Bands
 from pipelines.dali.bands import PipelinePool, gpu_number, outputs_on, split_graph
 from pipelines.decode import DecodeConfig, Decoder
-from pipelines.encoded import as_png, is_plain, open_image, pixels, upright_size
+from pipelines.encoded import read_image
 from pipelines.errors import UndecodableImageError
+from pipelines.pixels import as_png, pixels
 from pipelines.sample_key import SampleKey
-from pipelines.view import View, view_of
+from pipelines.view import View
 
 
 class _Encoded(NamedTuple):
@@ -54,12 +55,13 @@ class DaliDecoder(Decoder[_Encoded]):
 
     def prepare(self, sample: bytes, key: SampleKey | None) -> _Encoded:
         """Check an image, rewrite one that decoders may differ on, and choose its view."""
-        header = open_image(sample)
-        width, height = upright_size(header)
-        if not is_plain(header, sample, channels=self._config.channels):
-            sample = as_png(pixels(header, channels=self._config.channels))
-        view = view_of(self._config.augment, width=width, height=height, key=key)
-        return _Encoded(np.frombuffer(sample, dtype=np.uint8), width, height, view)
+        image = read_image(sample)
+        width, height = image.upright_size
+        data, channels = image.data, self._config.channels
+        if not image.is_plain(channels=channels):
+            data = as_png(pixels(image, channels=channels))
+        view = self._config.view(width=width, height=height, key=key)
+        return _Encoded(np.frombuffer(data, dtype=np.uint8), width, height, view)
 
     def decode(self, prepared: Sequence[_Encoded]) -> Bands:
         """Decode a batch."""

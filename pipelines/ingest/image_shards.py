@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from pipelines.damage import DamageCheck
 from pipelines.encoded import BadImageError
 from pipelines.errors import UnreadableSourceError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN
 from pipelines.ingest.listing import SourceImage
-from pipelines.ingest.resize import Resize, checked
+from pipelines.ingest.resize import Resize
 from pipelines.ingest.shard_files import Filled, WriteSample
+
+_CHECKED_IMAGES = 64  # at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +69,22 @@ class OpenImageFiller:
 
     def __call__(self, number: int) -> "ImageFiller":
         """Make that of one process; all are alike."""
-        return ImageFiller(self.resize or checked)
+        return ImageFiller(self.resize)
 
 
 class ImageFiller:
     """Fills shards with encoded images.
 
     Args:
-        encode: Turns the bytes of a source image into those that are stored.
+        resize: How to rewrite the images; None keeps their bytes.
     """
 
     columns: Mapping[str, str] = {IMAGE_COLUMN: "bytes", LABEL_COLUMN: "int"}
 
-    def __init__(self, encode: Callable[[bytes], bytes]) -> None:
-        self._encode = encode
+    def __init__(self, resize: Resize | None) -> None:
+        self._resize = resize
+        # What is rewritten has been decoded.
+        self._check = None if resize else DamageCheck()
 
     def fill(self, part: ImagePart, write: WriteSample) -> Filled:
         """Write the images of one part, but for those that cannot be decoded.
@@ -87,17 +92,30 @@ class ImageFiller:
         Raises:
             UnreadableSourceError: An image is there and cannot be read.
         """
-        skipped = []
-        for image in part.images:
+        skipped: list[tuple[str, str]] = []
+        for first in range(0, len(part.images), _CHECKED_IMAGES):
+            images = part.images[first : first + _CHECKED_IMAGES]
+            read = list(self._read(images, skipped))
+            problems = self._check.problems([data for _, data in read]) if self._check else {}
+            for place, (image, data) in enumerate(read):
+                if place in problems:
+                    skipped.append((image.name, problems[place]))
+                else:
+                    write({IMAGE_COLUMN: data, LABEL_COLUMN: image.label})
+        return Filled(skipped=tuple(skipped))
+
+    def _read(
+        self, images: Iterable[SourceImage], skipped: list[tuple[str, str]]
+    ) -> Iterator[tuple[SourceImage, bytes]]:
+        """Give images and the bytes to store; note those that there are none of."""
+        for image in images:
             try:
-                data = self._encode(image.read())
+                data = image.read()
+                yield image, self._resize(data) if self._resize else data
             except (BadImageError, FileNotFoundError) as error:
                 skipped.append((image.name, str(error)))
-                continue
             except OSError as error:  # of the disk, not of the image: the next start may read it
                 raise UnreadableSourceError(
                     f"{image.name} cannot be read ({error}). Let this user read it, or remove it, "
                     "and run the same command again; finished shards are kept."
                 ) from error
-            write({IMAGE_COLUMN: data, LABEL_COLUMN: image.label})
-        return Filled(skipped=tuple(skipped))

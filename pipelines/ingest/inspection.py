@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.encoded import BadImageError, open_image, pixels
+from pipelines.damage import DamageCheck
+from pipelines.decode import DecoderName
+from pipelines.encoded import BadImageError, read_image
 from pipelines.errors import (
     CorruptShardError,
     DataError,
@@ -18,10 +20,12 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.latent_format import LatentFormat
+from pipelines.pixels import opened
 from pipelines.shards import ShardedDataset, ShardsConfig
 from pipelines.source import Source
 
 DIGEST_BYTES = 16  # at 2^-128 for a pair of images, equal digests mean equal bytes
+_LOOKED_AT = 64  # samples that are decoded together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,55 @@ class Inspection:
     problem: str
 
 
-def inspect(prefix: str, sample_ids: range, *, scratch: Path, config: ShardsConfig) -> Inspection:
+class _Contents:
+    """What the samples of one shard are, found out some of them at a time.
+
+    Args:
+        latents: Format of the latents that they are; None if they are images.
+        decoder: Decodes the images.
+    """
+
+    def __init__(self, latents: LatentFormat | None, decoder: DecoderName) -> None:
+        self._latents = latents
+        self._decoder = decoder
+        self._waiting: dict[int, bytes] = {}
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.problems: dict[int, str] = {}
+
+    def add(self, sample_id: int, data: bytes) -> None:
+        """Take a sample, to be looked at now or with the next ones."""
+        self._waiting[sample_id] = data
+        if len(self._waiting) == _LOOKED_AT:
+            self.look()
+
+    def look(self) -> None:
+        """Look at the samples that have been taken since."""
+        waiting, self._waiting = self._waiting, {}
+        problems = {}
+        if not self._latents:
+            found = _damage_check(self._decoder).problems(list(waiting.values()))
+            problems = {list(waiting)[place]: problem for place, problem in found.items()}
+        for sample_id, data in waiting.items():
+            try:
+                if sample_id in problems:
+                    raise BadImageError(problems[sample_id])
+                kind, size = _kind_of_latent(data, self._latents) if self._latents else _kind(data)
+            except (BadImageError, DataError) as error:
+                self.problems[sample_id] = str(error)
+            else:
+                self.kinds[kind] += 1
+                self.sizes[size] += 1
+
+
+def inspect(
+    prefix: str,
+    sample_ids: range,
+    *,
+    scratch: Path,
+    config: ShardsConfig,
+    decoder: DecoderName = "dali",
+) -> Inspection:
     """Read every sample of one shard.
 
     Args:
@@ -75,6 +127,7 @@ def inspect(prefix: str, sample_ids: range, *, scratch: Path, config: ShardsConf
         scratch: Folder of this verification for shards that have to be fetched; each process keeps
             one shard at a time there.
         config: Attempts and time limits.
+        decoder: Decodes the images, as in training.
 
     Raises:
         StoreUnreachableError: The store does not even give the index.
@@ -82,9 +135,7 @@ def inspect(prefix: str, sample_ids: range, *, scratch: Path, config: ShardsConf
     dataset = _opened(prefix, scratch, config)
     shard = dataset.shard_of(sample_ids[0])
     read: list[tuple[int, int, bytes]] = []
-    sizes: Counter[tuple[int, int]] = Counter()
-    kinds: Counter[str] = Counter()
-    bad: list[BadSample] = []
+    contents = _Contents(dataset.latents, decoder)
     lost, problem = 0, ""
     for sample_id in sample_ids:
         try:
@@ -99,22 +150,20 @@ def inspect(prefix: str, sample_ids: range, *, scratch: Path, config: ShardsConf
             break
         digest = hashlib.blake2b(sample.data, digest_size=DIGEST_BYTES).digest()
         read.append((sample_id, sample.label, digest))
-        try:
-            kind, size = _look_at(sample.data, dataset.latents)
-        except (BadImageError, DataError) as error:
-            bad.append(BadSample(sample_id=sample_id, shard=shard, problem=str(error)))
-        else:
-            kinds[kind] += 1
-            sizes[size] += 1
+        contents.add(sample_id, sample.data)
+    contents.look()
     ids, labels, digests = zip(*read, strict=True) if read else ((), (), ())
     return Inspection(
         shard=shard,
         sample_ids=np.array(ids, dtype=np.int64),
         labels=np.array(labels, dtype=np.int64),
         digests=np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
-        sizes=sizes,
-        kinds=kinds,
-        bad_samples=tuple(bad),
+        sizes=contents.sizes,
+        kinds=contents.kinds,
+        bad_samples=tuple(
+            BadSample(sample_id=sample_id, shard=shard, problem=problem)
+            for sample_id, problem in contents.problems.items()
+        ),
         lost=lost,
         problem=problem,
     )
@@ -138,19 +187,25 @@ def _opened(prefix: str, scratch: Path, config: ShardsConfig) -> ShardedDataset:
     )
 
 
-def _look_at(data: bytes, latents: LatentFormat | None) -> tuple[str, tuple[int, int]]:
-    """Decode one sample; give its kind, and (width, height).
+@lru_cache(maxsize=1)
+def _damage_check(decoder: DecoderName) -> DamageCheck:
+    """Make the decoder, once in each process."""
+    return DamageCheck(decoder)
+
+
+def _kind(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Name the format and colour mode of a sound image; give (width, height), when upright."""
+    image = read_image(data)
+    return f"{image.format} {opened(image).mode}", image.upright_size
+
+
+def _kind_of_latent(data: bytes, latents: LatentFormat) -> tuple[str, tuple[int, int]]:
+    """Read one latent; give its kind, and (width, height).
 
     Raises:
-        BadImageError: It is no image that can be decoded.
         DataError: It is no latent.
     """
-    if latents:
-        for mirrored in (False, True)[: latents.views]:
-            latents.moments(data, mirrored=mirrored)
-        mirror = ", mirrored ones too" if latents.views == 2 else ""
-        return f"{latents.dtype} of {latents.channels} channels{mirror}", (latents.size,) * 2
-    image = open_image(data)
-    kind = f"{image.format} {image.mode}"
-    height, width, _ = pixels(image, channels=3).shape
-    return kind, (width, height)
+    for mirrored in (False, True)[: latents.views]:
+        latents.moments(data, mirrored=mirrored)
+    mirror = ", mirrored ones too" if latents.views == 2 else ""
+    return f"{latents.dtype} of {latents.channels} channels{mirror}", (latents.size,) * 2

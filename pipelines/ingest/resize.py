@@ -1,13 +1,17 @@
 """Making images smaller once, at ingest: short side resized, centre cropped, as DiT and ADM do."""
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from PIL import Image
 
-from pipelines.encoded import BadImageError, open_image, pixels
+from pipelines.encoded import MAX_PIXELS, read_image
 from pipelines.errors import IngestSettingError
+from pipelines.pixels import opened, pixels
+
+_LONGEST = 64  # times the short side: what lies farther out is cut off before anything is enlarged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,7 @@ class Resize:
         encoding: "jpeg" at quality 95 without chroma subsampling, or "png", which loses nothing.
 
     Raises:
-        IngestSettingError: The size is not positive.
+        IngestSettingError: The size is not positive, or larger than the images that are read.
     """
 
     image_size: int
@@ -31,21 +35,27 @@ class Resize:
                 f"image_size={self.image_size} must be at least 1 pixel; without one, images keep "
                 "their bytes."
             )
+        if self.image_size**2 > MAX_PIXELS:
+            raise IngestSettingError(
+                f"image_size={self.image_size} makes images of more than {MAX_PIXELS} pixels, "
+                f"which no decoder here reads; choose at most {math.isqrt(MAX_PIXELS)}."
+            )
 
     def __call__(self, data: bytes) -> bytes:
         """Rewrite one encoded image.
 
         The image is halved by box means while that keeps it at least twice as large as asked for,
         then resized with a bicubic filter and cropped to its centre (the pre-processing of Dhariwal
-        and Nichol 2021).
+        and Nichol 2021). Of an image that is far longer than it is wide only the middle is
+        resized, so the work has a bound.
 
         Raises:
             BadImageError: It cannot be decoded.
         """
-        image = open_image(data)
-        grey = image.mode in ("1", "L", "LA", "I", "I;16")
+        image = read_image(data)
+        grey = opened(image).mode in ("1", "L", "LA", "I", "I;16")
         array = pixels(image, channels=1 if grey else 3)
-        picture = Image.fromarray(array[..., 0] if grey else array)
+        picture = _middle(Image.fromarray(array[..., 0] if grey else array))
         while min(picture.size) >= 2 * self.image_size:
             width, height = picture.size
             picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
@@ -62,13 +72,9 @@ class Resize:
         return file.getvalue()
 
 
-def checked(data: bytes) -> bytes:
-    """Return the bytes of an image as they are.
-
-    Raises:
-        BadImageError: They do not begin as a JPEG or PNG of sane size.
-    """
-    if not data:
-        raise BadImageError("the file is empty")
-    open_image(data)
-    return data
+def _middle(picture: Image.Image) -> Image.Image:
+    """Cut off the ends of a very long image."""
+    longest = _LONGEST * min(picture.size)
+    left, top = (max(0, side - longest) // 2 for side in picture.size)
+    width, height = picture.size
+    return picture.crop((left, top, width - left, height - top)) if left or top else picture

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
+from pipelines.decode import DecoderName
 from pipelines.errors import IngestSettingError
 from pipelines.index import Shard, parse_index
 from pipelines.ingest.about import About, read_about
@@ -44,6 +46,7 @@ class VerifyConfig:
     Attributes:
         workers: Processes.
         forbid_duplicates: Whether samples with the same bytes are a fault.
+        decoder: Decodes the images: the one that is to train on them.
         shards: Patience with the store.
 
     Raises:
@@ -52,6 +55,7 @@ class VerifyConfig:
 
     workers: int = 1
     forbid_duplicates: bool = False
+    decoder: DecoderName = "dali"
     shards: ShardsConfig = field(default_factory=ShardsConfig)
 
     def __post_init__(self) -> None:
@@ -114,7 +118,9 @@ def _inspections(
     samples = [range(end - shard.samples, end) for shard, end in zip(shards, ends, strict=True)]
     workers = min(config.workers, len(shards))
     with tempfile.TemporaryDirectory(prefix="lapflow-verify-") as folder:
-        look = partial(inspect, prefix, scratch=Path(folder), config=config.shards)
+        look = partial(
+            inspect, prefix, scratch=Path(folder), config=config.shards, decoder=config.decoder
+        )
         if workers == 1:
             yield from enumerate(map(look, samples))
             return
@@ -207,6 +213,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--forbid-duplicates", action="store_true", help="samples with the same bytes are a fault"
     )
+    parser.add_argument(
+        "--decoder",
+        choices=get_args(DecoderName),
+        default="dali",
+        help="what decodes the images, as loader.decoder does in training (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, help="file for the whole report")
 
 
@@ -216,7 +228,11 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
     Returns:
         Exit status: 1 if something is wrong with the dataset.
     """
-    config = VerifyConfig(workers=options.workers, forbid_duplicates=options.forbid_duplicates)
+    config = VerifyConfig(
+        workers=options.workers,
+        forbid_duplicates=options.forbid_duplicates,
+        decoder=options.decoder,
+    )
     if options.json:
         _refuse_unwritable(options.json)
     report = verify(options.prefix, config=config, note=note)

@@ -36,16 +36,31 @@ def jpeg(
     return encode(Image.fromarray(photo(height, width, seed=seed)).convert(mode), "JPEG", **options)
 
 
-def raw_png(width: int, height: int, *, depth: int, colour: int, rows: bytes) -> bytes:
+def raw_png(
+    width: int,
+    height: int,
+    *,
+    depth: int,
+    colour: int,
+    rows: bytes = b"",
+    compressed: bytes | None = None,
+) -> bytes:
     """A PNG put together by hand, for what Pillow does not write."""
+    compressed = zlib.compress(rows) if compressed is None else compressed
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + content))
         return struct.pack(">I", len(content)) + kind + content + checksum
 
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def png_without_checksum() -> bytes:
+    """A PNG whose pixels are all there, and whose compressed data lacks the checksum at its end."""
+    rows = b"".join(b"\0" + row.tobytes() for row in photo(16, 16))
+    return raw_png(16, 16, depth=8, colour=2, compressed=zlib.compress(rows)[:-4])
 
 
 def deep_png(height: int = 16, width: int = 16, *, channels: int = 3) -> tuple[bytes, NDArray]:

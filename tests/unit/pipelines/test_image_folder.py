@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipelines.ingest.__main__ import main
 from pipelines.ingest.image_dataset import IngestConfig, ingest
 from pipelines.ingest.listing import Listing, hold_out, list_images
 from pipelines.ingest.resize import Resize
+from pipelines.ingest.verify import verify
 from pipelines.shards import ShardedDataset
 from tests.support.s3_server import S3Server
 from tests.unit.pipelines import pictures
@@ -169,6 +171,25 @@ def test_resize_crops_the_centre_and_keeps_grey() -> None:
     enlarged = Resize(image_size=64)(pictures.png(12, 10))
     with Image.open(io.BytesIO(enlarged)) as image:
         assert (image.size, image.format) == ((64, 64), "JPEG")
+
+
+@pytest.mark.parametrize("resize", [None, Resize(image_size=8)])
+def test_truncated_images_are_left_out(folder: Path, tmp_path: Path, resize: Resize | None) -> None:
+    half = pictures.jpeg(40, 40)[:700]
+    cut = {"cut.jpg": half, "cut.png": pictures.png(40, 40)[:-12], "sparse.jpg": half + bytes(900)}
+    for name, data in cut.items():
+        (folder / "cow" / name).write_bytes(data)
+    written(
+        list_images(folder),
+        tmp_path / "out",
+        config=replace(SMALL, resize=resize, max_skipped_share=0.2),
+    )
+    about = json.loads((tmp_path / "out" / "ingest.json").read_text())
+    named = [Path(name).name for name, _ in about["skipped"]]
+    assert named == sorted(cut)
+    assert about["images_per_class"] == [7, 9, 4]
+    assert len(ShardedDataset(str(tmp_path / "out"))) == 20
+    assert verify(str(tmp_path / "out")).faults == []
 
 
 def test_bad_images_are_left_out_and_named_up_to_a_share(folder: Path, tmp_path: Path) -> None:

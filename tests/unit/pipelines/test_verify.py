@@ -164,6 +164,16 @@ def test_what_cannot_be_decoded_is_named(
     assert "BAD: 1 images cannot be used\n" in said
 
 
+def test_the_decoder_that_trains_decides(tmp_path: Path, images: list[LabelledImage]) -> None:
+    """Pillow reads this one, libpng and so DALI do not; training skips it, and verify says so."""
+    target = str(tmp_path / "train")
+    lax = LabelledImage(pictures.png_without_checksum(), 3)
+    write_dataset([*images[:5], lax, *images[5:]], target, shard_bytes=2000)
+    assert [bad.sample_id for bad in verify(target).bad_samples] == [5]
+    assert verified(target) == 1
+    assert verified(target, "--decoder", "pillow") == 0
+
+
 def test_labels_are_compared_with_the_classes(
     train: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,8 @@ from models.flow.flow import FlowConfig
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.pixels import as_png
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.saved import save_now
 from trainer.checkpoint.errors import InvalidStoreUri

@@ -70,6 +70,7 @@ def run(
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
         fit = Fit(_trainer(config, party, loop, mailbox, scratch=connected.scratch))
         fit.start()
+        note(f"workers: waiting for {config.workers} of them to load and to meet")
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
         at_last.callback(fit.join, TIDY_UP_S)
         return Watch(config, mailbox, fit, on_message=on_message, stop=stop, note=note).run()

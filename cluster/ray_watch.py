@@ -69,7 +69,6 @@ class Watch:
         self._on_message = on_message
         self._stop = stop
         self._note = note
-        self._since_s = time.monotonic()
         self._attempt = -1
         self._ended: set[int] = set()
         self._failures: list[Failure] = []
@@ -122,8 +121,6 @@ class Watch:
                             attempt,
                             self._config.max_failures,
                         )
-                    workers, seconds = self._config.workers, time.monotonic() - self._since_s
-                    self._note(f"workers: {workers} of {workers} ({seconds:.1f} s)")
                 case Note(text):
                     self._note(text)
                 case Ended(attempt, rank):
@@ -133,7 +130,6 @@ class Watch:
                     raise news.error()
                 case Failure():
                     self._failures.append(news)
-                    self._since_s = time.monotonic()
                     _log.warning("Worker %d failed: %s", news.rank, news.text)
                 case _:
                     self._on_message(news)

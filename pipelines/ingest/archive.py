@@ -73,7 +73,9 @@ def walk_archive(archive: Archive, *, wanted: Wanted) -> Iterator[Entry]:
                 folders.add(parts)
                 continue
             if entry.parts in found and entry.passed_over != "hidden folder":
-                yield replace(found[entry.parts], passed_over="replaced file")
+                yield replace(
+                    entry, parts=(*archive.parts, *entry.parts), passed_over="replaced file"
+                )
             found[entry.parts] = entry
     for entry in found.values():
         if wanted.archives and entry.passed_over == ".tar":

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from pipelines.console import visible
 from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.entry import Entry
+from pipelines.ingest.label_table import sample_key
 
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 _TABLES = (".csv", ".tsv", ".jsonl")
@@ -91,11 +92,11 @@ def refuse_other_layouts(
             f"like classes. Give each by itself: {source}/{splits[0]} with --split train, and the "
             f"one to compare samples with by --split test. {_ANYWAY}"
         )
-    keys = {_sample_key(image) for image in images if image.path.suffix.lower() == ".tar"}
+    keys = {sample_key(image) for image in images if image.path.suffix.lower() == ".tar"}
     beside = [
         other
         for other in others
-        if other.passed_over in _SHARD_LABELS and keys and _sample_key(other) in keys
+        if other.passed_over in _SHARD_LABELS and keys and sample_key(other) in keys
     ]
     if beside:
         raise UnreadableSourceError(
@@ -112,11 +113,6 @@ def refuse_other_layouts(
             f"--labels {visible(str(tables[0].path))}, or all images for one class by --one-class. "
             f"{_ANYWAY}"
         )
-
-
-def _sample_key(entry: Entry) -> tuple[str, ...]:
-    """What the files of one sample of webdataset have in common."""
-    return (str(entry.path), *entry.parts[:-1], entry.parts[-1].split(".")[0])
 
 
 def _is_table(entry: Entry, *, single: bool) -> bool:

@@ -71,11 +71,15 @@ def labels_beside(images: Sequence[Entry], others: Sequence[Entry]) -> list[str 
         OSError: A file cannot be read.
         UnreadableSourceError: One holds more than a label.
     """
-    beside = {_key(other): other for other in others if other.passed_over == ".cls"}
-    return [_read(beside[_key(image)]) if _key(image) in beside else None for image in images]
+    beside = {sample_key(other): other for other in others if other.passed_over == ".cls"}
+    return [
+        _read(beside[sample_key(image)]) if sample_key(image) in beside else None
+        for image in images
+    ]
 
 
-def _key(entry: Entry) -> tuple[str, ...]:
+def sample_key(entry: Entry) -> tuple[str, ...]:
+    """Give what the files of one sample of webdataset have in common: shard and first name."""
     return (str(entry.path), *entry.parts[:-1], entry.parts[-1].split(".")[0])
 
 

@@ -201,7 +201,9 @@ def _classes_of(
         found = class_names(images, source=source)
         if classes_from == "folders":
             refuse_other_layouts(found, images, others, source=source)
-        return found, []
+        # A class all of whose images have another format would vanish.
+        bare = {other.parts[0] for other in others if len(other.parts) > 1}.difference(found)
+        return found, ["imageless folder"] * len(bare)
     strangers = 0
     if isinstance(classes_from, Path):
         names, strangers = labels_of(images, classes_from)

@@ -45,7 +45,9 @@ def told(listing: Listing) -> object:
     return listing.classes, [(i.name, i.label, i.size, i.offset) for i in listing.images]  # type: ignore[attr-defined]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None
+)
 @given(member=st.integers(0, 23), bit=st.integers(0, 8 * BLOCK - 1))
 def test_a_flipped_bit_in_a_header_loses_nothing_in_silence(
     tmp_path: Path, member: int, bit: int
@@ -188,7 +190,9 @@ def outcome(source: Path) -> tuple[object, ...]:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=120)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=120, deadline=None
+)
 @given(paths=st.sets(PATHS, min_size=1, max_size=7), data=st.data())
 def test_packed_and_unpacked_images_have_the_same_classes(
     tmp_path_factory: pytest.TempPathFactory, paths: set[str], data: st.DataObject

@@ -65,6 +65,7 @@ def test_what_is_not_taken_is_counted(tmp_path: Path, capsys: pytest.CaptureFixt
     place(tmp_path, "elsewhere/1.jpg")
     for number in range(6):
         (source / "ant" / f"{number}.bmp").write_bytes(b"BM")
+    place(source, "vanished/1.webp", "vanished/2.webp")
     (source / "cat.zip").write_bytes(b"PK")
     (source / "dog.tar.gz").write_bytes(b"\x1f\x8b")
     (source / "empty").mkdir()
@@ -77,8 +78,9 @@ def test_what_is_not_taken_is_counted(tmp_path: Path, capsys: pytest.CaptureFixt
         file.truncate(1 << 40)
     command = ["image-folder", str(source), str(out), "--workers", "1"]
     passed = (
-        "6 .bmp, 1 .tar.gz, 1 .zip, 1 empty folder, 1 hidden file, 1 hidden folder, 1 linked file, "
-        "1 linked folder, 1 other file, 1 oversized file, 1 special file"
+        "6 .bmp, 2 .webp, 1 .tar.gz, 1 .zip, 1 empty folder, 1 hidden file, 1 hidden folder, "
+        "1 imageless folder, 1 linked file, 1 linked folder, 1 other file, 1 oversized file, "
+        "1 special file"
     )
     assert main([*command, "--strict"]) == 2
     assert f"holds what is not taken: {passed}. Remove" in capsys.readouterr().err

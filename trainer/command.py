@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pipelines.console import say
 from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import MissingSettingError, settings
-from trainer.log_lines import show_logs
+from trainer.log_lines import logs_shown
 from trainer.mistakes import is_users_mistake
 from trainer.schema import from_dict
 
@@ -139,10 +139,10 @@ def run_subcommands(
     )
 
 
+@logs_shown()
 def _answered(
     kind: type[C], make: Callable[[C], Outcome], overrides: Sequence[str], example: str
 ) -> int:
-    show_logs()
     try:
         made = make(from_dict(kind, settings(kind, overrides)))
     except (CheckpointError, ValueError) as error:

@@ -20,7 +20,7 @@ from trainer import places
 from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import composed, members
 from trainer.data import with_classes
-from trainer.log_lines import show_logs
+from trainer.log_lines import logs_shown
 from trainer.mistakes import is_users_mistake
 from trainer.placing import resolve_placement
 from trainer.schema import JobConfig, to_dict
@@ -58,6 +58,7 @@ _REFUSED = 2
 logger = logging.getLogger(__name__)
 
 
+@logs_shown()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -68,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    show_logs()
     try:
         job = with_classes(composed(options.overrides))
         validate(job)

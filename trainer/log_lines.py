@@ -6,7 +6,7 @@ Whatever takes seconds says so beforehand with `logger.info`, so that no silence
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from trainer.clock import format_duration
 
 # The last is the module that `python -m` runs.
 _PACKAGES = ("trainer", "pipelines", "models", "cluster", "__main__")
+_ROOT = ""
 
 
 class _Lines(logging.Formatter):
@@ -26,15 +27,13 @@ class _Lines(logging.Formatter):
         return f"{record.levelname} {record.name}: {record.getMessage()}"
 
 
-def show_logs() -> None:
-    """Print what this process logs to standard error: our own packages' news, others' warnings."""
-    root = logging.getLogger()
-    if not any(isinstance(each, SayingHandler) for each in root.handlers):
-        handler = SayingHandler()
-        handler.setFormatter(_Lines())
-        root.addHandler(handler)
-    for name in _PACKAGES:
-        logging.getLogger(name).setLevel(logging.INFO)
+@contextmanager
+def logs_shown() -> Iterator[None]:
+    """Print our own packages' news and everyone's warnings to standard error, in a `with` block."""
+    handler = SayingHandler()
+    handler.setFormatter(_Lines())
+    with _levels(logging.INFO), _attached(handler, [_ROOT]):
+        yield
 
 
 class _Teller(logging.Handler):
@@ -61,13 +60,28 @@ def logs_told(tell: Callable[[dict[str, Any]], None], *, rank: int) -> Iterator[
         rank: This worker, named in each warning.
     """
     handler = _Teller(tell, rank)
+    with _levels(handler.level), _attached(handler, _PACKAGES):
+        yield
+
+
+@contextmanager
+def _levels(level: int) -> Iterator[None]:
     before = {name: logging.getLogger(name).level for name in _PACKAGES}
     for name in before:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(handler.level)
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for name, level in before.items():
+        for name, kept in before.items():
+            logging.getLogger(name).setLevel(kept)
+
+
+@contextmanager
+def _attached(handler: logging.Handler, names: Sequence[str]) -> Iterator[None]:
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in names:
             logging.getLogger(name).removeHandler(handler)
-            logging.getLogger(name).setLevel(level)

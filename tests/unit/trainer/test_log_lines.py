@@ -9,11 +9,14 @@ from trainer.log_lines import logs_told
 
 SCRIPT = """
 import logging
-from trainer.log_lines import show_logs
-show_logs()
-logging.getLogger("pipelines.loader").info("waiting for %s", "data")
-logging.getLogger("trainer.step").warning("odd")
-logging.getLogger("elsewhere").info("chatter")
+from trainer.log_lines import logs_shown
+@logs_shown()
+def main():
+    logging.getLogger("pipelines.loader").info("waiting for %s", "data")
+    logging.getLogger("trainer.step").warning("odd")
+    logging.getLogger("elsewhere").info("chatter")
+main()
+logging.getLogger("trainer.step").info("after it")
 """
 
 

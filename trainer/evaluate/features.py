@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.evaluate.inception import InceptionFeatures
-from trainer.evaluate.learned_features import LabelledImages, learned_features
+from trainer.evaluate.learned_features import LabelledImages, learned_features, one_thread
 
 FeatureName = Literal["random_conv", "learned_conv", "inception"]
 
@@ -75,17 +75,19 @@ class RandomConvFeatures:
         self._filters = []
         for inputs, outputs in pairwise(widths):
             weight = torch.empty(outputs, inputs, 3, 3)
-            nn.init.orthogonal_(weight, gain=2.0**0.5, generator=generator)
+            with one_thread():
+                nn.init.orthogonal_(weight, gain=2.0**0.5, generator=generator)
             self._filters.append(weight)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Extract 64 features per image."""
         x = images.float()
-        for layer, weight in enumerate(self._filters):
-            x = F.leaky_relu(
-                F.conv2d(x, weight.to(x.device), padding=1, stride=2 if layer == 1 else 1), 0.2
-            )
+        with one_thread():
+            for layer, weight in enumerate(self._filters):
+                x = F.leaky_relu(
+                    F.conv2d(x, weight.to(x.device), padding=1, stride=2 if layer == 1 else 1), 0.2
+                )
         return torch.cat((x.mean(dim=(2, 3)), x.std(dim=(2, 3))), dim=1)
 
 

@@ -75,7 +75,8 @@ class LearnedConvFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Extract 128 features per image."""
-        return self._network.to(images.device).features(images.float())
+        with one_thread():
+            return self._network.to(images.device).features(images.float())
 
 
 class _Classifier(nn.Module):
@@ -123,7 +124,7 @@ def learned_features(
         return _read(file.read_bytes())
     images, labels = joined(train())
     logger.info("teaching the network whose features measure, on %d images", len(images))
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derived_seed(0, "learned features"))
         network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)
         _train(network, images, labels)
@@ -199,7 +200,8 @@ def _read(data: bytes) -> LearnedConvFeatures:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute on one thread of the processor: with another number results are rounded otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

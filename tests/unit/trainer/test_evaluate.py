@@ -31,6 +31,7 @@ from trainer.evaluate.features import (
 from trainer.evaluate.frechet import FeatureStatistics, FrechetError, frechet_distance
 from trainer.evaluate.grid import grid_png
 from trainer.evaluate.inception import MissingWeights
+from trainer.evaluate.learned_features import learned_features
 from trainer.evaluate.report import EvalConfig, EvaluationReport
 from trainer.evaluate.samples import Drawing, ImageShape, SampleBlock
 from trainer.evaluate.taken import TakenSamples
@@ -123,6 +124,22 @@ def test_weights_of_something_else_are_refused(tmp_path, content):
         check_features(
             FeatureConfig(name="inception", inception_weights=str(tmp_path / "inception.pth"))
         )
+
+
+def test_features_do_not_depend_on_the_number_of_threads():
+    images = torch.rand(125, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    train = two_classes(64, 0)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            learned = learned_features(train=lambda: [train], held_out=lambda: [train])
+            found.append((RandomConvFeatures(1)(images), learned(images)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.slow

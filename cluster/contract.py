@@ -56,7 +56,7 @@ class ClusterConfig:
     address: str = "auto"
     max_failures: int = 3
     start_timeout_s: float = 120.0
-    scratch_dir: str | None = None
+    scratch_dir: str | None = field(default=None, metadata={"place": "path"})
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:

@@ -68,6 +68,10 @@ class LoaderConfig:
             raise DataError(f"prefetch_batches must be at least 1, got {self.prefetch_batches}.")
         if self.decode_threads is not None and self.decode_threads < 1:
             raise DataError(f"decode_threads must be at least 1, got {self.decode_threads}.")
+        if self.shuffle_block_samples is not None and self.shuffle_block_samples < 1:
+            raise DataError(
+                f"shuffle_block_samples must be at least 1, got {self.shuffle_block_samples}."
+            )
         if not 0 <= self.max_bad_share < 1:
             raise DataError(f"max_bad_share must be in [0, 1), got {self.max_bad_share}.")
 

@@ -8,7 +8,7 @@ position), like `pipelines.order`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
@@ -36,7 +36,7 @@ class StreamConfig:
         DataError: The weight is not above 0.
     """
 
-    prefix: str
+    prefix: str = field(metadata={"place": "uri"})
     weight: float | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -50,7 +50,7 @@ class ShardsConfig(SourceConfig):
         open_files: Shards that one process holds open, at best all of a shuffle block.
     """
 
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata={"place": "path"})
     cache_limit_gib: float | None = None
     download_threads: int = 4
     open_files: int = 32

@@ -6,6 +6,7 @@ training run wants a log line for each and an error that names the cause at the 
 
 import errno
 import logging
+import os
 import random
 import threading
 import time
@@ -74,8 +75,10 @@ class Source:
     """
 
     def __init__(self, prefix: str, *, config: SourceConfig) -> None:
-        self.prefix = prefix.rstrip("/") or prefix
         self.is_local = "://" not in prefix
+        if self.is_local:
+            prefix = os.path.expanduser(prefix)  # not every shell reads a ~ behind a =
+        self.prefix = prefix.rstrip("/") or prefix
         self._config = config
         if not self.is_local and "@" in urlsplit(prefix).netloc:
             raise DataError(

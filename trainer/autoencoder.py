@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,7 +43,7 @@ class CodecConfig:
     """
 
     kind: Literal["identity", "autoencoder_kl"] = "identity"
-    source: str | None = None
+    source: str | None = field(default=None, metadata={"place": "hub"})
     factor: int = 8
     channels: int = 4
     scale: float | None = None

@@ -7,15 +7,16 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipelines.console import say
 from trainer.checkpoint.errors import CheckpointError
-from trainer.composition import MissingSettingError, settings
+from trainer.composition import MissingSettingError, configured
 from trainer.log_lines import logs_shown
 from trainer.mistakes import is_users_mistake
-from trainer.schema import from_dict
+from trainer.settings_page import ExplainAction, settings_page
 
 C = TypeVar("C")
 
@@ -72,9 +73,10 @@ def run_command(
         prog=f"python -m {module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings: " + ", ".join(kind.__annotations__),
+        epilog=f"settings and their defaults (null is None):\n{settings_page(kind)}",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--explain", action=ExplainAction, kind=lambda: kind)
     overrides = parser.parse_args(arguments).overrides
     return _answered(
         kind, lambda config: Outcome(f"{make(config)}"), overrides, f"{module} {example}"
@@ -116,8 +118,9 @@ def run_subcommands(
             help=command.summary,
             description=command.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="settings: " + ", ".join(key for key in types if key != "uri"),
+            epilog=f"settings and their defaults (null is None):\n{settings_page(command.kind)}",
         )
+        subparser.add_argument("--explain", action=ExplainAction, kind=partial(_kind, command))
         subparser.add_argument("uri", metavar="URI")
         subparser.add_argument("overrides", nargs="*", metavar="key=value")
         for key in (key for key, kind in types.items() if kind is bool):
@@ -139,12 +142,16 @@ def run_subcommands(
     )
 
 
+def _kind(command: Subcommand[Any]) -> type[Any]:
+    return command.kind
+
+
 @logs_shown()
 def _answered(
     kind: type[C], make: Callable[[C], Outcome], overrides: Sequence[str], example: str
 ) -> int:
     try:
-        made = make(from_dict(kind, settings(kind, overrides)))
+        made = make(configured(kind, overrides))
     except (CheckpointError, ValueError) as error:
         if not is_users_mistake(error) and not isinstance(error, CheckpointError):
             raise

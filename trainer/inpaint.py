@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from models.flow.inpaint import inpaint
@@ -18,7 +20,6 @@ from trainer.checkpoint.store import StoreConfig
 from trainer.command import run_command
 from trainer.evaluate.grid import grid_png
 from trainer.picture_file import read_picture, write_picture
-from trainer.schema import ConfigError
 from trainer.trained.model import TrainedModel, Weights, load_trained_model
 
 logger = logging.getLogger(__name__)
@@ -54,24 +55,20 @@ class InpaintConfig:
         store: How to reach the store.
     """
 
-    checkpoint: str
-    image: str
-    mask: str
-    label: int
-    output: str = "inpainted.png"
-    columns: int = 6
-    repeats: int = 5
+    checkpoint: str = field(metadata={"place": "run"})
+    image: str = field(metadata={"place": "path"})
+    mask: str = field(metadata={"place": "path"})
+    label: Annotated[int, Field(ge=0)]
+    output: str = field(default="inpainted.png", metadata={"place": "path"})
+    columns: Annotated[int, Field(ge=1)] = 6
+    repeats: Annotated[int, Field(ge=1)] = 5
     weights: Weights = "ema"
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0)] = 1
     device: str = "auto"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    codec_source: str | None = None
-    home: str | None = None
+    codec_source: str | None = field(default=None, metadata={"place": "hub"})
+    home: str | None = field(default=None, metadata={"place": "path"})
     store: StoreConfig = field(default_factory=StoreConfig)
-
-    def __post_init__(self) -> None:
-        if self.columns < 1:
-            raise ConfigError(f"columns={self.columns} must be at least 1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,19 +12,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-
-import yaml
+from typing import TYPE_CHECKING
 
 from pipelines.console import say
-from trainer import places
 from trainer.checkpoint.errors import CheckpointError
-from trainer.composition import composed, members
-from trainer.data import with_classes
+from trainer.groups import check_members, members
 from trainer.log_lines import logs_shown
 from trainer.mistakes import is_users_mistake
-from trainer.placing import resolve_placement
-from trainer.schema import JobConfig, to_dict
-from trainer.validate import validate
+from trainer.settings_page import ExplainAction, commented_yaml
+
+if TYPE_CHECKING:
+    from trainer.schema import JobConfig
 
 _DESCRIPTION = """\
 Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate it.
@@ -37,7 +35,7 @@ Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate 
 Run the same command again and the run goes on from its newest valid checkpoint."""
 
 _EPILOG = """\
-common settings (every key is listed by --cfg job):
+common settings (--explain KEY says what a setting, or each of a group, means; --cfg job lists all):
   run=NAME                     name of the run; the default is the experiment's
   resume=auto|never|URI        continue it, insist on a new one, or start from a checkpoint
   dry_run=true                 print the configuration and its cost, then stop
@@ -52,6 +50,10 @@ common settings (every key is listed by --cfg job):
 
 exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end or was stopped but
 checkpoints could not be saved, 130 or 143 stopped by a signal, its last state saved"""
+
+_ONE_RUN = """\
+--multirun: a launch makes one run; start one after the other, each with a run=NAME of its own: \
+for seed in 0 1; do python -m trainer.launch +exp=digits train.seed=$seed run=digits-$seed; done"""
 
 _REFUSED = 2
 
@@ -69,11 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
+    if options.multirun:
+        say(f"error: {_ONE_RUN}", to=sys.stderr)
+        return _REFUSED
     try:
-        job = with_classes(composed(options.overrides))
-        validate(job)
+        job = _checked(options.overrides)
         if options.cfg or job.dry_run:
-            say(described(job))
+            say(described(job, explained=bool(options.cfg)))
             return 0
         return _launch(job)
     except (ValueError, CheckpointError) as error:
@@ -85,15 +89,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def described(job: JobConfig) -> str:
-    """Return the configuration as YAML, with what it costs as comments below."""
+def _checked(overrides: Sequence[str]) -> JobConfig:
+    """Compose and check the configuration; a name that does not exist costs no heavy import."""
+    check_members(overrides)
+    from trainer.composition import composed
+    from trainer.data import with_classes
+    from trainer.validate import validate
+
+    job = with_classes(composed(overrides))
+    validate(job)
+    return job
+
+
+def described(job: JobConfig, *, explained: bool = False) -> str:
+    """Return the configuration as YAML, with what it costs as comments below.
+
+    Args:
+        job: The configuration.
+        explained: Put above each setting what it means.
+    """
+    import yaml
+
     from trainer.cost_table import cost_table
+    from trainer.schema import to_dict
 
     table = "\n".join(f"# {line}" for line in cost_table(job).splitlines())
-    return f"{yaml.safe_dump(to_dict(job), sort_keys=False)}\n{table}"
+    values = to_dict(job)
+    if explained:
+        return f"{commented_yaml(type(job), values)}\n\n{table}"
+    return f"{yaml.safe_dump(values, sort_keys=False)}\n{table}"
 
 
 def _launch(job: JobConfig) -> int:
+    from trainer import places
+
     say(f"run {job.run}: {places.run_uri(job)}")
     logger.info("loading libraries")
     from cluster.contract import ClusterUnavailable
@@ -101,7 +130,9 @@ def _launch(job: JobConfig) -> int:
     from cluster.launcher import run
     from trainer import ending
     from trainer.pages import where_to_look
+    from trainer.placing import resolve_placement
     from trainer.preflight import preflight
+    from trainer.schema import to_dict
     from trainer.summary import Console, final_report, summary
     from trainer.tracked_run import send_unsent
     from trainer.worker import train_worker
@@ -174,9 +205,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
     parser.add_argument(
-        "--cfg", choices=["job"], help="print the resolved configuration and its cost, then stop"
+        "--cfg",
+        choices=["job"],
+        help="print every setting with its meaning and value, and what the job costs, then stop",
     )
+    parser.add_argument("--explain", action=ExplainAction, kind=_job_config)
+    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _job_config() -> type[JobConfig]:
+    from trainer.schema import JobConfig
+
+    return JobConfig
 
 
 def _experiments() -> str:

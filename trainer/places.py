@@ -1,4 +1,7 @@
-"""Where a job keeps things: pure functions from the configuration to paths and URIs."""
+"""Where a job keeps things: pure functions from the configuration to paths and URIs.
+
+The places that a configuration names are absolute; `trainer.place_settings` has made them so.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from trainer.schema import JobConfig
 
 def home(job: JobConfig) -> Path:
     """Return the folder for what stays on this machine."""
-    return Path(job.home).expanduser().resolve()
+    return Path(job.home)
 
 
 def store_uri(job: JobConfig) -> str:
@@ -39,10 +42,15 @@ def data_prefixes(job: JobConfig) -> tuple[str, ...]:
     return streams or (data_prefix(job),)
 
 
+def home_folder(home: str | None) -> Path:
+    """Return the home of commands without a job: `home`, $LAPFLOW_HOME, or ~/lapflow."""
+    chosen = home or os.environ.get("LAPFLOW_HOME") or JobConfig.home
+    return Path(chosen).expanduser().absolute()
+
+
 def cache_folder(home: str | None) -> Path:
-    """Return the cache of commands without a job: in `home`, $LAPFLOW_HOME, or ~/lapflow."""
-    chosen = home or os.environ.get("LAPFLOW_HOME", JobConfig.home)
-    return Path(chosen).expanduser().resolve() / "cache"
+    """Return the cache of commands without a job, in their home."""
+    return home_folder(home) / "cache"
 
 
 def cache(job: JobConfig) -> Path:

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from cluster.hardware import HardwareError
 from cluster.planner import Candidate, candidates, explain, fastest
 from pipelines.console import say
-from trainer.composition import composed, members
+from trainer.composition import composed
+from trainer.groups import members
 from trainer.mistakes import is_users_mistake
 from trainer.placement_table import as_json, placement_table
 from trainer.placing import changed_jobs, configured, workload, zero_stage
 from trainer.schema import ConfigError, JobConfig
+from trainer.settings_page import ExplainAction
 
 _DESCRIPTION = """\
 Plan where the experts of each scale go: memory of a rank and time of a step for every placement
@@ -129,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
+    parser.add_argument("--explain", action=ExplainAction, kind=lambda: JobConfig)
     parser.add_argument("--all", action="store_true", help="print all candidates")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     return parser

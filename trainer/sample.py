@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from trainer.checkpoint.store import StoreConfig
 from trainer.command import run_command
@@ -49,22 +51,20 @@ class SampleConfig:
         store: How to reach the store.
     """
 
-    checkpoint: str
-    output: str = "samples.png"
+    checkpoint: str = field(metadata={"place": "run"})
+    output: str = field(default="samples.png", metadata={"place": "path"})
     weights: Weights = "ema"
-    classes: tuple[int, ...] | None = None
-    columns: int = 10
-    seed: int = 1
-    batch: int = 64
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    columns: Annotated[int, Field(ge=1)] = 10
+    seed: Annotated[int, Field(ge=0)] = 1
+    batch: Annotated[int, Field(ge=1)] = 64
     device: str = "auto"
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
-    codec_source: str | None = None
-    home: str | None = None
+    codec_source: str | None = field(default=None, metadata={"place": "hub"})
+    home: str | None = field(default=None, metadata={"place": "path"})
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
-        if self.columns < 1:
-            raise ConfigError(f"columns={self.columns} must be at least 1")
         if self.classes is not None and not self.classes:
             raise ConfigError(
                 "classes=[] names no class; name some, as in classes=[3,5], or leave it away to "

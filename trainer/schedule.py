@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +25,15 @@ class OptimConfig:
         final_ratio: Rate at the end of the run as a share of the peak.
     """
 
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0
-    warmup_images: int = 0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    warmup_images: Annotated[int, Field(ge=0)] = 0
     decay: Literal["constant", "cosine"] = "constant"
-    final_ratio: float = 0.0
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 def learning_rate(config: OptimConfig, *, images: int, total_images: int) -> float:

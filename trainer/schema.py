@@ -7,15 +7,17 @@ composed into dataclasses and refuses what does not fit, `trainer.validate` what
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
+import operator
+import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from functools import reduce
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 
 from cluster.contract import ClusterConfig
 from models.flow.flow import FlowConfig
@@ -31,6 +33,8 @@ from trainer.engine.protocol import EngineConfig
 from trainer.evaluate.report import EvalConfig
 from trainer.metrics.tracker import TrackingConfig
 from trainer.schedule import OptimConfig
+from trainer.setting import closest, listed, settings_of
+from trainer.setting_value import UnfitValue, check_no_credentials, fitted
 from trainer.step import TrainConfig
 
 T = TypeVar("T")
@@ -61,14 +65,14 @@ class DataConfig:
     """
 
     name: str = "digits"
-    prefix: str | None = None
+    prefix: str | None = field(default=None, metadata={"place": "uri"})
     streams: tuple[StreamConfig, ...] = ()
     prepare: Literal["none", "digits"] = "none"
     space: Literal["pixel", "latent"] = "pixel"
-    images_prefix: str | None = None
-    image_size: int = 8
-    channels: int = 1
-    classes: int = 10
+    images_prefix: str | None = field(default=None, metadata={"place": "uri"})
+    image_size: Annotated[int, Field(ge=1)] = 8
+    channels: Annotated[int, Field(ge=1)] = 1
+    classes: Annotated[int, Field(ge=0)] = 10
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -77,10 +81,11 @@ class RuntimeConfig:
     """What a run prints and writes along the way; it cannot change the result.
 
     Attributes:
-        log_interval_images: Images between two progress lines and metric points.
+        log_interval_images: Images between two progress lines and metric points; 0 has
+            them at the end alone.
     """
 
-    log_interval_images: int = 5000
+    log_interval_images: Annotated[int, Field(ge=0)] = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +117,8 @@ class JobConfig:
     """
 
     run: str = "run"
-    home: str = "~/lapflow"
-    resume: str = "auto"
+    home: str = field(default="~/lapflow", metadata={"place": "path"})
+    resume: Literal["auto", "never"] | str = field(default="auto", metadata={"place": "uri"})
     resume_changed: bool = False
     dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
@@ -145,16 +150,10 @@ _RECORDED = {
 def defaults(kind: type[Any] = JobConfig) -> dict[str, Any]:
     """Return every key with its default; "???" marks what a configuration must set."""
     result: dict[str, Any] = {}
-    types = typing.get_type_hints(kind)
-    for spec in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(types[spec.name]):
-            result[spec.name] = defaults(typing.cast(type[Any], types[spec.name]))
-        elif spec.default is not dataclasses.MISSING:
-            result[spec.name] = _plain(spec.default)
-        elif spec.default_factory is not dataclasses.MISSING:
-            result[spec.name] = _plain(spec.default_factory())
-        else:
-            result[spec.name] = "???"
+    for setting in settings_of(kind):
+        *groups, name = setting.key.split(".")
+        group = reduce(operator.getitem, groups, result)
+        group[name] = {} if setting.is_group else _plain(setting.default)
     return result
 
 
@@ -170,21 +169,27 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         The dataclass.
 
     Raises:
-        ConfigError: For an unknown key, a missing one, or a value of another type.
+        ConfigError: For an unknown key, a missing one, or a value that it cannot have.
+        CredentialsInAddress: For an address that may carry credentials.
     """
-    types = typing.get_type_hints(kind)
+    types = typing.get_type_hints(kind, include_extras=True)
     unknown = sorted(set(values) - set(types))
     if unknown:
         raise ConfigError(unknown_key(f"{path}{unknown[0]}", [f"{path}{name}" for name in types]))
+    places = {
+        spec.name for spec in dataclasses.fields(typing.cast(Any, kind)) if "place" in spec.metadata
+    }
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         key, wanted = f"{path}{name}", types[name]
+        if isinstance(value, str) and name in places:
+            check_no_credentials(key, value)
         if dataclasses.is_dataclass(wanted):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{key}={value!r} must be a group of settings, not a value")
             arguments[name] = from_dict(typing.cast(type[Any], wanted), value, path=f"{key}.")
             continue
-        if (part := _listed(wanted)) is not None:
+        if (part := listed(wanted)) is not None:
             if not isinstance(value, list | tuple) or not all(
                 isinstance(v, Mapping) for v in value
             ):
@@ -195,10 +200,9 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
             )
             continue
         try:
-            arguments[name] = TypeAdapter(wanted).validate_python(value)
-        except ValidationError as error:
-            reason = "; ".join(sorted({detail["msg"] for detail in error.errors()}))
-            raise ConfigError(f"{key}={value!r} cannot be used: {reason}") from error
+            arguments[name] = fitted(wanted, value)
+        except UnfitValue as error:
+            raise ConfigError(f"{key}={reprlib.repr(value)} {error}") from error
     try:
         return kind(**arguments)
     except TypeError as error:
@@ -208,22 +212,15 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         raise ConfigError(f"{path.rstrip('.')}: {error}" if path else str(error)) from error
 
 
-def _listed(wanted: Any) -> type[Any] | None:
-    """Give the dataclass that a setting is a list of, if it is one."""
-    arguments = typing.get_args(wanted)
-    listed = typing.get_origin(wanted) is tuple and dataclasses.is_dataclass(arguments[0])
-    return typing.cast(type[Any], arguments[0]) if listed else None
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain values that YAML and JSON can hold."""
     return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
 
 
-def unknown_key(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: list[str], *, meant: str | None = None) -> str:
     """Say that a key does not exist and which one was probably meant."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    meant = meant or closest(key, known)
+    hint = f"; did you mean {meant}?" if meant else ""
     return f"there is no setting {key}{hint} (settings here: {', '.join(sorted(known))})"
 
 

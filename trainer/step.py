@@ -8,8 +8,10 @@ sums, and exactly the same when it is repeated after a crash.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from models.axes import Bands
@@ -41,12 +43,12 @@ class TrainConfig:
             the run stops.
     """
 
-    seed: int = 0
-    total_images: int = 1_000_000
-    global_batch: int = 256
-    label_dropout: float = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0
+    total_images: Annotated[int, Field(ge=1)] = 1_000_000
+    global_batch: Annotated[int, Field(ge=1)] = 256
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     ema: EmaConfig = field(default_factory=EmaConfig)
-    max_skipped_updates: int = 10
+    max_skipped_updates: Annotated[int, Field(ge=0)] = 10
 
 
 class TrainStep:

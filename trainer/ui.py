@@ -6,8 +6,11 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from pipelines.console import say
 from trainer import places
@@ -39,10 +42,10 @@ class UiConfig:
         port: Where the pages are served.
     """
 
-    home: str | None = None
-    uri: str | None = None
+    home: str | None = field(default=None, metadata={"place": "path"})
+    uri: str | None = field(default=None, metadata={"place": "uri"})
     experiment: str = TrackingConfig.experiment
-    port: int = PORT
+    port: Annotated[int, Field(ge=1, le=65535)] = PORT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +67,7 @@ def show(config: UiConfig) -> str:
         ConfigError: There are no runs, or the port is taken.
         TrackerUnreachable: The server cannot be used.
     """
-    home = str(places.cache_folder(config.home).parent)
+    home = str(places.home_folder(config.home))
     tracking = TrackingConfig(uri=config.uri, experiment=config.experiment)
     uri = tracking_uri(tracking, home)
     if uri.startswith("http"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.support.configuration import configuration
-from trainer.composition import members
+from trainer.groups import members
 from trainer.launch import described
 
 FOLDER = Path(__file__).parent / "configs"

@@ -4,7 +4,7 @@ import pytest
 
 from tests.golden.render import FOLDER, rendered
 from tests.support.configuration import configuration
-from trainer.composition import members
+from trainer.groups import members
 from trainer.schema import difference, to_dict
 
 CHANGED = {

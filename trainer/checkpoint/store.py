@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
@@ -85,8 +85,8 @@ class StoreConfig:
         read_timeout_s: Seconds to wait for each part of an answer.
     """
 
-    uri: str | None = None
-    endpoint_url: str | None = None
+    uri: str | None = field(default=None, metadata={"place": "uri"})
+    endpoint_url: str | None = field(default=None, metadata={"place": "url"})
     region: str | None = None
     profile: str | None = None
     addressing_style: Literal["auto", "path", "virtual"] = "auto"

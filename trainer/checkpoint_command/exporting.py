@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
 
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.store import StoreConfig
@@ -22,8 +25,8 @@ class ExportConfig(ExportSettings):
         store: How to reach the store.
     """
 
-    uri: str
-    choose: int | None = None
+    uri: str = field(metadata={"place": "run"})
+    choose: Annotated[int, Field(ge=0)] | None = None
     store: StoreConfig = field(default_factory=StoreConfig)
 
 

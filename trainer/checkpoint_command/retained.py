@@ -30,7 +30,7 @@ class RetentionSettings:
         store: How to reach the store.
     """
 
-    uri: str
+    uri: str = field(metadata={"place": "run"})
     keep_last: int = CheckpointConfig.keep_last
     keep_every_images: int = CheckpointConfig.keep_every_images
     keep_best: int = CheckpointConfig.keep_best

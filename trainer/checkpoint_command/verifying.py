@@ -24,7 +24,7 @@ class VerifyConfig:
         store: How to reach the store.
     """
 
-    uri: str
+    uri: str = field(metadata={"place": "run"})
     store: StoreConfig = field(default_factory=StoreConfig)
 
 

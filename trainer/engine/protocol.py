@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from models.transformer.lapflow import LapFlowTransformer, Settle
@@ -45,7 +46,7 @@ class EngineConfig:
     zero_stage: int = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
-    micro_batch: int | None = None
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     placement: Literal["auto", "replicated"] | dict[int, int] = "replicated"
     activation_checkpointing: tuple[int, ...] = ()
     overlap_exchange: bool = False

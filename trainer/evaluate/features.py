@@ -9,7 +9,7 @@ it knows much better what natural pictures show.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -53,7 +53,7 @@ class FeatureConfig:
     """
 
     name: FeatureName = "random_conv"
-    inception_weights: str | None = None
+    inception_weights: str | None = field(default=None, metadata={"place": "path"})
 
 
 class RandomConvFeatures:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from models.flow.sampler_config import SamplerConfig
 from trainer.evaluate.classifier import LabelAgreement
@@ -31,15 +33,15 @@ class EvalConfig:
         grid_classes: Classes shown in a grid, from the first.
     """
 
-    samples: int = 1000
-    batch: int = 125
-    seed: int = 1
+    samples: Annotated[int, Field(ge=2)] = 1000
+    batch: Annotated[int, Field(ge=1)] = 125
+    seed: Annotated[int, Field(ge=0)] = 1
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     classifier: bool = False
-    grid_interval_images: int = 0
-    grid_columns: int = 10
-    grid_classes: int = 10
+    grid_interval_images: Annotated[int, Field(ge=0)] = 0
+    grid_columns: Annotated[int, Field(ge=1)] = 10
+    grid_classes: Annotated[int, Field(ge=1)] = 10
 
 
 def evaluation_key(run: str, images: int, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,7 @@ class ExportSettings:
         overwrite: Replace the file, or the folder of an earlier export, at `output`.
     """
 
-    output: str
+    output: str = field(metadata={"place": "path"})
     file: Literal["folder", "safetensors"] = "folder"
     weights: Literal["ema", "master", "both"] = "ema"
     overwrite: bool = False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
 
 from trainer.metrics.unsent import Point
 
@@ -26,10 +28,10 @@ class TrackingConfig:
         flush_timeout_s: Longest wait at the end for points that are still on their way.
     """
 
-    uri: str | None = None
+    uri: str | None = field(default=None, metadata={"place": "uri"})
     experiment: str = "lapflow"
     required: bool = True
-    flush_timeout_s: float = 30.0
+    flush_timeout_s: Annotated[float, Field(ge=0)] = 30.0
 
     def __post_init__(self) -> None:
         if self.uri is not None and "@" in self.uri:

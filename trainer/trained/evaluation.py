@@ -7,16 +7,17 @@ there already is read instead of measured again, so an evaluation can be stopped
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pipelines.loader import LoaderConfig
 from pipelines.mixture import StreamConfig
+from trainer import places
 from trainer.checkpoint.errors import MissingObject
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
@@ -50,9 +51,9 @@ class RealImagesConfig:
             looked for them.
     """
 
-    prefix: str | None = None
+    prefix: str | None = field(default=None, metadata={"place": "uri"})
     streams: tuple[StreamConfig, ...] = ()
-    images_prefix: str | None = None
+    images_prefix: str | None = field(default=None, metadata={"place": "uri"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,27 +81,23 @@ class CheckpointEvaluationConfig:
         store: How to reach the store.
     """
 
-    checkpoint: str
+    checkpoint: str = field(metadata={"place": "run"})
     checkpoints: Literal["newest", "all"] = "newest"
     weights: Weights = "ema"
-    samples: int | None = None
-    batch: int | None = None
-    seed: int | None = None
+    samples: Annotated[int, Field(ge=2)] | None = None
+    batch: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
     features: tuple[FeatureName, ...] | None = None
-    inception_weights: str | None = None
+    inception_weights: str | None = field(default=None, metadata={"place": "path"})
     data: RealImagesConfig = field(default_factory=RealImagesConfig)
-    output: str | None = None
-    codec_source: str | None = None
+    output: str | None = field(default=None, metadata={"place": "uri"})
+    codec_source: str | None = field(default=None, metadata={"place": "hub"})
     device: str = "auto"
-    home: str | None = None
+    home: str | None = field(default=None, metadata={"place": "path"})
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 2:
-            raise ConfigError(f"samples={self.samples} must be at least 2")
-        if self.batch is not None and self.batch < 1:
-            raise ConfigError(f"batch={self.batch} must be at least 1")
         if self.features is not None and not self.features:
             raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
 
@@ -262,7 +259,7 @@ def _job(config: CheckpointEvaluationConfig, manifest: Manifest, *, runs: str) -
         JobConfig,
         {
             "run": manifest.run,
-            "home": config.home or os.environ.get("LAPFLOW_HOME", JobConfig.home),
+            "home": str(places.home_folder(config.home)),
             "data": {**science["data"], **given},
             "loader": {"decoder": science.get("loader", {}).get("decoder", LoaderConfig.decoder)},
             "codec": asdict(recorded_codec(science)),

@@ -286,7 +286,10 @@ def test_a_checkpoint_that_is_not_there_is_told(
         (["list", "s3://bucket"], "s3://bucket is neither a run"),
         (["list", "runs/a/checkpoints/newest"], "is neither a run"),
         (["list", "gs://bucket/runs/a"], "gs://"),
-        (["list", "runs/a/checkpoints/000000000100"], "is one checkpoint; give its run, runs/a"),
+        (
+            ["list", "runs/a/checkpoints/000000000100"],
+            f"is one checkpoint; give its run, {Path.cwd()}/runs/a",
+        ),
         (["prune", "runs/a", "keep_last=0"], "keep_last=0 must be at least 1"),
         (["prune", "runs/a", "keep_best=-1"], "keep_best=-1 must be 0 (none) or more"),
         (["prune", "runs/a", "keep=1"], "there is no setting keep; did you mean keep_"),

@@ -112,13 +112,13 @@ def test_a_result_depends_on_its_place_and_seed_alone(place):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image": "missing.png"}, "image=missing.png: there is no such file"),
+        ({"image": "missing.png"}, "missing.png: there is no such file"),
         ({"image": "PLACE/text.png"}, "text.png is not a picture"),
         ({"image": "PLACE"}, "cannot be read"),
         ({"image": "PLACE/flat.png"}, "flat.png has 8 x 4 pixels, but the model works on 8 x 8"),
         ({"mask": "PLACE/flat.png"}, "mask=PLACE/flat.png has 8 x 4 pixels"),
         ({"label": 2}, "classes=[2] are not among 0 … 1"),
-        ({"label": -1}, "classes=[-1]"),
+        ({"label": -1}, "label=-1 must be at least 0"),
         ({"columns": 0}, "columns=0"),
         ({"repeats": 0}, "repeats=0"),
         ({"sampler.solver": "dopri5"}, "dopri5 cannot fill in images"),
@@ -146,7 +146,7 @@ def test_samples_are_drawn_from_the_same_checkpoint(place, capsys):
     assert capsys.readouterr().out == f"{place}/grid.png\n"
     assert np.asarray(Image.open(place / "grid.png")).shape == (2 * CELL + GAP, 2 * CELL + GAP, 3)
     for wrong, message in (
-        ("batch=0", "batch of 0"),
+        ("batch=0", "batch=0 must be at least 1"),
         ("classes=[5]", "classes=[5]"),
         ("classes=[]", "classes=[] names no class"),
         ("columns=0", "columns=0 must be at least 1"),

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from tests.support.configuration import configuration
-from trainer.composition import composed, members, settings
+from trainer.composition import composed, configured
+from trainer.groups import members
 from trainer.sample import SampleConfig
 from trainer.schema import (
     ConfigError,
@@ -288,8 +289,8 @@ def test_every_setting_is_documented():
 def test_what_must_be_given_is_asked_for():
     assert defaults(SampleConfig)["checkpoint"] == "???"
     with pytest.raises(ConfigError, match="checkpoint"):
-        settings(SampleConfig, ["columns=3"])
+        configured(SampleConfig, ["columns=3"])
     with pytest.raises(ConfigError, match="colums"):
-        settings(SampleConfig, ["checkpoint=x", "colums=3"])
+        configured(SampleConfig, ["checkpoint=x", "colums=3"])
     with pytest.raises(ConfigError, match="key=value"):
-        settings(SampleConfig, ["checkpoint"])
+        configured(SampleConfig, ["checkpoint"])

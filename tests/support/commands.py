@@ -1,0 +1,45 @@
+"""Every command's settings, for tests that hold them all to something."""
+
+from collections.abc import Callable
+from typing import Any
+
+from trainer.checkpoint_command.exporting import ExportConfig
+from trainer.checkpoint_command.listing import ListConfig
+from trainer.checkpoint_command.pruning import PruneConfig
+from trainer.checkpoint_command.verifying import VerifyConfig
+from trainer.inpaint import InpaintConfig
+from trainer.mistakes import is_users_mistake
+from trainer.sample import SampleConfig
+from trainer.schema import JobConfig
+from trainer.setting import Setting, settings_of
+from trainer.trained.evaluation import CheckpointEvaluationConfig
+from trainer.ui import UiConfig
+
+GIVEN: dict[type[Any], dict[str, Any]] = {
+    JobConfig: {},
+    SampleConfig: {"checkpoint": "/runs/a"},
+    InpaintConfig: {"checkpoint": "/runs/a", "image": "/i.png", "mask": "/m.png", "label": 3},
+    CheckpointEvaluationConfig: {"checkpoint": "/runs/a"},
+    ExportConfig: {"uri": "/runs/a", "output": "/out"},
+    ListConfig: {"uri": "/runs/a"},
+    PruneConfig: {"uri": "/runs/a"},
+    VerifyConfig: {"uri": "/runs/a"},
+    UiConfig: {},
+}
+"""The configuration of each command, and what must be given of it."""
+
+
+def leaves(kind: type[Any]) -> list[Setting]:
+    """The settings of a configuration, without its groups."""
+    return [setting for setting in settings_of(kind) if not setting.is_group]
+
+
+def refusal(call: Callable[[], Any]) -> str | None:
+    """Why something is refused; None if it is not. What is no user's mistake goes through."""
+    try:
+        call()
+    except ValueError as error:
+        if not is_users_mistake(error):
+            raise
+        return str(error)
+    return None

@@ -1,0 +1,135 @@
+"""What is typed reaches its setting, or is explained in a paragraph of ours."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.commands import refusal
+from tests.support.configuration import configuration
+from trainer.composition import composed, configured
+from trainer.launch import main
+from trainer.override import parse_override
+from trainer.sample import SampleConfig
+from trainer.schema import ConfigError, JobConfig, from_dict, to_dict
+from trainer.validate import validate
+
+DIGITS = "+exp=digits"
+
+
+@pytest.mark.parametrize("name", ["run", "123", "1", "1e3", "0x10", "true", "on", "1_000", "007"])
+def test_a_name_is_a_name_whatever_it_looks_like(name):
+    assert composed([DIGITS, f"run={name}"]).run == name
+
+
+def test_a_number_in_a_file_can_be_a_name():
+    values = to_dict(configuration(DIGITS))
+    assert from_dict(JobConfig, values | {"run": 123}).run == "123"
+    with pytest.raises(ConfigError, match=r'run=1000.0 must .* in quotes, "1000.0"'):
+        from_dict(JobConfig, values | {"run": 1e3})
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"])))
+def test_a_text_reaches_its_setting_as_it_was_typed(text):
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if quoted or text.lower() == "null":
+        return
+    override = parse_override(f"tracking.experiment={text}", JobConfig)
+    assert override.value == text
+    parsed = OverridesParser.create().parse_override(override.for_hydra)
+    assert (parsed.key_or_group, parsed.value()) == ("tracking.experiment", text)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run",
+        "store.uri",
+        "train.seed",
+        "engine.placement",
+        "data.streams",
+        "model",
+        "optim",
+        "+run",
+    ],
+)
+def test_no_other_program_speaks_to_the_user(key):
+    for text in ("~/a", "a#b", "(a", "a,b", "[a", "ü", "a: b", "'", "9" * 5000):
+        error = refusal(lambda text=text: validate(composed([DIGITS, f"{key}={text}"]))) or ""
+        assert "\n" not in error
+        for stranger in ("hydra", "lexer", "token", "omegaconf", "override", "primitive"):
+            assert stranger not in error.lower(), error
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("train.seed=0,1", ["train.seed=0,1", "for value in 0 1; do", "train.seed=$value"]),
+        ("train.seed=range(0,3)", ["train.seed=range(0,3)", "for value in"]),
+        ("data.streams=[{prefix: ~/a}]", ["data.streams", "in quotes", "for the shell"]),
+        ("~train.seed", ["~train.seed", "null"]),
+        ("train.seed", ["key=value"]),
+        ("home=s3://bucket/a", ["home=s3://bucket/a", "a path of this machine"]),
+        ("store.uri=", ["store.uri", "empty"]),
+        ("home=~nobody-here/a", ["nobody-here", "./~nobody-here/a"]),
+        ("optim.lr=1", ["optim.lr", "did you mean optim.learning_rate?"]),
+        ("train.learning_rate=1", ["did you mean optim.learning_rate?"]),
+        ("train.seed=true", ["train.seed=True", "number"]),
+        ("tracking.experiment=${oc.env:HOME}", ["tracking.experiment", "environment"]),
+        ("tracking.experiment=${oc.decode:${oc.env:HOME}}", ["tracking.experiment", "environment"]),
+    ],
+)
+def test_what_cannot_be_read_is_explained(word, parts):
+    with pytest.raises(ConfigError) as caught:
+        composed([DIGITS, word])
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_a_command_reads_no_environment_either():
+    with pytest.raises(ConfigError, match="environment"):
+        configured(SampleConfig, ["checkpoint=/a/b", "output=${oc.env:HOME}"])
+
+
+def test_a_setting_can_be_another_ones_value():
+    job = composed([DIGITS, "run=a-${train.seed}", "train.seed=3", "tracking.experiment=${run}"])
+    assert (job.run, job.tracking.experiment) == ("a-3", "a-3")
+
+
+HEAVY = {"torch", "numpy", "hydra", "pydantic", "streaming", "ray", "mlflow", "PIL"}
+LOADED = """
+import sys
+from trainer.launch import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as leaving:
+    code = leaving.code
+print(code, *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["+exp=nope"], "2"),
+        (["model=b_2"], "2"),
+        ([DIGITS, "model=nope"], "2"),
+        ([DIGITS, "-m", "train.seed=0"], "2"),
+        (["--help"], "0"),
+    ],
+)
+def test_a_name_that_does_not_exist_costs_no_imports(words, code):
+    ended = subprocess.run(
+        [sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=True
+    )
+    got, *modules = ended.stdout.splitlines()[-1].split()
+    assert got == code
+    assert HEAVY & {*modules} == set()
+
+
+def test_several_runs_at_once_are_refused_with_a_loop(capsys):
+    assert main(["-m", DIGITS, "train.seed=0,1"]) == 2
+    assert "for seed in 0 1; do" in capsys.readouterr().err

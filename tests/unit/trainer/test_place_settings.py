@@ -1,0 +1,143 @@
+"""Places are the same to every process: made absolute once, and free of credentials."""
+
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from pipelines.ingest.digits import ensure_digits
+from tests.support.commands import GIVEN, leaves, refusal
+from tests.support.configuration import configuration
+from trainer import places
+from trainer.checkpoint.store import open_store
+from trainer.composition import composed, configured
+from trainer.place_settings import located
+from trainer.schema import JobConfig, from_dict, to_dict
+from trainer.setting import leaf_types
+
+DIGITS = "+exp=digits"
+
+NO_PLACES = {
+    "run", "data.name", "cluster.address", "tracking.experiment", "experiment", "device",
+    "store.region", "store.profile",
+}  # fmt: skip
+
+
+def test_every_text_is_a_place_a_choice_or_a_name():
+    texts = {
+        setting.key
+        for kind in GIVEN
+        for setting in leaves(kind)
+        if setting.is_text and setting.place is None and str in leaf_types(setting.wanted)
+    }
+    assert texts == NO_PLACES
+
+
+def read(kind: type[Any], text: str) -> dict[str, Any]:
+    """Every place of a configuration, all of them given as the same text."""
+    keys = [each.key for each in leaves(kind) if each.place not in (None, "url")]
+    words = [f"{name}={value}" for name, value in GIVEN[kind].items() if name not in keys]
+    words += [f"{key}={text}" for key in keys]
+    if kind is JobConfig:
+        config: Any = composed([DIGITS, "codec.kind=autoencoder_kl", *words])
+    else:
+        config = configured(kind, words)
+    return {key: reduce(getattr, key.split("."), config) for key in keys}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_place_is_made_absolute_in_the_process_that_reads_it(tmp_path, monkeypatch, kind):
+    home, here = tmp_path / "home", tmp_path / "here"
+    (here / "a" / "b").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for text, meant in (
+        ("~/a/b", f"{home}/a/b"),
+        ('"~/a/b"', f"{home}/a/b"),
+        ("a/b", f"{here}/a/b"),
+        ("../a b/ü,(x)=#~", f"{tmp_path}/a b/ü,(x)=#~"),
+        ("/a/b/", "/a/b"),
+    ):
+        assert set(read(kind, text).values()) == {meant}
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "place"),
+    [(kind, each.key, each.place) for kind in GIVEN for each in leaves(kind) if each.place],
+)
+def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
+    def given(text: str) -> Any:
+        values: dict[str, Any] = to_dict(configuration(DIGITS)) if kind is JobConfig else {}
+        values |= GIVEN[kind]
+        if key == "codec.source":
+            values["codec"]["kind"] = "autoencoder_kl"
+        *groups, name = key.split(".")
+        group = reduce(lambda group, name: group.setdefault(name, {}), groups, values)
+        group[name] = text
+        return located(from_dict(kind, values))
+
+    for wrong in ("s3:/bucket/a", "http://me:secret@host/a", "http://host/a?token=secret", " "):
+        error = refusal(lambda wrong=wrong: given(wrong))
+        assert error is not None
+        assert "secret" not in error
+        assert "secret" not in wrong or key.rpartition(".")[2] in error or "endpoint" in error
+    if place in ("uri", "hub"):
+        assert refusal(lambda: given("s3://bucket/a#b=(c)")) is None
+        assert "secret" not in (refusal(lambda: given("s3://me:secret@bucket/a")) or "secret")
+
+
+def test_what_is_no_path_stays():
+    job = composed([DIGITS, "codec.kind=autoencoder_kl", "codec.source=zelaki/eq-vae"])
+    assert (job.codec.source, job.resume) == ("zelaki/eq-vae", "auto")
+    assert (
+        composed([DIGITS, "tracking.uri=http://host:5000/a"]).tracking.uri == "http://host:5000/a"
+    )
+
+
+def test_the_file_of_a_tracker_is_a_place_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/root")
+    for path, meant in (
+        ("a.db", f"{tmp_path}/a.db"),
+        ("/a.db", "/a.db"),
+        ("~/a.db", "/root/a.db"),
+    ):
+        assert composed([DIGITS, f"tracking.uri=sqlite:///{path}"]).tracking.uri == (
+            f"sqlite:///{meant}"
+        )
+
+
+@pytest.mark.slow
+def test_data_and_checkpoints_go_to_one_store(tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    job = composed([DIGITS, 'store.uri="~/st"'])
+    ensure_digits(places.data_prefix(job))
+    open_store(places.runs_uri(job), job.store).put("digits/a", b"b")
+    assert (home / "st" / "datasets" / "digits" / "train" / "index.json").is_file()
+    assert (home / "st" / "runs" / "digits" / "a").is_file()
+    assert list(here.iterdir()) == []
+
+
+def test_workers_elsewhere_mean_the_same_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = composed([DIGITS, "store.uri=st", "home=h", "data.prefix=d", "shards.cache_dir=~/c"])
+    payload = to_dict(job)
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    there = from_dict(JobConfig, payload)
+    assert there == job
+    assert places.run_uri(there) == f"{tmp_path}/st/runs/digits"
+    assert places.home(there) == tmp_path / "h"
+    assert places.data_prefixes(there) == (f"{tmp_path}/d",)
+
+
+def test_the_home_that_is_given_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    monkeypatch.setenv("LAPFLOW_HOME", "/from/environment")
+    assert composed([DIGITS]).home == "/from/environment"
+    assert composed([DIGITS, "home=~/lapflow"]).home == "/somebody/lapflow"
+    monkeypatch.setenv("LAPFLOW_HOME", "")
+    assert composed([DIGITS]).home == "/somebody/lapflow"

@@ -1,0 +1,137 @@
+"""No number is taken that means nothing: each setting of each command against its domain."""
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.support.commands import GIVEN, leaves, refusal
+from tests.support.configuration import configuration
+from trainer.place_settings import located
+from trainer.sample import SampleConfig
+from trainer.schema import ConfigError, JobConfig, from_dict, to_dict
+from trainer.setting import Setting, leaf_types
+from trainer.validate import validate
+
+LARGEST = 2**63 - 1
+DIGITS = "+exp=digits"
+
+# Least value, and the largest or the first that is too large, of every number by its last words.
+COUNTS = (
+    "image_size data.channels codec.factor codec.channels depth width heads patch_size flow.scales "
+    "total_images global_batch batch steps adaptive_group grid_columns grid_classes micro_batch "
+    "workers cpus_per_worker gpus_per_node prefetch_batches decode_threads shuffle_block_samples "
+    "download_threads open_files retries keep_last columns repeats zero_stage"
+)
+FROM_ZERO = (
+    "classes class_tokens warmup_images max_skipped_updates seed grid_interval_images "
+    "max_failures interval_images keep_every_images keep_best log_interval_images label choose "
+    "weight_decay clip_norm guidance_scale patience_s grace_s flush_timeout_s "
+    "download_patience_s gpus_per_worker"
+)
+ABOVE_ZERO = (
+    "codec.scale mlp_ratio learning_rate epsilon absolute_tolerance relative_tolerance "
+    "start_timeout_s gpu_memory_gib matmul_tflops node_link_gb_per_s network_gb_per_s "
+    "host_link_gb_per_s host_memory_gib download_timeout_s cache_limit_gib connect_timeout_s "
+    "read_timeout_s"
+)
+BELOW_ONE = "beta1 beta2 label_dropout ema.decay max_bad_share"
+OTHER = {
+    "min_area": lambda value: 0 < value <= 1,
+    "max_aspect": lambda value: value >= 1,
+    "final_ratio": lambda value: 0 <= value <= 1,
+    "codec.shift": lambda value: True,
+    "samples": lambda value: value >= 2,
+    "port": lambda value: 1 <= value <= 65535,
+}
+DOMAINS = {
+    **dict.fromkeys(COUNTS.split(), lambda value: value >= 1),
+    **dict.fromkeys(FROM_ZERO.split(), lambda value: value >= 0),
+    **dict.fromkeys(ABOVE_ZERO.split(), lambda value: value > 0),
+    **dict.fromkeys(BELOW_ONE.split(), lambda value: 0 <= value < 1),
+    **OTHER,
+}
+NONSENSE = [-LARGEST, -1, -1e-9, 0, 1, 1.5, 7, 2 * LARGEST, math.inf, -math.inf, math.nan]
+
+
+def is_number(setting: Setting) -> bool:
+    return setting.is_single and bool({int, float} & {*leaf_types(setting.wanted)})
+
+
+def domain(setting: Setting) -> Any:
+    words = setting.key.split(".")
+    return DOMAINS.get(".".join(words[-2:])) or DOMAINS[words[-1]]
+
+
+def changed(kind: type[Any], key: str, value: Any) -> Any:
+    """The configuration with one value set, checked as its command does."""
+    values = to_dict(configuration(DIGITS)) if kind is JobConfig else dict(GIVEN[kind])
+    *groups, name = key.split(".")
+    group: dict[str, Any] = values
+    for each in groups:
+        group = group.setdefault(each, {})
+    group[name] = value
+    config = located(from_dict(kind, values))
+    if kind is JobConfig:
+        validate(config)
+    return config
+
+
+NUMBERS = [(kind, each) for kind in GIVEN for each in leaves(kind) if is_number(each)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), NUMBERS, ids=[f"{kind.__name__}-{each.key}" for kind, each in NUMBERS]
+)
+def test_no_number_is_taken_outside_of_its_domain(kind, setting):
+    for value in NONSENSE:
+        whole = float not in leaf_types(setting.wanted)
+        meaningful = (
+            math.isfinite(value)
+            and abs(value) <= LARGEST
+            and (not whole or value == int(value))
+            and domain(setting)(value)
+        )
+        error = refusal(lambda value=value: changed(kind, setting.key, value))
+        if error is None:
+            assert meaningful, value
+        else:
+            # A meaningful value may contradict another setting.
+            assert meaningful or setting.key.rpartition(".")[2] in error, (value, error)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("flow.critical_times", [each]) for each in (0, 1, -1, 2, math.nan, math.inf)),
+        *(("flow.scale_weights", [1, each]) for each in (0, -1, math.nan, math.inf)),
+        *(("eval.sampler.guidance_interval", [0.5, each]) for each in (0, 2, math.nan, math.inf)),
+        *(("model.ties.scales", each) for each in ([-1, 0], [1], [0, 0], [0, 7], [0, 0.5])),
+        *(("engine.activation_checkpointing", [each]) for each in (-1, 7, 0.5, math.inf)),
+        *(("engine.placement", {1: each}) for each in (-2, 0, 0.5, math.inf, math.nan)),
+        *(("data.streams.weight", each) for each in (0, -1, math.nan, math.inf)),
+        ("engine.zero_stage", 0),
+        ("engine.zero_stage", 4),
+        ("codec.factor", 3),
+        ("cluster.gpus_per_worker", 2),
+        ("model.mlp_ratio", 1e-9),
+        ("train.seed", True),
+        ("optim.warmup_images", False),
+        ("flow.scale_weights", [True, 1]),
+    ],
+)
+def test_no_list_of_numbers_is_taken_outside_of_its_domain(key, value):
+    if key == "data.streams.weight":
+        key, value = "data.streams", [{"prefix": "/a", "weight": value}]
+    error = refusal(lambda: changed(JobConfig, key, value))
+    assert key.rpartition(".")[2].removesuffix("s") in (error or "")
+
+
+def test_classes_to_draw_are_not_negative():
+    with pytest.raises(ConfigError, match="classes"):
+        changed(SampleConfig, "classes", [3, -1])
+
+
+def test_the_settings_of_deepspeed_pass_through():
+    passed = {"communication_data_type": "fp32"}
+    assert changed(JobConfig, "engine.deepspeed", passed).engine.deepspeed == passed

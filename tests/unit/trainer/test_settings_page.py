@@ -1,0 +1,75 @@
+"""Help says of every setting what it is, what it is by default, and what it can be."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.configuration import configuration
+from trainer.checkpoint_command.exporting import ExportConfig
+from trainer.checkpoint_command.listing import ListConfig
+from trainer.checkpoints import main as checkpoints
+from trainer.composition import configured
+from trainer.inpaint import InpaintConfig
+from trainer.inpaint import main as inpaint
+from trainer.launch import main as launch
+from trainer.sample import SampleConfig
+from trainer.sample import main as sample
+from trainer.schema import JobConfig, to_dict
+from trainer.setting import settings_of
+
+DIGITS = "+exp=digits"
+
+
+def shown(capsys: pytest.CaptureFixture[str], command: Any, *words: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        command(list(words))
+    told = capsys.readouterr()
+    assert left.value.code == (0 if told.out else 2)
+    return told.out + told.err
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "words"),
+    [
+        (sample, SampleConfig, []),
+        (inpaint, InpaintConfig, []),
+        (checkpoints, ListConfig, ["list"]),
+        (checkpoints, ExportConfig, ["export"]),
+    ],
+)
+def test_help_gives_every_setting_with_meaning_default_and_choices(capsys, command, kind, words):
+    text = " ".join(shown(capsys, command, *words, "--help").split())
+    for setting in settings_of(kind):
+        assert setting.key in text
+        assert setting.meaning
+        assert " ".join(setting.meaning.split()) in text
+        if len(setting.words) > 1:
+            assert " | ".join(setting.words) in text
+    if kind is SampleConfig:
+        assert "sampler.guidance_scale=null (number)" in text
+        assert "checkpoint=… (text, must be given)" in text
+
+
+def test_one_setting_is_explained(capsys):
+    assert "share" not in shown(capsys, launch, "--explain", "train.seed")
+    assert "Threads that decode" in shown(capsys, launch, "--explain", "loader.decode_threads")
+    assert "Newest valid" in shown(capsys, checkpoints, "prune", "--explain", "keep_last")
+    group = shown(capsys, launch, "--explain", "optim")
+    assert "optim.learning_rate=0.0001" in group
+    assert "optim.final_ratio" in group
+    assert "did you mean optim.learning_rate?" in shown(capsys, launch, "--explain", "optim.lr")
+
+
+def test_the_whole_configuration_is_shown_with_its_meanings(capsys):
+    assert launch([DIGITS, "--cfg", "job"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text) == to_dict(configuration(DIGITS))
+    comments = " ".join(line.strip(" #") for line in text.splitlines() if line.strip()[:1] == "#")
+    for setting in settings_of(JobConfig):
+        assert " ".join(setting.meaning.split()) in comments, setting.key
+
+
+def test_defaults_of_a_command_win_over_those_of_a_part():
+    read = configured(SampleConfig, ["checkpoint=/a/b", "output=/c.png"])
+    assert read == SampleConfig(checkpoint="/a/b", output="/c.png")

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.index import INDEX_NAME
+from pipelines.location import is_url
 from pipelines.proxies import proxy_hint
 from pipelines.slow_steps import told_when_slow
 
@@ -46,10 +48,12 @@ class SourceConfig:
             is not broken off.
         download_timeout_s: Silence of the store after which a request ends. A try at an S3 store
             consists of up to three requests.
+        anonymous: Ask an S3 store without credentials, as public buckets want it.
     """
 
     download_patience_s: float = 120.0
     download_timeout_s: float = 20.0
+    anonymous: bool = False
 
     def __post_init__(self) -> None:
         if self.download_patience_s < 0 or self.download_timeout_s <= 0:
@@ -71,11 +75,12 @@ class Source:
         config: Attempts and time limits.
 
     Raises:
-        DataError: There is no reader for that kind of URL, or it carries credentials.
+        DataError: There is no reader for that kind of URL, it carries credentials, or libraries
+            would read it differently.
     """
 
     def __init__(self, prefix: str, *, config: SourceConfig) -> None:
-        self.is_local = "://" not in prefix
+        self.is_local = not is_url(prefix)
         if self.is_local:
             prefix = os.path.expanduser(prefix)  # not every shell reads a ~ behind a =
         self.prefix = prefix.rstrip("/") or prefix
@@ -167,12 +172,16 @@ class Source:
         from streaming.base.storage import CloudDownloader
 
         try:
-            return CloudDownloader.get(self._root)
+            downloader: Any = CloudDownloader.get(self._root)
         except (ValueError, ImportError) as error:
             raise DataError(
                 f"Datasets cannot be read from {self.prefix!r} ({error}). Give a local folder or "
                 "an s3:// URL."
             ) from error
+        if self._config.anonymous and self.prefix.startswith("s3://"):
+            # streaming asks so only after a refusal, and not after every kind of one.
+            downloader._create_s3_client = partial(downloader._create_s3_client, unsigned=True)
+        return downloader
 
     @staticmethod
     def _raise_if_final(error: Exception, *, url: str, path: Path) -> None:
@@ -184,7 +193,8 @@ class Source:
             raise StoreUnreachableError(
                 f"The store refused to give {url} ({describe_failure(error)}). Check that the "
                 "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
-                "instance role) are right and may read the bucket."
+                "instance role) are right and may read the bucket; a public one is read without "
+                "any by shards.anonymous=true (--anonymous)."
                 f"{proxy_hint(None)}"
             ) from error
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:

@@ -9,6 +9,7 @@ from pipelines.errors import IngestSettingError
 from pipelines.ingest.image_dataset import IngestConfig, carry_out, planned
 from pipelines.ingest.listing import Listing, hold_out
 from pipelines.ingest.resize import Resize
+from pipelines.location import is_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Splits:
 
     Raises:
         IngestSettingError: The share is out of its range, or what is held out would meet the rest.
+        LocationError: The root is a mistyped URL.
     """
 
     root: str
@@ -34,6 +36,7 @@ class Splits:
     way_out: str = ""
 
     def __post_init__(self) -> None:
+        is_url(self.root)  # refused before a source is listed
         if not 0 <= self.hold_out < 1:
             raise IngestSettingError(f"--hold-out {self.hold_out} must lie in [0, 1).")
         if self.hold_out and self.split == "test":

@@ -219,6 +219,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="dali",
         help="what decodes the images, as loader.decoder does in training (%(default)s)",
     )
+    parser.add_argument(
+        "--anonymous", action="store_true", help="read a public bucket without credentials"
+    )
     parser.add_argument("--json", type=Path, help="file for the whole report")
 
 
@@ -232,6 +235,7 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
         workers=options.workers,
         forbid_duplicates=options.forbid_duplicates,
         decoder=options.decoder,
+        shards=ShardsConfig(anonymous=options.anonymous),
     )
     if options.json:
         _refuse_unwritable(options.json)

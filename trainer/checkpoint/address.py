@@ -8,6 +8,9 @@ from typing import NamedTuple
 from trainer.checkpoint.errors import InvalidStoreUri
 
 _CHECKPOINT = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)")
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/*)")
+_STORES = {"s3", "file"}
+_FOREIGN = {"gs", "gcs", "azure", "abfs", "oci", "hf", "hdfs", "sftp", "ftp", "http", "https"}
 _RUN = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)")
 
 
@@ -39,6 +42,7 @@ def parse_address(uri: str) -> Address:
         InvalidStoreUri: It is neither, or may carry credentials; those the message does not quote.
     """
     check_no_credentials(uri)
+    check_scheme(uri)
     place = uri.rstrip("/").removesuffix("/checkpoints")
     if match := _CHECKPOINT.fullmatch(place):
         return Address(match["runs"], match["run"], int(match["images"]))
@@ -50,6 +54,29 @@ def parse_address(uri: str) -> Address:
             "(…/runs/NAME/checkpoints/000000128000)"
         )
     return Address(match["runs"], match["run"], None)
+
+
+def check_scheme(uri: str) -> None:
+    """Refuse what looks like a URI and would be taken for a folder of that name.
+
+    Raises:
+        InvalidStoreUri: A slash is missing, or letters of its scheme are capitals.
+    """
+    match = _SCHEME.match(uri)
+    if match is None or match["scheme"].lower() not in _STORES | _FOREIGN:
+        return
+    scheme = match["scheme"].lower()
+    slashes = "///" if scheme == "file" else "//"
+    if match["scheme"] != scheme or match["slashes"] != slashes:
+        raise InvalidStoreUri(
+            f"a place that begins with {match[0]} is not written as a URI is: begin it with "
+            f"{scheme}:{slashes}, or with ./ if it is a folder of that name"
+        )
+    if scheme in _FOREIGN:
+        raise InvalidStoreUri(
+            f"Checkpoints cannot be kept at {scheme}://…: give 's3://bucket/prefix' or the path "
+            "of a local folder."
+        )
 
 
 def check_no_credentials(uri: str) -> None:

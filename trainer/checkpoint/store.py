@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
-from trainer.checkpoint.address import check_no_credentials
+from trainer.checkpoint.address import check_no_credentials, check_scheme
 from trainer.checkpoint.errors import InvalidStoreUri
 
 
@@ -83,6 +83,7 @@ class StoreConfig:
         retries: Tries of one request, with growing pauses, before it fails.
         connect_timeout_s: Seconds to wait for a connection.
         read_timeout_s: Seconds to wait for each part of an answer.
+        anonymous: Ask without credentials, as public buckets want it; nothing can be written so.
     """
 
     uri: str | None = field(default=None, metadata={"place": "uri"})
@@ -93,12 +94,14 @@ class StoreConfig:
     retries: int = 5
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
+    anonymous: bool = False
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None:
             check_endpoint(self.endpoint_url)
         if self.uri is not None:
             check_no_credentials(self.uri)
+            check_scheme(self.uri)
         if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
             raise ValueError(
                 f"store.retries={self.retries}, store.connect_timeout_s={self.connect_timeout_s} "
@@ -136,6 +139,7 @@ def open_store(uri: str, config: StoreConfig) -> Store:
             credentials.
         StoreError: The settings name an AWS profile that does not exist.
     """
+    check_scheme(uri)
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in ("s3", "file"):
         raise InvalidStoreUri(

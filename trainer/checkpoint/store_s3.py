@@ -12,6 +12,7 @@ from typing import Any
 
 import boto3
 from boto3.s3.transfer import TransferConfig
+from botocore import UNSIGNED
 from botocore import exceptions as aws
 from botocore.config import Config
 
@@ -74,6 +75,7 @@ class S3Store:
                     retries={"mode": "standard", "total_max_attempts": config.retries},
                     connect_timeout=config.connect_timeout_s,
                     read_timeout=config.read_timeout_s,
+                    signature_version=UNSIGNED if config.anonymous else None,
                 ),
             )
 

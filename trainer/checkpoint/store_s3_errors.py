@@ -37,7 +37,8 @@ CAUSES: Mapping[str, str] = {
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
     "AccessDenied": "these credentials may not do this; grant s3:GetObject, s3:PutObject, "
     "s3:DeleteObject and s3:ListBucket, or use others",
-    "403": f"access is refused; {_CREDENTIALS}, and grant it this bucket",
+    "403": f"access is refused; {_CREDENTIALS}, and grant it this bucket, or read a public one "
+    "with store.anonymous=true",
     "PermanentRedirect": "the bucket is in another region; set store.region",
     "AuthorizationHeaderMalformed": "the bucket is in another region; set store.region",
     "NotImplemented": "the service lacks an operation that safe checkpoints need (PUT with "
@@ -81,7 +82,8 @@ def explained(
         yield
     except _NO_CREDENTIALS as error:
         raise StoreError(
-            f"Cannot {what}: no usable credentials were found; {_CREDENTIALS}."
+            f"Cannot {what}: no usable credentials were found; {_CREDENTIALS}, or read a public "
+            "bucket with store.anonymous=true."
         ) from error
     except _NO_ANSWER as error:
         if "Invalid header value" in str(error):

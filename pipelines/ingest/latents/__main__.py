@@ -67,7 +67,7 @@ def _image_plans(options: argparse.Namespace, cache: Path) -> dict[str, LatentPl
         shard_bytes=options.shard_mib << 20,
         max_skipped_share=options.max_skipped_share,
         work_dir=options.work_dir,
-        shards=ShardsConfig(cache_dir=str(cache)),
+        shards=ShardsConfig(cache_dir=str(cache), anonymous=options.anonymous),
     )
     source, prefix = options.source.rstrip("/"), options.prefix.rstrip("/")
     splits = _splits(options.splits, source=source)

@@ -17,6 +17,7 @@ from pipelines.ingest.latents.shards import LatentPart, OpenLatentFiller, cut
 from pipelines.ingest.progress import Progress
 from pipelines.ingest.shard_files import FinishedShard, write_shards
 from pipelines.latent_format import LatentFormat
+from pipelines.location import is_url
 from pipelines.shards import ShardedDataset, ShardsConfig
 
 _RECIPE = 1  # counts up when the same settings come to give other latents
@@ -112,7 +113,7 @@ class LatentPlan:
     """
 
     def __init__(self, source: str, prefix: str, *, encoder: Encoder, config: EncodeConfig) -> None:
-        self._source = source if "://" in source else str(Path(source).expanduser().resolve())
+        self._source = source if is_url(source) else str(Path(source).expanduser().resolve())
         self._prefix = prefix
         self._encoder = encoder
         self._config = config

@@ -123,6 +123,11 @@ def _add_images(
     return (
         group.add_argument("--image-size", type=int, help="pixels, along each side; required"),
         group.add_argument(
+            "--anonymous",
+            action="store_true",
+            help="read the images of a public bucket without credentials",
+        ),
+        group.add_argument(
             "--splits",
             help="such as train,test; default: those of train and test that the source has",
         ),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.errors import CacheUnusableError, DataError, StoreUnreachableError
+from pipelines.ingest.__main__ import main
 from pipelines.source import Source, SourceConfig
 from tests.support.clock import Clock
 
@@ -137,6 +138,53 @@ def test_urls_that_are_not_read(prefix: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as raised:
         Source(prefix, config=SourceConfig())
     assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        *[
+            (text, "Begin it with s3://")
+            for text in (
+                "s3:/bucket/x",
+                "s3:bucket/x",
+                "S3://bucket/x",
+                "s3:///bucket/x",
+                " s3://b/x",
+            )
+        ],
+        ("file:/data/x", "Begin it with file:///"),
+        ("file://data/x", "Begin it with file:///"),
+        ("gs:/bucket/x", "Begin it with gs://"),
+        ("s3:/key:hunter2@bucket", "A place with @ in it .*Begin it with s3://"),
+        *[
+            (f"s3://bucket/{path}", "libraries read it differently")
+            for path in ("a#b", "a?b", "a\nb", "a\tb", "a//b", "a/../b", "./a", "a ", "a\x7f")
+        ],
+        ("s3://", "libraries read it differently"),
+        ("http://host/data", "cannot be read from 'http://host/data'"),
+    ],
+)
+def test_what_is_no_url_is_no_folder_either(prefix: str, words: str) -> None:
+    with pytest.raises(DataError, match=words) as raised:
+        Source(prefix, config=SourceConfig())
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("prefix", ["a#b", "run:1/x", "/data/s3:/x", "./s3:/x", "c:/x", "ü b?"])
+def test_folders_may_have_any_name(prefix: str) -> None:
+    assert Source(prefix, config=SourceConfig()).is_local
+
+
+@pytest.mark.parametrize("target", ["s3:/bucket/x", "s3://bucket/a#b", "S3://bucket/x"])
+def test_nothing_is_listed_or_written_for_a_mistyped_target(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["image-folder", "none", target], ["digits", target], ["verify", target]):
+        assert main(command) == 2
+        assert target in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", [{"download_patience_s": -1.0}, {"download_timeout_s": 0.0}])

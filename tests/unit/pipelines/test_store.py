@@ -1,5 +1,6 @@
 """The same, from a real S3 server."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from pipelines.errors import (
     OccupiedPrefixError,
     StoreUnreachableError,
 )
+from pipelines.ingest.__main__ import main
+from pipelines.ingest.verify import verify
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
 from pipelines.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
@@ -117,3 +120,45 @@ def test_mistakes_are_named(
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StoreUnreachableError, match=r"attempts: 2.*127\.0\.0\.1:1"):
         ShardedDataset(f"{bucket}/nothing", config=config(tmp_path))
+
+
+ODD = "a b/100%41/ü+€;c&d=e@f,g:h'(i)~*!$/s3:/t"
+
+
+def test_any_other_character_names_the_same_object_when_written_and_read(
+    s3: S3Server, bucket: str, tmp_path: Path, images: list[LabelledImage]
+) -> None:
+    prefix = f"{bucket}/{ODD}"
+    write_dataset(images[:4], prefix, shard_bytes=2000)
+    written = [key.removeprefix(f"{ODD}/") for key in keys(s3, ODD)]
+    assert written == ["index.json", "shard.00000.mds"]
+    dataset = ShardedDataset(prefix, config=config(tmp_path))
+    assert [dataset.read(place).data for place in range(4)] == [image.data for image in images[:4]]
+    assert verify(prefix).faults == []
+
+
+def test_a_public_bucket_is_read_without_credentials(
+    s3: S3Server,
+    bucket: str,
+    tmp_path: Path,
+    images: list[LabelledImage],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Swift answers unsigned requests under its own address of the account."""
+    for name, acl in (("public", "public-read"), ("private", "private")):
+        write_dataset(images, f"{s3.make_bucket(name)}/set", shard_bytes=2000)
+        s3.client.put_bucket_acl(Bucket=name, ACL=acl)
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"{s3.endpoint_url}/v1/AUTH_test")
+    with pytest.raises(StoreUnreachableError, match=r"shards\.anonymous=true"):
+        ShardedDataset("s3://public/set", config=config(tmp_path))
+    anonymous = replace(config(tmp_path), anonymous=True)
+    dataset = ShardedDataset("s3://public/set", config=anonymous)
+    assert dataset.read(len(dataset) - 1).data == images[-1].data
+    with pytest.raises(StoreUnreachableError, match="refused to give"):
+        ShardedDataset("s3://private/set", config=anonymous)
+    assert main(["verify", "s3://public/set", "--anonymous", "--workers", "1"]) == 0
+    assert "FINE" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from trainer.checkpoint.address import Address, parse_address
 from trainer.checkpoint.errors import InvalidStoreUri
+from trainer.checkpoint.store import StoreConfig, open_store
 
 NAMES = st.from_regex(r"[a-z0-9_][a-z0-9_.=-]{0,8}", fullmatch=True)
 PLACES = st.builds(
@@ -55,6 +56,32 @@ def test_what_was_put_together_comes_apart(
 def test_what_is_neither_is_refused(uri: str) -> None:
     with pytest.raises(InvalidStoreUri, match="is neither a run"):
         parse_address(uri)
+
+
+@pytest.mark.parametrize(
+    ("begin", "right"),
+    [
+        ("s3:/bucket", "s3://"),
+        ("s3:bucket", "s3://"),
+        ("S3://bucket", "s3://"),
+        ("s3:///bucket", "s3://"),
+        ("file:/data", "file:///"),
+        ("file://data", "file:///"),
+    ],
+)
+def test_a_mistyped_uri_is_no_folder(begin: str, right: str) -> None:
+    for uri in (f"{begin}/runs/a", f"{begin}/runs/a/checkpoints/12"):
+        for use in (parse_address, lambda uri: open_store(uri, StoreConfig()), store_at):
+            with pytest.raises(InvalidStoreUri, match=f"begin it with {right}"):
+                use(uri)
+    for scheme in ("gs", "http", "hdfs"):
+        with pytest.raises(InvalidStoreUri, match=f"cannot be kept at {scheme}://"):
+            parse_address(f"{scheme}://bucket/runs/a")
+    assert parse_address("run:1/runs/a") == Address("run:1/runs", "a", None)
+
+
+def store_at(uri: str) -> StoreConfig:
+    return StoreConfig(uri=uri)
 
 
 @pytest.mark.parametrize("path", ["", "/", "/p", "/runs/a", "/runs/a/checkpoints/000000000100"])

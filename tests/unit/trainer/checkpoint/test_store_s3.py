@@ -105,12 +105,48 @@ def test_an_endpoint_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
             open_store("s3://bucket/run", config).get("key")
 
 
-def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no credentials anywhere."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+
+
+@pytest.mark.slow
+def test_a_public_bucket_is_read_without_credentials(s3: S3Server, nobody: None) -> None:
+    """Swift answers unsigned requests under its own address of the account."""
+    for name, acl in (("open", "public-read"), ("closed", "private")):
+        s3.make_bucket(name)
+        s3.client.put_bucket_acl(Bucket=name, ACL=acl)
+        s3.client.put_object(Bucket=name, Key="run/key", Body=b"content")
+    settings = {"endpoint_url": f"{s3.endpoint_url}/v1/AUTH_test", "retries": 1}
+    store = open_store("s3://open/run", StoreConfig(**settings, anonymous=True))
+    assert store.get("key") == b"content"
+    assert store.get_range("key", 3, 2) == b"te"
+    assert store.fingerprint("key")
+    for refused in (
+        lambda: store.put("key", b"1"),
+        lambda: open_store("s3://closed/run", StoreConfig(**settings, anonymous=True)).get("key"),
+        lambda: open_store("s3://open/run", StoreConfig(**settings)).get("key"),
+    ):
+        with pytest.raises(StoreError):
+            refused()
+
+
+def test_a_public_bucket_is_listed_without_credentials(nobody: None) -> None:
+    listing = "<Contents><Key>run/key</Key><Size>7</Size></Contents>"
+    answers = {"GET": (200, f"<ListBucketResult>{listing}</ListBucketResult>")}
+    with service(answers, anonymous=True) as store:
+        assert store.list("") == {"key": 7}
+    with service(answers) as store, pytest.raises(StoreError, match=r"store\.anonymous=true"):
+        store.list("")
+
+
+def test_no_credentials(nobody: None) -> None:
     store = open_store("s3://bucket/run", StoreConfig(endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StoreError, match="no usable credentials were found"):
         store.put("key", b"1")
@@ -127,7 +163,7 @@ UPLOADS = """\
 
 
 @contextmanager
-def service(answers: dict[str, tuple[int, str]]) -> Iterator[Store]:
+def service(answers: dict[str, tuple[int, str]], *, anonymous: bool = False) -> Iterator[Store]:
     """Runs a web server with one answer for each method, and gives a store there."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -147,7 +183,8 @@ def service(answers: dict[str, tuple[int, str]]) -> Iterator[Store]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-            yield open_store("s3://bucket/run", StoreConfig(endpoint_url=endpoint, retries=1))
+            config = StoreConfig(endpoint_url=endpoint, retries=1, anonymous=anonymous)
+            yield open_store("s3://bucket/run", config)
         finally:
             server.shutdown()
 

@@ -31,6 +31,10 @@ class UnreadableSourceError(DataError):
     """The images to be ingested are missing, damaged, or lie in a way that is not understood."""
 
 
+class OversizedDocumentError(DataError):
+    """A file that describes the dataset is far too large to be one."""
+
+
 class MissingLatentRecordError(DataError):
     """Latents do not say what they were made with: there is no latents.json."""
 

@@ -5,12 +5,12 @@ confined to the dataset's folder, sizes are bounded, encodings come from a short
 pickle, and every shard must carry a hash.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines.errors import EmptyDatasetError, InvalidIndexError
+from pipelines.json_document import DocumentError, parse_json
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
 
 INDEX_NAME = "index.json"
@@ -28,7 +28,6 @@ _COLUMN_SIZES = dict.fromkeys(sorted(_IMAGE_ENCODINGS)) | _LABEL_SIZES | _OTHER_
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}){0,3}")
 _HEX = re.compile(r"[0-9a-f]{8,128}")
-_MAX_INDEX_BYTES = 1 << 28
 _MAX_SHARD_BYTES = (1 << 32) - 1  # offsets inside a shard are 32 bit
 
 
@@ -110,12 +109,10 @@ def parse_index(content: bytes, *, prefix: str) -> tuple[Shard, ...]:
 
 
 def _shards(content: bytes) -> tuple[Shard, ...]:
-    if len(content) > _MAX_INDEX_BYTES:
-        raise _Problem(f"it is {len(content)} bytes long, more than {_MAX_INDEX_BYTES}")
     try:
-        index = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _Problem(f"it is not JSON ({error})") from None
+        index = parse_json(content)
+    except DocumentError as error:
+        raise _Problem(str(error)) from None
     if not isinstance(index, dict) or index.get("version") != 2:
         raise _Problem("it is not an MDS index of version 2")
     entries = index.get("shards")

@@ -3,7 +3,6 @@
 It lies beside the index of a dataset of latents. A training run compares it with its own settings.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipelines.errors import InvalidLatentRecordError, MissingLatentRecordError
+from pipelines.json_document import DocumentError, parse_json
 from pipelines.latent_format import LatentFormat
 from pipelines.source import Source, SourceConfig
 
@@ -142,12 +142,10 @@ def parse_latent_record(content: bytes, *, prefix: str) -> LatentRecord:
 
 
 def _record(content: bytes) -> LatentRecord:
-    if len(content) > _MAX_BYTES:
-        raise _Problem(f"it is {len(content)} bytes long, more than {_MAX_BYTES}")
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _Problem(f"it is not JSON ({error})") from None
+        values = parse_json(content, most_bytes=_MAX_BYTES)
+    except DocumentError as error:
+        raise _Problem(str(error)) from None
     if not isinstance(values, dict) or values.get("version") != _VERSION:
         raise _Problem(f"it is not a record of latents of version {_VERSION}")
     samples = _whole(values, "samples")

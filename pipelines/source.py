@@ -22,9 +22,11 @@ from pipelines.errors import (
     CacheUnusableError,
     DataError,
     MissingDatasetError,
+    OversizedDocumentError,
     StoreUnreachableError,
 )
 from pipelines.index import INDEX_NAME
+from pipelines.json_document import MAX_DOCUMENT_BYTES
 from pipelines.location import is_url
 from pipelines.proxies import proxy_hint
 from pipelines.slow_steps import told_when_slow
@@ -32,7 +34,7 @@ from pipelines.slow_steps import told_when_slow
 logger = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 16.0
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket"}
 _REFUSED_STATUS = {401, 403}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
@@ -142,14 +144,25 @@ class Source:
 
         Raises:
             FileNotFoundError: There is none.
+            OversizedDocumentError: It is far larger than what it should be.
             StoreUnreachableError: The store refuses, or does not answer.
         """
         if self.is_local:
-            return (Path(self.prefix) / name).read_bytes()
+            return self._bounded(Path(self.prefix) / name)
         with scratch_folder() as folder:
             path = folder / name
             self.fetch(name, path)
-            return path.read_bytes()
+            return self._bounded(path)
+
+    def _bounded(self, path: Path) -> bytes:
+        """Read a file, after a look at its size: a sparse one takes no space on its disk."""
+        size = path.stat().st_size
+        if size > MAX_DOCUMENT_BYTES:
+            raise OversizedDocumentError(
+                f"{self.prefix}/{path.name} is {size} bytes long, more than {MAX_DOCUMENT_BYTES}, "
+                "so it is not read. Restore the file, or write the dataset again."
+            )
+        return path.read_bytes()
 
     def read_index(self) -> bytes:
         """Fetch the content of index.json.
@@ -197,7 +210,7 @@ class Source:
                 "any by shards.anonymous=true (--anonymous)."
                 f"{proxy_hint(None)}"
             ) from error
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise CacheUnusableError(
                 f"{url} cannot be copied to {path.parent} ({error}). Free some space, or set "
                 "cache_dir to a folder on a local disk that this user may write."

@@ -1,11 +1,11 @@
 """What a dataset says of itself: ingest.json, which an ingest writes beside the index."""
 
-import json
 from dataclasses import dataclass
 
 from pipelines.console import visible
 from pipelines.errors import DataError
 from pipelines.ingest.entry import PassedOver
+from pipelines.json_document import parse_json
 from pipelines.source import Source, SourceConfig
 
 ABOUT_NAME = "ingest.json"
@@ -65,7 +65,7 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
 
 
 def _parsed(content: bytes) -> About:
-    values = json.loads(content)
+    values = parse_json(content)
     classes, counts = values["classes"], values.get("images_per_class")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes is not a list of names")

@@ -15,7 +15,7 @@ from pipelines.errors import BadDataError, EmptyDatasetError, OccupiedPrefixErro
 from pipelines.index import INDEX_NAME
 from pipelines.ingest.about import read_about
 from pipelines.ingest.shard_files import FinishedShard, discard_records
-from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied
+from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied, told_when_full
 from pipelines.source import Source, SourceConfig
 
 Documents = Mapping[str, object]
@@ -68,7 +68,7 @@ def build(
 
     Raises:
         OccupiedPrefixError: The prefix holds something else.
-        UnwritableTargetError: A local folder cannot be made or written.
+        UnwritableTargetError: A local folder cannot be made or written, or the disk is full.
         EmptyDatasetError: There are no samples.
         StoreUnreachableError: The store refuses, or does not answer.
     """
@@ -80,7 +80,7 @@ def build(
         # Named after what is written and where to, for uploaded shards are not kept here.
         place = hashlib.sha256(f"{plan} {source.prefix}".encode()).hexdigest()[:16]
         work = work_dir.expanduser() / place
-    with locked(work.with_suffix(".lock")):
+    with locked(work.with_suffix(".lock")), told_when_full(work):
         # Another process may have been faster while this one waited.
         if is_complete(prefix, plan=plan):
             note("complete, nothing to do")

@@ -242,7 +242,14 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
     report = verify(options.prefix, config=config, note=note)
     note(report.text())
     if options.json:
-        options.json.write_text(report.as_json())
+        try:
+            options.json.write_text(report.as_json())
+        except OSError as error:  # such as a disk that has filled up since
+            note(report.as_json())
+            raise IngestSettingError(
+                f"--json {options.json} cannot be written any more ({error.strerror}). What was to "
+                "be there stands above."
+            ) from error
     return 1 if report.faults else 0
 
 

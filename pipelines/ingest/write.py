@@ -22,7 +22,7 @@ from pipelines.errors import (
 )
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard, parse_index
 from pipelines.proxies import proxy_hint
-from pipelines.source import Source, SourceConfig, describe_failure
+from pipelines.source import DISK_ERRORS, Source, SourceConfig, describe_failure
 
 _HASH = "sha256"
 _UPLOAD_ATTEMPTS = 5
@@ -67,7 +67,7 @@ def write_dataset(
         _write_remote(images, source, shard_bytes=shard_bytes)
         return
     target = Path(source.prefix)
-    with locked(target.with_name(f".{target.name}.lock")):
+    with locked(target.with_name(f".{target.name}.lock")), told_when_full(target.parent):
         _write_local(images, source, target, shard_bytes=shard_bytes)
 
 
@@ -91,7 +91,10 @@ def _write_remote(images: Iterable[LabelledImage], source: Source, *, shard_byte
     if present is not None:
         _compare(images, present, prefix=source.prefix, shard_bytes=shard_bytes)
         return
-    with tempfile.TemporaryDirectory(prefix="lapflow-ingest-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="lapflow-ingest-") as scratch,
+        told_when_full(Path(scratch)),
+    ):
         folder = Path(scratch) / "dataset"
         upload = Upload(folder, source.prefix)
         for name, _ in _build(images, folder, shard_bytes=shard_bytes):
@@ -194,6 +197,24 @@ def _unwritable(folder: Path, error: OSError) -> UnwritableTargetError:
         f"The folder {folder} cannot be made or written ({error.strerror}: {error.filename}). "
         "Choose another one, or let this user write there."
     )
+
+
+@contextmanager
+def told_when_full(folder: Path) -> Iterator[None]:
+    """Turn failures of the disk that is written to into one clear error.
+
+    Raises:
+        UnwritableTargetError: The disk is full, or refuses to be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UnwritableTargetError(
+            f"{folder} cannot be written any more ({error.strerror}). Free some space there, or "
+            "choose another place, and run the same command again; what is finished is kept."
+        ) from error
 
 
 @contextmanager

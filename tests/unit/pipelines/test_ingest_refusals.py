@@ -1,7 +1,11 @@
 """What the ingest refuses before it writes: settings, class lists and places it cannot use."""
 
 import errno
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +201,83 @@ def solid(color: int) -> bytes:
 
 def stop(text: str) -> None:
     raise KeyboardInterrupt
+
+
+_ON_A_SMALL_DISK = """
+import resource, sys
+from pipelines.ingest.__main__ import main
+# As when a disk fills up: no file may grow larger.
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_told_and_what_is_finished_is_kept(
+    workers: str, folder: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for name, height in (("0", 400), ("1", 400), ("large", 2000)):
+        picture = rng.integers(0, 256, (height, 1000), dtype=np.uint8)
+        (folder / "bee" / f"{name}.png").write_bytes(pictures.encode(picture))
+    target = tmp_path / "out"
+    words = ["image-folder", str(folder), str(target), "--shard-mib", "1", "--workers", workers]
+    full = subprocess.run(
+        [sys.executable, "-c", _ON_A_SMALL_DISK, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert full.returncode == 2
+    assert "cannot be written any more (File too large). Free some space" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (target / "train").exists()
+    finished = {path.name for path in target.glob(".train.building/*.mds")}
+    assert finished
+    before = {name: (target / ".train.building" / name).stat().st_mtime_ns for name in finished}
+    assert main(words) == 0
+    assert {name: (target / "train" / name).stat().st_mtime_ns for name in finished} == before
+    assert len(ShardedDataset(str(target / "train"))) == 13
+
+
+def test_a_report_that_cannot_be_written_in_the_end_is_not_lost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    assert main(["image-folder", str(folder), str(target), "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(target / "train"), "--workers", "1", "--json", "/dev/full"]) == 2
+    said = capsys.readouterr()
+    assert "--json /dev/full cannot be written any more (No space left on device)" in said.err
+    report = json.loads(said.out[said.out.index("\n{") :])
+    assert report["samples"] == 10
+
+
+HOSTILE = {
+    "nested too deep": b"[" * 100_000,
+    "no finite number": b'{"version": 2, "shards": [], "plan": NaN, "classes": [], "skipped": []}',
+    "1e999 is no finite number": b'{"version": 2, "plan": 1e999, "shards": []}',
+    "is not JSON|not JSON": b'{"version": ' + b"7" * 5000 + b"}",
+    "not JSON": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("name", ["index.json", "ingest.json"])
+@pytest.mark.parametrize("words", [*HOSTILE, "more than 268435456"])
+def test_documents_that_others_have_written_are_refused_in_a_line(
+    name: str, words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    assert main(["image-folder", str(folder), str(target), "--workers", "1"]) == 0
+    document = target / "train" / name
+    if words in HOSTILE:
+        document.write_bytes(HOSTILE[words])
+    else:
+        os.truncate(document, 1 << 40)  # sparse: a terabyte that takes no space
+    capsys.readouterr()
+    assert main(["verify", str(target / "train")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(words, line)
+    assert name in line

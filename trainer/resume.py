@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from trainer import places
 from trainer.checkpoint.address import check_no_credentials, parse_address
-from trainer.checkpoint.agreement import Gather, alone
+from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.errors import DamagedCheckpoint, InvalidStoreUri
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
@@ -106,15 +106,14 @@ def parse_uri(uri: str) -> tuple[str, str, int]:
 
 
 def open_checkpoint(
-    uri: str, config: StoreConfig, *, rank: int = 0, gather: Gather = alone
+    uri: str, config: StoreConfig, *, ranks: Ranks | None = None
 ) -> tuple[Store, CheckpointReader, Manifest]:
     """Open a checkpoint by its URI; a collective call where there are several ranks.
 
     Args:
         uri: Where it is.
         config: How to reach its store.
-        rank: This rank.
-        gather: Returns the list of every rank's object, in rank order, on every rank.
+        ranks: How this rank agrees with the others, if there are any.
 
     Returns:
         The store of its run, the run's checkpoints, and this one's manifest.
@@ -124,7 +123,7 @@ def open_checkpoint(
     """
     runs, run, images = parse_uri(uri)
     store = open_store(runs, config)
-    checkpoints = CheckpointReader(store, run=run, rank=rank, gather=gather)
+    checkpoints = CheckpointReader(store, run=run, ranks=ranks)
     manifest = checkpoints.manifest(images)
     if manifest is None:
         raise ConfigError(f"there is no valid checkpoint at {uri}; list the folder above it")
@@ -148,8 +147,7 @@ def restore(
     engine: Engine,
     metrics: MetricBuffer,
     checkpoints: CheckpointReader,
-    rank: int,
-    gather: Gather,
+    ranks: Ranks,
     tell: Callable[[dict[str, object]], None],
 ) -> Restored:
     """Bring the engine to where the run left off; a collective call.
@@ -162,8 +160,7 @@ def restore(
         engine: Holds freshly initialised weights.
         metrics: Takes what was recorded since the last point of the curves.
         checkpoints: The run's own checkpoints.
-        rank: This rank.
-        gather: Returns the list of every rank's object, in rank order, on every rank.
+        ranks: How this rank agrees with the others.
         tell: Takes a note for the user.
 
     Returns:
@@ -187,7 +184,7 @@ def restore(
         # The engine may hold part of what was read; and a new run must not replace the evidence.
         raise all_damaged(job)
     if job.resume not in ("auto", "never"):
-        _, source, manifest = open_checkpoint(job.resume, job.store, rank=rank, gather=gather)
+        _, source, manifest = open_checkpoint(job.resume, job.store, ranks=ranks)
         science_changes(job, chosen, manifest, place=job.resume)
         try:
             restored = _load(source, manifest, engine, metrics, tell)

@@ -34,6 +34,7 @@ from trainer.evaluate.samples import Drawing
 from trainer.evaluate.scores import frechet_scores
 from trainer.gathering import Gathering
 from trainer.hooks import Hook
+from trainer.host_group import HostGroup
 from trainer.log_lines import logs_told
 from trainer.loop import train
 from trainer.metrics.buffer import MetricBuffer
@@ -99,8 +100,8 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
 
     logger.info("the model is there")
     store = open_store(places.runs_uri(job), job.store)
-    gather = Gathering()
-    checkpoints = CheckpointReader(store, run=job.run, rank=context.rank, gather=gather)
+    ranks = HostGroup()
+    checkpoints = CheckpointReader(store, run=job.run, ranks=ranks)
     images = open_split(job, "train")
     shape = flow_shape(job.data, job.codec)
     codec, codec_digest = load_codec(
@@ -118,8 +119,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         engine=engine,
         metrics=metrics,
         checkpoints=checkpoints,
-        rank=context.rank,
-        gather=gather,
+        ranks=ranks,
         tell=tell,
     )
     state = restored.state
@@ -161,7 +161,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 batch=job.eval.batch,
                 device=device,
             ),
-            gather=gather,
+            gather=Gathering(),
             held_out=RealImages(job, "test", context),
             train=RealImages(job, "train", context),
         )
@@ -170,10 +170,8 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
             store,
             catalogue=checkpoints.catalogue,
             config=job.checkpoint,
-            rank=context.rank,
-            world_size=context.world_size,
-            gather=gather,
-            gather_aside=Gathering(),
+            ranks=ranks,
+            aside=HostGroup(),
             report=SaveNews(tracker, tell),
             scores=lambda: frechet_scores(store, run=job.run, features=job.eval.features.name),
             position=restored.position,
@@ -222,7 +220,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
             ),
         ]
         try:
-            saver.prepare(engine.fragments())
+            saver.prepare(engine.fragments(), science=chosen)
             with training_loader(job, images, context, codec=codec) as loader:
                 end = train(
                     state,

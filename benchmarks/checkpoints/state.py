@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import command
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.checkpoint.agreement import alone
+from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.saver import CheckpointSaver
@@ -99,13 +99,11 @@ class Saves:
             store,
             catalogue=Catalogue(store, run=RUN),
             config=CheckpointConfig(keep_last=1),
-            rank=0,
-            world_size=1,
-            gather=alone,
-            gather_aside=alone,
+            ranks=Alone(),
+            aside=Alone(),
             report=lambda _report: self._ended.set(),
         )
-        self.saver.prepare(state.fragments)
+        self.saver.prepare(state.fragments, science={})
 
     def begin(self) -> None:
         """Take a snapshot and begin its upload: what training waits for."""

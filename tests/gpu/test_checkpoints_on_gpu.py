@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.checkpoint.agreement import alone
+from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.reader import CheckpointReader
@@ -41,14 +41,12 @@ def test_a_save_takes_the_state_as_the_queued_work_leaves_it_and_before_any_late
         store,
         catalogue=Catalogue(store, run="run"),
         config=CheckpointConfig(keep_last=1),
-        rank=0,
-        world_size=1,
-        gather=alone,
-        gather_aside=alone,
+        ranks=Alone(),
+        aside=Alone(),
     )
     live = state(lambda numel: torch.zeros(numel, device="cuda"))
     work = torch.randn(4096, 4096, device="cuda")
-    saver.prepare(live)
+    saver.prepare(live, science={})
     for turn in range(1, 9):
         for _ in range(20):
             work = torch.nn.functional.normalize(work @ work)

@@ -23,9 +23,9 @@ from tests.unit.trainer.checkpoint.worlds import (
     RUN,
     SCIENCE,
     SHAPES,
-    RankGather,
     Savings,
     State,
+    ThreadRanks,
     empty_state,
     on_ranks,
     split,
@@ -116,8 +116,8 @@ def save_state(
     """
     fragments = split(state, cuts, shapes)
 
-    def act(rank: int, gather: RankGather) -> str:
-        savings = Savings(store, rank=rank, world=len(fragments), gather=gather, **changes)
+    def act(rank: int, ranks: ThreadRanks) -> str:
+        savings = Savings(store, ranks=ranks, **changes)
         return savings.save(
             images=images, fragments=fragments[rank], train_state={"images": images}, **science
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoint.agreement import alone
+from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.saver import CheckpointSaver
@@ -28,10 +28,8 @@ def save_now(
         store,
         catalogue=Catalogue(store, run=run),
         config=CheckpointConfig(keep_last=100),
-        rank=0,
-        world_size=1,
-        gather=alone,
-        gather_aside=alone,
+        ranks=Alone(),
+        aside=Alone(),
     )
     saver.save(
         images=images,

@@ -1,19 +1,71 @@
-"""One decision for all ranks: what fails on one rank is raised on every rank."""
+"""One decision for all ranks: what fails on one rank is raised on every rank.
+
+What one rank knows is broadcast, and what the first rank must know is sent to it alone. Nothing is
+gathered on every rank, because that takes as much memory on each as all ranks have to say.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar
 
+from trainer.checkpoint import errors
 from trainer.checkpoint.errors import CheckpointError, RankFailed
 
 Result = TypeVar("Result")
-Gather = Callable[[object], list[object]]
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, CheckpointError)
+}
 
 
-def alone(value: object) -> list[object]:
-    """Gather over the only rank there is."""
-    return [value]
+class Ranks(Protocol):
+    """How ranks send each other bytes. Every method is a collective call of all of them."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    def least(self, value: int) -> int:
+        """Return the least of all ranks' values."""
+        ...
+
+    def broadcast(self, data: bytes, *, source: int) -> bytes:
+        """Return what one rank gives; the others' data is not looked at."""
+        ...
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Return every rank's data, in rank order, on the first rank, and nothing on the others."""
+        ...
+
+
+class Alone:
+    """The only rank there is."""
+
+    rank = 0
+    world_size = 1
+
+    def least(self, value: int) -> int:
+        """Return the value."""
+        return value
+
+    def broadcast(self, data: bytes, *, source: int) -> bytes:
+        """Return the data."""
+        assert source == 0
+        return data
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Return the data, of one rank."""
+        return [data]
 
 
 class Agreement:
@@ -22,47 +74,69 @@ class Agreement:
     Without it a rank whose disk is full would leave while the others wait for it for ever.
 
     Args:
-        rank: This rank.
-        gather: Returns the list of every rank's object, in rank order, on every rank.
+        ranks: What the ranks agree over.
     """
 
-    def __init__(self, *, rank: int, gather: Gather) -> None:
-        self._rank = rank
-        self._gather = gather
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
 
-    def each(self, step: Callable[[], Result]) -> list[Result]:
-        """Run `step` on every rank and return all results on every rank.
+    def each(self, step: Callable[[], Result]) -> Result:
+        """Run `step` on every rank and return this rank's result if none failed.
 
         Raises:
             CheckpointError: The error of the first rank whose step failed; `RankFailed` if it is
                 none of ours.
         """
         own: Exception | None = None
-        value: Result | None = None
+        value: Result
         try:
             value = step()
         except Exception as error:
             own = error
-        outcomes = cast(
-            "list[tuple[CheckpointError | None, Result]]",
-            self._gather((self._portable(own), value)),
-        )
-        for shared, _ in outcomes:
-            if shared is not None:
-                # A fresh copy: ranks may share a process, and a traceback belongs to one raise.
-                raise type(shared)(*shared.args) from own
-        return [result for _, result in outcomes]
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        failed = self._ranks.least(world_size if own is None else rank)
+        if failed < world_size:
+            told = _told(own, rank) if own is not None else b""
+            # A fresh copy: a traceback belongs to one raise.
+            raise _heard(self._ranks.broadcast(told, source=failed)) from own
+        return value
 
-    def first(self, step: Callable[[], Result]) -> Result:
-        """Run `step` on rank 0 alone and return its result on every rank.
+    def collected(self, step: Callable[[], bytes]) -> list[bytes]:
+        """Run `step` on every rank; return all results on the first rank, and on others nothing.
 
         Raises:
             CheckpointError: As for `each`.
         """
-        results = self.each(lambda: step() if self._rank == 0 else None)
-        return cast("Result", results[0])
+        return self._ranks.collect(self.each(step))
 
-    def _portable(self, error: Exception | None) -> CheckpointError | None:
-        if error is None or isinstance(error, CheckpointError):
-            return error
-        return RankFailed(f"Rank {self._rank} failed with {type(error).__name__}: {error}")
+    def first(self, step: Callable[[], bytes]) -> bytes:
+        """Run `step` on the first rank alone and return its result on every rank.
+
+        Raises:
+            CheckpointError: As for `each`.
+        """
+        own: Exception | None = None
+        told = b""
+        if self._ranks.rank == 0:
+            try:
+                told = b"+" + step()
+            except Exception as error:
+                own, told = error, b"-" + _told(error, 0)
+        heard = self._ranks.broadcast(told, source=0)
+        if heard[:1] == b"-":
+            raise _heard(heard[1:]) from own
+        return heard[1:]
+
+
+def _told(error: Exception, rank: int) -> bytes:
+    """Put an error into words that travel."""
+    for kind in type(error).__mro__:
+        if _KINDS.get(kind.__name__) is kind:
+            return json.dumps([kind.__name__, str(error)]).encode()
+    text = f"Rank {rank} failed with {type(error).__name__}: {error}"
+    return json.dumps([RankFailed.__name__, text]).encode()
+
+
+def _heard(told: bytes) -> CheckpointError:
+    kind, text = json.loads(told)
+    return _KINDS[kind](text)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 
 from trainer.checkpoint.errors import DamagedCheckpoint, MissingObject
-from trainer.checkpoint.manifest import ObjectEntry
+from trainer.checkpoint.object_entry import ObjectEntry
 from trainer.checkpoint.store import Store
 
 # Large enough for a request, small enough that a rank which needs a slice reads little beside it;

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.blocks import read_block
+from trainer.checkpoint.cuts import Read, missing_from, plan_reads
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
 from trainer.checkpoint.finite import all_finite
 from trainer.checkpoint.layout import checkpoint_key
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest
+from trainer.checkpoint.object_entry import ObjectEntry
 from trainer.checkpoint.slices_file import first_elements
-from trainer.checkpoint.spans import Read, Span, plan_reads
+from trainer.checkpoint.spans import Span
 from trainer.checkpoint.store import Store
 from trainer.checkpoint.threads import in_threads
 from trainer.state import Fragment
@@ -65,23 +67,21 @@ def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> Non
     """
     named = by_name(fragments)
     check_fit(manifest, fragments)
-    reads, missing = plan_reads(
-        {name: span_of(fragment) for name, fragment in named.items()},
-        _slices(manifest),
-    )
-    _check_held(store, manifest, missing)
+    wanted = {name: span_of(fragment) for name, fragment in named.items()}
+    _check_held(store, manifest, wanted)
+    entries = {entry.rank: entry for entry in manifest.objects}
     by_block: dict[tuple[int, int], list[_Piece]] = defaultdict(list)
-    for source, parts in groupby(reads, key=lambda read: read.source):
-        for piece in _pieces(manifest, source, parts, named):
+    for rank, parts in groupby(plan_reads(wanted, manifest.cuts), key=lambda read: read.rank):
+        for piece in _pieces(manifest, entries[rank], parts, named):
             for number in piece.blocks(manifest.block_bytes):
-                by_block[source, number].append(piece)
+                by_block[rank, number].append(piece)
 
     @torch.no_grad()  # for the thread that runs it
-    def read(source: int, number: int) -> None:
-        entry = manifest.objects[source]
+    def read(rank: int, number: int) -> None:
+        entry = entries[rank]
         # torch wants memory that it could write to.
         block = bytearray(read_block(store, entry, number, block_bytes=manifest.block_bytes))
-        for piece in by_block[source, number]:
+        for piece in by_block[rank, number]:
             if not piece.copied_from(block, start=number * manifest.block_bytes):
                 raise DamagedCheckpoint(
                     f"{store.uri(entry.key)} holds values that are not finite. Use an older "
@@ -136,7 +136,7 @@ def load_weights(
     """
     whole = {name: Span(0, math.prod(shape)) for name, shape in manifest.parameters.items()}
     # Before memory is taken for what a manifest may only claim.
-    _check_held(store, manifest, plan_reads(whole, _slices(manifest))[1])
+    _check_held(store, manifest, whole)
     fragments = [
         Fragment(name=name, start=0, shape=shape, tensors={which: torch.empty(math.prod(shape))})
         for name, shape in manifest.parameters.items()
@@ -185,13 +185,13 @@ class _Piece:
 
 
 def _pieces(
-    manifest: Manifest, source: int, reads: Iterable[Read], targets: Mapping[str, Fragment]
+    manifest: Manifest, entry: ObjectEntry, reads: Iterable[Read], targets: Mapping[str, Fragment]
 ) -> Iterator[_Piece]:
     """Where the reads from one object find each kind of value."""
-    entry = manifest.objects[source]
-    first = first_elements(entry.fragments)
-    per_kind = sum(span.numel for span in entry.fragments.values())
-    values_start = entry.size_bytes - manifest.content_bytes(entry)
+    slices = manifest.slices(entry)
+    first = first_elements(slices)
+    per_kind = sum(span.numel for span in slices.values())
+    values_start = entry.size_bytes - BYTES_PER_ELEMENT * len(manifest.kinds) * per_kind
     for read in reads:
         target = targets[read.name]
         for number, kind in enumerate(manifest.kinds):
@@ -205,11 +205,8 @@ def _pieces(
                 )
 
 
-def _slices(manifest: Manifest) -> list[Mapping[str, Span]]:
-    return [entry.fragments for entry in manifest.objects]
-
-
-def _check_held(store: Store, manifest: Manifest, missing: Mapping[str, Sequence[Span]]) -> None:
+def _check_held(store: Store, manifest: Manifest, wanted: Mapping[str, Span]) -> None:
+    missing = missing_from(wanted, manifest.cuts)
     if missing:
         name, gaps = min(missing.items())
         raise CheckpointMismatch(

@@ -16,6 +16,7 @@ from trainer.checkpoint.errors import InvalidKey
 
 IMAGES_DIGITS = 12
 MAX_IMAGES = 10**IMAGES_DIGITS - 1
+MAX_RANKS = 10**5
 MAX_KEY_LENGTH = 900  # S3 allows 1024 bytes, and the store's own prefix comes on top
 MANIFEST_NAME = "MANIFEST.json"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from trainer.checkpoint import content
-from trainer.checkpoint.agreement import Agreement, Gather, alone
+from trainer.checkpoint.agreement import Agreement, Alone, Ranks
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.manifest import Manifest
@@ -27,16 +29,15 @@ class CheckpointReader:
     Args:
         store: Where they are kept.
         run: Name of the run.
-        rank: This rank.
-        gather: Returns the list of every rank's object, in rank order, on every rank.
+        ranks: How this rank agrees with the others.
 
     Attributes:
         catalogue: The checkpoints as this process knows them.
     """
 
-    def __init__(self, store: Store, *, run: str, rank: int = 0, gather: Gather = alone) -> None:
+    def __init__(self, store: Store, *, run: str, ranks: Ranks | None = None) -> None:
         self._store = store
-        self._ranks = Agreement(rank=rank, gather=gather)
+        self._ranks = Agreement(ranks or Alone())
         self.catalogue = Catalogue(store, run=run)
 
     def newest_valid(self, *, before: int | None = None) -> Manifest | None:
@@ -52,15 +53,15 @@ class CheckpointReader:
         Raises:
             StoreError: The store failed, which does not mean that there is no checkpoint.
         """
-        return self._ranks.first(lambda: self.catalogue.newest_valid(before=before))
+        return self._shared(lambda: self.catalogue.newest_valid(before=before))
 
     def is_empty(self) -> bool:
         """Tell whether the run has no checkpoint, not even a damaged one."""
-        return self._ranks.first(self.catalogue.is_empty)
+        return self._ranks.first(lambda: b"empty" if self.catalogue.is_empty() else b"") != b""
 
     def manifest(self, images: int) -> Manifest | None:
         """Return the manifest of one checkpoint, or None, with a warning, if it is not whole."""
-        return self._ranks.first(lambda: self._examined(images))
+        return self._shared(lambda: self._examined(images))
 
     def restore(self, manifest: Manifest, fragments: Sequence[Fragment]) -> dict[str, Any]:
         """Fill the live state from a checkpoint of any number of ranks.
@@ -78,12 +79,8 @@ class CheckpointReader:
             CheckpointMismatch: The checkpoint is of another model.
             StoreError: The store failed.
         """
-        names = self._ranks.each(lambda: self._fitting(manifest, fragments))
-        if unknown := set(manifest.parameters).difference(*names):
-            raise CheckpointMismatch(
-                f"The checkpoint {self.uri(manifest.images)} holds {len(unknown)} parameters that "
-                f"the model lacks, such as {min(unknown)}: build the model it was saved from."
-            )
+        held = self._ranks.collected(lambda: self._fitting(manifest, fragments))
+        self._ranks.first(lambda: self._all_wanted(manifest, held))
         try:
             self._ranks.each(lambda: content.fill(self._store, manifest, fragments))
         except DamagedCheckpoint:
@@ -102,7 +99,24 @@ class CheckpointReader:
             logger.warning("checkpoint %s is not valid: %s", self.uri(images), error)
             return None
 
-    def _fitting(self, manifest: Manifest, fragments: Sequence[Fragment]) -> set[str]:
+    def _shared(self, find: Callable[[], Manifest | None]) -> Manifest | None:
+        """Find a manifest on the first rank, and return it on every rank."""
+        found: list[Manifest] = []
+
+        def told() -> bytes:
+            manifest = find()
+            if manifest is None:
+                return b""
+            found.append(manifest)
+            return manifest.to_json()
+
+        heard = self._ranks.first(told)
+        if not heard:
+            return None
+        return found[0] if found else Manifest.from_json(heard, run=self.catalogue.run)
+
+    def _fitting(self, manifest: Manifest, fragments: Sequence[Fragment]) -> bytes:
+        """Check that a rank's fragments fit, and tell for each parameter whether it is one."""
         content.check_fit(manifest, fragments)
         for fragment in fragments:
             if unread := set(manifest.kinds) - set(fragment.tensors):
@@ -110,4 +124,20 @@ class CheckpointReader:
                     f"The checkpoint {self.uri(manifest.images)} also holds {', '.join(unread)} "
                     f"of {fragment.name}, which the engine has no place for."
                 )
-        return set(content.by_name(fragments))
+        named = content.by_name(fragments)
+        return np.packbits([name in named for name in manifest.parameters]).tobytes()
+
+    def _all_wanted(self, manifest: Manifest, held: Sequence[bytes]) -> bytes:
+        masks = np.frombuffer(b"".join(held), np.uint8).reshape(len(held), -1)
+        wanted = np.unpackbits(np.bitwise_or.reduce(masks), count=len(manifest.parameters))
+        unknown = [
+            name
+            for name, is_wanted in zip(manifest.parameters, wanted, strict=True)
+            if not is_wanted
+        ]
+        if unknown:
+            raise CheckpointMismatch(
+                f"The checkpoint {self.uri(manifest.images)} holds {len(unknown)} parameters that "
+                f"the model lacks, such as {min(unknown)}: build the model it was saved from."
+            )
+        return b""

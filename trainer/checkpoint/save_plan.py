@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from graphlib import CycleError
 
-from trainer.checkpoint.content import by_name, span_of
+import numpy as np
+
+from trainer.checkpoint import layout
+from trainer.checkpoint.content import by_name
+from trainer.checkpoint.cuts import Cuts, Run, common_order, missing_from
 from trainer.checkpoint.errors import CheckpointMismatch
-from trainer.checkpoint.spans import Span, plan_reads, share_writes
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.object_entry import ObjectEntry
+from trainer.checkpoint.spans import Span
+from trainer.checkpoint.writers import Rows, cuts_of, rows_of, share_writes
 from trainer.state import Fragment
+
+# More than counters and the points of curves that wait for their tracker take.
+TRAIN_STATE_BYTES = 4 * 1024**2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
-    """What one rank holds of the state.
+    """What one rank holds of the state, in as few bytes as may be.
 
     Attributes:
-        kinds: What it holds of each slice.
-        shapes: Shape of each parameter it holds a slice of.
-        spans: The slices.
+        parameters: Kinds of values, names and shapes, as compressed JSON: the same bytes on all
+            ranks that hold slices of the same parameters.
+        spans: The slice of each of these parameters: first element and number of elements, two
+            compressed little-endian 64-bit numbers.
     """
 
-    kinds: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    spans: Mapping[str, Span]
+    parameters: bytes
+    spans: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +56,15 @@ class Turn:
     attempt: str
     busy: bool
 
+    def to_json(self) -> bytes:
+        """Put it into bytes."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Turn:
+        """Take it out of bytes of `to_json`."""
+        return cls(**json.loads(data))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SavePlan:
@@ -50,13 +72,28 @@ class SavePlan:
 
     Attributes:
         kinds: What every object holds of each slice.
-        parameters: Shape of every parameter.
-        writes: For each rank, the parameters whose slice it writes.
+        parameters: Shape of every parameter, in the order in which slices lie in objects.
+        cuts: The slices of each parameter that ranks write.
     """
 
     kinds: tuple[str, ...]
     parameters: Mapping[str, tuple[int, ...]]
-    writes: Sequence[set[str]]
+    cuts: Cuts
+
+    def to_json(self) -> bytes:
+        """Put it into bytes."""
+        parameters = [[name, shape, self.cuts[name]] for name, shape in self.parameters.items()]
+        return json.dumps([self.kinds, parameters]).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> SavePlan:
+        """Take it out of bytes of `to_json`."""
+        kinds, parameters = json.loads(data)
+        return cls(
+            kinds=tuple(kinds),
+            parameters={name: tuple(shape) for name, shape, _ in parameters},
+            cuts={name: tuple(Run(*run) for run in runs) for name, _, runs in parameters},
+        )
 
 
 def announce(fragments: Sequence[Fragment]) -> Announcement:
@@ -65,61 +102,123 @@ def announce(fragments: Sequence[Fragment]) -> Announcement:
     Raises:
         CheckpointMismatch: Two are slices of one parameter, or they hold different kinds.
     """
-    named = by_name(fragments)
+    by_name(fragments)
     kinds = {tuple(sorted(fragment.tensors)) for fragment in fragments}
     if len(kinds) > 1:
         raise CheckpointMismatch(f"All slices must hold the same kinds of values, got {kinds}.")
+    table = [[*kinds], [[fragment.name, fragment.shape] for fragment in fragments]]
+    spans = np.array([(each.start, each.numel) for each in fragments], "<i8")
     return Announcement(
-        kinds=kinds.pop() if kinds else (),
-        shapes={name: fragment.shape for name, fragment in named.items()},
-        spans={name: span_of(fragment) for name, fragment in named.items()},
+        parameters=zlib.compress(json.dumps(table).encode()), spans=zlib.compress(spans.tobytes())
     )
 
 
-def plan_save(announcements: Sequence[Announcement]) -> SavePlan:
+def plan_save(announced: Sequence[bytes], spans: Sequence[bytes]) -> SavePlan:
     """Check that the ranks together hold one whole state, and divide the writing.
 
     Args:
-        announcements: One of each rank; the same list on all ranks gives the same plan or error.
+        announced: The parameters that each rank announces.
+        spans: The slices of them that each rank announces.
 
     Raises:
         CheckpointMismatch: The ranks disagree, or together miss part of a parameter.
     """
-    kinds = {each.kinds for each in announcements if each.spans}
+    tables = {each: json.loads(zlib.decompress(each)) for each in announced}
+    kinds = {tuple(kind) for found, _ in tables.values() for kind in found}
     if len(kinds) != 1:
         raise CheckpointMismatch(f"The ranks must save the same kinds of values, got {kinds}.")
-    parameters: dict[str, tuple[int, ...]] = {}
-    for each in announcements:
-        for name, shape in each.shapes.items():
-            if parameters.setdefault(name, shape) != shape:
-                raise CheckpointMismatch(
-                    f"Parameter {name} has shape {parameters[name]} on one rank and {shape} on "
-                    "another: the ranks did not build the same model."
-                )
-    whole = {name: Span(0, math.prod(shape)) for name, shape in parameters.items()}
-    _, missing = plan_reads(whole, [each.spans for each in announcements])
-    if missing:
-        name, gaps = min(missing.items())
-        raise CheckpointMismatch(
-            f"No rank holds elements {gaps[0].start} to {gaps[0].stop} of {name}: the engine's "
-            "fragments() are not the whole state. No checkpoint was written."
-        )
-    return SavePlan(
-        kinds=kinds.pop(),
-        parameters=parameters,
-        writes=share_writes([each.spans for each in announcements]),
+    parameters = _joined([parameters for _, parameters in tables.values()])
+    numbers = {name: number for number, name in enumerate(parameters)}
+    numbered = {
+        table: np.array([numbers[name] for name, _ in listed], np.int64)
+        for table, (_, listed) in tables.items()
+    }
+    held = np.concatenate(
+        [
+            rows_of(_unpacked(packed), numbered[table], rank)
+            for rank, (table, packed) in enumerate(zip(announced, spans, strict=True))
+        ]
     )
+    written = share_writes(held, world_size=len(announced))
+    runs = cuts_of(written, parameters=len(parameters))
+    plan = SavePlan(
+        kinds=kinds.pop(), parameters=parameters, cuts=dict(zip(parameters, runs, strict=True))
+    )
+    _check_whole(plan)
+    return plan
 
 
-def check_agreed(turns: Sequence[Turn]) -> None:
-    """Check that all ranks are about to save the same position of the same run.
+def agreed(turns: Sequence[bytes]) -> Turn:
+    """Return what all ranks are about to do; if one is busy, all are.
+
+    Args:
+        turns: Every rank's `Turn` as JSON.
 
     Raises:
-        CheckpointMismatch: They are not.
+        CheckpointMismatch: They are not about to save the same position of the same run.
     """
-    if len({(turn.images, turn.science_hash) for turn in turns}) > 1:
-        seen = sorted({turn.images for turn in turns})
+    taken = [Turn.from_json(turn) for turn in turns]
+    if len({(turn.images, turn.science_hash) for turn in taken}) > 1:
+        seen = sorted({turn.images for turn in taken})
         raise CheckpointMismatch(
             f"The ranks do not save the same state: they are at {seen} images, or differ in "
             "configuration. This is a fault of the program; no checkpoint was written."
+        )
+    return replace(taken[0], busy=any(turn.busy for turn in taken))
+
+
+def check_readable(manifest: Manifest, sizes: Mapping[int, int]) -> None:
+    """Check that what will be saved can be read again, also with a full train state.
+
+    Args:
+        manifest: The checkpoint, still without its objects and its train state.
+        sizes: Bytes of the object of each rank that writes one.
+
+    Raises:
+        InvalidManifest: No launch could read it.
+    """
+    objects = [
+        ObjectEntry(
+            rank=rank,
+            key=layout.object_key(manifest.run, manifest.images, manifest.attempt, rank),
+            size_bytes=size,
+            block_sha256=("0" * 64,) * -(-size // manifest.block_bytes),
+        )
+        for rank, size in sizes.items()
+    ]
+    train_state = {"room": " " * TRAIN_STATE_BYTES}
+    replace(manifest, objects=tuple(objects), train_state=train_state).to_json()
+
+
+def _unpacked(spans: bytes) -> Rows:
+    return np.frombuffer(zlib.decompress(spans), "<i8").reshape(-1, 2)
+
+
+def _joined(tables: Sequence[Sequence[tuple[str, list[int]]]]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter, in an order that agrees with that of every rank."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in (each for table in tables for each in table):
+        if shapes.setdefault(name, tuple(shape)) != tuple(shape):
+            raise CheckpointMismatch(
+                f"Parameter {name} has shape {shapes[name]} on one rank and {tuple(shape)} on "
+                "another: the ranks did not build the same model."
+            )
+    try:
+        order = common_order([name for name, _ in table] for table in tables)
+    except CycleError as error:
+        raise CheckpointMismatch(
+            f"The ranks list parameters in different orders ({', '.join(error.args[1])}): the "
+            "engine's fragments() must keep to one."
+        ) from error
+    return {name: shapes[name] for name in order}
+
+
+def _check_whole(plan: SavePlan) -> None:
+    whole = {name: Span(0, math.prod(shape)) for name, shape in plan.parameters.items()}
+    missing = missing_from(whole, plan.cuts)
+    if missing:
+        name, (gap, *_) = min(missing.items())
+        raise CheckpointMismatch(
+            f"No rank holds elements {gap.start} to {gap.stop} of {name}: the engine's "
+            "fragments() are not the whole state. No checkpoint was written."
         )

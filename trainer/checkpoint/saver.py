@@ -15,15 +15,23 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from trainer.checkpoint import content, layout
-from trainer.checkpoint.agreement import Agreement, Gather
+from trainer.checkpoint import layout
+from trainer.checkpoint.agreement import Agreement, Ranks
 from trainer.checkpoint.blocks import BLOCK_BYTES
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.cuts import slices_of
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.patience import Patience
 from trainer.checkpoint.retention import RetentionPolicy
-from trainer.checkpoint.save_plan import SavePlan, Turn, announce, check_agreed, plan_save
+from trainer.checkpoint.save_plan import (
+    SavePlan,
+    Turn,
+    agreed,
+    announce,
+    check_readable,
+    plan_save,
+)
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.store import Store
 from trainer.checkpoint.upload import Destination, SaveReport, Upload
@@ -46,10 +54,8 @@ class CheckpointSaver:
         catalogue: Its checkpoints; shared with the reader that restored the run, which may have
             found one damaged that is now to be replaced.
         config: When to save, and what to keep.
-        rank: This rank.
-        world_size: Number of ranks.
-        gather: Returns the list of every rank's object, in rank order, on every rank.
-        gather_aside: The same, for the threads that upload: they gather while the ranks do.
+        ranks: How this rank agrees with the others.
+        aside: The same, for the threads that upload: they agree while the ranks do.
         report: Called on the first rank, in a thread, when a save has ended.
         scores: Fréchet distances measured so far, by images; retention asks for them.
         position: Images of the run's own checkpoint from which it was restored, if it was.
@@ -62,10 +68,8 @@ class CheckpointSaver:
         *,
         catalogue: Catalogue,
         config: CheckpointConfig,
-        rank: int,
-        world_size: int,
-        gather: Gather,
-        gather_aside: Gather,
+        ranks: Ranks,
+        aside: Ranks,
         report: Callable[[SaveReport], None] = lambda _report: None,
         scores: Callable[[], Mapping[int, float]] = dict,
         position: int | None = None,
@@ -74,43 +78,47 @@ class CheckpointSaver:
         self._store = store
         self._run = catalogue.run
         self._config = config
-        self._rank = rank
-        self._world_size = world_size
-        self._ranks = Agreement(rank=rank, gather=gather)
+        self._rank = ranks.rank
+        self._world_size = ranks.world_size
+        self._ranks = Agreement(ranks)
         self._catalogue = catalogue
         self._patience = Patience(config.patience_s)
         self._destination = Destination(
             store=store,
             catalogue=catalogue,
-            ranks=Agreement(rank=rank, gather=gather_aside),
+            ranks=Agreement(aside),
             patience=self._patience,
             policy=RetentionPolicy.of(config),
             scores=scores,
         )
-        self._report = report if rank == 0 else _keep_quiet
+        self._report = report if self._rank == 0 else _keep_quiet
         self._plan: SavePlan | None = None
         self._snapshot: Snapshot | None = None
         self._upload: Upload | None = None
         self._position = position
         self._stop_requested = stop_requested
 
-    def prepare(self, fragments: Sequence[Fragment]) -> None:
+    def prepare(self, fragments: Sequence[Fragment], *, science: Mapping[str, Any]) -> None:
         """Plan who writes what, and take the memory for it, so that the first save is no slower.
 
         Args:
             fragments: What this rank holds; all ranks together must hold everything. A slice that
                 several ranks hold is written by one of them.
+            science: The configuration that determines the result, as JSON values.
 
         Raises:
             CheckpointMismatch: The ranks' fragments do not make up one whole state.
+            InvalidManifest: The checkpoint could not be read again.
             RankFailed: A rank failed for another reason.
         """
         if self._plan is not None:
             return
-        announced = self._ranks.each(lambda: announce(fragments))
-        assert len(announced) == self._world_size
-        plan = plan_save(announced)
-        self._ranks.each(lambda: self._allocate(fragments, plan))
+        own = self._ranks.each(lambda: announce(fragments))
+        tables = self._ranks.collected(lambda: own.parameters)
+        spans = self._ranks.collected(lambda: own.spans)
+        plan = SavePlan.from_json(self._ranks.first(lambda: plan_save(tables, spans).to_json()))
+        sizes = self._ranks.collected(lambda: self._allocate(fragments, plan))
+        self._ranks.first(lambda: self._readable(plan, sizes, science))
         self._plan = plan
 
     def save(
@@ -143,23 +151,23 @@ class CheckpointSaver:
             RankFailed: A rank failed for another reason.
         """
         began = time.monotonic()
-        self.prepare(fragments)
+        self.prepare(fragments, science=science)
         if last or self._config.when_busy == "wait":
             self._wait(for_all_of_it=last)
-        turns = self._ranks.each(lambda: self._turn(images, science_hash))
-        check_agreed(turns)
-        if any(turn.busy for turn in turns):
+        turns = self._ranks.collected(lambda: self._turn(images, science_hash).to_json())
+        turn = Turn.from_json(self._ranks.first(lambda: agreed(turns).to_json()))
+        if turn.busy:
             self._skip(images)
             return False
         self._ranks.each(lambda: self._take(fragments))
+        assert self._plan is not None
         self._position = images
         self._upload = Upload(
-            self._described(turns[0], train_state=train_state, science=science),
-            key=layout.object_key(self._run, images, turns[0].attempt, self._rank),
+            self._described(turn, self._plan, train_state=train_state, science=science),
+            rank=self._rank,
             snapshot=self._snapshot,
             to=self._destination,
             report=self._report,
-            retires=self._rank == 0,
             blocked_s=time.monotonic() - began,
         )
         return True
@@ -201,22 +209,30 @@ class CheckpointSaver:
         """Tell whether the last save or restore was of this position, as far as is known."""
         return self._position == images
 
-    def _allocate(self, fragments: Sequence[Fragment], plan: SavePlan) -> None:
-        spans = {
-            each.name: content.span_of(each)
-            for each in fragments
-            if each.name in plan.writes[self._rank]
-        }
-        if spans:
-            on_gpu = any(value.is_cuda for each in fragments for value in each.tensors.values())
-            self._snapshot = Snapshot(spans, kinds=plan.kinds, page_locked=on_gpu)
+    def _allocate(self, fragments: Sequence[Fragment], plan: SavePlan) -> bytes:
+        """Take the memory for what this rank writes, and tell how much that is."""
+        spans = slices_of(self._rank, plan.cuts)
+        if not spans:
+            return b""
+        on_gpu = any(value.is_cuda for each in fragments for value in each.tensors.values())
+        self._snapshot = Snapshot(spans, kinds=plan.kinds, page_locked=on_gpu)
+        return str(len(self._snapshot.data)).encode()
+
+    def _readable(
+        self, plan: SavePlan, sizes: Sequence[bytes], science: Mapping[str, Any]
+    ) -> bytes:
+        """Refuse to train what could be saved and not be read again."""
+        turn = Turn(images=layout.MAX_IMAGES, science_hash="", attempt=_attempt(), busy=False)
+        manifest = self._described(turn, plan, train_state={}, science=science)
+        check_readable(manifest, sizes={rank: int(size) for rank, size in enumerate(sizes) if size})
+        return b""
 
     def _turn(self, images: int, science_hash: str) -> Turn:
         self._note_failure()
         return Turn(
             images=images,
             science_hash=science_hash,
-            attempt=uuid.uuid4().hex[:12],
+            attempt=_attempt(),
             busy=self._upload is not None and self._upload.running,
         )
 
@@ -230,9 +246,13 @@ class CheckpointSaver:
             self._snapshot.take(fragments)
 
     def _described(
-        self, turn: Turn, *, train_state: Mapping[str, Any], science: Mapping[str, Any]
+        self,
+        turn: Turn,
+        plan: SavePlan,
+        *,
+        train_state: Mapping[str, Any],
+        science: Mapping[str, Any],
     ) -> Manifest:
-        assert self._plan is not None
         return Manifest(
             run=self._run,
             images=turn.images,
@@ -242,8 +262,9 @@ class CheckpointSaver:
             science_hash=turn.science_hash,
             science=science,
             train_state=copy.deepcopy(dict(train_state)),
-            kinds=self._plan.kinds,
-            parameters=self._plan.parameters,
+            kinds=plan.kinds,
+            parameters=plan.parameters,
+            cuts=plan.cuts,
             block_bytes=BLOCK_BYTES,
             objects=(),
             versions=versions(),
@@ -260,20 +281,15 @@ class CheckpointSaver:
 
     def _skip(self, images: int) -> None:
         if self._patience.left_s() is not None:
-            self._report(
-                SaveReport(
-                    images=images,
-                    uri=self.uri(images),
-                    size_bytes=0,
-                    blocked_s=0.0,
-                    upload_s=0.0,
-                    error=_NO_TIME,
-                )
-            )
+            self._report(SaveReport(images=images, uri=self.uri(images), error=_NO_TIME))
         elif self._rank == 0:
             logger.warning(
                 "checkpoint %s is skipped: the one before is still on its way", self.uri(images)
             )
+
+
+def _attempt() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def _keep_quiet(_report: SaveReport) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.checkpoint.blocks import block_hash, blocks_of
 from trainer.checkpoint.errors import CheckpointMismatch, NonFiniteState
 from trainer.checkpoint.finite import all_finite
-from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, ObjectEntry
+from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
 from trainer.checkpoint.slices_file import header
 from trainer.checkpoint.spans import Span
 from trainer.state import Fragment
@@ -83,25 +83,14 @@ class Snapshot:
         if on_device:
             torch.cuda.current_stream().synchronize()
 
-    def examined(self, key: str) -> ObjectEntry:
-        """Hash the bytes and look at the values.
-
-        Args:
-            key: Where the object will lie.
-
-        Returns:
-            The object's entry for the manifest.
+    def examined(self) -> tuple[str, ...]:
+        """Look at the values, and return the hash of each block of the bytes.
 
         Raises:
             NonFiniteState: A value is not finite.
         """
         self._check_finite()
-        return ObjectEntry(
-            key=key,
-            size_bytes=len(self.data),
-            block_sha256=tuple(block_hash(block) for block in blocks_of(self.data)),
-            fragments=self._spans,
-        )
+        return tuple(block_hash(block) for block in blocks_of(self.data))
 
     def _check_finite(self) -> None:
         for (kind, name), values in zip(self._order(), self._places(), strict=True):

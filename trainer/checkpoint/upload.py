@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import (
@@ -17,7 +19,8 @@ from trainer.checkpoint.errors import (
     StoreError,
     StoreUnreachable,
 )
-from trainer.checkpoint.manifest import Manifest, ObjectEntry
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.object_entry import ObjectEntry
 from trainer.checkpoint.patience import Patience
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.snapshot import Snapshot
@@ -41,9 +44,9 @@ class SaveReport:
 
     images: int
     uri: str
-    size_bytes: int
-    blocked_s: float
-    upload_s: float
+    size_bytes: int = 0
+    blocked_s: float = 0.0
+    upload_s: float = 0.0
     error: str | None = None
 
 
@@ -73,11 +76,10 @@ class Upload:
 
     Args:
         manifest: The checkpoint, still without its objects.
-        key: Where this rank's object goes.
-        snapshot: What is in it; None if this rank writes nothing.
+        rank: This rank; the first one commits, and deletes old checkpoints afterwards.
+        snapshot: What this rank writes; None if that is nothing.
         to: Where it goes.
         report: Called in the thread when the save has ended.
-        retires: Whether this rank deletes old checkpoints afterwards.
         blocked_s: How long training waited, for the report.
     """
 
@@ -85,22 +87,21 @@ class Upload:
         self,
         manifest: Manifest,
         *,
-        key: str,
+        rank: int,
         snapshot: Snapshot | None,
         to: Destination,
         report: Callable[[SaveReport], None],
-        retires: bool,
         blocked_s: float,
     ) -> None:
         self._manifest = manifest
-        self._key = key
+        self._rank = rank
+        self._key = layout.object_key(manifest.run, manifest.images, manifest.attempt, rank)
         self._snapshot = snapshot
         self._to = to
         self._report = report
-        self._retires = retires
         self._blocked_s = blocked_s
         self._began = time.monotonic()
-        self._entry: ObjectEntry | None = None
+        self._hashes: tuple[str, ...] = ()
         self._reported: SaveReport | None = None
         self._reporting = threading.Lock()
         self._failed = False
@@ -133,9 +134,9 @@ class Upload:
 
     def _run(self) -> None:
         try:
-            standing, size_bytes = self._published()
-            self._tell(self._ended(size_bytes))
-            if self._retires:
+            standing = self._published()
+            if standing is not None:
+                self._tell(self._ended(sum(entry.size_bytes for entry in standing.objects)))
                 self._retire(standing)
         except (StoreError, NonFiniteState) as error:
             self._failed = True
@@ -144,37 +145,65 @@ class Upload:
             # It is raised where the rank waits for this thread.
             self._failed, self._fatal = True, error
 
-    def _published(self) -> tuple[Manifest, int]:
-        """Write, commit, and return the checkpoint that now stands and the size of its objects."""
+    def _published(self) -> Manifest | None:
+        """Write and commit; return the checkpoint that now stands on the first rank alone."""
         ranks, persist = self._to.ranks, self._to.patience.persist
+        standing: list[Manifest] = []
         try:
-            entries = ranks.each(lambda: persist(self._written))
+            entries = ranks.collected(lambda: persist(self._written))
         except CheckpointError:
             self._discard()
             raise
-        objects = tuple(entry for entry in entries if entry is not None)
-        manifest = replace(self._manifest, objects=objects)
+
+        def commit() -> bytes:
+            manifest = replace(self._manifest, objects=self._objects(entries))
+            standing.append(persist(lambda: self._to.catalogue.commit(manifest)))
+            return b""
+
         try:
-            standing = ranks.first(lambda: persist(lambda: self._to.catalogue.commit(manifest)))
+            ranks.first(commit)
         except StoreUnreachable:
             raise  # the answer may be what was lost
         except StoreError:
-            if ranks.first(lambda: not self._to.catalogue.is_committed(manifest.images)):
+            if ranks.first(self._told_committed) == b"":
                 self._discard()
             raise
-        return standing, sum(entry.size_bytes for entry in objects)
+        return standing[0] if standing else None
 
-    def _written(self) -> ObjectEntry | None:
+    def _written(self) -> bytes:
+        """Write this rank's object, if it has one, and return its entry as JSON."""
         snapshot = self._snapshot
         if snapshot is None:
-            return None
+            return b""
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash") as pool:
-            examined = pool.submit(lambda: self._entry or snapshot.examined(self._key))
+            examined = pool.submit(lambda: self._hashes or snapshot.examined())
             try:
                 self._to.store.put(self._key, snapshot.data)
             finally:
-                self._entry = examined.result()
-        return self._entry
+                self._hashes = examined.result()
+        entry = ObjectEntry(
+            rank=self._rank,
+            key=self._key,
+            size_bytes=len(snapshot.data),
+            block_sha256=self._hashes,
+        )
+        return json.dumps(entry.to_json()).encode()
+
+    def _objects(self, entries: Sequence[bytes]) -> tuple[ObjectEntry, ...]:
+        described = self._manifest
+        return tuple(
+            ObjectEntry.from_json(
+                json.loads(entry),
+                run=described.run,
+                images=described.images,
+                attempt=described.attempt,
+            )
+            for entry in entries
+            if entry
+        )
+
+    def _told_committed(self) -> bytes:
+        return b"committed" if self._to.catalogue.is_committed(self._manifest.images) else b""
 
     def _retire(self, standing: Manifest) -> None:
         try:

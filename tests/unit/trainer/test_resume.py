@@ -22,6 +22,7 @@ def checkpoint_of(trained: dict) -> Manifest:
         train_state={},
         kinds=(),
         parameters={},
+        cuts={},
         block_bytes=4,
         objects=(),
         versions={},

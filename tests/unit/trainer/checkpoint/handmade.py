@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import BLOCK_BYTES, block_hash
-from trainer.checkpoint.manifest import Manifest, ObjectEntry
-from trainer.checkpoint.spans import Span
+from trainer.checkpoint.cuts import Run
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.object_entry import ObjectEntry
 from trainer.checkpoint.store import Store
 
 SAVED_AT = "2026-02-19T12:00:00+00:00"
@@ -19,12 +20,7 @@ def upload(store: Store, *, run: str, images: int, attempt: str, ranks: int = 1)
         key = layout.object_key(run, images, attempt, rank)
         store.put(key, data)
         objects.append(
-            ObjectEntry(
-                key=key,
-                size_bytes=len(data),
-                block_sha256=(block_hash(data),),
-                fragments={"weight": Span(rank, 1)},
-            )
+            ObjectEntry(rank=rank, key=key, size_bytes=len(data), block_sha256=(block_hash(data),))
         )
     return Manifest(
         run=run,
@@ -37,6 +33,7 @@ def upload(store: Store, *, run: str, images: int, attempt: str, ranks: int = 1)
         train_state={},
         kinds=("ema",),
         parameters={"weight": (ranks,)},
+        cuts={"weight": (Run(0, 1, 0, parts=ranks),)},
         block_bytes=BLOCK_BYTES,
         objects=tuple(objects),
         versions={},

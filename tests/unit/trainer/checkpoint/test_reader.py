@@ -152,9 +152,7 @@ def test_an_unreachable_store_is_no_reason_to_start_anew() -> None:
     save(store, random_state(0), images=64)
     outcomes = on_ranks(
         2,
-        lambda rank, gather: CheckpointReader(
-            store, run=RUN, rank=rank, gather=gather
-        ).newest_valid(),
+        lambda _, ranks: CheckpointReader(store, run=RUN, ranks=ranks).newest_valid(),
     )
     assert [type(outcome) for outcome in outcomes] == [StoreUnreachable] * 2
 
@@ -200,13 +198,13 @@ def test_another_model_is_refused_by_all_ranks_before_anything_is_read(
     store = MemoryStore()
     save(store, random_state(0), images=64)
     state = random_state(9)
-    ranks = [mutated(each, change) for each in split(state, even_cuts(2))]
+    parts = [mutated(each, change) for each in split(state, even_cuts(2))]
     manifest = CheckpointReader(store, run=RUN).newest_valid()
     assert manifest is not None
     outcomes = on_ranks(
         2,
-        lambda rank, gather: CheckpointReader(store, run=RUN, rank=rank, gather=gather).restore(
-            manifest, ranks[rank]
+        lambda rank, ranks: CheckpointReader(store, run=RUN, ranks=ranks).restore(
+            manifest, parts[rank]
         ),
     )
     assert [type(outcome) for outcome in outcomes] == [CheckpointMismatch] * 2

@@ -17,9 +17,9 @@ from tests.unit.trainer.checkpoint.worlds import (
     SCIENCE,
     SHAPES,
     NotSaved,
-    RankGather,
     Savings,
     State,
+    ThreadRanks,
     contents,
     empty_state,
     even_cuts,
@@ -41,6 +41,7 @@ from trainer.checkpoint.errors import (
     RankFailed,
     StoreError,
 )
+from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store
 from trainer.state import Fragment
@@ -85,8 +86,8 @@ def test_any_split_restores_any_other(data: st.DataObject, seed: int) -> None:
     # Some ranks hold replicas of what others hold, as data-parallel groups do.
     before += [before[n] for n in data.draw(st.lists(st.integers(0, len(before) - 1), max_size=2))]
 
-    def save_rank(rank: int, gather: RankGather) -> str:
-        mine = Savings(store, rank=rank, world=len(before), gather=gather)
+    def save_rank(rank: int, ranks: ThreadRanks) -> str:
+        mine = Savings(store, ranks=ranks)
         return mine.save(images=8, fragments=before[rank], train_state={}, **SCIENCE)
 
     assert len(set(on_ranks(len(before), save_rank))) == 1
@@ -95,15 +96,15 @@ def test_any_split_restores_any_other(data: st.DataObject, seed: int) -> None:
     assert manifest is not None
     assert manifest.world_size == len(before)
 
-    def restore_rank(rank: int, gather: RankGather) -> dict[str, object]:
-        mine = CheckpointReader(store, run=RUN, rank=rank, gather=gather)
+    def restore_rank(rank: int, ranks: ThreadRanks) -> dict[str, object]:
+        mine = CheckpointReader(store, run=RUN, ranks=ranks)
         return mine.restore(manifest, after[rank])
 
     assert on_ranks(len(after), restore_rank) == [{}] * len(after)
     assert same_bits(target, state)
     # Nothing was written twice.
-    written = sum(span.numel for entry in manifest.objects for span in entry.fragments.values())
-    assert written == total
+    written = sum(map(manifest.content_bytes, manifest.objects))
+    assert written == total * len(KINDS) * BYTES_PER_ELEMENT
 
 
 def test_the_manifest_says_what_was_saved() -> None:
@@ -135,14 +136,14 @@ def test_a_process_knows_what_it_saved_or_restored() -> None:
     assert not mine.saver.is_saved(65)
 
 
-def save_each(store: Store, ranks: list[list[Fragment]], **changes: object) -> list[object]:
-    def act(rank: int, gather: RankGather) -> str:
-        mine = Savings(store, rank=rank, world=len(ranks), gather=gather)
+def save_each(store: Store, parts: list[list[Fragment]], **changes: object) -> list[object]:
+    def act(rank: int, ranks: ThreadRanks) -> str:
+        mine = Savings(store, ranks=ranks)
         settings = {"images": 64, "train_state": {}, **SCIENCE}
         settings.update({name: each[rank] for name, each in changes.items()})  # type: ignore[index]
-        return mine.save(fragments=ranks[rank], **settings)
+        return mine.save(fragments=parts[rank], **settings)
 
-    return on_ranks(len(ranks), act)
+    return on_ranks(len(parts), act)
 
 
 def test_ranks_that_do_not_fit_together_save_nothing() -> None:

@@ -16,8 +16,8 @@ from tests.unit.trainer.checkpoint.worlds import (
     RUN,
     SCIENCE,
     NotSaved,
-    RankGather,
     Savings,
+    ThreadRanks,
     empty_state,
     even_cuts,
     load_newest,
@@ -110,16 +110,16 @@ def test_the_next_save_waits(gated: GatedStore) -> None:
 def test_the_next_save_is_skipped_on_all_ranks_and_the_last_one_waits(
     gated: GatedStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ranks = split(random_state(0), even_cuts(2))
+    parts = split(random_state(0), even_cuts(2))
 
-    def act(rank: int, gather: RankGather) -> list[bool]:
-        saver = Savings(gated, rank=rank, world=2, gather=gather, when_busy="skip").saver
+    def act(rank: int, ranks: ThreadRanks) -> list[bool]:
+        saver = Savings(gated, ranks=ranks, when_busy="skip").saver
         begun = [
-            saver.save(images=images, fragments=ranks[rank], **SETTINGS) for images in (10, 20)
+            saver.save(images=images, fragments=parts[rank], **SETTINGS) for images in (10, 20)
         ]
         assert not saver.is_saved(20)
         gated.gate.set()
-        begun.append(saver.save(images=30, fragments=ranks[rank], last=True, **SETTINGS))
+        begun.append(saver.save(images=30, fragments=parts[rank], last=True, **SETTINGS))
         saver.finish()
         assert saver.is_saved(30)
         return begun
@@ -132,15 +132,15 @@ def test_the_next_save_is_skipped_on_all_ranks_and_the_last_one_waits(
 
 def test_one_slow_rank_is_enough_to_skip(gated: GatedStore) -> None:
     """Rank 1's upload is done at once; all the same no rank begins what another cannot."""
-    ranks = split(random_state(0), even_cuts(2))
+    parts = split(random_state(0), even_cuts(2))
     fast = MemoryStore()
     fast.objects = gated.objects
 
-    def act(rank: int, gather: RankGather) -> bool:
+    def act(rank: int, ranks: ThreadRanks) -> bool:
         store = gated if rank == 0 else fast
-        saver = Savings(store, rank=rank, world=2, gather=gather, when_busy="skip").saver
-        saver.save(images=10, fragments=ranks[rank], **SETTINGS)
-        begun = saver.save(images=20, fragments=ranks[rank], **SETTINGS)
+        saver = Savings(store, ranks=ranks, when_busy="skip").saver
+        saver.save(images=10, fragments=parts[rank], **SETTINGS)
+        begun = saver.save(images=20, fragments=parts[rank], **SETTINGS)
         gated.gate.set()
         saver.finish()
         return begun
@@ -276,11 +276,11 @@ def test_a_commit_that_fails_for_good_leaves_nothing() -> None:
             raise StoreError("Cannot write: the disk is full; free space.")
 
     store = FullAtTheEnd()
-    ranks = split(random_state(0), even_cuts(2))
+    parts = split(random_state(0), even_cuts(2))
 
-    def act(rank: int, gather: RankGather) -> str:
-        mine = Savings(store, rank=rank, world=2, gather=gather)
-        return mine.save(images=10, fragments=ranks[rank], **SETTINGS)
+    def act(rank: int, ranks: ThreadRanks) -> str:
+        mine = Savings(store, ranks=ranks)
+        return mine.save(images=10, fragments=parts[rank], **SETTINGS)
 
     assert [type(outcome) for outcome in on_ranks(2, act)] == [NotSaved] * 2
     assert store.objects == {}

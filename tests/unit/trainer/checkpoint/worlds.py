@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.agreement import alone
+from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.errors import DamagedCheckpoint
@@ -99,28 +99,24 @@ class RankEnded(Exception):
 
 
 class ThreadGroup:
-    """A process group of threads: gathers in rounds, and ends for all when one rank ends."""
+    """A process group of threads: exchanges in rounds, and ends for all when one rank ends."""
 
     def __init__(self, world: int) -> None:
-        self._world = world
+        self.world = world
         self._rounds: defaultdict[tuple[str, int], dict[int, bytes]] = defaultdict(dict)
         self._ended = False
         self._changed = threading.Condition()
 
-    def gather_of(self, rank: int) -> RankGather:
-        """The gather of one rank."""
-        return RankGather(self, rank)
-
-    def round(self, channel: str, number: int, rank: int, value: object) -> list[object]:
-        """One gather of one channel; it pickles, as torch.distributed does."""
+    def round(self, channel: str, number: int, rank: int, data: bytes) -> list[bytes]:
+        """Exchange what every rank gives in one round of one channel."""
         round_ = self._rounds[channel, number]
         with self._changed:
-            round_[rank] = pickle.dumps(value)
+            round_[rank] = data
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended or len(round_) == self._world)
-        if len(round_) < self._world:
+            self._changed.wait_for(lambda: self._ended or len(round_) == self.world)
+        if len(round_) < self.world:
             raise RankEnded
-        return [pickle.loads(round_[each]) for each in range(self._world)]
+        return [round_[each] for each in range(self.world)]
 
     def end(self) -> None:
         """Called by a rank that ends early."""
@@ -129,25 +125,45 @@ class ThreadGroup:
             self._changed.notify_all()
 
 
-class RankGather:
-    """What one rank gathers with, and `aside`, what its upload threads gather with."""
+class ThreadRanks:
+    """What one rank agrees with the others over, and `aside`, what its upload threads do.
+
+    Attributes:
+        received: Bytes that each call brought to this rank.
+    """
 
     def __init__(self, group: ThreadGroup, rank: int, channel: str = "ranks") -> None:
         self._group = group
-        self._rank = rank
         self._channel = channel
         self._rounds = itertools.count()
+        self.rank = rank
+        self.world_size = group.world
+        self.received: list[int] = []
 
-    @property
-    def aside(self) -> RankGather:
-        return RankGather(self._group, self._rank, "threads")
+    @cached_property
+    def aside(self) -> ThreadRanks:
+        return ThreadRanks(self._group, self.rank, "threads")
 
-    def __call__(self, value: object) -> list[object]:
-        return self._group.round(self._channel, next(self._rounds), self._rank, value)
+    def least(self, value: int) -> int:
+        self.received.append(8)
+        return min(map(int, self._round(str(value).encode())))
+
+    def broadcast(self, data: bytes, *, source: int) -> bytes:
+        heard = self._round(data if self.rank == source else b"")[source]
+        self.received.append(len(heard))
+        return heard
+
+    def collect(self, data: bytes) -> list[bytes]:
+        collected = self._round(data) if self.rank == 0 else self._round(data)[:0]
+        self.received.append(sum(map(len, collected)))
+        return collected
+
+    def _round(self, data: bytes) -> list[bytes]:
+        return self._group.round(self._channel, next(self._rounds), self.rank, data)
 
 
-def on_ranks(world: int, act: Callable[[int, RankGather], Result]) -> list[Result | BaseException]:
-    """Runs `act(rank, gather)` in a thread per rank.
+def on_ranks(world: int, act: Callable[[int, ThreadRanks], Result]) -> list[Result | BaseException]:
+    """Runs `act(rank, ranks)` in a thread per rank.
 
     Returns:
         What each rank returned, or what it ended with.
@@ -157,7 +173,7 @@ def on_ranks(world: int, act: Callable[[int, RankGather], Result]) -> list[Resul
 
     def rank_main(rank: int) -> None:
         try:
-            outcomes[rank] = act(rank, group.gather_of(rank))
+            outcomes[rank] = act(rank, ThreadRanks(group, rank))
         except BaseException as error:
             outcomes[rank] = error
             group.end()
@@ -179,9 +195,7 @@ class Savings:
 
     Args:
         store: Where it saves to.
-        rank: Its rank.
-        world: Number of ranks.
-        gather: Its rank's gather; a single rank needs none.
+        ranks: What its rank agrees with the others over; a single rank needs none.
         catalogue: The run's checkpoints, if a reader has looked at them.
         stop_requested: Tells that the run was asked to stop.
         changes: Settings other than two checkpoints to keep and no patience.
@@ -191,9 +205,7 @@ class Savings:
         self,
         store: Store,
         *,
-        rank: int = 0,
-        world: int = 1,
-        gather: RankGather | None = None,
+        ranks: ThreadRanks | None = None,
         catalogue: Catalogue | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         **changes: Any,
@@ -204,10 +216,8 @@ class Savings:
             store,
             catalogue=catalogue or Catalogue(store, run=RUN),
             config=CheckpointConfig(**{"keep_last": 2, "patience_s": 0.0, **changes}),
-            rank=rank,
-            world_size=world,
-            gather=gather or alone,
-            gather_aside=gather.aside if gather else alone,
+            ranks=ranks or Alone(),
+            aside=ranks.aside if ranks else Alone(),
             report=self._keep,
             stop_requested=stop_requested,
         )
@@ -243,8 +253,8 @@ def save(
     """Saves a state by that many ranks; its train state holds `images`."""
     fragments = split(state, even_cuts(world))
 
-    def act(rank: int, gather: RankGather) -> str:
-        savings = Savings(store, rank=rank, world=world, gather=gather, keep_last=keep_last)
+    def act(rank: int, ranks: ThreadRanks) -> str:
+        savings = Savings(store, ranks=ranks, keep_last=keep_last)
         return savings.save(
             images=images, fragments=fragments[rank], train_state={"images": images}, **science
         )
@@ -257,8 +267,8 @@ def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
     state = empty_state()
     fragments = split(state, even_cuts(world))
 
-    def act(rank: int, gather: RankGather) -> int | None:
-        mine = CheckpointReader(store, run=RUN, rank=rank, gather=gather)
+    def act(rank: int, ranks: ThreadRanks) -> int | None:
+        mine = CheckpointReader(store, run=RUN, ranks=ranks)
         for _ in range(MOST_FALLBACKS):
             manifest = mine.newest_valid()
             if manifest is None:

@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with place(options) as uri:
         store = open_store(uri, StoreConfig())
         store.list("")  # boto3's own memory is no part of it
-        before = _resident()
+        before = resident()
         saves = Saves(state, store)
-        prepared = _resident()
-        with _highest() as peak:
+        prepared = resident()
+        with highest() as peak:
             for _ in range(options.rounds):
                 state.step()
                 saves.begin()
@@ -49,24 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Return the process's memory, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager
-def _highest() -> Iterator[list[int]]:
-    """Watches the process's resident memory; the list's one number is the highest so far."""
-    highest, done = [_resident()], threading.Event()
+def highest() -> Iterator[list[int]]:
+    """Watch the process's resident memory; the list's one number is the highest so far."""
+    peak, done = [resident()], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            highest[0] = max(highest[0], _resident())
+            peak[0] = max(peak[0], resident())
             time.sleep(_TICK_S)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield highest
+        yield peak
     finally:
         done.set()
         thread.join()

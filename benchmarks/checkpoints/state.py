@@ -58,8 +58,8 @@ class RankState:
             flat.add_(1e-6)
 
 
-def rank_state(options: argparse.Namespace, device: torch.device) -> RankState:
-    """Make the state that the options of `add_state` choose: the first of `--ranks` equal parts."""
+def parameter_shapes(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the model that the options of `add_state` choose."""
     with torch.device("meta"):
         model = LapFlowTransformer(
             command.sizes(options),
@@ -68,7 +68,12 @@ def rank_state(options: argparse.Namespace, device: torch.device) -> RankState:
             image_size=options.image_size,
             classes=1000,
         )
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def rank_state(options: argparse.Namespace, device: torch.device) -> RankState:
+    """Make the state that the options of `add_state` choose: the first of `--ranks` equal parts."""
+    shapes = parameter_shapes(options)
     numels = [math.prod(shape) for shape in shapes.values()]
     share = -(-sum(numels) // options.ranks)
     flats = {kind: torch.randn(share, device=device) for kind in KINDS}

@@ -17,6 +17,7 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from trainer.evaluate.samples import Drawing, ImageShape
 from trainer.gathering import Gathering
+from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 
 
@@ -99,3 +100,22 @@ def metrics(context: WorkerContext, _payload: dict[str, Any]) -> None:
         weights=torch.tensor([1.0 + 2 * rank, 0.0]),
     )
     context.tell({"rank": rank, "values": buffer.flush()})
+
+
+def messages(context: WorkerContext, _payload: dict[str, Any]) -> None:
+    """Send bytes of every size between the ranks; each tells the lengths and what it got."""
+    group, rank = HostGroup(), context.rank
+    mine = bytes([rank]) * (0, 1, 100_000)[rank]
+    collected = group.collect(mine)
+    broadcast = [
+        group.broadcast(mine, source=source) == bytes([source]) * (0, 1, 100_000)[source]
+        for source in range(3)
+    ]
+    context.tell(
+        {
+            "rank": rank,
+            "least": group.least(7 - rank),
+            "broadcast": broadcast,
+            "collected": [[len(each), *set(each)] for each in collected],
+        }
+    )

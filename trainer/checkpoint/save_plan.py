@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from graphlib import CycleError
 
@@ -14,7 +14,7 @@ import numpy as np
 from trainer.checkpoint import layout
 from trainer.checkpoint.content import by_name
 from trainer.checkpoint.cuts import Cuts, Run, common_order, missing_from
-from trainer.checkpoint.errors import CheckpointMismatch
+from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.object_entry import ObjectEntry
 from trainer.checkpoint.spans import Span
@@ -38,6 +38,26 @@ class Announcement:
 
     parameters: bytes
     spans: bytes
+
+    @classmethod
+    def of(
+        cls,
+        kinds: Collection[Sequence[str]],
+        shapes: Mapping[str, tuple[int, ...]],
+        spans: Sequence[tuple[int, int]] | Rows,
+    ) -> Announcement:
+        """Pack what a rank holds.
+
+        Args:
+            kinds: What it holds of each slice, once; of nothing, nothing.
+            shapes: Shape of each parameter that it holds a slice of.
+            spans: First element and number of elements of each slice.
+        """
+        table = json.dumps([[*kinds], [*shapes.items()]])
+        return cls(
+            parameters=zlib.compress(table.encode()),
+            spans=zlib.compress(np.asarray(spans, "<i8").tobytes()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +122,14 @@ def announce(fragments: Sequence[Fragment]) -> Announcement:
     Raises:
         CheckpointMismatch: Two are slices of one parameter, or they hold different kinds.
     """
-    by_name(fragments)
+    named = by_name(fragments)
     kinds = {tuple(sorted(fragment.tensors)) for fragment in fragments}
     if len(kinds) > 1:
         raise CheckpointMismatch(f"All slices must hold the same kinds of values, got {kinds}.")
-    table = [[*kinds], [[fragment.name, fragment.shape] for fragment in fragments]]
-    spans = np.array([(each.start, each.numel) for each in fragments], "<i8")
-    return Announcement(
-        parameters=zlib.compress(json.dumps(table).encode()), spans=zlib.compress(spans.tobytes())
+    return Announcement.of(
+        kinds,
+        {name: fragment.shape for name, fragment in named.items()},
+        [(fragment.start, fragment.numel) for fragment in fragments],
     )
 
 
@@ -187,7 +207,13 @@ def check_readable(manifest: Manifest, sizes: Mapping[int, int]) -> None:
         for rank, size in sizes.items()
     ]
     train_state = {"room": " " * TRAIN_STATE_BYTES}
-    replace(manifest, objects=tuple(objects), train_state=train_state).to_json()
+    try:
+        replace(manifest, objects=tuple(objects), train_state=train_state).to_json()
+    except InvalidManifest as error:
+        raise InvalidManifest(
+            f"Training does not begin, since it could not be resumed. {error} If that is its size, "
+            "use fewer cluster.workers or another engine.zero_stage."
+        ) from error
 
 
 def _unpacked(spans: bytes) -> Rows:

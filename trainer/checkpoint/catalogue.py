@@ -220,8 +220,8 @@ class Catalogue:
         Raises:
             StoreError: The store fails; what is left over can go at the next time.
         """
-        for key in (*clearance.manifests, *clearance.content):
-            self._store.delete(key)
+        self._store.delete_all(clearance.manifests)
+        self._store.delete_all(clearance.content)
         committed = clearance.committed
         if committed is None:
             return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -45,6 +45,10 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; one that does not exist is fine."""
+        ...
+
+    def delete_all(self, keys: Collection[str]) -> None:
+        """Remove objects, many at a time where the store can; after an error some may be left."""
         ...
 
     def uri(self, key: str) -> str:

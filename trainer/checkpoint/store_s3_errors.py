@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from botocore import exceptions as aws
 from s3transfer.exceptions import RetriesExceededError
@@ -119,6 +120,32 @@ def explained(
 def http_status(error: aws.ClientError) -> int:
     """Return the status of the answer, 0 if there was none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def deletes_one_by_one(error: aws.ClientError) -> bool:
+    """Tell whether a service refuses to delete many objects in one request, whatever they are.
+
+    Some lack the operation; some know it only with a Content-MD5, which boto3 no longer sends.
+    """
+    return http_status(error) in (405, 501) or _code(error) in (
+        "MethodNotAllowed",
+        "NotImplemented",
+        "MissingContentMD5",
+        "InvalidDigest",
+        "BadDigest",
+    )
+
+
+def raise_refused(answer: Mapping[str, Any]) -> None:
+    """Raise the first refusal in an answer that names those of single objects.
+
+    Raises:
+        ClientError: An object was not deleted.
+    """
+    for refusal in answer.get("Errors", ()):
+        failed = refusal.get("Code") in ("InternalError", "SlowDown", "ServiceUnavailable")
+        status = {"HTTPStatusCode": 503 if failed else 403}
+        raise aws.ClientError({"Error": refusal, "ResponseMetadata": status}, "DeleteObjects")
 
 
 def _code(error: aws.ClientError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from trainer.checkpoint.errors import MissingObject
@@ -45,6 +45,10 @@ class MemoryStore:
 
     def delete(self, key: str) -> None:
         self.objects.pop(check_key(key), None)
+
+    def delete_all(self, keys: Collection[str]) -> None:
+        for key in keys:
+            self.delete(key)
 
     def uri(self, key: str) -> str:
         return f"memory://{check_key(key)}"
@@ -92,6 +96,11 @@ class WatchedStore:
 
     def delete(self, key: str) -> None:
         self._around("delete", key, lambda: self._store.delete(key))
+
+    def delete_all(self, keys: Collection[str]) -> None:
+        # Many deletes are no single one: a process may die in between.
+        for key in keys:
+            self.delete(key)
 
     def uri(self, key: str) -> str:
         return self._store.uri(key)

@@ -143,3 +143,13 @@ def test_list_does_not_leave_the_store(store: Store) -> None:
 
 def test_a_uri_ends_with_the_key(store: Store) -> None:
     assert store.uri("run/checkpoints/1").endswith("/run/checkpoints/1")
+
+
+def test_many_objects_are_deleted_and_no_others(store: Store) -> None:
+    for key in ("a/1", "a/2", "a/3", "b"):
+        store.put(key, b"")
+    store.delete_all([])
+    store.delete_all(["a/1", "a/3", "never/was"])
+    assert list(store.list("")) == ["a/2", "b"]
+    with pytest.raises(InvalidKey):
+        store.delete_all(["../b"])

@@ -8,10 +8,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.s3_server import S3Server
+from trainer.checkpoint import store_s3
 from trainer.checkpoint.errors import (
     CheckpointError,
     InvalidKey,
@@ -27,6 +29,7 @@ OPERATIONS: dict[str, Callable[[Store], object]] = {
     "create": lambda store: store.create("key", b"1"),
     "list": lambda store: store.list(""),
     "delete": lambda store: store.delete("key"),
+    "delete_all": lambda store: store.delete_all(["key", "other"]),
 }
 
 
@@ -302,3 +305,49 @@ def test_unfinished_uploads_of_the_dead_are_aborted(bucket: str, s3: S3Server) -
     assert store.sweep("", lambda key: key == "1/dead") == 1
     left = client.list_multipart_uploads(Bucket=name).get("Uploads", [])
     assert sorted(upload["Key"] for upload in left) == ["other/1/dead", "run/2/alive"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refused", [None, "NotImplemented", "MissingContentMD5"])
+def test_many_objects_are_deleted_in_few_requests(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, refused: str | None
+) -> None:
+    monkeypatch.setattr(store_s3, "MOST_DELETES", 3)
+    store = open_store(f"{bucket}/run", StoreConfig())
+    for number in range(8):
+        store.put(f"n/{number}", b"")
+    store.put("stays", b"")
+    requests: list[str] = []
+
+    def watch(model: object, **_details: object) -> tuple[object, dict[str, object]] | None:
+        requests.append(model.name)  # type: ignore[attr-defined]
+        if refused is None or requests[-1] != "DeleteObjects":
+            return None
+        answer = {"Error": {"Code": refused}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+        return SimpleNamespace(status_code=400, headers={}), answer
+
+    store._client.meta.events.register("before-call.s3", watch)  # type: ignore[attr-defined]
+    store.delete_all([f"n/{number}" for number in range(8)] + ["was/never/there"])
+    assert requests.count("DeleteObjects") == 3
+    assert requests.count("DeleteObject") == (0 if refused is None else 9)
+    assert list(store.list("")) == ["stays"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [("AccessDenied", StoreError), ("SlowDown", StoreUnreachable)]
+)
+def test_an_object_that_was_not_deleted_among_many_is_told(
+    code: str, kind: type[StoreError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    store = open_store("s3://bucket/run", StoreConfig(endpoint_url="http://127.0.0.1:9"))
+
+    def answer(**_details: object) -> tuple[object, dict[str, object]]:
+        refusal = {"Key": "run/b", "Code": code, "Message": "no"}
+        return SimpleNamespace(status_code=200, headers={}), {"Errors": [refusal]}
+
+    store._client.meta.events.register("before-call.s3", answer)  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match=f"Cannot delete s3://bucket/run/.*{code}") as caught:
+        store.delete_all(["a", "b"])
+    assert type(caught.value) is kind

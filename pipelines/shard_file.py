@@ -3,16 +3,16 @@
 An MDS shard is a count n, n + 1 offsets and n samples. A sample is the lengths of those of its
 values that carry one, then the values in the order of the columns; all numbers are little-endian.
 streaming's own reader opens and parses the file anew for each sample, which costs as much as
-decoding on a GPU; here a file stays open. It is read and not mapped, because a mapped file that
+decoding on a GPU; here a file stays open. It is read and nowhere mapped, because a mapped file that
 somebody cuts short kills the process.
 """
 
 import functools
 import hashlib
-import mmap
 import os
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -88,20 +88,23 @@ def file_problem(path: Path, shard: Shard) -> str | None:
     size = path.stat().st_size
     if size != shard.size_bytes:
         return f"is {size} bytes long instead of {shard.size_bytes}"
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if _digest(shard.hash_name, content) != shard.hash_value:
+    # A count, then one offset for each sample and one for the end.
+    head_bytes = 4 * (shard.samples + 2)
+    with path.open("rb") as file:
+        if _digest(shard.hash_name, file) != shard.hash_value:
             return f"does not have the {shard.hash_name} hash in the index"
-        # A count, then one offset for each sample and one for the end.
-        head_bytes = 4 * (shard.samples + 2)
-        table = np.frombuffer(content[:head_bytes], dtype="<u4").astype(np.int64)
+        file.seek(0)
+        head = file.read(head_bytes)
+    if len(head) < head_bytes:
+        return f"has {len(head)} bytes left"
+    table = np.frombuffer(head, dtype="<u4").astype(np.int64)
     offsets = np.concatenate([[head_bytes], table[1:], [shard.size_bytes]])
     if table[0] != shard.samples or np.any(np.diff(offsets) < 0):
         return "does not hold the table of samples that the format asks for"
     return None
 
 
-def _digest(name: str, content: mmap.mmap) -> str:
-    """Hash by an algorithm that streaming knows, by its name."""
+def _digest(name: str, file: BinaryIO) -> str:
+    """Hash a file by an algorithm that streaming knows, by its name."""
     algorithm = getattr(xxhash, name, None) or functools.partial(hashlib.new, name)
-    digest: str = algorithm(content).hexdigest()
-    return digest
+    return hashlib.file_digest(file, algorithm).hexdigest()

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from pipelines.errors import (
     CacheUnusableError,
     CorruptShardError,
     MissingShardError,
 )
+from pipelines.index import Shard
 from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.shard_file import file_problem
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines.stored import cached, expected, flip, read_all, shards_in
 
@@ -274,6 +277,30 @@ def test_a_shard_that_is_found_in_the_cache_counts_as_used(prefix: Path, tmp_pat
     used, *others = shards_in(tmp_path / "cache")
     assert used.stat().st_mtime > 1000
     assert all(shard.stat().st_mtime == 1000 for shard in others)
+
+
+def test_a_shard_cut_short_while_it_is_hashed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file would kill the process at the first byte that is not there any more."""
+    path, content = tmp_path / "shard.mds", bytes(2**20)
+    path.write_bytes(content)
+    shard = Shard(
+        name="shard.mds",
+        size_bytes=len(content),
+        samples=1,
+        hash_name="xxh64",
+        hash_value=xxhash.xxh64(content).hexdigest(),
+        columns=(),
+    )
+    made = xxhash.xxh64
+
+    def cut_short(*content: Any) -> Any:
+        os.truncate(path, 0)
+        return made(*content)
+
+    monkeypatch.setattr(xxhash, "xxh64", cut_short)
+    assert file_problem(path, shard) == "does not have the xxh64 hash in the index"
 
 
 @pytest.mark.parametrize("kept", [0, 2, 6, 400])

@@ -171,8 +171,8 @@ DAMAGES: dict[str, tuple[Callable[[Store], object], str]] = {
         "it has format 1, which this code no longer reads; finish its run with the version",
     ),
     "manifest to come": (
-        lambda store: described(store, format_version=3),
-        "has format 3, and this code reads up to 2: use the newer version",
+        lambda store: described(store, format_version=4),
+        "has format 4, and this code reads up to 3: use the newer version",
     ),
 }
 

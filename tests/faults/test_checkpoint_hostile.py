@@ -12,6 +12,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,19 @@ from tests.support.hostile_files import (
 from tests.support.remote_store import RemoteStore
 from tests.unit.trainer.checkpoint.worlds import RUN, SHAPES
 from trainer.checkpoint import layout
-from trainer.checkpoint.errors import InvalidKey, InvalidManifest
+from trainer.checkpoint.errors import DamagedCheckpoint, InvalidKey
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.launch import main
 from trainer.resume import open_checkpoint
 
 pytestmark = pytest.mark.slow
+
+
+def described(body: dict[str, Any], name: str) -> list[Any]:
+    """What a manifest says of one parameter: name, shape, slices."""
+    return next(each for each in body["parameters"] if each[0] == name)
+
 
 ATTACKS: dict[str, tuple[Callable[[Target], object], str]] = {
     "pickle for an object": (lambda it: it.store.put(it.content, it.pickle), PASSED_OVER),
@@ -87,29 +94,35 @@ ATTACKS: dict[str, tuple[Callable[[Target], object], str]] = {
         PASSED_OVER,
     ),
     "parameters of another model": (
-        lambda it: it.forge(lambda body: body["parameters"].update(more=[3])),
+        lambda it: it.forge(lambda body: body["parameters"].append(["more", [3], []])),
         "CheckpointMismatch: .* holds 1 parameters that the model lacks, such as more",
     ),
     "shapes of another model": (
-        lambda it: it.forge(lambda body: body["parameters"].update({"embed.weight": [7, 5]})),
+        lambda it: it.forge(
+            lambda body: described(body, "embed.weight").__setitem__(slice(1, 2), [[7, 5]])
+        ),
         "CheckpointMismatch: Parameter embed.weight has shape",
     ),
     "nothing in it": (
-        lambda it: it.forge(lambda body: body.update(parameters={}, objects=[])),
+        lambda it: it.forge(lambda body: body.update(parameters=[], objects=[])),
         "CheckpointMismatch: The model has a parameter .* that the checkpoint",
     ),
     "no objects": (
-        lambda it: it.forge(lambda body: body.update(objects=[])),
+        lambda it: it.forge(
+            lambda body: body.update(
+                objects=[], parameters=[[*each[:2], []] for each in body["parameters"]]
+            )
+        ),
         "CheckpointMismatch: .* lacks elements 0 to .*Use another checkpoint",
     ),
     "shapes without end and no objects": (
         lambda it: it.forge(
-            lambda body: body.update(objects=[], parameters={"embed.weight": [2**22, 2**22]})
+            lambda body: body.update(objects=[], parameters=[["embed.weight", [2**22, 2**22], []]])
         ),
         "CheckpointMismatch: .*embed.weight",
     ),
     "signs that clear the screen": (
-        lambda it: it.forge(lambda body: body["parameters"].update({"\x1b[2J": [-1]})),
+        lambda it: it.forge(lambda body: body["parameters"].append(["\x1b[2J", [-1], []])),
         PASSED_OVER,
     ),
 }
@@ -142,10 +155,11 @@ def test_another_run_that_was_copied_here(target: Target, tmp_path: Path) -> Non
     target.copy(other, NEW + 10)
     store = target.store
     assert CheckpointReader(store, run=other).newest_valid() is None
-    # With the run's name put right, its objects still lie elsewhere.
+    # With the run's name put right, its objects are not looked for where they were.
     key = layout.manifest_key(other, NEW + 10)
     target.forge(lambda body: body.update(run=other, images=NEW + 10), key=key)
-    with pytest.raises(InvalidManifest, match="lies outside"):
+    store.delete_all([each for each in store.list(f"{other}/") if each != key])
+    with pytest.raises(DamagedCheckpoint, match=f"{other}/.* is missing"):
         CheckpointReader(store, run=other).catalogue.examine(NEW + 10)
 
 

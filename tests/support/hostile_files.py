@@ -80,8 +80,8 @@ class Target:
     @property
     def content(self) -> str:
         """The key of its object."""
-        key: str = self.body["objects"][0]["key"]
-        return key
+        body = self.body
+        return layout.object_key(RUN, NEW, body["attempt"], body["objects"][0]["rank"])
 
     def forge(self, change: Callable[[dict[str, Any]], object], *, key: str = KEY) -> None:
         """Write a changed manifest with the right checksum."""

@@ -9,10 +9,10 @@ somebody cuts short kills the process.
 
 import functools
 import hashlib
+import io
 import os
 import weakref
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -104,7 +104,7 @@ def file_problem(path: Path, shard: Shard) -> str | None:
     return None
 
 
-def _digest(name: str, file: BinaryIO) -> str:
+def _digest(name: str, file: io.BufferedReader) -> str:
     """Hash a file by an algorithm that streaming knows, by its name."""
     algorithm = getattr(xxhash, name, None) or functools.partial(hashlib.new, name)
     return hashlib.file_digest(file, algorithm).hexdigest()

@@ -144,8 +144,11 @@ def raise_refused(answer: Mapping[str, Any]) -> None:
     """
     for refusal in answer.get("Errors", ()):
         failed = refusal.get("Code") in ("InternalError", "SlowDown", "ServiceUnavailable")
-        status = {"HTTPStatusCode": 503 if failed else 403}
-        raise aws.ClientError({"Error": refusal, "ResponseMetadata": status}, "DeleteObjects")
+        response: Any = {
+            "Error": refusal,
+            "ResponseMetadata": {"HTTPStatusCode": 503 if failed else 403},
+        }
+        raise aws.ClientError(response, "DeleteObjects")
 
 
 def _code(error: aws.ClientError) -> str:

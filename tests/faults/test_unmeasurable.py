@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.pixels import as_png
 from trainer.launch import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]

@@ -11,10 +11,10 @@ from cluster.contract import WorkerContext
 from models.codec import IdentityCodec
 from models.pyramid import merge
 from pipelines.batch import Cursor
-from pipelines.encoded import as_png
 from pipelines.errors import BadDataError
 from pipelines.ingest.digits import ensure_digits
 from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.pixels import as_png
 from pipelines.view import AugmentConfig
 from tests.support.configuration import configuration
 from trainer.data import open_split, training_loader

@@ -33,6 +33,9 @@ _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _LOG_LINES = 5
 _START_ERRORS = (OSError, RuntimeError, ValueError, ray.exceptions.RayError)
 
+# Ray reports what it is used for unless told otherwise. Users can override.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 _log = logging.getLogger(__name__)
 
 

@@ -9,13 +9,24 @@ from jaxtyping import install_import_hook
 # Before anything imports `models`.
 install_import_hook("models", "beartype.beartype")
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Tests and the ranks they start share the cores among them.
+# Every variable that the set-up of tests (this file and tests/support) sets, for a test or for what
+# it starts. Users have only those that a page tells them to set, so each of the rest has a reason.
+#
+# Told to users:
+#   OMP_NUM_THREADS            tests and the ranks they start share the cores, as under `make`
+#   LAPFLOW_HOME               each job has a home of its own
+#   AWS_ACCESS_KEY_ID          credentials of the tests' S3 server
+#   AWS_SECRET_ACCESS_KEY      likewise
+#   RAY_AUTH_MODE              `disabled` for a cluster that only one test can reach
+#   RAY_JOB_STOP_WAIT_TIME_S   the time for a last checkpoint
+# Not told to users:
+#   HOME, LANG, PATH, TERM, USER   what a login sets, and activating `.venv`
+#   DS_ACCELERATOR             set by the product on each CPU rank; the server that ranks are forked
+#                              from imports DeepSpeed before that
+#   AWS_DEFAULT_REGION, AWS_EC2_METADATA_DISABLED, S3_ENDPOINT_URL, MLFLOW_S3_ENDPOINT_URL,
+#   NO_PROXY                   keep the tests of stores from whatever this machine is configured to
+#                              reach; whole jobs get the credentials alone, and settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray cannot change its mind about tokens within one process, and some tests go without.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 from tests.support.clock import source_clock  # noqa: E402
 from tests.support.empty_tracker import empty_tracker  # noqa: E402

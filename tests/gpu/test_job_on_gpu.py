@@ -17,12 +17,10 @@ pytestmark = [
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_job_runs_on_one_gpu_and_resumes(precision, tmp_path):
     settings = [*SMALL, "cluster.workers=1", f"engine.precision={precision}"]
-    # The other tests of this process are for the CPU, and say so to DeepSpeed.
-    environment = {"DS_ACCELERATOR": "cuda"}
-    with job(*settings, home=tmp_path, environment=environment) as first:
+    with job(*settings, home=tmp_path) as first:
         assert first.wait() == 0, first.output
     longer = [*settings, "train.total_images=7680"]
-    with job(*longer, home=tmp_path, environment=environment) as second:
+    with job(*longer, home=tmp_path) as second:
         assert second.wait() == 0, second.output
         assert "resumed after 6,400 images" in second.output
     with sqlite3.connect(tmp_path / "mlflow.db") as database:

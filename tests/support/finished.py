@@ -51,7 +51,10 @@ def finished(
     home = tmp_path_factory.mktemp("job")
     uri = f"{s3.make_bucket('job')}/lapflow"
     config = StoreConfig(endpoint_url=s3.endpoint_url)
-    credentials = {name: v for name, v in s3.environment.items() if name.startswith("AWS_")}
+    credentials = {
+        "AWS_ACCESS_KEY_ID": s3.access_key,
+        "AWS_SECRET_ACCESS_KEY": s3.secret_key,
+    }
     with mlflow_server(tmp_path_factory.mktemp("mlflow"), empty_tracker) as server:
         arguments = [
             *SMALL,

@@ -22,9 +22,10 @@ import pytest
 
 forked = multiprocessing.get_context("forkserver")
 """Of the server; it starts with the first process."""
-# The first of them lets streaming, the second one, load.
+# The second of them lets streaming, the third one, load.
 forked.set_forkserver_preload(
     [
+        "tests.support.cpu_rank",
         *("tests.support.shard_reader", "streaming", "boto3"),
         *("tests.support.engine_worker", "trainer.worker", "deepspeed", "torch._dynamo"),
         *("deepspeed.runtime.engine", "deepspeed.compile.inductor", "nvidia.dali.fn"),

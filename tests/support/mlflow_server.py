@@ -41,7 +41,6 @@ class MlflowServer:
                     *("--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"),
                     *("--artifacts-destination", str(self._folder / "artifacts")),
                 ],
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -70,9 +70,6 @@ def ray_cluster(
         # `ray job submit -- python …` means this Python.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # A process for each CPU, before anybody asks for one, is work that no test needs.
-        "RAY_prestart_worker_first_driver": "0",
         # Time for a last checkpoint between the SIGTERM and the SIGKILL of `ray job stop`.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
     }

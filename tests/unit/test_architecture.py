@@ -65,3 +65,21 @@ def test_model_files_are_the_presets(size, patch):
     wanted = preset(f"{size.upper()}/{patch}")
     assert values == {name: getattr(wanted, name) for name in values}
     assert set(values) == {"depth", "width", "heads", "patch_size"}
+
+
+def test_the_set_up_of_tests_sets_what_is_listed_and_users_are_told():
+    """The list, with reasons, is in tests/conftest.py."""
+    tests = ROOT / "tests"
+    files = [*tests.rglob("conftest.py"), *(tests / "support").glob("*.py")]
+    sets = re.compile(r'(?:setdefault|setenv)\("([A-Z][A-Z\d]\w+)"|"([A-Z][A-Z\d]\w+)"(?::|\] =)')
+    found = {name for path in files for names in sets.findall(path.read_text()) for name in names}
+
+    _, told, untold = re.split(
+        r"^# (?:Not t|T)old to users:$", (tests / "conftest.py").read_text(), flags=re.M
+    )
+    names_of = re.compile(r"^#   (\w+(?:, \w+)*)", flags=re.M)
+    listed = [set(", ".join(names_of.findall(part)).split(", ")) for part in (told, untold)]
+    assert found - {""} == listed[0] | listed[1]
+    pages = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+    documentation = "".join(page.read_text() for page in pages)
+    assert [name for name in sorted(listed[0]) if name not in documentation] == []

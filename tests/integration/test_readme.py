@@ -115,7 +115,7 @@ def test_a_job_is_watched_stopped_and_goes_on(fresh: Machine, terminal: Terminal
             following.type(scale_out(words))
         following.begin(scale_out("ray job logs"), until="checkpoint: .*/0000")
     terminal.type(scale_out("ray job stop"))
-    assert "STOPPED" in terminal.type(scale_out("ray job status"))
+    assert "was stopped" in terminal.type(scale_out("ray job status"))
     home = fresh.path("/tmp/home/lapflow")
     saved = newest_images(home)
     log = terminal.type(scale_out("ray job logs"))

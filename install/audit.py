@@ -7,6 +7,7 @@ if README.md does not name a part that is LGPL or proprietary.
 
 import argparse
 import base64
+import csv
 import hashlib
 import re
 import sys
@@ -105,10 +106,11 @@ def files(packages: Sequence[Distribution]) -> Iterator[str]:
     """
     recorded: dict[Path, dict[str, str]] = {}
     for package in packages:
-        for file in package.files or []:
-            if file.hash is not None and file.suffix != ".pyc":
-                place = Path(str(file.locate()))
-                recorded.setdefault(place, {})[f"{file.hash.mode}={file.hash.value}"] = package.name
+        # Not package.files, which newer versions of Python leave missing files out of.
+        for name, hashed, *_ in csv.reader((package.read_text("RECORD") or "").splitlines()):
+            if hashed and not name.endswith(".pyc"):
+                place = Path(str(package.locate_file(name)))
+                recorded.setdefault(place, {})[hashed] = package.name
     for place, hashes in recorded.items():
         owners = ", ".join(dict.fromkeys(hashes.values()))
         if not place.is_file():

@@ -19,6 +19,7 @@ from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
 from trainer.schema import ConfigError, from_dict
+from trainer.validate import check_guidance
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 OutputType: TypeAlias = Literal["pil", "np", "pt", "latent"]
@@ -87,6 +88,8 @@ class LapFlowPipeline(DiffusionPipeline):
                 "this model draws latents: give the autoencoder of its training as vae=…, or set "
                 "output_type='latent'"
             )
+        if config.label_dropout is not None:  # models exported before do not say
+            check_guidance(guidance_scale, label_dropout=config.label_dropout, key="guidance_scale")
         flow = Flow(from_dict(FlowConfig, config.flow, path="flow."))
         device = self._execution_device
         drawn = sample(

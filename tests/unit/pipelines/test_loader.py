@@ -202,6 +202,9 @@ def test_too_many_bad_images_stop_the_run() -> None:
         BadDataError,
         match=r"11 of \d+ samples .*max_bad_share=0.001.*sample \d+ in shard synthetic\.0000\d",
     ):
+        take(100, loader(Damaged(set(range(0, IMAGES, 2)))))
+    # Eight samples after it cannot stand in for one either.
+    with pytest.raises(BadDataError, match=r"9 of \d+ samples .*sample \d+ in shard synthetic"):
         take(100, loader(Damaged(set(range(IMAGES)))))
     with pytest.raises(BadDataError, match=r"1 of \d+ samples.*max_bad_share=0.0 .*sample 5 in"):
         take(100, loader(Damaged({5}), max_bad_share=0.0))

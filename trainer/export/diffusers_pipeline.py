@@ -73,7 +73,8 @@ class LapFlowPipeline(DiffusionPipeline):
             `ImagePipelineOutput`, whose `images` they are.
 
         Raises:
-            ConfigError: A class is unknown, or latents cannot be decoded for want of `vae`.
+            ConfigError: A class is unknown, guidance asks for a null label that was never trained,
+                or latents cannot be decoded for want of `vae`.
             SamplerConfigError: A setting of the sampler is out of range.
         """
         config = self.transformer.config

@@ -37,9 +37,9 @@ FOLDER = $(patsubst ~/%,$(HOME)/%,$(IMAGES))
 SHARDS = $(patsubst ~/%,$(HOME)/%,$(PICTURES))
 data-demo: setup
 	@test -d "$(FOLDER)" || { echo "error: IMAGES=$(IMAGES) is no folder: make data-demo IMAGES=~/pictures" >&2; exit 2; }
-	$(BIN)/python -m pipelines.ingest image-folder "$(FOLDER)" $(SHARDS) --image-size 64 --encoding png --hold-out 0.1 $(INGEST)
-	$(BIN)/python -m pipelines.ingest verify $(SHARDS)/train
-	$(BIN)/python -m trainer.launch +exp=pictures data.prefix=$(SHARDS) $(ARGS)
+	$(BIN)/python -m pipelines.ingest image-folder "$(FOLDER)" "$(SHARDS)" --image-size 64 --encoding png --hold-out 0.1 $(INGEST)
+	$(BIN)/python -m pipelines.ingest verify "$(SHARDS)/train"
+	$(BIN)/python -m trainer.launch +exp=pictures "data.prefix=$(SHARDS)" $(ARGS)
 
 test: test-fast
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
@@ -62,24 +62,24 @@ golden: setup
 	$(BIN)/python -m tests.golden.losses.record
 
 bench: setup
-	mkdir -p $(LAPFLOW_HOME)/bench
-	$(BIN)/python -m benchmarks.training_step --output $(LAPFLOW_HOME)/bench/training_step.json
-	$(BIN)/python -m benchmarks.prefix_attention --output $(LAPFLOW_HOME)/bench/prefix_attention.json
-	$(BIN)/python -m benchmarks.expert_matmul --output $(LAPFLOW_HOME)/bench/expert_matmul.json
-	$(BIN)/python -m benchmarks.sampling --output $(LAPFLOW_HOME)/bench/sampling.json
+	mkdir -p "$(LAPFLOW_HOME)/bench"
+	$(BIN)/python -m benchmarks.training_step --output "$(LAPFLOW_HOME)/bench/training_step.json"
+	$(BIN)/python -m benchmarks.prefix_attention --output "$(LAPFLOW_HOME)/bench/prefix_attention.json"
+	$(BIN)/python -m benchmarks.expert_matmul --output "$(LAPFLOW_HOME)/bench/expert_matmul.json"
+	$(BIN)/python -m benchmarks.sampling --output "$(LAPFLOW_HOME)/bench/sampling.json"
 	for name in decoding streaming starting waiting; do \
-	    $(BIN)/python -m benchmarks.data $$name --output $(LAPFLOW_HOME)/bench/data_$$name.json || exit 1; done
+	    $(BIN)/python -m benchmarks.data $$name --output "$(LAPFLOW_HOME)/bench/data_$$name.json" || exit 1; done
 	for name in memory wire step full_size building; do \
-	    $(BIN)/python -m benchmarks.experts $$name --output $(LAPFLOW_HOME)/bench/experts_$$name.json || exit 1; done
+	    $(BIN)/python -m benchmarks.experts $$name --output "$(LAPFLOW_HOME)/bench/experts_$$name.json" || exit 1; done
 	for name in blocked transfer memory; do \
-	    $(BIN)/python -m benchmarks.checkpoints $$name --output $(LAPFLOW_HOME)/bench/checkpoints_$$name.json || exit 1; done
+	    $(BIN)/python -m benchmarks.checkpoints $$name --output "$(LAPFLOW_HOME)/bench/checkpoints_$$name.json" || exit 1; done
 
 pictures: setup
 	$(BIN)/python docs/pictures.py $(ARGS)
 	$(BIN)/python docs/placement_picture.py
 
 ui: setup
-	$(BIN)/python -m trainer.ui home=$(LAPFLOW_HOME) $(ARGS)
+	$(BIN)/python -m trainer.ui "home=$(LAPFLOW_HOME)" $(ARGS)
 
 audit: setup
 	$(BIN)/python install/audit.py

@@ -1,11 +1,17 @@
 """What the documentation shows works: its Python runs, and its pictures and pages are there."""
 
 import re
+import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.support.commands import GIVEN
+from trainer.groups import members
+from trainer.setting import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -84,3 +90,55 @@ def test_the_heading_of_the_placement_says_what_its_bars_show():
 def test_what_a_page_links_to_is_there(page):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+GROUPS = (
+    "data|codec|model|flow|optim|train|eval|engine|cluster|loader|shards|store|checkpoint|tracking|"
+    "runtime"
+)
+# Not a module (models.flow.path), a file (data.md) or a call (flow.noise_size(...)).
+NAMED = re.compile(rf"(?<![\w./])(?:{GROUPS})(?:\.[a-z_0-9]+)+(?![\w(/])")
+MEMBER = re.compile(r"(?<![\w./])\+?(exp|data|codec|model|flow|optim|engine|cluster)=(\w[\w/]*)")
+
+
+def shown(page: Path) -> str:
+    """What a page shows as code, in blocks and in lines, but for Python."""
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    code = re.findall(r"^```\n.*?^```|`[^`\n]+`", text, re.DOTALL | re.MULTILINE)
+    return "\n".join(code)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_every_setting_that_a_page_names_exists(page):
+    known = {each.key for kind in GIVEN for each in settings_of(kind)}
+    streams = {"data.streams.prefix", "data.streams.weight"}
+    named = {
+        name
+        for name in NAMED.findall(shown(page))
+        if not name.endswith((".md", ".py", ".json", ".yaml"))
+        and not name.startswith("engine.deepspeed.")
+    }
+    assert named - known - streams == set()
+    missing = {
+        f"{group}={member}"
+        for group, member in MEMBER.findall(shown(page))
+        if member not in members(group) and not member.isupper()
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("target", ["data-demo", "bench", "ui"])
+def test_folders_with_spaces_are_one_word_in_the_makefile(target, tmp_path):
+    home = tmp_path / "my home"
+    told = subprocess.run(
+        ["make", "-n", target, f"LAPFLOW_HOME={home}", f"IMAGES={tmp_path}/my pictures"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [line.strip("@\t \\") for line in told.splitlines() if "my " in line]
+    assert lines
+    for line in lines:
+        for word in shlex.split(line, comments=True):
+            assert not word.endswith("/my"), line

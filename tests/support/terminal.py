@@ -85,7 +85,7 @@ class Terminal:
         threading.Thread(target=self._read, daemon=True).start()
         self.type("cd /tmp/lapflow")
 
-    def type(self, line: str, *, code: int = 0, timeout_s: float = 240) -> str:
+    def type(self, line: str, *, code: int = 0, timeout_s: float = 540) -> str:
         """Type a line, wait for its end, and return what it printed.
 
         Args:
@@ -99,7 +99,7 @@ class Terminal:
         assert end == f"{_END} {code}", f"$ {line}\n" + "\n".join(printed)
         return "\n".join(output)
 
-    def begin(self, line: str, until: str, *, timeout_s: float = 120) -> str:
+    def begin(self, line: str, until: str, *, timeout_s: float = 540) -> str:
         """Type a line that goes on until Ctrl-C, and return what it printed up to a pattern."""
         self._send(f"exec {line}\n")
         return "\n".join(self._until(re.compile(until), timeout_s))

@@ -17,6 +17,7 @@ def sizes_of(scales: int) -> dict[str, int]:
     return {"scales": scales, "channels": 4, "image_size": 32, "classes": 10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["causal", "full", "own_scale"])
 @pytest.mark.parametrize("scales", [1, 2, 3])
 def test_estimate_is_near_what_autograd_keeps(scales: int, attention: AttentionKind) -> None:
@@ -31,6 +32,7 @@ def test_estimate_is_near_what_autograd_keeps(scales: int, attention: AttentionK
         assert expected == pytest.approx(kept_bytes(model, images), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [(0,), (2, 1), (2, 1, 0)])
 @pytest.mark.parametrize("attention", ["causal", "own_scale"])
 def test_recomputed_scales_keep_what_is_estimated(

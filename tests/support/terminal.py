@@ -149,7 +149,10 @@ def machine(folder: Path) -> Iterator[Machine]:
     """
     (folder / "home").mkdir()
     _copy_repository(folder / "lapflow")
-    up = f"mount --bind {folder} /tmp && ip link set lo up && echo up && while sleep 1; do :; done"
+    up = (
+        f"{_python_kept(folder)} mount --rbind {folder} /tmp && ip link set lo up && echo up && "
+        "while sleep 1; do :; done"
+    )
     first = subprocess.Popen(
         [*_UNSHARE, "bash", "-c", up], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -163,6 +166,16 @@ def machine(folder: Path) -> Iterator[Machine]:
     finally:
         first.kill()
         first.wait(30)
+
+
+def _python_kept(folder: Path) -> str:
+    """What keeps Python where it is, if that is under the `/tmp` that the machine does not see."""
+    commands = ""
+    for prefix in sorted({Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}):
+        if prefix.is_relative_to("/tmp"):
+            place = folder / prefix.relative_to("/tmp")
+            commands += f"mkdir -p {place} && mount --bind {prefix} {place} && "
+    return commands
 
 
 def _copy_repository(target: Path) -> None:

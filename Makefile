@@ -42,7 +42,7 @@ data-demo: setup
 	$(BIN)/python -m trainer.launch +exp=pictures "data.prefix=$(SHARDS)" $(ARGS)
 
 test: test-fast
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)

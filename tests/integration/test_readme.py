@@ -94,11 +94,13 @@ def test_a_cluster_and_the_same_job_on_it(
         terminal.type("ray get-auth-token --generate")
     for words in ("(umask", "export", "ray start"):
         terminal.type(readme(words))
-    submitted = terminal.type(f"{readme('ray job submit')} {SHORT}")
-    assert "classifier reads the label" in submitted
-    assert "succeeded" in submitted
-    terminal.type(f"{readme('ray job submit')} train.total_images=-1", code=1)
+    # A job that the cluster takes, runs and sees refused: the token was the right one.
+    refused = terminal.type(f"{readme('ray job submit')} train.total_images=-1", code=1)
+    assert "error: train.total_images=-1" in refused
     if not had_a_token:
+        submitted = terminal.type(f"{readme('ray job submit')} {SHORT}")
+        assert "classifier reads the label" in submitted
+        assert "succeeded" in submitted
         token = fresh.path("/tmp/home/.ray/auth_token")
         assert token.stat().st_mode & 0o077 == 0
 

@@ -96,11 +96,11 @@ def test_what_is_no_path_stays():
 
 def test_the_file_of_a_tracker_is_a_place_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for path, meant in (
         ("a.db", f"{tmp_path}/a.db"),
         ("/a.db", "/a.db"),
-        ("~/a.db", "/root/a.db"),
+        ("~/a.db", f"{tmp_path}/home/a.db"),
     ):
         assert composed([DIGITS, f"tracking.uri=sqlite:///{path}"]).tracking.uri == (
             f"sqlite:///{meant}"

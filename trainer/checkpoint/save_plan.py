@@ -15,7 +15,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.content import by_name
 from trainer.checkpoint.cuts import Cuts, Run, common_order, missing_from
 from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
 from trainer.checkpoint.object_entry import ObjectEntry
 from trainer.checkpoint.spans import Span
 from trainer.checkpoint.writers import Rows, cuts_of, rows_of, share_writes
@@ -206,9 +206,13 @@ def check_readable(manifest: Manifest, sizes: Mapping[int, int]) -> None:
         )
         for rank, size in sizes.items()
     ]
-    train_state = {"room": " " * TRAIN_STATE_BYTES}
     try:
-        replace(manifest, objects=tuple(objects), train_state=train_state).to_json()
+        least = len(replace(manifest, objects=tuple(objects)).to_json())
+        if least + TRAIN_STATE_BYTES > MAX_MANIFEST_BYTES:
+            raise InvalidManifest(
+                f"Its manifest may come to {least + TRAIN_STATE_BYTES} bytes, more than "
+                f"{MAX_MANIFEST_BYTES}."
+            )
     except InvalidManifest as error:
         raise InvalidManifest(
             f"Training does not begin, since it could not be resumed. {error} If that is its size, "

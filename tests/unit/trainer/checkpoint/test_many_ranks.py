@@ -22,7 +22,7 @@ from tests.unit.trainer.checkpoint.worlds import (
     random_state,
     same_bits,
 )
-from trainer.checkpoint import manifest as manifest_module
+from trainer.checkpoint import save_plan
 from trainer.checkpoint.cuts import slices_of
 from trainer.checkpoint.errors import InvalidManifest
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -141,7 +141,7 @@ def test_no_rank_receives_what_all_ranks_hold_but_the_first() -> None:
 def test_what_could_not_be_read_again_is_refused_before_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", 4 * 1024**2)
+    monkeypatch.setattr(save_plan, "MAX_MANIFEST_BYTES", 4 * 1024**2)
     store, fragments = MemoryStore(), parts(random_state(0), 2)
 
     def act(rank: int, ranks: ThreadRanks) -> None:

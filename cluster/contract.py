@@ -2,9 +2,8 @@
 
 A worker is a plain function `worker(context, payload)`. When it is called, the process group of
 `torch.distributed` spans all workers (nccl on GPUs, gloo otherwise) and the usual variables
-(`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) are set. When
-it returns on every rank the run is finished. The callable must be importable by name, and the
-payload is plain data.
+(`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`) are set. When it returns on every rank the
+run is finished. The callable must be importable by name, and the payload is plain data.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,13 @@
 """Workers as plain processes of this machine, without Ray: for tests, debugging and notebooks.
 
 A worker that dies or raises fails the run and its peers are ended: nothing is started again.
-Everything listens on 127.0.0.1. A Ctrl-C in the terminal reaches the caller alone, since the
-workers ignore SIGINT and SIGTERM; they end with their caller, however it ends.
+Everything listens on the loopback interface. A Ctrl-C in the terminal reaches the caller alone,
+since the workers ignore SIGINT and SIGTERM; they end with their caller, however it ends.
 """
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,6 @@ from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from socket import socket
 
 from cluster.capacity import crowding
 from cluster.contract import (
@@ -28,9 +28,10 @@ from cluster.contract import (
     WorkerContext,
 )
 from cluster.failure import Failure, attend, died, root_cause
-from cluster.process_group import Rendezvous, Seat, join, listen
+from cluster.handshake import new_secret
+from cluster.process_group import Rendezvous, Seat, join
+from cluster.scratch import make_scratch
 
-_HOST = "127.0.0.1"
 _TICK_S = 0.1
 _PEER_GRACE_S = 1.0
 """How long the first failure waits for others, one of which may be its cause."""
@@ -107,11 +108,14 @@ def _processes(
     """Starts the workers, in the order of ranks and keyed by channel; ends them after the block."""
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, SpawnProcess] = {}
+    scratch = make_scratch(config.scratch_dir)
+    rendezvous = Rendezvous(
+        place=str(scratch / "rendezvous"),
+        timeout_s=config.start_timeout_s,
+        secret=new_secret(),
+    )
     try:
-        with listen(_HOST) as listener, _interrupts_blocked():
-            rendezvous = Rendezvous(
-                host=_HOST, port=listener.getsockname()[1], timeout_s=config.start_timeout_s
-            )
+        with _interrupts_blocked():
             for rank, device in enumerate(devices):
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -124,7 +128,6 @@ def _processes(
                             local_world_size=config.workers,
                         ),
                         "rendezvous": rendezvous,
-                        "listener": listener if rank == 0 else None,
                         "device": device,
                         "threads": config.cpus_per_worker,
                         "worker": worker,
@@ -144,6 +147,7 @@ def _processes(
             process.kill()
             process.join()
             channel.close()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _devices(config: ClusterConfig) -> list[str]:
@@ -179,7 +183,6 @@ def _main(
     *,
     seat: Seat,
     rendezvous: Rendezvous,
-    listener: socket | None,
     device: str,
     threads: int,
     worker: Worker,
@@ -209,14 +212,7 @@ def _main(
     )
 
     def enter(context: WorkerContext, payload: Payload) -> None:
-        join(
-            seat,
-            rendezvous,
-            device=device,
-            threads=threads,
-            node_address=_HOST,
-            listener=listener,
-        )
+        join(seat, rendezvous, device=device, threads=threads)
         worker(context, payload)
 
     send(attend(enter, context, payload))

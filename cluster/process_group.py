@@ -1,15 +1,18 @@
 """The torch.distributed process group of a run: how a worker enters and leaves it.
 
-The rendezvous store listens on the one address that the workers know it by (torch alone would
-listen on every interface), and gloo talks on the interface that carries the node's address: left
-alone it follows the host's name, which many Linux systems resolve to a loopback address that other
-nodes cannot reach.
+Workers that share a machine meet at a file that no other user can read or write, and talk over the
+loopback interface. Others meet at a store that listens on the one address that they know it by
+(torch alone would listen on every interface), and gloo talks on the interface that carries the
+node's address: left alone it follows the host's name, which many Linux systems resolve to a
+loopback address that other nodes cannot reach. Either way the ranks of every group of gloo's prove
+themselves to each other (`cluster.handshake`).
 """
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, ClassVar
 
 import psutil
 
@@ -29,11 +32,25 @@ class Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """Where the workers meet: the store's address, and how long they wait for one another."""
+    """Where the workers of an attempt meet, and what they know each other by.
 
-    host: str
-    port: int
+    Attributes:
+        place: Path of a file in a folder of this user's alone, or host and port of a store.
+        timeout_s: How long they wait for one another.
+        secret: Known to them only.
+    """
+
+    place: str | tuple[str, int]
     timeout_s: float
+    secret: bytes = field(repr=False)
+
+
+class _Proofs:
+    """What this process needs to tell its run's ranks from others; one of them for the process."""
+
+    rendezvous: Rendezvous | None = None
+    proven: ClassVar[set[str]] = set()
+    """Names of the groups in which that was done."""
 
 
 def listen(host: str) -> socket.socket:
@@ -57,8 +74,8 @@ def join(
     *,
     device: str,
     threads: int,
-    node_address: str,
-    listener: socket.socket | None,
+    node_address: str = "127.0.0.1",
+    listener: socket.socket | None = None,
 ) -> None:
     """Sets this process up as a worker and enters the group with all others.
 
@@ -67,19 +84,18 @@ def join(
         rendezvous: Where to meet; the same for all.
         device: `cpu` or `cuda:N`; decides the group's backend, gloo or nccl.
         threads: Compute threads of this process.
-        node_address: This node's address as the others know it.
-        listener: The socket behind the rendezvous; rank 0's alone.
+        node_address: This node's address as workers on other nodes know it.
+        listener: The socket behind the rendezvous, if it is an address; rank 0's alone.
 
     Raises:
         RuntimeError: Some worker did not come in time.
+        PeerUnproven: Something else came in a worker's place.
     """
     os.environ.update(
         RANK=str(seat.rank),
         WORLD_SIZE=str(seat.world_size),
         LOCAL_RANK=str(seat.local_rank),
         LOCAL_WORLD_SIZE=str(seat.local_world_size),
-        MASTER_ADDR=rendezvous.host,
-        MASTER_PORT=str(rendezvous.port),
         OMP_NUM_THREADS=str(threads),
     )
     if device == "cpu":
@@ -94,15 +110,7 @@ def join(
     torch.set_num_threads(threads)
     if device != "cpu":
         torch.cuda.set_device(device)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        rendezvous.host,
-        rendezvous.port,
-        seat.world_size,
-        listener is not None,
-        timeout=timedelta(seconds=rendezvous.timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=None if listener is None else listener.detach(),
-    )
+    store = _store(seat, rendezvous, listener)
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
         store=store,
@@ -111,6 +119,53 @@ def join(
         timeout=COLLECTIVE_TIMEOUT,
     )
     store.set_timeout(COLLECTIVE_TIMEOUT)
+    _Proofs.rendezvous = rendezvous
+    prove_peers()
+
+
+def _store(seat: Seat, rendezvous: Rendezvous, listener: socket.socket | None) -> Any:
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=rendezvous.timeout_s)
+    if isinstance(rendezvous.place, str):
+        file = dist.FileStore(rendezvous.place, seat.world_size)  # type: ignore[attr-defined]
+        file.set_timeout(timeout)
+        return file
+    host, port = rendezvous.place
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host,
+        port,
+        seat.world_size,
+        listener is not None,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+
+
+def prove_peers() -> None:
+    """Lets the ranks of every group of gloo's that is new since the last call shake hands.
+
+    A collective call of all workers, to be made after each forming of groups and before anything
+    is sent over them. It does nothing in a process that did not `join`. NCCL's groups are left out:
+    they know each other by a number that goes through the rendezvous.
+
+    Raises:
+        PeerUnproven: Something that is no worker of this run took a rank's place.
+    """
+    rendezvous = _Proofs.rendezvous
+    if rendezvous is None:
+        return
+    from torch.distributed import distributed_c10d
+
+    from cluster.handshake import shake_hands
+
+    timeout = timedelta(seconds=rendezvous.timeout_s)
+    # In the order of their forming, which is the same on all ranks.
+    for group, (backend, _store) in list(distributed_c10d._world.pg_map.items()):
+        if "gloo" in backend and group.group_name not in _Proofs.proven:
+            shake_hands(group, rendezvous.secret, timeout=timeout)
+            _Proofs.proven.add(group.group_name)
 
 
 def leave() -> None:
@@ -124,3 +179,5 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    _Proofs.rendezvous = None
+    _Proofs.proven.clear()

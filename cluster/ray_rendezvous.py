@@ -4,18 +4,24 @@ Ray's own torch backend would import torch in the driver and in the controller, 
 uses it (seconds of each start), listen on every interface, and let gloo follow the host's name.
 """
 
+import shutil
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 
+from cluster.handshake import new_secret
 from cluster.process_group import Rendezvous, Seat, join, listen
+from cluster.scratch import make_scratch
 
 _listeners: list[socket.socket] = []
 """Of rank 0's process: the socket between being opened and being joined."""
+_folders: list[Path] = []
+"""Of rank 0's process: the folder in which workers of one node meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +32,13 @@ class RendezvousConfig(BackendConfig):  # type: ignore[misc]
         gpu: Whether each worker has a GPU.
         threads: Compute threads of a worker.
         timeout_s: How long the workers wait for one another.
+        scratch: Parent of the folder in which workers of one node meet; None is the system's.
     """
 
     gpu: bool
     threads: int
     timeout_s: float
+    scratch: str | None
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -42,15 +50,37 @@ class _Rendezvous(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: RendezvousConfig) -> None:
-        host, port = worker_group.execute_single(0, _open)
-        rendezvous = Rendezvous(host=host, port=port, timeout_s=backend_config.timeout_s)
+        together = len(set(worker_group.execute(_node))) == 1
+        place = (
+            worker_group.execute_single(0, _make_file, backend_config.scratch)
+            if together
+            else worker_group.execute_single(0, _open)
+        )
+        rendezvous = Rendezvous(
+            place=place, timeout_s=backend_config.timeout_s, secret=new_secret()
+        )
         worker_group.execute(_enter, rendezvous, backend_config)
+
+
+def _node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _make_file(scratch: str | None) -> str:
+    _folders.append(make_scratch(scratch))
+    return str(_folders[-1] / "rendezvous")
 
 
 def _open() -> tuple[str, int]:
     host = ray.util.get_node_ip_address()
     _listeners.append(listen(host))
     return host, _listeners[-1].getsockname()[1]
+
+
+def forget_meeting() -> None:
+    """Removes what this process made for the meeting, once nobody meets there any more."""
+    while _folders:
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
 
 
 def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
@@ -65,7 +95,9 @@ def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
         rendezvous,
         device=device(gpu=config.gpu),
         threads=config.threads,
-        node_address=ray.util.get_node_ip_address(),
+        node_address=(
+            "127.0.0.1" if isinstance(rendezvous.place, str) else ray.util.get_node_ip_address()
+        ),
         listener=_listeners.pop() if _listeners else None,
     )
 

@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from cluster.capacity import Node, resources
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailable
 from cluster.ray_nodes import answers, live_nodes
 from cluster.ray_private import private_cluster
+from cluster.scratch import make_scratch
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Sess
             "This process is connected to Ray already. Call ray.shutdown() first; to run on that "
             "cluster set cluster.address to its host:port."
         )
-    scratch = _scratch(config.scratch_dir)
+    scratch = make_scratch(config.scratch_dir)
     keep = False
     try:
         with _connected(config, scratch, note) as private:
@@ -82,17 +82,6 @@ def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Sess
             _log.warning("Ray's logs are kept in %s/ray/session_latest/logs.", scratch)
         else:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _scratch(parent: str | None) -> Path:
-    try:
-        if parent is not None:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="lapflow-", dir=parent))
-    except OSError as error:
-        raise ClusterConfigError(
-            f"cluster.scratch_dir={parent} cannot be written: {error}. Choose another folder."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import ray
 import ray.train
@@ -68,7 +67,7 @@ def run(
             return Outcome(status="stopped")
         mailbox = open_mailbox(config)
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
-        fit = Fit(_trainer(config, party, loop, mailbox, scratch=connected.scratch))
+        fit = Fit(_trainer(config, party, loop, mailbox, connected))
         fit.start()
         note(f"workers: waiting for {config.workers} of them to load and to meet")
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
@@ -90,8 +89,7 @@ def _trainer(
     party: Party,
     loop: Callable[[], None],
     mailbox: Mailbox,
-    *,
-    scratch: Path,
+    connected: Session,
 ) -> DataParallelTrainer:
     per_worker: dict[str, float] = {"CPU": config.cpus_per_worker}
     if party.gpus:
@@ -102,7 +100,10 @@ def _trainer(
     return DataParallelTrainer(
         loop,
         backend_config=RendezvousConfig(
-            gpu=party.gpus > 0, threads=config.cpus_per_worker, timeout_s=config.start_timeout_s
+            gpu=party.gpus > 0,
+            threads=config.cpus_per_worker,
+            timeout_s=config.start_timeout_s,
+            scratch=str(connected.scratch) if connected.private else None,
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
@@ -112,7 +113,7 @@ def _trainer(
         ),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=str(scratch),
+            storage_path=str(connected.scratch),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),

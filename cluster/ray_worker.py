@@ -10,7 +10,7 @@ import ray.train.collective
 from cluster.contract import Payload, Worker, WorkerContext
 from cluster.failure import attend
 from cluster.ray_mailbox import Ended, Mailbox
-from cluster.ray_rendezvous import device
+from cluster.ray_rendezvous import device, forget_meeting
 
 
 def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> None:
@@ -42,6 +42,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         tell=sender.tell,
     )
     failure = attend(worker, context, payload)
+    forget_meeting()
     sender.end(failure or Ended(attempt, rank))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":

@@ -11,25 +11,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A rank may wait for another whose store is slow; that one is dead shows in its closed connection.
-_PATIENCE = timedelta(days=1)
+from cluster.process_group import prove_peers
+
+# A rank may wait for another whose store is slow, or which measures for hours; that one is dead
+# shows in its closed connection.
+_PATIENCE = timedelta(days=365)
 
 
 class HostGroup:
     """All ranks of the run, as one of them sees them.
 
     Each has a process group of its own, so two may be used from two threads at a time. Making one
-    is a collective call, and so is every method.
+    is a collective call, and so is every method but `send` and `receive`.
+
+    Args:
+        alone: Speak to nobody, whatever process group there is.
 
     Attributes:
         rank: This rank.
         world_size: Number of ranks.
     """
 
-    def __init__(self) -> None:
-        self._group = (
-            dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
-        )
+    def __init__(self, *, alone: bool = False) -> None:
+        self._group = None
+        if dist.is_initialized() and not alone:
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            prove_peers()
         self.rank = 0 if self._group is None else dist.get_rank(self._group)
         self.world_size = 1 if self._group is None else dist.get_world_size(self._group)
 
@@ -70,13 +77,26 @@ class HostGroup:
             return []
         sizes = [torch.empty_like(size) for _ in range(self.world_size)]
         dist.gather(size, sizes, dst=0, group=self._group)
-        collected = [data]
-        for rank in range(1, self.world_size):
-            message = torch.empty(int(sizes[rank]), dtype=torch.uint8)
-            if len(message):
-                dist.recv(message, src=rank, group=self._group)
-            collected.append(_bytes(message))
-        return collected
+        received = (self._received(rank, int(sizes[rank])) for rank in range(1, self.world_size))
+        return [data, *received]
+
+    def send(self, data: bytes, *, to: int) -> None:
+        """Give one rank data, which it has to `receive` before this returns."""
+        dist.send(torch.tensor([len(data)]), dst=to, group=self._group)
+        if data:
+            dist.send(_tensor(data), dst=to, group=self._group)
+
+    def receive(self, source: int) -> bytes:
+        """Return what another rank sends to this one."""
+        size = torch.tensor([0])
+        dist.recv(size, src=source, group=self._group)
+        return self._received(source, int(size))
+
+    def _received(self, source: int, size: int) -> bytes:
+        message = torch.empty(size, dtype=torch.uint8)
+        if size:
+            dist.recv(message, src=source, group=self._group)
+        return _bytes(message)
 
 
 def _tensor(data: bytes) -> Tensor:

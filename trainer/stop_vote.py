@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from cluster.process_group import prove_peers
+
 
 class StopVote:
     """Asks every rank once per update; all get the same answer.
@@ -22,7 +24,10 @@ class StopVote:
 
     def __init__(self, requested: Callable[[], bool]) -> None:
         self._requested = requested
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
+            prove_peers()
         self._flag = torch.zeros(1)
         self._pending: dist.Work | None = None
 

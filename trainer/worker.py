@@ -32,7 +32,6 @@ from trainer.evaluate.final import FinalEvaluation
 from trainer.evaluate.grid_hook import SampleGrids
 from trainer.evaluate.samples import Drawing
 from trainer.evaluate.scores import frechet_scores
-from trainer.gathering import Gathering
 from trainer.hooks import Hook
 from trainer.host_group import HostGroup
 from trainer.log_lines import logs_told
@@ -161,7 +160,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 batch=job.eval.batch,
                 device=device,
             ),
-            gather=Gathering(),
+            ranks=HostGroup(),
             held_out=RealImages(job, "test", context),
             train=RealImages(job, "train", context),
         )

@@ -83,5 +83,6 @@ def test_messages_of_any_size_reach_whom_they_are_for():
     told = sorted(on_ranks(gather_worker.messages, 3, {}), key=lambda each: each["rank"])
     assert [each["least"] for each in told] == [5, 5, 5]
     assert all(all(each["broadcast"]) for each in told)
+    assert told[0]["sent"] == [100_001, 1, 2]
     assert told[0]["collected"] == [[0], [1, 1], [100_000, 2]]
     assert told[1]["collected"] == told[2]["collected"] == []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from cluster.contract import WorkerContext
 from cluster.placement import Placement
@@ -17,6 +20,8 @@ from trainer import rng
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine, EngineConfig
 from trainer.schedule import OptimConfig
+
+_UNPICKLE = distributed_c10d._tensor_to_object
 
 BATCH = 8
 # AdamW divides by the gradient's size, so with its usual epsilon a gradient of almost nothing turns
@@ -121,13 +126,11 @@ def mean_over_ranks(value: float) -> float:
 def state(engine: Engine) -> dict[str, list[float]]:
     """Gather every parameter's master, moments and EMA over all ranks, whole."""
     wholes: dict[str, torch.Tensor] = {}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
     mine = [
         (f.name, f.start, f.shape, {k: t.clone() for k, t in f.tensors.items()})
         for f in engine.fragments()
     ]
-    torch.distributed.all_gather_object(everyone, mine)
-    for rank in everyone:
+    for rank in _of_all_ranks(mine):
         for name, start, shape, tensors in rank:
             for kind, tensor in tensors.items():
                 size = int(torch.Size(shape).numel())
@@ -150,12 +153,33 @@ def conformance(context: WorkerContext, payload: dict[str, Any]) -> None:
         tell_once(context, told)
 
 
+def _of_all_ranks(value: object) -> list[Any]:
+    """Gather any value; a test may unpickle what its own ranks sent."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed_c10d, "_tensor_to_object", _UNPICKLE)
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _refuse_unpickling() -> None:
+    """Fail from now on where a library would unpickle what came from another rank."""
+
+    def refuse(*_arguments: object) -> None:
+        raise AssertionError("something that came over a process group was about to be unpickled")
+
+    distributed_c10d._tensor_to_object = refuse
+    with pytest.raises(AssertionError, match="about to be unpickled"):
+        dist.all_gather_object([None] * dist.get_world_size(), "a canary")
+
+
 def course(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Take every engine through all that may happen to one; tell each side of it.
 
     It trains 4 updates; half way its state is copied and its model is used with other weights. A
     fresh engine goes on from the copy, and gets a NaN at the end.
     """
+    _refuse_unpickling()
     micro = BATCH // context.world_size
     for settings in payload["engines"]:
         straight, resumed = (build(context, micro_batch=micro, **settings) for _ in range(2))
@@ -251,8 +275,7 @@ def poison(
         bad = context.rank == 1 and number == 0
         engine.backward(loss * (float("nan") if bad else 1.0), last=number == passes - 1)
     outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
-    applied: list[Any] = [None] * context.world_size
-    torch.distributed.all_gather_object(applied, outcome.applied)
+    applied = _of_all_ranks(outcome.applied)
     unmoved = state(engine) == before
     history = updates(engine, context, count=1, first=4, micro_batch=micro_batch)
     return {"applied": applied, "unmoved": unmoved, "next": history}

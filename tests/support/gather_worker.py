@@ -8,15 +8,16 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cluster.contract import WorkerContext
+from cluster.handshake import shake_hands
 from models.axes import Bands
 from models.codec import IdentityCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from trainer.evaluate.samples import Drawing, ImageShape
-from trainer.gathering import Gathering
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 
@@ -37,10 +38,10 @@ class Mild(torch.nn.Module):
 
 def samples(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Draw the same images with every sampler; each rank tells what it got."""
-    gather = Gathering()
+    ranks = HostGroup()
     for sampler in payload["samplers"]:
         drawn = _drawing(payload["batch"], sampler).all(
-            Mild(), torch.arange(payload["images"]) % 3, gather=gather
+            Mild(), torch.arange(payload["images"]) % 3, ranks=ranks
         )
         told = {"images": drawn.images.tolist(), "evaluations": list(drawn.evaluations)}
         context.tell({"rank": context.rank, **told})
@@ -48,26 +49,26 @@ def samples(context: WorkerContext, payload: dict[str, Any]) -> None:
 
 def left_early(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Leave after some blocks on the first rank; tell how often each called the model."""
-    gather = Gathering()
+    ranks = HostGroup()
     model = Mild()
     drawing = _drawing(1, {"solver": "euler", "steps": 2})
-    with closing(drawing.blocks(model, torch.zeros(9, dtype=torch.int64), gather=gather)) as blocks:
+    with closing(drawing.blocks(model, torch.zeros(9, dtype=torch.int64), ranks=ranks)) as blocks:
         for number, _ in enumerate(blocks, 1):
             if number == payload["blocks"]:
                 break
-    gather("all are here again")
+    ranks.least(0)  # all are here again
     context.tell({"rank": context.rank, "calls": model.calls})
 
 
 def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Take longer over a block, on the first rank, than any collective of the training may."""
-    gather = Gathering()
+    ranks = HostGroup()
     _set_pg_timeout(timedelta(seconds=0.5))
     for _ in _drawing(1, {"solver": "euler", "steps": 2}).blocks(
-        Mild(), torch.zeros(payload["blocks"], dtype=torch.int64), gather=gather
+        Mild(), torch.zeros(payload["blocks"], dtype=torch.int64), ranks=ranks
     ):
         time.sleep(1.5)
-    gather("all are here again")
+    ranks.least(0)  # all are here again
     _set_pg_timeout(timedelta(minutes=5))
     context.tell({"rank": context.rank})
 
@@ -111,11 +112,24 @@ def messages(context: WorkerContext, _payload: dict[str, Any]) -> None:
         group.broadcast(mine, source=source) == bytes([source]) * (0, 1, 100_000)[source]
         for source in range(3)
     ]
+    sent = b""
+    if rank == 0:
+        sent = group.receive(2) + group.receive(1)
+    else:
+        group.send(mine, to=0)
     context.tell(
         {
             "rank": rank,
             "least": group.least(7 - rank),
+            "sent": [len(sent), *set(sent)],
             "broadcast": broadcast,
             "collected": [[len(each), *set(each)] for each in collected],
         }
     )
+
+
+def stranger(context: WorkerContext, _payload: dict[str, Any]) -> None:
+    """Speak gloo's language perfectly on the last rank, and not know the secret."""
+    secret = b"the run's" if context.rank == 0 else b"a guess"
+    group = dist.new_group(backend="gloo")
+    shake_hands(group, secret, timeout=timedelta(seconds=60))

@@ -22,7 +22,7 @@ from trainer.evaluate.learned_features import LabelledImages, StoredImages, join
 from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluation_key
 from trainer.evaluate.samples import Drawing, SampleBlock
 from trainer.evaluate.taken import TakenSamples
-from trainer.gathering import Gathering
+from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
 from trainer.mistakes import is_users_mistake
 
@@ -42,14 +42,14 @@ class FinalEvaluation:
     Attributes:
         config: What to draw and measure.
         drawing: Decides the samples.
-        gather: Joins the ranks, which wait for each other however long the first one measures.
+        ranks: Those that draw, which wait however long the first one measures.
         held_out: Batches of held-out real images and labels.
         train: Batches of the training images and labels.
     """
 
     config: EvalConfig
     drawing: Drawing
-    gather: Gathering
+    ranks: HostGroup
     held_out: StoredImages
     train: LabelledImages
 
@@ -122,8 +122,8 @@ class FinalEvaluation:
         classes = min(self.config.grid_classes, self.drawing.shape.classes)
         labels = torch.arange(classes).repeat_interleave(self.config.grid_columns)
         # Few images in one block would be the work of one rank.
-        share = min(self.config.batch, -(-len(labels) // self.gather.ranks))
-        return replace(self.drawing, batch=share).all(model, labels, gather=self.gather).images
+        share = min(self.config.batch, -(-len(labels) // self.ranks.world_size))
+        return replace(self.drawing, batch=share).all(model, labels, ranks=self.ranks).images
 
     def _distance_to_real(self) -> DistanceToReal:
         channels = self.drawing.codec.image_channels(self.drawing.shape.channels)
@@ -150,7 +150,7 @@ class FinalEvaluation:
         """Draw and measure block by block, of which none is kept here; 0 on the other ranks."""
 
         def drawn_and_measured() -> float:
-            with closing(self.drawing.blocks(model, labels, gather=self.gather)) as blocks:
+            with closing(self.drawing.blocks(model, labels, ranks=self.ranks)) as blocks:
                 for block in blocks:
                     assert distance is not None
                     distance.add(block.images)
@@ -167,19 +167,22 @@ class FinalEvaluation:
 
     def _on_first(self, step: Callable[[], T]) -> T | None:
         """Let the first rank do something while the others wait."""
-        return self._agreed(lambda: step() if self.gather.rank == 0 else None)
+        return self._agreed(lambda: step() if self.ranks.rank == 0 else None)
 
     def _agreed(self, step: Callable[[], T]) -> T:
         """Do something on every rank; a user's mistake on one ends the evaluation on all."""
-        mistake = None
+        mistake = ""
         try:
             done = step()
         except ValueError as error:
             if not is_users_mistake(error):
                 raise
-            mistake = str(error)
-        if told := next(filter(None, self.gather(mistake)), None):
-            raise _Unmeasurable(str(told))
+            mistake = str(error) or type(error).__name__
+        ranks = self.ranks
+        mistaken = ranks.least(ranks.rank if mistake else ranks.world_size)
+        if mistaken < ranks.world_size:
+            told = ranks.broadcast(mistake.encode(errors="replace"), source=mistaken)
+            raise _Unmeasurable(told.decode())
         return done
 
     def _publish(

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from models.codec import Codec
@@ -15,7 +16,7 @@ from models.flow.sampler import Samples, sample
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from trainer import rng
 from trainer.clock import TimeAgain
-from trainer.gathering import Gathering
+from trainer.host_group import HostGroup
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,28 @@ class SampleBlock:
     labels: Tensor
     evaluations: tuple[float, ...]
 
+    def to_bytes(self) -> bytes:
+        """Return the block as safetensors."""
+        return save(
+            {
+                "first": torch.tensor(self.first),
+                "images": self.images.contiguous(),
+                "labels": self.labels.contiguous(),
+                "evaluations": torch.tensor(self.evaluations, dtype=torch.float64),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SampleBlock:
+        """Rebuild a block from `to_bytes`."""
+        tensors = load(data)
+        return cls(
+            first=int(tensors["first"]),
+            images=tensors["images"],
+            labels=tensors["labels"],
+            evaluations=tuple(tensors["evaluations"].tolist()),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
@@ -87,13 +110,13 @@ class Drawing:
         if self.batch < 1:
             raise SamplerConfigError(f"a batch of {self.batch} images must have at least 1.")
 
-    def all(self, model: nn.Module, labels: Tensor, *, gather: Gathering | None = None) -> Samples:
+    def all(self, model: nn.Module, labels: Tensor, *, ranks: HostGroup | None = None) -> Samples:
         """Draw one image for each label; a collective call.
 
         Args:
             model: Velocity model.
             labels: Requested classes, shape [n].
-            gather: Joins the ranks; None is one process by itself.
+            ranks: Those that draw; None is this process by itself.
 
         Returns:
             On the first rank all images, on the others none, with the network evaluations.
@@ -101,7 +124,7 @@ class Drawing:
         pixels = self.shape.size * self.codec.factor
         images = [torch.zeros(0, self.codec.image_channels(self.shape.channels), pixels, pixels)]
         evaluations = torch.zeros(self.flow.stages.scales, dtype=torch.float64)
-        for block in self.blocks(model, labels, gather=gather):
+        for block in self.blocks(model, labels, ranks=ranks):
             images.append(block.images)
             evaluations += len(block.images) * torch.tensor(block.evaluations, dtype=torch.float64)
         return Samples(
@@ -110,7 +133,7 @@ class Drawing:
 
     @torch.no_grad()
     def blocks(
-        self, model: nn.Module, labels: Tensor, *, gather: Gathering | None = None
+        self, model: nn.Module, labels: Tensor, *, ranks: HostGroup | None = None
     ) -> Generator[SampleBlock]:
         """Draw one image for each label, block by block; a collective call.
 
@@ -123,22 +146,24 @@ class Drawing:
         Args:
             model: Velocity model.
             labels: Requested classes, shape [n].
-            gather: Joins the ranks; None is one process by itself.
+            ranks: Those that draw; None is this process by itself.
 
         Yields:
             The blocks in order, on the first rank alone.
         """
-        gather = gather or Gathering(alone=True)
+        ranks = ranks or HostGroup(alone=True)
         size = -(-len(labels) // -(-len(labels) // self.batch)) if len(labels) else 1
         starts = range(0, len(labels), size)
         say_so = TimeAgain(_NEWS_S)
-        for turn in range(0, len(starts), gather.ranks):
+        for turn in range(0, len(starts), ranks.world_size):
             # Ranks that are left over in the last turn draw the last block too, to keep step.
-            own = self._block(model, labels, starts[min(turn + gather.rank, len(starts) - 1)], size)
+            own = self._block(model, labels, starts[min(turn + ranks.rank, len(starts) - 1)], size)
             left = False
-            for source in range(min(gather.ranks, len(starts) - turn)):
-                if gather.rank == 0:
-                    block = own if source == 0 else gather.receive(source)
+            for source in range(min(ranks.world_size, len(starts) - turn)):
+                if ranks.rank == 0:
+                    block = own
+                    if source > 0:
+                        block = SampleBlock.from_bytes(ranks.receive(source))
                     if say_so():
                         done = block.first + len(block.images)
                         logger.info("%d of %d images are drawn", done, len(labels))
@@ -147,9 +172,9 @@ class Drawing:
                             yield block
                     except GeneratorExit:
                         left = True  # the others are still handing theirs over
-                elif gather.rank == source:
-                    gather.hand_over(own)
-            if any(gather(left)):
+                elif ranks.rank == source:
+                    ranks.send(own.to_bytes(), to=0)
+            if ranks.broadcast(bytes([left]), source=0) != bytes([False]):
                 return
 
     def _block(self, model: nn.Module, labels: Tensor, first: int, size: int) -> SampleBlock:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pipelines.errors import InvalidLatentRecordError, MissingLatentRecordError
 from pipelines.json_document import DocumentError, parse_json
 from pipelines.latent_format import LatentFormat
+from pipelines.sealed_document import unsealed
 from pipelines.source import Source, SourceConfig
 
 RECORD_NAME = "latents.json"
@@ -143,10 +144,11 @@ def parse_latent_record(content: bytes, *, prefix: str) -> LatentRecord:
 
 def _record(content: bytes) -> LatentRecord:
     try:
-        values = parse_json(content, most_bytes=_MAX_BYTES)
+        # Records of before have no checksum.
+        values = unsealed(parse_json(content, most_bytes=_MAX_BYTES), required=False)
     except DocumentError as error:
         raise _Problem(str(error)) from None
-    if not isinstance(values, dict) or values.get("version") != _VERSION:
+    if values.get("version") != _VERSION:
         raise _Problem(f"it is not a record of latents of version {_VERSION}")
     samples = _whole(values, "samples")
     record = LatentRecord(

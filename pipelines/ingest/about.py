@@ -6,6 +6,7 @@ from pipelines.console import visible
 from pipelines.errors import DataError
 from pipelines.ingest.entry import PassedOver
 from pipelines.json_document import parse_json
+from pipelines.sealed_document import unsealed
 from pipelines.source import Source, SourceConfig
 
 ABOUT_NAME = "ingest.json"
@@ -65,7 +66,8 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
 
 
 def _parsed(content: bytes) -> About:
-    values = parse_json(content)
+    # Datasets of before have no checksum.
+    values = unsealed(parse_json(content), required=False)
     classes, counts = values["classes"], values.get("images_per_class")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes is not a list of names")

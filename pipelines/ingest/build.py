@@ -10,15 +10,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import BadDataError, EmptyDatasetError, OccupiedPrefixError
 from pipelines.index import INDEX_NAME
 from pipelines.ingest.about import read_about
 from pipelines.ingest.shard_files import FinishedShard, discard_records
 from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied, told_when_full
+from pipelines.sealed_document import sealed
 from pipelines.source import Source, SourceConfig
 
-Documents = Mapping[str, object]
+Documents = Mapping[str, Mapping[str, Any]]
 
 
 def is_complete(prefix: str, *, plan: str) -> bool:
@@ -117,7 +119,7 @@ def _write(
     if not entries:
         raise EmptyDatasetError("None of the images can be decoded.")
     for name, content in contents.items():
-        (work / name).write_text(json.dumps(content, indent=1))
+        (work / name).write_text(json.dumps(sealed(content), indent=1))
     (work / INDEX_NAME).write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
     return list(contents)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import EmptyDatasetError, IngestSettingError
 from pipelines.ingest.about import ABOUT_NAME, About
@@ -127,7 +128,7 @@ def carry_out(plan: Plan, *, config: IngestConfig, note: Callable[[str], None]) 
             )
         )
 
-    def documents(finished: Sequence[FinishedShard]) -> dict[str, object]:
+    def documents(finished: Sequence[FinishedShard]) -> dict[str, dict[str, Any]]:
         skipped = sorted(image for shard in finished for image in shard.filled.skipped)
         refuse_too_many(
             skipped, images=len(listing.images), max_skipped_share=config.max_skipped_share

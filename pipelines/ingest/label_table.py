@@ -5,7 +5,6 @@ so that a table from elsewhere cannot reach other files.
 """
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from typing import Any
 from pipelines.console import visible
 from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.entry import Entry
+from pipelines.json_document import parse_json
 
 MOST_LABEL_BYTES = 1 << 28
 _MOST_CLS_BYTES = 256
@@ -124,7 +124,7 @@ def _rows(table: Path) -> Iterator[tuple[str, str]]:
             yield from _csv_rows(table)
         else:
             raise ValueError("it does not end in .csv, .tsv or .jsonl")
-    except (OSError, ValueError, LookupError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, csv.Error) as error:
         raise UnreadableSourceError(
             f"The labels {visible(str(table))} cannot be read ({visible(str(error))}). Give a "
             f".csv, .tsv or .jsonl file with {_EXAMPLE}."
@@ -146,7 +146,7 @@ def _json_rows(table: Path) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            row = json.loads(line)
+            row = parse_json(line.encode())
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} holds no object")
             yield _pair(row, _columns(list(row)), row_number=number)

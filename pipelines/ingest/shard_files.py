@@ -2,19 +2,25 @@
 
 The samples are cut into parts before anything is written, and each part becomes one shard. A shard
 is finished when its record (name, size, hash, samples) lies beside it in the work folder; what is
-recorded is not written again. The index is made of all records and comes last.
+recorded is not written again, unless the record has changed since. The index is made of all records
+and comes last.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from pipelines.ingest.processes import spawned
+from pipelines.json_document import DocumentError, read_json, typed
+from pipelines.sealed_document import sealed, unsealed
+
+logger = logging.getLogger(__name__)
 
 _HASH = "sha256"
 _PLAN = "plan.json"
@@ -101,14 +107,14 @@ def write_shards(
         BrokenIngestError: A process died.
     """
     file = work / _PLAN
-    if not file.is_file() or file.read_text() != plan:
+    if not file.is_file() or file.read_bytes() != plan.encode():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         file.write_text(plan)
     missing = []
     for part in parts:
         record = _record(work, part.number)
-        kept = _read(record) if record.is_file() else None
+        kept = _read(record)
         if kept and not (retry_skipped and kept.filled.skipped):
             yield kept
         else:
@@ -151,7 +157,7 @@ def _write(part: P, work: Path, *, filler: ShardFiller[P]) -> FinishedShard:
     )
     filled = filler.fill(part, writer.write)
     writer.finish()
-    entries = json.loads((scratch / "index.json").read_text())["shards"]
+    entries = read_json(scratch / "index.json")["shards"]
     entry = entries[0] if entries else {}
     if entry:
         name = f"shard.{part.number:05d}.mds"
@@ -161,7 +167,7 @@ def _write(part: P, work: Path, *, filler: ShardFiller[P]) -> FinishedShard:
     record = _record(work, part.number)
     # Renamed into place: a record that exists is whole.
     draft = record.with_suffix(".draft")
-    draft.write_text(json.dumps(asdict(finished)))
+    draft.write_text(json.dumps(sealed(asdict(finished))))
     draft.replace(record)
     shutil.rmtree(scratch)
     return finished
@@ -179,15 +185,12 @@ def _record(work: Path, number: int) -> Path:
     return work / f"shard.{number:05d}.record"
 
 
-def _read(record: Path) -> FinishedShard:
-    values = json.loads(record.read_text())
-    filled = values["filled"]
-    return FinishedShard(
-        number=values["number"],
-        entry=values["entry"],
-        filled=Filled(
-            skipped=tuple((name, reason) for name, reason in filled["skipped"]),
-            noted=filled["noted"],
-        ),
-        kept=True,
-    )
+def _read(record: Path) -> FinishedShard | None:
+    """Read a record; None if there is none that can be believed."""
+    try:
+        return replace(typed(FinishedShard, unsealed(read_json(record))), kept=True)
+    except FileNotFoundError:
+        return None
+    except DocumentError as error:
+        logger.warning("writing a shard again, since %s cannot be used: %s", record, error)
+        return None

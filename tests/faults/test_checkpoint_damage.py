@@ -156,11 +156,11 @@ DAMAGES: dict[str, tuple[Callable[[Store], object], str]] = {
     ),
     "manifest cut": (
         lambda store: replace(store, manifest_key(NEW), store.get(manifest_key(NEW))[:-9]),
-        "it is not plain JSON",
+        "it is not JSON",
     ),
     "manifest empty": (
         lambda store: replace(store, manifest_key(NEW), b""),
-        "it is not plain JSON",
+        "it is not JSON",
     ),
     "manifest edited": (
         lambda store: described(store, train_state={"images": 7}),

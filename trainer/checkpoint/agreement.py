@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from pipelines.json_document import parse_json
 from trainer.checkpoint import errors
 from trainer.checkpoint.errors import CheckpointError, RankFailed
 
@@ -138,5 +139,5 @@ def _told(error: Exception, rank: int) -> bytes:
 
 
 def _heard(told: bytes) -> CheckpointError:
-    kind, text = json.loads(told)
+    kind, text = parse_json(told)
     return _KINDS[kind](text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.json_document import DocumentError
+from pipelines.sealed_document import canonical, sealed, unsealed
 from trainer.checkpoint import distrust, layout, manifest_v2
 from trainer.checkpoint.cuts import Cuts, Run, slices_of
-from trainer.checkpoint.distrust import Rejected
 from trainer.checkpoint.errors import InvalidKey, InvalidManifest, NewerManifest
 from trainer.checkpoint.object_entry import ObjectEntry
 from trainer.checkpoint.spans import Span
@@ -24,7 +24,6 @@ MAX_BLOCK_BYTES = 2**30
 MAX_DIMENSIONS = 8
 MAX_SLICES = 2**28
 BYTES_PER_ELEMENT = 4  # everything is float32
-_CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ class Manifest:
         ]
         body["objects"] = [entry.to_json() for entry in self.objects]
         try:
-            data = distrust.canonical({**body, _CHECKSUM: _digest(body)})
+            data = canonical(sealed(body))
         except (TypeError, ValueError) as error:
             raise InvalidManifest(
                 f"{place} cannot be described in "
@@ -101,7 +100,7 @@ class Manifest:
             ) from error
         try:
             _read(data, run=self.run, images=self.images)
-        except (Rejected, InvalidKey) as error:
+        except (DocumentError, InvalidKey) as error:
             raise InvalidManifest(
                 f"{place} is not written, as no launch could read its manifest: {error}."
             ) from error
@@ -126,28 +125,22 @@ class Manifest:
             return _read(data, run=run, images=images)
         except _TooNew as error:
             raise NewerManifest(f"{place} {error}") from error
-        except (Rejected, InvalidKey) as error:
+        except (DocumentError, InvalidKey) as error:
             reason = str(error).rstrip(".")
             raise InvalidManifest(
                 f"{place} cannot be used: {reason}. Resume from another checkpoint."
             ) from error
 
 
-class _TooNew(Rejected):
+class _TooNew(DocumentError):
     """The format came after this code."""
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(distrust.canonical(body)).hexdigest()
-
-
 def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise Rejected(f"it has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
-    body = distrust.json_object(data)
+    body = distrust.json_object(data, most_bytes=MAX_MANIFEST_BYTES)
     version = body.get("format_version")
     if version == 1:
-        raise Rejected(
+        raise DocumentError(
             "it has format 1, which this code no longer reads; finish its run with the version of "
             "the code that began it"
         )
@@ -156,11 +149,10 @@ def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
             f"has format {version}, and this code reads up to {FORMAT_VERSION}: use the newer "
             "version of the code that wrote it."
         )
-    if body.pop(_CHECKSUM, None) != _digest(body):
-        raise Rejected("its checksum is wrong, so it was changed after it was written")
+    body = unsealed(body)
     manifest = _parsed(manifest_v2.upgraded(body) if version == 2 else body)
     if manifest.run != run or images not in (None, manifest.images):
-        raise Rejected(f"it belongs to run {manifest.run!r} at {manifest.images} images")
+        raise DocumentError(f"it belongs to run {manifest.run!r} at {manifest.images} images")
     return manifest
 
 
@@ -177,7 +169,7 @@ def _parsed(body: Mapping[str, Any]) -> Manifest:
     parameters, cuts = _parameters(body["parameters"], world_size=world_size)
     block_bytes = distrust.whole(body["block_bytes"], "block_bytes", low=1, high=MAX_BLOCK_BYTES)
     if block_bytes % BYTES_PER_ELEMENT:
-        raise Rejected(f"block_bytes={block_bytes} cuts values")
+        raise DocumentError(f"block_bytes={block_bytes} cuts values")
     objects = tuple(
         ObjectEntry.from_json(entry, run=run, images=images, attempt=attempt)
         for entry in distrust.sequence(body["objects"], "objects")
@@ -210,21 +202,21 @@ def _parameters(value: object, *, world_size: int) -> tuple[dict[str, tuple[int,
     for each in distrust.sequence(value, "parameters"):
         name, shape, runs = distrust.sequence(each, "a parameter", length=3)
         if distrust.text(name, "a name") in parameters:
-            raise Rejected(f"it names {name} twice")
+            raise DocumentError(f"it names {name} twice")
         parameters[name] = _shape(shape, name)
         cuts[name] = tuple(
             _run(run, name, numel=math.prod(parameters[name]), world_size=world_size)
             for run in distrust.sequence(runs, f"the slices of {name}")
         )
     if sum(map(math.prod, parameters.values())) > MAX_ELEMENTS:
-        raise Rejected("its parameters are too large")
+        raise DocumentError("its parameters are too large")
     if sum(run.parts for runs in cuts.values() for run in runs) > MAX_SLICES:
-        raise Rejected("it has too many slices")
+        raise DocumentError("it has too many slices")
     for name, runs in cuts.items():
         # A rank has one place for each parameter.
         ranks = [np.array(run.ranks) for run in runs]
         if len(ranks) > 1 and len(np.unique(np.concatenate(ranks))) < sum(map(len, ranks)):
-            raise Rejected(f"a rank holds {name} twice")
+            raise DocumentError(f"a rank holds {name} twice")
     return parameters, cuts
 
 
@@ -239,9 +231,9 @@ def _run(value: object, name: str, *, numel: int, world_size: int) -> Run:
         parts=distrust.whole(parts, what, low=1, high=world_size),
     )
     if run.whole.stop > numel:
-        raise Rejected(f"there is more of {name} than its {numel} elements")
+        raise DocumentError(f"there is more of {name} than its {numel} elements")
     if run.ranks[-1] >= world_size:
-        raise Rejected(f"{name} is held by more than {world_size} ranks")
+        raise DocumentError(f"{name} is held by more than {world_size} ranks")
     return run
 
 
@@ -255,18 +247,20 @@ def _check_objects(
             numel[held] += run.numel
             slices[held] += 1
     if [entry.rank for entry in objects] != np.flatnonzero(slices).tolist():
-        raise Rejected("its objects are not those of the ranks that hold slices")
+        raise DocumentError("its objects are not those of the ranks that hold slices")
     for entry in objects:
         content = BYTES_PER_ELEMENT * kinds * int(numel[entry.rank])
         # A safetensors header has a few hundred bytes for each slice, beside the content itself.
         most = content + 2**20 + 2**12 * kinds * int(slices[entry.rank])
         distrust.whole(entry.size_bytes, f"size of {entry.key}", low=content, high=most)
         if len(entry.block_sha256) != -(-entry.size_bytes // block_bytes):
-            raise Rejected(
+            raise DocumentError(
                 f"{entry.key} has {len(entry.block_sha256)} hashes for {entry.size_bytes} bytes"
             )
         if (entry.size_bytes - content) % BYTES_PER_ELEMENT:
-            raise Rejected(f"the values in {entry.key} do not begin at a multiple of their size")
+            raise DocumentError(
+                f"the values in {entry.key} do not begin at a multiple of their size"
+            )
 
 
 def _shape(value: object, name: str) -> tuple[int, ...]:
@@ -276,5 +270,5 @@ def _shape(value: object, name: str) -> tuple[int, ...]:
         for size in distrust.sequence(value, what)
     )
     if len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_ELEMENTS:
-        raise Rejected(f"the shape of {name} is too large")
+        raise DocumentError(f"the shape of {name} is too large")
     return shape

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from graphlib import CycleError
 from typing import Any
 
+from pipelines.json_document import DocumentError
 from trainer.checkpoint import distrust, layout
 from trainer.checkpoint.cuts import common_order, runs_of
-from trainer.checkpoint.distrust import Rejected
 
 
 def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,12 +20,12 @@ def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
         body: The manifest, without its checksum.
 
     Raises:
-        Rejected: It has not the form of one.
+        DocumentError: It has not the form of one.
         InvalidKey: Its names are not fit for keys.
     """
     for name in ("run", "images", "attempt", "parameters", "objects"):
         if name not in body:
-            raise Rejected(f"it lacks {name}")
+            raise DocumentError(f"it lacks {name}")
     shapes = distrust.mapping(body["parameters"], "parameters")
     prefix = layout.attempt_prefix(
         distrust.text(body["run"], "run"),
@@ -42,7 +42,9 @@ def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
         held = [_slice(fragment) for fragment in distrust.sequence(entry["fragments"], "fragments")]
         for name, start, numel in held:
             if name not in shapes:
-                raise Rejected(f"rank {rank} holds {reprlib.repr(name)}, which is no parameter")
+                raise DocumentError(
+                    f"rank {rank} holds {reprlib.repr(name)}, which is no parameter"
+                )
             slices[name].append((start, numel, rank))
         orders.append([name for name, _, _ in held])
         objects.append(
@@ -51,7 +53,7 @@ def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
     try:
         order = common_order(orders)
     except CycleError as error:
-        raise Rejected("its objects hold slices in different orders") from error
+        raise DocumentError("its objects hold slices in different orders") from error
     return {
         **body,
         "format_version": 3,
@@ -63,7 +65,7 @@ def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
 def _rank(key: str, *, prefix: str) -> int:
     found = re.fullmatch(r"rank-([0-9]{5,9})\.safetensors", key.removeprefix(prefix))
     if found is None or not key.startswith(prefix):
-        raise Rejected(f"its object {reprlib.repr(key)} is no content of {prefix}")
+        raise DocumentError(f"its object {reprlib.repr(key)} is no content of {prefix}")
     return int(found[1])
 
 

@@ -43,7 +43,7 @@ class ObjectEntry:
             attempt: Name of the save that wrote it.
 
         Raises:
-            Rejected: They are not an object's.
+            DocumentError: They are not an object's.
             InvalidKey: The names are not fit for a key.
         """
         body = distrust.mapping(value, "an object")

@@ -11,6 +11,7 @@ from graphlib import CycleError
 
 import numpy as np
 
+from pipelines.json_document import parse_json
 from trainer.checkpoint import layout
 from trainer.checkpoint.content import by_name
 from trainer.checkpoint.cuts import Cuts, Run, common_order, missing_from
@@ -83,7 +84,7 @@ class Turn:
     @classmethod
     def from_json(cls, data: bytes) -> Turn:
         """Take it out of bytes of `to_json`."""
-        return cls(**json.loads(data))
+        return cls(**parse_json(data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class SavePlan:
     @classmethod
     def from_json(cls, data: bytes) -> SavePlan:
         """Take it out of bytes of `to_json`."""
-        kinds, parameters = json.loads(data)
+        kinds, parameters = parse_json(data)
         return cls(
             kinds=tuple(kinds),
             parameters={name: tuple(shape) for name, shape, _ in parameters},
@@ -143,7 +144,7 @@ def plan_save(announced: Sequence[bytes], spans: Sequence[bytes]) -> SavePlan:
     Raises:
         CheckpointMismatch: The ranks disagree, or together miss part of a parameter.
     """
-    tables = {each: json.loads(zlib.decompress(each)) for each in announced}
+    tables = {each: parse_json(zlib.decompress(each)) for each in announced}
     kinds = {tuple(kind) for found, _ in tables.values() for kind in found}
     if len(kinds) != 1:
         raise CheckpointMismatch(f"The ranks must save the same kinds of values, got {kinds}.")

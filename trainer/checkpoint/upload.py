@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from pipelines.json_document import parse_json
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.catalogue import Catalogue
@@ -194,7 +195,7 @@ class Upload:
         described = self._manifest
         return tuple(
             ObjectEntry.from_json(
-                json.loads(entry),
+                parse_json(entry),
                 run=described.run,
                 images=described.images,
                 attempt=described.attempt,

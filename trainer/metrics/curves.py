@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.json_document import read_json, typed
+
 Curves = Mapping[str, Mapping[int, float]]
 """For each metric its values by images seen."""
 
@@ -87,6 +89,14 @@ def _difference(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """What a file of curves holds."""
+
+    images: list[int]
+    metrics: dict[str, list[float]]
+
+
 def read_curves(path: Path) -> Curves:
     """Read curves from a JSON file that `curves_as_json` wrote.
 
@@ -94,18 +104,18 @@ def read_curves(path: Path) -> Curves:
         CurvesError: The file is missing or holds something else.
     """
     try:
-        held = json.loads(path.read_text())
-        images, metrics = held["images"], held["metrics"]
+        # A loss that is no number is part of a curve.
+        held = typed(_Held, read_json(path, finite=False))
         return {
-            str(name): {int(at): float(value) for at, value in zip(images, values, strict=True)}
-            for name, values in metrics.items()
+            name: dict(zip(held.images, values, strict=True))
+            for name, values in held.metrics.items()
         }
     except OSError as error:
         raise CurvesError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise CurvesError(
             f'{path} does not hold curves: it must be JSON like {{"images": [64, 128], "metrics": '
-            f'{{"loss/total": [2.0, 1.9]}}}} ({type(error).__name__}: {error}).'
+            f'{{"loss/total": [2.0, 1.9]}}}} ({error}).'
         ) from error
 
 

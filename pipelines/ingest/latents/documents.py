@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipelines.errors import EmptyDatasetError
 from pipelines.ingest.about import ABOUT_NAME, About
@@ -41,7 +41,7 @@ class Origin:
     format: LatentFormat
     passed_over: PassedOver = ()
 
-    def documents(self, finished: Sequence[FinishedShard]) -> Mapping[str, object]:
+    def documents(self, finished: Sequence[FinishedShard]) -> Mapping[str, Mapping[str, Any]]:
         """Give the content of ingest.json and latents.json.
 
         Args:

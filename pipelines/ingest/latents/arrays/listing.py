@@ -5,7 +5,6 @@ dataset.json beside them, as EDM2's tools write it, classes are taken from there
 those tools make only keep the files apart.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipelines.ingest.entry import Entry, Wanted, count, in_words
 from pipelines.ingest.folder import walk
 from pipelines.ingest.latents.arrays.npy import MOST_BYTES
 from pipelines.ingest.listing import Listing, numbered
+from pipelines.json_document import read_json
 
 _ARRAYS = Wanted(suffixes=(".npy",), most_bytes=MOST_BYTES, archives=False)
 _LABELS = "dataset.json"
@@ -88,12 +88,10 @@ def _as_labelled(
 
 def _read_labels(file: Path) -> dict[str, int]:
     """Read {"labels": [[name, label], ...]}."""
-    if file.stat().st_size > _MOST_LABEL_BYTES:
-        raise _strange(file, f"it is longer than {_MOST_LABEL_BYTES} bytes")
     try:
-        content: Any = json.loads(file.read_bytes())
+        content: Any = read_json(file, most_bytes=_MOST_LABEL_BYTES)
         pairs = [(name, label) for name, label in content["labels"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _strange(file, f"{type(error).__name__}: {error}") from None
     labels: dict[str, int] = {}
     for name, label in pairs:

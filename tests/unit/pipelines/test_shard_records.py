@@ -1,0 +1,86 @@
+"""What an interrupted ingest left of itself is believed only as it was written."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import InvalidLatentRecordError
+from pipelines.ingest.about import InvalidAboutError, read_about
+from pipelines.ingest.shard_files import Filled, WriteSample, write_shards
+from pipelines.latent_record import parse_latent_record
+from pipelines.sealed_document import sealed
+from tests.unit.pipelines.test_latent_record import content
+
+PLAN = "what is to be written"
+
+
+@dataclass(frozen=True)
+class Part:
+    number: int
+
+
+class Filler:
+    columns: Mapping[str, str] = {"label": "int"}
+
+    def fill(self, part: Part, write: WriteSample) -> Filled:
+        write({"label": part.number})
+        return Filled(skipped=(("a.png", "is torn"),), noted={"labels": [[part.number, 1]]})
+
+
+def shards(work: Path, plan: str = PLAN) -> dict[int, tuple[bool, object]]:
+    found = write_shards(
+        [Part(0), Part(1)], work, plan=plan, open_filler=lambda _: Filler(), workers=1
+    )
+    return {shard.number: (shard.kept, (shard.entry, shard.filled)) for shard in found}
+
+
+def test_a_changed_record_is_told_and_its_shard_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = tmp_path / "work"
+    first = shards(work)
+    assert [kept for kept, _ in first.values()] == [False, False]
+    record = work / "shard.00000.record"
+    whole = record.read_bytes()
+    labels = whole.index(b'"labels": [[0, 1]]') + len(b'"labels": [[0, ')
+    hostile = [b"", b"\xff", b"[" * 100_000, b"{}", b"9" * 5000]
+    for data in (whole[:labels] + b"7" + whole[labels + 1 :], whole[:-9], *hostile):
+        record.write_bytes(data)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = shards(work)
+        assert {number: found for number, (_, found) in again.items()} == {
+            number: found for number, (_, found) in first.items()
+        }
+        assert {number: kept for number, (kept, _) in again.items()} == {0: False, 1: True}
+        (line,) = (each.getMessage() for each in caplog.records)
+        assert str(record) in line
+
+
+def test_a_plan_that_is_no_text_is_another_plan(tmp_path: Path) -> None:
+    first = shards(tmp_path)
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x80")
+    assert shards(tmp_path) == first
+
+
+def test_documents_beside_an_index_tell_that_they_were_changed(tmp_path: Path) -> None:
+    about = {"plan": "x", "classes": ["cat", "dog"], "images_per_class": [1, 2], "skipped": []}
+    (tmp_path / "ingest.json").write_text(json.dumps(about))
+    before = read_about(str(tmp_path))  # as versions of before have written it
+    text = json.dumps(sealed(about), indent=1)
+    (tmp_path / "ingest.json").write_text(text)
+    assert read_about(str(tmp_path)) == before
+    (tmp_path / "ingest.json").write_text(text.replace("cat", "cot"))
+    with pytest.raises(InvalidAboutError, match="its checksum is wrong"):
+        read_about(str(tmp_path))
+
+    latents = json.dumps(sealed(json.loads(content())))
+    assert parse_latent_record(latents.encode(), prefix="here")
+    changed = latents.replace('"std": 2.0', '"std": 4.0', 1)
+    assert changed != latents
+    with pytest.raises(InvalidLatentRecordError, match="its checksum is wrong"):
+        parse_latent_record(changed.encode(), prefix="here")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from models.codec import (
     Moments,
     Posterior,
 )
-from trainer.autoencoder_files import AutoencoderError, AutoencoderFiles, find_autoencoder
+from trainer.autoencoder_files import WEIGHTS_NAME, AutoencoderFiles, find_autoencoder
+from trainer.autoencoder_settings import AutoencoderError
 from trainer.checkpoint.store import StoreConfig
 
 
@@ -179,8 +180,8 @@ def _files(
         return None
     files = find_autoencoder(config.source, cache=cache, store=store)
     found = {
-        "codec.factor": (config.factor, files.factor),
-        "codec.channels": (config.channels, files.latent_channels),
+        "codec.factor": (config.factor, files.settings.factor),
+        "codec.channels": (config.channels, files.settings.latent_channels),
     }
     for key, (wanted, actual) in found.items():
         if wanted != actual:
@@ -188,12 +189,12 @@ def _files(
                 f"{key}={wanted} does not fit the autoencoder of codec.source={config.source}, "
                 f"which needs {key}={actual}"
             )
-    if image_channels not in (None, files.image_channels):
+    if image_channels not in (None, files.settings.in_channels):
         raise AutoencoderError(
             f"the images of this run have {image_channels} channels, and the autoencoder of "
-            f"codec.source={config.source} takes {files.image_channels}; choose another "
-            f"codec.source, or set data.channels={files.image_channels} if it encodes the images "
-            "as they come"
+            f"codec.source={config.source} takes {files.settings.in_channels}; choose another "
+            f"codec.source, or set data.channels={files.settings.in_channels} if it encodes the "
+            "images as they come"
         )
     return files
 
@@ -203,6 +204,7 @@ def _module(files: AutoencoderFiles) -> nn.Module:
 
     try:
         with _quiet(), files.exactly() as folder:
+            _check_parameters(AutoencoderKL, files)
             module, report = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
                 str(folder),
                 use_safetensors=True,
@@ -212,7 +214,7 @@ def _module(files: AutoencoderFiles) -> nn.Module:
             )
     except AutoencoderError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a library says of files from outside
         reason = " ".join(str(error).split())[:300]
         raise AutoencoderError(
             f"the weights in {files.folder} are damaged or do not fit its config.json ({reason}); "
@@ -225,6 +227,19 @@ def _module(files: AutoencoderFiles) -> nn.Module:
         )
     loaded: nn.Module = module.float()
     return loaded
+
+
+def _check_parameters(kind: Any, files: AutoencoderFiles) -> None:
+    """Refuse what would take far more memory than there are weights for."""
+    with torch.device("meta"):
+        described = kind(**files.config.arguments())
+    count = sum(parameter.numel() for parameter in described.parameters())
+    size = (files.folder / WEIGHTS_NAME).stat().st_size
+    if count > size:
+        raise AutoencoderError(
+            f"the config.json in {files.folder} describes {count} parameters, and the weights "
+            f"beside it have {size} bytes; copy the folder again"
+        )
 
 
 @contextmanager

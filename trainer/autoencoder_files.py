@@ -5,28 +5,32 @@ Weights are read from safetensors only: the older .bin files are pickles, which 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from trainer.autoencoder_cache import fetched
+from trainer.autoencoder_settings import (
+    MAX_CONFIG_BYTES,
+    AutoencoderConfig,
+    AutoencoderError,
+    AutoencoderSettings,
+    read_config,
+)
 from trainer.checkpoint.store import StoreConfig, open_store
 
 _CONFIG = "config.json"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+MAX_WEIGHTS_BYTES = 1 << 33
+_MOST_BYTES = {_CONFIG: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES}
 _FOLDERS = ("", "vae/")  # an autoencoder by itself, or inside a whole pipeline
 _HUB_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
-
-
-class AutoencoderError(ValueError):
-    """An autoencoder that is missing, damaged, or not the one the settings describe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +39,13 @@ class AutoencoderFiles:
 
     Attributes:
         folder: Holds its config.json and its weights.
-        config: What config.json says.
+        config: What config.json says, checked.
         sha256: Digest of architecture, scaling and weights; where the files lie, and which version
             of diffusers wrote them, does not change it.
     """
 
     folder: Path
-    config: Mapping[str, Any]
+    config: AutoencoderConfig
     sha256: str
 
     @contextmanager
@@ -55,47 +59,25 @@ class AutoencoderFiles:
             AutoencoderError: The weights have changed since, or cannot be copied.
         """
         with tempfile.TemporaryDirectory(prefix="lapflow-autoencoder-") as name:
-            (copy := Path(name) / _CONFIG).write_text(json.dumps(dict(self.config)))
+            (copy := Path(name) / _CONFIG).write_text(json.dumps(self.config.for_diffusers()))
             try:
-                shutil.copyfile(self.folder / _WEIGHTS, copy.with_name(_WEIGHTS))
+                shutil.copyfile(self.folder / WEIGHTS_NAME, copy.with_name(WEIGHTS_NAME))
             except OSError as error:
                 raise AutoencoderError(
                     f"the weights in {self.folder} cannot be copied to {name} ({error}); free some "
                     "space, or set TMPDIR to a folder with more of it"
                 ) from error
-            if _digest(self.config, copy.with_name(_WEIGHTS)) != self.sha256:
+            if _digest(self.config, copy.with_name(WEIGHTS_NAME)) != self.sha256:
                 raise AutoencoderError(
                     f"the weights in {self.folder} have changed since they were checked; leave "
                     "them alone while a run starts, and start it again"
                 )
             yield Path(name)
 
-    # What config.json leaves out has diffusers' default.
-
     @property
-    def factor(self) -> int:
-        """Pixels for one element of a latent, along each side."""
-        return int(2 ** (len(self.config.get("block_out_channels", [64])) - 1))
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of its latents."""
-        return int(self.config.get("latent_channels", 4))
-
-    @property
-    def image_channels(self) -> int:
-        """Channels of the images it takes."""
-        return int(self.config.get("in_channels", 3))
-
-    @property
-    def scale(self) -> float:
-        """Its own factor, which brings latents near unit variance."""
-        return float(self.config.get("scaling_factor", 0.18215))
-
-    @property
-    def shift(self) -> float:
-        """What it subtracts before."""
-        return float(self.config.get("shift_factor") or 0.0)
+    def settings(self) -> AutoencoderSettings:
+        """What decides the autoencoder."""
+        return self.config.settings
 
 
 def find_autoencoder(source: str, *, cache: Path, store: StoreConfig) -> AutoencoderFiles:
@@ -126,10 +108,15 @@ def find_autoencoder(source: str, *, cache: Path, store: StoreConfig) -> Autoenc
         )
     prefix = _prefix(_names(folder), place=source)
     folder = folder / prefix
-    config = _read_config(folder / _CONFIG, place=source)
-    return AutoencoderFiles(
-        folder=folder.resolve(), config=config, sha256=_digest(config, folder / _WEIGHTS)
-    )
+    config, weights = read_config(folder / _CONFIG, place=source), folder / WEIGHTS_NAME
+    try:
+        _check_size(weights.stat().st_size, MAX_WEIGHTS_BYTES, name=WEIGHTS_NAME, place=source)
+        sha256 = _digest(config, weights)
+    except OSError as error:
+        raise AutoencoderError(
+            f"codec.source={source}: {weights} cannot be read: {error}"
+        ) from error
+    return AutoencoderFiles(folder=folder.resolve(), config=config, sha256=sha256)
 
 
 def _prefix(names: Collection[str], *, place: str) -> str:
@@ -141,15 +128,17 @@ def _prefix(names: Collection[str], *, place: str) -> str:
             "AutoencoderKL.save_pretrained has written, or that of a whole diffusers pipeline"
         )
     (prefix, *_) = found
-    if prefix + _WEIGHTS in names:
+    if prefix + WEIGHTS_NAME in names:
         return prefix
     if any(name.startswith(prefix) and name.endswith((".bin", ".pt", ".ckpt")) for name in names):
         raise AutoencoderError(
             f"codec.source={place} has its weights only as a pickle, which can run code when it is "
-            f"read; write {_WEIGHTS} by AutoencoderKL.save_pretrained on a machine you can spare"
+            f"read; write {WEIGHTS_NAME} by AutoencoderKL.save_pretrained on a machine you can "
+            "spare"
         )
     raise AutoencoderError(
-        f"codec.source={place} has no weights: {prefix}{_WEIGHTS} is missing; copy the folder again"
+        f"codec.source={place} has no weights: {prefix}{WEIGHTS_NAME} is missing; copy the folder "
+        "again"
     )
 
 
@@ -161,7 +150,7 @@ def _names(folder: Path) -> set[str]:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [folder + file for folder in _FOLDERS for file in (_CONFIG, _WEIGHTS)]
+    wanted = [folder + file for folder in _FOLDERS for file in (_CONFIG, WEIGHTS_NAME)]
     try:
         # Gives what an earlier call has fetched when the hub cannot be reached.
         return Path(snapshot_download(name, allow_patterns=wanted))
@@ -175,54 +164,24 @@ def _from_hub(name: str) -> Path:
 
 def _from_store(uri: str, *, cache: Path, config: StoreConfig) -> Path:
     store = open_store(uri, config)
-    prefix = _prefix(store.list(""), place=uri)
-    names = [prefix + _CONFIG, prefix + _WEIGHTS]
-    # Other content is another folder, so what was fetched once never grows old.
-    version = json.dumps([uri, *((name, store.fingerprint(name)) for name in names)])
-    folder = cache / "autoencoders" / hashlib.sha256(version.encode()).hexdigest()[:32]
-    try:
-        with _locked(folder.with_suffix(".lock")):
-            if folder.is_dir():
-                return folder
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            for name in names:
-                (partial / name.removeprefix(prefix)).write_bytes(store.get(name))
-            partial.replace(folder)
-    except OSError as error:
+    sizes = store.list("")
+    prefix = _prefix(sizes, place=uri)
+    for name, most_bytes in _MOST_BYTES.items():
+        _check_size(sizes[prefix + name], most_bytes, name=name, place=uri)
+    keys = {name: prefix + name for name in _MOST_BYTES}
+    return fetched(store, keys, cache=cache / "autoencoders", uri=uri)
+
+
+def _check_size(size: int, most_bytes: int, *, name: str, place: str) -> None:
+    if size > most_bytes:
         raise AutoencoderError(
-            f"the autoencoder of codec.source={uri} cannot be kept at {folder} ({error}); free "
-            "some space, or set home to a folder you may write"
-        ) from error
-    return folder
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock that the system lets go of when its holder dies."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _read_config(file: Path, *, place: str) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise AutoencoderError(f"codec.source={place}: {file} cannot be read: {error}") from error
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind != "AutoencoderKL":
-        raise AutoencoderError(
-            f"codec.source={place} holds {kind or 'something else'}, not an AutoencoderKL; give an "
-            "autoencoder of that class"
+            f"codec.source={place}: {name} has {size} bytes, more than the {most_bytes} that one "
+            "may have; give an autoencoder"
         )
-    return dict(config)
 
 
-def _digest(config: Mapping[str, Any], weights: Path) -> str:
-    own = {key: value for key, value in config.items() if not key.startswith("_")}
+def _digest(config: AutoencoderConfig, weights: Path) -> str:
+    own = {key: value for key, value in config.written.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
     with open(weights, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -49,7 +49,7 @@ class Subcommand(Generic[C]):
 
 def run_command(
     kind: type[C],
-    make: Callable[[C], Path | str],
+    make: Callable[[C], Outcome | Path | str],
     *,
     module: str,
     description: str,
@@ -67,8 +67,14 @@ def run_command(
         arguments: Command line without the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0, or 2 for settings or a checkpoint that cannot be used.
+        The exit code: what the command says or 0, or 2 for settings or a checkpoint that cannot be
+        used.
     """
+
+    def outcome(config: C) -> Outcome:
+        made = make(config)
+        return made if isinstance(made, Outcome) else Outcome(f"{made}")
+
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -78,9 +84,7 @@ def run_command(
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--explain", action=ExplainAction, kind=lambda: kind)
     overrides = parser.parse_args(arguments).overrides
-    return _answered(
-        kind, lambda config: Outcome(f"{make(config)}"), overrides, f"{module} {example}"
-    )
+    return _answered(kind, outcome, overrides, f"{module} {example}")
 
 
 def run_subcommands(

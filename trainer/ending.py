@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from pipelines.console import say
+from pipelines.errors import DataError
 from trainer import places
 from trainer.checkpoint.errors import StoreError
 from trainer.metrics.mlflow_place import end_run
@@ -68,10 +69,12 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> int:
     report = None
     try:
         report = final_report(job)
-    except StoreError as error:
+    except (StoreError, DataError) as error:
         console.note(f"warning: the results cannot be shown: {error}")
     if report is not None:
         console.note(summary(job, report, seconds=seconds))
+    elif console.figures is not None:
+        console.note(summary(job, console.figures, seconds=seconds, written=False))
     console.note(f"\nlook at the run: {where_to_look(job)}")
     if code := _unsaved(console):
         return code
@@ -79,6 +82,14 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> int:
         say(
             f"error: the run is trained to its end ({console.last_checkpoint}), but its samples "
             f"could not be measured: {console.unmeasured}",
+            to=sys.stderr,
+        )
+        return FAILED
+    if report is None and console.unwritten:
+        say(
+            f"error: the run is trained to its end ({console.last_checkpoint}), but its report "
+            f"could not be written, so that its figures stand above and nowhere else: "
+            f"{console.unwritten} The same command measures again, without training",
             to=sys.stderr,
         )
         return FAILED

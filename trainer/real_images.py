@@ -47,6 +47,11 @@ class RealImages:
         self._split = split
         self._context = context
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of their index."""
+        return self._opened.digest
+
     def __len__(self) -> int:
         """Return how many are stored, whether they can be used or not."""
         return len(self._opened)

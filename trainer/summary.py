@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from pipelines.console import say
 from trainer import places
-from trainer.checkpoint.errors import MissingObject
+from trainer.checkpoint.kept_documents import believed
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import open_store
 from trainer.clock import format_duration
+from trainer.data import open_images
 from trainer.evaluate.report import EvaluationReport, evaluation_key
 from trainer.schema import JobConfig, to_dict
 
@@ -28,6 +28,8 @@ class Console:
         begun: Whether training has made progress in this launch.
         failed_saves: Why checkpoints could not be saved, by images.
         unmeasured: Why the samples could not be measured at the end, or "".
+        unwritten: Why the report could not be written, or "".
+        figures: What that report tells; None if it was written.
         tracked: MLflow's ID of the run, or "" as long as it is unknown.
     """
 
@@ -37,6 +39,8 @@ class Console:
         self.begun = False
         self.failed_saves: dict[int, str] = {}
         self.unmeasured = ""
+        self.unwritten = ""
+        self.figures: EvaluationReport | None = None
         self.tracked = ""
 
     def note(self, text: str) -> None:
@@ -68,6 +72,9 @@ class Console:
                 self.note(f"resumed after {message['images']:,} images from {message['uri']}")
             case "unmeasured":
                 self.unmeasured = str(message["text"])
+            case "unwritten":
+                self.unwritten = str(message["text"])
+                self.figures = EvaluationReport.from_json(str(message["report"]).encode())
             case "tracked":
                 self.tracked = str(message["run_id"])
             case "end":
@@ -77,28 +84,39 @@ class Console:
 def final_report(job: JobConfig) -> EvaluationReport | None:
     """Read what was measured at the end of a run; None if that is still to do.
 
+    A report that cannot be believed is put aside with a warning. One of other `eval` settings, of
+    another checkpoint or of other held-out images tells nothing.
+
     Args:
-        job: The configuration; a report of other `eval` settings is none of it.
+        job: The configuration.
+
+    Raises:
+        StoreError: The store fails.
+        DataError: The held-out images are missing or out of reach.
     """
     store = open_store(places.runs_uri(job), job.store)
     newest = CheckpointReader(store, run=job.run).newest_valid()
     if newest is None:
         return None
-    try:
-        text = store.get(evaluation_key(job.run, newest.images, "report.json"))
-    except MissingObject:
+    key = evaluation_key(job.run, newest.images, "report.json")
+    report = believed(store, key, EvaluationReport)
+    if report is None or report.settings != to_dict(job.eval):
         return None
-    report = EvaluationReport.from_dict(json.loads(text))
-    return report if report.settings == to_dict(job.eval) else None
+    told, held_out = report.origin, open_images(job, "test").digest
+    wanted = (job.run, newest.attempt, held_out)
+    return report if (told.run, told.attempt, told.held_out_index) == wanted else None
 
 
-def summary(job: JobConfig, report: EvaluationReport, *, seconds: float) -> str:
+def summary(
+    job: JobConfig, report: EvaluationReport, *, seconds: float, written: bool = True
+) -> str:
     """Render the closing table of a complete run.
 
     Args:
         job: The configuration.
         report: What was measured at its end.
         seconds: Wall time of this launch; 0 leaves it out.
+        written: Whether the samples are in the store.
     """
     store = open_store(places.runs_uri(job), job.store)
 
@@ -111,8 +129,11 @@ def summary(job: JobConfig, report: EvaluationReport, *, seconds: float) -> str:
             f"{job.run}, {report.images:,} images"
             + (f", {format_duration(seconds)} in this launch" if seconds else ""),
         ),
-        ("samples", place("samples.npz")),
-        ("sample grid", place("grid.png")),
+        *(
+            [("samples", place("samples.npz")), ("sample grid", place("grid.png"))]
+            if written
+            else []
+        ),
         ("checkpoint", store.uri(f"{job.run}/checkpoints/{report.images:012d}")),
         (
             f"Fréchet distance ({report.features})",

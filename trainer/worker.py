@@ -30,6 +30,7 @@ from trainer.divergence import LossWatch
 from trainer.engine.build import build_engine
 from trainer.evaluate.final import FinalEvaluation
 from trainer.evaluate.grid_hook import SampleGrids
+from trainer.evaluate.publishing import Publisher
 from trainer.evaluate.samples import Drawing
 from trainer.evaluate.scores import frechet_scores
 from trainer.hooks import Hook
@@ -236,14 +237,15 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                 save(last=True)
             saver.finish()
             if end == "finished" and saver.is_saved(state.images):
-                evaluation.run(
-                    engine,
-                    images=state.images,
+                results = Publisher(
                     store=store,
                     run=job.run,
+                    images=state.images,
+                    attempt=lambda: checkpoints.catalogue.examine(state.images).attempt,
                     tracker=tracker,
                     tell=tell,
                 )
+                evaluation.run(engine, results)
         except BaseException:
             saver.leave(job.checkpoint.grace_s)
             raise

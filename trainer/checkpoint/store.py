@@ -43,6 +43,10 @@ class Store(Protocol):
         """Return a text that changes with the object's content, or raise `MissingObject`."""
         ...
 
+    def move(self, key: str, to: str) -> None:
+        """Give an object another key, where none stands, whatever it holds; or `MissingObject`."""
+        ...
+
     def delete(self, key: str) -> None:
         """Remove an object; one that does not exist is fine."""
         ...

@@ -79,6 +79,18 @@ class LocalStore:
                 raise MissingObject(f"There is no object at {self.uri(key)}.") from error
         return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
 
+    def move(self, key: str, to: str) -> None:
+        """Rename a file, and make both names durable."""
+        with self._explained("move", key):
+            path, target = self._path(key), self._path(to)
+            _make_folders(target.parent)
+            try:
+                path.rename(target)
+            except FileNotFoundError as error:
+                raise MissingObject(f"There is no object at {self.uri(key)}.") from error
+            for folder in {path.parent, target.parent}:
+                _sync_folder(folder)
+
     def delete(self, key: str) -> None:
         """Remove an object and the folders it leaves empty."""
         with self._explained("delete", key):

@@ -16,7 +16,7 @@ from botocore import UNSIGNED
 from botocore import exceptions as aws
 from botocore.config import Config
 
-from trainer.checkpoint.errors import InvalidStoreUri, MissingObject
+from trainer.checkpoint.errors import InvalidStoreUri, MissingObject, StoreError
 from trainer.checkpoint.layout import check_key, check_prefix
 from trainer.checkpoint.store import StoreConfig, check_endpoint
 from trainer.checkpoint.store_s3_errors import (
@@ -130,6 +130,11 @@ class S3Store:
             for tries_left in reversed(range(self._tries)):
                 try:
                     answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=where)
+                    if answer["ContentLength"] > size:
+                        raise StoreError(
+                            f"{self.uri(key)}: the service sends {answer['ContentLength']} bytes "
+                            f"where {size} were asked for; use one that knows ranges."
+                        )
                     return bytes(answer["Body"].read())
                 except aws.ClientError as error:
                     if http_status(error) == 416:  # the object ends before
@@ -146,6 +151,13 @@ class S3Store:
         name = self._name(key)
         with self._explained("read", key), self._found(key):
             return str(self._client.head_object(Bucket=self._bucket, Key=name)["ETag"])
+
+    def move(self, key: str, to: str) -> None:
+        """Copy an object inside the service, in parts if it is large, and delete it."""
+        source = {"Bucket": self._bucket, "Key": self._name(key)}
+        with self._explained("move", key), self._found(key):
+            self._client.copy(source, self._bucket, self._name(to), Config=TRANSFER)
+            self._client.delete_object(**source)
 
     def delete(self, key: str) -> None:
         """Delete an object."""

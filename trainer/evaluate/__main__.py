@@ -6,10 +6,15 @@ import sys
 from collections.abc import Sequence
 
 from pipelines.console import say
-from trainer.command import run_command
+from trainer.command import Outcome, run_command
 from trainer.evaluate.checkpoint_report import table
-from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.trained.evaluation import (
+    CheckpointEvaluationConfig,
+    UnwrittenReport,
+    evaluate_checkpoints,
+)
 
+_FAILED = 1
 _EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
 _DESCRIPTION = f"""\
 Draw samples from a checkpoint and measure their Fréchet distance to held-out real images.
@@ -27,12 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run_command(
         CheckpointEvaluationConfig,
-        lambda config: table(evaluate_checkpoints(config, tell=say)),
+        _measured,
         module="trainer.evaluate",
         description=_DESCRIPTION,
         example=_EXAMPLE,
         arguments=arguments,
     )
+
+
+def _measured(config: CheckpointEvaluationConfig) -> Outcome:
+    try:
+        return Outcome(table(evaluate_checkpoints(config, tell=say)))
+    except UnwrittenReport as error:
+        say(f"error: {error}", to=sys.stderr)
+        return Outcome(table(error.reports), _FAILED)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipelines.json_document import parse_json, typed
+from pipelines.sealed_document import sealed, unsealed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
@@ -81,16 +84,21 @@ class CheckpointReport:
     unusable_real_images: int = 0
 
     def to_json(self) -> bytes:
-        """Return the report as JSON."""
-        return json.dumps(asdict(self), indent=2).encode()
+        """Return the report as JSON that carries its own checksum."""
+        return json.dumps(sealed(asdict(self)), indent=2).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> CheckpointReport:
-        """Rebuild a report from `to_json`."""
-        values = json.loads(data)
-        distances = tuple(Distance(**distance) for distance in values.pop("distances"))
-        measurement = Measurement(**values.pop("measurement"))
-        return cls(**values, distances=distances, measurement=measurement)
+        """Rebuild a report from `to_json`.
+
+        Raises:
+            DocumentError: It is damaged.
+        """
+        return typed(cls, unsealed(parse_json(data)))
+
+    def is_of(self, run: str, images: int, measurement: Measurement) -> bool:
+        """Tell whether it is what this measurement of that checkpoint gives."""
+        return (self.run, self.images, self.measurement.name) == (run, images, measurement.name)
 
     def distance(self, features: str) -> Distance:
         """Return the figures of one extractor."""

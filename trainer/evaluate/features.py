@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -19,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.evaluate.inception import InceptionFeatures
-from trainer.evaluate.learned_features import LabelledImages, learned_features, one_thread
+from trainer.evaluate.learned_features import (
+    KeptFeatures,
+    LabelledImages,
+    learned_features,
+    one_thread,
+)
 
 FeatureName = Literal["random_conv", "learned_conv", "inception"]
 
@@ -97,7 +101,7 @@ def feature_extractor(
     channels: int,
     train: Callable[[], LabelledImages],
     held_out: Callable[[], LabelledImages],
-    learned_weights: Path | None = None,
+    kept: KeptFeatures | None = None,
 ) -> FeatureExtractor:
     """Build the extractor that the configuration names.
 
@@ -106,7 +110,7 @@ def feature_extractor(
         channels: Channels of the images.
         train: Gives the training images and labels that "learned_conv" learns from.
         held_out: Gives held-out images and labels, which it is examined on.
-        learned_weights: File that keeps the weights of "learned_conv"; None trains it anew.
+        kept: Keeps the weights of "learned_conv"; None trains it anew.
 
     Raises:
         MissingWeights: If Inception's weights cannot be had.
@@ -115,7 +119,7 @@ def feature_extractor(
     if config.name == "inception":
         return InceptionFeatures(config.inception_weights)
     if config.name == "learned_conv":
-        return learned_features(train=train, held_out=held_out, file=learned_weights)
+        return learned_features(train=train, held_out=held_out, kept=kept)
     if config.name == "random_conv":
         return RandomConvFeatures(channels)
     raise UnknownFeatures(

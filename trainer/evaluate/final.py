@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import closing
@@ -12,18 +11,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.store import Store
 from trainer.engine.protocol import Engine
 from trainer.evaluate.classifier import LabelAgreement, label_agreement
 from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import feature_extractor
 from trainer.evaluate.grid import grid_png
 from trainer.evaluate.learned_features import LabelledImages, StoredImages, joined
-from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluation_key
+from trainer.evaluate.publishing import Publisher
+from trainer.evaluate.report import EvalConfig, EvaluationReport, Origin
 from trainer.evaluate.samples import Drawing, SampleBlock
 from trainer.evaluate.taken import TakenSamples
 from trainer.host_group import HostGroup
-from trainer.metrics.tracker import Tracker
 from trainer.mistakes import is_users_mistake
 
 logger = logging.getLogger(__name__)
@@ -53,36 +51,21 @@ class FinalEvaluation:
     held_out: StoredImages
     train: LabelledImages
 
-    def run(
-        self,
-        engine: Engine,
-        *,
-        images: int,
-        store: Store,
-        run: str,
-        tracker: Tracker,
-        tell: Callable[[dict[str, object]], None],
-    ) -> None:
+    def run(self, engine: Engine, results: Publisher) -> None:
         """Evaluate the EMA weights against the initial ones; a collective call.
 
         What a user has to mend is told, and no error: the run is trained to its end all the same.
 
         Args:
             engine: Holds the EMA.
-            images: Images the weights were trained on.
-            store: Where results go.
-            run: Name of the run.
-            tracker: Takes the figures and the grid.
-            tell: Takes a message for the driver.
+            results: Takes what was measured, on the first rank.
         """
         try:
-            self._run(engine, images=images, store=store, run=run, tracker=tracker)
+            self._run(engine, results)
         except _Unmeasurable as error:
-            tell({"kind": "unmeasured", "text": str(error)})
+            results.tell({"kind": "unmeasured", "text": str(error)})
 
-    def _run(
-        self, engine: Engine, *, images: int, store: Store, run: str, tracker: Tracker
-    ) -> None:
+    def _run(self, engine: Engine, results: Publisher) -> None:
         labels = torch.arange(self.config.samples) % self.drawing.shape.classes
         logger.info("evaluating the EMA weights: reading the held-out images")
         distance = self._on_first(self._distance_to_real)
@@ -100,7 +83,13 @@ class FinalEvaluation:
             assert distance is not None
             report = EvaluationReport.of(
                 self.config,
-                images=images,
+                images=results.images,
+                origin=Origin(
+                    run=results.run,
+                    attempt="",
+                    held_out_index=self.held_out.digest,
+                    extractor=distance.extractor_digest,
+                ),
                 distance=distance,
                 stored_real_images=len(self.held_out),
                 frechet=reached,
@@ -108,7 +97,8 @@ class FinalEvaluation:
                 segment_evaluations=taken.evaluations,
                 labels=self._label_agreement(taken) if self.config.classifier else None,
             )
-            self._publish(report, taken, grid, store=store, run=run, tracker=tracker)
+            picture = grid_png(grid, columns=self.config.grid_columns)
+            results.publish(report, samples=taken.npz(), grid=picture)
 
         logger.info("writing the report")
         self._on_first(publish)
@@ -184,25 +174,3 @@ class FinalEvaluation:
             told = ranks.broadcast(mistake.encode(errors="replace"), source=mistaken)
             raise _Unmeasurable(told.decode())
         return done
-
-    def _publish(
-        self,
-        report: EvaluationReport,
-        taken: TakenSamples,
-        grid: Tensor,
-        *,
-        store: Store,
-        run: str,
-        tracker: Tracker,
-    ) -> None:
-        picture = grid_png(grid, columns=self.config.grid_columns)
-        # The report comes last: where it is, the evaluation is complete.
-        results = {
-            "samples.npz": taken.npz(),
-            "grid.png": picture,
-            "report.json": json.dumps(report.to_dict(), indent=2).encode(),
-        }
-        for name, data in results.items():
-            store.put(evaluation_key(run, report.images, name), data)
-        tracker.metrics(report.metrics(), images=report.images)
-        tracker.image("evaluation", picture, images=report.images)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,7 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from pipelines.sealed_document import canonical
 from trainer import rng
+from trainer.checkpoint.errors import StoreError
+from trainer.checkpoint.kept_files import KeptFiles
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,16 @@ LabelledImages = Iterable[tuple[Tensor, Tensor]]
 
 
 class StoredImages(Protocol):
-    """Labelled images, and how many are stored, those that cannot be used among them."""
+    """Labelled images, and how many are stored, those that cannot be used among them.
+
+    Attributes:
+        digest: SHA-256 of their index.
+    """
+
+    @property
+    def digest(self) -> str:
+        """Which images they are."""
+        ...
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Give batches of those that can be used."""
@@ -50,6 +60,7 @@ _EPOCHS = 5
 _BATCH = 128
 _PEAK_RATE = 1e-2
 _ACCURACY = "held_out_accuracy"
+_FILE = "learned_conv.safetensors"
 
 
 class NothingToLearn(ValueError):
@@ -104,11 +115,50 @@ class _Classifier(nn.Module):
         return logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeptFeatures:
+    """Trained weights on this machine, believed only as they were written.
+
+    Attributes:
+        files: Where they are.
+        made_of: What decides them, beside the recipe here: the images and how they are read.
+    """
+
+    files: KeptFiles
+    made_of: Mapping[str, str]
+
+    def read(self) -> LearnedConvFeatures | None:
+        """Return what an earlier call has written; what is damaged is put aside and told."""
+        folder = self.files.whole(made_of=self._made_of)
+        if folder is None:
+            return None
+        tensors = load((folder / _FILE).read_bytes())
+        accuracy = float(tensors.pop(_ACCURACY))
+        network = _Classifier(
+            channels=tensors["layers.0.0.weight"].shape[1], classes=len(tensors["head.bias"])
+        )
+        network.load_state_dict(tensors)
+        return LearnedConvFeatures(network, held_out_accuracy=accuracy)
+
+    def write(self, network: _Classifier, accuracy: float) -> None:
+        """Keep weights, as far as the disk lets it."""
+        tensors = {**network.state_dict(), _ACCURACY: torch.tensor(accuracy, dtype=torch.float64)}
+        try:
+            self.files.put_aside(made_of=self._made_of)
+            self.files.keep({_FILE: save(tensors)}, made_of=self._made_of)
+        except StoreError as error:
+            logger.warning("what was learned is not kept, and will be learned again: %s", error)
+
+    @property
+    def _made_of(self) -> str:
+        return canonical({"recipe": RECIPE, **self.made_of}).decode()
+
+
 def learned_features(
     *,
     train: Callable[[], LabelledImages],
     held_out: Callable[[], LabelledImages],
-    file: Path | None = None,
+    kept: KeptFeatures | None = None,
 ) -> LearnedConvFeatures:
     """Train the classifier, or read its weights where an earlier call has left them.
 
@@ -118,10 +168,10 @@ def learned_features(
     Args:
         train: Gives batches of training images [b, c, h, w] in [-1, 1] and labels [b].
         held_out: Gives batches of held-out images and labels, for the accuracy.
-        file: Where the weights are kept; None keeps them nowhere.
+        kept: Where the weights are kept; None keeps them nowhere.
     """
-    if file is not None and file.is_file():
-        return _read(file.read_bytes())
+    if kept is not None and (found := kept.read()) is not None:
+        return found
     images, labels = joined(train())
     logger.info("teaching the network whose features measure, on %d images", len(images))
     with one_thread(), torch.random.fork_rng(devices=[]):
@@ -129,8 +179,8 @@ def learned_features(
         network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)
         _train(network, images, labels)
         accuracy = _accuracy(network.eval(), held_out())
-    if file is not None:
-        _write(file, network, accuracy)
+    if kept is not None:
+        kept.write(network, accuracy)
     return LearnedConvFeatures(network, held_out_accuracy=accuracy)
 
 
@@ -178,25 +228,6 @@ def _shifted(images: Tensor) -> Tensor:
 def _accuracy(network: _Classifier, held_out: LabelledImages) -> float:
     right = torch.cat([network(images).argmax(1) == labels for images, labels in held_out])
     return float(right.float().mean())
-
-
-def _write(file: Path, network: _Classifier, accuracy: float) -> None:
-    tensors = {**network.state_dict(), _ACCURACY: torch.tensor(accuracy, dtype=torch.float64)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: two evaluations may be at it.
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    partial.write_bytes(save(tensors))
-    os.replace(partial, file)
-
-
-def _read(data: bytes) -> LearnedConvFeatures:
-    tensors = load(data)
-    accuracy = float(tensors.pop(_ACCURACY))
-    network = _Classifier(
-        channels=tensors["layers.0.0.weight"].shape[1], classes=len(tensors["head.bias"])
-    )
-    network.load_state_dict(tensors)
-    return LearnedConvFeatures(network, held_out_accuracy=accuracy)
 
 
 @contextmanager

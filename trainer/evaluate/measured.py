@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.json_document import DocumentError, typed
 from trainer.checkpoint.errors import MissingObject
+from trainer.checkpoint.kept_documents import read_sealed
 from trainer.checkpoint.store import Store
 from trainer.evaluate.checkpoint_report import CheckpointReport, Distance
 from trainer.evaluate.report import EvaluationReport, evaluation_key
@@ -16,14 +17,6 @@ from trainer.evaluate.report import EvaluationReport, evaluation_key
 logger = logging.getLogger(__name__)
 
 _REPORT = "report.json"
-_NONSENSE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +56,7 @@ def measured_distances(
         attempts: The checkpoint's own attempts; others' reports are of one that it has replaced.
 
     Returns:
-        The distances, in the order of the keys. A report that makes no sense is passed over with a
+        The distances, in the order of the keys. A report that is damaged is passed over with a
         warning that names it.
 
     Raises:
@@ -72,15 +65,14 @@ def measured_distances(
     found: list[MeasuredDistance] = []
     for key in _reports(run, images, keys):
         try:
-            found += _distances(key, json.loads(store.get(key)), attempts)
+            found += _distances(key, read_sealed(store, key), attempts)
         except MissingObject:
             continue  # deleted since the listing
-        except _NONSENSE as error:
+        except DocumentError as error:
             logger.warning(
-                "passing over the report %s, which cannot be read (%s: %s); measure that "
-                "checkpoint again with python -m trainer.evaluate, or delete the report",
+                "passing over the report %s, which cannot be believed: %s; measure that "
+                "checkpoint again, with the command that did",
                 store.uri(key),
-                type(error).__name__,
                 error,
             )
     return found
@@ -98,13 +90,15 @@ def _reports(run: str, images: int, keys: Iterable[str]) -> list[str]:
     ]
 
 
-def _distances(key: str, values: Any, attempts: Collection[str]) -> list[MeasuredDistance]:
-    if not isinstance(values, dict):
-        raise TypeError("it is no JSON object")
+def _distances(
+    key: str, values: Mapping[str, Any], attempts: Collection[str]
+) -> list[MeasuredDistance]:
     if "measurement" not in values:
-        own = EvaluationReport.from_dict(values)
+        own = typed(EvaluationReport, values)
+        if own.origin.attempt not in attempts:
+            return []
         return [_distance(key, own, "ema", own.samples, own.settings.get("sampler", {}))]
-    report = CheckpointReport.from_json(json.dumps(values).encode())
+    report = typed(CheckpointReport, values)
     measurement = report.measurement
     if measurement.attempt not in attempts:
         return []
@@ -119,16 +113,14 @@ def _distance(
     figures: EvaluationReport | Distance,
     weights: str,
     samples: int,
-    sampler: Mapping[str, Any],
+    sampler: Any,
 ) -> MeasuredDistance:
-    """Join what was measured and how; what has another type than it should raises."""
-    halves = figures.frechet_real_halves
     return MeasuredDistance(
         report=key,
-        weights=str(weights),
-        features=str(figures.features),
-        frechet=float(figures.frechet),
-        frechet_real_halves=None if halves is None else float(halves),
-        samples=int(samples),
-        sampler=dict(sampler),
+        weights=weights,
+        features=figures.features,
+        frechet=figures.frechet,
+        frechet_real_halves=figures.frechet_real_halves,
+        samples=samples,
+        sampler=sampler if isinstance(sampler, Mapping) else {},
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from models.flow.sampler_config import SamplerConfig
+from pipelines.json_document import parse_json, typed
+from pipelines.sealed_document import sealed, unsealed
 from trainer.evaluate.classifier import LabelAgreement
 from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import FeatureConfig
@@ -50,6 +51,23 @@ def evaluation_key(run: str, images: int, name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the figures at a run's end were made of, beside the settings.
+
+    Attributes:
+        run: Name of the run.
+        attempt: The random name of the checkpoint that was measured.
+        held_out_index: SHA-256 of the index of the real images.
+        extractor: SHA-256 of the extractor's weights; empty where the code decides them.
+    """
+
+    run: str
+    attempt: str
+    held_out_index: str
+    extractor: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
     """Figures of one evaluation.
 
@@ -66,6 +84,7 @@ class EvaluationReport:
         network_evaluations: Network evaluations per image as counted; a guided pair counts as two.
         segment_evaluations: The same in each segment, from noise to data.
         settings: The evaluation's configuration.
+        origin: What else decides the figures.
         labels: What a classifier of real images reads in the samples; None when not asked for.
         real_images: Held-out real images measured; None in reports of older versions.
         unusable_real_images: Held-out real images that could not be read or decoded.
@@ -81,6 +100,7 @@ class EvaluationReport:
     network_evaluations: float
     segment_evaluations: tuple[float, ...]
     settings: dict[str, Any]
+    origin: Origin
     labels: LabelAgreement | None = None
     real_images: int | None = None
     unusable_real_images: int = 0
@@ -91,6 +111,7 @@ class EvaluationReport:
         config: EvalConfig,
         *,
         images: int,
+        origin: Origin,
         distance: DistanceToReal,
         stored_real_images: int,
         frechet: float,
@@ -103,6 +124,7 @@ class EvaluationReport:
         Args:
             config: What was measured.
             images: Images the weights had been trained on.
+            origin: What else decides the figures.
             distance: What measured.
             stored_real_images: Held-out real images, those that cannot be used among them.
             frechet: Distance of the samples.
@@ -126,29 +148,25 @@ class EvaluationReport:
             network_evaluations=sum(segment_evaluations),
             segment_evaluations=segment_evaluations,
             # As JSON would hold them, so that a report read back compares equal.
-            settings=json.loads(json.dumps(asdict(config))),
+            settings=parse_json(json.dumps(asdict(config)).encode()),
+            origin=origin,
             labels=labels,
             real_images=distance.real_images,
             unusable_real_images=stored_real_images - distance.real_images,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
+    def to_json(self) -> bytes:
+        """Return the report as JSON that carries its own checksum."""
+        return json.dumps(sealed(asdict(self)), indent=2).encode()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationReport:
-        """Rebuild a report from `to_dict`."""
-        labels = values.get("labels")
-        # Reports of older versions told the total alone.
-        segments = tuple(values.get("segment_evaluations", ()))
-        return cls(
-            **{
-                **values,
-                "labels": LabelAgreement(**labels) if labels else None,
-                "segment_evaluations": segments,
-            }
-        )
+    def from_json(cls, data: bytes) -> EvaluationReport:
+        """Rebuild a report from `to_json`.
+
+        Raises:
+            DocumentError: It is damaged.
+        """
+        return typed(cls, unsealed(parse_json(data)))
 
     def metrics(self) -> dict[str, float]:
         """Return the figures under the names the tracker shows."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from pipelines.loader import LoaderConfig
 from pipelines.mixture import StreamConfig
 from trainer import places
-from trainer.checkpoint.errors import MissingObject
+from trainer.checkpoint.errors import CheckpointError, StoreError
+from trainer.checkpoint.kept_documents import believed, set_aside
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.store import Store, StoreConfig, open_store
@@ -112,6 +113,21 @@ class CheckpointEvaluationConfig:
         )
 
 
+class UnwrittenReport(CheckpointError):
+    """A checkpoint was measured, and its report could not be written.
+
+    Attributes:
+        reports: What was measured, this checkpoint last.
+    """
+
+    def __init__(self, report: CheckpointReport, reason: StoreError) -> None:
+        super().__init__(
+            f"the report of {report.checkpoint} could not be written: {reason} Its figures are in "
+            "the table, and nowhere else; output=FOLDER writes reports elsewhere"
+        )
+        self.reports = [report]
+
+
 def evaluate_checkpoints(
     config: CheckpointEvaluationConfig, *, tell: Callable[[str], None]
 ) -> list[CheckpointReport]:
@@ -124,6 +140,7 @@ def evaluate_checkpoints(
     Raises:
         ConfigError: If there is no checkpoint there, or the images are not those of the run.
         CheckpointError: If a checkpoint is damaged, or the store fails.
+        UnwrittenReport: If one was measured and its report cannot be written.
         DataError: If the real images are missing or damaged.
     """
     runs, store, manifests = choose_checkpoints(
@@ -137,7 +154,14 @@ def evaluate_checkpoints(
             "what is not set here takes its default"
         )
     evaluation = _Evaluation(config, own or EvalConfig(), manifests[-1], runs=runs, tell=tell)
-    return [evaluation.report(store, manifest, results=results) for manifest in manifests]
+    reports: list[CheckpointReport] = []
+    for manifest in manifests:
+        try:
+            reports.append(evaluation.report(store, manifest, results=results))
+        except UnwrittenReport as error:
+            error.reports = [*reports, *error.reports]
+            raise
+    return reports
 
 
 class _Evaluation:
@@ -176,12 +200,17 @@ class _Evaluation:
         def key(name: str) -> str:
             return evaluation_key(manifest.run, manifest.images, f"{measurement.name}/{name}")
 
-        try:
-            report = CheckpointReport.from_json(results.get(key("report.json")))
-        except MissingObject:
+        report = believed(results, key("report.json"), CheckpointReport)
+        if report is not None and not report.is_of(manifest.run, manifest.images, measurement):
+            set_aside(results, key("report.json"), reason="it tells of another measurement")
+            report = None
+        if report is None:
             grid, report = self._measured(store, manifest, measurement)
-            results.put(key("grid.png"), grid)
-            results.put(key("report.json"), report.to_json())
+            try:
+                results.put(key("grid.png"), grid)
+                results.put(key("report.json"), report.to_json())
+            except StoreError as error:
+                raise UnwrittenReport(report, error) from error
         self._tell(f"{manifest.run}, {manifest.images:,} images: {results.uri(key('report.json'))}")
         return report
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from models.flow.sampler_config import SamplerConfig
+from pipelines.json_document import typed
 from trainer.checkpoint.errors import MissingObject
+from trainer.checkpoint.kept_documents import read_sealed
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.store import Store
-from trainer.evaluate.report import EvalConfig, evaluation_key
-from trainer.schema import ConfigError, from_dict
+from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluation_key
+from trainer.schema import from_dict
 from trainer.step import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +55,18 @@ def own_eval(store: Store, manifest: Manifest) -> EvalConfig | None:
     """Return the settings by which a run measures a checkpoint at its end.
 
     Those of its report come first, which a later launch may have measured anew; without a report
-    it is those that the checkpoint records. None for older checkpoints, which record none.
+    that can be believed it is those that the checkpoint records. None for older checkpoints, which
+    record none.
     """
+    key = evaluation_key(manifest.run, manifest.images, "report.json")
     try:
-        key = evaluation_key(manifest.run, manifest.images, "report.json")
-        return from_dict(EvalConfig, json.loads(store.get(key))["settings"])
-    except (MissingObject, ConfigError, LookupError, TypeError, ValueError):
-        recorded = manifest.science.get("eval")
+        report = typed(EvaluationReport, read_sealed(store, key))
+        return from_dict(EvalConfig, report.settings)
+    except MissingObject:
+        pass
+    except ValueError as error:  # damaged, or of a version that measured otherwise
+        logger.warning("passing over the report %s: %s", store.uri(key), error)
+    recorded = manifest.science.get("eval")
     return None if recorded is None else from_dict(EvalConfig, recorded, path="eval.")
 
 

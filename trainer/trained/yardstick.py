@@ -6,12 +6,12 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
 from cluster.contract import WorkerContext
 from trainer import places
+from trainer.checkpoint.kept_files import KeptFiles
 from trainer.data import open_images, open_split
 from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import (
@@ -20,7 +20,7 @@ from trainer.evaluate.features import (
     FeatureName,
     feature_extractor,
 )
-from trainer.evaluate.learned_features import RECIPE, LearnedConvFeatures
+from trainer.evaluate.learned_features import KeptFeatures, LearnedConvFeatures
 from trainer.real_images import RealImages, check_held
 from trainer.schema import ConfigError, JobConfig
 from trainer.space import picture_shape
@@ -75,7 +75,7 @@ class Yardstick:
                 channels=picture_shape(job.data, job.codec).channels,
                 train=lambda: self._split("train"),
                 held_out=lambda: self._split("test"),
-                learned_weights=self._learned_weights(trained_on),
+                kept=self._kept(trained_on),
             )
             for name in features
         }
@@ -112,11 +112,17 @@ class Yardstick:
     def _split(self, split: str) -> RealImages:
         return RealImages(self._job, split, _context(self._device))
 
-    def _learned_weights(self, trained_on: str) -> Path:
+    def _kept(self, trained_on: str) -> KeptFeatures:
         shape = picture_shape(self._job.data, self._job.codec)
-        picture = f"{shape.channels}x{shape.size}"
-        name = f"learned_conv-{RECIPE}-{trained_on[:16]}-{picture}.safetensors"
-        return places.cache(self._job) / "features" / name
+        return KeptFeatures(
+            files=KeptFiles(places.cache(self._job) / "features"),
+            made_of={
+                "train_index": trained_on,
+                "held_out_index": self.held_out_index,
+                "picture": f"{shape.channels}x{shape.size}",
+                "decoder": self._job.loader.decoder,
+            },
+        )
 
 
 def _context(device: torch.device) -> WorkerContext:

@@ -155,11 +155,11 @@ def _encoder(options: argparse.Namespace, *, cache: Path) -> Encoder:
     return Encoder(
         place=options.autoencoder,
         sha256=files.sha256,
-        factor=files.factor,
-        channels=files.latent_channels,
-        image_channels=files.image_channels,
-        scale=files.scale,
-        shift=files.shift,
+        factor=files.settings.factor,
+        channels=files.settings.latent_channels,
+        image_channels=files.settings.in_channels,
+        scale=files.settings.scaling_factor,
+        shift=files.settings.shift_factor or 0.0,
         precision=options.precision,
         load=partial(open_encoder, files, precision=options.precision),
     )

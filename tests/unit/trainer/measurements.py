@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
 from trainer.checkpoint.store import Store
 from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
-from trainer.evaluate.report import EvaluationReport, evaluation_key
+from trainer.evaluate.report import EvaluationReport, Origin, evaluation_key
 
 RUN = "night-1"
 
@@ -46,7 +43,9 @@ def measured(
     store.put(evaluation_key(RUN, images, f"{name}/report.json"), report.to_json())
 
 
-def finished(store: Store, images: int, frechet: float, *, samples: int = 100) -> None:
+def finished(
+    store: Store, images: int, frechet: float, *, samples: int = 100, attempt: str = "good"
+) -> None:
     """Puts down what a run writes at its end."""
     report = EvaluationReport(
         images=images,
@@ -59,5 +58,6 @@ def finished(store: Store, images: int, frechet: float, *, samples: int = 100) -
         network_evaluations=16.0,
         segment_evaluations=(8.0, 8.0),
         settings={},
+        origin=Origin(run=RUN, attempt=attempt, held_out_index="c0ffee", extractor=""),
     )
-    store.put(evaluation_key(RUN, images, "report.json"), json.dumps(asdict(report)).encode())
+    store.put(evaluation_key(RUN, images, "report.json"), report.to_json())

@@ -1,6 +1,8 @@
 """Finding and loading autoencoders, from everywhere they may be, and every way that fails."""
 
+import dataclasses
 import json
+import logging
 import shutil
 import threading
 from pathlib import Path
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from models.codec import AutoencoderKlCodec, IdentityCodec
 from tests.support.autoencoder import saved_autoencoder, tiny_autoencoder
 from trainer.autoencoder import CodecConfig, codec_digest, load_codec, open_codec
-from trainer.autoencoder_files import AutoencoderError, find_autoencoder
+from trainer.autoencoder_files import find_autoencoder
+from trainer.autoencoder_settings import AutoencoderError, AutoencoderSettings
 from trainer.checkpoint.store import StoreConfig
 from trainer.schema import ConfigError
 from trainer.trained.codec import codec_of
@@ -146,7 +149,9 @@ def test_an_s3_prefix_is_fetched_once_and_anew_when_it_changes(saved, tmp_path, 
     assert found()[1] == find_autoencoder(str(other), cache=tmp_path, store=STORE).sha256
 
 
-def test_a_fetch_that_died_is_begun_anew(saved, tmp_path, s3, monkeypatch):
+def test_what_a_fetch_has_left_is_believed_only_if_it_is_whole(
+    saved, tmp_path, s3, monkeypatch, caplog
+):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)
     store = StoreConfig(endpoint_url=s3.endpoint_url, region="us-east-1")
@@ -154,10 +159,23 @@ def test_a_fetch_that_died_is_begun_anew(saved, tmp_path, s3, monkeypatch):
     for file in saved.iterdir():
         s3.client.upload_file(str(file), "died", file.name)
     whole = find_autoencoder(uri, cache=tmp_path, store=store)
-    partial = whole.folder.with_suffix(".partial")
-    whole.folder.rename(partial)
-    (partial / WEIGHTS).write_bytes(b"half")
+    whole.folder.with_suffix(".json").unlink()
+    (whole.folder / WEIGHTS).write_bytes(b"half")
     assert find_autoencoder(uri, cache=tmp_path, store=store) == whole
+
+    for name, change in (
+        (WEIGHTS, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        ("config.json", lambda data: data.replace(b"0.18215", b"0.28215")),
+        ("config.json", lambda data: data[:-9]),
+    ):
+        file = whole.folder / name
+        file.write_bytes(change(file.read_bytes()))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert find_autoencoder(uri, cache=tmp_path, store=store) == whole
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert line.startswith(f"{file} cannot be believed: it has changed since it was written")
+        assert file.with_name(f"{name}.damaged").exists()
 
 
 def test_a_name_on_the_hub_and_a_hub_out_of_reach(saved, tmp_path, monkeypatch):
@@ -195,6 +213,98 @@ def test_a_folder_without_a_config(copied, tmp_path):
 def test_a_config_that_cannot_be_read(copied, tmp_path):
     (copied / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(copied, tmp_path)
+
+
+HOSTILE = {
+    "nested too deep": b"[" * 100_000,
+    "is a number of 5000 digits": b'{"scaling_factor": ' + b"1" * 5000 + b"}",
+    "NaN is no finite number": b'{"scaling_factor": NaN}',
+    "1e999 is no finite number": b'{"shift_factor": 1e999}',
+    "utf-8": b'{"_class_name": "\xff\xfe"}',
+    "more than 1048576": b" " * (1 << 20) + b"{}",
+}
+
+
+@pytest.mark.parametrize(("words", "content"), HOSTILE.items(), ids=HOSTILE)
+def test_a_hostile_config_is_refused(copied, tmp_path, words, content):
+    (copied / "config.json").write_bytes(content)
+    message = refused(copied, tmp_path)
+    assert f"{copied}/config.json cannot be read" in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scaling_factor": 0.0},
+        {"scaling_factor": -1.0},
+        {"scaling_factor": 1e30},
+        {"scaling_factor": True},
+        {"scaling_factor": "0.18215"},
+        {"scaling_factor": [0.18215]},
+        {"scaling_factor": None},
+        {"shift_factor": 1e30},
+        {"shift_factor": {}},
+        {"block_out_channels": 64},
+        {"block_out_channels": []},
+        {"block_out_channels": [16, 32, 32, 32.5]},
+        {"block_out_channels": [16] * 100},
+        {"block_out_channels": [0] * 4},
+        {"latent_channels": [4]},
+        {"latent_channels": True},
+        {"latent_channels": 10**12},
+        {"in_channels": "1"},
+        {"layers_per_block": 10**6},
+        {"norm_num_groups": 0},
+        {"down_block_types": 3},
+        {"act_fn": None},
+        {"sample_size": "large"},
+        {"use_quant_conv": 1},
+    ],
+    ids=repr,
+)
+def test_a_value_that_no_autoencoder_has_is_named(copied, tmp_path, changes):
+    written = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**written, **changes}))
+    message = refused(copied, tmp_path)
+    assert f"{copied}/config.json cannot be used" in message
+    assert next(iter(changes)) in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"down_block_types": ["Nothing"] * 4},
+        {"act_fn": "nothing"},
+        {"norm_num_groups": 7},
+        {"block_out_channels": [8192] * 4},  # a hundred gigabytes, if it were built
+        {"up_block_types": ["UpDecoderBlock2D"]},
+    ],
+    ids=repr,
+)
+def test_settings_that_the_weights_do_not_fit(copied, tmp_path, changes):
+    written = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**written, **changes}))
+    assert str(copied) in refused(copied, tmp_path)
+
+
+def test_what_is_left_out_has_the_defaults_of_diffusers_and_no_more_is_handed_to_it(
+    copied, tmp_path
+):
+    import inspect
+
+    from diffusers import AutoencoderKL
+
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(AutoencoderKL.__init__).parameters.items()
+        if name != "self"
+    }
+    assert dataclasses.asdict(AutoencoderSettings()) == defaults
+    written = json.loads((copied / "config.json").read_text())
+    more = {"quantization_config": {"quant_method": "bitsandbytes"}, "auto_map": {"a": "b"}}
+    (copied / "config.json").write_text(json.dumps({**written, **more}))
+    assert_is_the_saved(loaded(copied, tmp_path))
 
 
 def test_another_kind_of_model(copied, tmp_path):

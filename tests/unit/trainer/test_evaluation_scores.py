@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from collections.abc import Callable
 
 import pytest
 
+from pipelines.sealed_document import sealed
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from tests.unit.trainer.measurements import RUN, finished, measured
@@ -51,6 +54,7 @@ def test_of_several_the_one_of_most_samples_counts_then_the_last_by_name(
 def test_what_is_no_measurement_of_what_stands_there_is_left_out(store: MemoryStore) -> None:
     measured(store, 10, 3.0, weights="master")
     measured(store, 20, 3.0, attempt="replaced")
+    finished(store, 20, 3.0, attempt="replaced")
     measured(store, 40, 3.0)  # no such checkpoint
     store.put(evaluation_key(RUN, 30, "grid/of/report.json"), b"not ours")
     store.put("night-12/evaluation/000000000010/report.json", b"another run's")
@@ -68,38 +72,79 @@ def test_what_is_no_measurement_of_what_stands_there_is_left_out(store: MemorySt
         b'{"measurement": 1}',
         b'{"measurement": {}, "distances": 3}',
         b'{"frechet": 1.0, "samples": "many"}',
-        pytest.param(None, id="huge number"),
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        b" " * (1 << 21),
+        json.dumps(sealed({"frechet": 1.0})).encode(),
     ],
+    ids=lambda data: repr(data[:20]),
 )
+@pytest.mark.parametrize("name", ["report.json", "a/report.json"])
 def test_a_report_that_makes_no_sense_is_named_and_passed_over(
-    store: MemoryStore, data: bytes | None, caplog: pytest.LogCaptureFixture
+    store: MemoryStore, data: bytes, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     finished(store, 10, 2.0)
-    finished(store, 20, 1.0)
-    key = evaluation_key(RUN, 20, "report.json")
-    if data is None:
-        data = store.objects[key].replace(b'"samples": 100', b'"samples": 1e999')
+    key = evaluation_key(RUN, 20, name)
     store.put(key, data)
     with caplog.at_level(logging.WARNING):
         assert frechet_scores(store, RUN, "random_conv") == {10: 2.0}
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert f"memory://{key}, which cannot be believed" in line
+    assert store.objects[key] == data  # who only looks leaves it where it is
+
+
+@pytest.mark.parametrize("put", [finished, measured])
+@pytest.mark.parametrize("words", [b"1e999", b"NaN", b"0.0001", b'"1.25"', b"12" + b"5" * 5000])
+def test_a_changed_distance_steers_nothing(
+    store: MemoryStore, put: Callable[..., None], words: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(store, 20, 1.25)
+    (key,) = (key for key in store.objects if key.endswith("report.json"))
+    changed = store.objects[key].replace(b'"frechet": 1.25', b'"frechet": ' + words)
+    assert changed != store.objects[key]
+    store.put(key, changed)
+    with caplog.at_level(logging.WARNING):
+        assert measured_scores(store, RUN) == {}
     assert f"memory://{key}" in caplog.text
 
 
-def test_a_distance_that_is_no_number_stays_one(store: MemoryStore) -> None:
-    finished(store, 10, math.nan)
-    assert math.isnan(frechet_scores(store, RUN, "random_conv")[10])
+def test_no_flipped_bit_of_a_report_is_believed(store: MemoryStore) -> None:
+    finished(store, 20, 1.25)
+    (key,) = (key for key in store.objects if key.endswith("report.json"))
+    whole = store.objects[key]
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        store.put(key, bytes(changed))
+        assert frechet_scores(store, RUN, "random_conv") in ({}, {20: 1.25})
+
+
+def test_a_report_of_before_has_no_checksum_and_is_not_believed(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    finished(store, 20, 1.25)
+    key = evaluation_key(RUN, 20, "report.json")
+    values = json.loads(store.objects[key])
+    del values["sha256"]
+    store.put(key, json.dumps(values).encode())
+    assert frechet_scores(store, RUN, "random_conv") == {}
+    assert "it has no checksum" in caplog.text
+
+
+def test_a_distance_that_is_no_number_is_not_written(store: MemoryStore) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        finished(store, 10, math.nan)
 
 
 def test_one_listing_and_only_reports_of_checkpoints_are_read(store: MemoryStore) -> None:
     for images in (10, 20, 40, 50):
         measured(store, images, 1.0)
     read = count_operations(store, lambda watched: measured_scores(watched, RUN))
-    assert read == ["list", "get", "get"]
+    assert read == ["list", "get_range", "get_range"]
 
 
 def test_a_store_that_fails_is_not_a_run_without_measurements(store: MemoryStore) -> None:
     class Failing(MemoryStore):
-        def get(self, key: str) -> bytes:
+        def get_range(self, key: str, start: int, size: int) -> bytes:
             raise StoreUnreachable("for a moment")
 
     finished(store, 10, 1.0)

@@ -21,7 +21,8 @@ from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.configuration import configuration
 from tests.unit.pipelines import pictures
-from trainer.autoencoder import AutoencoderError, codec_digest, load_codec
+from trainer.autoencoder import codec_digest, load_codec
+from trainer.autoencoder_settings import AutoencoderError
 from trainer.data import (
     check_latents,
     open_images,

@@ -37,8 +37,8 @@ def encoder(place: Path) -> Encoder:
         factor=8,
         channels=4,
         image_channels=3,
-        scale=files.scale,
-        shift=files.shift,
+        scale=files.settings.scaling_factor,
+        shift=files.settings.shift_factor or 0.0,
         precision="fp32",
         load=partial(open_encoder, files, precision="fp32"),
     )

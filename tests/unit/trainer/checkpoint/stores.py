@@ -43,6 +43,11 @@ class MemoryStore:
     def fingerprint(self, key: str) -> str:
         return hashlib.sha256(self.get(key)).hexdigest()
 
+    def move(self, key: str, to: str) -> None:
+        data = self.get(key)
+        self.objects[check_key(to)] = data
+        del self.objects[key]
+
     def delete(self, key: str) -> None:
         self.objects.pop(check_key(key), None)
 
@@ -93,6 +98,9 @@ class WatchedStore:
 
     def fingerprint(self, key: str) -> str:
         return self._around("fingerprint", key, lambda: self._store.fingerprint(key))
+
+    def move(self, key: str, to: str) -> None:
+        self._around("move", key, lambda: self._store.move(key, to))
 
     def delete(self, key: str) -> None:
         self._around("delete", key, lambda: self._store.delete(key))

@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
+from pipelines.json_document import DocumentError
 from trainer.checkpoint.errors import InvalidKey, MissingObject
+from trainer.checkpoint.kept_documents import read_sealed, set_aside
 from trainer.checkpoint.store import Store
 
 
@@ -103,6 +105,37 @@ def test_delete_removes_and_does_not_mind_absence(store: Store) -> None:
     assert store.list("") == {}
     with pytest.raises(MissingObject):
         store.get("a/b")
+
+
+def test_an_object_is_moved_whole(store: Store) -> None:
+    store.put("a/b", b"one")
+    store.put("a/bc", b"two")
+    store.move("a/b", "elsewhere/b")
+    assert store.list("") == {"a/bc": 3, "elsewhere/b": 3}
+    assert store.get("elsewhere/b") == b"one"
+    with pytest.raises(MissingObject, match="a/b"):
+        store.move("a/b", "elsewhere/c")
+    with pytest.raises(InvalidKey):
+        store.move("a/bc", "../bc")
+
+
+def test_what_is_put_aside_is_never_lost(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    for data in (b"one", b"two", b"three"):
+        store.put("a/report.json", data)
+        set_aside(store, "a/report.json", reason="it is damaged")
+    assert {key: store.get(key) for key in store.list("")} == {
+        "a/report.json.damaged": b"one",
+        "a/report.json.damaged-1": b"two",
+        "a/report.json.damaged-2": b"three",
+    }
+    assert "it is damaged; it is kept as report.json.damaged-2 and made again" in caplog.text
+    set_aside(store, "a/report.json", reason="another process put it aside")
+
+
+def test_of_a_document_that_is_too_long_no_more_is_fetched(store: Store) -> None:
+    store.put("long", b" " * 100 + b"{}")
+    with pytest.raises(DocumentError, match="more than 50 bytes"):
+        read_sealed(store, "long", most_bytes=50)
 
 
 def test_a_deleted_key_can_be_created_again(store: Store) -> None:

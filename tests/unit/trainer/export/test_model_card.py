@@ -1,7 +1,6 @@
 """Model cards: their Python runs, hubs can read them, and they tell what is known."""
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, replace
 
@@ -14,7 +13,7 @@ from tests.unit.trainer.export.runs import IMAGES, RUN, export, same_outputs, sa
 from trainer.autoencoder import CodecConfig
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
-from trainer.evaluate.report import EvalConfig, EvaluationReport, evaluation_key
+from trainer.evaluate.report import EvalConfig, EvaluationReport, Origin, evaluation_key
 from trainer.resume import open_checkpoint
 from trainer.schema import DataConfig, to_dict
 
@@ -146,8 +145,9 @@ def test_reports_of_the_exported_weights_are_shown(tmp_path):
         network_evaluations=80.0,
         segment_evaluations=(40.0, 40.0),
         settings=to_dict(EvalConfig()),
+        origin=Origin(run=RUN, attempt=manifest.attempt, held_out_index="y", extractor=""),
     )
-    put("report.json", json.dumps(own.to_dict()).encode())
+    put("report.json", own.to_json())
     measurement = Measurement(
         attempt=manifest.attempt,
         weights="master",

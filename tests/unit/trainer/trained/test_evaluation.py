@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
+import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from pipelines.pixels import as_png
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.saved import save_now
 from trainer.checkpoint.errors import InvalidStoreUri
+from trainer.checkpoint.kept_files import KeptFiles
 from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.checkpoint_report import CheckpointReport
@@ -26,8 +30,8 @@ from trainer.evaluate.distance import DistanceToReal
 from trainer.evaluate.features import FeatureConfig, RandomConvFeatures
 from trainer.evaluate.frechet import FeatureMoments, FeatureStatistics
 from trainer.evaluate.grid import class_grid
-from trainer.evaluate.learned_features import learned_features
-from trainer.evaluate.report import EvalConfig, evaluation_key
+from trainer.evaluate.learned_features import KeptFeatures, learned_features
+from trainer.evaluate.report import EvalConfig, EvaluationReport, Origin, evaluation_key
 from trainer.schema import ConfigError, DataConfig, to_dict
 from trainer.state import Fragment
 from trainer.trained.choice import choose_checkpoints
@@ -55,6 +59,10 @@ def two_kinds(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (sign * step + noise).clamp(-1, 1), labels
 
 
+def kept(folder, **made_of) -> KeptFeatures:
+    return KeptFeatures(files=KeptFiles(folder), made_of={"train_index": "x", **made_of})
+
+
 def learn(**options):
     train, held_out = two_kinds(512, 0), two_kinds(64, 1)
     return learned_features(train=lambda: [train], held_out=lambda: [held_out], **options)
@@ -65,7 +73,7 @@ def test_learned_features_know_the_classes_and_are_the_same_again(tmp_path):
     first = learn()
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    second = learn(file=tmp_path / "weights.safetensors")
+    second = learn(kept=kept(tmp_path))
     assert torch.equal(torch.get_rng_state(), before)
     assert first.held_out_accuracy > 0.95
     assert first.digest == second.digest
@@ -77,17 +85,49 @@ def test_learned_features_know_the_classes_and_are_the_same_again(tmp_path):
     assert (means[0] - means[1]).norm() > 2 * spread
 
 
+def never():
+    raise AssertionError("trained again")
+
+
 def test_learned_features_are_read_back_without_training(tmp_path):
-    file = tmp_path / "cache" / "weights.safetensors"
-    learned = learn(file=file)
-
-    def never():
-        raise AssertionError("trained again")
-
-    read = learned_features(train=never, held_out=never, file=file)
+    learned = learn(kept=kept(tmp_path))
+    read = learned_features(train=never, held_out=never, kept=kept(tmp_path))
     images, _ = two_kinds(8, 3)
     assert torch.equal(read(images), learned(images))
     assert (read.digest, read.held_out_accuracy) == (learned.digest, learned.held_out_accuracy)
+    with pytest.raises(AssertionError, match="trained again"):
+        learned_features(train=never, held_out=never, kept=kept(tmp_path, held_out_index="other"))
+
+
+def test_no_changed_byte_of_kept_features_moves_a_distance(tmp_path, caplog):
+    learned = learn(kept=kept(tmp_path))
+    (weights,), (record,) = tmp_path.glob("*/*.safetensors"), tmp_path.glob("*.json")
+    generator = np.random.default_rng(0)
+    for file in (weights, record):
+        whole = file.read_bytes()
+        for place in generator.choice(len(whole), 40, replace=False):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << generator.integers(8)
+            file.write_bytes(changed)
+            found = kept(tmp_path).read()
+            assert found is None or found.digest == learned.digest
+        file.write_bytes(whole[: len(whole) // 2])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = learn(kept=kept(tmp_path))
+        assert again.digest == learned.digest
+        (line,) = (each.getMessage() for each in caplog.records)
+        assert line.startswith(f"{file} cannot be believed: ")
+        assert file.with_name(f"{file.name}.damaged").read_bytes() == whole[: len(whole) // 2]
+        assert learned_features(train=never, held_out=never, kept=kept(tmp_path)).digest
+
+
+def test_features_that_cannot_be_kept_are_used_all_the_same(tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        learned = learn(kept=kept(tmp_path / "file" / "features"))
+    assert learned.held_out_accuracy > 0.95
+    assert "what was learned is not kept" in caplog.text
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 99))
@@ -213,7 +253,23 @@ def test_the_runs_own_settings_hold_unless_changed(place, tmp_path):
     }
 
 
-def test_a_report_of_the_run_tells_its_own_settings_before_its_checkpoint(place):
+def report_of(config: EvalConfig) -> EvaluationReport:
+    return EvaluationReport(
+        images=200,
+        samples=config.samples,
+        features="random_conv",
+        frechet=1.0,
+        frechet_untrained=2.0,
+        frechet_real_halves=None,
+        gap_closed=None,
+        network_evaluations=1.0,
+        segment_evaluations=(1.0,),
+        settings=to_dict(config),
+        origin=Origin(run="small", attempt="x", held_out_index="y", extractor=""),
+    )
+
+
+def test_a_report_of_the_run_tells_its_own_settings_before_its_checkpoint(place, caplog):
     (manifest,) = choose_checkpoints(
         f"{place}/runs/small", which="newest", config=StoreConfig()
     ).manifests
@@ -221,11 +277,16 @@ def test_a_report_of_the_run_tells_its_own_settings_before_its_checkpoint(place)
     assert own_eval(store, manifest) == OWN
     again = dataclasses.replace(OWN, samples=30)
     key = evaluation_key("small", 200, "report.json")
-    store.put(key, json.dumps({"settings": to_dict(again)}).encode())
+    whole = report_of(again)
+    store.put(key, whole.to_json())
     assert own_eval(store, manifest) == again
-    for damaged in (b"[]", b"{", b'{"settings": {"samples": "x"}}', b'{"settings": 3}'):
-        store.put(key, damaged)
+    damaged = [dataclasses.replace(whole, settings={"samples": "x"}).to_json(), b"[]", b"{"]
+    damaged.append(whole.to_json().replace(b'"samples": 30', b'"samples": 31'))
+    for data in damaged:
+        store.put(key, data)
+        caplog.clear()
         assert own_eval(store, manifest) == OWN
+        assert store.uri(key) in caplog.text
     older = dataclasses.replace(manifest, science={})
     assert own_eval(store, older) is None
 
@@ -254,13 +315,64 @@ def test_what_is_measured_is_read_and_not_measured_again(place, tmp_path):
     (file,) = tmp_path.rglob("report.json")
     assert str(file) in said[0]
     assert (file.parent / "grid.png").is_file()
-    changed = {**json.loads(file.read_text()), "network_evaluations": -1.0}
-    file.write_text(json.dumps(changed))
-    again = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
-    assert again == [dataclasses.replace(report, network_evaluations=-1.0)]
+    other = dataclasses.replace(report, network_evaluations=-1.0)
+    file.write_bytes(other.to_json())
+    assert evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet) == [other]
     other = evaluate_checkpoints(config(place, output=str(tmp_path), seed=2), tell=quiet)
     assert other[0].distances != report.distances
     assert CheckpointReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_believed_is_put_aside_and_measured_again(place, tmp_path, caplog):
+    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
+    (file,) = tmp_path.rglob("report.json")
+    whole = file.read_bytes()
+    distance = f'"frechet": {report.distances[0].frechet}'.encode()
+    without_checksum = {k: v for k, v in json.loads(whole).items() if k != "sha256"}
+    elsewhere = dataclasses.replace(report, images=100)
+    damaged = (
+        whole.replace(distance, b'"frechet": 0.0001'),
+        whole[:-5],
+        b"[" * 100_000,
+        json.dumps(without_checksum).encode(),
+        elsewhere.to_json(),
+    )
+    for number, data in enumerate(damaged):
+        assert data != whole
+        file.write_bytes(data)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
+        assert again == [report]
+        assert file.read_bytes() == whole
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert line.startswith(f"{file} cannot be believed: ")
+        aside = file.with_name(f"report.json.damaged-{number}" if number else "report.json.damaged")
+        assert aside.read_bytes() == data
+        assert line.endswith(f"it is kept as {aside.name} and made again")
+
+
+def test_figures_that_cannot_be_written_are_shown(place, tmp_path, capsys):
+    words = [f"checkpoint={place}/runs/small", f"home={place}/home", "device=cpu"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        code = main([*words, f"output={tmp_path}/full", "seed=77"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    written = capsys.readouterr()
+    assert code == 1
+    assert "Traceback" not in written.err
+    assert f"could not be written: Cannot write {tmp_path}/full/small/evaluation" in written.err
+    assert "output=FOLDER writes reports elsewhere" in written.err
+    shown = written.out.splitlines()[-1].split()
+    (again,) = evaluate_checkpoints(
+        config(place, output=str(tmp_path / "results"), seed=77), tell=quiet
+    )
+    assert f"{again.distances[0].frechet:.4f}" in shown
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""Files on this machine that can be had again, with a record of their sums and of their origin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.json_document import DocumentError, read_json, typed
+from pipelines.sealed_document import sealed, unsealed
+from trainer.checkpoint.kept_documents import set_aside
+from trainer.checkpoint.store_local import LocalStore
+
+_MAX_RECORD_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What was kept, written when all of it is there.
+
+    Attributes:
+        made_of: What decides the files.
+        sha256_of: SHA-256 of each file.
+    """
+
+    made_of: str
+    sha256_of: dict[str, str]
+
+
+class _Damage(NamedTuple):
+    """What cannot be believed, and why."""
+
+    key: str
+    reason: str
+
+
+class KeptFiles:
+    """Groups of files, each in a folder of its own with a record beside it.
+
+    Args:
+        folder: Holds all groups.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._store = LocalStore(folder)
+
+    def whole(self, *, made_of: str) -> Path | None:
+        """Return the folder of a group if it is as it was kept, to the last byte.
+
+        Args:
+            made_of: What decides the files.
+        """
+        name = group_name(made_of)
+        return None if self._damage(name, made_of) else self._folder / name
+
+    def put_aside(self, *, made_of: str) -> None:
+        """Move what is damaged of a group out of the way, and tell so.
+
+        Raises:
+            StoreError: The folder cannot be written.
+        """
+        name = group_name(made_of)
+        if (damage := self._damage(name, made_of)) and (self._folder / f"{name}.json").exists():
+            set_aside(self._store, damage.key, reason=damage.reason)
+
+    def keep(self, files: Mapping[str, bytes], *, made_of: str) -> Path:
+        """Write a group, and return its folder; a reader sees all of it or nothing.
+
+        Raises:
+            StoreError: The folder cannot be written.
+        """
+        name = group_name(made_of)
+        for file, data in files.items():
+            self._store.put(f"{name}/{file}", data)
+        sums = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+        record = sealed(asdict(_Record(made_of=made_of, sha256_of=sums)))
+        self._store.put(f"{name}.json", json.dumps(record, indent=1).encode())
+        return self._folder / name
+
+    def _damage(self, name: str, made_of: str) -> _Damage | None:
+        record = f"{name}.json"
+        try:
+            written = read_json(self._folder / record, most_bytes=_MAX_RECORD_BYTES)
+            told = typed(_Record, unsealed(written))
+        except (OSError, DocumentError) as error:
+            return _Damage(record, str(error))
+        if told.made_of != made_of:
+            return _Damage(record, "it was made of something else")
+        for file, wanted in told.sha256_of.items():
+            key = f"{name}/{file}"
+            try:
+                with (self._folder / key).open("rb") as content:
+                    found = hashlib.file_digest(content, "sha256").hexdigest()
+            except OSError as error:
+                return _Damage(key, str(error))
+            if found != wanted:
+                return _Damage(key, "it has changed since it was written")
+        return None
+
+
+def group_name(made_of: str) -> str:
+    """Return the name of a group: another origin has another folder, so none grows old."""
+    return hashlib.sha256(made_of.encode()).hexdigest()[:32]

@@ -1,0 +1,59 @@
+"""The wheel holds all that the commands need, wherever they are run."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str | Path, **more: object) -> str:
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload]
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return str(ended.stdout)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the built wheel was installed to."""
+    built = tmp_path_factory.mktemp("built")
+    source = tmp_path_factory.mktemp("source")
+    # A copy: building leaves things behind, and takes along what lies about.
+    for name in ("trainer", "models", "pipelines", "cluster", "configs"):
+        unwanted = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", built, source)
+    (wheel,) = built.glob("*.whl")
+    folder = built / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    run(*pip, "--target", folder, wheel)
+    return folder
+
+
+def test_the_wheel_composes_every_experiment_in_any_folder(installed, tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(installed)}
+    script = (
+        "import trainer.groups as groups\n"
+        "from trainer.composition import composed\n"
+        "print(groups.__file__)\n"
+        "for name in groups.members('exp'): print(name, composed([f'+exp={name}']).run)\n"
+    )
+    place, *composed = run(sys.executable, "-c", script, cwd=tmp_path, env=environment).splitlines()
+    assert Path(place).is_relative_to(installed)
+    experiments = sorted(
+        path.relative_to(ROOT / "configs" / "exp").with_suffix("").as_posix()
+        for path in (ROOT / "configs" / "exp").rglob("*.yaml")
+    )
+    assert [line.split()[0] for line in composed] == experiments
+
+
+def test_the_wheel_knows_its_licence(installed):
+    (licence,) = installed.glob("lapflow_trainer-*.dist-info/licenses/LICENSE")
+    assert licence.read_text() == (ROOT / "LICENSE").read_text()

@@ -205,6 +205,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():
         dataclasses.replace(drawing, batch=0)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_blocks_are_equal_and_hold_every_sample_once(images, batch):

@@ -117,6 +117,7 @@ def test_a_bad_configuration_is_refused_in_words(words, message, capsys):
     assert re.search(message, captured.err)
 
 
+@pytest.mark.slow
 def test_it_loads_nothing_that_trains():
     program = (
         "import sys; from trainer.plan import main; "

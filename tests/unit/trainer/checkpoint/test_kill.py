@@ -205,5 +205,5 @@ class Life(RuleBasedStateMachine):
         assert same_bits(loaded, self.states[images]) if images else not loaded
 
 
-TestLife = Life.TestCase
+TestLife = pytest.mark.slow(Life.TestCase)
 TestLife.settings = settings(max_examples=20, stateful_step_count=8, deadline=None)

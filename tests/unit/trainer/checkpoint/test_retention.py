@@ -268,5 +268,5 @@ class History(RuleBasedStateMachine):
         assert self.milestones <= set(self.whole())
 
 
-TestHistory = History.TestCase
+TestHistory = pytest.mark.slow(History.TestCase)
 TestHistory.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)

@@ -220,6 +220,7 @@ def test_what_cannot_be_put_back_stays_beside_its_place(earlier, tmp_path, monke
     assert (left / "old").read_text() == "worth having"
 
 
+@pytest.mark.slow
 def test_a_process_killed_between_the_renames_leaves_the_earlier_folder_beside(earlier, tmp_path):
     code = f"""
 import os, signal

@@ -113,3 +113,52 @@ def test_what_cannot_be_measured_is_told_once_and_the_run_is_trained(
     assert code == 1
     assert "images/s" not in output  # nothing is trained again
     assert output.count(reason) == 1
+
+
+def test_figures_that_cannot_be_written_are_shown_and_the_run_is_trained(launch, tmp_path):
+    folder = tmp_path / "home/store/runs/digits"
+    folder.mkdir(parents=True)
+    (folder / "evaluation").write_bytes(b"in the place of the folder")
+    code, output = launch([GOOD] * 8)
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert f"trained to its end ({folder}/checkpoints/000000000128)" in line
+    assert f"Cannot write {folder}/evaluation/000000000128/samples.npz: a part of the path" in line
+    assert "its figures stand above and nowhere else" in line
+    (shown,) = (line for line in output.splitlines() if line.startswith("Fréchet distance"))
+    assert "samples.npz" not in output.replace(line, "")
+    assert status(tmp_path) == ["FINISHED"]
+
+    (folder / "evaluation").unlink()
+    code, output = launch([GOOD] * 8)
+    assert code == 0
+    assert "images/s" not in output  # nothing is trained again
+    assert shown in output.splitlines()
+    report(tmp_path)
+
+
+def test_a_damaged_report_is_put_aside_and_the_run_is_measured_again(launch, tmp_path):
+    code, output = launch([GOOD] * 8)
+    assert code == 0
+    (shown,) = (line for line in output.splitlines() if line.startswith("Fréchet distance"))
+    (file,) = tmp_path.glob("home/store/runs/digits/evaluation/*/report.json")
+    whole = file.read_bytes()
+    figures = report(tmp_path)
+    changed = whole.replace(f'"frechet": {figures["frechet"]}'.encode(), b'"frechet": 0.0001')
+    older = json.dumps({name: each for name, each in figures.items() if name != "sha256"}).encode()
+    for number, data in enumerate((changed, whole[:100], b"[" * 100_000, b"\xff" * 10, older)):
+        assert data != whole
+        file.write_bytes(data)
+        code, output = launch([])
+        assert code == 0
+        aside = file.with_name(f"report.json.damaged{f'-{number}' if number else ''}")
+        assert aside.read_bytes() == data
+        assert output.count(f"{file} cannot be believed: ") == 1
+        assert f"it is kept as {aside.name} and made again" in output
+        assert shown in output.splitlines()
+        assert "images/s" not in output  # nothing is trained again
+        assert file.read_bytes() == whole
+    code, output = launch([])
+    assert code == 0
+    assert "this run is complete" in output
+    assert "cannot be believed" not in output

@@ -26,7 +26,7 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.index import INDEX_NAME
-from pipelines.json_document import MAX_DOCUMENT_BYTES
+from pipelines.json_document import MAX_DOCUMENT_BYTES, DocumentError, read_bounded
 from pipelines.location import is_url
 from pipelines.proxies import proxy_hint
 from pipelines.slow_steps import told_when_slow
@@ -98,14 +98,16 @@ class Source:
         if not self.is_local:
             self._downloaders.own = self._connect()
 
-    def fetch(self, name: str, path: Path) -> None:
+    def fetch(self, name: str, path: Path, *, most_bytes: int | None = None) -> None:
         """Copy one file to a local path, with retries.
 
         Args:
             name: The file's checked name under the prefix.
             path: Where to put it; nothing may lie there.
+            most_bytes: How long it may be, if there is a limit.
 
         Raises:
+            DocumentError: It is longer, of which nothing was copied.
             FileNotFoundError: The store answers that there is no such file.
             StoreUnreachableError: It refuses, or does not answer.
             CacheUnusableError: The local path cannot be written.
@@ -117,8 +119,12 @@ class Source:
         for attempt in count(1):
             try:
                 with told_when_slow(f"fetching {url}"):
+                    if most_bytes is not None:
+                        self._check_size(downloader, url, most_bytes)
                     downloader.download(url, str(path), self._config.download_timeout_s)
                 return
+            except DocumentError:
+                raise
             except Exception as error:
                 path.unlink(missing_ok=True)
                 self._raise_if_final(error, url=url, path=path)
@@ -147,22 +153,18 @@ class Source:
             OversizedDocumentError: It is far larger than what it should be.
             StoreUnreachableError: The store refuses, or does not answer.
         """
-        if self.is_local:
-            return self._bounded(Path(self.prefix) / name)
-        with scratch_folder() as folder:
-            path = folder / name
-            self.fetch(name, path)
-            return self._bounded(path)
-
-    def _bounded(self, path: Path) -> bytes:
-        """Read a file, after a look at its size: a sparse one takes no space on its disk."""
-        size = path.stat().st_size
-        if size > MAX_DOCUMENT_BYTES:
+        try:
+            if self.is_local:
+                return read_bounded(Path(self.prefix) / name)
+            with scratch_folder() as folder:
+                path = folder / name
+                self.fetch(name, path, most_bytes=MAX_DOCUMENT_BYTES)
+                return read_bounded(path)
+        except DocumentError as error:
             raise OversizedDocumentError(
-                f"{self.prefix}/{path.name} is {size} bytes long, more than {MAX_DOCUMENT_BYTES}, "
-                "so it is not read. Restore the file, or write the dataset again."
-            )
-        return path.read_bytes()
+                f"{self.prefix}/{name} is not read: {error}. Restore the file, or write the "
+                "dataset again."
+            ) from None
 
     def read_index(self) -> bytes:
         """Fetch the content of index.json.
@@ -195,6 +197,28 @@ class Source:
             # streaming asks so only after a refusal, and not after every kind of one.
             downloader._create_s3_client = partial(downloader._create_s3_client, unsigned=True)
         return downloader
+
+    def _check_size(self, downloader: Any, url: str, most_bytes: int) -> None:
+        """Look at a file's size before its transfer takes time and space."""
+        try:
+            size = self._size(downloader, url)
+        except Exception:
+            return  # which the transfer meets too, and knows what to do about
+        if size is not None and size > most_bytes:
+            raise DocumentError(f"it has {size} bytes, more than {most_bytes}")
+
+    def _size(self, downloader: Any, url: str) -> int | None:
+        """Ask for a file's size; None where nobody can tell it."""
+        place = urlsplit(url)
+        if not place.scheme:
+            return Path(url).stat().st_size
+        if place.scheme != "s3":
+            return None
+        if downloader._s3_client is None:  # streaming makes it with the first transfer
+            downloader._create_s3_client(timeout=self._config.download_timeout_s)
+        key = place.path.lstrip("/")
+        answer = downloader._s3_client.head_object(Bucket=place.netloc, Key=key)
+        return int(answer["ContentLength"])
 
     @staticmethod
     def _raise_if_final(error: Exception, *, url: str, path: Path) -> None:

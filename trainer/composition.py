@@ -19,8 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.groups import CONFIG_FOLDER, check_members, experiment
-from trainer.override import parse_override
+from trainer.groups import CONFIG_FOLDER, check_members, experiment, groups
+from trainer.override import Override, parse_override
 from trainer.place_settings import located
 from trainer.schema import ConfigError, JobConfig, defaults, from_dict
 from trainer.setting import MISSING
@@ -58,10 +58,22 @@ def composed(overrides: Sequence[str]) -> JobConfig:
             )
         _fill_in(composition, overrides)
         values = _plain(composition)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except ConfigError:
+        raise
+    except (
+        *(HydraException, OmegaConfBaseException, yaml.YAMLError),
+        # What the YAML reader does not expect: no text, long numbers, what is nested without end.
+        *(ValueError, RecursionError),
+    ) as error:
         # The command line has been read before.
+        reason = (
+            "it is nested too deep"
+            if isinstance(error, RecursionError)
+            else _first_paragraph(error) or _first_paragraph(error.__cause__)
+        )
         raise ConfigError(
-            f"the configuration cannot be composed: {_first_paragraph(error)}"
+            f"the configuration cannot be composed from the files of {' '.join(_chosen(words))}: "
+            f"{reason}"
         ) from error
     return located(from_dict(JobConfig, values))
 
@@ -86,6 +98,11 @@ def configured(kind: type[C], overrides: Sequence[str]) -> C:
     except OmegaConfBaseException as error:
         raise ConfigError(_first_paragraph(error)) from error
     return located(from_dict(kind, plain))
+
+
+def _chosen(words: Sequence[Override]) -> list[str]:
+    """Return the words that name files."""
+    return [word.for_hydra for word in words if word.key in ("exp", *groups())]
 
 
 @cache
@@ -128,7 +145,7 @@ def _check_interpolations(value: Any, key: str = "") -> None:
         )
 
 
-def _first_paragraph(error: Exception) -> str:
+def _first_paragraph(error: BaseException | None) -> str:
     """Leave out what Hydra and OmegaConf tell of their own objects."""
     text = re.split(r"\n\n|\n +(?:full_key|object_type)", str(error).strip())[0]
     return " ".join(text.split())

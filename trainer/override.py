@@ -20,6 +20,10 @@ _FREE = "engine.deepspeed."
 _NO_PLAIN_TEXT = re.compile(r"""'.*'|".*"|null""", re.DOTALL | re.IGNORECASE)
 
 
+_UNREADABLE = (HydraException, ValueError, RecursionError)
+_SHOWN = 200
+
+
 class Override(NamedTuple):
     """A setting, or a group's member, and what was given for it."""
 
@@ -85,17 +89,18 @@ def _setting(key: str, kind: type[Any]) -> Setting:
 
 
 def _parsed(key: str, text: str, prefix: str) -> Override:
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
     try:
         parsed = _read(f"{prefix}{text}")
-    except (HydraException, ValueError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(
-            f"{key}={text} cannot be read: in a list or mapping put texts in quotes, for ~ # = ( ) "
-            f"and others mean something there, and the whole word in quotes of the other kind for "
-            f'the shell, as in \'{key}=["~/a", "b,c"]\''
+            f"{key}={shown} cannot be read: in a list or mapping put texts in quotes, for "
+            "~ # = ( ) and others mean something there, and the whole word in quotes of the other "
+            f'kind for the shell, as in \'{key}=["~/a", "b,c"]\''
         ) from error
     if parsed.is_sweep_override():
         raise ConfigError(
-            f"{key}={text} gives several values, and a command takes one; run it once for each, "
+            f"{key}={shown} gives several values, and a command takes one; run it once for each, "
             f"and a launch with a run=NAME of its own, as in: for value in 0 1; do python -m "
             f"trainer.launch … {key}=$value run=NAME-$value; done"
         )
@@ -105,7 +110,7 @@ def _parsed(key: str, text: str, prefix: str) -> Override:
 def _is_sweep(word: str) -> bool:
     try:
         return _read(word).is_sweep_override()
-    except (HydraException, ValueError):
+    except _UNREADABLE:
         return False
 
 

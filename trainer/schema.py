@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import operator
-import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from trainer.evaluate.report import EvalConfig
 from trainer.metrics.tracker import TrackingConfig
 from trainer.schedule import OptimConfig
 from trainer.setting import closest, listed, settings_of
-from trainer.setting_value import UnfitValue, check_no_credentials, fitted
+from trainer.setting_value import UnfitValue, check_no_credentials, fitted, shown
 from trainer.step import TrainConfig
 
 T = TypeVar("T")
@@ -186,14 +185,14 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
             check_no_credentials(key, value)
         if dataclasses.is_dataclass(wanted):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{key}={value!r} must be a group of settings, not a value")
+                raise ConfigError(f"{key}={shown(value)} must be a group of settings, not a value")
             arguments[name] = from_dict(typing.cast(type[Any], wanted), value, path=f"{key}.")
             continue
         if (part := listed(wanted)) is not None:
             if not isinstance(value, list | tuple) or not all(
                 isinstance(v, Mapping) for v in value
             ):
-                raise ConfigError(f"{key}={value!r} must be a list of groups of settings")
+                raise ConfigError(f"{key}={shown(value)} must be a list of groups of settings")
             arguments[name] = tuple(
                 from_dict(part, entry, path=f"{key}.{number}.")
                 for number, entry in enumerate(value)
@@ -202,7 +201,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         try:
             arguments[name] = fitted(wanted, value)
         except UnfitValue as error:
-            raise ConfigError(f"{key}={reprlib.repr(value)} {error}") from error
+            raise ConfigError(f"{key}={shown(value)} {error}") from error
     try:
         return kind(**arguments)
     except TypeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ _DOMAINS = {
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
     "finite_number": "must be a finite number",
+    "int_parsing_size": f"must lie between -{_LARGEST} and {_LARGEST}",
 }
 
 
@@ -56,6 +58,14 @@ def fitted(wanted: Any, value: Any) -> Any:
         return TypeAdapter(wanted, config=_FINITE).validate_python(value)
     except ValidationError as error:
         raise UnfitValue(_reason(error.errors())) from error
+
+
+def shown(value: Any) -> str:
+    """Put a value into a message, in short."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "…"
 
 
 def check_no_credentials(key: str, address: str) -> None:

@@ -56,6 +56,18 @@ def test_nothing_is_unpickled():
     assert [str(path) for path in SOURCES if loads.search(path.read_text())] == []
 
 
+def test_documents_are_read_in_one_room():
+    """Whose bounds hold for all: `pipelines.json_document`. YAML is read by Hydra alone."""
+    reads = re.compile(
+        r"\b(json|ujson|orjson|yaml)\.(?!dump|safe_dump|YAMLError)\w*load\w*\(|\bJSONDecoder\b"
+        r"|\bfrom (json|yaml|orjson) import|OmegaConf\.load\(|\b(tomllib|tomli|configparser)\b"
+    )
+    assert reads.search("yaml.safe_load(x)")
+    assert reads.search("json.load(x)")
+    found = [path for path in SOURCES if reads.search(path.read_text())]
+    assert found == [ROOT / "pipelines" / "json_document.py"]
+
+
 @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
 @pytest.mark.parametrize("patch", [2, 4])
 def test_model_files_are_the_presets(size, patch):

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from pipelines.errors import CacheUnusableError, DataError, StoreUnreachableError
+from pipelines.errors import (
+    CacheUnusableError,
+    DataError,
+    OversizedDocumentError,
+    StoreUnreachableError,
+)
 from pipelines.ingest.__main__ import main
 from pipelines.source import Source, SourceConfig
 from tests.support.clock import Clock
+from tests.support.s3_server import S3Server
 
 
 class Failing:
@@ -191,3 +197,27 @@ def test_nothing_is_listed_or_written_for_a_mistyped_target(
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(DataError, match=f"got .*{next(iter(wrong.values()))}"):
         SourceConfig(**wrong)
+
+
+@pytest.mark.parametrize("name", ["index.json", "ingest.json", "latents.json"])
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_of_a_document_that_is_too_long_nothing_is_fetched(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: S3Server
+) -> None:
+    monkeypatch.setattr("pipelines.source.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)
+    monkeypatch.setenv("S3_ENDPOINT_URL", s3.endpoint_url)
+    prefix = f"file://{tmp_path}"
+    (tmp_path / name).write_bytes(bytes(1001))
+    if kind == "s3":
+        prefix = s3.make_bucket(f"long-{name.partition('.')[0]}")
+        s3.client.upload_file(str(tmp_path / name), prefix.removeprefix("s3://"), name)
+    source = Source(prefix, config=SourceConfig())
+
+    def fetched(*_: object) -> None:
+        raise AssertionError("it was fetched")
+
+    monkeypatch.setattr(source._downloaders.own, "download", fetched)
+    with pytest.raises(OversizedDocumentError, match=r"has 1001 bytes, more than 1000\. Restore"):
+        source.read(name)

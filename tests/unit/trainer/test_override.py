@@ -1,5 +1,6 @@
 """What is typed reaches its setting, or is explained in a paragraph of ours."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trainer.composition
+import trainer.groups
 from tests.support.commands import refusal
 from tests.support.configuration import configuration
 from trainer.composition import composed, configured
@@ -57,7 +60,9 @@ def test_a_text_reaches_its_setting_as_it_was_typed(text):
     ],
 )
 def test_no_other_program_speaks_to_the_user(key):
-    for text in ("~/a", "a#b", "(a", "a,b", "[a", "ü", "a: b", "'", "9" * 5000):
+    long, deep = "9" * 5000, "[" * 3000
+    unfit = ("~/a", "a#b", "(a", "a,b", "[a", "ü", "a: b", "'", long, f"[0,{long}]", deep)
+    for text in unfit:
         error = refusal(lambda text=text: validate(composed([DIGITS, f"{key}={text}"]))) or ""
         assert "\n" not in error
         for stranger in ("hydra", "lexer", "token", "omegaconf", "override", "primitive"):
@@ -87,6 +92,32 @@ def test_what_cannot_be_read_is_explained(word, parts):
         composed([DIGITS, word])
     for part in parts:
         assert part in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"train:\n  seed: " + b"7" * 5000, "5000 digits"),
+        (b"train:\n  seed: 0x" + b"f" * 5000, "train.seed=… must lie between"),
+        (b"train:\n  seed: " + b"[" * 3000 + b"]" * 3000, "nested too deep"),
+        (b"train: &a\n  seed: *a", "nested too deep"),
+        (b"\xff\xfe\x80", "utf-8"),
+        (b"train:\n  seed: !!set {1}", "Value 'set' is not a supported primitive type"),
+        (b"train:\n  seed: !!python/object/apply:os.abort []", "could not determine a constructor"),
+    ],
+)
+def test_an_experiment_of_somebody_else_is_refused_in_a_line(
+    tmp_path, monkeypatch, content, reason
+):
+    folder = shutil.copytree(trainer.groups.CONFIG_FOLDER, tmp_path / "configs")
+    for module in (trainer.groups, trainer.composition):
+        monkeypatch.setattr(module, "CONFIG_FOLDER", folder)
+    (folder / "exp" / "theirs.yaml").write_bytes(b"# @package _global_\n" + content)
+    error = refusal(lambda: composed(["+exp=theirs"]))
+    assert error is not None
+    assert "train.seed" in reason or "from the files of +exp=theirs: " in error
+    assert reason in error
+    assert "\n" not in error
 
 
 def test_a_command_reads_no_environment_either():

@@ -61,7 +61,7 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
         raise InvalidAboutError(
             f"{source.prefix}/{ABOUT_NAME} is not what pipelines.ingest writes "
             f"({type(error).__name__}: {error}). Restore the file, or remove it to do without the "
-            "names of the classes."
+            "names of the classes; if you changed it yourself, remove its field sha256."
         ) from error
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipelines.console import visible
 from pipelines.errors import UnreadableSourceError
+from pipelines.json_document import DocumentError, read_bounded
 
 _MOST_BYTES = 1 << 26
 
@@ -17,10 +18,9 @@ def read_class_names(path: Path) -> tuple[str, ...]:
             or has an empty line among them.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise OSError(f"it holds more than {_MOST_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8-sig").rstrip("\r\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(path, most_bytes=_MOST_BYTES).decode("utf-8-sig")
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    except (OSError, DocumentError, UnicodeDecodeError) as error:
         raise UnreadableSourceError(
             f"The class list {path} cannot be read ({error}). Give a text file with the name of "
             "one class a line, in the order of the labels."

@@ -180,6 +180,10 @@ def test_labels_are_compared_with_the_classes(
     about = json.loads((train / ABOUT_NAME).read_text())
     about |= {"classes": ["ant", "bee"], "images_per_class": [8, 9]}
     (train / ABOUT_NAME).write_text(json.dumps(about))
+    assert verified(str(train)) == 2
+    assert "if you changed it yourself, remove its field sha256" in capsys.readouterr().err
+    del about["sha256"]
+    (train / ABOUT_NAME).write_text(json.dumps(about))
     assert verified(str(train)) == 1
     said = capsys.readouterr().out
     dataset = ShardedDataset(str(train))
@@ -253,10 +257,10 @@ def test_a_shard_that_its_store_does_not_give_is_listed(
     fetch = Source.fetch
     refused = [name]
 
-    def refuse(self: Source, wanted: str, path: Path) -> None:
+    def refuse(self: Source, wanted: str, path: Path, **options: int) -> None:
         if wanted in refused:
             raise StoreUnreachableError(f"The store refused to give {wanted}.")
-        fetch(self, wanted, path)
+        fetch(self, wanted, path, **options)
 
     monkeypatch.setattr(Source, "fetch", refuse)
     prefix = f"file://{train}"

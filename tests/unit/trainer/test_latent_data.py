@@ -17,6 +17,7 @@ from pipelines.decode import DecodeConfig, make_decoder
 from pipelines.ingest.latents.__main__ import main as encode
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import RECORD_NAME
+from pipelines.sealed_document import sealed, unsealed
 from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.configuration import configuration
@@ -168,7 +169,8 @@ def test_real_images_are_those_the_latents_were_made_of(place: Path, pristine: P
 
 def edit(place: Path, **changes: object) -> None:
     file = place / "latents" / "train" / RECORD_NAME
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    body = {**unsealed(json.loads(file.read_text())), **changes}
+    file.write_text(json.dumps(sealed(body)))
 
 
 def test_another_autoencoder_is_refused(place: Path) -> None:

@@ -35,6 +35,10 @@ class OversizedDocumentError(DataError):
     """A file that describes the dataset is far too large to be one."""
 
 
+class UnreadableDocumentError(DataError):
+    """What lies in the place of a file that describes the dataset cannot be read."""
+
+
 class MissingLatentRecordError(DataError):
     """Latents do not say what they were made with: there is no latents.json."""
 

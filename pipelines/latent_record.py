@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pipelines.errors import InvalidLatentRecordError, MissingLatentRecordError
 from pipelines.json_document import DocumentError, parse_json
 from pipelines.latent_format import LatentFormat
-from pipelines.sealed_document import unsealed
+from pipelines.sealed_document import belongs, unsealed
 from pipelines.source import Source, SourceConfig
 
 RECORD_NAME = "latents.json"
@@ -120,7 +120,13 @@ def read_latent_record(prefix: str, *, config: SourceConfig | None = None) -> La
             "latents belong to. Check that the prefix is that of one split, or write the latents "
             "with python -m pipelines.ingest.latents."
         ) from error
-    return parse_latent_record(content, prefix=source.prefix)
+    record = parse_latent_record(content, prefix=source.prefix)
+    if not belongs(parse_json(content), source.read_index):
+        raise InvalidLatentRecordError(
+            f"{source.prefix}/{RECORD_NAME} is of other latents than the index beside it. Restore "
+            "the file, or write the latents again with python -m pipelines.ingest.latents."
+        )
+    return record
 
 
 def parse_latent_record(content: bytes, *, prefix: str) -> LatentRecord:

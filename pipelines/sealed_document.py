@@ -5,12 +5,14 @@ It is no signature: who can write there can write another sum as well.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines.json_document import DocumentError, parse_json
 
 CHECKSUM = "sha256"
+INDEX_SHA256 = "index_sha256"
+"""Of the index that a document lies beside, where there is one."""
 
 
 def canonical(values: Any) -> bytes:
@@ -60,6 +62,17 @@ def unsealed(values: Any, *, required: bool = True) -> dict[str, Any]:
     if told != _digest(body):
         raise DocumentError("its checksum is wrong, so it was changed after it was written")
     return body
+
+
+def belongs(values: Any, index: Callable[[], bytes]) -> bool:
+    """Tell whether what was read beside an index is of that very index.
+
+    Args:
+        values: What was read; without a sum, or of a version that told no index, it is believed.
+        index: Reads the index, if that is asked for.
+    """
+    told = values.get(INDEX_SHA256) if CHECKSUM in values else None
+    return told is None or told == hashlib.sha256(index()).hexdigest()
 
 
 def _digest(body: Mapping[str, Any]) -> str:

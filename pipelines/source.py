@@ -24,6 +24,7 @@ from pipelines.errors import (
     MissingDatasetError,
     OversizedDocumentError,
     StoreUnreachableError,
+    UnreadableDocumentError,
 )
 from pipelines.index import INDEX_NAME
 from pipelines.json_document import MAX_DOCUMENT_BYTES, DocumentError, read_bounded
@@ -118,6 +119,8 @@ class Source:
         started_s = time.monotonic()
         for attempt in count(1):
             try:
+                if not urlsplit(url).scheme and Path(url).exists() and not Path(url).is_file():
+                    raise FileNotFoundError(url)  # but something else, which may have no end
                 with told_when_slow(f"fetching {url}"):
                     if most_bytes is not None:
                         self._check_size(downloader, url, most_bytes)
@@ -151,6 +154,7 @@ class Source:
         Raises:
             FileNotFoundError: There is none.
             OversizedDocumentError: It is far larger than what it should be.
+            UnreadableDocumentError: It may not be read, or is no file.
             StoreUnreachableError: The store refuses, or does not answer.
         """
         try:
@@ -165,6 +169,13 @@ class Source:
                 f"{self.prefix}/{name} is not read: {error}. Restore the file, or write the "
                 "dataset again."
             ) from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise UnreadableDocumentError(
+                f"{self.prefix}/{name} cannot be read ({error.strerror}). Restore the file, or let "
+                "this user read it."
+            ) from error
 
     def read_index(self) -> bytes:
         """Fetch the content of index.json.

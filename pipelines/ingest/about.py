@@ -1,12 +1,13 @@
 """What a dataset says of itself: ingest.json, which an ingest writes beside the index."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.console import visible
 from pipelines.errors import DataError
 from pipelines.ingest.entry import PassedOver
-from pipelines.json_document import parse_json
-from pipelines.sealed_document import unsealed
+from pipelines.json_document import DocumentError, parse_json
+from pipelines.sealed_document import belongs, unsealed
 from pipelines.source import Source, SourceConfig
 
 ABOUT_NAME = "ingest.json"
@@ -47,7 +48,8 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
         None for a dataset that something else wrote, such as streaming's own MDSWriter.
 
     Raises:
-        InvalidAboutError: There is an ingest.json of another kind.
+        InvalidAboutError: There is an ingest.json of another kind, or of another dataset.
+        MissingDatasetError: There is one, and no index beside it.
         StoreUnreachableError: The store refuses, or does not answer.
     """
     source = Source(prefix, config=config or SourceConfig())
@@ -56,7 +58,13 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return _parsed(content)
+        values = parse_json(content)
+        about = _parsed(values)
+        if not belongs(values, source.read_index):
+            raise DocumentError("it is of another dataset than the index beside it")
+        return about
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidAboutError(
             f"{source.prefix}/{ABOUT_NAME} is not what pipelines.ingest writes "
@@ -65,9 +73,9 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
         ) from error
 
 
-def _parsed(content: bytes) -> About:
+def _parsed(values: Any) -> About:
     # Datasets of before have no checksum.
-    values = unsealed(parse_json(content), required=False)
+    values = unsealed(values, required=False)
     classes, counts = values["classes"], values.get("images_per_class")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes is not a list of names")

@@ -17,7 +17,7 @@ from pipelines.index import INDEX_NAME
 from pipelines.ingest.about import read_about
 from pipelines.ingest.shard_files import FinishedShard, discard_records
 from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied, told_when_full
-from pipelines.sealed_document import sealed
+from pipelines.sealed_document import INDEX_SHA256, sealed
 from pipelines.source import Source, SourceConfig
 
 Documents = Mapping[str, Mapping[str, Any]]
@@ -118,9 +118,11 @@ def _write(
     entries = [shard.entry for shard in finished if shard.entry]
     if not entries:
         raise EmptyDatasetError("None of the images can be decoded.")
+    index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
+    beside = {INDEX_SHA256: hashlib.sha256(index).hexdigest()}
     for name, content in contents.items():
-        (work / name).write_text(json.dumps(sealed(content), indent=1))
-    (work / INDEX_NAME).write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+        (work / name).write_text(json.dumps(sealed({**content, **beside}), indent=1))
+    (work / INDEX_NAME).write_bytes(index)
     return list(contents)
 
 

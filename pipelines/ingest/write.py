@@ -167,8 +167,6 @@ def _present(source: Source) -> tuple[Shard, ...] | None:
         return parse_index(source.read_index(), prefix=source.prefix)
     except MissingDatasetError:
         return None
-    except PermissionError as error:
-        raise _unwritable(Path(source.prefix), error) from error
 
 
 def refuse_occupied(target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from trainer.checkpoint_command.run_place import open_run
 from trainer.command import Outcome
 from trainer.export.export import ExportSettings, export_checkpoint
 from trainer.schema import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,5 +51,9 @@ def export_chosen_checkpoint(config: ExportConfig) -> Outcome:
     if found.newest_valid is None:
         raise DamagedCheckpoint(
             f"{config.uri} cannot be exported: {found.damaged[max(found.damaged)]}"
+        )
+    for newer in sorted(each for each in found.damaged if each > found.newest_valid.images):
+        logger.warning(
+            "passing over checkpoint %s: %s", place.catalogue.uri(newer), found.damaged[newer]
         )
     return Outcome(f"{export_checkpoint(place.store, found.newest_valid, config)}")

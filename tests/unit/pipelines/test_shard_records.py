@@ -1,7 +1,9 @@
 """What an interrupted ingest left of itself is believed only as it was written."""
 
+import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,8 @@ import pytest
 from pipelines.errors import InvalidLatentRecordError
 from pipelines.ingest.about import InvalidAboutError, read_about
 from pipelines.ingest.shard_files import Filled, WriteSample, write_shards
-from pipelines.latent_record import parse_latent_record
-from pipelines.sealed_document import sealed
+from pipelines.latent_record import parse_latent_record, read_latent_record
+from pipelines.sealed_document import INDEX_SHA256, sealed
 from tests.unit.pipelines.test_latent_record import content
 
 PLAN = "what is to be written"
@@ -84,3 +86,25 @@ def test_documents_beside_an_index_tell_that_they_were_changed(tmp_path: Path) -
     assert changed != latents
     with pytest.raises(InvalidLatentRecordError, match="its checksum is wrong"):
         parse_latent_record(changed.encode(), prefix="here")
+
+
+def test_a_document_of_another_dataset_is_refused(tmp_path: Path) -> None:
+    for name, label in (("one", 0), ("two", 1)):
+        (tmp_path / name).mkdir()
+        index = b'{"version": 2, "shards": [%d]}' % label
+        (tmp_path / name / "index.json").write_bytes(index)
+        of = {INDEX_SHA256: hashlib.sha256(index).hexdigest()}
+        about = {"plan": "x", "classes": [name], "skipped": [], **of}
+        (tmp_path / name / "ingest.json").write_text(json.dumps(sealed(about)))
+        record = {**json.loads(content()), **of}
+        (tmp_path / name / "latents.json").write_text(json.dumps(sealed(record)))
+    about = read_about(str(tmp_path / "one"))
+    assert about is not None
+    assert about.classes == ("one",)
+    assert read_latent_record(str(tmp_path / "one"))
+    for file in ("ingest.json", "latents.json"):
+        shutil.copy(tmp_path / "two" / file, tmp_path / "one" / file)
+    with pytest.raises(InvalidAboutError, match="of another dataset than the index"):
+        read_about(str(tmp_path / "one"))
+    with pytest.raises(InvalidLatentRecordError, match="of other latents than the index"):
+        read_latent_record(str(tmp_path / "one"))

@@ -1,6 +1,7 @@
 """Fetching files: what is tried again and for how long, and what is not."""
 
 import logging
+import os
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,23 @@ def test_nothing_is_listed_or_written_for_a_mistyped_target(
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(DataError, match=f"got .*{next(iter(wrong.values()))}"):
         SourceConfig(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless"])
+@pytest.mark.parametrize("prefix", ["{}", "file://{}"])
+def test_what_is_no_file_is_not_read(
+    kind: str, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "index.json"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to("/dev/zero")
+    assert main(["verify", prefix.format(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "index.json" in line
 
 
 @pytest.mark.parametrize("name", ["index.json", "ingest.json", "latents.json"])

@@ -231,7 +231,10 @@ def test_export_takes_the_newest_valid_one_or_the_one_chosen(
         output = tmp_path / f"{uuid.uuid4().hex}.safetensors"
         words = (*words, f"output={output}", "file=safetensors")
         assert checkpoints.main(["export", uri, *words]) == 0
-        assert capsys.readouterr().out == f"{output}\n"
+        said = capsys.readouterr()
+        assert said.out == f"{output}\n"
+        passed_over = f"passing over checkpoint {run}/checkpoints/{IMAGES + 100:012d}: " in said.err
+        assert passed_over == (words[0] != f"choose={IMAGES}" and uri == run)
         return load_file(output)
 
     for weights, model in (("ema", saved.ema), ("master", saved.master)):

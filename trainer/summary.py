@@ -104,7 +104,13 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
         return None
     told, held_out = report.origin, open_images(job, "test").digest
     wanted = (job.run, newest.attempt, held_out)
-    return report if (told.run, told.attempt, told.held_out_index) == wanted else None
+    if (told.run, told.attempt, told.held_out_index) == wanted:
+        return report
+    logger.warning(
+        "%s tells of another checkpoint or of other held-out images, so it is measured again",
+        store.uri(key),
+    )
+    return None
 
 
 def summary(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.pixels import as_png
+from trainer.evaluate.report import EvaluationReport
 from trainer.launch import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
@@ -158,6 +160,14 @@ def test_a_damaged_report_is_put_aside_and_the_run_is_measured_again(launch, tmp
         assert shown in output.splitlines()
         assert "images/s" not in output  # nothing is trained again
         assert file.read_bytes() == whole
+    stale = EvaluationReport.from_json(whole)
+    stale = replace(stale, frechet=0.0001, origin=replace(stale.origin, attempt="another"))
+    file.write_bytes(stale.to_json())
+    code, output = launch([])
+    assert code == 0
+    assert f"{file} tells of another checkpoint" in output
+    assert shown in output.splitlines()
+    assert file.read_bytes() == whole
     code, output = launch([])
     assert code == 0
     assert "this run is complete" in output

@@ -131,6 +131,7 @@ class KeptFeatures:
         """Return what an earlier call has written; what is damaged is put aside and told."""
         folder = self.files.whole(made_of=self._made_of)
         if folder is None:
+            self._put_aside()
             return None
         tensors = load((folder / _FILE).read_bytes())
         accuracy = float(tensors.pop(_ACCURACY))
@@ -144,10 +145,15 @@ class KeptFeatures:
         """Keep weights, as far as the disk lets it."""
         tensors = {**network.state_dict(), _ACCURACY: torch.tensor(accuracy, dtype=torch.float64)}
         try:
-            self.files.put_aside(made_of=self._made_of)
             self.files.keep({_FILE: save(tensors)}, made_of=self._made_of)
         except StoreError as error:
             logger.warning("what was learned is not kept, and will be learned again: %s", error)
+
+    def _put_aside(self) -> None:
+        try:
+            self.files.put_aside(made_of=self._made_of)
+        except StoreError as error:
+            logger.warning("what is damaged cannot be put aside: %s", error)
 
     @property
     def _made_of(self) -> str:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from typing import TextIO
 
-# All but tab and line break: a terminal would obey them.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LAYOUT = "\n\t"
 
 
 def visible(text: str) -> str:
@@ -33,15 +31,18 @@ def say(text: str, *, to: TextIO | None = None) -> None:
     """Write a line at once, as far as it can be written.
 
     Args:
-        text: The line, or several; control characters, and those that the stream's encoding lacks,
-            are escaped.
+        text: The line, or several that are laid out here; what comes from outside has been made
+            `visible`, or it could add lines. What a terminal would obey, and what the stream's
+            encoding lacks, is escaped.
         to: Where; None is standard output as it is now.
     """
     stream: TextIO | None = to or sys.stdout
     if stream is None or stream.closed:  # standard output was closed before the program began
         return
     encoding = stream.encoding or "utf-8"
-    text = _CONTROLS.sub(lambda found: _escaped(found[0]), text)
+    text = "".join(
+        letter if letter.isprintable() or letter in _LAYOUT else _escaped(letter) for letter in text
+    )
     try:
         stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
         stream.flush()
@@ -49,6 +50,11 @@ def say(text: str, *, to: TextIO | None = None) -> None:
         _drop_buffered(stream)
     except RuntimeError:
         return  # a signal handler speaks while the line that it interrupts is being written
+
+
+def say_error(error: object) -> None:
+    """Write an error to standard error as one line, whatever it quotes."""
+    say(f"error: {visible(str(error))}", to=sys.stderr)
 
 
 class SayingHandler(logging.Handler):

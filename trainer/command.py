@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pipelines.console import say
+from pipelines.console import say, say_error
 from trainer.checkpoint.errors import CheckpointError
 from trainer.composition import MissingSettingError, configured
 from trainer.log_lines import logs_shown
@@ -161,7 +160,7 @@ def _answered(
             raise
         missing = isinstance(error, MissingSettingError)
         hint = f", for example: python -m {example}" if missing else ""
-        say(f"error: {error}{hint}", to=sys.stderr)
+        say_error(f"{error}{hint}")
         return 2
     say(made.text)
     return made.exit_code

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from pipelines.console import say
+from pipelines.console import say, say_error, visible
 from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
 from trainer.metrics.mlflow_curves import run_curves
 from trainer.metrics.mlflow_place import TrackerUnreachable, tracking_uri
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         found = differences(a, b, tolerance=options.tolerance)
     except (CurvesError, TrackerUnreachable, InvalidTrackingUri) as error:
-        say(f"error: {error}", to=sys.stderr)
+        say_error(error)
         return _REFUSED
     told = described(found, tolerance=options.tolerance, only_common=options.common_points)
     say(told)
@@ -77,11 +77,11 @@ def described(found: Sequence[Difference], *, tolerance: float, only_common: boo
         tolerance: Relative difference up to which values agree.
         only_common: Whether points that one side lacks are passed over.
     """
-    width = max(len(one.metric) for one in found)
+    width = max(len(visible(one.metric)) for one in found)
     lines = []
     for one in found:
         missing = f", {one.unmatched} more on one side only" if one.unmatched else ""
-        parts = [f"{one.metric:<{width}}  {one.points} points{missing}"]
+        parts = [f"{visible(one.metric):<{width}}  {one.points} points{missing}"]
         parts.append(f"largest relative difference {one.largest:.3g} at {one.largest_at:,} images")
         if one.first_at is not None and one.first is not None:
             a, b = one.first

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
-from pipelines.console import say
+from pipelines.console import say, visible
 
 _PROJECT = "lapflow-trainer"
 _PATIENCE_S = 300
@@ -78,8 +78,10 @@ class Finding:
 
     def text(self) -> str:
         """Return a line, and two more if something is wrong."""
-        line = f"{'WRONG' if self.wrong else 'ok':<6} {self.name:<22} {self.found}"
-        return f"{line}\n       {self.wrong}\n       fix: {self.fix}" if self.wrong else line
+        line = f"{'WRONG' if self.wrong else 'ok':<6} {self.name:<22} {visible(self.found)}"
+        if not self.wrong:
+            return line
+        return f"{line}\n       {visible(self.wrong)}\n       fix: {self.fix}"
 
 
 def examine() -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipelines.console import say
+from pipelines.console import say, say_error, visible
 from pipelines.errors import DataError
 from trainer import places
 from trainer.checkpoint.errors import StoreError
@@ -29,7 +29,10 @@ def failed(job: JobConfig, console: Console, error: Exception) -> int:
     """
     if console.tracked:
         end_run(job.tracking, str(places.home(job)), console.tracked, "FAILED")
-    say(f"error: {error}", to=sys.stderr)
+    tail = getattr(error, "traceback_tail", "")
+    say_error(str(error).removesuffix(f"\n{tail}") if tail else error)
+    if tail and not isinstance(error, ValueError):
+        say("\n".join(f"  {visible(line)}" for line in tail.split("\n")), to=sys.stderr)
     if isinstance(error, ValueError):
         if console.last_checkpoint:
             say(f"the run's last checkpoint is {console.last_checkpoint}")
@@ -72,17 +75,16 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> int:
     except (StoreError, DataError) as error:
         console.note(f"warning: the results cannot be shown: {error}")
     if report is not None:
-        console.note(summary(job, report, seconds=seconds))
+        console.page(summary(job, report, seconds=seconds))
     elif console.figures is not None:
-        console.note(summary(job, console.figures, seconds=seconds, written=False))
-    console.note(f"\nlook at the run: {where_to_look(job)}")
+        console.page(summary(job, console.figures, seconds=seconds, written=False))
+    console.page(f"\nlook at the run: {visible(where_to_look(job))}")
     if code := _unsaved(console):
         return code
     if console.unmeasured:
-        say(
-            f"error: the run is trained to its end ({console.last_checkpoint}), but its samples "
-            f"could not be measured: {console.unmeasured}",
-            to=sys.stderr,
+        say_error(
+            f"the run is trained to its end ({console.last_checkpoint}), but its samples could not "
+            f"be measured: {console.unmeasured}"
         )
         return FAILED
     if report is None and console.unwritten:
@@ -94,7 +96,7 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> int:
         )
         return FAILED
     if report is None:
-        say("error: the run ended without a report; run the same command again", to=sys.stderr)
+        say_error("the run ended without a report; run the same command again")
         return FAILED
     return 0
 
@@ -116,9 +118,8 @@ def _unsaved(console: Console) -> int:
         return 0
     images, reason = max(console.failed_saves.items())
     count = len(console.failed_saves)
-    say(
-        f"error: {count} checkpoint{'s' * (count > 1)} of this launch could not be saved, the "
-        f"last after {images:,} images: {reason}",
-        to=sys.stderr,
+    say_error(
+        f"{count} checkpoint{'s' * (count > 1)} of this launch could not be saved, the "
+        f"last after {images:,} images: {reason}"
     )
     return UNSAVED

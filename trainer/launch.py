@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipelines.console import say
+from pipelines.console import say, say_error
 from trainer.checkpoint.errors import CheckpointError
 from trainer.groups import check_members, members
 from trainer.log_lines import logs_shown
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     if options.multirun:
-        say(f"error: {_ONE_RUN}", to=sys.stderr)
+        say_error(_ONE_RUN)
         return _REFUSED
     try:
         job = _checked(options.overrides)
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, CheckpointError) as error:
         if not is_users_mistake(error) and not isinstance(error, CheckpointError):
             raise
-        say(f"error: {error}", to=sys.stderr)
+        say_error(error)
         return _REFUSED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

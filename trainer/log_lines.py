@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.console import SayingHandler
+from pipelines.console import SayingHandler, visible
 from trainer.clock import format_duration
 
 # The last is the module that `python -m` runs.
@@ -22,17 +22,36 @@ class _Lines(logging.Formatter):
     """`[12s] what begins`, counted from the start of the process, or a warning with its origin."""
 
     def format(self, record: logging.LogRecord) -> str:
+        text = visible(record.getMessage())  # one line, whatever it quotes
         if record.levelno < logging.WARNING:
-            return f"[{format_duration(record.relativeCreated / 1000)}] {record.getMessage()}"
-        return f"{record.levelname} {record.name}: {record.getMessage()}"
+            return f"[{format_duration(record.relativeCreated / 1000)}] {text}"
+        return f"{record.levelname} {record.name}: {text}"
+
+
+class _Shown(SayingHandler):
+    """Shows what is logged, and keeps in mind which warnings that were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Lines())
+        self.warnings: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self.warnings.add(record.getMessage())
+        super().emit(record)
+
+
+def was_shown(warning: str) -> bool:
+    """Tell whether `logs_shown` has shown a warning of this text in its `with` block."""
+    handlers = logging.getLogger(_ROOT).handlers
+    return any(warning in each.warnings for each in handlers if isinstance(each, _Shown))
 
 
 @contextmanager
 def logs_shown() -> Iterator[None]:
     """Print our own packages' news and everyone's warnings to standard error, in a `with` block."""
-    handler = SayingHandler()
-    handler.setFormatter(_Lines())
-    with _levels(logging.INFO), _attached(handler, [_ROOT]):
+    with _levels(logging.INFO), _attached(_Shown(), [_ROOT]):
         yield
 
 
@@ -46,7 +65,7 @@ class _Teller(logging.Handler):
         if record.levelno < logging.WARNING:
             self._tell({"kind": "phase", "text": record.getMessage()})
         else:
-            self._tell({"kind": "warning", "text": f"worker {self._rank}: {record.getMessage()}"})
+            self._tell({"kind": "warning", "rank": self._rank, "text": record.getMessage()})
 
 
 @contextmanager

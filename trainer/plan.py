@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from cluster.hardware import HardwareError
 from cluster.planner import Candidate, candidates, explain, fastest
-from pipelines.console import say
+from pipelines.console import say, say_error
 from trainer.composition import composed
 from trainer.groups import members
 from trainer.mistakes import is_users_mistake
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not is_users_mistake(error):
             raise
-        say(f"error: {error}", to=sys.stderr)
+        say_error(error)
         return _REFUSED
     chosen = fastest(found)
     if options.json:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.console import say
+from pipelines.console import say, say_error
 from trainer.setting import MISSING, Setting, closest, leaf_types, listed, settings_of
 
 _WIDTH = 100
@@ -87,7 +87,8 @@ class ExplainAction(argparse.Action):
         try:
             say(explanation(self._kind(), key))
         except KeyError as error:
-            parser.exit(2, f"error: {error.args[0]}\n")
+            say_error(error.args[0])
+            parser.exit(2)
         parser.exit()
 
 

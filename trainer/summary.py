@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.console import say
+from pipelines.console import say, visible
 from trainer import places
 from trainer.checkpoint.kept_documents import believed
 from trainer.checkpoint.reader import CheckpointReader
@@ -14,6 +14,7 @@ from trainer.checkpoint.store import open_store
 from trainer.clock import format_duration
 from trainer.data import open_images
 from trainer.evaluate.report import EvaluationReport, evaluation_key
+from trainer.log_lines import was_shown
 from trainer.schema import JobConfig, to_dict
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a line."""
+        say(visible(text))
+
+    def page(self, text: str) -> None:
+        """Print lines that are laid out, in which what comes from outside is visible."""
         say(text)
 
     def message(self, message: Mapping[str, Any]) -> None:
@@ -58,7 +63,7 @@ class Console:
             case "phase":
                 logger.info("%s", message["text"])
             case "warning":
-                self.note(f"warning: {message['text']}")
+                self._warn(str(message["text"]), rank=message.get("rank"))
             case "checkpoint":
                 self.last_checkpoint = str(message["uri"])
                 # It was given up before, perhaps by workers that were started again since.
@@ -79,6 +84,11 @@ class Console:
                 self.tracked = str(message["run_id"])
             case "end":
                 self.finished = message["end"] == "finished"
+
+    def _warn(self, text: str, *, rank: int | None) -> None:
+        # The workers meet again what the checks before the start have met and told.
+        if not was_shown(text):
+            self.note(f"warning: {text}" if rank is None else f"warning: worker {rank}: {text}")
 
 
 def final_report(job: JobConfig) -> EvaluationReport | None:
@@ -157,7 +167,7 @@ def summary(
             )
         )
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {visible(value)}" for name, value in rows)
 
 
 def _held_out(report: EvaluationReport) -> str:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipelines.console import say
+from pipelines.console import say, say_error
 from pipelines.errors import DataError
 from pipelines.ingest import digits, huggingface, image_folder, verify
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options, say)
     except DataError as error:
-        say(f"error: {error}", to=sys.stderr)
+        say_error(error)
         return _REFUSED
     return status
 

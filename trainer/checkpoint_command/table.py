@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+from pipelines.console import visible
 from trainer.byte_size import format_bytes
 from trainer.checkpoint.inventory import Inventory
 
@@ -119,11 +120,16 @@ def table(listed: Sequence[Entry], *, features: str | None, gone: str = "expires
     if features is None:
         del columns[5]
     laid = []
-    for head, right, cells in columns:
+    for title, right, raw in columns:
+        head, *cells = map(visible, (title, *raw))
         width = max(map(len, (head, *cells)))
         laid.append([cell.rjust(width) if right else cell.ljust(width) for cell in (head, *cells)])
     lines = ["  ".join(row).rstrip() for row in zip(*laid, strict=True)]
-    notes = [f"{each.images:,} is {each.state}: {each.problem}" for each in listed if each.problem]
+    notes = [
+        f"{each.images:,} is {each.state}: {visible(each.problem)}"
+        for each in listed
+        if each.problem
+    ]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from pipelines.console import say
+from pipelines.console import say, visible
 from trainer.checkpoint.inventory import Inventory
 from trainer.checkpoint.store import StoreConfig
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
@@ -44,7 +44,7 @@ def verify_checkpoints(config: VerifyConfig) -> Outcome:
     lines = []
     for images, problems in damage.items():
         lines.append(f"{images:>15,}  {'DAMAGED' if problems else 'whole'}")
-        lines += [f"{'':17}{problem}" for problem in problems]
+        lines += [f"{'':17}{visible(problem)}" for problem in problems]
     whole = [images for images, problems in damage.items() if not problems]
     number = len(damage) - len(whole)
     lines += ["", f"{len(whole)} whole to the last byte, {number} damaged"]

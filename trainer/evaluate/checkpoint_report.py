@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipelines.console import visible
 from pipelines.json_document import parse_json, typed
 from pipelines.sealed_document import sealed, unsealed
 
@@ -125,10 +126,11 @@ def table(reports: Sequence[CheckpointReport]) -> str:
         for report in reports
         for distance in report.distances
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    shown = [tuple(map(visible, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *shown, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
+        for row in (head, *shown)
     ]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.console import visible
 from trainer.checkpoint.manifest import Manifest
 from trainer.evaluate.measured import MeasuredDistance
 from trainer.export import card_code
@@ -70,7 +71,7 @@ class ModelCard:
             "publish it.",
         }
         body = "\n".join(f"## {title}\n\n{text.strip()}\n" for title, text in sections.items())
-        return f"{self._head()}\n# {self.manifest.run}\n\n{self._summary()}\n\n{body}"
+        return f"{self._head()}\n# {_cell(self.manifest.run)}\n\n{self._summary()}\n\n{body}"
 
     def _head(self) -> str:
         # Hubs have a task for models without conditions, and none for models of classes.
@@ -193,7 +194,7 @@ class ModelCard:
         head = ("weights", "features", "Fréchet distance", "real halves", "samples", "sampler")
         rows = [
             (
-                result.weights,
+                _cell(result.weights),
                 _code(result.features),
                 f"{result.frechet:.4g}",
                 "" if result.frechet_real_halves is None else f"{result.frechet_real_halves:.4g}",
@@ -259,9 +260,13 @@ def _table(values: Mapping[str, object]) -> str:
 
 def _cell(value: object) -> str:
     """Escape what would end a cell or be read as HTML or Markdown."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*_|<>\[\]&~#$]|:(?=//))", r"\\\1", _line(value))
 
 
 def _code(value: object) -> str:
     """Quote a value as code, in a table too."""
-    return f"`{re.sub(r'[`|]', ' ', ' '.join(str(value).split()))}`"
+    return f"`{re.sub(r'[`|]', ' ', _line(value))}`"
+
+
+def _line(value: object) -> str:
+    return visible(" ".join(str(value).split()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
 _log = logging.getLogger(__name__)
+
+_SQLITE = "sqlite:///"
+_OTHER_SCHEMA = "out-of-date database schema"  # MLflow says so of newer ones too
 
 
 class TrackerUnreachable(ValueError):
@@ -43,15 +48,45 @@ def check_tracker(config: TrackingConfig, home: str) -> str:
         TrackerUnreachable: If MLflow cannot be used.
     """
     uri = tracking_uri(config, home)
+    _check_file(uri)
     try:
         return experiment_id(connect(uri), config.experiment, uri, home)
     except ExperimentDeleted:
         raise
     except Exception as error:
+        if _OTHER_SCHEMA in str(error):
+            raise TrackerUnreachable(
+                f"MLflow at tracking.uri={uri} keeps its runs as another version of MLflow does "
+                f"({cause(error).partition('. ')[0]}). Use the version that wrote it, bring an "
+                "older file up to date with `mlflow db upgrade` after a backup, or name another "
+                "one with tracking.uri"
+            ) from error
         raise TrackerUnreachable(
             f"MLflow at tracking.uri={uri} cannot be used: {cause(error)}.{proxy_hint(uri)} Start "
             "the server or correct tracking.uri; tracking.required=false trains without waiting "
             "for it"
+        ) from error
+
+
+def _check_file(uri: str) -> None:
+    """Write to the SQLite file of a tracking URI; MLflow tries one that it cannot for minutes."""
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    if not uri.startswith(_SQLITE) or path in ("", ":memory:"):
+        return
+    try:
+        if Path(path).is_dir():
+            raise sqlite3.OperationalError("it is a folder")
+        with closing(sqlite3.connect(path)) as database:
+            ((version,),) = database.execute("PRAGMA user_version").fetchall()
+            database.execute(f"PRAGMA user_version = {version}")
+    except sqlite3.Error as error:
+        if "locked" in str(error):
+            return  # another program is at it, for which MLflow waits
+        raise TrackerUnreachable(
+            f"MLflow's file {path} cannot be used: {error}. Move it away, make it and its folder "
+            "writable, make room on its disk, or name another one with "
+            "tracking.uri=sqlite:////FOLDER/mlflow.db; tracking.required=false trains without "
+            "waiting for it"
         ) from error
 
 

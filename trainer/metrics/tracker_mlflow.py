@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.console import visible
 from pipelines.proxies import proxy_hint
 from trainer.metrics.mlflow_place import (
     ExperimentDeleted,
@@ -95,14 +96,17 @@ class MlflowTracker:
             client.log_text(self._run_id, text, "config.yaml")
             known = client.get_run(self._run_id).data
             fresh = [
-                Param(name, value[:_MAX_PARAMETER_CHARACTERS])
+                Param(name, visible(value)[:_MAX_PARAMETER_CHARACTERS])
                 for name, value in flat.items()
                 if name not in known.params
             ]
             for start in range(0, len(fresh), _PARAMETERS_PER_CALL):
                 part = fresh[start : start + _PARAMETERS_PER_CALL]
                 client.log_batch(self._run_id, params=part)
-            client.log_batch(self._run_id, tags=[RunTag(*tag) for tag in tags.items()])
+            client.log_batch(
+                self._run_id,
+                tags=[RunTag(name, visible(value)) for name, value in tags.items()],
+            )
             for name in known.tags:
                 if name.startswith(_SETTING_TAG) and name not in tags:
                     client.delete_tag(self._run_id, name)
@@ -145,7 +149,7 @@ class MlflowTracker:
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
-        self._put(lambda client: client.set_tag(self._run_id, name, value))
+        self._put(lambda client: client.set_tag(self._run_id, name, visible(value)))
 
     def close(self, status: str) -> None:
         """End the run and wait for the queue, but not longer than configured."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.console import say
+from pipelines.console import say, say_error
 from pipelines.errors import IngestSettingError, MissingDatasetError
 from pipelines.ingest.class_list import read_class_names
 from pipelines.ingest.latents.arrays.layout import ArrayLayout
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # The trainer names the setting that it has for the autoencoder.
         said = str(error).replace("codec.source=", "--autoencoder ")
-        say(f"error: {said.replace('codec.source', '--autoencoder')}", to=sys.stderr)
+        say_error(said.replace("codec.source", "--autoencoder"))
         return _REFUSED
     return 0
 

@@ -39,7 +39,7 @@ def test_workers_tell_warnings_and_the_first_one_what_it_is_at():
     logger.warning("nobody listens")
     assert told == [
         {"kind": "phase", "text": "building"},
-        {"kind": "warning", "text": "worker 0: odd"},
-        {"kind": "warning", "text": "worker 1: odd"},
+        {"kind": "warning", "rank": 0, "text": "odd"},
+        {"kind": "warning", "rank": 1, "text": "odd"},
     ]
     assert logging.getLogger("trainer").level == before

@@ -1,0 +1,53 @@
+"""A file that MLflow cannot use is refused before MLflow is asked, which tries it for minutes."""
+
+import sqlite3
+
+import pytest
+
+from trainer.metrics import mlflow_place
+from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
+from trainer.metrics.tracker import TrackingConfig
+
+
+def spoil_by_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def spoil_by_text(file):
+    file.write_bytes(b"this is no database at all, and it is long enough to be taken for one")
+
+
+@pytest.mark.parametrize("spoil", [spoil_by_folder, spoil_by_text])
+def test_what_is_no_database_is_refused_by_name_and_mlflow_never_asked(
+    tmp_path, monkeypatch, empty_tracker, spoil
+):
+    asked = []
+    monkeypatch.setattr(mlflow_place, "connect", asked.append)
+    file = tmp_path / "mlflow.db"
+    file.write_bytes(empty_tracker.read_bytes())
+    spoil(file)
+    with pytest.raises(TrackerUnreachable) as caught:
+        check_tracker(TrackingConfig(), str(tmp_path))
+    assert f"MLflow's file {file} cannot be used" in str(caught.value)
+    assert "tracking.uri=sqlite:////FOLDER/mlflow.db" in str(caught.value)
+    assert asked == []
+
+
+def test_a_file_of_another_mlflow_is_told_as_that(tmp_path, empty_tracker):
+    file = tmp_path / "mlflow.db"
+    file.write_bytes(empty_tracker.read_bytes())
+    with sqlite3.connect(file) as database:
+        database.execute("update alembic_version set version_num = 'f00000000000'")
+    with pytest.raises(TrackerUnreachable, match=r"another version of MLflow.*f00000000000"):
+        check_tracker(TrackingConfig(), str(tmp_path))
+
+
+def test_looking_at_a_file_leaves_it_as_it_is(tmp_path, empty_tracker):
+    file = tmp_path / "mlflow.db"
+    file.write_bytes(empty_tracker.read_bytes())
+    with sqlite3.connect(file) as database:
+        before = list(database.iterdump())
+    mlflow_place._check_file(f"sqlite:///{file}")
+    with sqlite3.connect(file) as database:
+        assert list(database.iterdump()) == before

@@ -2,6 +2,7 @@
 #   make train       set everything up and train on handwritten digits (+exp=digits)
 #   make data-demo IMAGES=FOLDER   the same for your own pictures: shards, a check of them, training
 #   make test        set everything up and run all tests;  make test-fast  the quick part
+#   make fuzz SECONDS=600   attacks and faults by chance, counted; SEED=… makes the same ones again
 #   make check       linters, types, import contracts;     make format     apply ruff's format
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
 #   make pictures    draw the pictures of the documentation anew
@@ -26,7 +27,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train data-demo test test-fast check format bench pictures ui setup clean-venv golden doctor audit
+.PHONY: train data-demo test test-fast check format fuzz bench pictures ui setup clean-venv golden doctor audit
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -46,6 +47,11 @@ test: test-fast
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
+
+SECONDS ?= 120
+SEED ?=
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -109,8 +109,10 @@ def _entry(
     hidden = next((end for end, part in enumerate(parts[:-1], 1) if is_hidden(part)), 0)
     if hidden or (member.isdir() and parts and is_hidden(parts[-1])):
         return Entry(parts=parts[: hidden or None], path=archive.path, passed_over="hidden folder")
-    if member.isdir() or not parts:
+    if member.isdir():
         return None
+    if not parts:  # as a damaged extension header leaves it
+        return Entry(parts=("",), path=archive.path, passed_over="file without a name")
     offset, size = archive.start + member.offset_data, member.size
     linked = found.get(_parts(member.linkname)) if member.islnk() else None
     if linked and not linked.passed_over:

@@ -23,19 +23,18 @@ import pytest
 forked = multiprocessing.get_context("forkserver")
 """Of the server; it starts with the first process."""
 # The second of them lets streaming, the third one, load.
-forked.set_forkserver_preload(
-    [
-        "tests.support.cpu_rank",
-        *("tests.support.shard_reader", "streaming", "boto3"),
-        *("tests.support.engine_worker", "trainer.worker", "deepspeed", "torch._dynamo"),
-        *("deepspeed.runtime.engine", "deepspeed.compile.inductor", "nvidia.dali.fn"),
-        *(
-            "mlflow.store.tracking.sqlalchemy_store",
-            "sqlalchemy.dialects.sqlite",
-            "alembic.command",
-        ),
-    ]
+PRELOADED = (
+    "tests.support.cpu_rank",
+    *("tests.support.shard_reader", "streaming", "boto3"),
+    *("tests.support.engine_worker", "trainer.worker", "deepspeed", "torch._dynamo"),
+    *("deepspeed.runtime.engine", "deepspeed.compile.inductor", "nvidia.dali.fn"),
+    *(
+        "mlflow.store.tracking.sqlalchemy_store",
+        "sqlalchemy.dialects.sqlite",
+        "alembic.command",
+    ),
 )
+forked.set_forkserver_preload([*PRELOADED])
 
 
 @pytest.fixture(scope="module")

@@ -235,3 +235,11 @@ def test_a_damaged_archive_is_told_in_one_line(
     assert "end marker is missing" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "/", "."])
+def test_a_member_without_a_name_is_told(name: str, tmp_path: Path) -> None:
+    """As a damaged extension header leaves it; its image would be missing without a word."""
+    listing = listed(packed({"ant/0.png": IMAGE, name: IMAGE}), tmp_path)
+    assert [image.name for image in listing.images] == ["ant/0.png"]
+    assert dict(listing.passed_over) == {"file without a name": 1}

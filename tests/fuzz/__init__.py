@@ -1,0 +1,1 @@
+"""Attacks and faults by chance, counted: `make fuzz SECONDS=…`, `python -m tests.fuzz --help`."""

@@ -1,0 +1,1 @@
+"""Damage to what a finished run leaves."""

@@ -1,0 +1,1 @@
+"""Input that somebody made in order to do harm, of every kind that the program takes."""

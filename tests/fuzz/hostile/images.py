@@ -1,0 +1,93 @@
+"""Images: damaged, lying, of rare kinds, with names that bite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipelines.console import visible
+from pipelines.ingest.__main__ import main as ingest
+from tests.fuzz import mutation
+from tests.fuzz.attempt import Try, announce
+from tests.fuzz.hostile.datasets import LEFT_OUT, complaint
+from tests.fuzz.hostile.judging import judged
+from tests.fuzz.verdict import Seen
+from tests.fuzz.watched import commanded
+from tests.unit.pipelines import pictures
+
+_SUFFIXES = (b".png", b".jpg", b".jpeg", b".JPG", b".gif", b".webp", b".txt", b".png.jpg", b"")
+_PLACES = ("image", "link", "pipe", "folder", "sparse", "image", "image", "image")
+
+
+def images(attempt: Try) -> Seen:
+    """Ingest a folder of good images with some hostile ones among them."""
+    chance = attempt.chance
+    source = attempt.sandbox.inside / "source"
+    given: dict[bytes, set[str]] = {}
+    must: dict[bytes, str] = {}
+    names = [b"ant", mutation.name(chance) if chance.random() < 0.4 else b"bee"]
+    for number, folder in enumerate(names):
+        place = Path(os.fsdecode(os.fsencode(source) + b"/" + folder))
+        place.mkdir(parents=True, exist_ok=True)
+        for each in range(2):
+            data = pictures.png(8, 8, seed=10 * number + each)
+            (place / f"good{each}.png").write_bytes(data)
+            given[data], must[data] = {_class_of(folder)}, _class_of(folder)
+    attacks = []
+    files = len(must)
+    for _ in range(chance.randrange(1, 4)):
+        folder = chance.choice(names)
+        attacks.append(_plant(attempt, source, folder, given))
+        files += 1
+    attack = "; ".join(attacks)
+    announce("hostile: images", attack)
+    words = ["image-folder", str(source), str(attempt.sandbox.inside / "out"), "--workers", "1"]
+    words += ["--max-skipped-share", "1"]
+    if chance.random() < 0.3:
+        words += ["--follow-links"] if "link" not in attack else []
+    target = attempt.sandbox.inside / "out"
+    return judged(
+        attempt,
+        "images",
+        attack,
+        commanded(ingest, words),
+        lambda: complaint(target, given=given, must=must, left_out=None),
+        told=LEFT_OUT,
+    )
+
+
+def _plant(attempt: Try, source: Path, folder: bytes, given: dict[bytes, set[str]]) -> str:
+    chance = attempt.chance
+    kind = chance.choice(_PLACES)
+    stem = mutation.name(chance) if chance.random() < 0.4 else b"%d" % chance.randrange(10**6)
+    suffix = chance.choice(_SUFFIXES if chance.random() < 0.4 else (b".png", b".jpg"))
+    path = os.fsencode(source) + b"/" + folder + b"/" + stem.replace(b"/", b"") + suffix
+    if os.path.lexists(path):
+        return "nothing"
+    if kind == "link":
+        os.symlink(chance.choice((str(attempt.sandbox.bait), "/dev/zero", "loop", "..")), path)
+        return f"link {path[-40:]!r}"
+    if kind == "pipe":
+        os.mkfifo(path)
+        return f"pipe {path[-40:]!r}"
+    if kind == "folder":
+        os.mkdir(path)
+        return f"folder {path[-40:]!r}"
+    if kind == "sparse":
+        with open(path, "wb") as file:
+            file.write(pictures.png(8, 8))
+            os.truncate(file.fileno(), chance.choice((1 << 29, 1 << 40)))
+        return f"sparse {path[-40:]!r}"
+    what = chance.choice([*pictures.GOOD, *pictures.BAD])
+    data = {**pictures.GOOD, **pictures.BAD}[what]
+    done = ""
+    if chance.random() < 0.6:
+        data, done = mutation.edited_bytes(data, chance)
+    with open(path, "wb") as file:
+        file.write(data)
+    given.setdefault(data, set()).add(_class_of(folder))
+    return f"{what} {done} as {path[-40:]!r}"
+
+
+def _class_of(folder: bytes) -> str:
+    return visible(os.fsdecode(folder))

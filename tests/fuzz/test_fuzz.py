@@ -1,0 +1,142 @@
+"""The tool finds what is planted, and does not find what is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.__main__ import main
+from tests.fuzz.attempt import Attempt, Kind, Task, ToolError, Try, announce
+from tests.fuzz.hostile.judging import judged
+from tests.fuzz.kinds import KINDS
+from tests.fuzz.material import Material
+from tests.fuzz.verdict import Seen, Verdict
+from tests.fuzz.watched import watched
+
+pytestmark = pytest.mark.slow
+
+SECONDS, SEED = 25, 20261129
+
+
+def made(kind: Kind, folder: Path) -> Seen:
+    task = Task("planted", 1, 2)
+    return Attempt(task, kind, material=Material(folder), folder=folder).result(patience_s=20)
+
+
+def read_by(reader: Callable[[Try], object], attempt: Try) -> Seen:
+    """A try whose reader is to be found out."""
+    announce("hostile: planted", "planted")
+    seen = watched(partial(reader, attempt))
+    return judged(attempt, "planted", "planted", seen, lambda: "wrong" if seen.value else None)
+
+
+def _constant(value: bool, _attempt: Try) -> bool:
+    return value
+
+
+def lose_a_key(_attempt: Try) -> object:
+    return {}["key"]
+
+
+def refuse(_attempt: Try) -> object:
+    from trainer.schema import ConfigError
+
+    raise ConfigError("no")
+
+
+def say(text: str, _attempt: Try) -> None:
+    print(text)  # noqa: T201
+
+
+def unpickle(attempt: Try) -> None:
+    os.mkdir(attempt.sandbox.canary)
+
+
+def write_beside(attempt: Try) -> None:
+    (attempt.sandbox.outside.parent / "beside").write_text("")
+
+
+def read_bait(attempt: Try) -> None:
+    attempt.sandbox.bait.read_bytes()
+
+
+def tell_the_environment(_attempt: Try) -> None:
+    print(os.environ["AWS_SECRET_ACCESS_KEY"])  # noqa: T201
+
+
+def die(_attempt: Try) -> None:
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+def hang(_attempt: Try) -> None:
+    time.sleep(600)
+
+
+def take_all_memory(_attempt: Try) -> None:
+    bytearray(1 << 40)
+
+
+PLANTED: dict[str, tuple[Callable[[Try], object], Verdict, str]] = {
+    "nothing": (partial(_constant, False), Verdict.HARMLESS, ""),
+    "refusal": (refuse, Verdict.DETECTED, "no"),
+    "another result": (partial(_constant, True), Verdict.WRONG, "wrong"),
+    "a warning": (partial(say, "WARNING x"), Verdict.DETECTED, "WARNING"),
+    "KeyError": (lose_a_key, Verdict.RAW, "KeyError: 'key'"),
+    "a printed traceback": (
+        partial(say, "Traceback (most recent call last):"),
+        Verdict.RAW,
+        "Traceback",
+    ),
+    "escape sequence": (partial(say, "\x1b[31m"), Verdict.WRONG, "control character"),
+    "canary": (unpickle, Verdict.WRONG, "os.mkdir"),
+    "a file outside": (write_beside, Verdict.WRONG, "opened for writing"),
+    "a private file": (read_bait, Verdict.WRONG, "read: "),
+    "a secret": (tell_the_environment, Verdict.WRONG, "AWS_SECRET_ACCESS_KEY is in the output"),
+    "death": (die, Verdict.RAW, f"died with {-signal.SIGBUS}"),
+    "hang": (hang, Verdict.RAW, "hangs"),
+    "memory": (take_all_memory, Verdict.RAW, "MemoryError"),
+}
+
+
+@pytest.mark.parametrize(("reader", "verdict", "said"), PLANTED.values(), ids=PLANTED.keys())
+def test_what_is_planted_is_found(
+    tmp_path: Path, reader: Callable[[Try], object], verdict: Verdict, said: str
+) -> None:
+    seen = made(partial(read_by, reader), tmp_path)
+    assert seen.verdict is verdict, seen
+    assert said in seen.said
+
+
+def fail(_attempt: Try) -> Seen:
+    raise KeyError("of the tool")
+
+
+def test_what_fails_in_the_tool_is_no_finding(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="of the tool"):
+        made(fail, tmp_path)
+
+
+def test_a_short_campaign_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    code = main(["--seconds", str(SECONDS), "--seed", str(SEED), "--json", str(file)])
+    said, errors = capsys.readouterr()
+    assert code == 0, errors
+    assert said.startswith(f"seed {SEED}\n")
+    figures = json.loads(file.read_text())
+    assert figures["findings"] == []
+    assert figures["tried"] > 0
+    table = {row.strip() for row in re.findall(r"^\| ([^|]+)\|", said, re.M)}
+    assert {*figures["targets"]} <= table
+
+
+def test_a_kind_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "nothing"]) == 2
+    assert ", ".join(KINDS) in capsys.readouterr().err

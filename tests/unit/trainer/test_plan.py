@@ -52,6 +52,7 @@ def memory_of(cluster: str) -> float | None:
     return composed(job_words(cluster)).cluster.hardware.gpu_memory_gib
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cluster", "scales", "model", "size"), list(cases()))
 def test_there_is_a_decision_for_every_named_cluster(cluster, scales, model, size, capsys):
     words = [*job_words(cluster, scales=scales), f"model={model}", f"data.image_size={size}"]

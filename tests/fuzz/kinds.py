@@ -15,6 +15,7 @@ from tests.fuzz.hostile.rows import rows
 from tests.fuzz.hostile.settings import places, settings
 from tests.fuzz.hostile.tables import tables
 from tests.fuzz.hostile.weights import weights
+from tests.fuzz.kills import kills
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Share:
 
 KINDS: dict[str, Share] = {
     "damage": Share(damage, 50),
+    "kills": Share(kills, 1.5),  # which take longer than all others
     "images": Share(images, 8),
     "archives": Share(archives, 6),
     "rows": Share(rows, 5),

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from tests.fuzz.__main__ import main
 from tests.fuzz.attempt import Attempt, Kind, Task, ToolError, Try, announce
 from tests.fuzz.hostile.judging import judged
+from tests.fuzz.kills import COMMANDS, killed
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.material import Material
 from tests.fuzz.verdict import Seen, Verdict
@@ -117,6 +119,30 @@ def test_what_is_planted_is_found(
 
 def fail(_attempt: Try) -> Seen:
     raise KeyError("of the tool")
+
+
+def sleep_for_ever(_words: list[str]) -> int:
+    time.sleep(600)
+    return 0
+
+
+def end_at_once(_words: list[str]) -> int:
+    return 0
+
+
+def killed_in(main: Callable[[list[str]], int], attempt: Try) -> Seen:
+    command = replace(COMMANDS["ingest"], main=main, seconds=20.0 if main is end_at_once else 0.2)
+    said = killed(command, [], attempt.sandbox.inside / "kill", attempt.chance)
+    return Seen(verdict=Verdict.HARMLESS, target="", attack="", said=said)
+
+
+@pytest.mark.parametrize(
+    ("main", "said"), [(sleep_for_ever, "the command killed after"), (end_at_once, "at its end")]
+)
+def test_a_command_is_killed_unless_it_has_ended(
+    tmp_path: Path, main: Callable[[list[str]], int], said: str
+) -> None:
+    assert said in made(partial(killed_in, main), tmp_path).said
 
 
 def test_what_fails_in_the_tool_is_no_finding(tmp_path: Path) -> None:

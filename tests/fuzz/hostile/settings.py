@@ -66,8 +66,12 @@ def _complaint(done: Watched, words: list[str]) -> str | None:
     bad = [number for number in _numbers(shown) if not math.isfinite(number)]
     if bad:
         return f"numbers that are not finite were taken: {bad}"
+    # A place is shown as an absolute one.
+    located = {each.key for each in leaves(JobConfig) if each.place}
     for word in words:
         key, _, given = word.partition("=")
+        if key in located:
+            continue
         if not given.lstrip("-").isdigit() or not key[:1].isalpha():
             continue
         found: Any = shown

@@ -25,7 +25,7 @@ from tests.fuzz.watched import watched
 
 pytestmark = pytest.mark.slow
 
-TRIES, SEED = 60, 20261129
+TRIES, SEED = 50, 20261129
 
 
 def made(kind: Kind, folder: Path) -> Seen:

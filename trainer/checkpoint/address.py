@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from trainer.checkpoint.errors import InvalidStoreUri
+from trainer.setting_value import may_carry_credentials
 
 _CHECKPOINT = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)")
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/*)")
@@ -80,16 +81,15 @@ def check_scheme(uri: str) -> None:
 
 
 def check_no_credentials(uri: str) -> None:
-    """Refuse a URI that may carry a user or a password, which would reach logs.
+    """Refuse a URI that may carry credentials, which would reach logs.
 
     Raises:
-        InvalidStoreUri: There is an "@" or a ":" before its path, of which nothing is quoted.
+        InvalidStoreUri: It may; nothing of it is quoted.
     """
-    _, _, rest = uri.partition("://")
-    # A secret may hold a slash, so that its "@" comes after one; the ":" does not.
-    if {"@", ":"} & {*rest.partition("/")[0]}:
+    # No address of a checkpoint has a port.
+    if may_carry_credentials(uri) or ":" in uri.partition("://")[2].partition("/")[0]:
         raise InvalidStoreUri(
             "After s3:// comes the name of a bucket and no credentials, as in 's3://bucket/runs/"
-            "NAME': give those by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the AWS profile in "
-            "store.profile, or the machine's role."
+            "NAME', nor a '?' that may begin some: give those by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "the AWS profile in store.profile, or the machine's role."
         )

@@ -76,7 +76,14 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
         group[name] = text
         return located(from_dict(kind, values))
 
-    for wrong in ("s3:/bucket/a", "http://me:secret@host/a", "http://host/a?token=secret", " "):
+    for wrong in (
+        "s3:/bucket/a",
+        "http://me:secret@host/a",
+        "http://host/a?token=secret",
+        "http://host/a#access_token=secret",
+        "file://me:secret@host/a",
+        " ",
+    ):
         error = refusal(lambda wrong=wrong: given(wrong))
         assert error is not None
         assert "secret" not in error

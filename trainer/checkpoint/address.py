@@ -90,6 +90,6 @@ def check_no_credentials(uri: str) -> None:
     if may_carry_credentials(uri) or ":" in uri.partition("://")[2].partition("/")[0]:
         raise InvalidStoreUri(
             "After s3:// comes the name of a bucket and no credentials, as in 's3://bucket/runs/"
-            "NAME', nor a '?' that may begin some: give those by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "the AWS profile in store.profile, or the machine's role."
+            "NAME', nor a '?' that may begin some: give those by AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, the AWS profile in store.profile, or the machine's role."
         )

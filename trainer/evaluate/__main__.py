@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pipelines.console import say
+from pipelines.console import say, say_error
 from trainer.command import Outcome, run_command
 from trainer.evaluate.checkpoint_report import table
 from trainer.trained.evaluation import (
@@ -44,7 +44,7 @@ def _measured(config: CheckpointEvaluationConfig) -> Outcome:
     try:
         return Outcome(table(evaluate_checkpoints(config, tell=say)))
     except UnwrittenReport as error:
-        say(f"error: {error}", to=sys.stderr)
+        say_error(error)
         return Outcome(table(error.reports), _FAILED)
 
 

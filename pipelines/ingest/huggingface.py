@@ -143,7 +143,8 @@ def list_split(
             f"The column {image_column!r} holds {dataset.features[image_column]} and no encoded "
             f"images. Choose another of {_listed(dataset.features)} by --image-column."
         )
-    labels = dataset.data.column(label_column).to_pylist()
+    _check(dataset.data.column(image_column), image_column)
+    labels = _check(dataset.data.column(label_column), label_column).to_pylist()
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         classes = tuple(feature.names)
@@ -169,6 +170,19 @@ def list_split(
     )
 
 
+def _check(column: Any, name: str) -> Any:
+    """Return a column that is what its table says of it: lengths that fit, and texts in UTF-8."""
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise UnreadableSourceError(
+            f"The column {name!r} is damaged ({_in_one_line(error)}). Download the dataset again."
+        ) from error
+    return column
+
+
 def _holds_bytes(kind: Any) -> bool:
     """Tell whether Arrow values are bytes, or pairs of bytes and path as the library has them."""
     import pyarrow as pa
@@ -187,7 +201,7 @@ def _values(splits: Mapping[str, Any], column: str) -> list[Any]:
     kinds = set()
     for dataset in splits.values():
         if column in dataset.features:
-            labels = dataset.data.column(column)
+            labels = _check(dataset.data.column(column), column)
             if not (pa.types.is_integer(labels.type) or pa.types.is_string(labels.type)):
                 raise UnreadableSourceError(
                     f"The column {column!r} holds {labels.type} and no class labels, which are "

@@ -209,6 +209,26 @@ def test_a_row_without_a_label_is_refused() -> None:
         list_split({"test": dataset}, "test", image_column="image", label_column="label")
 
 
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_texts_that_are_none_are_refused(
+    column: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "data.parquet"
+    images = [{"bytes": image, "path": "PICTURE.png"} for image in IMAGES[:2]]
+    types = {"image": datasets.Image(), "label": datasets.Value("string")}
+    schema = datasets.Features(types).arrow_schema
+    columns = {"image": images, "label": ["a", "MARKED"]}
+    table = pyarrow.Table.from_pydict(columns, schema)
+    pyarrow.parquet.write_table(table, file, compression="none", use_dictionary=False)
+    marked = b"PICTURE" if column == "image" else b"MARKED"
+    # Also in the statistics, which hold the largest value.
+    file.write_bytes(file.read_bytes().replace(marked, b"\xff" + marked[1:]))
+    assert main(["huggingface", str(file), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"The column '{column}' is damaged" in error
+    assert "Traceback" not in error
+
+
 def test_unknown_labels_of_another_split_shift_no_class() -> None:
     def split(labels: list[int]) -> Any:
         return datasets.Dataset.from_dict({"image": IMAGES[: len(labels)], "label": labels})

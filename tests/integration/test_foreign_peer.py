@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from tests.support import foreign_peer, gather_worker
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 
-def on_ranks(worker: Any, payload: dict[str, Any], **settings: Any) -> list[Any]:
-    told: list[Any] = []
+def on_ranks(
+    worker: Any,
+    payload: dict[str, Any],
+    hear: Callable[[dict[str, Any]], None],
+    **settings: Any,
+) -> None:
     config = ClusterConfig(backend="local", workers=2, gpus_per_worker=0, **settings)
-    run(config, worker, payload, on_message=told.append, stop=threading.Event())
-    return told
+    run(config, worker, payload, on_message=hear, stop=threading.Event())
 
 
 def test_who_takes_a_ranks_place_hears_nothing_and_is_told_of():
@@ -27,7 +31,12 @@ def test_who_takes_a_ranks_place_hears_nothing_and_is_told_of():
         pytest.raises(WorkerFailed, match=r"some other program connected to a port of the run"),
     ):
         # So many that it comes first at one of them, whatever else this machine does.
-        on_ranks(foreign_peer.speak_in_groups, {"groups": 1000}, start_timeout_s=8)
+        on_ranks(
+            foreign_peer.speak_in_groups,
+            {"groups": 100},
+            lambda told: intruder.aim_at(told["pid"]),
+            start_timeout_s=8,
+        )
     assert any(intruder.heard), "a rank believed it, else this proves nothing"
     assert not any(foreign_peer.SECRET_WORDS[:16] in told for told in intruder.heard)
 
@@ -36,7 +45,7 @@ def test_a_rank_without_the_secret_is_refused():
     with pytest.raises(
         WorkerFailed, match=r"in place of rank . .* does not know this run's secret"
     ):
-        on_ranks(gather_worker.stranger, {})
+        on_ranks(gather_worker.stranger, {}, print)
 
 
 def test_another_user_cannot_touch_what_the_ranks_meet_by(tmp_path):
@@ -47,9 +56,10 @@ def test_another_user_cannot_touch_what_the_ranks_meet_by(tmp_path):
     open_to_all.mkdir(mode=0o777)
     open_to_all.chmod(0o1777)  # as /tmp is
 
-    (told,) = on_ranks(
-        foreign_peer.tell_of_files, {"scratch": str(open_to_all)}, scratch_dir=str(open_to_all)
-    )
+    said: list[dict[str, Any]] = []
+    scratch = str(open_to_all)
+    on_ranks(foreign_peer.tell_of_files, {"scratch": scratch}, said.append, scratch_dir=scratch)
+    (told,) = said
     assert len(told["refused"]) == 1
     for refused in told["refused"].values():
         assert refused == [True] * len(foreign_peer.DEEDS)

@@ -6,10 +6,14 @@ import multiprocessing
 import os
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import psutil
 
 from cluster.contract import WorkerContext
 from trainer.host_group import HostGroup
@@ -20,25 +24,49 @@ SECRET_WORDS = b"what only ranks of the run may read " * 8
 
 def speak_in_groups(context: WorkerContext, payload: dict[str, int]) -> None:
     """Form groups, of which the first rank tells the others something in each."""
-    for _ in range(payload["groups"]):
+    context.tell({"pid": os.getpid()})
+    for number in range(payload["groups"]):
+        if number % 2 == context.rank:
+            time.sleep(0.3)  # the other waits at its port, where somebody else may come first
         heard = HostGroup().broadcast(SECRET_WORDS if context.rank == 0 else b"", source=0)
         assert heard == SECRET_WORDS
     context.tell({"rank": context.rank})
 
 
 class Intruder:
-    """What the other user's program got hold of, once the block has ended.
+    """The other user's program.
+
+    It keeps to the ports of the processes that it is shown: others on this machine have nothing to
+    do with it.
 
     Attributes:
-        heard: What came in over each connection that a port of the run took.
+        heard: What came in over each connection that a port of theirs took; there once the block
+            has ended.
     """
 
     heard: list[bytes]
 
+    def __init__(self, channel: Connection) -> None:
+        self._channel = channel
+        self._known: dict[int, set[int]] = {}
+        self.over = threading.Event()
+
+    def aim_at(self, pid: int) -> None:
+        """Connect to each port that a process opens from now on."""
+        self._known[pid] = _listening(pid)
+
+    def look(self) -> None:
+        """Look for new ports until it is over."""
+        while not self.over.is_set():
+            for pid, known in list(self._known.items()):
+                for port in _listening(pid) - known:
+                    known.add(port)
+                    self._channel.send(port)
+
 
 @contextmanager
 def intruder() -> Iterator[Intruder]:
-    """Connect to every port that is opened on this machine during the block, as gloo's ranks do.
+    """Connect to the ports of processes during the block, as gloo's ranks do.
 
     The program is another user's if this one may become another.
     """
@@ -47,13 +75,18 @@ def intruder() -> Iterator[Intruder]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_intrude, args=(theirs,))
     process.start()
-    result = Intruder()
+    result = Intruder(ours)
+    looking = threading.Thread(target=result.look)
     try:
-        assert ours.recv() == "ready"
+        looking.start()
         yield result
-        ours.send("enough")
+        result.over.set()
+        looking.join()
+        ours.send(None)
         result.heard = ours.recv()
     finally:
+        result.over.set()
+        looking.join()
         process.kill()
         process.join()
 
@@ -99,20 +132,16 @@ def _become_nobody() -> None:
 def _intrude(channel: Connection) -> None:
     if os.geteuid() == 0:
         _become_nobody()
-    known = _listening()
     held: list[socket.socket] = []
-    channel.send("ready")
-    while not channel.poll():
-        for port in _listening() - known:
-            known.add(port)
-            # The n-th connection that a rank waits for begins with this number.
-            for number in range(3):
-                with suppress(OSError):
-                    connection = socket.socket()
-                    connection.settimeout(1)
-                    connection.connect(("127.0.0.1", port))
-                    connection.sendall(struct.pack("=q", number))
-                    held.append(connection)
+    while (port := channel.recv()) is not None:
+        # The n-th connection that a rank waits for begins with this number.
+        for number in range(3):
+            with suppress(OSError):
+                connection = socket.socket()
+                connection.settimeout(1)
+                connection.connect(("127.0.0.1", port))
+                connection.sendall(struct.pack("=q", number))
+                held.append(connection)
     channel.send([_heard(connection) for connection in held])
 
 
@@ -125,12 +154,9 @@ def _heard(connection: socket.socket) -> bytes:
     return told
 
 
-def _listening() -> set[int]:
-    """Ports on which somebody listens on the loopback address."""
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    entries = [line.split() for line in lines]
-    return {
-        int(address.rpartition(":")[2], 16)
-        for _, address, _, state, *_ in entries
-        if state == "0A" and address.startswith("0100007F:")
-    }
+def _listening(pid: int) -> set[int]:
+    """Ports on which a process listens; none once it has ended."""
+    with suppress(psutil.Error):
+        connections = psutil.Process(pid).net_connections("tcp")
+        return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+    return set()

@@ -83,8 +83,8 @@ def _check_file(uri: str) -> None:
         if "locked" in str(error):
             return  # another program is at it, for which MLflow waits
         raise TrackerUnreachable(
-            f"MLflow's file {path} cannot be used: {error}. Move it away, make it and its folder "
-            "writable, make room on its disk, or name another one with "
+            f"MLflow's file of tracking.uri={uri} cannot be used: {error}. Move it away, make it "
+            "and its folder writable, make room on its disk, or name another one with "
             "tracking.uri=sqlite:////FOLDER/mlflow.db; tracking.required=false trains without "
             "waiting for it"
         ) from error

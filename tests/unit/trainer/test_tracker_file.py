@@ -29,7 +29,7 @@ def test_what_is_no_database_is_refused_by_name_and_mlflow_never_asked(
     spoil(file)
     with pytest.raises(TrackerUnreachable) as caught:
         check_tracker(TrackingConfig(), str(tmp_path))
-    assert f"MLflow's file {file} cannot be used" in str(caught.value)
+    assert f"MLflow's file of tracking.uri=sqlite:///{file} cannot be used" in str(caught.value)
     assert "tracking.uri=sqlite:////FOLDER/mlflow.db" in str(caught.value)
     assert asked == []
 

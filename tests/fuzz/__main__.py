@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     say(f"seed {seed}")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="lapflow-fuzz-") as name:
+    # What hung may still write while it is ended.
+    with tempfile.TemporaryDirectory(prefix="lapflow-fuzz-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "tries").mkdir()
         if options.material is None:

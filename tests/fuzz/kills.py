@@ -126,6 +126,7 @@ def kills(attempt: Try) -> Seen:
 def killed(command: Command, words: list[str], folder: Path, chance: random.Random) -> str:
     """Start the command and kill it, or one of its ranks; return what was done in words."""
     (ranks := folder / "ranks").mkdir(parents=True)
+    (folder / "output").touch()  # a kill may come before the command has said anything
     process = forked.Process(
         target=_run, args=(command.main, words, dict(os.environ), str(Path.cwd()), folder)
     )

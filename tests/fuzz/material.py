@@ -35,6 +35,7 @@ SETTINGS = (
     f"train.total_images={LAST}",
     f"checkpoint.interval_images={INTERVAL}",
     "checkpoint.keep_last=10",
+    "checkpoint.patience_s=5",  # a store that fails for good is told soon
     "runtime.log_interval_images=32",
     "eval.samples=12",
     "eval.batch=8",

@@ -163,10 +163,10 @@ def test_what_a_fetch_has_left_is_believed_only_if_it_is_whole(
     (whole.folder / WEIGHTS).write_bytes(b"half")
     assert find_autoencoder(uri, cache=tmp_path, store=store) == whole
 
-    for name, change in (
-        (WEIGHTS, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-        ("config.json", lambda data: data.replace(b"0.18215", b"0.28215")),
-        ("config.json", lambda data: data[:-9]),
+    for name, change, reason in (
+        (WEIGHTS, lambda data: data[:-1] + bytes([data[-1] ^ 1]), "it has changed since"),
+        ("config.json", lambda data: data.replace(b"0.18215", b"0.28215"), "it has changed since"),
+        ("config.json", lambda data: data[:-9], "it has another length than when"),
     ):
         file = whole.folder / name
         file.write_bytes(change(file.read_bytes()))
@@ -174,7 +174,7 @@ def test_what_a_fetch_has_left_is_believed_only_if_it_is_whole(
         with caplog.at_level(logging.WARNING):
             assert find_autoencoder(uri, cache=tmp_path, store=store) == whole
         (line,) = (record.getMessage() for record in caplog.records)
-        assert line.startswith(f"{file} cannot be believed: it has changed since it was written")
+        assert line.startswith(f"{file} cannot be believed: {reason} it was written")
         assert file.with_name(f"{name}.damaged").exists()
 
 

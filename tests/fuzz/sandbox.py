@@ -72,6 +72,8 @@ class Sandbox:
         sys.dont_write_bytecode = True
         tempfile.tempdir = str(self.inside / "tmp")
         os.environ.update(SECRETS, HOME=str(self.inside), TMPDIR=str(self.inside / "tmp"))
+        # Processes that are started from here find these tests, and no others of that name.
+        os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
         sys.addaudithook(self._look)
 
     def problems(self, said: str) -> list[str]:

@@ -4,6 +4,7 @@
 #   make test        set everything up and run all tests;  make test-fast  the quick part
 #   make fuzz SECONDS=600   attacks and faults by chance, counted; SEED=… makes the same ones again
 #   make check       linters, types, import contracts;     make format     apply ruff's format
+#   make house       how the source is built, counted; AGAINST=REV compares with that revision
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
 #   make pictures    draw the pictures of the documentation anew
 #   make ui          open the MLflow pages of the runs on this machine
@@ -27,7 +28,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train data-demo test test-fast check format fuzz bench pictures ui setup clean-venv golden doctor audit
+.PHONY: train data-demo test test-fast check format house fuzz bench pictures ui setup clean-venv golden doctor audit
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -52,6 +53,10 @@ SECONDS ?= 120
 SEED ?=
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+AGAINST ?=
+house: setup
+	$(BIN)/python -m tests.house $(if $(AGAINST),--against $(AGAINST)) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

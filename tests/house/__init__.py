@@ -1,0 +1,1 @@
+"""How the source is built, counted: `make house`, `python -m tests.house --help`."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from cluster.contract import ClusterConfig, Message, Outcome, Payload, Worker
 from cluster.seating import require_whole_groups
+from cluster.tested import TESTED_RAY, require_tested
 
 
 def _say_nothing(_line: str) -> None:
@@ -47,6 +48,7 @@ def run(
         ClusterTooSmall: The workers, or the groups of them that share a node, do not fit on the
             cluster.
         ClusterUnavailable: The cluster cannot be reached or was lost.
+        UntestedVersion: Ray is to be used, in a version that its use was not tested with.
     """
     require_whole_groups(config.workers, kept_together)
     if config.backend == "local":
@@ -54,6 +56,7 @@ def run(
         from cluster import local
 
         return local.run(config, worker, payload, on_message=on_message, stop=stop, note=note)
+    require_tested("ray", TESTED_RAY)  # before its private parts are imported
     from cluster import ray_train
 
     return ray_train.run(

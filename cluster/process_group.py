@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 import psutil
 
+from cluster.tested import TESTED_TORCH, require_tested
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this fails; a peer that dies is noticed at once."""
 
@@ -152,6 +154,7 @@ def prove_peers() -> None:
 
     Raises:
         PeerUnproven: Something that is no worker of this run took a rank's place.
+        UntestedVersion: torch's list of groups is not known in this version.
     """
     rendezvous = _Proofs.rendezvous
     if rendezvous is None:
@@ -160,6 +163,7 @@ def prove_peers() -> None:
 
     from cluster.handshake import shake_hands
 
+    require_tested("torch", TESTED_TORCH)  # a list that has moved would leave groups unproven
     timeout = timedelta(seconds=rendezvous.timeout_s)
     # In the order of their forming, which is the same on all ranks.
     for group, (backend, _store) in list(distributed_c10d._world.pg_map.items()):

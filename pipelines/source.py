@@ -12,10 +12,13 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from packaging.specifiers import SpecifierSet
 
 from pipelines.cache import scratch_folder
 from pipelines.errors import (
@@ -34,6 +37,7 @@ from pipelines.slow_steps import told_when_slow
 
 logger = logging.getLogger(__name__)
 
+TESTED_STREAMING = ">=0.13.0,<0.14"
 _LONGEST_WAIT_S = 16.0
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket"}
@@ -195,6 +199,7 @@ class Source:
             ) from error
 
     def _connect(self) -> Any:
+        _require_tested_streaming()
         from streaming.base.storage import CloudDownloader
 
         try:
@@ -250,6 +255,16 @@ class Source:
                 f"{url} cannot be copied to {path.parent} ({error}). Free some space, or set "
                 "cache_dir to a folder on a local disk that this user may write."
             ) from error
+
+
+def _require_tested_streaming() -> None:
+    """Raise for a version whose private parts, the S3 client of a downloader, are not known."""
+    package, found = "mosaicml-streaming", version("mosaicml-streaming")
+    if not SpecifierSet(TESTED_STREAMING).contains(found, prereleases=True):
+        raise DataError(
+            f"{package} {found} is installed. Private parts of it are used here, which were tested "
+            f"with {package} {TESTED_STREAMING} alone: pip install '{package}{TESTED_STREAMING}'"
+        )
 
 
 def _answer(error: Exception) -> tuple[str | None, int | None]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.tested import require_tested
 from models.transformer.lapflow import Settle
 from trainer.engine.adamw import adamw, moments_of
 from trainer.engine.expert_shards import ExpertShards, shards_of, whole_shape
@@ -31,6 +32,8 @@ from trainer.engine.zero_experts import (
 from trainer.engine.zero_partition import StatePartition, WeightPartition, ZeroPartition
 from trainer.schedule import OptimConfig
 from trainer.state import Fragment
+
+TESTED_DEEPSPEED = ">=0.19.8,<0.19.9"
 
 
 class ZeroEngine:
@@ -249,7 +252,11 @@ def _import_deepspeed() -> Any:
     It is imported late because the process that only drives a cluster must not need it. Its
     shared-memory collective for CPU is built with a C++ compiler on first use and serves
     inference only, so it is declared incompatible before anything asks for it.
+
+    Raises:
+        UntestedVersion: What is private in it is not known in this version.
     """
+    require_tested("deepspeed", TESTED_DEEPSPEED)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from models.codec import (
 )
 from trainer.autoencoder_files import WEIGHTS_NAME, AutoencoderFiles, find_autoencoder
 from trainer.autoencoder_settings import AutoencoderError
+from trainer.checkpoint.finite import all_finite
 from trainer.checkpoint.store import StoreConfig
 
 
@@ -226,7 +228,36 @@ def _module(files: AutoencoderFiles) -> nn.Module:
             f"are missing or unknown, such as {wrong[0]}; copy the folder again"
         )
     loaded: nn.Module = module.float()
+    _check_finite(loaded, files)
     return loaded
+
+
+def _ramp(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+
+
+@torch.no_grad()
+def _check_finite(module: Any, files: AutoencoderFiles) -> None:
+    """Refuse weights that are no numbers, or so large that what they compute is none."""
+    culprit = next(
+        (f"{name} holds" for name, held in module.state_dict().items() if not all_finite(held)),
+        None,
+    )
+    if culprit is None:
+        side = 4 * files.settings.factor
+        images = _ramp(1, files.settings.in_channels, side, side)
+        moments = module.eval().encode(images).latent_dist
+        latents = 2 * _ramp(*moments.mean.shape)
+        computed = {
+            "encoding gives": torch.cat([moments.mean, moments.std]),
+            "decoding gives": module.decode(latents).sample,
+        }
+        culprit = next((what for what, it in computed.items() if not all_finite(it)), None)
+    if culprit is not None:
+        raise AutoencoderError(
+            f"the weights in {files.folder} are damaged: {culprit} values that are no finite "
+            "numbers; copy the folder again"
+        )
 
 
 def _check_parameters(kind: Any, files: AutoencoderFiles) -> None:

@@ -362,6 +362,23 @@ def test_weights_that_do_not_fit(copied, tmp_path, damage):
     assert damage == "truncated" or "decoder." in message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "culprit"),
+    [
+        ("encoder.conv_in.bias", float("nan"), "encoder.conv_in.bias holds"),
+        ("decoder.conv_in.weight", float("inf"), "decoder.conv_in.weight holds"),
+        ("encoder.conv_in.weight", 3e38, "encoding gives"),
+        ("decoder.conv_in.weight", 3e38, "decoding gives"),
+    ],
+)
+def test_weights_that_are_or_make_no_finite_numbers(copied, tmp_path, name, value, culprit):
+    weights = load_file(copied / WEIGHTS)
+    weights[name].view(-1)[0] = value
+    save_file(weights, copied / WEIGHTS)
+    message = refused(copied, tmp_path)
+    assert f"are damaged: {culprit} values that are no finite numbers" in message
+
+
 def test_settings_that_describe_another_autoencoder(saved, tmp_path):
     assert "codec.factor=16 does not fit" in refused(saved, tmp_path, factor=16)
     assert "needs codec.channels=4" in refused(saved, tmp_path, channels=16)

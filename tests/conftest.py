@@ -26,6 +26,9 @@ install_import_hook("models", "beartype.beartype")
 #   AWS_DEFAULT_REGION, AWS_EC2_METADATA_DISABLED, S3_ENDPOINT_URL, MLFLOW_S3_ENDPOINT_URL,
 #   NO_PROXY                   keep the tests of stores from whatever this machine is configured to
 #                              reach; whole jobs get the credentials alone, and settings
+#   PIP_DISABLE_PIP_VERSION_CHECK, PIP_NO_BUILD_ISOLATION, PIP_NO_INDEX
+#                              what a card says to install is looked for in what is installed, and
+#                              not fetched
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.clock import source_clock  # noqa: E402

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.interpreter import Interpreter
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,3 +59,21 @@ def test_the_wheel_composes_every_experiment_in_any_folder(installed, tmp_path):
 def test_the_wheel_knows_its_licence(installed):
     (licence,) = installed.glob("lapflow_trainer-*.dist-info/licenses/LICENSE")
     assert licence.read_text() == (ROOT / "LICENSE").read_text()
+
+
+def test_the_wheel_runs_commands_in_any_folder_with_nothing_of_this_one(installed, tmp_path):
+    interpreter = Interpreter(tmp_path / "venv")
+    python = ["env", f"PYTHONPATH={installed}", "python"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def said(*words: str) -> str:
+        return interpreter.run(*python, *words, place=elsewhere)
+
+    places = said("-c", "import trainer, cluster; print(trainer.__path__[0], cluster.__path__[0])")
+    assert all(Path(each).is_relative_to(installed) for each in places.split())
+    dry = said("-m", "trainer.launch", "+exp=digits", "dry_run=true")
+    assert "parameters" in dry
+    with pytest.raises(AssertionError, match="No module named"):
+        interpreter.run("python", "-m", "trainer.launch", "--help", place=elsewhere)
+    assert list(elsewhere.iterdir()) == []

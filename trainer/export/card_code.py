@@ -1,8 +1,26 @@
-"""The Python of a model card; the tests run it as it stands in written cards."""
+"""The commands and Python of a model card; the tests run them as they stand in written cards."""
 
 from __future__ import annotations
 
 from trainer.export.description import ModelDescription
+
+NEEDED = (
+    "torch>=2.13.0,<2.14",
+    "diffusers>=0.39.0,<0.40",
+    "einops>=0.8.2",
+    "jaxtyping>=0.3.11",
+    "torchdiffeq>=0.2.5",
+    "psutil>=7.2.2",
+    "pydantic>=2.14.3",
+    "xxhash>=3.8.2",
+)
+"""What drawing needs of what the project needs, as pip knows it."""
+
+
+def install() -> str:
+    """Install this project's packages and what they need to draw, which is far less than all."""
+    needed = " ".join(f"'{each}'" for each in NEEDED)
+    return f"```bash\npip install {needed}\npip install --no-deps .\n```\n"
 
 
 def pipeline(folder: str, *, on_latents: bool) -> str:

@@ -137,8 +137,9 @@ class ModelCard:
 
     def _diffusers(self) -> str:
         text = (
-            "Python finds the classes in the packages of `lapflow-trainer`, which must be "
-            "installed; no code is in this folder.\n\n"
+            "No code is in this folder. The classes are in the packages of `lapflow-trainer`, "
+            "which no index has: clone the project, and in the folder of the clone type\n\n"
+            f"{card_code.install()}\nThen, beside this folder:\n\n"
         )
         text += card_code.pipeline(self.folder, on_latents=self.model.on_latents)
         if self.model.on_latents:

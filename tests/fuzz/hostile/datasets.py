@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.console import visible
 from pipelines.ingest.__main__ import main as ingest
 from pipelines.shards import ShardedDataset
 from tests.fuzz.watched import commanded
@@ -43,8 +44,9 @@ def complaint(
     for data, label in found:
         if data not in given:
             return f"a sample of {len(data)} bytes is none that was given: {data[:40]!r}"
-        if classes[label] not in given[data]:
-            return f"a sample is of class {classes[label]!r} instead of {given[data]}"
+        names = {visible(name) for name in given[data]}  # as documents tell of them
+        if classes[label] not in names:
+            return f"a sample is of class {classes[label]!r} instead of {names}"
     lost = [name for data, name in must.items() if data not in {data for data, _ in found}]
     told = _left_out(about)
     if len(lost) > told:  # what a damaged archive calls otherwise may be no image by its name

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -21,14 +21,14 @@ class Interpreter:
 
     Args:
         folder: Where to make it.
-        needed: Names of packages, which come with what they need; None is all but this project.
+        needed: Packages as pip knows them, which come with what they need.
     """
 
-    def __init__(self, folder: Path, needed: Iterable[str] | None = None) -> None:
+    def __init__(self, folder: Path, needed: Iterable[str]) -> None:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         self.bin = folder / "bin"
         (packages,) = folder.glob("lib/python*/site-packages")
-        for each in distributions() if needed is None else with_requirements(needed):
+        for each in with_requirements(needed):
             if canonicalize_name(each.name) != OWN:
                 _link(each, packages)
         pip = self.bin / "pip"
@@ -62,22 +62,25 @@ class Interpreter:
         return ended.stdout
 
 
-def with_requirements(names: Iterable[str]) -> list[Distribution]:
-    """Return the installed packages of these names and all that they need, without extras."""
+def with_requirements(needed: Iterable[str]) -> list[Distribution]:
+    """Return the installed packages that are asked for, and all that they need."""
     found: dict[str, Distribution] = {}
-    wanted = list(names)
+    seen: set[tuple[str, str]] = set()
+    wanted = [(Requirement(each), "") for each in needed]
     while wanted:
-        name = canonicalize_name(wanted.pop())
-        if name in found:
+        requirement, of_extra = wanted.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": of_extra}):
             continue
-        try:
-            found[name] = distribution(name)
-        except PackageNotFoundError:
-            continue  # what does without it will show
-        needed = map(Requirement, found[name].requires or ())
-        wanted += [
-            each.name for each in needed if not each.marker or each.marker.evaluate({"extra": ""})
-        ]
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras}:
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            try:
+                found[name] = distribution(name)
+            except PackageNotFoundError:
+                continue  # what does without it will show
+            wanted += [(Requirement(each), extra) for each in found[name].requires or ()]
     return list(found.values())
 
 

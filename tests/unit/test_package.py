@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,19 +62,43 @@ def test_the_wheel_knows_its_licence(installed):
     assert licence.read_text() == (ROOT / "LICENSE").read_text()
 
 
-def test_the_wheel_runs_commands_in_any_folder_with_nothing_of_this_one(installed, tmp_path):
-    interpreter = Interpreter(tmp_path / "venv")
-    python = ["env", f"PYTHONPATH={installed}", "python"]
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+@pytest.fixture(scope="module")
+def elsewhere(installed, tmp_path_factory):
+    """Runs Python in an empty folder, with the wheel and what it says that it needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = tmp_path_factory.mktemp("elsewhere")
+    interpreter = Interpreter(folder / "venv", project["dependencies"])
+    empty = folder / "empty"
+    empty.mkdir()
 
-    def said(*words: str) -> str:
-        return interpreter.run(*python, *words, place=elsewhere)
+    def python(*words: str, path: Path = installed) -> str:
+        return interpreter.run("env", f"PYTHONPATH={path}", "python", *words, place=empty)
 
-    places = said("-c", "import trainer, cluster; print(trainer.__path__[0], cluster.__path__[0])")
-    assert all(Path(each).is_relative_to(installed) for each in places.split())
-    dry = said("-m", "trainer.launch", "+exp=digits", "dry_run=true")
-    assert "parameters" in dry
+    yield python
+    assert list(empty.iterdir()) == []
+
+
+def test_the_wheel_runs_commands_in_any_folder_with_nothing_of_this_one(elsewhere, installed):
+    where = "import trainer, cluster; print(trainer.__path__[0], cluster.__path__[0])"
+    assert all(Path(each).is_relative_to(installed) for each in elsewhere("-c", where).split())
+    assert "parameters" in elsewhere("-m", "trainer.launch", "+exp=digits", "dry_run=true")
     with pytest.raises(AssertionError, match="No module named"):
-        interpreter.run("python", "-m", "trainer.launch", "--help", place=elsewhere)
-    assert list(elsewhere.iterdir()) == []
+        elsewhere("-c", "import trainer", path=Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("huggingface", ["-m", "pipelines.ingest", "huggingface", "some/name", "shards"]),
+        (
+            "inception",
+            [
+                "-c",
+                "from trainer.evaluate.inception import InceptionFeatures as Of; Of(None)",
+            ],
+        ),
+    ],
+)
+def test_what_is_optional_is_named_as_an_extra(elsewhere, extra, words):
+    with pytest.raises(AssertionError, match=rf"pip install 'lapflow-trainer\[{extra}\]'"):
+        elsewhere(*words)

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from tests.support.interpreter import Interpreter
 from tests.unit.trainer.export.runs import export, save_run
@@ -32,7 +31,7 @@ def test_the_card_runs_with_nothing_but_what_it_says_to_install(tmp_path, monkey
     folder = export(run, tmp_path / "out", weights="both")
     card = (folder / "README.md").read_text()
     (install,) = blocks(card, "bash")
-    interpreter = Interpreter(tmp_path / "venv", [Requirement(each).name for each in NEEDED])
+    interpreter = Interpreter(tmp_path / "venv", NEEDED)
     clone = tmp_path / "clone"
     clone.mkdir()
     for name in ("trainer", "models", "pipelines", "cluster", "configs"):

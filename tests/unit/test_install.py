@@ -3,9 +3,13 @@
 import os
 import re
 import subprocess
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = dict(
@@ -31,6 +35,7 @@ case "$*" in
 esac
 """
 NOTHING = "nothing at all"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = "torchvision_without_operators.pth"
 
 
@@ -105,3 +110,17 @@ def test_a_torchvision_that_cannot_be_imported_either_way_is_refused(tmp_path):
     done = Installed(tmp_path, TORCH_BUILD="gpu", broken="never")
     assert done.code == 1
     assert "cannot be imported beside this torch" in done.said
+
+
+def test_whatever_can_be_asked_for_has_a_pin_that_will_do():
+    pins = {canonicalize_name(name): version for name, version in PINS.items()}
+    optional = chain.from_iterable(PROJECT["optional-dependencies"].values())
+    for each in map(Requirement, chain(PROJECT["dependencies"], optional)):
+        if each.name == PROJECT["name"]:
+            assert each.extras <= set(PROJECT["optional-dependencies"])
+        else:
+            assert each.specifier.contains(pins[canonicalize_name(each.name)]), each
+
+
+def test_the_extras_are_those_that_users_are_told_of():
+    assert set(PROJECT["optional-dependencies"]) == {"inception", "huggingface", "bench", "dev"}

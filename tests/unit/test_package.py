@@ -1,18 +1,23 @@
 """The wheel holds all that the commands need, wherever they are run."""
 
+import ast
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from tests.support.interpreter import Interpreter
+from tests.support.interpreter import Interpreter, with_requirements
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*command: str | Path, **more: object) -> str:
@@ -65,9 +70,8 @@ def test_the_wheel_knows_its_licence(installed):
 @pytest.fixture(scope="module")
 def elsewhere(installed, tmp_path_factory):
     """Runs Python in an empty folder, with the wheel and what it says that it needs."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     folder = tmp_path_factory.mktemp("elsewhere")
-    interpreter = Interpreter(folder / "venv", project["dependencies"])
+    interpreter = Interpreter(folder / "venv", PROJECT["dependencies"])
     empty = folder / "empty"
     empty.mkdir()
 
@@ -102,3 +106,28 @@ def test_the_wheel_runs_commands_in_any_folder_with_nothing_of_this_one(elsewher
 def test_what_is_optional_is_named_as_an_extra(elsewhere, extra, words):
     with pytest.raises(AssertionError, match=rf"pip install 'lapflow-trainer\[{extra}\]'"):
         elsewhere(*words)
+
+
+def test_an_installation_for_development_has_all_that_the_tests_import():
+    extras = PROJECT["optional-dependencies"]
+    asked = [*PROJECT["dependencies"]]
+    for requirement in map(Requirement, extras["dev"]):
+        if requirement.name == PROJECT["name"]:  # which is installed here as it was some day
+            asked += [each for name in requirement.extras for each in extras[name]]
+        else:
+            asked.append(str(requirement))
+    brought = {canonicalize_name(each.name) for each in with_requirements(asked)}
+    imported = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition(".")[0])
+    found = packages_distributions()
+    others = {name for name in imported & found.keys() if name not in sys.stdlib_module_names}
+    assert {"boto3", "hypothesis", "swift", "datasets", "scipy"} <= others
+    lacking = {
+        name for name in others if not brought & {canonicalize_name(one) for one in found[name]}
+    }
+    assert lacking == {"trainer", "models", "pipelines", "cluster"} & others

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Cell, Report
-from models.transformer.config import TransformerConfig
-from models.transformer.presets import PRESETS, preset
-from trainer.mistakes import is_users_mistake
+from models.transformer.config import PRESETS, TransformerConfig, preset
+from trainer.errors import is_users_mistake
 
 _TINY = TransformerConfig(depth=2, width=64, heads=2)
 

@@ -1,6 +1,6 @@
 r"""One honest comparison of trained runs: Fréchet distance against images seen and against cost.
 
-Every checkpoint of every run is measured by `trainer.trained.evaluation` in the same way: the
+Every checkpoint of every run is measured by `trainer.evaluation.checkpoints` in the same way: the
 same noise, classes, sampler, extractors and number of samples. What is measured already is read
 back, so the command can be stopped, and repeated while the runs still train. The runs of an arm may
 differ in their seed alone, and all runs must have been trained on the same images.
@@ -24,24 +24,25 @@ from typing import Any, get_args
 
 from benchmarks.command import positive
 from benchmarks.comparison_picture import draw_picture
-from models.cost import ModelShape, training_multiply_adds
 from models.flow.flow import FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
-from trainer.checkpoint.errors import CheckpointError
-from trainer.checkpoint.store import StoreConfig
-from trainer.evaluate.checkpoint_report import CheckpointReport
-from trainer.evaluate.features import FeatureName
-from trainer.mistakes import is_users_mistake
-from trainer.resume import open_checkpoint
-from trainer.schema import counted, difference, from_dict
-from trainer.trained.codec import recorded_shape
-from trainer.trained.evaluation import (
+from models.transformer.cost import ModelShape, training_multiply_adds
+from trainer.config.evaluation import FeatureName
+from trainer.config.job import counted, difference
+from trainer.config.reading import from_dict
+from trainer.errors import is_users_mistake
+from trainer.evaluation.checkpoint_report import CheckpointReport
+from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
     RealImagesConfig,
     evaluate_checkpoints,
 )
-from trainer.trained.own_settings import SamplerChoice
+from trainer.evaluation.choice import open_checkpoint
+from trainer.evaluation.own_settings import SamplerChoice
+from trainer.evaluation.trained_model import recorded_shape
+from trainer.storage.errors import CheckpointError
+from trainer.storage.store import StoreConfig
 
 FLOPS_PER_MULTIPLY_ADD = 6
 

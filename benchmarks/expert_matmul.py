@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import command
 from benchmarks.interleaved import interleave, stopwatch_of
-from models.transformer.presets import preset
+from models.transformer.config import preset
 
 _DESCRIPTION = """\
 The products of a block (queries, keys and values; both halves of the MLP) at the widths of B/2 and

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.cost import ModelShape, training_multiply_adds
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
+from models.transformer.cost import ModelShape, training_multiply_adds
 from models.transformer.lapflow import LapFlowTransformer
 
 _CLASSES = 1000

@@ -17,7 +17,6 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from cluster.capacity import crowding
 from cluster.contract import (
     ClusterConfig,
     ClusterTooSmall,
@@ -28,9 +27,9 @@ from cluster.contract import (
     WorkerContext,
 )
 from cluster.failure import Failure, attend, died, root_cause
-from cluster.handshake import new_secret
-from cluster.process_group import Rendezvous, Seat, join
+from cluster.process_group import Rendezvous, Seat, join, new_secret
 from cluster.scratch import make_scratch
+from cluster.seating import crowding
 
 _TICK_S = 0.1
 _PEER_GRACE_S = 1.0

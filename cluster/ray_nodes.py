@@ -1,14 +1,23 @@
-"""The nodes of the connected Ray cluster: what they have, what of it is free, who answers."""
+"""The nodes of the connected Ray cluster, and which rank goes to which of them.
+
+Ray Train makes one placement group of all workers and numbers them by the order of its bundles,
+node after node. `cluster.seating` gives each bundle a node in the same order, so its ranks are Ray
+Train's. The seats are decided anew whenever the workers are started: a node may have been lost.
+"""
 
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from cluster.capacity import Node
+from cluster.contract import ClusterTooSmall
+from cluster.seating import Node, Party, require_seated_together, seat
 
 _ANSWER_TIMEOUT_S = 5.0
 _MOST_AT_ONCE = 128
@@ -61,3 +70,69 @@ def _node(record: dict[str, Any], amounts: dict[str, float]) -> Node:
         cpus=amounts.get("CPU", 0),
         gpus=amounts.get("GPU", 0),
     )
+
+
+_NODE_ID = "ray.io/node-id"
+"""A label that Ray gives every node."""
+_LOOK_S = 0.5
+"""How often it looks whether there is room yet."""
+
+
+def unpinned(workers: int) -> list[dict[str, str]]:
+    """The label selectors of `ScalingConfig` that `Seating` fills in."""
+    return [{} for _ in range(workers)]
+
+
+class Seating(WorkerGroupCallback):  # type: ignore[misc]
+    """Pins the workers before each start, and checks their numbers after it.
+
+    Runs in Ray Train's controller.
+
+    Args:
+        party: The workers.
+        timeout_s: How long a start waits for room.
+        note: Takes a line when it has to wait.
+    """
+
+    def __init__(self, party: Party, *, timeout_s: float, note: Callable[[str], None]) -> None:
+        self._party = party
+        self._timeout_s = timeout_s
+        self._note = note
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Decides the seats, once there is room, and writes them into the bundles' selectors.
+
+        Raises:
+            WorkerGroupStartupFailedError: There was no room in time; Ray Train may try again.
+        """
+        # These copies were made for this start, and the placement group is made from them next.
+        selectors = worker_group_context.label_selector
+        for selector, node in zip(selectors, self._seats(), strict=True):
+            selector[_NODE_ID] = node
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Checks that Ray Train numbered the workers as they were seated.
+
+        Raises:
+            RuntimeError: It did not.
+        """
+        # In the order of ranks.
+        nodes = [worker.metadata.node_id for worker in worker_group.get_workers()]
+        require_seated_together(nodes, self._party.kept_together)
+
+    def _seats(self) -> tuple[str, ...]:
+        deadline = time.monotonic() + self._timeout_s
+        told = ""
+        while True:
+            try:
+                return seat(self._party, free_nodes())
+            except ClusterTooSmall as error:
+                # What the workers of the last attempt held becomes free only gradually.
+                if time.monotonic() > deadline:
+                    raise WorkerGroupStartupFailedError(
+                        f"After {self._timeout_s:g} s there is no room. {error}"
+                    ) from error
+                if str(error) != told:
+                    told = str(error)
+                    self._note(f"waiting up to {self._timeout_s:g} s for room: {told}")
+            time.sleep(_LOOK_S)

@@ -19,16 +19,13 @@ import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from cluster.capacity import crowding, gpus_per_worker, require_room, resources
 from cluster.contract import ClusterConfig, ClusterTooSmall, Message, Outcome, Payload, Worker
 from cluster.ray_mailbox import Mailbox, open_mailbox
-from cluster.ray_nodes import free_nodes
-from cluster.ray_rendezvous import RendezvousConfig
-from cluster.ray_seating import Seating, unpinned
+from cluster.ray_nodes import Seating, free_nodes, unpinned
 from cluster.ray_session import Session, session
 from cluster.ray_watch import TICK_S, TIDY_UP_S, Fit, Watch
-from cluster.ray_worker import work
-from cluster.seating import Party, seat
+from cluster.ray_worker import RendezvousConfig, work
+from cluster.seating import Party, crowding, gpus_per_worker, require_room, resources, seat
 
 
 def run(

@@ -1,16 +1,119 @@
-"""A Ray Train worker's side of a run: what surrounds the worker function on each rank."""
+"""A Ray Train worker's side of a run: its process group, and what surrounds its function.
+
+Ray's own torch backend would import torch in the driver and in the controller, neither of which
+uses it (seconds of each start), listen on every interface, and let gloo follow the host's name.
+"""
 
 import contextlib
+import shutil
+import socket
 import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
 import ray.train.collective
+from ray.train.backend import Backend, BackendConfig
 
 from cluster.contract import Payload, Worker, WorkerContext
 from cluster.failure import attend
+from cluster.process_group import Rendezvous, Seat, join, listen, new_secret
 from cluster.ray_mailbox import Ended, Mailbox
-from cluster.ray_rendezvous import device, forget_meeting
+from cluster.scratch import make_scratch
+
+_listeners: list[socket.socket] = []
+"""Of rank 0's process: the socket between being opened and being joined."""
+_folders: list[Path] = []
+"""Of rank 0's process: the folder in which workers of one node meet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RendezvousConfig(BackendConfig):  # type: ignore[misc]
+    """What the workers need to enter the group.
+
+    Attributes:
+        gpu: Whether each worker has a GPU.
+        threads: Compute threads of a worker.
+        timeout_s: How long the workers wait for one another.
+        scratch: Parent of the folder in which workers of one node meet; None is the system's.
+    """
+
+    gpu: bool
+    threads: int
+    timeout_s: float
+    scratch: str | None
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The class that Ray Train's controller calls."""
+        return _Rendezvous
+
+
+class _Rendezvous(Backend):  # type: ignore[misc]
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: RendezvousConfig) -> None:
+        together = len(set(worker_group.execute(_node))) == 1
+        place = (
+            worker_group.execute_single(0, _make_file, backend_config.scratch)
+            if together
+            else worker_group.execute_single(0, _open)
+        )
+        rendezvous = Rendezvous(
+            place=place, timeout_s=backend_config.timeout_s, secret=new_secret()
+        )
+        worker_group.execute(_enter, rendezvous, backend_config)
+
+
+def _node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _make_file(scratch: str | None) -> str:
+    _folders.append(make_scratch(scratch))
+    return str(_folders[-1] / "rendezvous")
+
+
+def _open() -> tuple[str, int]:
+    host = ray.util.get_node_ip_address()
+    _listeners.append(listen(host))
+    return host, _listeners[-1].getsockname()[1]
+
+
+def forget_meeting() -> None:
+    """Removes what this process made for the meeting, once nobody meets there any more."""
+    while _folders:
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
+
+
+def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
+    context = ray.train.get_context()
+    join(
+        Seat(
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+            local_world_size=context.get_local_world_size(),
+        ),
+        rendezvous,
+        device=device(gpu=config.gpu),
+        threads=config.threads,
+        node_address=(
+            "127.0.0.1" if isinstance(rendezvous.place, str) else ray.util.get_node_ip_address()
+        ),
+        listener=_listeners.pop() if _listeners else None,
+    )
+
+
+def device(*, gpu: bool) -> str:
+    """This worker's device: its GPU's place among those of the node's workers, all visible."""
+    if not gpu:
+        return "cpu"
+    from ray.train.torch import get_device
+
+    return str(get_device())
 
 
 def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> None:

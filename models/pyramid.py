@@ -1,5 +1,8 @@
 """Laplacian pyramid: an image as a coarse picture and the detail each finer grid adds to it."""
 
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -81,3 +84,29 @@ def merge(bands: Bands) -> Band:
             )
         image = up(image) + residual
     return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandStatistics:
+    """Moments of each band over all its elements, coarse to fine.
+
+    Attributes:
+        mean: Means; a residual band's is 0 up to rounding, because its 2x2 blocks sum to zero.
+        std: Standard deviations, of the population.
+    """
+
+    mean: Float[Tensor, "k"]
+    std: Float[Tensor, "k"]
+
+
+def band_statistics(bands: Bands) -> BandStatistics:
+    """Measure bands on the device they are on.
+
+    Args:
+        bands: Bands of a batch, coarse to fine.
+    """
+    moments = [torch.std_mean(band, correction=0) for band in bands]
+    return BandStatistics(
+        mean=torch.stack([mean for _, mean in moments]),
+        std=torch.stack([std for std, _ in moments]),
+    )

@@ -7,10 +7,12 @@ Fetching happens under a lock per shard that the system lets go of when its hold
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -19,7 +21,26 @@ from typing import BinaryIO
 
 from pipelines.errors import CacheUnusableError
 from pipelines.index import INDEX_NAME
-from pipelines.slow_steps import told_when_slow
+
+logger = logging.getLogger(__name__)
+
+_SLOW_S = 30.0
+
+
+@contextmanager
+def told_when_slow(step: str) -> Iterator[None]:
+    """Log a warning if the block takes longer than 30 s.
+
+    Args:
+        step: What the block does, to go on after "still": "fetching s3://bucket/key".
+    """
+    timer = threading.Timer(_SLOW_S, logger.warning, ("still %s after %.0f s", step, _SLOW_S))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def default_cache_dir() -> Path:

@@ -1,4 +1,4 @@
-"""Lines for people, written to a terminal, pipe or file that may be gone before the work is done.
+"""Lines for people, written to what may be gone before the work is done; and Ctrl-C.
 
 `… | head` closes the pipe, a terminal is closed, a disk fills up, a locale lacks a character. None
 of it may end a run of days: what cannot be written is dropped.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from types import TracebackType
 from typing import TextIO
 
 _LAYOUT = "\n\t"
@@ -79,3 +81,24 @@ def _drop_buffered(stream: TextIO) -> None:
         os.dup2(kept, number)
         os.close(kept)
         os.close(nowhere)
+
+
+EXIT_CODE = 128 + signal.SIGINT
+
+
+def end_quietly_when_interrupted() -> None:
+    """Have an interrupt that nobody catches end the command that this process is.
+
+    A package calls it when it is imported, so that it also holds while a command's other imports
+    are under way. Only `python -m` imports a package with "-m" in the program's place: programs
+    that use the package for something else keep their own ways.
+    """
+    if sys.argv[:1] != ["-m"] or sys.excepthook is not sys.__excepthook__:
+        return
+    sys.excepthook = _end
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        raise SystemExit(EXIT_CODE)
+    sys.__excepthook__(kind, error, trace)

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.documents import DocumentError, parse_json
 from pipelines.errors import EmptyDatasetError, InvalidIndexError
-from pipelines.json_document import DocumentError, parse_json
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
 
 INDEX_NAME = "index.json"

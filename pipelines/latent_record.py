@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pipelines.documents import DocumentError, belongs, parse_json, unsealed
 from pipelines.errors import InvalidLatentRecordError, MissingLatentRecordError
-from pipelines.json_document import DocumentError, parse_json
 from pipelines.latent_format import LatentFormat
-from pipelines.sealed_document import belongs, unsealed
 from pipelines.source import Source, SourceConfig
 
 RECORD_NAME = "latents.json"

@@ -1,4 +1,4 @@
-"""In which order a run sees the samples: a pure function of (seed, position).
+"""In which order a run sees samples, of one dataset or several: a pure function of position.
 
 Images are counted through the whole run, over all ranks: position p belongs to epoch p // n. Each
 epoch visits every sample once, in two steps: the shards are put in random order, and then samples
@@ -8,15 +8,25 @@ nothing of ranks; a rank reads its slice of each global batch.
 
 Permutations are made by sorting raw Philox words. NumPy promises that raw words never change
 between versions; it does not promise that for `Generator.permutation`.
+
+Positions of the run are dealt to the streams in blocks: of the first n blocks each stream has its
+exact share, to within one sample, and inside a block the streams are mixed at random. Each stream
+goes through its own samples in its own order, each sample once in each of the stream's epochs, so a
+small stream with a large share is repeated more often. All of it is a pure function of (seed,
+position), like `pipelines.order`.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.dataset import RawSample, SampleDataset
 from pipelines.errors import DataError, EmptyDatasetError
 
 SampleIds = NDArray[np.int64]
@@ -167,3 +177,169 @@ class SampleOrder:
         chosen = shards[at]
         ids: SampleIds = self._starts[chosen] + self._sizes[chosen] - (ends[at] - places)
         return ids
+
+
+_DEALING, _STREAM = 7, 11  # keep these random numbers apart from those of the order
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """One of several datasets that a run reads.
+
+    Attributes:
+        prefix: Where it is; `train/` and `test/` lie below.
+        weight: Its part of the images, relative to the other streams' weights; None, for all
+            streams together, takes each sample once per epoch.
+
+    Raises:
+        DataError: The weight is not above 0.
+    """
+
+    prefix: str = field(metadata={"place": "uri"})
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise DataError(f"The weight of {self.prefix} must be above 0, got {self.weight}.")
+
+
+class ConcatenatedDataset:
+    """Datasets one after the other; sample ids count through all of them.
+
+    Args:
+        parts: The datasets; their labels mean the same classes.
+    """
+
+    def __init__(self, parts: Sequence[SampleDataset]) -> None:
+        self._parts = parts
+        self.ends = list(accumulate(len(part) for part in parts))
+        """Sample id behind the last one of each part."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """Samples in each shard of all parts."""
+        return [size for part in self._parts for size in part.shard_sizes]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def read(self, sample_id: int) -> RawSample:
+        """Read one sample."""
+        part, own_id = self._locate(sample_id)
+        return part.read(own_id)._replace(sample_id=sample_id)
+
+    def prepare(self, sample_ids: SampleIds) -> None:
+        """Bring near what is needed to read these samples soon."""
+        start = 0
+        for part, end in zip(self._parts, self.ends, strict=True):
+            own = sample_ids[(sample_ids >= start) & (sample_ids < end)]
+            if len(own):
+                part.prepare(own - start)
+            start = end
+
+    def shard_of(self, sample_id: int) -> str:
+        """Name the shard a sample lies in."""
+        part, own_id = self._locate(sample_id)
+        return part.shard_of(own_id)
+
+    def _locate(self, sample_id: int) -> tuple[SampleDataset, int]:
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"There is no sample {sample_id}; the datasets hold {len(self)}.")
+        number = int(np.searchsorted(self.ends, sample_id, side="right"))
+        return self._parts[number], sample_id - (self.ends[number - 1] if number else 0)
+
+
+class MixedOrder:
+    """Samples of several streams, each with its share.
+
+    Args:
+        shard_sizes: For each stream, the samples in each of its shards.
+        weights: Relative share of each stream.
+        seed: Two orders with the same seed, shards and weights are the same.
+        block_samples: Length of the blocks that are dealt, and of those within which each stream is
+            shuffled; None is as many as eight shards hold, of all streams and of its own.
+
+    Raises:
+        EmptyDatasetError: A stream holds no sample.
+        DataError: A share is so small that a block may not hold it.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[Sequence[int]],
+        *,
+        weights: Sequence[float],
+        seed: int,
+        block_samples: int | None,
+    ) -> None:
+        dealt = block_samples or usual_block([size for sizes in shard_sizes for size in sizes])
+        total = sum(map(Fraction, weights))
+        for weight in weights:
+            if dealt * Fraction(weight) < 2 * total:
+                raise DataError(
+                    f"A stream of weight {weight}, of {float(total)} in all, has less than two "
+                    f"samples in a block of {dealt}. Raise its weight, or "
+                    "loader.shuffle_block_samples."
+                )
+        # Exact fractions: the share of a stream must not depend on rounding, however long the run.
+        self._shares = [Fraction(0), *accumulate(Fraction(weight) / total for weight in weights)]
+        self._orders: list[Order] = [
+            SampleOrder(sizes, seed=_stream_seed(seed, number), block_samples=block_samples)
+            for number, sizes in enumerate(shard_sizes)
+        ]
+        counts = [sum(sizes) for sizes in shard_sizes]
+        self._starts = [0, *accumulate(counts[:-1])]
+        self._seed = seed
+        self._block_samples = dealt
+        self._dealt = lru_cache(maxsize=4)(self._deal)
+
+    def turns(self, start: int, count: int) -> Turns:
+        """Give the samples at positions start, …, start + count - 1 of the run."""
+        result = Turns(np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64))
+        done = 0
+        while done < count:
+            block, offset = divmod(start + done, self._block_samples)
+            streams = self._dealt(block)
+            part = streams[offset : offset + count - done]
+            for number, order in enumerate(self._orders):
+                places = done + np.flatnonzero(part == number)
+                before = int(np.count_nonzero(streams[:offset] == number))
+                own = order.turns(self._given(number, block) + before, len(places))
+                result.sample_ids[places] = own.sample_ids + self._starts[number]
+                result.epochs[places] = own.epochs
+            done += len(part)
+        return result
+
+    def blocks(self, start: int) -> Iterator[tuple[int, SampleIds]]:
+        """Walk through the blocks from the one with position `start` on, for ever."""
+        first = start // self._block_samples * self._block_samples
+        while True:
+            ids = self.turns(first, self._block_samples).sample_ids
+            first += self._block_samples
+            yield first, ids
+
+    def stand_in(self, sample_id: int, *, attempt: int) -> int:
+        """Choose the sample, of the same stream, that takes an unusable one's place."""
+        number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        start = self._starts[number]
+        return start + self._orders[number].stand_in(sample_id - start, attempt=attempt)
+
+    def _given(self, number: int, blocks: int) -> int:
+        """Count the samples of a stream in the first so many blocks."""
+        positions = blocks * self._block_samples
+        below, upto = self._shares[number : number + 2]
+        return int(upto * positions) - int(below * positions)
+
+    def _deal(self, block: int) -> NDArray[np.int64]:
+        """Say which stream each position of a block belongs to."""
+        counts = [
+            self._given(number, block + 1) - self._given(number, block)
+            for number in range(len(self._orders))
+        ]
+        mixed = permutation(self._block_samples, self._seed, block, _DEALING)
+        return np.repeat(np.arange(len(counts)), counts)[mixed]
+
+
+def _stream_seed(seed: int, number: int) -> int:
+    """Give each stream a seed of its own, or two of the same size would be read in step."""
+    return int(np.random.SeedSequence((seed, number, _STREAM)).generate_state(1, np.uint64)[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -21,18 +20,6 @@ def due(before_images: int, after_images: int, interval_images: int) -> bool:
     if interval_images <= 0:
         return False
     return before_images // interval_images < after_images // interval_images
-
-
-def format_duration(seconds: float) -> str:
-    """Write a duration for people: 45s, 3m05s, 2h07m, and ∞ for one that has no end."""
-    if math.isinf(seconds):
-        return "∞"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 class TimeAgain:

@@ -17,7 +17,7 @@ from benchmarks import command
 from benchmarks.checkpoints.state import MIB, Saves, add_state, rank_state
 from benchmarks.interleaved import interleave
 from trainer.checkpoint.snapshot import host_buffer
-from trainer.checkpoint.store_local import LocalStore
+from trainer.storage.local import LocalStore
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,11 +21,10 @@ from benchmarks.checkpoints.state import KINDS, MIB, RUN, parameter_shapes
 from benchmarks.report import Cell
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import BLOCK_BYTES
-from trainer.checkpoint.cuts import slices_of
-from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest
-from trainer.checkpoint.object_entry import ObjectEntry
+from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest, ObjectEntry
 from trainer.checkpoint.save_plan import Announcement, SavePlan, plan_save
-from trainer.checkpoint.versions import versions
+from trainer.checkpoint.saver import versions
+from trainer.checkpoint.slices import slices_of
 
 _ATTEMPT = "0123456789ab"
 _HEADER_BYTES = 128  # of a slice of one kind, about

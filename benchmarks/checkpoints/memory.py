@@ -15,7 +15,8 @@ import psutil
 from benchmarks import command
 from benchmarks.checkpoints.state import MIB, Saves, add_state, rank_state
 from benchmarks.checkpoints.transfer import place
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 _TICK_S = 0.01
 

@@ -15,8 +15,8 @@ from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.saver import CheckpointSaver
-from trainer.checkpoint.store import Store
 from trainer.state import Fragment
+from trainer.storage.store import Store
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 RUN = "benchmark"

@@ -24,7 +24,8 @@ from benchmarks import command
 from benchmarks.checkpoints.state import MIB, RUN, RankState, Saves, add_state, rank_state
 from benchmarks.interleaved import interleave
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,11 +15,10 @@ from torch import Tensor
 from benchmarks import command
 from benchmarks.data.photographs import add_images, photographs
 from benchmarks.interleaved import interleave
-from pipelines.cpu import split_bands
-from pipelines.dali.images import DaliDecoder
-from pipelines.decode import DecodeConfig
-from pipelines.sample_key import SampleKey
-from pipelines.view import AugmentConfig
+from pipelines.augment import AugmentConfig, SampleKey
+from pipelines.decode.contract import DecodeConfig
+from pipelines.decode.cpu import split_bands
+from pipelines.decode.dali_images import DaliDecoder
 
 _DESCRIPTION = """\
 Decode, crop the central square, resize to --image-size, mirror half, normalise and split into

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.data.photographs import labelled
+from pipelines.augment import AugmentConfig
 from pipelines.batch import Cursor
-from pipelines.decode import DecodeConfig
-from pipelines.host_memory import return_large_blocks
+from pipelines.decode.contract import DecodeConfig
 from pipelines.ingest.write import write_dataset
-from pipelines.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
-from pipelines.view import AugmentConfig
+from trainer.training.worker import return_large_blocks
 
 _SHARD_BYTES = 1 << 24
 

@@ -16,12 +16,12 @@ from torch import nn
 from benchmarks import command
 from benchmarks.experts.full_size import join_alone
 from benchmarks.experts.variant import Variant
-from models.cost import parameters
-from pipelines.host_memory import return_large_blocks
+from models.transformer.cost import parameters
+from trainer.config.job import JobConfig
+from trainer.config.reading import from_dict, to_dict
 from trainer.engine.expert_shards import ExpertShards
-from trainer.placing import model_shape, resolve_placement
-from trainer.schema import JobConfig, from_dict, to_dict
-from trainer.worker import initial_model
+from trainer.planning.placing import model_shape, resolve_placement
+from trainer.training.worker import initial_model, return_large_blocks
 
 _MIB = 2**20
 

@@ -24,9 +24,10 @@ from benchmarks.experts.training import engine_of
 from benchmarks.experts.variant import Variant
 from benchmarks.report import Cell
 from cluster.contract import WorkerContext
-from cluster.prediction import rank_memory
-from trainer.placing import resolve_placement, workload, zero_stage
-from trainer.schema import JobConfig, from_dict, to_dict
+from trainer.config.job import JobConfig
+from trainer.config.reading import from_dict, to_dict
+from trainer.planning.placing import resolve_placement, workload, zero_stage
+from trainer.planning.prediction import rank_memory
 
 _GIB = 2**30
 

@@ -16,9 +16,10 @@ from benchmarks.experts.training import Training
 from benchmarks.experts.variant import Variant, variants
 from cluster.contract import ClusterConfig, WorkerContext
 from cluster.launcher import run
-from cluster.prediction import rank_memory
-from trainer.placing import resolve_placement, workload, zero_stage
-from trainer.schema import JobConfig, to_dict
+from trainer.config.job import JobConfig
+from trainer.config.reading import to_dict
+from trainer.planning.placing import resolve_placement, workload, zero_stage
+from trainer.planning.prediction import rank_memory
 
 _MIB = 2**20
 _BUCKET = 100_000

@@ -20,7 +20,7 @@ from benchmarks.experts.variant import variants
 from benchmarks.interleaved import interleave
 from cluster.contract import ClusterConfig, WorkerContext
 from cluster.launcher import run
-from trainer.schema import to_dict
+from trainer.config.reading import to_dict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

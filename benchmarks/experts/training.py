@@ -8,12 +8,13 @@ from cluster.contract import WorkerContext
 from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.pyramid import split
+from trainer.config.job import JobConfig, micro_batch
+from trainer.config.reading import from_dict
+from trainer.config.shapes import flow_shape
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine
-from trainer.placing import resolve_placement
-from trainer.schema import JobConfig, from_dict, micro_batch
-from trainer.space import flow_shape
-from trainer.worker import initial_model
+from trainer.planning.placing import resolve_placement
+from trainer.training.worker import initial_model
 
 
 class Training:

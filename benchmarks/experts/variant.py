@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from trainer.composition import composed
-from trainer.schema import JobConfig
+from trainer.config.composition import composed
+from trainer.config.job import JobConfig
 
 
 @dataclass(frozen=True, kw_only=True)

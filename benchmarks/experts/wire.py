@@ -21,9 +21,10 @@ from benchmarks.experts.training import Training
 from benchmarks.experts.variant import Variant, variants
 from cluster.contract import ClusterConfig, WorkerContext
 from cluster.launcher import run
-from cluster.workload import exchange_bytes
-from trainer.placing import resolve_placement, workload, zero_stage
-from trainer.schema import JobConfig, micro_batch, to_dict
+from trainer.config.job import JobConfig, micro_batch
+from trainer.config.reading import to_dict
+from trainer.planning.placing import resolve_placement, workload, zero_stage
+from trainer.planning.workload import exchange_bytes
 
 _KIB = 2**10
 _KINDS = {

@@ -1,6 +1,9 @@
-"""The flow: every choice that training and sampling must share."""
+"""The flow: every choice that training and sampling must share.
 
-from collections.abc import Mapping
+They are pure, so the caller's random stream alone decides the times.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +14,21 @@ from torch import Tensor
 from models.axes import Bands
 from models.flow.path import GvpPath, LinearPath, Path
 from models.flow.stages import Stages, default_critical_times
-from models.flow.times import TimeSampler, logit_normal, uniform
 from models.pyramid import check_size, split
+
+TimeSampler = Callable[[Float[Tensor, "b"], float], Float[Tensor, "b"]]
+"""``(uniforms in [0, 1), activation) -> times in [activation, 1]``, increasing in the uniform."""
+
+
+def uniform(uniforms: Float[Tensor, "b"], activation: float) -> Float[Tensor, "b"]:
+    """Times uniform on [activation, 1] (the paper's choice)."""
+    return activation + (1 - activation) * uniforms
+
+
+def logit_normal(uniforms: Float[Tensor, "b"], activation: float) -> Float[Tensor, "b"]:
+    """Times whose place in [activation, 1] is the sigmoid of a standard normal number."""
+    return activation + (1 - activation) * torch.sigmoid(torch.special.ndtri(uniforms))
+
 
 _PATHS: Mapping[str, type[LinearPath] | type[GvpPath]] = {"linear": LinearPath, "gvp": GvpPath}
 _TIME_SAMPLERS: Mapping[str, TimeSampler] = {"uniform": uniform, "logit_normal": logit_normal}

@@ -1,4 +1,4 @@
-"""Classifier-free guidance on every active scale."""
+"""How sampling asks the network: with classifier-free guidance, and counted."""
 
 import torch
 from jaxtyping import Float, Int
@@ -28,3 +28,21 @@ def guided(velocity_model: VelocityModel, *, scale: float, null_label: int) -> V
         return tuple(null + scale * (labelled - null) for labelled, null in pairs)
 
     return velocity
+
+
+class CountedModel:
+    """A velocity model that counts the images it is called with; a guided pair counts as two."""
+
+    def __init__(self, model: VelocityModel) -> None:
+        self._model = model
+        self._images = 0
+
+    def __call__(self, states: Bands, time: Tensor, labels: Tensor) -> Bands:
+        """Call the model."""
+        self._images += time.shape[0]
+        return self._model(states, time, labels)
+
+    def take(self) -> int:
+        """Return the count and begin again at zero."""
+        images, self._images = self._images, 0
+        return images

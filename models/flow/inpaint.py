@@ -18,13 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.axes import Band, Bands, VelocityModel
-from models.flow.counted import CountedModel
 from models.flow.flow import Flow
-from models.flow.guidance import guided
+from models.flow.guidance import CountedModel, guided
 from models.flow.path import Coefficients
-from models.flow.pieces import Piece
 from models.flow.sampler import Samples
-from models.flow.sampler_config import SamplerConfig
+from models.flow.sampler_config import Piece, SamplerConfig
 from models.flow.solver import SOLVERS, VelocityFunction, integrate
 from models.pyramid import down, merge, split, up
 

@@ -7,12 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.axes import Bands, VelocityModel
-from models.flow.counted import CountedModel
 from models.flow.dopri5 import integrate_adaptive
 from models.flow.flow import Flow
-from models.flow.guidance import guided
-from models.flow.pieces import Piece
-from models.flow.sampler_config import SamplerConfig, SamplerConfigError
+from models.flow.guidance import CountedModel, guided
+from models.flow.sampler_config import Piece, SamplerConfig, SamplerConfigError
 from models.flow.solver import SOLVERS, integrate
 from models.pyramid import merge
 

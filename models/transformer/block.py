@@ -1,6 +1,7 @@
 """One transformer block: an expert for each scale around one shared attention."""
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -15,9 +16,27 @@ from models.transformer.attention import (
     finest_attention,
 )
 from models.transformer.config import TransformerConfig
-from models.transformer.experts import BlockExpert, Modulation, Tokens, per_scale
-from models.transformer.streams import Streams
-from models.transformer.ties import tie_blocks
+from models.transformer.experts import BlockExpert, Modulation, Tokens, per_scale, tie_blocks
+
+
+class Streams:
+    """Two queues of work, one for coarse scales and the caller's own for the finest.
+
+    Coarse scales never wait for finer ones, so a device that works off several queues at a time can
+    compute the finest scale while coarse scales exchange tokens. Here both are one queue, and all
+    work is done in the order in which it is asked for.
+    """
+
+    def fork(self, tensors: Iterable[Tensor]) -> None:
+        """Let the coarse queue use what the caller's queue has made so far."""
+
+    def coarse(self) -> AbstractContextManager[None]:
+        """Queue the work of a `with` block for coarse scales."""
+        return nullcontext()
+
+    def join(self, tensors: Iterable[Tensor]) -> None:
+        """Let the caller's queue use what the coarse queue has made so far."""
+
 
 T = TypeVar("T")
 

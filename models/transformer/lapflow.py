@@ -9,12 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.axes import Bands
-from models.transformer.block import Block
+from models.transformer.block import Block, Streams
 from models.transformer.config import TransformerConfig, check_image
 from models.transformer.embed import ClassTokens, LabelEmbed, PatchEmbed, TimeEmbed
-from models.transformer.experts import FinalExpert, per_scale, zero_linear
-from models.transformer.streams import Streams
-from models.transformer.ties import tie_embeddings, tie_outputs
+from models.transformer.experts import (
+    FinalExpert,
+    per_scale,
+    tie_embeddings,
+    tie_outputs,
+    zero_linear,
+)
 
 Settle: TypeAlias = Callable[[nn.Module], object]
 """What is done with each part of a model as soon as it has its initial weights."""

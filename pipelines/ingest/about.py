@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.console import visible
+from pipelines.documents import DocumentError, belongs, parse_json, unsealed
 from pipelines.errors import DataError
 from pipelines.ingest.entry import PassedOver
-from pipelines.json_document import DocumentError, parse_json
-from pipelines.sealed_document import belongs, unsealed
 from pipelines.source import Source, SourceConfig
 
 ABOUT_NAME = "ingest.json"

@@ -12,12 +12,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from pipelines.documents import INDEX_SHA256, sealed
 from pipelines.errors import BadDataError, EmptyDatasetError, OccupiedPrefixError
 from pipelines.index import INDEX_NAME
 from pipelines.ingest.about import read_about
 from pipelines.ingest.shard_files import FinishedShard, discard_records
 from pipelines.ingest.write import Upload, has_dataset, locked, refuse_occupied, told_when_full
-from pipelines.sealed_document import INDEX_SHA256, sealed
 from pipelines.source import Source, SourceConfig
 
 Documents = Mapping[str, Mapping[str, Any]]

@@ -4,8 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 from pipelines.console import visible
+from pipelines.documents import DocumentError, read_bounded
 from pipelines.errors import UnreadableSourceError
-from pipelines.json_document import DocumentError, read_bounded
 
 _MOST_BYTES = 1 << 26
 

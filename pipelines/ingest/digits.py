@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.encoded import as_png
 from pipelines.errors import IngestSettingError
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
 from pipelines.order import permutation
-from pipelines.pixels import as_png
 
 IMAGE_SIZE = 8
 CHANNELS = 1

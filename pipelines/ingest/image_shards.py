@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from pipelines.damage import DamageCheck
 from pipelines.encoded import BadImageError
 from pipelines.errors import UnreadableSourceError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN
+from pipelines.ingest.damage import DamageCheck
 from pipelines.ingest.listing import SourceImage
 from pipelines.ingest.resize import Resize
 from pipelines.ingest.shard_files import Filled, WriteSample

@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.damage import DamageCheck
-from pipelines.decode import DecoderName
-from pipelines.encoded import BadImageError, read_image
+from pipelines.decode.make import DecoderName
+from pipelines.encoded import BadImageError, opened, read_image
 from pipelines.errors import (
     CorruptShardError,
     DataError,
     MissingShardError,
     StoreUnreachableError,
 )
+from pipelines.ingest.damage import DamageCheck
 from pipelines.latent_format import LatentFormat
-from pipelines.pixels import opened
 from pipelines.shards import ShardedDataset, ShardsConfig
 from pipelines.source import Source
 

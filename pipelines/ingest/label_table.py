@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.console import visible
+from pipelines.documents import parse_json
 from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.entry import Entry
-from pipelines.json_document import parse_json
 
 MOST_LABEL_BYTES = 1 << 28
 _MOST_CLS_BYTES = 256

@@ -7,9 +7,8 @@ from typing import Literal
 
 from PIL import Image
 
-from pipelines.encoded import MAX_PIXELS, read_image
+from pipelines.encoded import MAX_PIXELS, opened, pixels, read_image
 from pipelines.errors import IngestSettingError
-from pipelines.pixels import opened, pixels
 
 _LONGEST = 64  # times the short side: what lies farther out is cut off before anything is enlarged
 

@@ -16,9 +16,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from pipelines.documents import DocumentError, read_json, sealed, typed, unsealed
 from pipelines.ingest.processes import spawned
-from pipelines.json_document import DocumentError, read_json, typed
-from pipelines.sealed_document import sealed, unsealed
 
 logger = logging.getLogger(__name__)
 

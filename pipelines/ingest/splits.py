@@ -9,7 +9,7 @@ from pipelines.errors import IngestSettingError
 from pipelines.ingest.image_dataset import IngestConfig, carry_out, planned
 from pipelines.ingest.listing import Listing, hold_out
 from pipelines.ingest.resize import Resize
-from pipelines.location import is_url
+from pipelines.source import is_url
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from typing import get_args
 
 import numpy as np
 
-from pipelines.decode import DecoderName
+from pipelines.decode.make import DecoderName
 from pipelines.errors import IngestSettingError
 from pipelines.index import Shard, parse_index
 from pipelines.ingest.about import About, read_about

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipelines.ingest.digits import ensure_digits
-from trainer.launch import main
+from trainer.cli.launch import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 

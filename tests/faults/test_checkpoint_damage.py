@@ -23,8 +23,9 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.errors import DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import Store, StoreConfig, open_store
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,8 @@ from tests.support.remote_store import in_forks, load_state
 from tests.support.save_loop import Training
 from tests.unit.trainer.checkpoint.worlds import RUN, random_state, same_bits
 from trainer.checkpoint import layout
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 pytestmark = pytest.mark.slow
 

@@ -30,11 +30,12 @@ from tests.support.hostile_files import (
 from tests.support.remote_store import RemoteStore
 from tests.unit.trainer.checkpoint.worlds import RUN, SHAPES
 from trainer.checkpoint import layout
-from trainer.checkpoint.errors import DamagedCheckpoint, InvalidKey
+from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.launch import main
-from trainer.resume import open_checkpoint
+from trainer.cli.launch import main
+from trainer.evaluation.choice import open_checkpoint
+from trainer.storage.errors import InvalidKey
 
 pytestmark = pytest.mark.slow
 

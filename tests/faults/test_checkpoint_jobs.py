@@ -23,7 +23,7 @@ from tests.support.remote_store import RemoteStore
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
-from trainer.launch import main
+from trainer.cli.launch import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 

@@ -20,8 +20,9 @@ from tests.support.remote_store import (
     save_state,
 )
 from tests.unit.trainer.checkpoint.worlds import KINDS, RUN, State, random_state, same_bits
-from trainer.checkpoint import layout, store_s3
-from trainer.checkpoint.store import Store
+from trainer.checkpoint import layout
+from trainer.storage import s3
+from trainer.storage.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +125,7 @@ def test_a_kill_at_any_request_leaves_the_old_or_the_new_checkpoint(
     remote: RemoteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = TransferConfig(multipart_threshold=SMALLEST_PART, multipart_chunksize=SMALLEST_PART)
-    monkeypatch.setattr(store_s3, "TRANSFER", parts)
+    monkeypatch.setattr(s3, "TRANSFER", parts)
     every = ((number, moment) for number in itertools.count(1) for moment in MOMENTS)
     found = committed_after_kills(World(remote, SMALLEST_PART), every)
     # Each phase was met: the upload, the commit, and what comes after it.
@@ -135,5 +136,5 @@ def test_a_kill_at_any_request_leaves_the_old_or_the_new_checkpoint(
 
 def test_kills_in_the_midst_of_parts_as_large_as_they_are(remote: RemoteStore) -> None:
     cases: list[tuple[int, Moment]] = [(3, "half sent"), (4, "half sent"), (5, "unsent")]
-    world = World(remote, store_s3.TRANSFER.multipart_threshold)
+    world = World(remote, s3.TRANSFER.multipart_threshold)
     assert committed_after_kills(world, cases) == [False] * len(cases)

@@ -11,8 +11,9 @@ import pytest
 from tests.support.hostile_files import KEY, NEW, PASSED_OVER, Target, attacked, looked_at
 from tests.support.remote_store import save_state
 from tests.unit.trainer.checkpoint.worlds import random_state
-from trainer.checkpoint.errors import StoreError
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.errors import StoreError
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from tests.support.http_faults import Answer, Cut, Drip, Silence
 from tests.support.remote_store import RemoteStore, load_state, save_state
 from tests.support.save_loop import Training, restored, resumed
 from tests.unit.trainer.checkpoint.worlds import RUN, random_state, same_bits
-from trainer.checkpoint.errors import StoreUnreachable
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.storage.errors import StoreUnreachable
 
 pytestmark = pytest.mark.slow
 

@@ -23,10 +23,10 @@ from tests.unit.trainer.checkpoint.worlds import (
     random_state,
 )
 from trainer.checkpoint import layout
-from trainer.checkpoint.errors import StoreError
-from trainer.checkpoint.patience import FIRST_PAUSE_S
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.upload import SaveReport
+from trainer.storage.errors import StoreError
+from trainer.storage.retry import FIRST_PAUSE_S
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def outage(s3: S3Server) -> Iterator[Future[Outage]]:
         assert not away.is_alive()
         return Outage(report, training.steps, resumed(remote.store), list(lines))
 
-    logger, handler = logging.getLogger("trainer.checkpoint.patience"), Lines()
+    logger, handler = logging.getLogger("trainer.storage.retry"), Lines()
     with remote_store(s3) as remote, ThreadPoolExecutor(1) as pool:
         logger.addHandler(handler)
         yield pool.submit(run)

@@ -14,7 +14,7 @@ from tests.support.remote_store import RemoteStore, in_forks, load_state, save_s
 from tests.unit.trainer.checkpoint.worlds import RUN, random_state, same_bits
 from trainer.checkpoint import layout
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import Store
+from trainer.storage.store import Store
 
 pytestmark = pytest.mark.slow
 

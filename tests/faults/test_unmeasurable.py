@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.pixels import as_png
-from trainer.evaluate.report import EvaluationReport
-from trainer.launch import main
+from trainer.cli.launch import main
+from trainer.evaluation.report import EvaluationReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 

@@ -30,8 +30,8 @@ from tests.fuzz.material import (
 )
 from tests.fuzz.verdict import TRACEBACK, Seen, Verdict
 from tests.support.forked import forked, ranks_by_fork
-from trainer.evaluate.__main__ import main as evaluate
-from trainer.launch import main as launch
+from trainer.cli.evaluate import main as evaluate
+from trainer.cli.launch import main as launch
 
 HANGS = "hangs"
 _MOST_KILLS = 3

@@ -14,8 +14,8 @@ from pipelines.ingest.__main__ import main as ingest
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.forked import ranks_by_fork
 from tests.unit.pipelines import pictures
-from trainer.evaluate.__main__ import main as evaluate
-from trainer.launch import main as launch
+from trainer.cli.evaluate import main as evaluate
+from trainer.cli.launch import main as launch
 
 CLASSES, PER_CLASS, SIZE = 3, 16, 8
 RUN, DATA = "fuzz", "pictures"

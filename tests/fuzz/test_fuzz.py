@@ -49,7 +49,7 @@ def lose_a_key(_attempt: Try) -> object:
 
 
 def refuse(_attempt: Try) -> object:
-    from trainer.schema import ConfigError
+    from trainer.config.reading import ConfigError
 
     raise ConfigError("no")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pipelines import errors as data_errors
-from trainer.checkpoint.errors import CheckpointError
-from trainer.mistakes import is_users_mistake
+from trainer.errors import is_users_mistake
+from trainer.storage.errors import CheckpointError
 
 TRACEBACK = "Traceback (most recent call last)"
 

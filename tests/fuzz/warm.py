@@ -7,9 +7,9 @@ import nvidia.dali.fn  # noqa: F401
 
 import cluster.launcher  # noqa: F401
 import tests.fuzz.kinds  # noqa: F401
-import trainer.ending
-import trainer.preflight  # noqa: F401
+import trainer.cli.ending
+import trainer.training.preflight  # noqa: F401
 from tests.fuzz.material import SETTINGS
-from trainer.composition import composed
+from trainer.config.composition import composed
 
 composed([*SETTINGS, "home=/nowhere"])

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.support.configuration import configuration
-from trainer.groups import members
-from trainer.launch import described
+from trainer.cli.launch import described
+from trainer.config.groups import members
 
 FOLDER = Path(__file__).parent / "configs"
 

@@ -4,8 +4,9 @@ import pytest
 
 from tests.golden.render import FOLDER, rendered
 from tests.support.configuration import configuration
-from trainer.groups import members
-from trainer.schema import difference, to_dict
+from trainer.config.groups import members
+from trainer.config.job import difference
+from trainer.config.reading import to_dict
 
 CHANGED = {
     "one_scale": {"flow.scales", "flow.critical_times"},

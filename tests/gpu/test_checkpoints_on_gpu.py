@@ -11,8 +11,8 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.snapshot import host_buffer
-from trainer.checkpoint.store_local import LocalStore
 from trainer.state import Fragment
+from trainer.storage.local import LocalStore
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,17 +5,16 @@ import pytest
 import torch
 
 from models.pyramid import merge, split
+from pipelines.augment import AugmentConfig, SampleKey
 from pipelines.batch import Cursor
-from pipelines.cpu import LatentDecoder, PillowDecoder
-from pipelines.dali.images import DaliDecoder
-from pipelines.dali.latents import DaliLatentDecoder
-from pipelines.decode import DecodeConfig, LatentDecodeConfig
+from pipelines.decode.contract import DecodeConfig, LatentDecodeConfig
+from pipelines.decode.cpu import LatentDecoder, PillowDecoder
+from pipelines.decode.dali_images import DaliDecoder
+from pipelines.decode.dali_latents import DaliLatentDecoder
 from pipelines.errors import UndecodableImageError
 from pipelines.latent_format import LatentFormat
-from pipelines.loader import Loader, LoaderConfig
-from pipelines.sample_key import SampleKey
-from pipelines.synthetic import SyntheticImages
-from pipelines.view import AugmentConfig
+from pipelines.loading.loader import Loader, LoaderConfig
+from tests.support.synthetic import SyntheticImages
 from tests.unit.pipelines import pictures
 
 pytestmark = [

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.ingest.latents.__main__ import main
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.unit.pipelines import pictures
+from trainer.cli.latents import main
 
 pytestmark = [
     pytest.mark.gpu,

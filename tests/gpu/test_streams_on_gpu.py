@@ -5,7 +5,7 @@ import torch
 
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.engine.cuda_streams import CudaStreams
+from trainer.engine.build import CudaStreams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,8 @@ from tests.support.worker_runs import BATCH, TINY, Hold, Seen, State, points, tr
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 

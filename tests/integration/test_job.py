@@ -23,8 +23,8 @@ from PIL import Image
 
 from tests.support.job import ROOT, SMALL, final_state, job
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import StoreConfig
-from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.storage.store import StoreConfig
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from PIL import Image
 from pipelines.ingest.digits import ensure_digits
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.latent_job import LatentJobs
-from trainer import sample
-from trainer.trained.evaluation import (
+from trainer.cli import sample
+from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
     RealImagesConfig,
     evaluate_checkpoints,

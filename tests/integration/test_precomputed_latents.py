@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from pipelines.ingest.digits import ensure_digits
-from pipelines.ingest.latents.__main__ import main as encode
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.latent_job import LatentJobs
-from trainer import sample
-from trainer.trained.evaluation import (
+from trainer.cli import sample
+from trainer.cli.latents import main as encode
+from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
     RealImagesConfig,
     evaluate_checkpoints,

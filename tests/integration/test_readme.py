@@ -13,7 +13,8 @@ import pytest
 from tests.support.job import ROOT, SMALL
 from tests.support.terminal import Machine, Terminal, machine
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from tests.support.mlflow_server import mlflow_server
-from trainer.composition import composed
-from trainer.evaluate.grid import grid_png
+from trainer.config.composition import composed
+from trainer.config.job import science
+from trainer.evaluation.grid import grid_png
 from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker, end_run
 from trainer.metrics.tracker import TrackingConfig
 from trainer.metrics.tracker_mlflow import MlflowTracker
-from trainer.schema import science
-from trainer.tracked_run import tracked_run
+from trainer.training.tracking import tracked_run
 
 pytestmark = pytest.mark.slow
 

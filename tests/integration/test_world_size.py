@@ -6,7 +6,7 @@ import sqlite3
 import pytest
 
 from tests.support.forked import ranks_by_fork
-from trainer.launch import main
+from trainer.cli.launch import main
 
 pytestmark = pytest.mark.slow
 

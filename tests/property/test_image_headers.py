@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.decode import DecodeConfig, make_decoder
+from pipelines.decode.contract import DecodeConfig
+from pipelines.decode.make import make_decoder
 from pipelines.errors import UndecodableImageError
 from tests.unit.pipelines import pictures
 

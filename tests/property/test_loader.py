@@ -16,16 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.augment import AugmentConfig, SampleKey
 from pipelines.batch import Batch, Cursor
 from pipelines.dataset import SampleDataset
-from pipelines.decode import DecodeConfig, DecoderName, make_decoder
+from pipelines.decode.contract import DecodeConfig
+from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.loader import Loader, LoaderConfig
-from pipelines.mixture import ConcatenatedDataset, MixedOrder
-from pipelines.order import SampleOrder
-from pipelines.sample_key import SampleKey
+from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.order import ConcatenatedDataset, MixedOrder, SampleOrder
 from pipelines.shards import ShardedDataset, ShardsConfig
-from pipelines.view import AugmentConfig
 from tests.unit.pipelines import pictures
 
 FEW = settings(max_examples=10, deadline=None)

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import DataError
-from pipelines.mixture import ConcatenatedDataset, MixedOrder, StreamConfig
-from pipelines.order import Turns
-from pipelines.synthetic import SyntheticImages
+from pipelines.order import ConcatenatedDataset, MixedOrder, StreamConfig, Turns
+from tests.support.synthetic import SyntheticImages
 
 QUICK = settings(max_examples=25, deadline=None)
 SIZES = st.lists(st.lists(st.integers(8, 40), min_size=1, max_size=3), min_size=1, max_size=4)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from cluster.hardware import HardwareConfig
 from cluster.placement import Placement, expert_group, shard_holders
-from cluster.planner import candidates, fastest
-from cluster.prediction import rank_memory
-from cluster.workload import KINDS, ScaleLoad, Workload, exchange_bytes
+from trainer.planning.planner import candidates, fastest
+from trainer.planning.prediction import rank_memory
+from trainer.planning.workload import KINDS, ScaleLoad, Workload, exchange_bytes
 
 QUICK = settings(max_examples=60, deadline=None)
 STAGES = st.integers(0, 3)

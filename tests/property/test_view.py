@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.augment import DRAWS, AugmentConfig, SampleKey, choose_view
 from pipelines.errors import DataError
-from pipelines.sample_key import SampleKey
-from pipelines.view import DRAWS, AugmentConfig, choose_view
 
 QUICK = settings(max_examples=300, deadline=None)
 SIDES = st.integers(1, 3000)

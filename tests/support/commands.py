@@ -3,17 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from trainer.checkpoint_command.exporting import ExportConfig
-from trainer.checkpoint_command.listing import ListConfig
-from trainer.checkpoint_command.pruning import PruneConfig
-from trainer.checkpoint_command.verifying import VerifyConfig
-from trainer.inpaint import InpaintConfig
-from trainer.mistakes import is_users_mistake
-from trainer.sample import SampleConfig
-from trainer.schema import JobConfig
-from trainer.setting import Setting, settings_of
-from trainer.trained.evaluation import CheckpointEvaluationConfig
-from trainer.ui import UiConfig
+from trainer.cli.checkpoints import ExportConfig, ListConfig, PruneConfig, VerifyConfig
+from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.sample import SampleConfig
+from trainer.cli.ui import UiConfig
+from trainer.config.job import JobConfig
+from trainer.config.settings import Setting, settings_of
+from trainer.errors import is_users_mistake
+from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 
 GIVEN: dict[type[Any], dict[str, Any]] = {
     JobConfig: {},

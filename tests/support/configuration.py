@@ -2,8 +2,8 @@
 
 from functools import cache
 
-from trainer.composition import composed
-from trainer.schema import JobConfig
+from trainer.config.composition import composed
+from trainer.config.job import JobConfig
 
 
 @cache

@@ -18,8 +18,8 @@ from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, Settle, stay
 from trainer import rng
 from trainer.engine.build import build_engine
+from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import Engine, EngineConfig
-from trainer.schedule import OptimConfig
 
 _UNPICKLE = distributed_c10d._tensor_to_object
 

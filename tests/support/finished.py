@@ -13,7 +13,8 @@ from torch import Tensor
 from tests.support.job import SMALL, final_state, job
 from tests.support.mlflow_server import mlflow_server
 from tests.support.s3_server import S3Server
-from trainer.checkpoint.store import Store, StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ forked = multiprocessing.get_context("forkserver")
 PRELOADED = (
     "tests.support.cpu_rank",
     *("tests.support.shard_reader", "streaming", "boto3"),
-    *("tests.support.engine_worker", "trainer.worker", "deepspeed", "torch._dynamo"),
+    *("tests.support.engine_worker", "trainer.training.worker", "deepspeed", "torch._dynamo"),
     *("deepspeed.runtime.engine", "deepspeed.compile.inductor", "nvidia.dali.fn"),
     *(
         "mlflow.store.tracking.sqlalchemy_store",

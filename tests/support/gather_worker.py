@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cluster.contract import WorkerContext
-from cluster.handshake import shake_hands
+from cluster.process_group import shake_hands
 from models.axes import Bands
 from models.codec import IdentityCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig
-from trainer.evaluate.samples import Drawing, ImageShape
+from trainer.config.shapes import ImageShape
+from trainer.evaluation.samples import Drawing
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 

@@ -24,9 +24,9 @@ from tests.unit.trainer.checkpoint.worlds import RUN, SHAPES, random_state, same
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import block_hash
 from trainer.checkpoint.content import load_weights
-from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import Store
+from trainer.storage.errors import CheckpointError
+from trainer.storage.store import Store
 
 OLD, NEW = 10, 20
 KEY = layout.manifest_key(RUN, NEW)

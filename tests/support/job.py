@@ -18,7 +18,8 @@ from torch import Tensor
 
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

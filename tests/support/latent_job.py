@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.support.job import final_state
-from trainer.launch import main
+from trainer.cli.launch import main
 
 _SETTINGS = (
     "+exp=digits",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trainer.divergence import LossWatch
-from trainer.schedule import OptimConfig
+from trainer.engine.optimizer import OptimConfig
+from trainer.training.divergence import LossWatch
 
 
 def watch(optim: OptimConfig | None = None, **changes: int | str) -> LossWatch:

@@ -33,7 +33,8 @@ from tests.unit.trainer.checkpoint.worlds import (
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import Store, StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
 
 Moment = Literal["unsent", "half sent"]
 _METHODS = (b"GET ", b"PUT ", b"POST ", b"DELETE ", b"HEAD ")

@@ -20,8 +20,8 @@ from tests.unit.trainer.checkpoint.worlds import (
 )
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import Store
 from trainer.checkpoint.upload import SaveReport
+from trainer.storage.store import Store
 
 
 class Training:

@@ -9,8 +9,8 @@ from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.saver import CheckpointSaver
-from trainer.checkpoint.store import Store
 from trainer.state import Fragment
+from trainer.storage.store import Store
 
 
 def save_now(

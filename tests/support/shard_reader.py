@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from pipelines.batch import Batch, Cursor
-from pipelines.decode import DecodeConfig
-from pipelines.loader import Loader, LoaderConfig
+from pipelines.decode.contract import DecodeConfig
+from pipelines.loading.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.forked import forked
 

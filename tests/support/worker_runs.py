@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 from cluster.contract import Message, WorkerContext
 from cluster.launcher import run
-from trainer import worker
-from trainer.checkpoint.store import StoreConfig
-from trainer.checkpoint.store_local import LocalStore
-from trainer.composition import composed
+from trainer.config.composition import composed
+from trainer.config.reading import to_dict
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine
-from trainer.placing import resolve_placement
-from trainer.schema import to_dict
-from trainer.validate import validate
+from trainer.planning.placing import resolve_placement
+from trainer.storage.local import LocalStore
+from trainer.storage.store import StoreConfig
+from trainer.training import worker
+from trainer.training.validate import validate
 
 State: TypeAlias = dict[str, NDArray[np.float32]]
 """All values of each parameter, flat, by kind and name."""

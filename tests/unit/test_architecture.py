@@ -57,7 +57,7 @@ def test_nothing_is_unpickled():
 
 
 def test_documents_are_read_in_one_room():
-    """Whose bounds hold for all: `pipelines.json_document`. YAML is read by Hydra alone."""
+    """Whose bounds hold for all: `pipelines.documents`. YAML is read by Hydra alone."""
     reads = re.compile(
         r"\b(json|ujson|orjson|yaml)\.(?!dump|safe_dump|YAMLError)\w*load\w*\(|\bJSONDecoder\b"
         r"|\bfrom (json|yaml|orjson) import|OmegaConf\.load\(|\b(tomllib|tomli|configparser)\b"
@@ -65,7 +65,7 @@ def test_documents_are_read_in_one_room():
     assert reads.search("yaml.safe_load(x)")
     assert reads.search("json.load(x)")
     found = [path for path in SOURCES if reads.search(path.read_text())]
-    assert found == [ROOT / "pipelines" / "json_document.py"]
+    assert found == [ROOT / "pipelines" / "documents.py"]
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
@@ -73,7 +73,7 @@ def test_documents_are_read_in_one_room():
 def test_model_files_are_the_presets(size, patch):
     import yaml
 
-    from models.transformer.presets import preset
+    from models.transformer.config import preset
 
     values = yaml.safe_load((ROOT / "configs" / "model" / f"{size}_{patch}.yaml").read_text())
     wanted = preset(f"{size.upper()}/{patch}")

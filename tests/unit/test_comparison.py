@@ -9,8 +9,8 @@ from PIL import Image
 from benchmarks import comparison
 from benchmarks.comparison import Arm, UnlikeRuns, as_json, as_markdown, check_alike, measured
 from benchmarks.comparison_picture import draw_picture
-from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
-from trainer.trained.evaluation import CheckpointEvaluationConfig
+from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
+from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 
 SCIENCE = {
     "data": {"name": "d", "image_size": 16, "channels": 3, "classes": 10},

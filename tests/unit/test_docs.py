@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.support.commands import GIVEN
-from trainer.groups import members
-from trainer.setting import settings_of
+from trainer.config.groups import members
+from trainer.config.settings import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

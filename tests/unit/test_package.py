@@ -48,8 +48,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_composes_every_experiment_in_any_folder(installed, tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(installed)}
     script = (
-        "import trainer.groups as groups\n"
-        "from trainer.composition import composed\n"
+        "import trainer.config.groups as groups\n"
+        "from trainer.config.composition import composed\n"
         "print(groups.__file__)\n"
         "for name in groups.members('exp'): print(name, composed([f'+exp={name}']).run)\n"
     )
@@ -98,7 +98,7 @@ def test_the_wheel_runs_commands_in_any_folder_with_nothing_of_this_one(elsewher
             "inception",
             [
                 "-c",
-                "from trainer.evaluate.inception import InceptionFeatures as Of; Of(None)",
+                "from trainer.evaluation.features import InceptionFeatures as Of; Of(None)",
             ],
         ),
     ],

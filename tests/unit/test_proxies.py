@@ -10,10 +10,11 @@ import pytest
 from pipelines.errors import StoreUnreachableError
 from pipelines.proxies import proxy_hint
 from pipelines.source import Source, SourceConfig
-from trainer.checkpoint.errors import StoreError
-from trainer.checkpoint.store import StoreConfig, open_store
 from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
 from trainer.metrics.tracker import TrackingConfig
+from trainer.storage.errors import StoreError
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 HOST = "storage.internal"
 ADDRESS = f"http://{HOST}:9000"

@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from pipelines.json_document import parse_json
-from trainer.checkpoint import errors
-from trainer.checkpoint.errors import CheckpointError, RankFailed
+from pipelines.documents import parse_json
+from trainer.checkpoint import errors as checkpoint_errors
+from trainer.checkpoint.errors import RankFailed
+from trainer.storage import errors as storage_errors
+from trainer.storage.errors import CheckpointError
 
 Result = TypeVar("Result")
 
 _KINDS = {
     kind.__name__: kind
-    for kind in vars(errors).values()
+    for kind in (vars(storage_errors) | vars(checkpoint_errors)).values()
     if isinstance(kind, type) and issubclass(kind, CheckpointError)
 }
 

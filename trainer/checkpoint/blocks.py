@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from trainer.checkpoint.errors import DamagedCheckpoint, MissingObject
-from trainer.checkpoint.object_entry import ObjectEntry
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.errors import DamagedCheckpoint
+from trainer.checkpoint.manifest import ObjectEntry
+from trainer.storage.errors import MissingObject
+from trainer.storage.store import Store
 
 # Large enough for a request, small enough that a rank which needs a slice reads little beside it;
 # a whole number of float32 values.

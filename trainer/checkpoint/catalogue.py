@@ -11,14 +11,12 @@ from trainer.checkpoint.errors import (
     CheckpointConflict,
     DamagedCheckpoint,
     InvalidManifest,
-    MissingObject,
     NewerManifest,
-    VanishedObject,
 )
-from trainer.checkpoint.inventory import Clearance, Inventory
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
-from trainer.checkpoint.retention import RetentionPolicy, superseded
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.retention import Clearance, Inventory, RetentionPolicy, superseded
+from trainer.storage.errors import MissingObject, VanishedObject
+from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -16,17 +16,14 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.blocks import read_block
-from trainer.checkpoint.cuts import Read, missing_from, plan_reads
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
-from trainer.checkpoint.finite import all_finite
 from trainer.checkpoint.layout import checkpoint_key
-from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest
-from trainer.checkpoint.object_entry import ObjectEntry
-from trainer.checkpoint.slices_file import first_elements
-from trainer.checkpoint.spans import Span
-from trainer.checkpoint.store import Store
-from trainer.checkpoint.threads import in_threads
+from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest, ObjectEntry
+from trainer.checkpoint.safetensors_file import first_elements
+from trainer.checkpoint.slices import Read, Span, missing_from, plan_reads
+from trainer.finite import all_finite
 from trainer.state import Fragment
+from trainer.storage.store import Store, in_threads
 
 
 def by_name(fragments: Sequence[Fragment]) -> dict[str, Fragment]:

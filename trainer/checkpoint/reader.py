@@ -14,8 +14,8 @@ from trainer.checkpoint.agreement import Agreement, Alone, Ranks
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.store import Store
 from trainer.state import Fragment
+from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,22 @@ from graphlib import CycleError
 
 import numpy as np
 
-from pipelines.json_document import parse_json
+from pipelines.documents import parse_json
 from trainer.checkpoint import layout
 from trainer.checkpoint.content import by_name
-from trainer.checkpoint.cuts import Cuts, Run, common_order, missing_from
 from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
-from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
-from trainer.checkpoint.object_entry import ObjectEntry
-from trainer.checkpoint.spans import Span
-from trainer.checkpoint.writers import Rows, cuts_of, rows_of, share_writes
+from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, ObjectEntry
+from trainer.checkpoint.slices import (
+    Cuts,
+    Rows,
+    Run,
+    Span,
+    common_order,
+    cuts_of,
+    missing_from,
+    rows_of,
+    share_writes,
+)
 from trainer.state import Fragment
 
 # More than counters and the points of curves that wait for their tracker take.

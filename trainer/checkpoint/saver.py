@@ -8,11 +8,13 @@ exist, so a reader sees the old one or the new one and never a mix.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from trainer.checkpoint import layout
@@ -20,9 +22,7 @@ from trainer.checkpoint.agreement import Agreement, Ranks
 from trainer.checkpoint.blocks import BLOCK_BYTES
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.cuts import slices_of
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.patience import Patience
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.save_plan import (
     SavePlan,
@@ -32,11 +32,27 @@ from trainer.checkpoint.save_plan import (
     check_readable,
     plan_save,
 )
+from trainer.checkpoint.slices import slices_of
 from trainer.checkpoint.snapshot import Snapshot
-from trainer.checkpoint.store import Store
 from trainer.checkpoint.upload import Destination, SaveReport, Upload
-from trainer.checkpoint.versions import versions
 from trainer.state import Fragment
+from trainer.storage.retry import Patience
+from trainer.storage.store import Store
+
+PACKAGES = ("lapflow-trainer", "torch", "safetensors", "deepspeed")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the version of each package that is installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
 
 logger = logging.getLogger(__name__)
 

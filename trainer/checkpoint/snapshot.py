@@ -15,10 +15,10 @@ from torch import Tensor
 
 from trainer.checkpoint.blocks import block_hash, blocks_of
 from trainer.checkpoint.errors import CheckpointMismatch, NonFiniteState
-from trainer.checkpoint.finite import all_finite
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
-from trainer.checkpoint.slices_file import header
-from trainer.checkpoint.spans import Span
+from trainer.checkpoint.safetensors_file import header
+from trainer.checkpoint.slices import Span
+from trainer.finite import all_finite
 from trainer.state import Fragment
 
 logger = logging.getLogger(__name__)

@@ -10,22 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from pipelines.json_document import parse_json
+from pipelines.documents import parse_json
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.errors import (
-    CheckpointError,
-    NonFiniteState,
-    StoreError,
-    StoreUnreachable,
-)
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.object_entry import ObjectEntry
-from trainer.checkpoint.patience import Patience
+from trainer.checkpoint.errors import NonFiniteState
+from trainer.checkpoint.manifest import Manifest, ObjectEntry
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.snapshot import Snapshot
-from trainer.checkpoint.store import Store
+from trainer.storage.errors import CheckpointError, StoreError, StoreUnreachable
+from trainer.storage.retry import Patience
+from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

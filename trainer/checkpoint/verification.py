@@ -6,14 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from trainer.byte_size import format_bytes
 from trainer.checkpoint.blocks import read_block
 from trainer.checkpoint.errors import DamagedCheckpoint
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.object_entry import ObjectEntry
-from trainer.checkpoint.store import Store
-from trainer.checkpoint.threads import in_threads
-from trainer.clock import format_duration
+from trainer.checkpoint.manifest import Manifest, ObjectEntry
+from trainer.formats import format_bytes, format_duration
+from trainer.storage.store import Store, in_threads
 
 _TELL_EVERY_S = 5.0
 

@@ -11,8 +11,9 @@ the flattened parameter, and checkpoints of different placements are cut from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from cluster.placement import Placement, expert_group, shard_holders
 from models.transformer.experts import InputMajorLinear
 from trainer.engine.exchange import Exchange
+from trainer.engine.protocol import BuildModel
 
 
 class ExpertShard(nn.Module):
@@ -180,3 +182,25 @@ def shards_of(model: nn.Module) -> dict[str, Exchange]:
 def whole_shape(part: torch.Size, exchange: Exchange | None) -> tuple[int, ...]:
     """Return the shape of a whole parameter, from that of this rank's part of it."""
     return tuple(part) if exchange is None else (part[0] * exchange.ranks, *part[1:])
+
+
+def draw_initial_weights(
+    build_model: BuildModel, shards: ExpertShards, take: Callable[[int, Tensor], object]
+) -> None:
+    """Draw a model's initial weights; no more than one of its parts is in memory at a time.
+
+    Args:
+        build_model: Builds the model.
+        shards: Divides its experts as they are divided in the engine.
+        take: Called with the number of each parameter, in the order of the model's parameters, and
+            its initial value as this rank holds it.
+    """
+    numbers = count()
+
+    def settle(part: nn.Module) -> None:
+        shards.divide(part)
+        for parameter in part.parameters():
+            take(next(numbers), parameter.detach())
+            parameter.data = parameter.new_empty(0)
+
+    build_model(settle)

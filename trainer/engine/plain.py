@@ -9,11 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.engine.adamw import adamw, moments_of
-from trainer.engine.expert_shards import ExpertShards, shards_of, whole_shape
-from trainer.engine.initial_weights import draw_initial_weights
+from trainer.engine.expert_shards import ExpertShards, draw_initial_weights, shards_of, whole_shape
+from trainer.engine.optimizer import OptimConfig, adamw, moments_of
 from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
-from trainer.schedule import OptimConfig
 from trainer.state import Fragment
 
 

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from cluster.tested import require_tested
 from models.transformer.lapflow import Settle
-from trainer.engine.adamw import adamw, moments_of
-from trainer.engine.expert_shards import ExpertShards, shards_of, whole_shape
-from trainer.engine.initial_weights import draw_initial_weights
+from trainer.engine.expert_shards import ExpertShards, draw_initial_weights, shards_of, whole_shape
+from trainer.engine.optimizer import OptimConfig, adamw, moments_of
 from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
 from trainer.engine.zero_config import zero_config
-from trainer.engine.zero_experts import (
+from trainer.engine.zero_partition import (
+    StatePartition,
+    WeightPartition,
+    ZeroPartition,
     form_groups,
     group_name,
     mark_expert_groups,
     settle_divided,
 )
-from trainer.engine.zero_partition import StatePartition, WeightPartition, ZeroPartition
-from trainer.schedule import OptimConfig
 from trainer.state import Fragment
 
 TESTED_DEEPSPEED = ">=0.19.8,<0.19.9"

@@ -11,13 +11,13 @@ import torch
 from models.flow.flow import FlowConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.autoencoder import CodecConfig
+from trainer.autoencoder.codec import CodecConfig
 from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.manifest import Manifest
-from trainer.evaluate.samples import ImageShape
-from trainer.schema import from_dict, to_dict
-from trainer.trained.codec import recorded_codec, recorded_shape
-from trainer.trained.own_settings import label_dropout
+from trainer.config.reading import from_dict, to_dict
+from trainer.config.shapes import ImageShape
+from trainer.evaluation.own_settings import label_dropout
+from trainer.evaluation.trained_model import recorded_codec, recorded_shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from models.flow.flow import FlowConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.schema import from_dict
+from trainer.config.reading import from_dict
 
 
 class LapFlowTransformer2DModel(LapFlowTransformer, ModelMixin, ConfigMixin):  # type: ignore[misc]

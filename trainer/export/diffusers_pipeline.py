@@ -17,9 +17,9 @@ from models.codec import AutoencoderKlCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
+from trainer.config.evaluation import check_guidance
+from trainer.config.reading import ConfigError, from_dict
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
-from trainer.schema import ConfigError, from_dict
-from trainer.validate import check_guidance
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 OutputType: TypeAlias = Literal["pil", "np", "pt", "latent"]

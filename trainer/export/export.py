@@ -2,19 +2,148 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.safetensors_file import safetensors_header
+from trainer.config.reading import ConfigError
+from trainer.evaluation.measured import MeasuredDistance, measured_distances
+from trainer.evaluation.report import evaluation_key
+from trainer.evaluation.trained_model import Weights
 from trainer.export.description import ModelDescription
-from trainer.export.folder import FILES, write_folder
+from trainer.export.model_card import ModelCard, WeightsFile
 from trainer.export.output import check_file, check_folder, written_whole
-from trainer.export.weights import write_weights
-from trainer.schema import ConfigError
-from trainer.trained.model import Weights
+from trainer.storage.store import Store
+
+
+def write_weights(path: Path, store: Store, manifest: Manifest, which: Weights) -> str:
+    """Write whole weights, of which memory holds one copy meanwhile.
+
+    Equal weights make equal files.
+
+    Args:
+        path: The file.
+        store: The store of the run.
+        manifest: The checkpoint.
+        which: The moving average, or the weights as trained.
+
+    Returns:
+        SHA-256 of the file, in hexadecimal.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, holds values that are not finite or lacks
+            such weights, or the store fails.
+        OSError: The file cannot be written.
+    """
+    weights = load_weights(store, manifest, which)
+    metadata = {
+        "format": "pt",
+        "run": manifest.run,
+        "images": str(manifest.images),
+        "weights": which,
+        "science_hash": manifest.science_hash,
+    }
+    shapes = {name: tuple(each.shape) for name, each in weights.items()}
+    parts: list[bytes | memoryview] = [safetensors_header(shapes, metadata)]
+    parts += [_values(each) for each in weights.values()]
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _values(tensor: Tensor) -> memoryview:
+    """Return the bytes of a float32 tensor, which are not copied."""
+    return tensor.reshape(-1).numpy().data
+
+
+_CARD = "README.md"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_MASTER = "diffusion_pytorch_model.master.safetensors"
+
+FILES = (_CARD, "config.json", "model_index.json", _WEIGHTS, _MASTER)
+"""Names of all files that may be in an exported folder."""
+
+
+def write_folder(
+    folder: Path,
+    *,
+    name: str,
+    store: Store,
+    manifest: Manifest,
+    description: ModelDescription,
+    weights: Sequence[Weights],
+) -> None:
+    """Write a folder that both diffusers and torch can load.
+
+    Args:
+        folder: Where to; it must not exist.
+        name: What the folder will be called.
+        store: The store of the run.
+        manifest: The checkpoint.
+        description: Its model.
+        weights: The weights; the first are loaded by default, and master beside them is diffusers'
+            variant "master".
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or lacks such weights, or the store fails.
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir()
+    files = [
+        WeightsFile(
+            name=file,
+            weights=which,
+            sha256=write_weights(folder / file, store, manifest, which),
+        )
+        for which, file in zip(weights, (_WEIGHTS, _MASTER), strict=False)
+    ]
+    _write_settings(folder, description)
+    card = ModelCard(
+        folder=name,
+        manifest=manifest,
+        model=description,
+        files=files,
+        results=_results(store, manifest, weights),
+    )
+    (folder / _CARD).write_text(card.text(), encoding="utf-8")
+
+
+def _write_settings(folder: Path, description: ModelDescription) -> None:
+    """Let diffusers write its own files, of a model that takes no memory."""
+    from trainer.export.diffusers_model import LapFlowTransformer2DModel
+    from trainer.export.diffusers_pipeline import LapFlowPipeline
+
+    with torch.device("meta"):
+        model = LapFlowTransformer2DModel(**description.arguments())
+    model.save_config(folder)
+    LapFlowPipeline(model).save_config(folder)
+
+
+def _results(
+    store: Store, manifest: Manifest, weights: Sequence[Weights]
+) -> list[MeasuredDistance]:
+    """Return what was measured of these weights."""
+    run, images = manifest.run, manifest.images
+    found = measured_distances(
+        store,
+        run,
+        images,
+        keys=store.list(evaluation_key(run, images, "")),
+        attempts=(manifest.attempt,),
+    )
+    return [each for each in found if each.weights in weights]
 
 
 @dataclass(frozen=True, kw_only=True)

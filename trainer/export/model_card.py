@@ -11,9 +11,90 @@ from typing import Any
 
 from pipelines.console import visible
 from trainer.checkpoint.manifest import Manifest
-from trainer.evaluate.measured import MeasuredDistance
-from trainer.export import card_code
+from trainer.evaluation.measured import MeasuredDistance
 from trainer.export.description import ModelDescription
+
+NEEDED = (
+    "torch>=2.13.0,<2.14",
+    "diffusers>=0.39.0,<0.40",
+    "einops>=0.8.2",
+    "jaxtyping>=0.3.11",
+    "torchdiffeq>=0.2.5",
+    "psutil>=7.2.2",
+    "pydantic>=2.14.3",
+    "xxhash>=3.8.2",
+)
+"""What drawing needs of what the project needs, as pip knows it."""
+
+
+def install() -> str:
+    """Install this project's packages and what they need to draw, which is far less than all."""
+    needed = " ".join(f"'{each}'" for each in NEEDED)
+    return f"```bash\npip install {needed}\npip install --no-deps .\n```\n"
+
+
+def pipeline(folder: str, *, on_latents: bool) -> str:
+    """Draw images, or latents where images take an autoencoder."""
+    drawn = "latents" if on_latents else "images"
+    more = ', output_type="latent"' if on_latents else ""
+    return _block(
+        "import torch",
+        "from trainer.export.diffusers_pipeline import LapFlowPipeline",
+        "",
+        f"pipeline = LapFlowPipeline.from_pretrained({folder!r})",
+        "generator = torch.Generator().manual_seed(0)",
+        f"{drawn} = pipeline([0], num_inference_steps=40, generator=generator{more}).images",
+    )
+
+
+def model(folder: str, *, variant: str | None = None) -> str:
+    """Load the network by diffusers."""
+    chosen = "" if variant is None else f", variant={variant!r}"
+    return _block(
+        "from trainer.export.diffusers_model import LapFlowTransformer2DModel",
+        "",
+        f"model = LapFlowTransformer2DModel.from_pretrained({folder!r}{chosen})",
+    )
+
+
+def torch_alone(folder: str, description: ModelDescription, file: str) -> str:
+    """Build the network, load its weights, and draw what it works on."""
+    flow, shape = description.flow, description.shape
+    size = f"channels={shape.channels}, image_size={shape.size}"
+    return _block(
+        "import torch",
+        "from safetensors.torch import load_file",
+        "",
+        "from models.flow.flow import Flow, FlowConfig",
+        "from models.flow.sampler import sample",
+        "from models.flow.sampler_config import SamplerConfig",
+        "from models.transformer.config import Ties, TransformerConfig",
+        "from models.transformer.lapflow import LapFlowTransformer",
+        "",
+        f"config = {description.transformer!r}",
+        "model = LapFlowTransformer(",
+        f"    config, scales={flow.scales}, {size}, classes={shape.classes}",
+        ")",
+        f"model.load_state_dict(load_file({f'{folder}/{file}'!r}))",
+        "model.eval()",
+        "",
+        f"flow = Flow({flow!r})",
+        f"noise = torch.randn(1, flow.noise_size({size}))",
+        "drawn = sample(",
+        "    model,",
+        "    flow=flow,",
+        "    config=SamplerConfig(steps=40),",
+        "    noise=noise,",
+        "    labels=torch.tensor([0]),",
+        f"    {size}, null_label={shape.classes},",
+        ").images",
+    )
+
+
+def _block(*lines: str) -> str:
+    code = "\n".join(lines)
+    return f"```python\n{code}\n```\n"
+
 
 _LATENTS = """
 The model draws latents. For pictures, give `LapFlowPipeline.from_pretrained` the autoencoder of its
@@ -62,7 +143,7 @@ class ModelCard:
             "Files": self._files(),
             "Use with diffusers": self._diffusers(),
             "Use with torch alone": "The same network without diffusers:\n\n"
-            + card_code.torch_alone(self.folder, self.model, self.files[0].name),
+            + torch_alone(self.folder, self.model, self.files[0].name),
             "Training": _table(self._training()),
             "Results": self._results(),
             "Limits": self._limits(),
@@ -139,15 +220,15 @@ class ModelCard:
         text = (
             "No code is in this folder. The classes are in the packages of `lapflow-trainer`, "
             "which no index has: clone the project, and in the folder of the clone type\n\n"
-            f"{card_code.install()}\nThen, beside this folder:\n\n"
+            f"{install()}\nThen, beside this folder:\n\n"
         )
-        text += card_code.pipeline(self.folder, on_latents=self.model.on_latents)
+        text += pipeline(self.folder, on_latents=self.model.on_latents)
         if self.model.on_latents:
             text += _LATENTS.format(autoencoder=self._autoencoder())
-        text += "\nThe network by itself:\n\n" + card_code.model(self.folder)
+        text += "\nThe network by itself:\n\n" + model(self.folder)
         for other in self.files[1:]:
             text += f"\nThe other weights ({other.weights}):\n\n"
-            text += card_code.model(self.folder, variant=other.weights)
+            text += model(self.folder, variant=other.weights)
         return text
 
     def _autoencoder(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.schema import ConfigError
+from trainer.config.reading import ConfigError
 
 
 def check_file(output: Path, *, overwrite: bool) -> None:

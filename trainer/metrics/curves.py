@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.json_document import read_json, typed
+from pipelines.documents import read_json, typed
 
 Curves = Mapping[str, Mapping[int, float]]
 """For each metric its values by images seen."""

@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs: its server or file, the experiment in it, and the page that shows it."""
+"""Where MLflow keeps runs, the page that shows them, and the curves it recorded."""
 
 from __future__ import annotations
 
@@ -152,3 +152,53 @@ def end_run(config: TrackingConfig, home: str, run_id: str, status: str) -> None
 def cause(error: BaseException) -> str:
     """Return the first line of what an error says, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def run_curves(uri: str, *, experiment: str, run: str) -> dict[str, dict[int, float]]:
+    """Read all metrics of the newest run of a name.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Experiment that holds the run.
+        run: Name of the run.
+
+    Returns:
+        For each metric its values by images seen.
+
+    Raises:
+        TrackerUnreachable: The tracker cannot be read, or holds no such run.
+    """
+    from mlflow.entities import ViewType
+
+    local = uri.removeprefix("sqlite:///")
+    if local != uri and not Path(local).exists():
+        raise TrackerUnreachable(f"run {run} cannot be read: there is no tracker file {local}")
+    try:
+        client = connect(uri)
+        known = client.get_experiment_by_name(experiment)
+        runs = []
+        if known is not None:
+            name = run.replace("'", "\\'")
+            runs = client.search_runs(
+                [known.experiment_id],
+                f"attributes.run_name = '{name}'",
+                run_view_type=ViewType.ACTIVE_ONLY,
+                max_results=1,
+                order_by=["attributes.start_time DESC"],
+            )
+        if runs:
+            return {
+                metric: {
+                    point.step: point.value
+                    for point in client.get_metric_history(runs[0].info.run_id, metric)
+                }
+                for metric in runs[0].data.metrics
+            }
+    except Exception as error:
+        raise TrackerUnreachable(
+            f"MLflow at {uri} cannot be read: {cause(error)}.{proxy_hint(uri)}"
+        ) from error
+    raise TrackerUnreachable(
+        f"MLflow at {uri} has no run named {run!r} in the experiment {experiment!r}; the pages of "
+        "`make ui` list the names"
+    )

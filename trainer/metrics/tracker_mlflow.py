@@ -26,8 +26,7 @@ from trainer.metrics.mlflow_place import (
     experiment_id,
     tracking_uri,
 )
-from trainer.metrics.tracker import TrackingConfig
-from trainer.metrics.unsent import Point, UnsentPoints
+from trainer.metrics.tracker import Point, TrackingConfig, UnsentPoints
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipelines.cpu import split_bands
+from pipelines.decode.cpu import split_bands
 from pipelines.latent_record import MOST_SCALES, BandStatistics
 
 Sums = Mapping[str, Sequence[Sequence[float]]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.decode import DecoderName
+from pipelines.decode.make import DecoderName
 from pipelines.errors import IngestSettingError
 from pipelines.ingest.about import read_about
 from pipelines.ingest.build import build, is_complete, refuse_too_many
@@ -17,8 +17,8 @@ from pipelines.ingest.latents.shards import LatentPart, OpenLatentFiller, cut
 from pipelines.ingest.progress import Progress
 from pipelines.ingest.shard_files import FinishedShard, write_shards
 from pipelines.latent_format import LatentFormat
-from pipelines.location import is_url
 from pipelines.shards import ShardedDataset, ShardsConfig
+from pipelines.source import is_url
 
 _RECIPE = 1  # counts up when the same settings come to give other latents
 _MOST_SHARD_BYTES = 1 << 31

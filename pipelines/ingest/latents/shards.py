@@ -14,15 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.augment import SampleKey
 from pipelines.dataset import RawSample
-from pipelines.decode import DecodeConfig, DecoderName, decode_threads, make_decoder
+from pipelines.decode.contract import DecodeConfig, decode_threads
+from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.errors import BadLatentError, IngestSettingError, UndecodableImageError
 from pipelines.index import LABEL_COLUMN
 from pipelines.ingest.latents.band_sums import BandSums
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.ingest.shard_files import Filled, WriteSample
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
-from pipelines.sample_key import SampleKey
 from pipelines.shards import ShardedDataset, ShardsConfig
 
 

@@ -23,23 +23,25 @@ from tests.fuzz.watched import Watched, commanded, watched
 from tests.support.forked import ranks_by_fork
 from tests.support.job import final_state
 from trainer.checkpoint.agreement import Alone
-from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import StoreConfig, open_store
-from trainer.checkpoints import main as checkpoints
-from trainer.composition import composed
-from trainer.data import open_split, with_classes
+from trainer.cli.checkpoints import main as checkpoints
+from trainer.cli.ending import final_report
+from trainer.cli.evaluate import main as evaluate
+from trainer.cli.launch import main as launch
+from trainer.config.composition import composed
+from trainer.config.job import JobConfig, micro_batch, science
+from trainer.config.reading import to_dict
+from trainer.data.splits import open_split, with_classes
 from trainer.engine.build import build_engine
-from trainer.evaluate.__main__ import main as evaluate
-from trainer.evaluate.scores import measured_scores
-from trainer.launch import main as launch
+from trainer.evaluation.measured import measured_scores
+from trainer.evaluation.own_settings import own_eval
 from trainer.metrics.buffer import MetricBuffer
-from trainer.placing import resolve_placement
-from trainer.resume import restore
-from trainer.schema import JobConfig, micro_batch, science, to_dict
-from trainer.summary import final_report
-from trainer.trained.own_settings import own_eval
-from trainer.worker import initial_model
+from trainer.planning.placing import resolve_placement
+from trainer.storage.errors import CheckpointError
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
+from trainer.training.resume import restore
+from trainer.training.worker import initial_model
 
 DAMAGED = "damaged"
 """In the place of a checkpoint's state."""

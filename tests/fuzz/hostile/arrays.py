@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.ingest.latents.__main__ import main as latents
 from pipelines.shards import ShardedDataset
 from tests.fuzz import mutation
 from tests.fuzz.attempt import Try, announce
@@ -19,6 +18,7 @@ from tests.fuzz.hostile.judging import judged
 from tests.fuzz.verdict import Seen
 from tests.fuzz.watched import commanded
 from tests.support.hostile_files import Payload
+from trainer.cli.latents import main as latents
 
 _WAYS = ("bytes", "header", "pickle", "objects", "numbers", "shape", "npz", "type")
 _SHAPES = ((), (0,), (2, 4, 4), (2, 4, 4, 5), (2, 2, 4, 4, 4), (128,), (2, 0, 4, 4))

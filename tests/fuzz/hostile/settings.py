@@ -17,11 +17,11 @@ from tests.fuzz.sandbox import SECRETS
 from tests.fuzz.verdict import Seen
 from tests.fuzz.watched import Watched, commanded
 from tests.support.commands import leaves
-from trainer.checkpoints import main as checkpoints
-from trainer.evaluate.__main__ import main as evaluate
-from trainer.launch import main as launch
-from trainer.sample import main as sample
-from trainer.schema import JobConfig
+from trainer.cli.checkpoints import main as checkpoints
+from trainer.cli.evaluate import main as evaluate
+from trainer.cli.launch import main as launch
+from trainer.cli.sample import main as sample
+from trainer.config.job import JobConfig
 
 _SECRET = SECRETS["AWS_SECRET_ACCESS_KEY"]
 _INTERPOLATIONS = (

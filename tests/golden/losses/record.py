@@ -19,14 +19,15 @@ from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, Settle
 from pipelines.batch import Batch
 from tests.support.loss_watch import watch
+from trainer.config.train import TrainConfig
 from trainer.engine.expert_shards import ExpertShards
+from trainer.engine.optimizer import OptimConfig
 from trainer.engine.plain import PlainEngine
 from trainer.engine.protocol import EngineConfig
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.curves import Curves, curves_as_json
-from trainer.schedule import OptimConfig
 from trainer.state import TrainState
-from trainer.step import TrainConfig, TrainStep
+from trainer.training.step import TrainStep
 
 FILE = Path(__file__).parent / "two_scales.json"
 

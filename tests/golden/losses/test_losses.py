@@ -9,7 +9,7 @@ that were tried move them further: a norm's epsilon of 1e-5 by 1.1e-5, GELU with
 import json
 
 from tests.golden.losses.record import FILE, kind, recorded
-from trainer.compare_losses import agree, described
+from trainer.cli.compare_losses import agree, described
 from trainer.metrics.curves import differences, read_curves
 
 ROUNDING = 5e-6

@@ -1,7 +1,7 @@
 import pytest
 
-from cluster.capacity import Node, crowding, gpus_per_worker, require_room, workers_that_fit
 from cluster.contract import ClusterConfig, ClusterTooSmall
+from cluster.seating import Node, crowding, gpus_per_worker, require_room, workers_that_fit
 
 SMALL, LARGE, GPU = (
     Node(id=name, address=name, cpus=cpus, gpus=gpus)

@@ -4,8 +4,8 @@ import pytest
 
 from cluster.hardware import HardwareConfig, HardwareError
 from cluster.placement import Placement
-from cluster.planner import USABLE, candidates, explain, fastest
 from tests.unit.cluster.loads import NODE, TINY, tiny, xl
+from trainer.planning.planner import USABLE, candidates, explain, fastest
 
 PCIE = replace(NODE, node_link_gb_per_s=12.5, matmul_tflops=66, gpu_memory_gib=24)
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from cluster.placement import Placement
-from cluster.prediction import rank_memory, step_time
-from cluster.workload import exchange, exchange_bytes
 from tests.unit.cluster.loads import NODE, TINY, tiny, xl
+from trainer.planning.prediction import rank_memory, step_time
+from trainer.planning.workload import exchange, exchange_bytes
 
 ONE, TWO = Placement((1,)), Placement((2,))
 REPLICATED = Placement((1, 1, 1))

@@ -3,10 +3,9 @@ from types import SimpleNamespace
 import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
-from cluster import ray_seating
-from cluster.capacity import Node
-from cluster.ray_seating import Seating, unpinned
-from cluster.seating import Party
+from cluster import ray_nodes
+from cluster.ray_nodes import Seating, unpinned
+from cluster.seating import Node, Party
 
 PARTY = Party(workers=4, kept_together=2, cpus=1, gpus=0)
 
@@ -19,9 +18,9 @@ def node(name, cpus):
 def free(monkeypatch):
     """What is found free at each look, the last of it from then on."""
     looks = []
-    monkeypatch.setattr(ray_seating, "_LOOK_S", 0.01)
+    monkeypatch.setattr(ray_nodes, "_LOOK_S", 0.01)
     monkeypatch.setattr(
-        ray_seating, "free_nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0]
+        ray_nodes, "free_nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0]
     )
     return looks
 

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.capacity import Node
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterTooSmall
 from cluster.launcher import run
-from cluster.seating import Party, require_seated_together, require_whole_groups, seat
+from cluster.seating import Node, Party, require_seated_together, require_whole_groups, seat
 
 
 def node(name, *, cpus, gpus=0):

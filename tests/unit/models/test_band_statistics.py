@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from models.band_statistics import band_statistics
-from models.pyramid import split
+from models.pyramid import band_statistics, split
 
 
 def test_a_residual_has_mean_zero_and_the_coarsest_the_images_mean() -> None:

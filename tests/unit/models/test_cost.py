@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.cost import (
+from models.transformer.config import PRESETS, Ties, TransformerConfig, preset
+from models.transformer.cost import (
     CostError,
     ModelShape,
     attention_pairs,
@@ -17,9 +18,7 @@ from models.cost import (
     parameters,
     training_multiply_adds,
 )
-from models.transformer.config import Ties, TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from models.transformer.presets import PRESETS, preset
 
 # parameters in millions for K = 1, 2, 3; GMAC for K = 1; K = 2: coarse, both, average;
 # K = 3: one, two, three active, average

@@ -4,9 +4,15 @@ from typing import Any
 
 import pytest
 
-from models.cost import CostError, ModelShape, parameters
-from models.memory import activation_elements, last_projection_parameters, undivided_parameters
 from models.transformer.config import AttentionKind, Ties, TransformerConfig
+from models.transformer.cost import (
+    CostError,
+    ModelShape,
+    activation_elements,
+    last_projection_parameters,
+    parameters,
+    undivided_parameters,
+)
 from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.models.kept import kept_bytes
 

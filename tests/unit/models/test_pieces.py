@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.flow.pieces import Piece, StepsError, adaptive_pieces, fixed_pieces, steps_per_segment
+from models.flow.sampler_config import (
+    Piece,
+    StepsError,
+    adaptive_pieces,
+    fixed_pieces,
+    steps_per_segment,
+)
 from models.flow.stages import Segment, Stages
 
 SEGMENT = Segment(start=0.2, end=0.6, active=1)

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.cost import ModelShape, parameters
-from models.transformer.config import TransformerConfigError
-from models.transformer.presets import PRESETS, preset
+from models.transformer.config import PRESETS, TransformerConfigError, preset
+from models.transformer.cost import ModelShape, parameters
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "model"
 

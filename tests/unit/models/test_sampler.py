@@ -6,9 +6,13 @@ import torch
 from models.axes import Bands
 from models.flow.flow import Flow, FlowConfig
 from models.flow.guidance import guided
-from models.flow.pieces import StepsError
 from models.flow.sampler import Samples, images_per_call, sample
-from models.flow.sampler_config import SamplerConfig, SamplerConfigError, network_evaluations
+from models.flow.sampler_config import (
+    SamplerConfig,
+    SamplerConfigError,
+    StepsError,
+    network_evaluations,
+)
 from models.flow.solver import SOLVERS
 from models.pyramid import split
 from tests.unit.models.reference import tiny_model, tiny_states

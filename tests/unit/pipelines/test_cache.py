@@ -47,7 +47,7 @@ def test_a_start_removes_what_the_killed_left_and_nothing_else(tmp_path: Path) -
 def test_a_shard_that_another_one_fetches_is_waited_for_and_told_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipelines.slow_steps._SLOW_S", 0.05)
+    monkeypatch.setattr("pipelines.cache._SLOW_S", 0.05)
     cache = ShardCache(tmp_path, prefix="one", index=b"")
     order = []
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image, ImageOps
 
 from models.pyramid import merge, split
-from pipelines.dali.images import DaliDecoder
-from pipelines.decode import DecodeConfig, Decoder, make_decoder
+from pipelines.augment import AugmentConfig, SampleKey
+from pipelines.decode.contract import DecodeConfig, Decoder
+from pipelines.decode.dali_images import DaliDecoder
+from pipelines.decode.make import make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
-from pipelines.sample_key import SampleKey
-from pipelines.view import AugmentConfig
 from tests.unit.pipelines import pictures
 
 DECODERS = ("dali", "pillow")

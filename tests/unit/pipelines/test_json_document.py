@@ -12,15 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from pipelines.json_document import (
+from pipelines.documents import (
+    CHECKSUM,
     MAX_DEPTH,
     DocumentError,
+    canonical,
     parse_json,
     read_bounded,
     read_json,
+    sealed,
     typed,
+    unsealed,
 )
-from pipelines.sealed_document import CHECKSUM, canonical, sealed, unsealed
 
 JSON = st.recursive(
     st.none()

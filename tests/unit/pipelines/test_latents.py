@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from models.pyramid import split
+from pipelines.augment import SampleKey
 from pipelines.batch import Cursor
-from pipelines.decode import LatentDecodeConfig, make_decoder
+from pipelines.decode.contract import LatentDecodeConfig
+from pipelines.decode.make import make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
 from pipelines.latent_format import LatentFormat
-from pipelines.loader import Loader, LoaderConfig
-from pipelines.sample_key import SampleKey
+from pipelines.loading.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset
 
 DECODERS = ("dali", "pillow")

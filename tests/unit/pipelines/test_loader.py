@@ -13,9 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from pipelines.augment import AugmentConfig
 from pipelines.batch import Batch, Cursor
 from pipelines.dataset import RawSample, SampleDataset
-from pipelines.decode import DecodeConfig
+from pipelines.decode.contract import DecodeConfig
 from pipelines.errors import (
     BadDataError,
     DataError,
@@ -23,11 +24,10 @@ from pipelines.errors import (
     IndivisibleBatchError,
     LabelOutOfRangeError,
 )
-from pipelines.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Loader, LoaderConfig
 from pipelines.order import SampleOrder, replacement
 from pipelines.shards import ShardedDataset
-from pipelines.synthetic import SyntheticImages
-from pipelines.view import AugmentConfig
+from tests.support.synthetic import SyntheticImages
 
 BATCH, IMAGES = 12, 40
 
@@ -318,7 +318,7 @@ class StoreAway(SyntheticImages):
 
 def test_closing_waits_for_nobody_but_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is told to stop writes its last checkpoint after that."""
-    monkeypatch.setattr("pipelines.prefetch._JOIN_S", 1.0)
+    monkeypatch.setattr("pipelines.loading.loader._JOIN_S", 1.0)
     waits_in_vain = []
     join = threading.Thread.join
 

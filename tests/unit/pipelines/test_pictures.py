@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.decode import DecodeConfig, make_decoder
+from pipelines.decode.contract import DecodeConfig
+from pipelines.decode.make import make_decoder
 from tests.unit.pipelines import pictures
 
 DECODERS = ("dali", "pillow")

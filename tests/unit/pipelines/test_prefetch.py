@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipelines.prefetch import Prefetched
+from pipelines.loading.loader import Prefetched
 
 
 def prefetch_threads() -> list[threading.Thread]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.documents import INDEX_SHA256, sealed
 from pipelines.errors import InvalidLatentRecordError
 from pipelines.ingest.about import InvalidAboutError, read_about
 from pipelines.ingest.shard_files import Filled, WriteSample, write_shards
 from pipelines.latent_record import parse_latent_record, read_latent_record
-from pipelines.sealed_document import INDEX_SHA256, sealed
 from tests.unit.pipelines.test_latent_record import content
 
 PLAN = "what is to be written"

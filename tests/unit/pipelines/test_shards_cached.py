@@ -21,8 +21,7 @@ from pipelines.errors import (
 )
 from pipelines.index import Shard
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.shard_file import file_problem
-from pipelines.shards import ShardedDataset
+from pipelines.shards import ShardedDataset, file_problem
 from tests.unit.pipelines.stored import cached, expected, flip, read_all, shards_in
 
 

@@ -103,7 +103,7 @@ def test_a_slow_transfer_is_told(
 ) -> None:
     import threading
 
-    monkeypatch.setattr("pipelines.slow_steps._SLOW_S", 0.01)
+    monkeypatch.setattr("pipelines.cache._SLOW_S", 0.01)
     told = threading.Event()
     caplog.handler.addFilter(lambda record: told.set() or True)
     source = source_of([])

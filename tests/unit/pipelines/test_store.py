@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.batch import Cursor
-from pipelines.decode import DecodeConfig
+from pipelines.decode.contract import DecodeConfig
 from pipelines.errors import (
     CorruptShardError,
     MissingDatasetError,
@@ -18,7 +18,7 @@ from pipelines.errors import (
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.verify import verify
 from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
-from pipelines.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.clock import Clock
 from tests.support.s3_server import S3Server

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from trainer.checkpoint.store import Store
-from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
-from trainer.evaluate.report import EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
+from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
+from trainer.storage.store import Store
 
 RUN = "night-1"
 

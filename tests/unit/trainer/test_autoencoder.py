@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from models.codec import AutoencoderKlCodec, IdentityCodec
 from tests.support.autoencoder import saved_autoencoder, tiny_autoencoder
-from trainer.autoencoder import CodecConfig, codec_digest, load_codec, open_codec
-from trainer.autoencoder_files import find_autoencoder
-from trainer.autoencoder_settings import AutoencoderError, AutoencoderSettings
-from trainer.checkpoint.store import StoreConfig
-from trainer.schema import ConfigError
-from trainer.trained.codec import codec_of
+from trainer.autoencoder.codec import CodecConfig, codec_digest, load_codec, open_codec
+from trainer.autoencoder.files import find_autoencoder
+from trainer.autoencoder.settings import AutoencoderError, AutoencoderSettings
+from trainer.config.reading import ConfigError
+from trainer.evaluation.trained_model import codec_of
+from trainer.storage.store import StoreConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STORE = StoreConfig(retries=1, connect_timeout_s=1.0)

@@ -17,10 +17,11 @@ from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.export.runs import IMAGES, save_run
 from tests.unit.trainer.export.runs import RUN as SMALL
 from tests.unit.trainer.measurements import RUN, measured
-from trainer import checkpoints
 from trainer.checkpoint import layout
 from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.store import Store, StoreConfig, open_store
+from trainer.cli import checkpoints
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
 
 TABLE = """\
 images  saved at (UTC)       ranks  objects  Fréchet (random_conv)  kept because      state

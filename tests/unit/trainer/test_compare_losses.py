@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from trainer.compare_losses import main
+from trainer.cli.compare_losses import main
 from trainer.metrics.curves import CurvesError, curves_as_json, differences, read_curves
 from trainer.metrics.mlflow_place import check_tracker
 from trainer.metrics.tracker import TrackingConfig

@@ -10,16 +10,18 @@ import torch
 from cluster.contract import WorkerContext
 from models.codec import IdentityCodec
 from models.pyramid import merge
+from pipelines.augment import AugmentConfig
 from pipelines.batch import Cursor
+from pipelines.encoded import as_png
 from pipelines.errors import BadDataError
 from pipelines.ingest.digits import ensure_digits
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.pixels import as_png
-from pipelines.view import AugmentConfig
 from tests.support.configuration import configuration
-from trainer.data import open_split, training_loader
-from trainer.real_images import RealImages, check_held, check_measurable
-from trainer.schema import ConfigError, JobConfig
+from trainer.config.job import JobConfig
+from trainer.config.reading import ConfigError
+from trainer.data.loading import training_loader
+from trainer.data.splits import open_split
+from trainer.evaluation.real_images import RealImages, check_held, check_measurable
 
 ALONE = WorkerContext(
     rank=0,
@@ -130,7 +132,7 @@ def test_too_few_or_too_large_images_are_refused_before_a_run(
     spoiled(tmp_path / "data", bad={})
     job = job_of(tmp_path / "data", tmp_path, AugmentConfig())
     check_measurable(job, note=print)
-    monkeypatch.setattr("trainer.real_images._MOST_HELD_BYTES", 12 * 64 * 4 - 1)
+    monkeypatch.setattr("trainer.evaluation.real_images._MOST_HELD_BYTES", 12 * 64 * 4 - 1)
     with pytest.raises(ConfigError, match=r"eval\.classifier=true holds all 12 .*3\.0 KiB"):
         check_measurable(job, note=print)
     with pytest.raises(ConfigError, match=r"learned_conv .* holds all 12"):

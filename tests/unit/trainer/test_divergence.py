@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.loss_watch import watch
-from trainer.divergence import Diverged
-from trainer.hooks import UpdateReport
-from trainer.schedule import OptimConfig
+from trainer.engine.optimizer import OptimConfig
+from trainer.training.divergence import Diverged
+from trainer.training.hooks import UpdateReport
 
 BATCH = 10
 

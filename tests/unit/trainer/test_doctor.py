@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from trainer import doctor
+from trainer.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN = {"models", "pipelines", "cluster", "trainer"}

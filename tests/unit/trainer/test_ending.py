@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from tests.support.configuration import configuration
-from trainer.ending import FAILED, REFUSED, failed, how_to_go_on
-from trainer.summary import Console
+from trainer.cli.ending import FAILED, REFUSED, Console, failed, how_to_go_on
 
 URI = "s3://bucket/lapflow/runs/digits/checkpoints/000000001280"
 

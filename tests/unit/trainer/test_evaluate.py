@@ -19,21 +19,24 @@ from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.pyramid import up
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.evaluate.classifier import label_agreement
-from trainer.evaluate.distance import DistanceToReal
-from trainer.evaluate.features import (
-    FeatureConfig,
+from trainer.config.evaluation import EvalConfig, FeatureConfig
+from trainer.config.shapes import ImageShape
+from trainer.evaluation.features import (
+    MissingWeights,
     RandomConvFeatures,
     check_features,
     feature_extractor,
 )
-from trainer.evaluate.frechet import FeatureStatistics, FrechetError, frechet_distance
-from trainer.evaluate.grid import grid_png
-from trainer.evaluate.inception import MissingWeights
-from trainer.evaluate.learned_features import learned_features
-from trainer.evaluate.report import EvalConfig, EvaluationReport, Origin
-from trainer.evaluate.samples import Drawing, ImageShape, SampleBlock
-from trainer.evaluate.taken import TakenSamples
+from trainer.evaluation.frechet import (
+    DistanceToReal,
+    FeatureStatistics,
+    FrechetError,
+    frechet_distance,
+)
+from trainer.evaluation.grid import TakenSamples, grid_png
+from trainer.evaluation.learned_features import label_agreement, learned_features
+from trainer.evaluation.report import EvaluationReport, Origin
+from trainer.evaluation.samples import Drawing, SampleBlock
 
 
 def statistics(mean, covariance):

@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 import pytest
 
-from pipelines.sealed_document import sealed
+from pipelines.documents import sealed
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from tests.unit.trainer.measurements import RUN, finished, measured
 from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.errors import StoreUnreachable
-from trainer.evaluate.report import evaluation_key
-from trainer.evaluate.scores import frechet_scores, measured_scores
+from trainer.evaluation.measured import frechet_scores, measured_scores
+from trainer.evaluation.report import evaluation_key
+from trainer.storage.errors import StoreUnreachable
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from models.flow.flow import FlowConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from tests.support.saved import save_now
-from trainer import inpaint, sample
-from trainer.checkpoint.store import StoreConfig, open_store
-from trainer.evaluate import __main__ as evaluate
-from trainer.schema import DataConfig, to_dict
+from trainer.cli import evaluate, inpaint, sample
+from trainer.config.job import DataConfig
+from trainer.config.reading import to_dict
 from trainer.state import Fragment
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 MODEL = TransformerConfig(depth=1, width=16, heads=2)
 # 8 pixels are shown as 48, and 4 lie between pictures and around them.

@@ -13,27 +13,24 @@ from cluster.contract import WorkerContext
 from models.codec import AutoencoderKlCodec
 from models.pyramid import merge
 from pipelines.batch import Cursor
-from pipelines.decode import DecodeConfig, make_decoder
-from pipelines.ingest.latents.__main__ import main as encode
+from pipelines.decode.contract import DecodeConfig
+from pipelines.decode.make import make_decoder
+from pipelines.documents import sealed, unsealed
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import RECORD_NAME
-from pipelines.sealed_document import sealed, unsealed
 from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.configuration import configuration
 from tests.unit.pipelines import pictures
-from trainer.autoencoder import codec_digest, load_codec
-from trainer.autoencoder_settings import AutoencoderError
-from trainer.data import (
-    check_latents,
-    open_images,
-    open_split,
-    training_loader,
-    with_classes,
-)
-from trainer.real_images import RealImages
-from trainer.schema import ConfigError, JobConfig
-from trainer.validate import validate
+from trainer.autoencoder.codec import codec_digest, load_codec
+from trainer.autoencoder.settings import AutoencoderError
+from trainer.cli.latents import main as encode
+from trainer.config.job import JobConfig
+from trainer.config.reading import ConfigError
+from trainer.data.loading import training_loader
+from trainer.data.splits import check_latents, open_images, open_split, with_classes
+from trainer.evaluation.real_images import RealImages
+from trainer.training.validate import validate
 
 ALONE = WorkerContext(
     rank=0,

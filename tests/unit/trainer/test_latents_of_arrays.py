@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from pipelines.batch import Cursor
-from pipelines.ingest.latents.__main__ import main as ingest
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.unit.pipelines import pictures
 from tests.unit.trainer.test_latent_data import ALONE, checked, codec_of, job_of, refused
-from trainer.data import open_images, open_split, training_loader
-from trainer.real_images import RealImages
+from trainer.cli.latents import main as ingest
+from trainer.data.loading import training_loader
+from trainer.data.splits import open_images, open_split
+from trainer.evaluation.real_images import RealImages
 
 
 @pytest.fixture(scope="module")

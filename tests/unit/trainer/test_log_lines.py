@@ -12,11 +12,11 @@ import logging
 from trainer.log_lines import logs_shown
 @logs_shown()
 def main():
-    logging.getLogger("pipelines.loader").info("waiting for %s", "data")
-    logging.getLogger("trainer.step").warning("odd")
+    logging.getLogger("pipelines.loading.loader").info("waiting for %s", "data")
+    logging.getLogger("trainer.training.step").warning("odd")
     logging.getLogger("elsewhere").info("chatter")
 main()
-logging.getLogger("trainer.step").info("after it")
+logging.getLogger("trainer.training.step").info("after it")
 """
 
 
@@ -25,7 +25,7 @@ def test_a_command_says_what_it_is_at_and_after_how_long():
     assert run.stdout == ""
     news, warning = run.stderr.splitlines()
     assert re.fullmatch(r"\[\d+s\] waiting for data", news)
-    assert warning == "WARNING trainer.step: odd"
+    assert warning == "WARNING trainer.training.step: odd"
 
 
 def test_workers_tell_warnings_and_the_first_one_what_it_is_at():

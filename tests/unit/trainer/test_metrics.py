@@ -6,13 +6,19 @@ import math
 import pytest
 import torch
 
-from trainer.clock import TimeAgain, due, format_duration
-from trainer.hooks import UpdateReport
+from trainer.clock import TimeAgain, due
+from trainer.formats import format_duration
 from trainer.metrics.buffer import MetricBuffer
-from trainer.metrics.progress import Progress
-from trainer.metrics.throughput import Throughput
-from trainer.metrics.tracker import InvalidTrackingUri, SilentTracker, TrackingConfig
-from trainer.metrics.unsent import MOST_POINTS, Point, UnsentPoints
+from trainer.metrics.tracker import (
+    MOST_POINTS,
+    InvalidTrackingUri,
+    Point,
+    SilentTracker,
+    TrackingConfig,
+    UnsentPoints,
+)
+from trainer.training.hooks import UpdateReport
+from trainer.training.progress import Progress, Throughput
 
 
 def test_values_are_reduced_as_declared_and_forgotten_by_the_flush():

@@ -9,16 +9,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-import trainer.composition
-import trainer.groups
+import trainer.config.composition
+import trainer.config.groups
 from tests.support.commands import refusal
 from tests.support.configuration import configuration
-from trainer.composition import composed, configured
-from trainer.launch import main
-from trainer.override import parse_override
-from trainer.sample import SampleConfig
-from trainer.schema import ConfigError, JobConfig, from_dict, to_dict
-from trainer.validate import validate
+from trainer.cli.launch import main
+from trainer.cli.sample import SampleConfig
+from trainer.config.composition import composed, configured
+from trainer.config.job import JobConfig
+from trainer.config.overrides import parse_override
+from trainer.config.reading import ConfigError, from_dict, to_dict
+from trainer.training.validate import validate
 
 DIGITS = "+exp=digits"
 
@@ -109,8 +110,8 @@ def test_what_cannot_be_read_is_explained(word, parts):
 def test_an_experiment_of_somebody_else_is_refused_in_a_line(
     tmp_path, monkeypatch, content, reason
 ):
-    folder = shutil.copytree(trainer.groups.CONFIG_FOLDER, tmp_path / "configs")
-    for module in (trainer.groups, trainer.composition):
+    folder = shutil.copytree(trainer.config.groups.CONFIG_FOLDER, tmp_path / "configs")
+    for module in (trainer.config.groups, trainer.config.composition):
         monkeypatch.setattr(module, "CONFIG_FOLDER", folder)
     (folder / "exp" / "theirs.yaml").write_bytes(b"# @package _global_\n" + content)
     error = refusal(lambda: composed(["+exp=theirs"]))

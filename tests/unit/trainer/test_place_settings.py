@@ -8,12 +8,13 @@ import pytest
 from pipelines.ingest.digits import ensure_digits
 from tests.support.commands import GIVEN, leaves, refusal
 from tests.support.configuration import configuration
-from trainer import places
-from trainer.checkpoint.store import open_store
-from trainer.composition import composed, configured
-from trainer.place_settings import located
-from trainer.schema import JobConfig, from_dict, to_dict
-from trainer.setting import leaf_types
+from trainer.config import paths
+from trainer.config.composition import composed, configured
+from trainer.config.job import JobConfig
+from trainer.config.reading import from_dict, to_dict
+from trainer.config.settings import leaf_types
+from trainer.config.written_paths import located
+from trainer.storage.open import open_store
 
 DIGITS = "+exp=digits"
 
@@ -121,8 +122,8 @@ def test_data_and_checkpoints_go_to_one_store(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
     job = composed([DIGITS, 'store.uri="~/st"'])
-    ensure_digits(places.data_prefix(job))
-    open_store(places.runs_uri(job), job.store).put("digits/a", b"b")
+    ensure_digits(paths.data_prefix(job))
+    open_store(paths.runs_uri(job), job.store).put("digits/a", b"b")
     assert (home / "st" / "datasets" / "digits" / "train" / "index.json").is_file()
     assert (home / "st" / "runs" / "digits" / "a").is_file()
     assert list(here.iterdir()) == []
@@ -136,9 +137,9 @@ def test_workers_elsewhere_mean_the_same_places(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/elsewhere")
     there = from_dict(JobConfig, payload)
     assert there == job
-    assert places.run_uri(there) == f"{tmp_path}/st/runs/digits"
-    assert places.home(there) == tmp_path / "h"
-    assert places.data_prefixes(there) == (f"{tmp_path}/d",)
+    assert paths.run_uri(there) == f"{tmp_path}/st/runs/digits"
+    assert paths.home(there) == tmp_path / "h"
+    assert paths.data_prefixes(there) == (f"{tmp_path}/d",)
 
 
 def test_the_home_that_is_given_wins_over_the_environment(monkeypatch):

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from cluster.placement import Placement
-from cluster.prediction import rank_memory
-from cluster.workload import KINDS, exchange, exchange_bytes
 from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.models.kept import kept_bytes
+from trainer.config.job import JobConfig
+from trainer.config.reading import from_dict
 from trainer.engine.exchange import Exchange
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.protocol import EngineConfig
-from trainer.placing import workload
-from trainer.schema import JobConfig, from_dict
+from trainer.planning.placing import workload
+from trainer.planning.prediction import rank_memory
+from trainer.planning.workload import KINDS, exchange, exchange_bytes
 
 SCALES, SIZE, CHANNELS, WORKERS, IMAGES = 3, 16, 2, 4, 6
 MODELS: tuple[dict[str, Any], ...] = (

@@ -6,8 +6,9 @@ import pytest
 
 from tests.support.configuration import configuration
 from trainer.checkpoint.manifest import Manifest
-from trainer.resume import check_start
-from trainer.schema import ConfigError, science, science_hash
+from trainer.config.job import science, science_hash
+from trainer.config.reading import ConfigError
+from trainer.training.resume import check_start
 
 
 def checkpoint_of(trained: dict) -> Manifest:

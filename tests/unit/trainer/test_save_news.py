@@ -2,7 +2,7 @@
 
 from trainer.checkpoint.upload import SaveReport
 from trainer.metrics.tracker import SilentTracker
-from trainer.save_news import SaveNews
+from trainer.training.tracking import SaveNews
 
 
 class KeepingTracker(SilentTracker):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.schedule import OptimConfig, learning_rate
+from trainer.engine.optimizer import OptimConfig, learning_rate
 
 COSINE = OptimConfig(learning_rate=2.0, warmup_images=100, decay="cosine", final_ratio=0.1)
 

@@ -6,22 +6,13 @@ import re
 import pytest
 
 from tests.support.configuration import configuration
-from trainer.composition import composed, configured
-from trainer.groups import members
-from trainer.sample import SampleConfig
-from trainer.schema import (
-    ConfigError,
-    JobConfig,
-    counted,
-    defaults,
-    difference,
-    from_dict,
-    science,
-    science_hash,
-    to_dict,
-)
-from trainer.space import encodes, flow_shape
-from trainer.validate import validate
+from trainer.cli.sample import SampleConfig
+from trainer.config.composition import composed, configured
+from trainer.config.groups import members
+from trainer.config.job import JobConfig, counted, difference, science, science_hash
+from trainer.config.reading import ConfigError, defaults, from_dict, to_dict
+from trainer.config.shapes import encodes, flow_shape
+from trainer.training.validate import validate
 
 LATENT = ("+exp=digits", "codec=sd_vae", "data.image_size=64", "data.prepare=none")
 

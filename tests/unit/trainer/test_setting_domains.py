@@ -7,11 +7,12 @@ import pytest
 
 from tests.support.commands import GIVEN, leaves, refusal
 from tests.support.configuration import configuration
-from trainer.place_settings import located
-from trainer.sample import SampleConfig
-from trainer.schema import ConfigError, JobConfig, from_dict, to_dict
-from trainer.setting import Setting, leaf_types
-from trainer.validate import validate
+from trainer.cli.sample import SampleConfig
+from trainer.config.job import JobConfig
+from trainer.config.reading import ConfigError, from_dict, to_dict
+from trainer.config.settings import Setting, leaf_types
+from trainer.config.written_paths import located
+from trainer.training.validate import validate
 
 LARGEST = 2**63 - 1
 DIGITS = "+exp=digits"

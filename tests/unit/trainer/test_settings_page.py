@@ -6,17 +6,17 @@ import pytest
 import yaml
 
 from tests.support.configuration import configuration
-from trainer.checkpoint_command.exporting import ExportConfig
-from trainer.checkpoint_command.listing import ListConfig
-from trainer.checkpoints import main as checkpoints
-from trainer.composition import configured
-from trainer.inpaint import InpaintConfig
-from trainer.inpaint import main as inpaint
-from trainer.launch import main as launch
-from trainer.sample import SampleConfig
-from trainer.sample import main as sample
-from trainer.schema import JobConfig, to_dict
-from trainer.setting import settings_of
+from trainer.cli.checkpoints import ExportConfig, ListConfig
+from trainer.cli.checkpoints import main as checkpoints
+from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.inpaint import main as inpaint
+from trainer.cli.launch import main as launch
+from trainer.cli.sample import SampleConfig
+from trainer.cli.sample import main as sample
+from trainer.config.composition import configured
+from trainer.config.job import JobConfig
+from trainer.config.reading import to_dict
+from trainer.config.settings import settings_of
 
 DIGITS = "+exp=digits"
 

@@ -4,23 +4,23 @@ import pytest
 import torch
 
 from cluster.placement import Placement
-from models.band_statistics import band_statistics
 from models.codec import AutoencoderKlCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
-from models.pyramid import split
+from models.pyramid import band_statistics, split
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, Settle
 from pipelines.batch import Batch
 from tests.support.autoencoder import tiny_autoencoder
 from tests.support.loss_watch import watch
 from trainer import rng
+from trainer.config.train import TrainConfig
 from trainer.engine.build import build_engine
+from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.metrics.buffer import MetricBuffer
-from trainer.schedule import OptimConfig
 from trainer.state import TrainState
-from trainer.step import TrainConfig, TrainStep
+from trainer.training.step import TrainStep
 
 FLOW = Flow(FlowConfig(scales=2))
 CPU = torch.device("cpu")

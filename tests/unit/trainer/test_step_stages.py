@@ -14,11 +14,12 @@ from models.pyramid import split
 from pipelines.batch import Batch
 from tests.support.loss_watch import watch
 from trainer import rng
+from trainer.config.train import TrainConfig
+from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import UpdateOutcome
 from trainer.metrics.buffer import MetricBuffer
-from trainer.schedule import OptimConfig
 from trainer.state import TrainState
-from trainer.step import TrainConfig, TrainStep
+from trainer.training.step import TrainStep
 
 SIZE, CLASSES = 8, 3
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from pipelines.console import say, say_error, visible
-from trainer.checkpoint_command.table import Entry, table
-from trainer.evaluate import checkpoint_report
-from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
+from trainer.cli.checkpoint_table import Entry, table
+from trainer.cli.ending import Console
+from trainer.evaluation import checkpoint_report
+from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.export.model_card import _cell, _code
 from trainer.log_lines import logs_shown, logs_told
-from trainer.summary import Console
 
 NASTY = "a\n[1s] all is well\r\x1b[2J\u202e\u2028<script>|`*_[x](http://y)#\udcff"
 TEXT = st.text(st.characters())  # lone surrogates too, as of file names

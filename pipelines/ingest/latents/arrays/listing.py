@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.documents import read_json
 from pipelines.errors import EmptyDatasetError, UnreadableSourceError
 from pipelines.ingest.class_folders import class_names
 from pipelines.ingest.entry import Entry, Wanted, count, in_words
 from pipelines.ingest.folder import walk
 from pipelines.ingest.latents.arrays.npy import MOST_BYTES
 from pipelines.ingest.listing import Listing, numbered
-from pipelines.json_document import read_json
 
 _ARRAYS = Wanted(suffixes=(".npy",), most_bytes=MOST_BYTES, archives=False)
 _LABELS = "dataset.json"

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.cpu import LatentDecoder
-from pipelines.decode import LatentDecodeConfig
+from pipelines.augment import SampleKey
+from pipelines.decode.contract import DrawnLatent, LatentDecodeConfig
+from pipelines.decode.cpu import LatentDecoder
 from pipelines.errors import BadLatentError
 from pipelines.index import LABEL_COLUMN
 from pipelines.ingest.latents.arrays.layout import ArrayLayout, MisfitArrayError, read_array
@@ -18,9 +19,7 @@ from pipelines.ingest.latents.arrays.npy import BadArrayError
 from pipelines.ingest.latents.band_sums import BandSums
 from pipelines.ingest.listing import SourceImage
 from pipelines.ingest.shard_files import Filled, WriteSample
-from pipelines.latent_draw import DrawnLatent
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat, Moments
-from pipelines.sample_key import SampleKey
 
 _BATCH = 32  # latents whose statistics are summed at a time
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.ingest.latents.__main__ import main
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines.latents.encoding import stored
+from trainer.cli.latents import main
 
 CHANNELS, SIZE = 4, 4
 

@@ -12,9 +12,9 @@ from pipelines.ingest.write import LabelledImage, write_dataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.unit.pipelines import pictures
 from tests.unit.pipelines.latents.encoding import IMAGES, command
-from trainer.autoencoder import open_codec, open_encoder
-from trainer.autoencoder_files import find_autoencoder
-from trainer.checkpoint.store import StoreConfig
+from trainer.autoencoder.codec import open_codec, open_encoder
+from trainer.autoencoder.files import find_autoencoder
+from trainer.storage.store import StoreConfig
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from models.codec import AutoencoderKlCodec
-from pipelines.decode import DecodeConfig, make_decoder
-from pipelines.ingest.latents.__main__ import main
+from pipelines.decode.contract import DecodeConfig
+from pipelines.decode.make import make_decoder
 from pipelines.ingest.latents.encode import EncodeConfig, LatentPlan
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.shards import ShardedDataset, ShardsConfig
+from trainer.cli.latents import main
 
 IMAGES, SIZE, BATCH = 23, 32, 7
 SETTINGS = ("--image-size", str(SIZE), "--batch", str(BATCH))

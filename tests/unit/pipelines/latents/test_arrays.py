@@ -16,12 +16,13 @@ import torch
 
 from models.codec import AutoencoderKlCodec
 from models.pyramid import split
-from pipelines.decode import LatentDecodeConfig, make_decoder
+from pipelines.augment import SampleKey
+from pipelines.decode.contract import LatentDecodeConfig
+from pipelines.decode.make import make_decoder
 from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.about import read_about
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.latent_record import read_latent_record
-from pipelines.sample_key import SampleKey
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines.latents.arrays import labels, moments, same, save, take_in
 from tests.unit.pipelines.latents.encoding import files_in, stored

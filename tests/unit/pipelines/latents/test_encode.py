@@ -14,13 +14,13 @@ import torch
 
 from models.codec import AutoencoderKlCodec
 from models.pyramid import split
-from pipelines.decode import LatentDecodeConfig, make_decoder
+from pipelines.augment import SampleKey
+from pipelines.decode.contract import LatentDecodeConfig
+from pipelines.decode.make import make_decoder
 from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latents.__main__ import main
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.latent_record import read_latent_record
-from pipelines.sample_key import SampleKey
 from pipelines.shards import ShardedDataset
 from tests.support.s3_server import S3Server
 from tests.unit.pipelines import pictures
@@ -35,9 +35,10 @@ from tests.unit.pipelines.latents.encoding import (
     files_in,
     stored,
 )
-from trainer.autoencoder import open_codec
-from trainer.autoencoder_files import find_autoencoder
-from trainer.checkpoint.store import StoreConfig
+from trainer.autoencoder.codec import open_codec
+from trainer.autoencoder.files import find_autoencoder
+from trainer.cli.latents import main
+from trainer.storage.store import StoreConfig
 
 
 def test_moments_of_both_views_are_those_of_the_codec_to_the_bit(

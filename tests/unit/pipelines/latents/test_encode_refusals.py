@@ -16,7 +16,6 @@ from pipelines.errors import (
     OccupiedPrefixError,
 )
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latents.__main__ import main
 from pipelines.ingest.latents.encoder import Encoder
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import read_latent_record
@@ -31,6 +30,7 @@ from tests.unit.pipelines.latents.encoding import (
     files_in,
     stored,
 )
+from trainer.cli.latents import main
 
 
 def with_bad_images(folder: Path, bad: Sequence[int], count: int = 12) -> Path:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.trainer.checkpoint.stores import MemoryStore
-from trainer.checkpoint.store import Store, StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
 
 
 @pytest.fixture(params=["memory", "local", pytest.param("s3", marks=pytest.mark.slow)])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import BLOCK_BYTES, block_hash
-from trainer.checkpoint.cuts import Run
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.object_entry import ObjectEntry
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.manifest import Manifest, ObjectEntry
+from trainer.checkpoint.slices import Run
+from trainer.storage.store import Store
 
 SAVED_AT = "2026-02-19T12:00:00+00:00"
 

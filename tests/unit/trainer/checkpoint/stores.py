@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from trainer.checkpoint.errors import MissingObject
-from trainer.checkpoint.layout import check_key, check_prefix
-from trainer.checkpoint.store import Store
+from trainer.storage.errors import MissingObject
+from trainer.storage.keys import check_key, check_prefix
+from trainer.storage.store import Store
 
 Result = TypeVar("Result")
 

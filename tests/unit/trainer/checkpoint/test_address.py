@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.checkpoint.address import Address, parse_address
-from trainer.checkpoint.errors import InvalidStoreUri
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.storage.address import Address, parse_address
+from trainer.storage.errors import InvalidStoreUri
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 NAMES = st.from_regex(r"[a-z0-9_][a-z0-9_.=-]{0,8}", fullmatch=True)
 PLACES = st.builds(

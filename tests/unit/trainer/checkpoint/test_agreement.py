@@ -6,7 +6,8 @@ import pytest
 
 from tests.unit.trainer.checkpoint.worlds import ThreadRanks, on_ranks
 from trainer.checkpoint.agreement import Agreement
-from trainer.checkpoint.errors import NewerManifest, RankFailed, StoreError, StoreUnreachable
+from trainer.checkpoint.errors import NewerManifest, RankFailed
+from trainer.storage.errors import StoreError, StoreUnreachable
 
 
 class _Private(StoreUnreachable):

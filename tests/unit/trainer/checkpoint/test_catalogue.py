@@ -11,9 +11,10 @@ from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, WatchedStore, count_operations
 from trainer.checkpoint import layout
 from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.errors import StoreError
 from trainer.checkpoint.retention import RetentionPolicy
-from trainer.checkpoint.store import Store, StoreConfig, open_store
+from trainer.storage.errors import StoreError
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
 
 RUN = "night-1"
 POLICY = RetentionPolicy(keep_last=2)

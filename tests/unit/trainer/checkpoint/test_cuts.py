@@ -8,17 +8,19 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.checkpoint.cuts import (
+from trainer.checkpoint.slices import (
     Cuts,
     Run,
+    Span,
     common_order,
+    cuts_of,
     missing_from,
     plan_reads,
+    rows_of,
     runs_of,
+    share_writes,
     slices_of,
 )
-from trainer.checkpoint.spans import Span
-from trainer.checkpoint.writers import cuts_of, rows_of, share_writes
 
 QUICK = settings(max_examples=100, deadline=None)
 NAMES = "abc"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from trainer.checkpoint.kept_files import KeptFiles
+from trainer.storage.kept import KeptFiles
 
 CONTENT = {"a": b"first", "b": b"second"}
 

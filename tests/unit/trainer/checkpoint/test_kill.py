@@ -25,8 +25,8 @@ from tests.unit.trainer.checkpoint.worlds import (
     save,
 )
 from trainer.checkpoint import layout
-from trainer.checkpoint.errors import StoreUnreachable
-from trainer.checkpoint.store import Store
+from trainer.storage.errors import StoreUnreachable
+from trainer.storage.store import Store
 
 WORLD = 2
 KEEP_LAST = st.integers(1, 3)

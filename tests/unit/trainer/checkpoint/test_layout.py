@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.errors import InvalidKey
+from trainer.storage.errors import InvalidKey
 
 QUICK = settings(max_examples=50, deadline=None)
 RUN_NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True)

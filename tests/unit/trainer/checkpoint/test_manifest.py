@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.cuts import Run
 from trainer.checkpoint.errors import InvalidManifest, NewerManifest
-from trainer.checkpoint.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, Manifest
-from trainer.checkpoint.object_entry import ObjectEntry
+from trainer.checkpoint.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, Manifest, ObjectEntry
+from trainer.checkpoint.slices import Run
 
 QUICK = settings(max_examples=60, deadline=None)
 RUN, IMAGES, ATTEMPT = "run", 128, "abc123"

@@ -23,12 +23,11 @@ from tests.unit.trainer.checkpoint.worlds import (
     same_bits,
 )
 from trainer.checkpoint import save_plan
-from trainer.checkpoint.cuts import slices_of
 from trainer.checkpoint.errors import InvalidManifest
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.save_plan import Announcement, SavePlan, plan_save
-from trainer.checkpoint.spans import Span
+from trainer.checkpoint.slices import Span, slices_of
 from trainer.state import Fragment
 
 # As in a transformer: the same few shapes again and again, some of them smaller than the world.

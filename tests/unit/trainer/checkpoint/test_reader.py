@@ -30,13 +30,11 @@ from tests.unit.trainer.checkpoint.worlds import (
     split,
 )
 from trainer.checkpoint.content import fill, load_weights
-from trainer.checkpoint.errors import (
-    CheckpointMismatch,
-    StoreUnreachable,
-)
+from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import Store
 from trainer.state import Fragment
+from trainer.storage.errors import StoreUnreachable
+from trainer.storage.store import Store
 
 QUICK = settings(max_examples=40, deadline=None)
 TOTAL = sum(map(math.prod, SHAPES.values()))

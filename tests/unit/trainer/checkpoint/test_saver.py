@@ -39,12 +39,12 @@ from trainer.checkpoint.errors import (
     DamagedCheckpoint,
     InvalidManifest,
     RankFailed,
-    StoreError,
 )
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store import Store
 from trainer.state import Fragment
+from trainer.storage.errors import StoreError
+from trainer.storage.store import Store
 
 QUICK = settings(max_examples=40, deadline=None)
 TOTAL = sum(map(math.prod, SHAPES.values()))

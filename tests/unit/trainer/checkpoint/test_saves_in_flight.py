@@ -26,9 +26,10 @@ from tests.unit.trainer.checkpoint.worlds import (
     same_bits,
     split,
 )
-from trainer.checkpoint.errors import CheckpointConflict, StoreError, StoreUnreachable
+from trainer.checkpoint.errors import CheckpointConflict
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.store_local import LocalStore
+from trainer.storage.errors import StoreError, StoreUnreachable
+from trainer.storage.local import LocalStore
 
 SETTINGS = {"train_state": {}, **SCIENCE}
 

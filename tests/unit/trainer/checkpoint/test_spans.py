@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.checkpoint.spans import Span, intersect, subtract
+from trainer.checkpoint.slices import Span, intersect, subtract
 
 QUICK = settings(max_examples=100, deadline=None)
 SPANS = st.builds(Span, st.integers(0, 20), st.integers(0, 12))

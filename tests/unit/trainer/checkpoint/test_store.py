@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from pipelines.json_document import DocumentError
-from trainer.checkpoint.errors import InvalidKey, MissingObject
-from trainer.checkpoint.kept_documents import read_sealed, set_aside
-from trainer.checkpoint.store import Store
+from pipelines.documents import DocumentError
+from trainer.storage.errors import InvalidKey, MissingObject
+from trainer.storage.kept import read_sealed, set_aside
+from trainer.storage.store import Store
 
 
 def test_an_object_is_read_back_as_written(store: Store) -> None:

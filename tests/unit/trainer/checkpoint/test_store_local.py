@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint.errors import InvalidStoreUri, StoreError
-from trainer.checkpoint.store import StoreConfig, open_store
-from trainer.checkpoint.store_local import LocalStore
+from trainer.storage.errors import InvalidStoreUri, StoreError
+from trainer.storage.local import LocalStore
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 # Writes "old" under a key, then dies at the named system call of a second write.
 DYING_WRITER = """
 import os, sys
 from pathlib import Path
-from trainer.checkpoint.store_local import LocalStore
+from trainer.storage.local import LocalStore
 
 root, call, method, moment = sys.argv[1:]
 store = LocalStore(Path(root))

@@ -13,15 +13,16 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.s3_server import S3Server
-from trainer.checkpoint import store_s3
-from trainer.checkpoint.errors import (
+from trainer.storage import s3
+from trainer.storage.errors import (
     CheckpointError,
     InvalidKey,
     InvalidStoreUri,
     StoreError,
     StoreUnreachable,
 )
-from trainer.checkpoint.store import Store, StoreConfig, open_store
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
 
 OPERATIONS: dict[str, Callable[[Store], object]] = {
     "get": lambda store: store.get("key"),
@@ -312,7 +313,7 @@ def test_unfinished_uploads_of_the_dead_are_aborted(bucket: str, s3: S3Server) -
 def test_many_objects_are_deleted_in_few_requests(
     bucket: str, monkeypatch: pytest.MonkeyPatch, refused: str | None
 ) -> None:
-    monkeypatch.setattr(store_s3, "MOST_DELETES", 3)
+    monkeypatch.setattr(s3, "MOST_DELETES", 3)
     store = open_store(f"{bucket}/run", StoreConfig())
     for number in range(8):
         store.put(f"n/{number}", b"")

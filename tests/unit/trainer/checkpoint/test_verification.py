@@ -9,12 +9,12 @@ import pytest
 
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
-from trainer.byte_size import format_bytes
 from trainer.checkpoint import verification
 from trainer.checkpoint.blocks import block_hash
-from trainer.checkpoint.errors import StoreUnreachable
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
+from trainer.formats import format_bytes
+from trainer.storage.errors import StoreUnreachable
 
 RANKS, SIZE, BLOCK = 3, 16, 4
 

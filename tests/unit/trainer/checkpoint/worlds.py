@@ -20,9 +20,9 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
-from trainer.checkpoint.store import Store
 from trainer.checkpoint.upload import SaveReport
 from trainer.state import Fragment
+from trainer.storage.store import Store
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 SHAPES = {"embed.weight": (5, 7), "scales.0.bias": (3,), "scales.1.weight": (2, 3, 4), "gain": ()}

@@ -12,13 +12,14 @@ from models.flow.flow import FlowConfig
 from models.transformer.config import Ties, TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from tests.support.saved import save_now
-from trainer.autoencoder import CodecConfig
-from trainer.checkpoint.store import StoreConfig, open_store
+from trainer.autoencoder.codec import CodecConfig
+from trainer.config.job import DataConfig, JobConfig, science, science_hash
+from trainer.config.shapes import flow_shape
+from trainer.evaluation.choice import open_checkpoint
 from trainer.export.export import ExportSettings, export_checkpoint
-from trainer.resume import open_checkpoint
-from trainer.schema import DataConfig, JobConfig, science, science_hash
-from trainer.space import flow_shape
 from trainer.state import Fragment, TrainState
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 RUN = "small"
 IMAGES = 200

@@ -12,10 +12,11 @@ from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from tests.support.autoencoder import tiny_autoencoder
 from tests.unit.trainer.export.runs import export, inputs, same_outputs, save_run
-from trainer.autoencoder import CodecConfig
+from trainer.autoencoder.codec import CodecConfig
+from trainer.config.job import DataConfig
+from trainer.config.reading import ConfigError
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
 from trainer.export.diffusers_pipeline import LapFlowPipeline
-from trainer.schema import ConfigError, DataConfig
 
 LATENTS = CodecConfig(kind="autoencoder_kl", source="/home/somebody/vae", scale=0.5, shift=0.25)
 

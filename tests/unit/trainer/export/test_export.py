@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from tests.unit.trainer.export.runs import MODELS, RUN, build, export, same_outputs, save_run
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
 from trainer.checkpoint.snapshot import Snapshot
+from trainer.config.reading import ConfigError
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
 from trainer.export.export import ExportSettings
 from trainer.export.output import written_whole
-from trainer.schema import ConfigError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASTER = "diffusion_pytorch_model.master.safetensors"

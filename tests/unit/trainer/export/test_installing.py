@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.interpreter import Interpreter
 from tests.unit.trainer.export.runs import export, save_run
-from trainer.export.card_code import NEEDED
+from trainer.export.model_card import NEEDED
 
 ROOT = Path(__file__).resolve().parents[4]
 DIGEST = "print(hashlib.sha256(images[0].tobytes()).hexdigest())"

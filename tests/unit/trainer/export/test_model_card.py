@@ -10,12 +10,15 @@ from huggingface_hub import ModelCard
 
 from models.flow.sampler_config import SamplerConfig
 from tests.unit.trainer.export.runs import IMAGES, RUN, export, same_outputs, save_run
-from trainer.autoencoder import CodecConfig
-from trainer.checkpoint.store import StoreConfig, open_store
-from trainer.evaluate.checkpoint_report import CheckpointReport, Distance, Measurement
-from trainer.evaluate.report import EvalConfig, EvaluationReport, Origin, evaluation_key
-from trainer.resume import open_checkpoint
-from trainer.schema import DataConfig, to_dict
+from trainer.autoencoder.codec import CodecConfig
+from trainer.config.evaluation import EvalConfig
+from trainer.config.job import DataConfig
+from trainer.config.reading import to_dict
+from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
+from trainer.evaluation.choice import open_checkpoint
+from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 
 def card_of(run, place, name="out", **options):

@@ -8,10 +8,11 @@ import pytest
 
 from tests.unit.trainer.checkpoint.handmade import upload
 from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.errors import CheckpointError
-from trainer.checkpoint.store import StoreConfig, open_store
-from trainer.schema import ConfigError
-from trainer.trained.choice import choose_checkpoints
+from trainer.config.reading import ConfigError
+from trainer.evaluation.choice import choose_checkpoints
+from trainer.storage.errors import CheckpointError
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 
 @pytest.fixture

@@ -17,26 +17,28 @@ from models.flow.flow import FlowConfig
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
+from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.pixels import as_png
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.saved import save_now
-from trainer.checkpoint.errors import InvalidStoreUri
-from trainer.checkpoint.kept_files import KeptFiles
-from trainer.checkpoint.store import StoreConfig, open_store
-from trainer.evaluate.__main__ import main
-from trainer.evaluate.checkpoint_report import CheckpointReport
-from trainer.evaluate.distance import DistanceToReal
-from trainer.evaluate.features import FeatureConfig, RandomConvFeatures
-from trainer.evaluate.frechet import FeatureMoments, FeatureStatistics
-from trainer.evaluate.grid import class_grid
-from trainer.evaluate.learned_features import KeptFeatures, learned_features
-from trainer.evaluate.report import EvalConfig, EvaluationReport, Origin, evaluation_key
-from trainer.schema import ConfigError, DataConfig, to_dict
+from trainer.cli.evaluate import main
+from trainer.config.evaluation import EvalConfig, FeatureConfig
+from trainer.config.job import DataConfig
+from trainer.config.reading import ConfigError, to_dict
+from trainer.evaluation.checkpoint_report import CheckpointReport
+from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.evaluation.choice import choose_checkpoints
+from trainer.evaluation.features import RandomConvFeatures
+from trainer.evaluation.frechet import DistanceToReal, FeatureMoments, FeatureStatistics
+from trainer.evaluation.grid import class_grid
+from trainer.evaluation.learned_features import KeptFeatures, learned_features
+from trainer.evaluation.own_settings import SamplerChoice, own_eval
+from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
 from trainer.state import Fragment
-from trainer.trained.choice import choose_checkpoints
-from trainer.trained.evaluation import CheckpointEvaluationConfig, evaluate_checkpoints
-from trainer.trained.own_settings import SamplerChoice, own_eval
+from trainer.storage.errors import InvalidStoreUri
+from trainer.storage.kept import KeptFiles
+from trainer.storage.open import open_store
+from trainer.storage.store import StoreConfig
 
 MODEL = TransformerConfig(depth=1, width=16, heads=2)
 OWN = EvalConfig(

@@ -1,0 +1,1 @@
+"""Decoders: batches of stored samples in, Laplacian bands on the device out."""

@@ -1,0 +1,214 @@
+"""JSON that others have written: read with bounds, and sealed by a SHA-256 of its content.
+
+All JSON that comes from a file, a store or another process is read here and nowhere else, so that
+each reader is bound alike: size, depth, numbers, types.
+
+It is no signature: who can write there can write another sum as well.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.console import visible
+
+T = TypeVar("T")
+
+MAX_DOCUMENT_BYTES = 1 << 28
+MAX_DEPTH = 64
+"""How deep lists and objects may be nested; what this project writes has no more than a dozen."""
+
+_MOST_DIGITS = 40  # more than any number of ours; each has a place among the floats
+_MOST_REASONS = 3
+
+
+class DocumentError(ValueError):
+    """This is no JSON, or none that is read here; the text says why."""
+
+
+def parse_json(content: bytes, *, most_bytes: int = MAX_DOCUMENT_BYTES, finite: bool = True) -> Any:
+    """Parse JSON of sane size and depth, whose numbers are finite.
+
+    Args:
+        content: The text, as UTF-8.
+        most_bytes: How long it may be.
+        finite: Whether NaN and infinity, which Python writes, are refused.
+
+    Raises:
+        DocumentError: It is not as it should be.
+    """
+    if len(content) > most_bytes:
+        raise DocumentError(f"it has {len(content)} bytes, more than {most_bytes}")
+    try:
+        values = json.loads(
+            content,
+            parse_constant=_refuse if finite else float,
+            parse_float=_finite if finite else float,
+            parse_int=_not_too_long,
+        )
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:  # also bytes that are no text
+        raise DocumentError(f"it is not JSON ({error})") from None
+    _check_depth(values)
+    return values
+
+
+def read_json(path: Path, *, most_bytes: int = MAX_DOCUMENT_BYTES, finite: bool = True) -> Any:
+    """Parse a file of JSON, after a look at its size and kind: see `parse_json`.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+        DocumentError: It is not as it should be.
+    """
+    content = read_bounded(path, most_bytes=most_bytes)
+    return parse_json(content, most_bytes=most_bytes, finite=finite)
+
+
+def read_bounded(path: Path, *, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """Read a file that should be small; a sparse one takes no space on its disk.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file, such as a pipe that never ends.
+        DocumentError: It is longer than ``most_bytes``.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if status.st_size > most_bytes:
+            raise DocumentError(f"it has {status.st_size} bytes, more than {most_bytes}")
+        return file.read(most_bytes + 1)
+
+
+def typed(kind: type[T], values: Any) -> T:
+    """Give what was parsed the types of a dataclass, without any conversion.
+
+    Args:
+        kind: The type; unknown fields are passed over, missing ones take their defaults.
+        values: What `parse_json` returned.
+
+    Raises:
+        DocumentError: Something is missing or of another type, or outside its bounds.
+    """
+    try:
+        # As JSON, in which alone a list may be a tuple while a text is still no number.
+        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        reasons = [
+            f"{visible('.'.join(map(str, each['loc'])))[:80] or 'it'}: {visible(each['msg'])[:120]}"
+            for each in error.errors(include_url=False, include_context=False)[:_MOST_REASONS]
+        ]
+        raise DocumentError(f"it does not hold what it should ({'; '.join(reasons)})") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _check_depth(values: Any) -> None:
+    """Refuse what a function that calls itself could not walk through."""
+    level = [values]
+    for _ in range(MAX_DEPTH + 1):
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            return
+        level = [
+            child for each in level for child in (each.values() if isinstance(each, dict) else each)
+        ]
+    raise _too_deep()
+
+
+def _too_deep() -> DocumentError:
+    return DocumentError("it is not JSON that is read here: it is nested too deep")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if abs(value) < float("inf") else _refuse(text)
+
+
+def _not_too_long(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:40]}… is a number of {len(text)} digits")
+    return int(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text[:40]} is no finite number")
+
+
+CHECKSUM = "sha256"
+INDEX_SHA256 = "index_sha256"
+"""Of the index that a document lies beside, where there is one."""
+
+
+def canonical(values: Any) -> bytes:
+    """Return the one JSON text of a value.
+
+    Raises:
+        TypeError: Something in it is no JSON value.
+        ValueError: It has a number that is not finite.
+    """
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object as plain JSON values, with its sum as a further field, the last one.
+
+    Raises:
+        TypeError: Something in it is no JSON value.
+        ValueError: It has a number that is not finite.
+    """
+    # As it will be read: with lists for tuples, and texts for the names of fields.
+    plain = parse_json(json.dumps(body, allow_nan=False).encode())
+    return {**plain, CHECKSUM: _digest(plain)}
+
+
+def unsealed(values: Any, *, required: bool = True) -> dict[str, Any]:
+    """Return an object without its sum, which was checked.
+
+    Args:
+        values: What was parsed.
+        required: Whether there must be one. Where it is not, an object without is believed, as
+            versions of before wrote none.
+
+    Raises:
+        DocumentError: It is no object, or its sum is missing or wrong.
+    """
+    if not isinstance(values, dict):
+        raise DocumentError("it is not a JSON object")
+    body = dict(values)
+    told = body.pop(CHECKSUM, None)
+    if told is None and not required:
+        return body
+    if told is None:
+        raise DocumentError(
+            "it has no checksum, so nobody can tell whether it was changed; versions of before "
+            "wrote none"
+        )
+    if told != _digest(body):
+        raise DocumentError("its checksum is wrong, so it was changed after it was written")
+    return body
+
+
+def belongs(values: Any, index: Callable[[], bytes]) -> bool:
+    """Tell whether what was read beside an index is of that very index.
+
+    Args:
+        values: What was read; without a sum, or of a version that told no index, it is believed.
+        index: Reads the index, if that is asked for.
+    """
+    told = values.get(INDEX_SHA256) if CHECKSUM in values else None
+    return told is None or told == hashlib.sha256(index()).hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(body)).hexdigest()

@@ -1,0 +1,250 @@
+"""Where an autoencoder's two files are: a folder, an S3 prefix or the Hugging Face hub.
+
+Weights are read from safetensors only: the older .bin files are pickles, which run code when read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.autoencoder.settings import (
+    MAX_CONFIG_BYTES,
+    AutoencoderConfig,
+    AutoencoderError,
+    AutoencoderSettings,
+    read_config,
+)
+from trainer.storage.errors import StoreError
+from trainer.storage.kept import KeptFiles, group_name
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
+
+
+def fetched(store: Store, keys: Mapping[str, str], *, cache: Path, uri: str) -> Path:
+    """Return a folder with an autoencoder's files; the ranks of a machine fetch them once.
+
+    Args:
+        store: Where they come from.
+        keys: Key of each file in that store, by its name here.
+        cache: Folder of all autoencoders that were fetched.
+        uri: What the user named, for messages.
+
+    Raises:
+        AutoencoderError: They cannot be kept, or change while they are fetched.
+        MissingObject: One is not there.
+        StoreError: The store fails or refuses.
+    """
+    kept, made_of = KeptFiles(cache), _version(store, keys, uri=uri)
+    if found := kept.whole(made_of=made_of):
+        return found
+    with _locked(cache / f"{group_name(made_of)}.lock", uri=uri):
+        if found := kept.whole(made_of=made_of):
+            return found
+        with _explained(cache, uri=uri):
+            kept.put_aside(made_of=made_of)
+        data = {name: store.get(key) for name, key in keys.items()}
+        if _version(store, keys, uri=uri) != made_of:
+            raise AutoencoderError(
+                f"the autoencoder of codec.source={uri} was replaced while it was fetched; start "
+                "again once its files stay as they are"
+            )
+        with _explained(cache, uri=uri):
+            return kept.keep(data, made_of=made_of)
+
+
+def _version(store: Store, keys: Mapping[str, str], *, uri: str) -> str:
+    return json.dumps([uri, *((key, store.fingerprint(key)) for key in keys.values())])
+
+
+@contextmanager
+def _locked(file: Path, *, uri: str) -> Iterator[None]:
+    """Hold a lock that the system lets go of when its holder dies."""
+    with _explained(file.parent, uri=uri):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("wb")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _explained(cache: Path, *, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, StoreError) as error:
+        raise AutoencoderError(
+            f"the autoencoder of codec.source={uri} cannot be kept at {cache} ({error}); free some "
+            "space, or set home to a folder you may write"
+        ) from error
+
+
+_CONFIG = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+MAX_WEIGHTS_BYTES = 1 << 33
+_MOST_BYTES = {_CONFIG: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES}
+_FOLDERS = ("", "vae/")  # an autoencoder by itself, or inside a whole pipeline
+_HUB_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderFiles:
+    """An autoencoder on this machine's disk.
+
+    Attributes:
+        folder: Holds its config.json and its weights.
+        config: What config.json says, checked.
+        sha256: Digest of architecture, scaling and weights; where the files lie, and which version
+            of diffusers wrote them, does not change it.
+    """
+
+    folder: Path
+    config: AutoencoderConfig
+    sha256: str
+
+    @contextmanager
+    def exactly(self) -> Iterator[Path]:
+        """Give a private folder that holds what the digest covers and nothing else.
+
+        A loader that looks around in the folder that was named finds other files too, such as an
+        index of weights that lie elsewhere; and a file may change after it was hashed.
+
+        Raises:
+            AutoencoderError: The weights have changed since, or cannot be copied.
+        """
+        with tempfile.TemporaryDirectory(prefix="lapflow-autoencoder-") as name:
+            (copy := Path(name) / _CONFIG).write_text(json.dumps(self.config.for_diffusers()))
+            try:
+                shutil.copyfile(self.folder / WEIGHTS_NAME, copy.with_name(WEIGHTS_NAME))
+            except OSError as error:
+                raise AutoencoderError(
+                    f"the weights in {self.folder} cannot be copied to {name} ({error}); free some "
+                    "space, or set TMPDIR to a folder with more of it"
+                ) from error
+            if _digest(self.config, copy.with_name(WEIGHTS_NAME)) != self.sha256:
+                raise AutoencoderError(
+                    f"the weights in {self.folder} have changed since they were checked; leave "
+                    "them alone while a run starts, and start it again"
+                )
+            yield Path(name)
+
+    @property
+    def settings(self) -> AutoencoderSettings:
+        """What decides the autoencoder."""
+        return self.config.settings
+
+
+def find_autoencoder(source: str, *, cache: Path, store: StoreConfig) -> AutoencoderFiles:
+    """Find an autoencoder, and fetch it when it is elsewhere.
+
+    Every rank may call this at the same time: the ranks of one machine fetch it once.
+
+    Args:
+        source: A local folder, "s3://bucket/prefix", or the name of a repository on the hub; each
+            holds config.json and safetensors weights, or has them in a sub-folder "vae".
+        cache: Folder on this machine for what is fetched from S3.
+        store: How to reach an object store.
+
+    Raises:
+        AutoencoderError: It is not there, not reachable, incomplete, or not an AutoencoderKL.
+        StoreError: The object store fails or refuses.
+    """
+    if source.startswith("s3://"):
+        folder = _from_store(source, cache=cache, config=store)
+    elif (local := Path(source.removeprefix("file://")).expanduser()).is_dir():
+        folder = local
+    elif _HUB_NAME.fullmatch(source):
+        folder = _from_hub(source)
+    else:
+        raise AutoencoderError(
+            f"there is no folder {local} for codec.source={source}; give a folder, an s3:// prefix "
+            "or the name of a repository on the Hugging Face hub, such as stabilityai/sd-vae-ft-ema"
+        )
+    prefix = _prefix(_names(folder), place=source)
+    folder = folder / prefix
+    config, weights = read_config(folder / _CONFIG, place=source), folder / WEIGHTS_NAME
+    try:
+        _check_size(weights.stat().st_size, MAX_WEIGHTS_BYTES, name=WEIGHTS_NAME, place=source)
+        sha256 = _digest(config, weights)
+    except OSError as error:
+        raise AutoencoderError(
+            f"codec.source={source}: {weights} cannot be read: {error}"
+        ) from error
+    return AutoencoderFiles(folder=folder.resolve(), config=config, sha256=sha256)
+
+
+def _prefix(names: Collection[str], *, place: str) -> str:
+    """Choose the sub-folder that holds the autoencoder among the names of all files."""
+    found = [folder for folder in _FOLDERS if folder + _CONFIG in names]
+    if not found:
+        raise AutoencoderError(
+            f"codec.source={place} has no {_CONFIG}, nor vae/{_CONFIG}; give the folder that "
+            "AutoencoderKL.save_pretrained has written, or that of a whole diffusers pipeline"
+        )
+    (prefix, *_) = found
+    if prefix + WEIGHTS_NAME in names:
+        return prefix
+    if any(name.startswith(prefix) and name.endswith((".bin", ".pt", ".ckpt")) for name in names):
+        raise AutoencoderError(
+            f"codec.source={place} has its weights only as a pickle, which can run code when it is "
+            f"read; write {WEIGHTS_NAME} by AutoencoderKL.save_pretrained on a machine you can "
+            "spare"
+        )
+    raise AutoencoderError(
+        f"codec.source={place} has no weights: {prefix}{WEIGHTS_NAME} is missing; copy the folder "
+        "again"
+    )
+
+
+def _names(folder: Path) -> set[str]:
+    paths = (path for prefix in _FOLDERS for path in (folder / prefix).glob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [folder + file for folder in _FOLDERS for file in (_CONFIG, WEIGHTS_NAME)]
+    try:
+        # Gives what an earlier call has fetched when the hub cannot be reached.
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except OSError as error:  # also the hub's own errors and those of the connection
+        raise AutoencoderError(
+            f"codec.source={name} is no folder here and cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}); without a network, fetch it elsewhere and set codec.source "
+            "to its folder or s3:// prefix; with one, check the name and your access"
+        ) from error
+
+
+def _from_store(uri: str, *, cache: Path, config: StoreConfig) -> Path:
+    store = open_store(uri, config)
+    sizes = store.list("")
+    prefix = _prefix(sizes, place=uri)
+    for name, most_bytes in _MOST_BYTES.items():
+        _check_size(sizes[prefix + name], most_bytes, name=name, place=uri)
+    keys = {name: prefix + name for name in _MOST_BYTES}
+    return fetched(store, keys, cache=cache / "autoencoders", uri=uri)
+
+
+def _check_size(size: int, most_bytes: int, *, name: str, place: str) -> None:
+    if size > most_bytes:
+        raise AutoencoderError(
+            f"codec.source={place}: {name} has {size} bytes, more than the {most_bytes} that one "
+            "may have; give an autoencoder"
+        )
+
+
+def _digest(config: AutoencoderConfig, weights: Path) -> str:
+    own = {key: value for key, value in config.written.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    with open(weights, "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,1 +1,0 @@
-"""What `python -m trainer.checkpoints` does: list, verify, export and prune."""

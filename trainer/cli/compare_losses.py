@@ -1,0 +1,161 @@
+"""The command that tells whether two runs have the same losses, and where they part."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pipelines.console import say, say_error, visible
+from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
+from trainer.metrics.mlflow_place import TrackerUnreachable, run_curves, tracking_uri
+from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
+
+_DESCRIPTION = """\
+Compare the loss curves of two runs, image by image.
+
+  python -m trainer.compare_losses run:digits run:digits-again
+  python -m trainer.compare_losses run:before run:after@http://127.0.0.1:5000 --tolerance 1e-6
+  python -m trainer.compare_losses tests/golden/losses/two_scales.json now.json
+
+Each side is a JSON file of curves, run:NAME for the newest MLflow run of that name, or
+run:NAME@TRACKING_URI for one that is tracked elsewhere than in $LAPFLOW_HOME (~/lapflow)."""
+
+_EPILOG = """\
+exit codes: 0 both have the same points and agree at them within the tolerance, 1 they do not,
+2 they cannot be compared: one is missing, or they hold different metrics. Points that only one side
+has, because it stopped early or logged less often, count as a difference; --common-points passes
+over them."""
+
+_DIFFERENT, _REFUSED = 1, 2
+_RUN = "run:"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        a, b = (
+            _chosen(_read(source, experiment=options.experiment), options.metrics, source)
+            for source in (options.a, options.b)
+        )
+        found = differences(a, b, tolerance=options.tolerance)
+    except (CurvesError, TrackerUnreachable, InvalidTrackingUri) as error:
+        say_error(error)
+        return _REFUSED
+    told = described(found, tolerance=options.tolerance, only_common=options.common_points)
+    say(told)
+    return 0 if agree(found, only_common=options.common_points) else _DIFFERENT
+
+
+def agree(found: Sequence[Difference], *, only_common: bool = False) -> bool:
+    """Tell whether all metrics have the same points and agree at them within the tolerance.
+
+    Args:
+        found: The differences.
+        only_common: Let either side have points that the other lacks.
+    """
+    return all(one.first_at is None and (only_common or not one.unmatched) for one in found)
+
+
+def described(found: Sequence[Difference], *, tolerance: float, only_common: bool = False) -> str:
+    """Render differences for a terminal: a line for each metric, and the verdict.
+
+    Args:
+        found: The differences.
+        tolerance: Relative difference up to which values agree.
+        only_common: Whether points that one side lacks are passed over.
+    """
+    width = max(len(visible(one.metric)) for one in found)
+    lines = []
+    for one in found:
+        missing = f", {one.unmatched} more on one side only" if one.unmatched else ""
+        parts = [f"{visible(one.metric):<{width}}  {one.points} points{missing}"]
+        parts.append(f"largest relative difference {one.largest:.3g} at {one.largest_at:,} images")
+        if one.first_at is not None and one.first is not None:
+            a, b = one.first
+            parts.append(f"first apart at {one.first_at:,} images: {a!r} and {b!r}")
+        lines.append("; ".join(parts))
+    return "\n".join([*lines, _verdict(found, tolerance=tolerance, only_common=only_common)])
+
+
+def _verdict(found: Sequence[Difference], *, tolerance: float, only_common: bool) -> str:
+    apart = [one.first_at for one in found if one.first_at is not None]
+    alone = sum(one.unmatched for one in found)
+    same = "the same, " + ("bit for bit" if tolerance == 0 else f"within {tolerance:g}")
+    if apart:
+        return f"DIFFERENT from {min(apart):,} images on"
+    if alone and not only_common:
+        return (
+            f"DIFFERENT: {alone} points are on one side only; at the others they are {same} "
+            "(--common-points asks for no more)"
+        )
+    return f"{same}, at the points that both have" if alone else same
+
+
+def _read(source: str, *, experiment: str) -> Curves:
+    if not source.startswith(_RUN):
+        return read_curves(Path(source).expanduser())
+    name, _, uri = source.removeprefix(_RUN).partition("@")
+    home = Path(os.environ.get("LAPFLOW_HOME", "~/lapflow")).expanduser()
+    tracking = TrackingConfig(uri=uri or None, experiment=experiment)
+    return run_curves(tracking_uri(tracking, str(home)), experiment=experiment, run=name)
+
+
+def _chosen(curves: Curves, patterns: str, source: str) -> Curves:
+    wanted = patterns.split(",")
+    chosen = {
+        name: curve
+        for name, curve in curves.items()
+        if any(fnmatch(name, pattern) for pattern in wanted)
+    }
+    if not chosen:
+        raise CurvesError(
+            f"{source} has no metric that matches --metrics {patterns}; it has {sorted(curves)}."
+        )
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.compare_losses",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", help="FILE.json, run:NAME or run:NAME@TRACKING_URI")
+    parser.add_argument("b", metavar="B", help="likewise")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.0,
+        help="relative difference up to which values agree; default 0, the same bits",
+    )
+    parser.add_argument(
+        "--metrics",
+        default="loss/*",
+        help="names to compare, with * as a wildcard and commas between; default loss/*",
+    )
+    parser.add_argument(
+        "--common-points",
+        action="store_true",
+        help="compare where both have a value, and pass over points that only one side has",
+    )
+    parser.add_argument("--experiment", default="lapflow", help="MLflow experiment of the runs")
+    return parser
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
+    return value

@@ -1,0 +1,223 @@
+"""The command: compose the configuration, check everything, run the job, show what came out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from pipelines.console import say, say_error
+from trainer.cli.settings_page import ExplainAction, commented_yaml
+from trainer.config.groups import check_members, members
+from trainer.errors import is_users_mistake
+from trainer.log_lines import logs_shown
+from trainer.storage.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from trainer.config.job import JobConfig
+
+_DESCRIPTION = """\
+Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate it.
+
+  python -m trainer.launch +exp=digits                 train on real images in minutes, on a laptop
+  python -m trainer.launch +exp=digits train.seed=1 run=digits-1
+  python -m trainer.launch +exp=imagenet_xl dry_run=true    what XL costs, before anything starts
+  ray job submit --working-dir . -- python -m trainer.launch +exp=digits
+
+Run the same command again and the run goes on from its newest valid checkpoint."""
+
+_EPILOG = """\
+common settings (--explain KEY says what a setting, or each of a group, means; --cfg job lists all):
+  run=NAME                     name of the run; the default is the experiment's
+  resume=auto|never|URI        continue it, insist on a new one, or start from a checkpoint
+  dry_run=true                 print the configuration and its cost, then stop
+  train.total_images=N         length of the run; train.global_batch=N, train.seed=N
+  model=xl_2 data=... optim=...   another member of a group under configs/
+  cluster.workers=N            one worker per device; cluster.backend=local runs without Ray
+  store.uri=s3://BUCKET/PREFIX store.endpoint_url=http://HOST:PORT
+                               where shards, checkpoints and results are; credentials come from
+                               the usual AWS places
+  tracking.uri=http://HOST:5000   an MLflow server instead of a file under home
+  home=FOLDER                  local files; default $LAPFLOW_HOME or ~/lapflow
+
+exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end or was stopped but
+checkpoints could not be saved, 130 or 143 stopped by a signal, its last state saved"""
+
+_ONE_RUN = """\
+--multirun: a launch makes one run; start one after the other, each with a run=NAME of its own: \
+for seed in 0 1; do python -m trainer.launch +exp=digits train.seed=$seed run=digits-$seed; done"""
+
+_REFUSED = 2
+
+logger = logging.getLogger(__name__)
+
+
+@logs_shown()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    if options.multirun:
+        say_error(_ONE_RUN)
+        return _REFUSED
+    try:
+        job = _checked(options.overrides)
+        if options.cfg or job.dry_run:
+            say(described(job, explained=bool(options.cfg)))
+            return 0
+        return _launch(job)
+    except (ValueError, CheckpointError) as error:
+        if not is_users_mistake(error) and not isinstance(error, CheckpointError):
+            raise
+        say_error(error)
+        return _REFUSED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _checked(overrides: Sequence[str]) -> JobConfig:
+    """Compose and check the configuration; a name that does not exist costs no heavy import."""
+    check_members(overrides)
+    from trainer.config.composition import composed
+    from trainer.data.splits import with_classes
+    from trainer.training.validate import validate
+
+    job = with_classes(composed(overrides))
+    validate(job)
+    return job
+
+
+def described(job: JobConfig, *, explained: bool = False) -> str:
+    """Return the configuration as YAML, with what it costs as comments below.
+
+    Args:
+        job: The configuration.
+        explained: Put above each setting what it means.
+    """
+    import yaml
+
+    from trainer.config.reading import to_dict
+    from trainer.planning.cost_table import cost_table
+
+    table = "\n".join(f"# {line}" for line in cost_table(job).splitlines())
+    values = to_dict(job)
+    if explained:
+        return f"{commented_yaml(type(job), values)}\n\n{table}"
+    return f"{yaml.safe_dump(values, sort_keys=False)}\n{table}"
+
+
+def _launch(job: JobConfig) -> int:
+    from trainer.config import paths
+
+    say(f"run {job.run}: {paths.run_uri(job)}")
+    logger.info("loading libraries")
+    from cluster.contract import ClusterUnavailable
+    from cluster.failure import WorkerFailed
+    from cluster.launcher import run
+    from trainer.cli import ending
+    from trainer.cli.ending import Console, final_report, summary
+    from trainer.config.reading import to_dict
+    from trainer.planning.placing import resolve_placement
+    from trainer.training.preflight import preflight
+    from trainer.training.tracking import send_unsent, where_to_look
+    from trainer.training.worker import train_worker
+
+    began = time.monotonic()
+    console = Console()
+    newest = preflight(job, note=console.note)
+    complete = newest is not None and newest.images >= job.train.total_images
+    if newest is not None and complete and (report := final_report(job)) is not None:
+        console.note("this run is complete; train.total_images=N makes it longer")
+        send_unsent(job, newest, report.metrics())
+        say(f"{summary(job, report, seconds=0.0)}\n\nlook at the run: {where_to_look(job)}")
+        return 0
+
+    with _stop_on_signals() as (stop, received):
+        logger.info("starting %d workers on %s", job.cluster.workers, job.cluster.backend)
+        try:
+            outcome = run(
+                job.cluster,
+                train_worker,
+                to_dict(job),
+                on_message=console.message,
+                note=console.note,
+                stop=stop,
+                kept_together=resolve_placement(job).unit,
+            )
+        except (WorkerFailed, ClusterUnavailable) as error:
+            return ending.failed(job, console, error)
+        except KeyboardInterrupt:
+            ending.interrupted(job, console)
+            raise
+        if outcome.status == "stopped" and not console.finished:
+            number = received[0] if received else signal.SIGINT
+            return ending.stopped(job, console, signal_number=number)
+        return ending.done(job, console, seconds=time.monotonic() - began)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
+    """Turn the first SIGINT or SIGTERM into a stop request and the second into an interrupt.
+
+    Yields:
+        The request, and the number of the signal once there was one. After the block the signals
+        do what they did before.
+    """
+    stop = threading.Event()
+    received: list[int] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        say("stopping after a final checkpoint; once more ends at once")
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop, received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.launch",
+        description=_DESCRIPTION,
+        epilog=f"{_experiments()}\n\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
+    parser.add_argument(
+        "--cfg",
+        choices=["job"],
+        help="print every setting with its meaning and value, and what the job costs, then stop",
+    )
+    parser.add_argument("--explain", action=ExplainAction, kind=_job_config)
+    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _job_config() -> type[JobConfig]:
+    from trainer.config.job import JobConfig
+
+    return JobConfig
+
+
+def _experiments() -> str:
+    text = f"experiments: {', '.join(members('exp'))}"
+    return textwrap.fill(text, width=100, subsequent_indent="  ", break_on_hyphens=False)

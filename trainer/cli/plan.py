@@ -1,0 +1,143 @@
+"""The command: predict what each placement of a job's experts costs, and say which is best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+
+from cluster.hardware import HardwareError
+from pipelines.console import say, say_error
+from trainer.cli.settings_page import ExplainAction
+from trainer.config.composition import composed
+from trainer.config.groups import members
+from trainer.config.job import JobConfig
+from trainer.config.reading import ConfigError
+from trainer.errors import is_users_mistake
+from trainer.planning.placing import changed_jobs, configured, workload, zero_stage
+from trainer.planning.planner import (
+    Candidate,
+    as_json,
+    candidates,
+    explain,
+    fastest,
+    placement_table,
+)
+
+_DESCRIPTION = """\
+Plan where the experts of each scale go: memory of a rank and time of a step for every placement
+and ZeRO stage, best first, and what binds the choice. Nothing is started, and no data is read.
+
+  python -m trainer.plan +exp=imagenet_xl cluster=h100_8
+  python -m trainer.plan +exp=imagenet_xl cluster=h100_8x8 flow=three_scales train.global_batch=384
+  python -m trainer.plan +exp=imagenet_xl cluster=eight_24gb model=xxl_2 data.image_size=512
+  python -m trainer.plan +exp=imagenet_xl cluster=eight_gpus cluster.hardware.gpu_memory_gib=40
+
+A placement {2:8,1:2} shards scale 2 over groups of 8 ranks and scale 1 over groups of 2; take one
+over with "engine.placement={2:8,1:2}", or let the job choose: engine.placement=auto keeps
+engine.zero_stage and takes the fastest that fits."""
+
+_EPILOG = """\
+The figures are predictions: FLOPs and bytes over the rates under cluster.hardware, which can be set
+like any other key (cluster.hardware.node_link_gb_per_s=100).
+
+exit codes: 0 something fits, 1 nothing fits, 2 the configuration cannot be used"""
+
+_NOTHING_FITS, _REFUSED = 1, 2
+_ROWS = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        job = composed(options.overrides)
+        found = _candidates(job)
+        own = configured(job)
+        words = _words(job, found, own)
+    except ValueError as error:
+        if not is_users_mistake(error):
+            raise
+        say_error(error)
+        return _REFUSED
+    chosen = fastest(found)
+    if options.json:
+        plan = {
+            "chosen": as_json(chosen) if chosen else None,
+            "configured": as_json(own) if own else None,
+            "candidates": [as_json(one) for one in found],
+            "words": words,
+        }
+        say(json.dumps(plan, indent=1))
+    else:
+        shown = found if options.all else _shown(found)
+        table = placement_table(shown, chosen=chosen, left_out=len(found) - len(shown))
+        text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in words)
+        say(f"{table}\n\n{text}")
+    return 0 if chosen else _NOTHING_FITS
+
+
+def _stages(job: JobConfig) -> Sequence[int]:
+    return (1, 2, 3) if zero_stage(job) else (0,)
+
+
+def _candidates(job: JobConfig) -> list[Candidate]:
+    try:
+        return candidates(workload(job), job.cluster.hardware, zero_stages=_stages(job))
+    except HardwareError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _shown(found: list[Candidate]) -> list[Candidate]:
+    """The best, and what replicating everything would cost."""
+    replicated = [one for one in found[_ROWS:] if not one.placement.sharded]
+    return found[:_ROWS] + replicated
+
+
+def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) -> list[str]:
+    words = explain(
+        workload(job),
+        job.cluster.hardware,
+        zero_stages=_stages(job),
+        changes={
+            change: (workload(changed), changed.cluster.hardware)
+            for change, changed in changed_jobs(job).items()
+        },
+    )
+    settings = f"engine.placement={_written(job)} engine.zero_stage={zero_stage(job)}"
+    if own is None:
+        words.append(f"As configured ({settings}) nothing fits.")
+    else:
+        fits = "" if own.fits else ", which does not fit"
+        words.append(
+            f"As configured ({settings}): {own}, {1000 * own.time.total:,.1f} ms and "
+            f"{own.memory.total / 2**30:,.1f} GiB{fits}."
+        )
+    return words
+
+
+def _written(job: JobConfig) -> str:
+    return str(job.engine.placement).replace(" ", "")
+
+
+def _parser() -> argparse.ArgumentParser:
+    clusters = textwrap.fill(f"clusters: {', '.join(members('cluster'))}", width=100)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.plan",
+        description=_DESCRIPTION,
+        epilog=f"{clusters}\n\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
+    parser.add_argument("--explain", action=ExplainAction, kind=lambda: JobConfig)
+    parser.add_argument("--all", action="store_true", help="print all candidates")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    return parser

@@ -1,0 +1,111 @@
+"""The command that draws a grid of samples from any checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from trainer.cli.command import run_command
+from trainer.cli.pictures import write_picture
+from trainer.config.reading import ConfigError
+from trainer.evaluation.grid import grid_png
+from trainer.evaluation.own_settings import SamplerChoice
+from trainer.evaluation.trained_model import Weights, load_trained_model
+from trainer.storage.store import StoreConfig
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
+_DESCRIPTION = f"""\
+Draw a grid of samples from a checkpoint, or from a run's newest one.
+
+  python -m trainer.sample {_EXAMPLE}
+  python -m trainer.sample checkpoint=s3://bucket/runs/NAME/checkpoints/000001280000 \\
+      store.endpoint_url=http://HOST:PORT classes=[207,360] columns=4 sampler.guidance_scale=4"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What to draw.
+
+    Attributes:
+        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`), whose newest one is taken.
+        output: PNG file to write.
+        weights: "ema", or "master" for the weights without averaging.
+        classes: Classes to draw, one row each; None draws the first ten.
+        columns: Images per class.
+        seed: Seed of the noise.
+        batch: Most images in one network call.
+        device: "auto" takes a GPU when there is one.
+        sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
+        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
+            run had it.
+        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
+        store: How to reach the store.
+    """
+
+    checkpoint: str = field(metadata={"place": "run"})
+    output: str = field(default="samples.png", metadata={"place": "path"})
+    weights: Weights = "ema"
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    columns: Annotated[int, Field(ge=1)] = 10
+    seed: Annotated[int, Field(ge=0)] = 1
+    batch: Annotated[int, Field(ge=1)] = 64
+    device: str = "auto"
+    sampler: SamplerChoice = field(default_factory=SamplerChoice)
+    codec_source: str | None = field(default=None, metadata={"place": "hub"})
+    home: str | None = field(default=None, metadata={"place": "path"})
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        if self.classes is not None and not self.classes:
+            raise ConfigError(
+                "classes=[] names no class; name some, as in classes=[3,5], or leave it away to "
+                "draw the first ten"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(
+        SampleConfig,
+        draw_grid,
+        module="trainer.sample",
+        description=_DESCRIPTION,
+        example=_EXAMPLE,
+        arguments=arguments,
+    )
+
+
+def draw_grid(config: SampleConfig) -> Path:
+    """Draw the grid and return where it was written.
+
+    Raises:
+        ConfigError: For a class or weights the checkpoint does not have, guidance without a trained
+            null label, a device that cannot be used, or an output that cannot be written.
+        AutoencoderError: If the autoencoder of its latents cannot be had.
+        CheckpointError: If the checkpoint is missing or damaged.
+    """
+    trained = load_trained_model(
+        config.checkpoint,
+        weights=config.weights,
+        device=config.device,
+        store=config.store,
+        codec_source=config.codec_source,
+        home=config.home,
+    )
+    classes = config.classes or range(min(10, trained.shape.classes))
+    trained.check_classes(classes)
+    drawing = trained.drawing(
+        config.sampler.over(trained.own.sampler), seed=config.seed, batch=config.batch
+    )
+    labels = torch.tensor(classes).repeat_interleave(config.columns)
+    logger.info("drawing %d images on %s", len(labels), trained.device)
+    drawn = drawing.all(trained.model, labels)
+    return write_picture(config.output, grid_png(drawn.images, columns=config.columns))

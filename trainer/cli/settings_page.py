@@ -1,0 +1,135 @@
+"""The settings of a command for people: in its help, one by one, and beside their values."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from pipelines.console import say, say_error
+from trainer.config.settings import MISSING, Setting, closest, leaf_types, listed, settings_of
+
+_WIDTH = 100
+_KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+
+
+def settings_page(kind: type[Any]) -> str:
+    """Describe all settings of a configuration dataclass: default, choices and meaning."""
+    return "\n".join(_entry(setting) for setting in settings_of(kind))
+
+
+def explanation(kind: type[Any], key: str) -> str:
+    """Describe one setting, or all of a group.
+
+    Args:
+        kind: The configuration dataclass.
+        key: Such as "loader.decode_threads" or "loader".
+
+    Raises:
+        KeyError: There is no such setting; the argument says so and guesses.
+    """
+    settings = list(settings_of(kind))
+    found = [each for each in settings if each.key == key or each.key.startswith(f"{key}.")]
+    if not found:
+        meant = closest(key, [each.key for each in settings])
+        raise KeyError(f"there is no setting {key}" + (f"; did you mean {meant}?" if meant else ""))
+    return "\n".join(_entry(setting) for setting in found)
+
+
+def commented_yaml(kind: type[Any], values: Mapping[str, Any]) -> str:
+    """Render a configuration as YAML with each setting's meaning above it.
+
+    Args:
+        kind: The configuration dataclass.
+        values: Its values, plain.
+    """
+    meanings = {setting.key: setting for setting in settings_of(kind)}
+
+    def lines(group: Mapping[str, Any], prefix: str, indent: str) -> Iterator[str]:
+        for name, value in group.items():
+            setting = meanings[f"{prefix}{name}"]
+            yield from _wrapped(setting.meaning, f"{indent}# ")
+            if setting.is_group:
+                yield f"{indent}{name}:"
+                yield from lines(value, f"{setting.key}.", f"{indent}  ")
+            else:
+                text = yaml.safe_dump({name: value}, sort_keys=False).rstrip()
+                yield textwrap.indent(text, indent)
+
+    return "\n".join(lines(values, "", ""))
+
+
+class ExplainAction(argparse.Action):
+    """`--explain KEY`: say what a setting means and stop, as `--help` does.
+
+    Args:
+        kind: Gives the configuration dataclass, when it is asked for.
+    """
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, kind: Callable[[], type[Any]]
+    ) -> None:
+        super().__init__(
+            option_strings,
+            dest,
+            metavar="KEY",
+            help="say what a setting, or each of a group, means, and stop",
+        )
+        self._kind = kind
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        """Say it."""
+        _, key, *_ = arguments
+        try:
+            say(explanation(self._kind(), key))
+        except KeyError as error:
+            say_error(error.args[0])
+            parser.exit(2)
+        parser.exit()
+
+
+def _entry(setting: Setting) -> str:
+    if setting.is_group:
+        return "\n".join(_wrapped(setting.meaning, f"  {setting.key}: ", " " * 6))
+    default = "…" if setting.default == MISSING else _written(setting.default)
+    must = ", must be given" if setting.default == MISSING else ""
+    head = f"  {setting.key}={default}  ({_kind(setting.wanted)}{must})"
+    return "\n".join([head, *_wrapped(setting.meaning, " " * 6)])
+
+
+def _written(value: Any) -> str:
+    text = yaml.safe_dump(
+        list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000
+    )
+    return text.partition("\n")[0]
+
+
+def _kind(wanted: Any) -> str:
+    """Name what a setting can be."""
+    if part := listed(wanted):
+        names = ", ".join(setting.key for setting in settings_of(part))
+        return f"list of groups of {names}"
+    words = [leaf for leaf in leaf_types(wanted) if isinstance(leaf, str)]
+    kinds = [_KINDS.get(leaf, "any") for leaf in leaf_types(wanted) if not isinstance(leaf, str)]
+    if _is_list(wanted):
+        return f"list of {' | '.join([*words, *(f'{kind}s' for kind in kinds)])}"
+    return " | ".join(dict.fromkeys([*words, *kinds]))
+
+
+def _is_list(wanted: Any) -> bool:
+    is_list = typing.get_origin(wanted) is tuple
+    return is_list or any(_is_list(each) for each in typing.get_args(wanted))
+
+
+def _wrapped(text: str, first: str, rest: str | None = None) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=first if rest is None else rest,
+        break_on_hyphens=False,
+    )

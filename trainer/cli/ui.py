@@ -1,0 +1,101 @@
+"""The command that shows the runs of a home folder as MLflow's pages."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from pipelines.console import say
+from trainer.cli.command import run_command
+from trainer.config import paths
+from trainer.config.reading import ConfigError
+from trainer.metrics.mlflow_place import ExperimentDeleted, check_tracker, page, tracking_uri
+from trainer.metrics.tracker import TrackingConfig
+from trainer.training.tracking import PORT
+
+_HOST = "127.0.0.1"
+_DESCRIPTION = """\
+Show runs as MLflow's pages, and say at which address.
+
+  python -m trainer.ui                             the runs of ~/lapflow, or $LAPFLOW_HOME
+  python -m trainer.ui home=/data/lapflow port=5001
+  python -m trainer.ui uri=http://HOST:5000        only says the address on that server
+
+The pages are served to this machine alone, until Ctrl-C."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiConfig:
+    """What to show.
+
+    Attributes:
+        home: Folder of the runs; None is $LAPFLOW_HOME, or ~/lapflow.
+        uri: MLflow tracking URI in place of the home's file.
+        experiment: Experiment that holds the runs.
+        port: Where the pages are served.
+    """
+
+    home: str | None = field(default=None, metadata={"place": "path"})
+    uri: str | None = field(default=None, metadata={"place": "uri"})
+    experiment: str = TrackingConfig.experiment
+    port: Annotated[int, Field(ge=1, le=65535)] = PORT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(
+        UiConfig,
+        show,
+        module="trainer.ui",
+        description=_DESCRIPTION,
+        example="home=~/lapflow",
+        arguments=arguments,
+    )
+
+
+def show(config: UiConfig) -> str:
+    """Serve the pages in place of this process; for a server, return the address alone.
+
+    Raises:
+        ConfigError: There are no runs, or the port is taken.
+        TrackerUnreachable: The server cannot be used.
+    """
+    home = str(paths.home_folder(config.home))
+    tracking = TrackingConfig(uri=config.uri, experiment=config.experiment)
+    uri = tracking_uri(tracking, home)
+    if uri.startswith("http"):
+        return page(uri, check_tracker(tracking, home))
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not file.exists():
+        raise ConfigError(
+            f"home={home} has no runs yet: there is no {file}; train, or name the folder of the "
+            "runs with home=FOLDER"
+        )
+    _check_free(config.port)
+    server = f"http://{_HOST}:{config.port}"
+    try:
+        say(f"open {page(server, check_tracker(tracking, home))} once it says that it runs")
+    except ExperimentDeleted as error:
+        say(f"warning: {error}", to=sys.stderr)
+        say(f"open {server} once it says that it runs")
+    words = ["mlflow", "ui", "--host", _HOST, "--port", str(config.port)]
+    return os.execv(sys.executable, [sys.executable, "-m", *words, "--backend-store-uri", uri])
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"port={port} cannot be listened on: {error}; is it open already? Or set another, "
+                f"as in port={PORT + 1}"
+            ) from error

@@ -1,0 +1,1 @@
+"""The job's configuration: composed, read, checked, and told to people."""

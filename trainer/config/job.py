@@ -1,0 +1,197 @@
+"""The job's configuration: every component's own dataclass, joined.
+
+Defaults live in the dataclasses. Hydra's YAML only picks and overrides; `trainer.config.reading`
+turns what it composed into dataclasses and refuses what does not fit, `trainer.training.validate`
+what cannot be combined.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cluster.contract import ClusterConfig
+from models.flow.flow import FlowConfig
+from models.transformer.config import TransformerConfig
+from pipelines.augment import AugmentConfig
+from pipelines.loading.loader import LoaderConfig
+from pipelines.order import StreamConfig
+from pipelines.shards import ShardsConfig
+from trainer.autoencoder.codec import CodecConfig
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.config.evaluation import EvalConfig
+from trainer.config.reading import to_dict
+from trainer.config.train import TrainConfig
+from trainer.engine.optimizer import OptimConfig
+from trainer.engine.protocol import EngineConfig
+from trainer.metrics.tracker import TrackingConfig
+from trainer.storage.store import StoreConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images a run is trained on.
+
+    Attributes:
+        name: Name of the data set, and of its folder in the store.
+        prefix: Where its MDS shards are (`train/` and `test/` below it), a folder or `s3://…`;
+            None is `datasets/<name>` in the store.
+        streams: Several such prefixes instead, perhaps with weights: `[{prefix: …, weight: 2}, …]`.
+        prepare: Write the shards when they are missing: "digits" from scikit-learn, or "none".
+        space: What the shards hold: "pixel" images, or "latent" moments that
+            `pipelines.ingest.latents` has computed.
+        images_prefix: For latents, where the images are that samples are compared with; None is
+            where the latents were made of.
+        image_size: Height and width of what the shards hold; images of another size are resized.
+        channels: Channels of what the shards hold.
+        classes: Number of classes; 0 takes it from the data set's list of classes.
+        augment: How training images vary from epoch to epoch.
+    """
+
+    name: str = "digits"
+    prefix: str | None = field(default=None, metadata={"place": "uri"})
+    streams: tuple[StreamConfig, ...] = ()
+    prepare: Literal["none", "digits"] = "none"
+    space: Literal["pixel", "latent"] = "pixel"
+    images_prefix: str | None = field(default=None, metadata={"place": "uri"})
+    image_size: Annotated[int, Field(ge=1)] = 8
+    channels: Annotated[int, Field(ge=1)] = 1
+    classes: Annotated[int, Field(ge=0)] = 10
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What a run prints and writes along the way; it cannot change the result.
+
+    Attributes:
+        log_interval_images: Images between two progress lines and metric points; 0 has
+            them at the end alone.
+    """
+
+    log_interval_images: Annotated[int, Field(ge=0)] = 5000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Everything one job needs.
+
+    Attributes:
+        run: Name of the run; running the same name again resumes it.
+        home: Folder for what stays on this machine: caches, logs, the default store and tracker.
+        resume: "auto" continues the run from its newest valid checkpoint, "never" insists on a new
+            run, a checkpoint's URI starts the run from there.
+        resume_changed: Resume also with scientific settings other than the checkpoint's.
+        dry_run: Print the resolved configuration and its cost, then stop.
+        data: The images.
+        codec: Whether the flow works on pixels or on latents of which autoencoder.
+        model: The transformer.
+        flow: The flow over scales.
+        optim: Optimizer and schedule.
+        train: Seed, length, batch, label dropout, EMA.
+        eval: Samples and figures.
+        engine: Sharding and precision.
+        cluster: Workers and failure policy.
+        loader: Decoding and prefetching.
+        shards: How shards are fetched and kept on each node.
+        store: The object store of shards, checkpoints and results.
+        checkpoint: How often, and how many are kept.
+        tracking: MLflow.
+        runtime: Progress.
+    """
+
+    run: str = "run"
+    home: str = field(default="~/lapflow", metadata={"place": "path"})
+    resume: Literal["auto", "never"] | str = field(default="auto", metadata={"place": "uri"})
+    resume_changed: bool = False
+    dry_run: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    model: TransformerConfig
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+# Recorded with the science, but free to change, like all of `eval`: what it takes to find the run's
+# images and its autoencoder again, and to measure as the run does.
+_RECORDED = {
+    "codec": {"source"},
+    "data": {"prefix", "streams", "prepare", "images_prefix"},
+    "loader": {"decoder"},
+}
+
+
+def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None) -> dict[str, Any]:
+    """Return what decides the trained weights: what a resumed run must not change.
+
+    It also records what does not count: where images and autoencoder are, and how the run measures.
+
+    Args:
+        job: The configuration.
+        data_digest: Which version of which data set it is trained on.
+        codec_digest: Which autoencoder it works with; None in pixel space.
+    """
+    everything = to_dict(job)
+    groups = ("data", "codec", "model", "flow", "optim", "train", "eval")
+    chosen = {group: everything[group] for group in groups}
+    del chosen["train"]["max_skipped_updates"]
+    chosen["data_set"] = {"index_sha256": data_digest}
+    if codec_digest is not None:
+        chosen["autoencoder"] = {"sha256": codec_digest}
+    numbers = ("precision", "grad_accum_dtype", "deepspeed")
+    chosen["engine"] = {key: everything["engine"][key] for key in numbers}
+    kept = ("shuffle_block_samples", "decoder")
+    chosen["loader"] = {key: everything["loader"][key] for key in kept}
+    if job.optim.decay == "constant":
+        # Then the length is only when to stop: a finished run may go on.
+        del chosen["train"]["total_images"]
+    return chosen
+
+
+def counted(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is recorded and free to change."""
+    return {
+        group: {
+            key: value for key, value in settings.items() if key not in _RECORDED.get(group, set())
+        }
+        for group, settings in chosen.items()
+        if group != "eval"
+    }
+
+
+def science_hash(chosen: Mapping[str, Any]) -> str:
+    """Return a short digest of the scientific settings that count."""
+    return hashlib.sha256(json.dumps(counted(chosen), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the settings that differ, as `key: old -> new`."""
+    lines: list[str] = []
+    for key in sorted(set(before) | set(after)):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
+def micro_batch(job: JobConfig) -> int:
+    """Return images per rank and forward pass."""
+    images = job.engine.micro_batch
+    return job.train.global_batch // job.cluster.workers if images is None else images

@@ -1,0 +1,123 @@
+"""One `key=value` word of a command line, read by what its setting is."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override as HydraOverride
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+from trainer.config.groups import groups
+from trainer.config.job import JobConfig
+from trainer.config.reading import ConfigError, unknown_key
+from trainer.config.settings import Setting, closest, settings_of
+
+_FREE = "engine.deepspeed."
+"""Settings of DeepSpeed's own, which it checks itself: +engine.deepspeed.KEY=VALUE."""
+
+_NO_PLAIN_TEXT = re.compile(r"""'.*'|".*"|null""", re.DOTALL | re.IGNORECASE)
+
+
+_UNREADABLE = (HydraException, ValueError, RecursionError)
+_SHOWN = 200
+
+
+class Override(NamedTuple):
+    """A setting, or a group's member, and what was given for it."""
+
+    key: str
+    """Dotted, without what Hydra knows in front of it."""
+    value: Any
+    """The value, plain."""
+    for_hydra: str
+    """The word in Hydra's syntax."""
+
+
+def parse_override(word: str, kind: type[Any]) -> Override:
+    """Read one word of a command line.
+
+    A value that is a text is taken as it is: 1e3 and ~/a,b=(c) are texts where a name or a place is
+    wanted. Any other is in Hydra's syntax.
+
+    Args:
+        word: The word, `key=value`.
+        kind: Dataclass of the settings; `JobConfig` has groups with members too.
+
+    Raises:
+        ConfigError: It is no such word, there is no such setting, or its value cannot be read.
+    """
+    marked, equals, text = word.partition("=")
+    key = marked.lstrip("+~")
+    mark = marked.removesuffix(key)
+    if "~" in mark:
+        raise ConfigError(f"{marked}: no setting can be taken away; give it a value, or null")
+    if not equals or not key:
+        raise ConfigError(f"{word!r} is not of the form key=value")
+    if kind is JobConfig and key in ("exp", *groups()):
+        return Override(key, text, word)
+    if kind is JobConfig and key.startswith(_FREE):
+        return _parsed(key, text, f"++{key}=")
+    setting = _setting(key, kind)
+    if mark:
+        shown = "…" if setting.place else text
+        raise ConfigError(
+            f"{marked}={shown}: this setting exists, so write it without {mark}: {key}={shown}"
+        )
+    plain = _NO_PLAIN_TEXT.fullmatch(text) is None
+    if setting.is_text and plain:
+        return Override(key, text, _quoted(key, text))
+    try:
+        return _parsed(key, text, f"{key}=")
+    except ConfigError:
+        # What is no list, mapping or group has its reason told by the type of the setting.
+        if setting.is_single and not _is_sweep(word):
+            return Override(key, text, _quoted(key, text))
+        raise
+
+
+def _setting(key: str, kind: type[Any]) -> Setting:
+    settings = {setting.key: setting for setting in settings_of(kind)}
+    if key in settings:
+        return settings[key]
+    leaves = [name for name, setting in settings.items() if not setting.is_group]
+    group = key.split(".", maxsplit=1)[0]
+    siblings = [name for name in leaves if name.startswith(f"{group}.")]
+    top = sorted({name.split(".")[0] for name in settings})
+    raise ConfigError(unknown_key(key, siblings or top, meant=closest(key, leaves)))
+
+
+def _parsed(key: str, text: str, prefix: str) -> Override:
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    try:
+        parsed = _read(f"{prefix}{text}")
+    except _UNREADABLE as error:
+        raise ConfigError(
+            f"{key}={shown} cannot be read: in a list or mapping put texts in quotes, for "
+            "~ # = ( ) and others mean something there, and the whole word in quotes of the other "
+            f'kind for the shell, as in \'{key}=["~/a", "b,c"]\''
+        ) from error
+    if parsed.is_sweep_override():
+        raise ConfigError(
+            f"{key}={shown} gives several values, and a command takes one; run it once for each, "
+            f"and a launch with a run=NAME of its own, as in: for value in 0 1; do python -m "
+            f"trainer.launch … {key}=$value run=NAME-$value; done"
+        )
+    return Override(key, parsed.value(), f"{prefix}{text}")
+
+
+def _is_sweep(word: str) -> bool:
+    try:
+        return _read(word).is_sweep_override()
+    except _UNREADABLE:
+        return False
+
+
+def _read(word: str) -> HydraOverride:
+    return OverridesParser.create().parse_override(word)
+
+
+def _quoted(key: str, text: str) -> str:
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"

@@ -1,0 +1,78 @@
+"""Settings that name places: made absolute once, in the process that a user started.
+
+Workers have other working directories, perhaps other homes, so a relative path or a ~ would mean
+another place to each of them. A field of a configuration says with `metadata={"place": KIND}` what
+it names: a "path" of this machine, a "uri" (a path or a URL), a "run" (such a place inside of
+another), a "hub" name (or a path or URL), or a "url" alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainer.config.reading import ConfigError
+from trainer.config.settings import leaf_types
+
+T = TypeVar("T")
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:(?!//).*")
+_SQLITE = "sqlite:///"
+
+
+def located(config: T, prefix: str = "") -> T:
+    """Make the places that a configuration names absolute.
+
+    Args:
+        config: A configuration dataclass.
+        prefix: Its key and a dot, for messages.
+
+    Raises:
+        ConfigError: A place is empty or mistyped.
+    """
+    changed: dict[str, Any] = {}
+    hints = typing.get_type_hints(type(config))
+    for spec in dataclasses.fields(typing.cast(Any, config)):
+        key, value = f"{prefix}{spec.name}", getattr(config, spec.name)
+        if dataclasses.is_dataclass(value):
+            changed[spec.name] = located(value, f"{key}.")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            changed[spec.name] = tuple(
+                located(each, f"{key}.{number}.") for number, each in enumerate(value)
+            )
+        elif "place" in spec.metadata and value not in (None, *leaf_types(hints[spec.name])):
+            changed[spec.name] = _absolute(key, value, spec.metadata["place"])
+    return typing.cast(T, dataclasses.replace(typing.cast(Any, config), **changed))
+
+
+def _absolute(key: str, text: str, kind: str) -> str:
+    if not text.strip():
+        raise ConfigError(f"{key} is empty; give a place, or leave it out")
+    scheme, is_url, _ = text.partition("://")
+    if _SCHEME.fullmatch(text):
+        written = re.sub(":/*", "://", text, count=1)
+        raise ConfigError(f"{key}={text} lacks a slash; write {written}")
+    if kind == "path" and is_url:
+        raise ConfigError(f"{key}={text} must be a path of this machine, without {scheme}://")
+    if text.startswith(_SQLITE) and len(text) > len(_SQLITE):
+        return f"{_SQLITE}{_local(key, text.removeprefix(_SQLITE))}"
+    is_hub_name = kind == "hub" and _HUB_NAME.fullmatch(text) and not Path(text).is_dir()
+    is_incomplete = kind == "run" and "/" not in text
+    if is_url or kind == "url" or is_hub_name or is_incomplete:
+        return text
+    return _local(key, text)
+
+
+def _local(key: str, path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{key}={path}: nobody here is called {expanded.partition('/')[0][1:]}; for a folder "
+            f"of that name write ./{path}"
+        )
+    return os.path.abspath(expanded)

@@ -1,0 +1,1 @@
+"""The images of a run: found, checked, and loaded as its configuration says."""

@@ -1,1 +1,0 @@
-"""Evaluation: features, Fréchet distance, label agreement, and the report that joins them."""

@@ -1,0 +1,1 @@
+"""Figures of samples, at the end of a run and for any checkpoint later."""

@@ -1,0 +1,303 @@
+"""The evaluation of any checkpoint of any run, or all of a run, after the fact.
+
+The checkpoint's manifest says what model it holds and what data it was trained on. A report that is
+there already is read instead of measured again, so an evaluation can be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipelines.loading.loader import LoaderConfig
+from pipelines.order import StreamConfig
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import paths
+from trainer.config.evaluation import EvalConfig, FeatureName, check_guidance
+from trainer.config.job import JobConfig
+from trainer.config.reading import ConfigError, from_dict, to_dict
+from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
+from trainer.evaluation.choice import choose_checkpoints
+from trainer.evaluation.grid import TakenSamples, class_grid, grid_png
+from trainer.evaluation.own_settings import SamplerChoice, label_dropout, own_eval
+from trainer.evaluation.report import evaluation_key
+from trainer.evaluation.trained_model import (
+    TrainedModel,
+    Weights,
+    load_trained_model,
+    recorded_codec,
+    usable_device,
+)
+from trainer.evaluation.yardstick import Yardstick
+from trainer.storage.errors import CheckpointError, StoreError
+from trainer.storage.kept import believed, set_aside
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealImagesConfig:
+    """Where the real images are.
+
+    Attributes:
+        prefix: Folder or `s3://…` with the shards' `train/` and `test/`; None is where the run
+            read them.
+        streams: The streams of a run that read several, with their weights; none are the run's own.
+        images_prefix: For a run that read latents, where the images are; None is where the run
+            looked for them.
+    """
+
+    prefix: str | None = field(default=None, metadata={"place": "uri"})
+    streams: tuple[StreamConfig, ...] = ()
+    images_prefix: str | None = field(default=None, metadata={"place": "uri"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvaluationConfig:
+    """What to measure.
+
+    Attributes:
+        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`).
+        checkpoints: Which ones of a run: the "newest", or "all".
+        weights: "ema", or "master" for the weights without averaging.
+        samples: Images to draw, classes in equal parts; None is the run's own `eval.samples`.
+        batch: Most images in one network call; None is the run's own.
+        seed: Seed of the noise; image i depends on it, on i and on its class alone; None is the
+            run's own.
+        sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
+        features: One or more extractors, with each of which the same samples are measured; None is
+            the run's own.
+        inception_weights: Local file for "inception"; None is the run's own, or downloads it.
+        data: The real images.
+        output: Folder for the results; None is the run's own `evaluation/`.
+        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
+            run had it.
+        device: "auto" takes a GPU when there is one.
+        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
+        store: How to reach the store.
+    """
+
+    checkpoint: str = field(metadata={"place": "run"})
+    checkpoints: Literal["newest", "all"] = "newest"
+    weights: Weights = "ema"
+    samples: Annotated[int, Field(ge=2)] | None = None
+    batch: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    sampler: SamplerChoice = field(default_factory=SamplerChoice)
+    features: tuple[FeatureName, ...] | None = None
+    inception_weights: str | None = field(default=None, metadata={"place": "path"})
+    data: RealImagesConfig = field(default_factory=RealImagesConfig)
+    output: str | None = field(default=None, metadata={"place": "uri"})
+    codec_source: str | None = field(default=None, metadata={"place": "hub"})
+    device: str = "auto"
+    home: str | None = field(default=None, metadata={"place": "path"})
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        if self.features is not None and not self.features:
+            raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
+
+    def over(self, own: EvalConfig) -> EvalConfig:
+        """Return a run's own settings with the changes; extractors are told by `features`."""
+        return replace(
+            own,
+            samples=own.samples if self.samples is None else self.samples,
+            batch=own.batch if self.batch is None else self.batch,
+            seed=own.seed if self.seed is None else self.seed,
+            sampler=self.sampler.over(own.sampler),
+        )
+
+
+class UnwrittenReport(CheckpointError):
+    """A checkpoint was measured, and its report could not be written.
+
+    Attributes:
+        reports: What was measured, this checkpoint last.
+    """
+
+    def __init__(self, report: CheckpointReport, reason: StoreError) -> None:
+        super().__init__(
+            f"the report of {report.checkpoint} could not be written: {reason} Its figures are in "
+            "the table, and nowhere else; output=FOLDER writes reports elsewhere"
+        )
+        self.reports = [report]
+
+
+def evaluate_checkpoints(
+    config: CheckpointEvaluationConfig, *, tell: Callable[[str], None]
+) -> list[CheckpointReport]:
+    """Measure the checkpoints that the configuration names, oldest first.
+
+    Args:
+        config: What to measure.
+        tell: Takes a line for the user.
+
+    Raises:
+        ConfigError: If there is no checkpoint there, or the images are not those of the run.
+        CheckpointError: If a checkpoint is damaged, or the store fails.
+        UnwrittenReport: If one was measured and its report cannot be written.
+        DataError: If the real images are missing or damaged.
+    """
+    runs, store, manifests = choose_checkpoints(
+        config.checkpoint, which=config.checkpoints, config=config.store
+    )
+    results = store if config.output is None else open_store(config.output, config.store)
+    own = own_eval(store, manifests[-1])
+    if own is None:
+        tell(
+            "warning: this checkpoint is of a version that did not record how its run measures; "
+            "what is not set here takes its default"
+        )
+    evaluation = _Evaluation(config, own or EvalConfig(), manifests[-1], runs=runs, tell=tell)
+    reports: list[CheckpointReport] = []
+    for manifest in manifests:
+        try:
+            reports.append(evaluation.report(store, manifest, results=results))
+        except UnwrittenReport as error:
+            error.reports = [*reports, *error.reports]
+            raise
+    return reports
+
+
+class _Evaluation:
+    """Measures the checkpoints of one run."""
+
+    def __init__(
+        self,
+        config: CheckpointEvaluationConfig,
+        own: EvalConfig,
+        manifest: Manifest,
+        *,
+        runs: str,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._asked = asked = config.over(own)
+        self._tell = tell
+        check_guidance(
+            asked.sampler.guidance_scale,
+            label_dropout=label_dropout(manifest.science),
+            key="sampler.guidance_scale",
+        )
+        self._yardstick = Yardstick(
+            _job(config, manifest, runs=runs),
+            trained_on=manifest.science["data_set"]["index_sha256"],
+            features=config.features or (own.features.name,),
+            inception_weights=config.inception_weights or own.features.inception_weights,
+            device=usable_device(config.device),
+            batch=asked.batch,
+        )
+
+    def report(self, store: Store, manifest: Manifest, *, results: Store) -> CheckpointReport:
+        """Measure one checkpoint, or read what an earlier call has measured."""
+        measurement = self._measurement(manifest)
+
+        def key(name: str) -> str:
+            return evaluation_key(manifest.run, manifest.images, f"{measurement.name}/{name}")
+
+        report = believed(results, key("report.json"), CheckpointReport)
+        if report is not None and not report.is_of(manifest.run, manifest.images, measurement):
+            set_aside(results, key("report.json"), reason="it tells of another measurement")
+            report = None
+        if report is None:
+            grid, report = self._measured(store, manifest, measurement)
+            try:
+                results.put(key("grid.png"), grid)
+                results.put(key("report.json"), report.to_json())
+            except StoreError as error:
+                raise UnwrittenReport(report, error) from error
+        self._tell(f"{manifest.run}, {manifest.images:,} images: {results.uri(key('report.json'))}")
+        return report
+
+    def _measured(
+        self, store: Store, manifest: Manifest, measurement: Measurement
+    ) -> tuple[bytes, CheckpointReport]:
+        """Draw and measure in parts, of which only what the grid shows is kept."""
+        uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
+        trained = self._trained(uri)
+        asked, distances = self._asked, self._yardstick.distances
+        labels = torch.arange(asked.samples) % trained.shape.classes
+        chosen, columns = class_grid(len(labels), classes=trained.shape.classes)
+        shown: dict[int, Tensor] = {}
+        taken = TakenSamples(most_bytes=0)
+        drawing = trained.drawing(asked.sampler, seed=asked.seed, batch=asked.batch)
+        logger.info("drawing and measuring %d images on %s", len(labels), trained.device)
+        for block in drawing.blocks(trained.model, labels):
+            for distance in distances.values():
+                distance.add(block.images)
+            here = range(block.first, block.first + len(block.images))
+            shown |= {i: block.images[i - block.first] for i in chosen if i in here}
+            taken.add(block)
+        real_images = next(iter(distances.values())).real_images
+        report = CheckpointReport(
+            checkpoint=uri,
+            run=manifest.run,
+            images=manifest.images,
+            real_images=real_images,
+            unusable_real_images=self._yardstick.stored_real_images - real_images,
+            network_evaluations=sum(taken.evaluations),
+            distances=tuple(
+                Distance(
+                    features=name,
+                    frechet=distance.take(),
+                    frechet_real_halves=distance.between_halves,
+                    held_out_accuracy=self._yardstick.held_out_accuracy(name),
+                )
+                for name, distance in distances.items()
+            ),
+            measurement=measurement,
+        )
+        return grid_png(torch.stack([shown[i] for i in chosen]), columns=columns), report
+
+    def _trained(self, uri: str) -> TrainedModel:
+        config = self._config
+        return load_trained_model(
+            uri,
+            weights=config.weights,
+            device=config.device,
+            store=config.store,
+            codec_source=config.codec_source,
+            home=config.home,
+            precision="run",
+        )
+
+    def _measurement(self, manifest: Manifest) -> Measurement:
+        return Measurement(
+            attempt=manifest.attempt,
+            weights=self._config.weights,
+            samples=self._asked.samples,
+            seed=self._asked.seed,
+            sampler=asdict(self._asked.sampler),
+            extractors=self._yardstick.digests,
+            held_out_index=self._yardstick.held_out_index,
+        )
+
+
+def _job(config: CheckpointEvaluationConfig, manifest: Manifest, *, runs: str) -> JobConfig:
+    """Rebuild what the evaluation needs of the job that saved the checkpoint."""
+    science = manifest.science
+    given = {key: value for key, value in to_dict(config.data).items() if value}
+    if given.keys() & {"prefix", "streams"}:
+        given = {"prefix": None, "streams": (), **given}
+    return from_dict(
+        JobConfig,
+        {
+            "run": manifest.run,
+            "home": str(paths.home_folder(config.home)),
+            "data": {**science["data"], **given},
+            "loader": {"decoder": science.get("loader", {}).get("decoder", LoaderConfig.decoder)},
+            "codec": asdict(recorded_codec(science)),
+            "model": science["model"],
+            "flow": science["flow"],
+            "store": {**asdict(config.store), "uri": runs.removesuffix("/runs")},
+        },
+    )

@@ -1,0 +1,229 @@
+"""Feature extractors for the Fréchet distance, chosen by name.
+
+Numbers from different extractors cannot be compared: only "inception" gives what the literature
+calls FID. The other two need no download and serve small images and machines without a network:
+"random_conv" at once, "learned_conv" after a minute or two on the data set's training images, and
+it knows much better what natural pictures show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config.evaluation import FeatureConfig, FeatureName
+from trainer.evaluation.learned_features import (
+    KeptFeatures,
+    LabelledImages,
+    learned_features,
+    one_thread,
+)
+
+logger = logging.getLogger(__name__)
+
+FID_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of pt_inception-2015-12-05-6726825d.pth, with which the literature's FID is computed."""
+
+_MAX_BYTES = 2**30  # ten times what the network needs
+
+
+class MissingWeights(ValueError):
+    """The weights are neither on disk nor downloadable, or are no weights of this network."""
+
+
+class InceptionFeatures:
+    """The 2048 pool features of the TensorFlow Inception network that defines FID.
+
+    Args:
+        weights: Local weights file, or None to download it.
+
+    Attributes:
+        digest: SHA-256 of the weights file.
+
+    Raises:
+        MissingWeights: The file is missing, holds anything but the network's tensors, or cannot be
+            downloaded; or the package is not installed.
+    """
+
+    def __init__(self, weights: str | None) -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise MissingWeights(
+                "eval.features.name=inception needs the package torch-fidelity: "
+                "pip install 'lapflow-trainer[inception]'"
+            ) from error
+        self.digest, tensors = _tensors(weights)
+        # The package unpickles whatever file it is given, so it is given one that was written here.
+        with tempfile.TemporaryDirectory(prefix="lapflow-inception-") as folder:
+            own = str(Path(folder) / "inception.pth")
+            torch.save(tensors, own)
+            try:
+                self._network = FeatureExtractorInceptionV3(
+                    "inception-v3-compat", ["2048"], feature_extractor_weights_path=own
+                )
+            except RuntimeError as error:  # names and shapes that are not the network's
+                raise _unusable(weights, str(error).splitlines()[0]) from error
+        if self.digest != FID_WEIGHTS_SHA256:
+            logger.warning(
+                "The Inception weights of eval.features.inception_weights=%s have the SHA-256 "
+                "%s, not that of the weights that FID is computed with (%s): distances do not "
+                "compare with the literature's.",
+                *(weights, self.digest, FID_WEIGHTS_SHA256),
+            )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract 2048 features per image; grey images are repeated to three channels."""
+        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        bytes_ = (rgb * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        features: Tensor = self._network.to(images.device)(bytes_)[0]
+        return features
+
+
+def _tensors(weights: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Read a file of tensors, in which nothing can run code, and its SHA-256."""
+    try:
+        file = _downloaded() if weights is None else Path(weights).expanduser()
+        if file.stat().st_size > _MAX_BYTES:
+            raise _unusable(weights, f"it is larger than {_MAX_BYTES:,} bytes")
+        data = file.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if weights is None and digest != FID_WEIGHTS_SHA256:
+            raise _unusable(weights, f"{file} is not the published file; delete it")
+        content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MissingWeights:
+        raise
+    except Exception as error:  # a file from elsewhere can end its reader in any way
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise _unusable(weights, reason) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise _unusable(weights, "it holds something else than named tensors")
+    return digest, dict(content)
+
+
+def _downloaded() -> Path:
+    """Fetch the published file into torch's cache, once, and only if it is the published one."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=FID_WEIGHTS_SHA256)
+    return file
+
+
+def _unusable(weights: str | None, reason: str) -> MissingWeights:
+    return MissingWeights(
+        f"Inception weights cannot be loaded ({reason}); put "
+        "pt_inception-2015-12-05-6726825d.pth on disk and set eval.features.inception_weights to "
+        f"it (now {weights}), or use eval.features.name=random_conv"
+    )
+
+
+class FeatureExtractor(Protocol):
+    """Maps images in [-1, 1], shape [n, c, h, w], to features, shape [n, d].
+
+    Attributes:
+        digest: SHA-256 of its weights; empty where the code decides them.
+    """
+
+    digest: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract features."""
+        ...
+
+
+class UnknownFeatures(ValueError):
+    """There is no extractor of that name."""
+
+
+class RandomConvFeatures:
+    """A fixed random convolutional network: 64 features, the same on every machine.
+
+    Three layers of orthogonal filters with leaky rectifiers, one stride-2 step, and the mean and
+    the deviation over positions of the last layer. Random features of this kind separate image
+    distributions although nothing was learned (compare Naeem et al. 2020, section 4).
+
+    Args:
+        channels: Channels of the images.
+    """
+
+    digest = ""
+
+    def __init__(self, channels: int) -> None:
+        generator = torch.Generator().manual_seed(20260219)
+        widths = (channels, 16, 32, 32)
+        self._filters = []
+        for inputs, outputs in pairwise(widths):
+            weight = torch.empty(outputs, inputs, 3, 3)
+            with one_thread():
+                nn.init.orthogonal_(weight, gain=2.0**0.5, generator=generator)
+            self._filters.append(weight)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Extract 64 features per image."""
+        x = images.float()
+        with one_thread():
+            for layer, weight in enumerate(self._filters):
+                x = F.leaky_relu(
+                    F.conv2d(x, weight.to(x.device), padding=1, stride=2 if layer == 1 else 1), 0.2
+                )
+        return torch.cat((x.mean(dim=(2, 3)), x.std(dim=(2, 3))), dim=1)
+
+
+def feature_extractor(
+    config: FeatureConfig,
+    *,
+    channels: int,
+    train: Callable[[], LabelledImages],
+    held_out: Callable[[], LabelledImages],
+    kept: KeptFeatures | None = None,
+) -> FeatureExtractor:
+    """Build the extractor that the configuration names.
+
+    Args:
+        config: Which one.
+        channels: Channels of the images.
+        train: Gives the training images and labels that "learned_conv" learns from.
+        held_out: Gives held-out images and labels, which it is examined on.
+        kept: Keeps the weights of "learned_conv"; None trains it anew.
+
+    Raises:
+        MissingWeights: If Inception's weights cannot be had.
+        UnknownFeatures: If there is no such extractor.
+    """
+    if config.name == "inception":
+        return InceptionFeatures(config.inception_weights)
+    if config.name == "learned_conv":
+        return learned_features(train=train, held_out=held_out, kept=kept)
+    if config.name == "random_conv":
+        return RandomConvFeatures(channels)
+    raise UnknownFeatures(
+        f"there is no feature extractor {config.name!r}; choose one of "
+        f"{', '.join(get_args(FeatureName))}"
+    )
+
+
+def check_features(config: FeatureConfig) -> None:
+    """Find out before a run whether its extractor can be built after it.
+
+    Raises:
+        MissingWeights: If Inception's weights cannot be had.
+    """
+    if config.name == "inception":
+        InceptionFeatures(config.inception_weights)

@@ -1,0 +1,225 @@
+"""The evaluation at the end of a run: all ranks draw samples, the first measures and publishes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.evaluation import EvalConfig
+from trainer.engine.protocol import Engine
+from trainer.errors import is_users_mistake
+from trainer.evaluation.features import feature_extractor
+from trainer.evaluation.frechet import DistanceToReal
+from trainer.evaluation.grid import TakenSamples, grid_png
+from trainer.evaluation.learned_features import (
+    LabelAgreement,
+    LabelledImages,
+    StoredImages,
+    joined,
+    label_agreement,
+)
+from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.samples import Drawing, SampleBlock
+from trainer.host_group import HostGroup
+from trainer.metrics.tracker import Tracker
+from trainer.storage.errors import CheckpointError
+from trainer.storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publisher:
+    """Takes what was measured of one checkpoint.
+
+    Attributes:
+        store: Where results go.
+        run: Name of the run.
+        images: Images the weights were trained on.
+        attempt: Finds the random name of their checkpoint.
+        tracker: Takes the figures and the grid.
+        tell: Takes a message for the driver.
+    """
+
+    store: Store
+    run: str
+    images: int
+    attempt: Callable[[], str]
+    tracker: Tracker
+    tell: Callable[[dict[str, object]], None]
+
+    def publish(self, report: EvaluationReport, *, samples: bytes, grid: bytes) -> None:
+        """Write results, and hand them to the driver where the store does not take them.
+
+        Args:
+            report: The figures; which checkpoint they are of is filled in.
+            samples: The samples as an archive.
+            grid: Some of them as a picture.
+        """
+        try:
+            whole = replace(report, origin=replace(report.origin, attempt=self.attempt()))
+            # The report comes last: where it is, the evaluation is complete.
+            results = {"samples.npz": samples, "grid.png": grid, "report.json": whole.to_json()}
+            for name, data in results.items():
+                self.store.put(evaluation_key(self.run, self.images, name), data)
+        except CheckpointError as error:
+            figures = report.to_json().decode()
+            self.tell({"kind": "unwritten", "text": str(error), "report": figures})
+        self.tracker.metrics(report.metrics(), images=self.images)
+        self.tracker.image("evaluation", grid, images=self.images)
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Unmeasurable(Exception):
+    """The samples cannot be measured, for a reason that a user can mend; raised on all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalEvaluation:
+    """Draws and measures the samples of a trained run.
+
+    Attributes:
+        config: What to draw and measure.
+        drawing: Decides the samples.
+        ranks: Those that draw, which wait however long the first one measures.
+        held_out: Batches of held-out real images and labels.
+        train: Batches of the training images and labels.
+    """
+
+    config: EvalConfig
+    drawing: Drawing
+    ranks: HostGroup
+    held_out: StoredImages
+    train: LabelledImages
+
+    def run(self, engine: Engine, results: Publisher) -> None:
+        """Evaluate the EMA weights against the initial ones; a collective call.
+
+        What a user has to mend is told, and no error: the run is trained to its end all the same.
+
+        Args:
+            engine: Holds the EMA.
+            results: Takes what was measured, on the first rank.
+        """
+        try:
+            self._run(engine, results)
+        except _Unmeasurable as error:
+            results.tell({"kind": "unmeasured", "text": str(error)})
+
+    def _run(self, engine: Engine, results: Publisher) -> None:
+        labels = torch.arange(self.config.samples) % self.drawing.shape.classes
+        logger.info("evaluating the EMA weights: reading the held-out images")
+        distance = self._on_first(self._distance_to_real)
+        taken = TakenSamples(whole=self.config.classifier)
+        logger.info("drawing and measuring %d images with them", len(labels))
+        with engine.ema_weights() as model:
+            reached = self._frechet(model, labels, distance, also=taken.add)
+            grid = self.draw_grid(model)
+        # Where training started, in the place of the trained weights: there may be no other.
+        logger.info("drawing as many with the initial weights, to compare")
+        with engine.initial_weights() as model:
+            untrained = self._frechet(model, labels, distance)
+
+        def publish() -> None:
+            assert distance is not None
+            report = EvaluationReport.of(
+                self.config,
+                images=results.images,
+                origin=Origin(
+                    run=results.run,
+                    attempt="",
+                    held_out_index=self.held_out.digest,
+                    extractor=distance.extractor_digest,
+                ),
+                distance=distance,
+                stored_real_images=len(self.held_out),
+                frechet=reached,
+                frechet_untrained=untrained,
+                segment_evaluations=taken.evaluations,
+                labels=self._label_agreement(taken) if self.config.classifier else None,
+            )
+            picture = grid_png(grid, columns=self.config.grid_columns)
+            results.publish(report, samples=taken.npz(), grid=picture)
+
+        logger.info("writing the report")
+        self._on_first(publish)
+
+    def draw_grid(self, model: nn.Module) -> Tensor:
+        """Draw `grid_columns` images for each class shown; a collective call.
+
+        Returns:
+            On the first rank the images, one class after the other.
+        """
+        classes = min(self.config.grid_classes, self.drawing.shape.classes)
+        labels = torch.arange(classes).repeat_interleave(self.config.grid_columns)
+        # Few images in one block would be the work of one rank.
+        share = min(self.config.batch, -(-len(labels) // self.ranks.world_size))
+        return replace(self.drawing, batch=share).all(model, labels, ranks=self.ranks).images
+
+    def _distance_to_real(self) -> DistanceToReal:
+        channels = self.drawing.codec.image_channels(self.drawing.shape.channels)
+        return DistanceToReal(
+            feature_extractor(
+                self.config.features,
+                channels=channels,
+                train=lambda: self.train,
+                held_out=lambda: self.held_out,
+            ),
+            (images for images, _ in self.held_out),
+            device=self.drawing.device,
+            batch=self.config.batch,
+        )
+
+    def _frechet(
+        self,
+        model: nn.Module,
+        labels: Tensor,
+        distance: DistanceToReal | None,
+        *,
+        also: Callable[[SampleBlock], None] | None = None,
+    ) -> float:
+        """Draw and measure block by block, of which none is kept here; 0 on the other ranks."""
+
+        def drawn_and_measured() -> float:
+            with closing(self.drawing.blocks(model, labels, ranks=self.ranks)) as blocks:
+                for block in blocks:
+                    assert distance is not None
+                    distance.add(block.images)
+                    if also is not None:
+                        also(block)
+            return 0.0 if distance is None else distance.take()
+
+        return self._agreed(drawn_and_measured)
+
+    def _label_agreement(self, taken: TakenSamples) -> LabelAgreement:
+        return label_agreement(
+            train=joined(self.train), held_out=joined(self.held_out), samples=joined(taken.whole)
+        )
+
+    def _on_first(self, step: Callable[[], T]) -> T | None:
+        """Let the first rank do something while the others wait."""
+        return self._agreed(lambda: step() if self.ranks.rank == 0 else None)
+
+    def _agreed(self, step: Callable[[], T]) -> T:
+        """Do something on every rank; a user's mistake on one ends the evaluation on all."""
+        mistake = ""
+        try:
+            done = step()
+        except ValueError as error:
+            if not is_users_mistake(error):
+                raise
+            mistake = str(error) or type(error).__name__
+        ranks = self.ranks
+        mistaken = ranks.least(ranks.rank if mistake else ranks.world_size)
+        if mistaken < ranks.world_size:
+            told = ranks.broadcast(mistake.encode(errors="replace"), source=mistaken)
+            raise _Unmeasurable(told.decode())
+        return done

@@ -1,0 +1,159 @@
+"""The real images that samples are compared with, and whether there are enough of them to do so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.contract import WorkerContext
+from pipelines.decode.contract import Decoder
+from pipelines.decode.make import make_decoder
+from pipelines.errors import (
+    BadSampleError,
+    CorruptShardError,
+    MissingShardError,
+    UndecodableImageError,
+)
+from pipelines.loading.bad_samples import BadSamples
+from pipelines.shards import ShardedDataset
+from trainer.config.job import JobConfig
+from trainer.config.reading import ConfigError
+from trainer.config.shapes import picture_shape
+from trainer.data.loading import decoding
+from trainer.data.splits import Split, open_images
+from trainer.evaluation.frechet import LEAST_IMAGES, LEAST_IMAGES_IN_HALVES
+from trainer.formats import format_bytes
+
+_AT_ONCE = 256
+_MOST_HELD_BYTES = 4 * 2**30
+
+
+class RealImages:
+    """Whole images [b, c, h, w] in [-1, 1] and labels [b] of a split, in stored order.
+
+    Images that cannot be used, and those of lost shards, are left out, as far as
+    `loader.max_bad_share` allows: a warning names each. Where the run reads latents, the images are
+    those that the latents were made of.
+
+    Args:
+        job: The configuration.
+        split: "train" or "test".
+        context: Says where images are decoded.
+    """
+
+    def __init__(self, job: JobConfig, split: str, context: WorkerContext) -> None:
+        self._job = job
+        self._split = split
+        self._context = context
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of their index."""
+        return self._opened.digest
+
+    def __len__(self) -> int:
+        """Return how many are stored, whether they can be used or not."""
+        return len(self._opened)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read the split.
+
+        Raises:
+            DataError: If it is out of reach, or more images than allowed cannot be used.
+        """
+        device = self._context.device
+        config = decoding(self._job, self._context, scales=1)
+        decoder = make_decoder(self._job.loader.decoder, config, device=device)
+        for images in self._opened.streams:
+            bad = BadSamples(images, max_share=self._job.loader.max_bad_share)
+            for start in range(0, len(images), _AT_ONCE):
+                ids = range(start, min(start + _AT_ONCE, len(images)))
+                yield from _usable(images, ids, decoder=decoder, bad=bad)
+
+    @cached_property
+    def _opened(self) -> Split:
+        return open_images(self._job, self._split)
+
+
+def check_measurable(job: JobConfig, *, note: Callable[[str], None]) -> None:
+    """Find out before a run whether its end can be measured.
+
+    Args:
+        job: The configuration.
+        note: Takes a line for the user.
+
+    Raises:
+        ConfigError: If there are too few held-out images, or more than fit into memory where they
+            have to.
+        DataError: If they are missing or out of reach.
+    """
+    held_out = len(open_images(job, "test"))
+    fix = "hold out more images of the data set, as --hold-out of python -m pipelines.ingest does"
+    if held_out < LEAST_IMAGES:
+        raise ConfigError(
+            f"data.name={job.data.name} has {held_out} held-out image, and a Fréchet distance "
+            f"needs at least {LEAST_IMAGES}: {fix}"
+        )
+    if held_out < LEAST_IMAGES_IN_HALVES:
+        note(
+            f"warning: with {held_out} held-out images the distance between two halves of them is "
+            f"left out, which needs {LEAST_IMAGES_IN_HALVES}, and the Fréchet distance says "
+            f"little; {fix}"
+        )
+    check_held(job, [job.eval.features.name], classifier=job.eval.classifier)
+
+
+def check_held(job: JobConfig, features: Collection[str], *, classifier: bool) -> None:
+    """Refuse figures that need more images in memory at once than it may hold.
+
+    Args:
+        job: The configuration.
+        features: Names of the extractors.
+        classifier: Whether a classifier of real images reads the samples.
+
+    Raises:
+        ConfigError: If so, with the size.
+    """
+    shape = picture_shape(job.data, job.codec)
+    asked = {
+        "learned_conv among the features": "learned_conv" in features,
+        "eval.classifier=true": classifier,
+    }
+    for what in (name for name, wanted in asked.items() if wanted):
+        images = len(open_images(job, "train"))
+        size_bytes = images * shape.channels * shape.size**2 * torch.float32.itemsize
+        if size_bytes > _MOST_HELD_BYTES:
+            raise ConfigError(
+                f"{what} holds all {images:,} training images in memory, "
+                f"{format_bytes(size_bytes)} in float32, and is made for small images, up to "
+                f"{format_bytes(_MOST_HELD_BYTES)}; choose inception or random_conv for the "
+                "features, and eval.classifier=false"
+            )
+
+
+def _usable(
+    images: ShardedDataset, ids: range, *, decoder: Decoder[Any], bad: BadSamples
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read and decode some images together, but for those that cannot be."""
+    bad.count_read(len(ids))
+    found: list[tuple[int, int, Any]] = []
+    for sample_id in ids:
+        try:
+            raw = images.read(sample_id)
+            found.append((sample_id, raw.label, decoder.prepare(raw.data, None)))
+        except (MissingShardError, CorruptShardError, BadSampleError) as error:
+            bad.tolerate(sample_id, reason=str(error).split(". ")[0], attempt=0)
+    while found:
+        try:
+            (pictures,) = decoder.decode([prepared for _, _, prepared in found])
+        except UndecodableImageError as error:
+            for place in error.indices:
+                bad.tolerate(found[place][0], reason=error.reason, attempt=0)
+            found = [each for place, each in enumerate(found) if place not in error.indices]
+            continue
+        yield pictures.cpu(), torch.tensor([label for _, label, _ in found])
+        return

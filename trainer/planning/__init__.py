@@ -1,0 +1,1 @@
+"""Predictions: bytes, seconds and candidates for a placement, by formula."""

@@ -1,0 +1,247 @@
+"""Where a job's experts go: as configured, or the fastest placement that its cluster holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from cluster.hardware import HardwareError
+from cluster.placement import Placement, PlacementError, check_placement
+from models.transformer.config import Ties
+from models.transformer.cost import (
+    ModelShape,
+    activation_elements,
+    last_projection_parameters,
+    multiply_adds,
+    parameters,
+    undivided_parameters,
+)
+from trainer.config.job import JobConfig, micro_batch
+from trainer.config.reading import ConfigError
+from trainer.config.shapes import flow_shape
+from trainer.engine.zero_config import zero_config
+from trainer.planning.planner import Candidate, candidate, candidates, fastest, placement_table
+from trainer.planning.workload import ScaleLoad, Workload
+
+_ROWS = 6
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def resolve_placement(job: JobConfig) -> Placement:
+    """Decide where the experts are, and make sure that model and cluster can hold them.
+
+    With `engine.placement=auto` it is the fastest placement that fits with the configured ZeRO
+    stage. Memory is checked where the cluster's is known.
+
+    Raises:
+        ConfigError: The placement cannot work or does not fit, nothing fits, or "auto" has no
+            memory to go by. The message has the numbers and a fix.
+    """
+    found = configured(job)
+    if found is None or not found.fits:
+        raise ConfigError(_no_room(job, found))
+    return found.placement
+
+
+def configured(job: JobConfig) -> Candidate | None:
+    """Predict what the job's own placement and ZeRO stage cost.
+
+    Returns:
+        The prediction; None if "auto" finds nothing that fits.
+
+    Raises:
+        ConfigError: The placement cannot work, or "auto" has no memory to go by.
+    """
+    work, hardware, stage = workload(job), job.cluster.hardware, zero_stage(job)
+    wanted = job.engine.placement
+    if wanted == "auto":
+        try:
+            return fastest(candidates(work, hardware, zero_stages=[stage]))
+        except HardwareError as error:
+            raise ConfigError(f"engine.placement=auto: {error}") from error
+    try:
+        placement = Placement.of({} if wanted == "replicated" else wanted, scales=job.flow.scales)
+        check_placement(
+            placement,
+            width=work.width,
+            hidden=work.hidden,
+            world_size=work.world_size,
+            ranks_per_node=hardware.ranks_per_node(work.world_size),
+            tied=work.tied,
+        )
+    except PlacementError as error:
+        raise ConfigError(f"engine.{error}") from error
+    return candidate(work, placement, zero_stage=stage, hardware=hardware)
+
+
+def zero_stage(job: JobConfig) -> int:
+    """ZeRO stage of the job, 0 for the plain engine."""
+    return job.engine.zero_stage if job.engine.kind == "zero" else 0
+
+
+def workload(job: JobConfig) -> Workload:
+    """Reduce a job to the numbers that memory and time depend on.
+
+    Raises:
+        ConfigError: The batch cannot be dealt to the ranks and stages.
+        TransformerConfigError: The model does not fit the images.
+    """
+    shape, scales = model_shape(job), job.flow.scales
+    images, workers = micro_batch(job), job.cluster.workers
+    stratified = job.flow.stage_choice == "stratified"
+    stages = scales if stratified else 1
+    share, left = divmod(job.train.global_batch, workers)
+    if left or images < 1 or share % images or images % stages:
+        unit = workers * stages
+        near = max(1, round(job.train.global_batch / unit)) * unit
+        raise ConfigError(
+            f"train.global_batch={job.train.global_batch} with engine.micro_batch="
+            f"{job.engine.micro_batch} cannot be dealt to cluster.workers={workers} with equal "
+            f"shares of {stages} stage(s); use a multiple of {unit}, such as {near}, and a "
+            f"micro_batch that divides a rank's share and is a multiple of {stages}"
+        )
+    zero = zero_config(
+        job.engine, micro_batch=images, accumulation=1, world_size=workers, clip_norm=0.0
+    )["zero_optimization"]
+    return Workload(
+        scales=tuple(_scale_loads(job, shape, images=images, stratified=stratified)),
+        shared_parameters=parameters(shape).shared,
+        width=shape.width,
+        hidden=shape.mlp_width,
+        depth=shape.depth,
+        patch_elements=shape.patch_elements,
+        shared_modulation=shape.modulation == "shared",
+        head_norms=shape.qk_norm,
+        tied=shape.ties.scales,
+        world_size=workers,
+        images=images,
+        passes=share // images,
+        element_bytes=_BYTES[job.engine.precision],
+        gradient_bytes=_BYTES[job.engine.sum_precision(share // images)],
+        offload=job.engine.offload_optimizer,
+        overlaps_exchange=job.engine.overlap_exchange,
+        kept_parameters=max(
+            zero.get(f"stage3_max_{name}", Workload.kept_parameters)
+            for name in ("live_parameters", "reuse_distance")
+        ),
+        **_given(
+            zero,
+            bucket_elements="reduce_bucket_size",
+            reduces_in_backward="overlap_comm",
+        ),
+    )
+
+
+def model_shape(job: JobConfig) -> ModelShape:
+    """Sizes of the job's model."""
+    images = flow_shape(job.data, job.codec)
+    return ModelShape.of(
+        job.model,
+        scales=job.flow.scales,
+        channels=images.channels,
+        image_size=images.size,
+        # Where only the data set knows how many there are: their table is no weight to speak of.
+        classes=max(1, images.classes),
+    )
+
+
+def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
+    """Jobs that differ in one thing that could change the choice, by what that is."""
+    images, workers, scales = micro_batch(job), job.cluster.workers, job.flow.scales
+    stages = scales if job.flow.stage_choice == "stratified" else 1
+    every = tuple(reversed(range(scales)))
+    jobs = {f"{2 * images} images of a rank in a pass": _sized(job, images=2 * images)}
+    if images % (2 * stages) == 0:
+        jobs[f"{images // 2} images of a rank in a pass (engine.micro_batch)"] = replace(
+            job, engine=replace(job.engine, micro_batch=images // 2)
+        )
+    if scales > 1 and not job.model.ties.scales:
+        jobs["all scales tied (model.ties.scales)"] = replace(
+            job, model=replace(job.model, ties=Ties(scales=every))
+        )
+    if job.engine.kind == "zero" and not job.engine.offload_optimizer:
+        jobs["engine.offload_optimizer=true"] = replace(
+            job, engine=replace(job.engine, offload_optimizer=True)
+        )
+    if set(job.engine.activation_checkpointing) != set(every):
+        jobs["all scales recomputed (engine.activation_checkpointing)"] = replace(
+            job, engine=replace(job.engine, activation_checkpointing=every)
+        )
+    if workers % 2 == 0:
+        jobs[f"{workers // 2} GPUs and as many images on each"] = _sized(job, workers=workers // 2)
+    jobs[f"{2 * workers} GPUs and as many images on each"] = _sized(job, workers=2 * workers)
+    return jobs
+
+
+def _sized(job: JobConfig, *, images: int | None = None, workers: int | None = None) -> JobConfig:
+    """The job with another micro-batch or number of workers, and as many passes."""
+    before, ranks = micro_batch(job), workers or job.cluster.workers
+    now = images or before
+    passes = job.train.global_batch // (job.cluster.workers * before)
+    return replace(
+        job,
+        train=replace(job.train, global_batch=ranks * now * passes),
+        engine=replace(job.engine, micro_batch=now),
+        cluster=replace(job.cluster, workers=ranks),
+    )
+
+
+def _scale_loads(
+    job: JobConfig, shape: ModelShape, *, images: int, stratified: bool
+) -> Iterator[ScaleLoad]:
+    again = job.engine.activation_checkpointing
+    activations = activation_elements(shape, recomputed=again)
+    block = activation_elements(replace(shape, depth=1))
+    undivided, last = undivided_parameters(shape), last_projection_parameters(shape)
+    total = [0, *(multiply_adds(shape, active=a) for a in range(1, shape.scales + 1))]
+    expert = shape.depth * (4 * shape.width**2 + 2 * shape.width * shape.mlp_width)
+    for position, (own, tokens, patches) in enumerate(
+        zip(parameters(shape).per_scale, shape.tokens, shape.patches, strict=True)
+    ):
+        k = shape.scales - 1 - position
+        # A stage s carries the scales k >= s, and stages have equal shares of the images.
+        carried = images * (k + 1) / shape.scales
+        yield ScaleLoad(
+            parameters=own,
+            undivided=undivided[position],
+            last_projection=last[position],
+            tokens=tokens,
+            patches=patches,
+            images=carried,
+            most_images=int(carried) if stratified else images,
+            multiply_adds=total[position + 1] - total[position],
+            expert_multiply_adds=tokens * expert,
+            activations=activations[position],
+            block_activations=block[position],
+            recomputed=k in again,
+        )
+
+
+def _given(settings: dict[str, Any], **names: str) -> dict[str, Any]:
+    """The settings that are not left to DeepSpeed's defaults."""
+    return {
+        field: settings[name] for field, name in names.items() if settings.get(name) is not None
+    }
+
+
+def _no_room(job: JobConfig, found: Candidate | None) -> str:
+    hardware, stage = job.cluster.hardware, zero_stage(job)
+    stages = sorted({stage} | ({1, 2, 3} if stage else set()))
+    every = candidates(workload(job), hardware, zero_stages=stages)
+    table = placement_table(every[:_ROWS])
+    fitting = fastest(every)
+    if fitting is not None:
+        fix = f"{fitting} does: engine.zero_stage={fitting.zero_stage} engine.placement="
+        fix += "auto" if fitting.placement.sharded else "replicated"
+    else:
+        fix = (
+            "lower engine.micro_batch, set engine.activation_checkpointing or "
+            "engine.offload_optimizer=true, or use more or larger GPUs (python -m trainer.plan "
+            "tells which of them is enough)"
+        )
+    return (
+        f"engine.placement={found.placement if found else 'auto'} with engine.zero_stage={stage} "
+        f"does not fit {hardware.gpu_memory_gib} GiB of cluster.hardware.gpu_memory_gib; {fix}. "
+        f"What is predicted:\n{table}"
+    )

@@ -1,0 +1,1 @@
+"""The object store of runs: a local folder or S3."""

@@ -1,0 +1,154 @@
+"""What runs need of the place their objects are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVarTuple
+from urllib.parse import urlsplit
+
+from trainer.storage.address import check_no_credentials, check_scheme
+from trainer.storage.errors import InvalidStoreUri
+
+
+class Store(Protocol):
+    """Objects of bytes under keys such as "a/b/c"; a reader never sees half an object.
+
+    Every method raises `StoreError` when the store fails, `StoreUnreachable` when it does not
+    answer, and `InvalidKey` for an unsafe key. Methods may be called from several threads.
+    """
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Write an object, whole or not at all; an older one under this key is replaced."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object only if there is none, and tell whether this was done.
+
+        Of many writers one succeeds. Some S3 services (OpenStack Swift) look first and write then,
+        so two that come in the same moment may both hear True, and the later object stands.
+        """
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Read an object, or raise `MissingObject`."""
+        ...
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        """Read `size` bytes from `start` on, fewer where the object ends, or `MissingObject`."""
+        ...
+
+    def fingerprint(self, key: str) -> str:
+        """Return a text that changes with the object's content, or raise `MissingObject`."""
+        ...
+
+    def move(self, key: str, to: str) -> None:
+        """Give an object another key, where none stands, whatever it holds; or `MissingObject`."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that does not exist is fine."""
+        ...
+
+    def delete_all(self, keys: Collection[str]) -> None:
+        """Remove objects, many at a time where the store can; after an error some may be left."""
+        ...
+
+    def uri(self, key: str) -> str:
+        """Return the full address of a key, for people and other programs."""
+        ...
+
+    def list(self, prefix: str) -> dict[str, int]:
+        """Return all keys that begin with `prefix`, sorted, and the size of each in bytes."""
+        ...
+
+    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+        """Remove what writers left of objects that they did not finish; `list` shows none of it.
+
+        Args:
+            prefix: What the keys begin with.
+            is_dead: Tells of a key, or another name in the key's folder, whether its writer is.
+
+        Returns:
+            How many remains were removed.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """Where things are kept and how to reach it; a local folder needs no more than `uri`.
+
+    Credentials are not settings: they come from the environment, `profile`, or the machine's role.
+
+    Attributes:
+        uri: "s3://bucket/prefix" or a local folder; None is a folder in the job's home.
+        endpoint_url: An S3 service other than AWS; None takes S3_ENDPOINT_URL, else AWS.
+        region: The bucket's region; None takes the environment's.
+        profile: Section of the AWS credentials file; None takes the environment's.
+        addressing_style: "auto" is "path" for an endpoint of your own and "virtual" on AWS.
+        retries: Tries of one request, with growing pauses, before it fails.
+        connect_timeout_s: Seconds to wait for a connection.
+        read_timeout_s: Seconds to wait for each part of an answer.
+        anonymous: Ask without credentials, as public buckets want it; nothing can be written so.
+    """
+
+    uri: str | None = field(default=None, metadata={"place": "uri"})
+    endpoint_url: str | None = field(default=None, metadata={"place": "url"})
+    region: str | None = None
+    profile: str | None = None
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    retries: int = 5
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+    anonymous: bool = False
+
+    def __post_init__(self) -> None:
+        if self.endpoint_url is not None:
+            check_endpoint(self.endpoint_url)
+        if self.uri is not None:
+            check_no_credentials(self.uri)
+            check_scheme(self.uri)
+        if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
+            raise ValueError(
+                f"store.retries={self.retries}, store.connect_timeout_s={self.connect_timeout_s} "
+                f"and store.read_timeout_s={self.read_timeout_s} must all be above 0"
+            )
+
+
+def check_endpoint(url: str) -> str:
+    """Return the endpoint if it is a plain web address.
+
+    Raises:
+        InvalidStoreUri: It is not, or it carries a user or password, which would reach logs.
+    """
+    if "@" in url:
+        raise InvalidStoreUri(
+            "The S3 endpoint contains '@': leave credentials out of it and set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY in the environment."
+        )
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise InvalidStoreUri(
+            f"The S3 endpoint {url!r} is not a web address: write e.g. 'http://localhost:9000'."
+        )
+    return url
+
+
+Arguments = TypeVarTuple("Arguments")
+
+READERS = 8
+
+
+def in_threads(step: Callable[[*Arguments], None], arguments: Iterable[tuple[*Arguments]]) -> None:
+    """Run a step for all arguments, several at a time, and raise the first error.
+
+    After an error nothing more is begun, and what was begun is waited for.
+    """
+    with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint") as pool:
+        futures = [pool.submit(step, *each) for each in arguments]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

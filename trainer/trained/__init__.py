@@ -1,1 +1,0 @@
-"""A finished checkpoint of any run: found, loaded, drawn from and measured."""

@@ -1,0 +1,1 @@
+"""A run: from its configuration to a trained and evaluated model."""

@@ -1,0 +1,124 @@
+"""Checks before any process starts: what the run needs is there, writable, and of this run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable
+
+from trainer.autoencoder.codec import codec_digest
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import paths
+from trainer.config.job import JobConfig, science
+from trainer.config.reading import ConfigError
+from trainer.config.shapes import picture_shape
+from trainer.data.splits import Split, check_latents, open_split
+from trainer.evaluation.choice import open_checkpoint
+from trainer.evaluation.features import check_features
+from trainer.evaluation.real_images import check_measurable
+from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
+from trainer.storage.open import open_store
+from trainer.storage.store import Store
+from trainer.training.resume import all_damaged, check_start, science_changes
+from trainer.training.tracking import where_to_look
+
+logger = logging.getLogger(__name__)
+
+
+def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None:
+    """Check the home folder, the store, the tracker, the data set and the start.
+
+    Args:
+        job: The validated configuration.
+        note: Takes a line for the user.
+
+    Returns:
+        The run's newest valid checkpoint, if there is one.
+
+    Raises:
+        ConfigError: For a place that cannot be used or a start that would mix runs.
+        StoreError: If the store cannot be reached or written.
+        TrackerUnreachable: If MLflow cannot be used and `tracking.required` is true.
+        DataError: If the data set is missing or damaged.
+        AutoencoderError: If the codec's autoencoder is missing or not as the settings say.
+    """
+    logger.info("checking the store and MLflow")
+    os.environ.update(paths.object_store_environment(job))
+    _check_home(job)
+    store = open_store(paths.runs_uri(job), job.store)
+    _check_writable(store, job.run)
+    # Missing weights are found now and not after the last image.
+    check_features(job.eval.features)
+    try:
+        check_tracker(job.tracking, str(paths.home(job)))
+        note(f"look at the run: {where_to_look(job)}")
+    except TrackerUnreachable as error:
+        if job.tracking.required:
+            raise
+        note(f"warning: {error}")
+    images = _prepared_data(job, note)
+    logger.info("looking for checkpoints of the run")
+    newest = _newest(job, store)
+    digest = codec_digest(
+        job.codec,
+        cache=paths.cache(job),
+        store=job.store,
+        image_channels=picture_shape(job.data, job.codec).channels,
+    )
+    check_latents(job, codec_digest=digest)
+    check_measurable(job, note=note)
+    chosen = science(job, data_digest=images.digest, codec_digest=digest)
+    changes = check_start(job, chosen, newest)
+    if job.resume not in ("auto", "never"):
+        if newest is None:
+            _, _, branched = open_checkpoint(job.resume, job.store)
+            changes = science_changes(job, chosen, branched, place=job.resume)
+        else:
+            note(f"run {job.run} continues from its own checkpoints; resume=URI only begins a run")
+    if changes:
+        note(f"warning: resuming with changed settings: {'; '.join(changes)}")
+    return newest
+
+
+def _newest(job: JobConfig, store: Store) -> Manifest | None:
+    checkpoints = CheckpointReader(store, run=job.run)
+    newest = checkpoints.newest_valid()
+    if newest is None and not checkpoints.is_empty():
+        raise all_damaged(job)
+    return newest
+
+
+def _check_home(job: JobConfig) -> None:
+    home = paths.home(job)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe = home / f".probe-{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"home={job.home} cannot be written: {error}; set home=FOLDER, or LAPFLOW_HOME in the "
+            "environment, to a folder you may write"
+        ) from error
+
+
+def _check_writable(store: Store, run: str) -> None:
+    key = f"{run}/probe-{uuid.uuid4().hex}"
+    store.put(key, b"written to see whether this store can be written")
+    store.delete(key)
+
+
+def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> Split:
+    if job.data.prepare == "digits":
+        from pipelines.ingest.digits import ensure_digits
+
+        logger.info("writing scikit-learn's digits into shards, unless they are there")
+        ensure_digits(paths.data_prefix(job))
+    train, test = open_split(job, "train"), open_split(job, "test")
+    note(
+        f"data {' '.join(paths.data_prefixes(job))}: {len(train):,} training and {len(test):,} "
+        "held-out images"
+    )
+    return train

@@ -1,0 +1,181 @@
+"""Where a run starts: from its own newest checkpoint, from another run's, or from nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from trainer.checkpoint.agreement import Ranks
+from trainer.checkpoint.errors import DamagedCheckpoint
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.config import paths
+from trainer.config.job import JobConfig, counted, difference, science_hash
+from trainer.config.reading import ConfigError, defaults
+from trainer.engine.protocol import Engine
+from trainer.evaluation.choice import open_checkpoint, parse_uri
+from trainer.metrics.buffer import MetricBuffer
+from trainer.metrics.tracker import Point
+from trainer.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def check_start(job: JobConfig, chosen: Mapping[str, Any], own: Manifest | None) -> list[str]:
+    """Refuse a start that would mix different runs.
+
+    Args:
+        job: The configuration.
+        chosen: Its science.
+        own: Newest valid checkpoint of the run's name, if there is one.
+
+    Returns:
+        The settings in which the run's checkpoint differs, where `resume_changed` allows that.
+
+    Raises:
+        ConfigError: If the checkpoint belongs to another configuration, if `resume=never` meets a
+            run that exists, or if `resume` is neither a mode nor a checkpoint's URI.
+    """
+    if job.resume == "never" and own is not None:
+        raise ConfigError(
+            f"resume=never, but run={job.run} already has a checkpoint of {own.images:,} images at "
+            f"{paths.run_uri(job)}; choose another run=NAME, or resume=auto to continue it"
+        )
+    if job.resume not in ("auto", "never"):
+        parse_uri(job.resume)
+    return [] if own is None else science_changes(job, chosen, own, place=f"run={job.run}")
+
+
+def science_changes(
+    job: JobConfig, chosen: Mapping[str, Any], manifest: Manifest, *, place: str
+) -> list[str]:
+    """Compare the science of a job with that of a checkpoint.
+
+    Args:
+        job: The configuration.
+        chosen: Its science.
+        manifest: The checkpoint.
+        place: What to call it.
+
+    Returns:
+        What differs, as `key: old -> new`.
+
+    Raises:
+        ConfigError: If anything does and `resume_changed` is not set.
+    """
+    if manifest.science_hash == science_hash(chosen):
+        return []
+    # A setting that the checkpoint does not know came after it; its default is what was done then.
+    trained = _completed(manifest.science, chosen, defaults(JobConfig))
+    changes = difference(counted(trained), counted(chosen))
+    if changes and not job.resume_changed:
+        raise ConfigError(
+            f"the checkpoint of {manifest.images:,} images of {place} was trained with other "
+            f"settings ({'; '.join(changes)}); use those settings to continue it, another run=NAME "
+            "to start anew, or resume_changed=true to go on from it with yours"
+        )
+    return changes
+
+
+class Restored(NamedTuple):
+    """Where a run goes on."""
+
+    state: TrainState
+    unsent: list[Point]
+    """Points of its own curves that had not reached the tracker when the checkpoint was saved."""
+    position: int | None
+    """Images of the run's own checkpoint; None for a new run and for another run's checkpoint."""
+
+
+def restore(
+    job: JobConfig,
+    chosen: Mapping[str, Any],
+    *,
+    engine: Engine,
+    metrics: MetricBuffer,
+    checkpoints: CheckpointReader,
+    ranks: Ranks,
+    tell: Callable[[dict[str, object]], None],
+) -> Restored:
+    """Bring the engine to where the run left off; a collective call.
+
+    A checkpoint whose content turns out damaged is passed over for the one before it.
+
+    Args:
+        job: The configuration.
+        chosen: Its science.
+        engine: Holds freshly initialised weights.
+        metrics: Takes what was recorded since the last point of the curves.
+        checkpoints: The run's own checkpoints.
+        ranks: How this rank agrees with the others.
+        tell: Takes a note for the user.
+
+    Returns:
+        The run's counters, and points of its curves to record again.
+
+    Raises:
+        ConfigError: If every checkpoint of the run is damaged, if its newest was saved with another
+            configuration, or if `resume` names one that does not fit.
+    """
+    before: int | None = None
+    while (manifest := checkpoints.newest_valid(before=before)) is not None:
+        # It may have appeared since the start was checked, by another launch of the same name.
+        science_changes(job, chosen, manifest, place=f"run={job.run}")
+        try:
+            restored = _load(checkpoints, manifest, engine, metrics, tell)
+            return restored._replace(position=manifest.images)
+        except DamagedCheckpoint as damage:
+            tell({"kind": "warning", "text": str(damage)})
+            before = manifest.images
+    if not checkpoints.is_empty():
+        # The engine may hold part of what was read; and a new run must not replace the evidence.
+        raise all_damaged(job)
+    if job.resume not in ("auto", "never"):
+        _, source, manifest = open_checkpoint(job.resume, job.store, ranks=ranks)
+        science_changes(job, chosen, manifest, place=job.resume)
+        try:
+            restored = _load(source, manifest, engine, metrics, tell)
+            return restored._replace(unsent=[])  # they are of the other run's curves
+        except DamagedCheckpoint as damage:
+            raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
+    return Restored(TrainState(), [], None)
+
+
+def all_damaged(job: JobConfig) -> ConfigError:
+    """Return the error for a run that has checkpoints and none that can be used."""
+    return ConfigError(
+        f"run={job.run} has checkpoints at {paths.run_uri(job)}, and each of them is damaged; "
+        "restore the store, remove that folder to start the run anew, or choose another run=NAME"
+    )
+
+
+def _load(
+    checkpoints: CheckpointReader,
+    manifest: Manifest,
+    engine: Engine,
+    metrics: MetricBuffer,
+    tell: Callable[[dict[str, object]], None],
+) -> Restored:
+    logger.info("reading the checkpoint %s", checkpoints.uri(manifest.images))
+    counters = checkpoints.restore(manifest, engine.fragments())
+    metrics.load_state(counters.pop("metrics", {}))
+    unsent = [Point.from_json(encoded) for encoded in counters.pop("unsent_points", [])]
+    state = TrainState.from_dict(counters)
+    engine.load_fragments(state.updates)
+    uri = checkpoints.uri(manifest.images)
+    tell({"kind": "resumed", "images": state.images, "uri": uri})
+    return Restored(state, unsent, None)
+
+
+def _completed(
+    trained: Mapping[str, Any], wanted: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give settings that are wanted but were not recorded their defaults."""
+    completed = dict(trained)
+    for key in wanted.keys() & known.keys():
+        if isinstance(wanted[key], Mapping) and isinstance(known[key], Mapping):
+            completed[key] = _completed(trained.get(key, {}), wanted[key], known[key])
+        elif key not in trained:
+            completed[key] = known[key]
+    return completed

@@ -1,0 +1,198 @@
+"""One training update: micro-batches through the objective, one gradient, one AdamW step.
+
+All randomness of an image (noise, time, label dropout) is a function of the run's seed and the
+image's position in the run. So an update is the same on any number of ranks, up to the rounding of
+sums, and exactly the same when it is repeated after a crash.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.axes import Bands
+from models.codec import Codec
+from models.ema import ema_decay
+from models.flow.objective import TIME_BINS, LossReport, Objective
+from models.pyramid import band_statistics, split
+from pipelines.batch import Batch
+from trainer import rng
+from trainer.config.train import TrainConfig
+from trainer.engine.optimizer import OptimConfig, learning_rate
+from trainer.engine.protocol import Engine, UpdateOutcome
+from trainer.metrics.buffer import MetricBuffer
+from trainer.state import TrainState
+from trainer.training.divergence import LossWatch
+
+
+class TrainStep:
+    """Turns batches into updates.
+
+    Args:
+        engine: Holds the model and its optimizer.
+        objective: The flow-matching loss.
+        config: Run settings.
+        optim: Optimizer settings, for the learning rate.
+        metrics: Takes losses, gradient norm and counts.
+        noise_size: Normal numbers an image needs.
+        null_label: Label index that stands for "no class".
+        micro_batch: Images per forward pass on this rank.
+        device: Device of the model.
+        watch: Sees every loss.
+        encoder: Makes latents of whole images, which are then split into bands here; None when
+            batches come as the flow's bands.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        objective: Objective,
+        config: TrainConfig,
+        optim: OptimConfig,
+        metrics: MetricBuffer,
+        noise_size: int,
+        null_label: int,
+        micro_batch: int,
+        device: torch.device,
+        watch: LossWatch,
+        encoder: Codec | None = None,
+    ) -> None:
+        self._engine = engine
+        self._objective = objective
+        self._config = config
+        self._optim = optim
+        self._metrics = metrics
+        self._noise_size = noise_size
+        self._null_label = null_label
+        self._micro_batch = micro_batch
+        self._device = device
+        self._watch = watch
+        self._encoder = encoder
+        self._skipped_in_a_row = 0
+
+    def __call__(self, batch: Batch, state: TrainState, *, first_image: int) -> UpdateOutcome:
+        """Run one update.
+
+        Args:
+            batch: This rank's images.
+            state: The run's counters before the update.
+            first_image: Position in the run of the batch's first image.
+
+        Returns:
+            What the update did.
+
+        Raises:
+            Diverged: If too many updates in a row had to be skipped.
+        """
+        count = len(batch.labels)
+        stage = self._stage(state.images)
+        for start in range(0, count, self._micro_batch):
+            stop = start + self._micro_batch
+            loss = self._loss(
+                batch, slice(start, stop), first_image=first_image + start, stage=stage
+            )
+            self._engine.backward(loss, last=stop >= count)
+        rate = learning_rate(
+            self._optim, images=state.images, total_images=self._config.total_images
+        )
+        ema = self._config.ema
+        outcome = self._engine.update(
+            learning_rate=rate,
+            ema_decay=ema_decay(state.updates, decay=ema.decay, warmup=ema.warmup),
+        )
+        self._metrics.record("skipped_images", float(batch.skipped), reduction="sum")
+        self._record(outcome, rate)
+        return outcome
+
+    def _stage(self, images: int) -> int | None:
+        """The stage of the update at a position of the run, alike on all ranks."""
+        flow = self._objective.flow
+        if flow.config.stage_choice == "stratified":
+            return None
+        draw = rng.uniforms(self._config.seed, "stage", first=images, count=1)
+        return int(draw.item() * flow.stages.scales)
+
+    def _loss(self, batch: Batch, part: slice, *, first_image: int, stage: int | None) -> Tensor:
+        labels = batch.labels[part].to(self._device)
+        seed, count, device = self._config.seed, len(labels), self._device
+
+        def uniforms(stream: str) -> Tensor:
+            return rng.uniforms(seed, stream, first=first_image, count=count, device=device)
+
+        noise = rng.normals(
+            seed, "noise", first=first_image, count=count, size=self._noise_size, device=device
+        )
+        dropped = uniforms("label dropout") < self._config.label_dropout
+        bands = self._bands(batch, part, first_image=first_image)
+        report = self._objective(
+            self._engine,
+            bands=bands,
+            labels=torch.where(dropped, self._null_label, labels),
+            uniforms=uniforms("time"),
+            noise=noise,
+            stage=stage,
+        )
+        self._record_loss(report)
+        self._record_bands(bands)
+        return report.total
+
+    def _bands(self, batch: Batch, part: slice, *, first_image: int) -> Bands:
+        bands = tuple(band[part].to(self._device) for band in batch.bands)
+        if self._encoder is None:
+            return bands
+        (images,) = bands
+        normals = rng.normals(
+            self._config.seed,
+            "posterior",
+            first=first_image,
+            count=len(images),
+            size=self._encoder.normals_per_image(images.shape[-1]),
+            device=self._device,
+        )
+        latents = self._encoder.encode(images, normals)
+        return split(latents, self._objective.flow.stages.scales)
+
+    def _record_loss(self, report: LossReport) -> None:
+        self._watch.record(report.total)
+        self._metrics.record("loss/total", report.total)
+        scales = reversed(range(len(report.per_scale)))
+        for k, loss, images in zip(scales, report.per_scale, report.images_per_scale, strict=True):
+            self._metrics.record(f"loss/scale_{k}", loss, weight=images)
+        self._metrics.record_each(
+            _time_bin_names(len(report.per_scale)),
+            (report.time_sums / report.time_counts.clamp(min=1)).flatten(),
+            weights=report.time_counts.flatten(),
+        )
+
+    def _record_bands(self, bands: Bands) -> None:
+        # Means over batches, so a deviation is the one within a batch.
+        statistics = band_statistics(bands)
+        scales = list(reversed(range(len(bands))))
+        ones = torch.ones(len(bands), device=self._device)
+        for kind, values in (("mean", statistics.mean), ("std", statistics.std)):
+            names = [f"band/scale_{k}_{kind}" for k in scales]
+            self._metrics.record_each(names, values, weights=ones)
+
+    def _record(self, outcome: UpdateOutcome, rate: float) -> None:
+        self._metrics.record("learning_rate", rate)
+        self._metrics.record("skipped_updates", float(not outcome.applied), reduction="max")
+        if outcome.applied:
+            self._metrics.record("gradient_norm", outcome.gradient_norm)
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self._config.max_skipped_updates:
+            raise self._watch.diverged(
+                f"the gradient was not finite in {self._skipped_in_a_row} updates in a row "
+                f"(train.max_skipped_updates={self._config.max_skipped_updates})"
+            )
+
+
+def _time_bin_names(scales: int) -> list[str]:
+    """Name the loss of each scale, coarse to fine, in each part of [0, 1]."""
+    return [
+        f"loss_by_time/scale_{k}_{part / TIME_BINS:.1f}-{(part + 1) / TIME_BINS:.1f}"
+        for k in reversed(range(scales))
+        for part in range(TIME_BINS)
+    ]

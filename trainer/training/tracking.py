@@ -1,0 +1,144 @@
+"""A run as MLflow shows it: found or begun, told its settings and saves, and closed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.upload import SaveReport
+from trainer.config import paths
+from trainer.config.job import JobConfig, counted, science_hash
+from trainer.config.reading import defaults, to_dict
+from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker, page, tracking_uri
+from trainer.metrics.tracker import Point, Tracker
+from trainer.metrics.tracker_mlflow import MlflowTracker
+
+
+@contextmanager
+def tracked_run(
+    job: JobConfig,
+    chosen: Mapping[str, Any],
+    *,
+    unsent: Sequence[Point],
+    tell: Callable[[dict[str, Any]], None],
+) -> Iterator[Tracker]:
+    """Track a run for the length of a `with` block, which closes the tracker when all went well.
+
+    Args:
+        job: The configuration.
+        chosen: Its science.
+        unsent: Points of its curves that an earlier launch could not send.
+        tell: Takes MLflow's ID of the run for the driver, which outlives this process.
+
+    Yields:
+        The tracker; a failure of the block ends the run as FAILED.
+    """
+    tracker = MlflowTracker(
+        job.tracking,
+        home=str(paths.home(job)),
+        run=job.run,
+        identity=f"{paths.run_uri(job)} {science_hash(chosen)}",
+        opened=lambda run_id: tell({"kind": "tracked", "run_id": run_id}),
+    )
+    try:
+        lasting = counted(chosen)
+        tracker.config(
+            to_dict(job),
+            lasting=lasting,
+            present=_chosen_beside(lasting, to_dict(job), defaults(JobConfig)),
+        )
+        for point in unsent:
+            tracker.metrics(point.values, images=point.images)
+        yield tracker
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+
+
+def send_unsent(job: JobConfig, complete: Manifest, figures: Mapping[str, float]) -> None:
+    """Send what MLflow had not taken when a run was complete, if there is anything.
+
+    Args:
+        job: The configuration.
+        complete: The run's last checkpoint.
+        figures: What its evaluation measured.
+    """
+    unsent = [Point.from_json(each) for each in complete.train_state.get("unsent_points", [])]
+    if not unsent:
+        return
+    with tracked_run(job, complete.science, unsent=unsent, tell=lambda _: None) as tracker:
+        tracker.metrics(figures, images=complete.images)
+        tracker.close("FINISHED")
+
+
+def _chosen_beside(
+    lasting: Mapping[str, Any], settings: Mapping[str, Any], usual: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return settings that are not among the lasting ones, where they are not as usual."""
+    beside: dict[str, Any] = {}
+    for key, value in settings.items():
+        fixed, default = lasting.get(key, {}), usual.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            if part := _chosen_beside(fixed, value, default):
+                beside[key] = part
+        elif key not in lasting and value != default:
+            beside[key] = value
+    return beside
+
+
+PORT = 5000
+"""Where the pages of runs in a local file are shown unless told otherwise."""
+
+
+def where_to_look(job: JobConfig) -> str:
+    """Say how the pages of the job's runs are opened; asks MLflow which they are."""
+    home = str(paths.home(job))
+    uri = tracking_uri(job.tracking, home)
+    try:
+        experiment = check_tracker(job.tracking, home)
+    except TrackerUnreachable as error:
+        return f"nowhere for now: {error}"
+    if uri.startswith("http"):
+        return page(uri, experiment)
+    words = [sys.executable, "-m", "trainer.ui"]
+    words += [f"home={home}"] if job.tracking.uri is None else [f"uri={uri}"]
+    if job.tracking.experiment != type(job.tracking).experiment:
+        words.append(f"experiment={job.tracking.experiment}")
+    return f"{' '.join(words)}   opens {page(f'http://127.0.0.1:{PORT}', experiment)}"
+
+
+class SaveNews:
+    """Passes on how each save ended.
+
+    Args:
+        tracker: Takes where the checkpoint is, what it cost, or why there is none.
+        tell: Takes the same for the user.
+    """
+
+    def __init__(self, tracker: Tracker, tell: Callable[[dict[str, Any]], None]) -> None:
+        self._tracker = tracker
+        self._tell = tell
+
+    def __call__(self, report: SaveReport) -> None:
+        """Pass on one report."""
+        name = f"{report.images:012d}"
+        news = {"images": report.images, "uri": report.uri}
+        self._tracker.metrics(
+            {
+                "checkpoint/blocked_s": report.blocked_s,
+                "checkpoint/upload_s": report.upload_s,
+                "checkpoint/size_gib": report.size_bytes / 2**30,
+                "checkpoint/failed": float(report.error is not None),
+            },
+            images=report.images,
+        )
+        if report.error is not None:
+            self._tracker.tag(f"checkpoint_failed.{name}", report.error)
+            self._tell({"kind": "checkpoint_failed", "text": report.error, **news})
+            return
+        self._tracker.tag("checkpoint", report.uri)
+        self._tracker.tag(f"checkpoint.{name}", report.uri)
+        self._tell({"kind": "checkpoint", **news})

@@ -1,0 +1,237 @@
+"""Combinations of settings that cannot work, refused before any process starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trainer.config.evaluation import check_guidance
+from trainer.config.job import JobConfig, micro_batch
+from trainer.config.reading import ConfigError
+from trainer.config.shapes import encodes, flow_shape
+from trainer.engine.zero_config import zero_config
+from trainer.planning.placing import resolve_placement
+
+_ZERO_TUNING = (
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "sub_group_size",
+    "use_multi_rank_bucket_allreduce",
+)
+"""DeepSpeed's ZeRO settings that change speed and buffers alone."""
+
+
+def validate(job: JobConfig) -> None:
+    """Refuse combinations that cannot work.
+
+    Raises:
+        ConfigError: Naming the keys, their values and a fix.
+    """
+    _check_name("run", job.run)
+    _check_name("data.name", job.data.name)
+    _check_ranges(job)
+    _check_batch(job)
+    _check_data(job)
+    _check_codec(job)
+    _check_shapes(job)
+    _check_engine(job)
+    if job.data.prepare == "digits" and (job.data.image_size, job.data.channels) != (8, 1):
+        raise ConfigError(
+            f"data.prepare=digits makes grey images of 8 x 8 pixels, but data.image_size="
+            f"{job.data.image_size} and data.channels={job.data.channels}; set them to 8 and 1"
+        )
+    check_guidance(
+        job.eval.sampler.guidance_scale,
+        label_dropout=job.train.label_dropout,
+        key="eval.sampler.guidance_scale",
+    )
+
+
+def _check_engine(job: JobConfig) -> None:
+    engine = job.engine
+    if engine.zero_stage not in (1, 2, 3):
+        raise ConfigError(
+            f"engine.zero_stage={engine.zero_stage} does not exist; use 1 (optimizer state "
+            "sharded), 2 (gradients too) or 3 (weights too)"
+        )
+    if engine.kind == "plain" and (engine.precision != "fp32" or engine.offload_optimizer):
+        key = "precision" if engine.precision != "fp32" else "offload_optimizer"
+        raise ConfigError(
+            f"engine.{key}={getattr(engine, key)} needs engine.kind=zero; the plain engine is "
+            "the fp32 reference"
+        )
+    stray = sorted(set(engine.activation_checkpointing) - set(range(job.flow.scales)))
+    if stray:
+        raise ConfigError(
+            f"engine.activation_checkpointing={list(engine.activation_checkpointing)} names scale "
+            f"{stray[0]}; the scales are 0 (finest) to {job.flow.scales - 1}"
+        )
+    if engine.overlap_exchange and engine.kind == "zero" and engine.zero_stage == 3:
+        raise ConfigError(
+            "engine.overlap_exchange=true does not go with engine.zero_stage=3, which gathers "
+            "weights on one stream; use engine.zero_stage=2 or leave it out"
+        )
+    divided = engine.kind == "zero" and engine.zero_stage == 3
+    sharded = resolve_placement(job).sharded
+    if (divided or sharded) and job.eval.sampler.adaptive:
+        cause = f"engine.zero_stage={engine.zero_stage}" if divided else "sharded experts"
+        raise ConfigError(
+            f"eval.sampler.solver={job.eval.sampler.solver} takes another number of steps on every "
+            f"rank, but with {cause} all ranks need one another in each; use a solver with fixed "
+            "steps here (euler, midpoint, heun, ab2), and python -m trainer.evaluate, which holds "
+            "the whole model in one process, for dopri5 on the finished checkpoint"
+        )
+
+
+def _check_name(key: str, name: str) -> None:
+    allowed = all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
+    if not name or not allowed or name[0] in ".-" or len(name) > 100:
+        raise ConfigError(
+            f"{key}={name!r} cannot name a folder; use letters, digits, '.', '_' and '-', starting "
+            "with a letter or digit, 100 at most"
+        )
+
+
+def _check_ranges(job: JobConfig) -> None:
+    if job.eval.sampler.steps < job.flow.scales:
+        raise ConfigError(
+            f"eval.sampler.steps={job.eval.sampler.steps} must be at least {job.flow.scales}, one "
+            "for each of flow.scales"
+        )
+    if job.data.classes < 1:
+        raise ConfigError(f"data.classes={job.data.classes} must be at least 1")
+    if job.data.space == "pixel" and job.data.channels not in (1, 3):
+        raise ConfigError(
+            f"data.channels={job.data.channels} must be 1 (grey) or 3 (RGB) for images"
+        )
+    _check_passed_on(job)
+
+
+def _check_passed_on(job: JobConfig) -> None:
+    """Refuse what is passed on to DeepSpeed over settings of our own, or would move weights."""
+    rendered = zero_config(
+        replace(job.engine, deepspeed={}),
+        micro_batch=1,
+        accumulation=1,
+        world_size=1,
+        clip_norm=job.optim.clip_norm,
+    )
+    passed = job.engine.deepspeed
+    own = sorted(set(passed) & set(rendered) - {"zero_optimization"})
+    if own:
+        raise ConfigError(
+            f"engine.deepspeed.{own[0]} is decided by other settings (train.global_batch, "
+            "engine.micro_batch, optim.clip_norm, engine.precision, engine.grad_accum_dtype); "
+            "change those"
+        )
+    strange = sorted(
+        name
+        for name in passed.get("zero_optimization", {})
+        if name not in _ZERO_TUNING and not name.startswith("stage3_")
+    )
+    if strange:
+        raise ConfigError(
+            f"engine.deepspeed.zero_optimization.{strange[0]} cannot be passed on: it would change "
+            "where weights and their state are, which engine.zero_stage, engine.placement and "
+            "engine.offload_optimizer decide; what can be is "
+            f"{', '.join(_ZERO_TUNING)} and stage3_…"
+        )
+
+
+def _check_batch(job: JobConfig) -> None:
+    batch, workers = job.train.global_batch, job.cluster.workers
+    # With one stage per step a batch is not dealt to the stages.
+    stages = job.flow.scales if job.flow.stage_choice == "stratified" else 1
+    shares = f" with equal shares of flow.scales={stages} stages" if stages > 1 else ""
+    multiple = f" and be a multiple of flow.scales={stages}" if stages > 1 else ""
+    if workers < 1:
+        raise ConfigError(f"cluster.workers={workers} must be at least 1")
+    unit = workers * stages
+    if batch < 1 or batch % unit:
+        raise ConfigError(
+            f"train.global_batch={batch} cannot be dealt to cluster.workers={workers}{shares}; use "
+            f"a multiple of {unit}, such as {max(1, round(batch / unit)) * unit}"
+        )
+    share, micro = batch // workers, micro_batch(job)
+    if micro < 1 or share % micro or micro % stages:
+        fitting = [m for m in range(stages, share + 1, stages) if share % m == 0]
+        raise ConfigError(
+            f"engine.micro_batch={micro} must divide each rank's {share} images{multiple}; "
+            f"possible values: {', '.join(map(str, fitting))}"
+        )
+
+
+def _check_data(job: JobConfig) -> None:
+    data = job.data
+    if data.streams and (data.prefix or data.prepare != "none"):
+        raise ConfigError(
+            f"data.streams does not go with data.prefix={data.prefix} and data.prepare="
+            f"{data.prepare}; set them to null and none, or leave data.streams out"
+        )
+    weighed = [stream.weight is not None for stream in data.streams]
+    if any(weighed) and not all(weighed):
+        unweighed = data.streams[weighed.index(False)].prefix
+        raise ConfigError(
+            f"data.streams gives {unweighed} no weight and others one; give all of them a weight, "
+            "or none, which takes each sample once per epoch"
+        )
+    if data.space == "latent" and data.augment.crop != "center":
+        raise ConfigError(
+            f"data.augment.crop={data.augment.crop} cannot be applied to latents, whose images "
+            "were cropped when they were encoded; set data.augment.crop=center"
+        )
+    if data.images_prefix is not None and len(data.streams) > 1:
+        raise ConfigError(
+            f"data.images_prefix={data.images_prefix} names the images of one prefix of latents, "
+            f"and data.streams has {len(data.streams)}; leave it out"
+        )
+    if data.space == "pixel" and data.images_prefix is not None:
+        raise ConfigError(
+            f"data.images_prefix={data.images_prefix} is for data.space=latent; leave it out"
+        )
+
+
+def _check_codec(job: JobConfig) -> None:
+    size, codec = job.data.image_size, job.codec
+    if job.data.space == "latent":
+        if codec.kind == "identity":
+            raise ConfigError(
+                "data.space=latent needs the codec that made the latents, to show samples as "
+                "images; set codec=sd_vae, codec=eq_vae, or codec.kind=autoencoder_kl and "
+                "codec.source"
+            )
+        if job.data.channels != codec.channels:
+            raise ConfigError(
+                f"data.channels={job.data.channels} of latents must be codec.channels="
+                f"{codec.channels}"
+            )
+    if encodes(job) and (size < codec.factor or size % codec.factor):
+        near = max(1, round(size / codec.factor)) * codec.factor
+        raise ConfigError(
+            f"data.image_size={size} cannot be encoded with codec.factor={codec.factor}; use a "
+            f"multiple of it, such as {near}"
+        )
+
+
+def _check_shapes(job: JobConfig) -> None:
+    size = flow_shape(job.data, job.codec).size
+    patch, scales = job.model.patch_size, job.flow.scales
+    factor = job.codec.factor if encodes(job) else 1
+    unit = patch * 2 ** (scales - 1)
+    if size < unit or size % unit:
+        most = 0
+        while size % (patch * 2**most) == 0:
+            most += 1
+        latents = f", on latents of {size} x {size} elements (codec.factor={factor})"
+        fix = f"at this size flow.scales can be at most {most}" if most else "change either"
+        raise ConfigError(
+            f"data.image_size={job.data.image_size} cannot hold flow.scales={scales} with "
+            f"model.patch_size={patch}{latents if factor > 1 else ''}: the coarsest band must be a "
+            f"whole number of patches, so the size must be a multiple of {factor * unit}; {fix}"
+        )
+    if job.model.width % job.model.heads:
+        raise ConfigError(
+            f"model.heads={job.model.heads} does not divide model.width={job.model.width}; "
+            "choose a divisor"
+        )

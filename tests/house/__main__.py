@@ -31,8 +31,8 @@ Count how the packages trainer, models, pipelines and cluster are built, by read
   python -m tests.house --json
 
 An import is a pair of files, whatever stands between them. Imports within functions are imports;
-those under TYPE_CHECKING make no cycle and no floor. A package is a folder without those below it.
-Whoever runs a command with -m imports it.
+those under TYPE_CHECKING make no cycle and no floor. A package is a folder without those below it,
+and without commands: users run those with -m, and nothing imports them.
 
 exit codes: 0 counted, 2 the arguments cannot be used"""
 

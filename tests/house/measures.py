@@ -72,7 +72,7 @@ def measure(root: Path) -> Measures:
         without_importer=_named(_imported_by(graph, 0)),
         single_importer=_named(_imported_by(graph, 1)),
         slivers=_named(_imported_by(graph, 1), lambda f: f.lines < MIN_LINES_FOR_ONE_IMPORTER),
-        loose_files=_named(_with_code(trainer), lambda each: each.package == "trainer"),
+        loose_files=_named(_with_code(trainer), lambda each: each.folder == "trainer"),
         room_floors=trainer.floors(lambda each: "/".join(each.path.split("/")[:2])),
         file_floors=trainer.floors(lambda each: each.path),
         file_cycles=graph.cycles(lambda each: each.path),

@@ -70,6 +70,11 @@ class SourceFile:
 
     @property
     def package(self) -> str:
+        """The folder in which it lies; a command, which nothing imports, is one of its own."""
+        return self.path if self.is_command else self.folder
+
+    @property
+    def folder(self) -> str:
         """The folder in which it lies."""
         return self.path.rpartition("/")[0]
 

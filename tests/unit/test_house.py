@@ -83,7 +83,11 @@ def test_a_package_is_a_folder_without_those_below(write):
         (("trainer/low/__init__.py", "trainer/clock.py"),),
     ]
 
-    write({"trainer/low/__init__.py": EMPTY})
+    guard = '\nif __name__ == "__main__":\n    pass\n'
+    write({"trainer/worker.py": f"import trainer.low.a\n{guard}"})
+    assert measure(root).package_cycles == ()
+
+    write({"trainer/worker.py": "import trainer.low.a\n", "trainer/low/__init__.py": EMPTY})
     assert measure(root).package_cycles == ()
 
 

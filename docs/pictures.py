@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from models.cost import ModelShape, attention_pairs
-from models.transformer.presets import preset
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +23,8 @@ from models.flow.path import LinearPath
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from models.pyramid import merge, split, up
+from models.transformer.config import preset
+from models.transformer.cost import ModelShape, attention_pairs
 
 FOLDER = Path(__file__).parent / "images"
 _COLOURS = {0: "#4C72B0", 1: "#DD8452", 2: "#55A868", 3: "#8172B3"}
@@ -150,10 +150,9 @@ def attention() -> Figure:
 
 def sampling(checkpoint: str, *, images: int = 10, steps: int = 48) -> Figure:
     """Draw samples of a checkpoint as they come into being: one image in each column."""
-    from trainer.checkpoint.store import StoreConfig
-    from trainer.trained.model import load_trained_model
-
     from trainer import rng
+    from trainer.evaluation.trained_model import load_trained_model
+    from trainer.storage.store import StoreConfig
 
     trained = load_trained_model(
         checkpoint,

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.prediction import RankMemory, rank_memory
-from cluster.workload import Workload
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from trainer.composition import composed
-from trainer.placing import workload
 
 from cluster.placement import Placement, shard_holders
+from trainer.config.composition import composed
+from trainer.planning.placing import workload
+from trainer.planning.prediction import RankMemory, rank_memory
+from trainer.planning.workload import Workload
 
 FOLDER = Path(__file__).parent / "images"
 _JOB = ("+exp=imagenet_xl", "flow=three_scales", "cluster=h100_8", "train.global_batch=264")

@@ -20,7 +20,7 @@ from cluster.contract import ClusterTooSmall
 from cluster.seating import Node, Party, require_seated_together, seat
 
 _ANSWER_TIMEOUT_S = 5.0
-_MOST_AT_ONCE = 128
+_MAX_AT_ONCE = 128
 
 
 def live_nodes() -> tuple[Node, ...]:
@@ -49,7 +49,7 @@ def all_answer(addresses: Sequence[str]) -> list[bool]:
     """Whether each address answers; asked all at once, for each that does not takes seconds."""
     if not addresses:
         return []
-    with ThreadPoolExecutor(min(len(addresses), _MOST_AT_ONCE)) as pool:
+    with ThreadPoolExecutor(min(len(addresses), _MAX_AT_ONCE)) as pool:
         return list(pool.map(answers, addresses))
 
 

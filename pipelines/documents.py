@@ -25,27 +25,27 @@ MAX_DOCUMENT_BYTES = 1 << 28
 MAX_DEPTH = 64
 """How deep lists and objects may be nested; what this project writes has no more than a dozen."""
 
-_MOST_DIGITS = 40  # more than any number of ours; each has a place among the floats
-_MOST_REASONS = 3
+_MAX_DIGITS = 40  # more than any number of ours; each has a place among the floats
+_MAX_REASONS = 3
 
 
 class DocumentError(ValueError):
     """This is no JSON, or none that is read here; the text says why."""
 
 
-def parse_json(content: bytes, *, most_bytes: int = MAX_DOCUMENT_BYTES, finite: bool = True) -> Any:
+def parse_json(content: bytes, *, max_bytes: int = MAX_DOCUMENT_BYTES, finite: bool = True) -> Any:
     """Parse JSON of sane size and depth, whose numbers are finite.
 
     Args:
         content: The text, as UTF-8.
-        most_bytes: How long it may be.
+        max_bytes: How long it may be.
         finite: Whether NaN and infinity, which Python writes, are refused.
 
     Raises:
         DocumentError: It is not as it should be.
     """
-    if len(content) > most_bytes:
-        raise DocumentError(f"it has {len(content)} bytes, more than {most_bytes}")
+    if len(content) > max_bytes:
+        raise DocumentError(f"it has {len(content)} bytes, more than {max_bytes}")
     try:
         values = json.loads(
             content,
@@ -61,31 +61,31 @@ def parse_json(content: bytes, *, most_bytes: int = MAX_DOCUMENT_BYTES, finite: 
     return values
 
 
-def read_json(path: Path, *, most_bytes: int = MAX_DOCUMENT_BYTES, finite: bool = True) -> Any:
+def read_json(path: Path, *, max_bytes: int = MAX_DOCUMENT_BYTES, finite: bool = True) -> Any:
     """Parse a file of JSON, after a look at its size and kind: see `parse_json`.
 
     Raises:
         OSError: It cannot be read, or is no regular file.
         DocumentError: It is not as it should be.
     """
-    content = read_bounded(path, most_bytes=most_bytes)
-    return parse_json(content, most_bytes=most_bytes, finite=finite)
+    content = read_bounded(path, max_bytes=max_bytes)
+    return parse_json(content, max_bytes=max_bytes, finite=finite)
 
 
-def read_bounded(path: Path, *, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
+def read_bounded(path: Path, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
     """Read a file that should be small; a sparse one takes no space on its disk.
 
     Raises:
         OSError: It cannot be read, or is no regular file, such as a pipe that never ends.
-        DocumentError: It is longer than ``most_bytes``.
+        DocumentError: It is longer than ``max_bytes``.
     """
     with open(path, "rb", opener=_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        if status.st_size > most_bytes:
-            raise DocumentError(f"it has {status.st_size} bytes, more than {most_bytes}")
-        return file.read(most_bytes + 1)
+        if status.st_size > max_bytes:
+            raise DocumentError(f"it has {status.st_size} bytes, more than {max_bytes}")
+        return file.read(max_bytes + 1)
 
 
 def typed(kind: type[T], values: Any) -> T:
@@ -104,7 +104,7 @@ def typed(kind: type[T], values: Any) -> T:
     except ValidationError as error:
         reasons = [
             f"{visible('.'.join(map(str, each['loc'])))[:80] or 'it'}: {visible(each['msg'])[:120]}"
-            for each in error.errors(include_url=False, include_context=False)[:_MOST_REASONS]
+            for each in error.errors(include_url=False, include_context=False)[:_MAX_REASONS]
         ]
         raise DocumentError(f"it does not hold what it should ({'; '.join(reasons)})") from None
 
@@ -136,7 +136,7 @@ def _finite(text: str) -> float:
 
 
 def _not_too_long(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
+    if len(text) > _MAX_DIGITS:
         raise ValueError(f"{text[:40]}… is a number of {len(text)} digits")
     return int(text)
 

@@ -15,7 +15,7 @@ from pipelines.latent_format import LatentFormat
 from pipelines.source import Source, SourceConfig
 
 RECORD_NAME = "latents.json"
-MOST_SCALES = 4
+MAX_SCALES = 4
 """Statistics are kept for 1 to as many scales."""
 
 _VERSION = 1
@@ -60,7 +60,7 @@ class LatentRecord:
         skipped: Ids in the source of the images that were left out, ascending; each moves the ids
             of the latents after it down by one.
         bands: Statistics of the bands, coarse to fine, for each number of scales that the latents
-            can be split into, up to `MOST_SCALES`.
+            can be split into, up to `MAX_SCALES`.
     """
 
     autoencoder: str
@@ -150,7 +150,7 @@ def parse_latent_record(content: bytes, *, prefix: str) -> LatentRecord:
 def _record(content: bytes) -> LatentRecord:
     try:
         # Records of before have no checksum.
-        values = unsealed(parse_json(content, most_bytes=_MAX_BYTES), required=False)
+        values = unsealed(parse_json(content, max_bytes=_MAX_BYTES), required=False)
     except DocumentError as error:
         raise _Problem(str(error)) from None
     if values.get("version") != _VERSION:
@@ -230,8 +230,8 @@ def _skipped(values: dict[str, Any], *, samples: int) -> tuple[int, ...]:
 
 def _bands(values: dict[str, Any]) -> dict[int, tuple[BandStatistics, ...]]:
     bands = values.get("bands")
-    if not isinstance(bands, dict) or not 1 <= len(bands) <= MOST_SCALES:
-        raise _Problem(f"bands does not hold statistics for 1 to {MOST_SCALES} scales")
+    if not isinstance(bands, dict) or not 1 <= len(bands) <= MAX_SCALES:
+        raise _Problem(f"bands does not hold statistics for 1 to {MAX_SCALES} scales")
     result = {}
     for scales in range(1, len(bands) + 1):
         entries = bands.get(str(scales))

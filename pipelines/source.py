@@ -77,7 +77,7 @@ def is_url(text: str) -> bool:
 logger = logging.getLogger(__name__)
 
 TESTED_STREAMING = ">=0.13.0,<0.14"
-_LONGEST_WAIT_S = 16.0
+_MAX_WAIT_S = 16.0
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket"}
 _REFUSED_STATUS = {401, 403}
@@ -142,13 +142,13 @@ class Source:
         if not self.is_local:
             self._downloaders.own = self._connect()
 
-    def fetch(self, name: str, path: Path, *, most_bytes: int | None = None) -> None:
+    def fetch(self, name: str, path: Path, *, max_bytes: int | None = None) -> None:
         """Copy one file to a local path, with retries.
 
         Args:
             name: The file's checked name under the prefix.
             path: Where to put it; nothing may lie there.
-            most_bytes: How long it may be, if there is a limit.
+            max_bytes: How long it may be, if there is a limit.
 
         Raises:
             DocumentError: It is longer, of which nothing was copied.
@@ -165,8 +165,8 @@ class Source:
                 if not urlsplit(url).scheme and Path(url).exists() and not Path(url).is_file():
                     raise FileNotFoundError(url)  # but something else, which may have no end
                 with told_when_slow(f"fetching {url}"):
-                    if most_bytes is not None:
-                        self._check_size(downloader, url, most_bytes)
+                    if max_bytes is not None:
+                        self._check_size(downloader, url, max_bytes)
                     downloader.download(url, str(path), self._config.download_timeout_s)
                 return
             except DocumentError:
@@ -181,7 +181,7 @@ class Source:
                         f"last one gave {describe_failure(error)}. Check that the store is up and, "
                         f"if it is not AWS, that S3_ENDPOINT_URL names it.{proxy_hint(None)}"
                     ) from error
-                wait_s = min(2.0 ** (attempt - 1), _LONGEST_WAIT_S) + random.random() / 2
+                wait_s = min(2.0 ** (attempt - 1), _MAX_WAIT_S) + random.random() / 2
                 logger.warning(
                     "fetching %s failed (attempt %d, after %.0f of %.0f s), trying again in %.0f s:"
                     " %s",
@@ -205,7 +205,7 @@ class Source:
                 return read_bounded(Path(self.prefix) / name)
             with scratch_folder() as folder:
                 path = folder / name
-                self.fetch(name, path, most_bytes=MAX_DOCUMENT_BYTES)
+                self.fetch(name, path, max_bytes=MAX_DOCUMENT_BYTES)
                 return read_bounded(path)
         except DocumentError as error:
             raise OversizedDocumentError(
@@ -253,14 +253,14 @@ class Source:
             downloader._create_s3_client = partial(downloader._create_s3_client, unsigned=True)
         return downloader
 
-    def _check_size(self, downloader: Any, url: str, most_bytes: int) -> None:
+    def _check_size(self, downloader: Any, url: str, max_bytes: int) -> None:
         """Look at a file's size before its transfer takes time and space."""
         try:
             size = self._size(downloader, url)
         except Exception:
             return  # which the transfer meets too, and knows what to do about
-        if size is not None and size > most_bytes:
-            raise DocumentError(f"it has {size} bytes, more than {most_bytes}")
+        if size is not None and size > max_bytes:
+            raise DocumentError(f"it has {size} bytes, more than {max_bytes}")
 
     def _size(self, downloader: Any, url: str) -> int | None:
         """Ask for a file's size; None where nobody can tell it."""

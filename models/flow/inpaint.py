@@ -30,7 +30,7 @@ NoiseDraws = Callable[[int], Float[Tensor, "b n"]]
 """``draw -> noise``: independent draws of ``Flow.noise_size`` normal numbers for each image."""
 
 # At the end of time there is no noise left to weigh what is missing against.
-_LEAST_SIGMA = 1e-3
+_MIN_SIGMA = 1e-3
 
 
 class InpaintError(ValueError):
@@ -125,7 +125,7 @@ def _toward_known(
         ]
         clean = tuple(_data(state, v, c) for state, v, c in zip(states, seen, at, strict=True))
         return tuple(
-            v + _turn(c) / max(c.sigma, _LEAST_SIGMA) * change
+            v + _turn(c) / max(c.sigma, _MIN_SIGMA) * change
             for v, c, change in zip(seen, at, _changes(clean, images, known), strict=True)
         )
 

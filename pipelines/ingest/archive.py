@@ -17,9 +17,9 @@ from pipelines.ingest.entry import Entry, Wanted, is_hidden
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
-_MOST_END_BYTES = len(_END) + 20 * _BLOCK  # tar fills its last record, of 20 blocks, with zeros
-_MOST_HEADER_BYTES = 1 << 20  # of a long name, or of extended attributes
-_MOST_NESTED = 3
+_MAX_END_BYTES = len(_END) + 20 * _BLOCK  # tar fills its last record, of 20 blocks, with zeros
+_MAX_HEADER_BYTES = 1 << 20  # of a long name, or of extended attributes
+_MAX_NESTED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ def walk_archive(archive: Archive, *, wanted: Wanted) -> Iterator[Entry]:
         OSError: It cannot be read.
         UnreadableSourceError: It is damaged, cut short, compressed or no archive.
     """
-    if archive.nested > _MOST_NESTED:
+    if archive.nested > _MAX_NESTED:
         raise UnreadableSourceError(
-            f"{archive.path} holds archives in archives, more than {_MOST_NESTED} deep. Unpack the "
+            f"{archive.path} holds archives in archives, more than {_MAX_NESTED} deep. Unpack the "
             "outer ones, and give the folder."
         )
     found: dict[tuple[str, ...], Entry] = {}
@@ -159,7 +159,7 @@ class _Span:
         return place
 
     def read(self, count: int) -> bytes:
-        if not 0 <= count <= _MOST_HEADER_BYTES:
+        if not 0 <= count <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {count} bytes")
         self._file.seek(self._start + self._at)
         content = self._file.read(max(0, min(count, self.size - self._at)))
@@ -206,13 +206,13 @@ def _fault_of_end(span: _Span, end: int) -> str:
     """
     span.seek(end)
     rest = span.size - end
-    tail = span.read(min(rest, _MOST_END_BYTES))
+    tail = span.read(min(rest, _MAX_END_BYTES))
     if any(tail[:_BLOCK]):
         return f"the header at byte {end} is damaged"
     if any(tail):
         return f"there is data behind its end at byte {end}"
     if rest < len(_END):
         return f"it was cut at byte {span.size}, for its end marker is missing"
-    if rest > _MOST_END_BYTES:
+    if rest > _MAX_END_BYTES:
         return f"{rest:,} zeros follow on byte {end}, more than tar writes"
     return ""

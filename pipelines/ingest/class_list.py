@@ -7,7 +7,7 @@ from pipelines.console import visible
 from pipelines.documents import DocumentError, read_bounded
 from pipelines.errors import UnreadableSourceError
 
-_MOST_BYTES = 1 << 26
+_MAX_BYTES = 1 << 26
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -18,7 +18,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
             or has an empty line among them.
     """
     try:
-        text = read_bounded(path, most_bytes=_MOST_BYTES).decode("utf-8-sig")
+        text = read_bounded(path, max_bytes=_MAX_BYTES).decode("utf-8-sig")
         lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
     except (OSError, DocumentError, UnicodeDecodeError) as error:
         raise UnreadableSourceError(

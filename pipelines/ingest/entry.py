@@ -48,12 +48,12 @@ class Wanted:
 
     Attributes:
         suffixes: Ends of their names, in lower case.
-        most_bytes: Size above which one is passed over, for it is read as a whole.
+        max_bytes: Size above which one is passed over, for it is read as a whole.
         archives: Whether .tar archives are looked into.
     """
 
     suffixes: tuple[str, ...]
-    most_bytes: int = sys.maxsize
+    max_bytes: int = sys.maxsize
     archives: bool = True
 
     def why_not(self, name: str, size: int) -> str:
@@ -62,7 +62,7 @@ class Wanted:
             return "hidden file"
         if PurePosixPath(name).suffix.lower() not in self.suffixes:
             return _kind(name)
-        return "" if size <= self.most_bytes else "oversized file"
+        return "" if size <= self.max_bytes else "oversized file"
 
 
 def is_hidden(name: str) -> bool:

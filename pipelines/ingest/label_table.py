@@ -15,8 +15,8 @@ from pipelines.documents import parse_json
 from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.entry import Entry
 
-MOST_LABEL_BYTES = 1 << 28
-_MOST_CLS_BYTES = 256
+MAX_LABEL_BYTES = 1 << 28
+_MAX_CLS_BYTES = 256
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 _FILE_COLUMNS = ("file_name", "filename", "file", "path", "image", "image_id", "id", "name")
 _LABEL_COLUMNS = ("label", "class", "category", "target", "class_name", "breed")
@@ -86,10 +86,10 @@ def sample_key(entry: Entry) -> tuple[str, ...]:
 def _read(entry: Entry) -> str | None:
     with entry.path.open("rb") as file:
         file.seek(entry.offset)
-        content = file.read(min(entry.size, _MOST_CLS_BYTES + 1))
-    if len(content) > _MOST_CLS_BYTES:
+        content = file.read(min(entry.size, _MAX_CLS_BYTES + 1))
+    if len(content) > _MAX_CLS_BYTES:
         raise UnreadableSourceError(
-            f"{visible('/'.join(entry.parts))} holds more than {_MOST_CLS_BYTES} bytes, which is "
+            f"{visible('/'.join(entry.parts))} holds more than {_MAX_CLS_BYTES} bytes, which is "
             "no label. Give the labels in a table by --labels FILE."
         )
     return content.decode("utf-8", "surrogateescape").strip() or None
@@ -116,8 +116,8 @@ def _rows(table: Path) -> Iterator[tuple[str, str]]:
     """Read a table as pairs of file and label."""
     try:
         size = table.stat().st_size
-        if size > MOST_LABEL_BYTES:
-            raise ValueError(f"it holds {size} bytes, more than {MOST_LABEL_BYTES}")
+        if size > MAX_LABEL_BYTES:
+            raise ValueError(f"it holds {size} bytes, more than {MAX_LABEL_BYTES}")
         if table.suffix.lower() == ".jsonl":
             yield from _json_rows(table)
         elif table.suffix.lower() in (".csv", ".tsv"):

@@ -26,11 +26,11 @@ from pipelines.ingest.folder import walk
 from pipelines.ingest.label_table import in_order, labels_beside, labels_of
 from pipelines.order import permutation
 
-MOST_IMAGE_BYTES = 1 << 28  # as many as the largest image that is decoded takes without compression
+MAX_IMAGE_BYTES = 1 << 28  # as many as the largest image that is decoded takes without compression
 IMAGES = Wanted(
     # Formats that training decodes, by the names that they have.
     suffixes=(".jpeg", ".jpg", ".jpe", ".jfif", ".png"),
-    most_bytes=MOST_IMAGE_BYTES,
+    max_bytes=MAX_IMAGE_BYTES,
 )
 
 ClassesFrom = Literal["folders", "folders anyway", "nothing", "cls files"] | Path

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.console import visible
 from pipelines.encoded import BadImageError
-from pipelines.ingest.listing import MOST_IMAGE_BYTES
+from pipelines.ingest.listing import MAX_IMAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class ImageColumn:
             file = self.file(value["path"])
             if file is None:
                 raise BadImageError("the row names no file below the dataset's folder")
-            if file.stat().st_size > MOST_IMAGE_BYTES:
-                raise BadImageError(f"its file holds more than {MOST_IMAGE_BYTES} bytes")
+            if file.stat().st_size > MAX_IMAGE_BYTES:
+                raise BadImageError(f"its file holds more than {MAX_IMAGE_BYTES} bytes")
             content = file.read_bytes()
         if not content:
             raise BadImageError("the row holds no image")

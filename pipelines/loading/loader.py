@@ -145,7 +145,7 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
+class _Slot:
     """One place in a batch: whose turn it is, and the sample that fills it."""
 
     sample_id: int
@@ -270,7 +270,7 @@ class Loader:
             self._dataset.prepare(ids)
             yield end
 
-    def _prepare(self, start: Cursor, fetched: Iterator[int]) -> Iterator[list[_Turn]]:
+    def _prepare(self, start: Cursor, fetched: Iterator[int]) -> Iterator[list[_Slot]]:
         """Read this rank's slice of each global batch, and do what the host does of decoding."""
         images = ready = start.images
         while True:
@@ -289,7 +289,7 @@ class Loader:
             ]
             images += self._batch_images
 
-    def _take(self, sample_id: int, *, epoch: int, attempt: int) -> _Turn:
+    def _take(self, sample_id: int, *, epoch: int, attempt: int) -> _Slot:
         """Read and prepare a sample, or the first usable one of its stand-ins.
 
         Args:
@@ -306,21 +306,21 @@ class Loader:
                 self._check_label(sample)
                 key = SampleKey(self._seed, epoch, chosen)
                 prepared = self._decoder.prepare(sample.data, key)
-                return _Turn(sample_id, epoch, attempt, chosen, sample.label, prepared)
+                return _Slot(sample_id, epoch, attempt, chosen, sample.label, prepared)
             except (MissingShardError, CorruptShardError, BadSampleError) as error:
                 reason = str(error).split(". ")[0]
                 self._bad.tolerate(chosen, reason=reason, attempt=attempt)
                 attempt += 1
 
     def _decode(
-        self, start: Cursor, prepared: Iterator[list[_Turn]]
+        self, start: Cursor, prepared: Iterator[list[_Slot]]
     ) -> Iterator[tuple[Batch, Cursor]]:
         images = start.images
         for turns in prepared:
             images += self._batch_images
             yield self._batch(turns), Cursor(images)
 
-    def _batch(self, turns: list[_Turn]) -> Batch:
+    def _batch(self, turns: list[_Slot]) -> Batch:
         while True:
             try:
                 bands = self._decoder.decode([turn.prepared for turn in turns])

@@ -34,7 +34,7 @@ from trainer.cli.evaluate import main as evaluate
 from trainer.cli.launch import main as launch
 
 HANGS = "hangs"
-_MOST_KILLS = 3
+_MAX_KILLS = 3
 _PATIENCE_S = 60.0
 
 
@@ -97,7 +97,7 @@ def kills(attempt: Try) -> Seen:
     words = command.words(attempt.material, home)
     done: list[str] = []
     said = ""
-    for number in range(chance.randint(1, _MOST_KILLS)):
+    for number in range(chance.randint(1, _MAX_KILLS)):
         folder = attempt.sandbox.inside / f"kill-{number}"
         announce(target, "; ".join([*done, "another kill"]))
         done.append(killed(command, words, folder, chance))

@@ -27,7 +27,7 @@ def loads(draw: st.DrawFn) -> ScaleLoad:
         tokens=tokens,
         patches=tokens,
         images=images,
-        most_images=images,
+        max_images=images,
         multiply_adds=tokens * matrices,
         expert_multiply_adds=tokens * matrices // 2,
         activations=tokens * DEPTH * 20 * WIDTH,

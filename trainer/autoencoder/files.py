@@ -90,7 +90,7 @@ def _explained(cache: Path, *, uri: str) -> Iterator[None]:
 _CONFIG = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 MAX_WEIGHTS_BYTES = 1 << 33
-_MOST_BYTES = {_CONFIG: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES}
+_MAX_BYTES = {_CONFIG: MAX_CONFIG_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES}
 _FOLDERS = ("", "vae/")  # an autoencoder by itself, or inside a whole pipeline
 _HUB_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
 
@@ -228,16 +228,16 @@ def _from_store(uri: str, *, cache: Path, config: StoreConfig) -> Path:
     store = open_store(uri, config)
     sizes = store.list("")
     prefix = _prefix(sizes, place=uri)
-    for name, most_bytes in _MOST_BYTES.items():
-        _check_size(sizes[prefix + name], most_bytes, name=name, place=uri)
-    keys = {name: prefix + name for name in _MOST_BYTES}
+    for name, max_bytes in _MAX_BYTES.items():
+        _check_size(sizes[prefix + name], max_bytes, name=name, place=uri)
+    keys = {name: prefix + name for name in _MAX_BYTES}
     return fetched(store, keys, cache=cache / "autoencoders", uri=uri)
 
 
-def _check_size(size: int, most_bytes: int, *, name: str, place: str) -> None:
-    if size > most_bytes:
+def _check_size(size: int, max_bytes: int, *, name: str, place: str) -> None:
+    if size > max_bytes:
         raise AutoencoderError(
-            f"codec.source={place}: {name} has {size} bytes, more than the {most_bytes} that one "
+            f"codec.source={place}: {name} has {size} bytes, more than the {max_bytes} that one "
             "may have; give an autoencoder"
         )
 

@@ -106,7 +106,7 @@ def read_config(file: Path, *, place: str) -> AutoencoderConfig:
         AutoencoderError: It cannot be read, or is not that of an AutoencoderKL.
     """
     try:
-        written = read_json(file, most_bytes=MAX_CONFIG_BYTES)
+        written = read_json(file, max_bytes=MAX_CONFIG_BYTES)
     except (OSError, DocumentError) as error:
         raise AutoencoderError(f"codec.source={place}: {file} cannot be read: {error}") from error
     kind = written.get("_class_name") if isinstance(written, dict) else None

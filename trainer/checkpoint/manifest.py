@@ -20,13 +20,13 @@ from trainer.storage.errors import InvalidKey
 from trainer.storage.keys import check_key
 
 
-def json_object(data: bytes, *, most_bytes: int) -> dict[str, Any]:
+def json_object(data: bytes, *, max_bytes: int) -> dict[str, Any]:
     """Read a JSON object of so many bytes at most.
 
     Raises:
         DocumentError: It is none.
     """
-    return mapping(parse_json(data, most_bytes=most_bytes), "it")
+    return mapping(parse_json(data, max_bytes=max_bytes), "it")
 
 
 def only_fields(body: Mapping[str, Any], *expected: str) -> None:
@@ -309,7 +309,7 @@ class _TooNew(DocumentError):
 
 
 def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
-    body = json_object(data, most_bytes=MAX_MANIFEST_BYTES)
+    body = json_object(data, max_bytes=MAX_MANIFEST_BYTES)
     version = body.get("format_version")
     if version == 1:
         raise DocumentError(

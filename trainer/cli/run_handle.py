@@ -20,7 +20,7 @@ from trainer.storage.address import Address, parse_address
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
 
-_MOST_NAMES = 10
+_MAX_NAMES = 10
 
 
 class RunPlace(NamedTuple):
@@ -135,8 +135,8 @@ def open_run(uri: str, config: StoreConfig) -> RunPlace:
 
 
 def _joined(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,7 +228,7 @@ class _Evaluation:
         labels = torch.arange(asked.samples) % trained.shape.classes
         chosen, columns = class_grid(len(labels), classes=trained.shape.classes)
         shown: dict[int, Tensor] = {}
-        taken = TakenSamples(most_bytes=0)
+        taken = TakenSamples(max_bytes=0)
         drawing = trained.drawing(asked.sampler, seed=asked.seed, batch=asked.batch)
         logger.info("drawing and measuring %d images on %s", len(labels), trained.device)
         for block in drawing.blocks(trained.model, labels):

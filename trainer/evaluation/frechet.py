@@ -14,8 +14,8 @@ from torch import Tensor
 from trainer import rng
 from trainer.evaluation.features import FeatureExtractor
 
-LEAST_IMAGES = 2
-LEAST_IMAGES_IN_HALVES = 2 * LEAST_IMAGES
+MIN_IMAGES = 2
+MIN_IMAGES_IN_HALVES = 2 * MIN_IMAGES
 
 
 class FrechetError(ValueError):
@@ -89,9 +89,9 @@ class FeatureMoments:
 
 
 def _check_count(images: int) -> None:
-    if images < LEAST_IMAGES:
+    if images < MIN_IMAGES:
         raise FrechetError(
-            f"a Fréchet distance needs at least {LEAST_IMAGES} images, got {images}: hold out more "
+            f"a Fréchet distance needs at least {MIN_IMAGES} images, got {images}: hold out more "
             "images of the data set"
         )
 
@@ -181,7 +181,7 @@ class DistanceToReal:
 
 
 def _between_halves(features: NDArray[np.float32]) -> float | None:
-    if len(features) < LEAST_IMAGES_IN_HALVES:
+    if len(features) < MIN_IMAGES_IN_HALVES:
         return None
     generator = torch.Generator().manual_seed(rng.derived_seed(0, "real halves"))
     order = torch.randperm(len(features), generator=generator).numpy()

@@ -15,7 +15,7 @@ from trainer.evaluation.samples import SampleBlock
 _SHORTEST_SIDE = 48
 _GAP = 4
 _GAP_COLOUR = 96
-_MOST_CLASSES = _MOST_COLUMNS = 10
+_MAX_CLASSES = _MAX_COLUMNS = 10
 
 
 def grid_png(images: Tensor, *, columns: int) -> bytes:
@@ -55,16 +55,16 @@ def class_grid(samples: int, *, classes: int) -> tuple[list[int], int]:
     Returns:
         Their indices, row by row, and the number of columns.
     """
-    columns = max(1, min(_MOST_COLUMNS, samples // classes))
+    columns = max(1, min(_MAX_COLUMNS, samples // classes))
     chosen = [
         label + column * classes
-        for label in range(min(_MOST_CLASSES, classes))
+        for label in range(min(_MAX_CLASSES, classes))
         for column in range(columns)
     ]
     return [index for index in chosen if index < samples], columns
 
 
-_MOST_BYTES = 2**30
+_MAX_BYTES = 2**30
 
 
 class TakenSamples:
@@ -72,16 +72,16 @@ class TakenSamples:
 
     Args:
         whole: Keep them as they are too, all of them.
-        most_bytes: Size of the pictures beyond which further ones are not kept.
+        max_bytes: Size of the pictures beyond which further ones are not kept.
 
     Attributes:
         whole: The images [b, c, h, w] and labels [b] of each block, if they were to be kept.
     """
 
-    def __init__(self, *, whole: bool = False, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(self, *, whole: bool = False, max_bytes: int = _MAX_BYTES) -> None:
         self.whole: list[tuple[Tensor, Tensor]] = []
         self._keep_whole = whole
-        self._room_bytes = most_bytes
+        self._room_bytes = max_bytes
         self._pictures: list[NDArray[np.uint8]] = []
         self._labels: list[NDArray[np.int64]] = []
         self._count = 0

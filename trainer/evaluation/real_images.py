@@ -25,11 +25,11 @@ from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
 from trainer.data.loading import decoding
 from trainer.data.splits import Split, open_images
-from trainer.evaluation.frechet import LEAST_IMAGES, LEAST_IMAGES_IN_HALVES
+from trainer.evaluation.frechet import MIN_IMAGES, MIN_IMAGES_IN_HALVES
 from trainer.formats import format_bytes
 
 _AT_ONCE = 256
-_MOST_HELD_BYTES = 4 * 2**30
+_MAX_HELD_BYTES = 4 * 2**30
 
 
 class RealImages:
@@ -93,15 +93,15 @@ def check_measurable(job: JobConfig, *, note: Callable[[str], None]) -> None:
     """
     held_out = len(open_images(job, "test"))
     fix = "hold out more images of the data set, as --hold-out of python -m pipelines.ingest does"
-    if held_out < LEAST_IMAGES:
+    if held_out < MIN_IMAGES:
         raise ConfigError(
             f"data.name={job.data.name} has {held_out} held-out image, and a Fréchet distance "
-            f"needs at least {LEAST_IMAGES}: {fix}"
+            f"needs at least {MIN_IMAGES}: {fix}"
         )
-    if held_out < LEAST_IMAGES_IN_HALVES:
+    if held_out < MIN_IMAGES_IN_HALVES:
         note(
             f"warning: with {held_out} held-out images the distance between two halves of them is "
-            f"left out, which needs {LEAST_IMAGES_IN_HALVES}, and the Fréchet distance says "
+            f"left out, which needs {MIN_IMAGES_IN_HALVES}, and the Fréchet distance says "
             f"little; {fix}"
         )
     check_held(job, [job.eval.features.name], classifier=job.eval.classifier)
@@ -126,11 +126,11 @@ def check_held(job: JobConfig, features: Collection[str], *, classifier: bool) -
     for what in (name for name, wanted in asked.items() if wanted):
         images = len(open_images(job, "train"))
         size_bytes = images * shape.channels * shape.size**2 * torch.float32.itemsize
-        if size_bytes > _MOST_HELD_BYTES:
+        if size_bytes > _MAX_HELD_BYTES:
             raise ConfigError(
                 f"{what} holds all {images:,} training images in memory, "
                 f"{format_bytes(size_bytes)} in float32, and is made for small images, up to "
-                f"{format_bytes(_MOST_HELD_BYTES)}; choose inception or random_conv for the "
+                f"{format_bytes(_MAX_HELD_BYTES)}; choose inception or random_conv for the "
                 "features, and eval.classifier=false"
             )
 

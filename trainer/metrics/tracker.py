@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import Field
 
-MOST_POINTS = 1000
+MAX_POINTS = 1000
 
 
 class Point(NamedTuple):
@@ -47,7 +47,7 @@ class UnsentPoints:
         with self._lock:
             number = next(self._numbers)
             self._points[number] = Point(images, dict(values))
-            if len(self._points) > MOST_POINTS:
+            if len(self._points) > MAX_POINTS:
                 del self._points[min(self._points)]
             return number
 

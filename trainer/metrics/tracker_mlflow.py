@@ -36,7 +36,7 @@ _MAX_PARAMETER_CHARACTERS = 500
 _PARAMETERS_PER_CALL = 100
 _QUEUE_CALLS = 100_000
 _TRIES_OF_A_CALL_AT_FAULT = 3
-_LONGEST_PAUSE_S = 15.0
+_MAX_PAUSE_S = 15.0
 
 
 class MlflowTracker:
@@ -197,7 +197,7 @@ class MlflowTracker:
                         _log.warning("%s", news)
                     told = news
                     time.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE_S)
+                    pause = min(2 * pause, _MAX_PAUSE_S)
             else:
                 _log.warning("MLflow at %s refuses a call, which is dropped", self._uri)
 

@@ -209,7 +209,7 @@ def _scale_loads(
             tokens=tokens,
             patches=patches,
             images=carried,
-            most_images=int(carried) if stratified else images,
+            max_images=int(carried) if stratified else images,
             multiply_adds=total[position + 1] - total[position],
             expert_multiply_adds=tokens * expert,
             activations=activations[position],

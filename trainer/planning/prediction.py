@@ -100,18 +100,18 @@ def _activations(workload: Workload, placement: Placement) -> int:
         # The group's tokens instead of its own before attention and MLP; behind attention beside
         # its own, which attention keeps.
         gathered = (3 * ranks - 2) * load.tokens * workload.width if ranks > 1 else 0
-        kept += load.most_images * load.activations
+        kept += load.max_images * load.activations
         if load.recomputed:
-            again = max(again, load.most_images * (load.block_activations + gathered))
+            again = max(again, load.max_images * (load.block_activations + gathered))
         else:
-            kept += load.most_images * workload.depth * gathered
+            kept += load.max_images * workload.depth * gathered
     return kept + again
 
 
 def _exchange_buffers(workload: Workload, placement: Placement) -> int:
     """Bytes under way in the largest exchange: the group's tokens and the gradients of as many."""
     return max(
-        2 * ranks * load.most_images * load.tokens * workload.width * workload.element_bytes
+        2 * ranks * load.max_images * load.tokens * workload.width * workload.element_bytes
         if ranks > 1
         else 0
         for load, ranks in zip(workload.scales, placement.ranks, strict=True)

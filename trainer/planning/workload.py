@@ -19,7 +19,7 @@ class ScaleLoad:
         tokens: Tokens of an image.
         patches: Patches of an image: its tokens but for class tokens.
         images: Images of a rank's micro-batch that carry the scale, on average.
-        most_images: The same at most.
+        max_images: The same at most.
         multiply_adds: Of a forward pass, for each image that carries the scale.
         expert_multiply_adds: Those of them that are computed again where activations are
             recomputed.
@@ -34,7 +34,7 @@ class ScaleLoad:
     tokens: int
     patches: int
     images: float
-    most_images: int
+    max_images: int
     multiply_adds: int
     expert_multiply_adds: int
     activations: int

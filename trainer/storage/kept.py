@@ -23,23 +23,23 @@ logger = logging.getLogger(__name__)
 MAX_REPORT_BYTES = 1 << 20
 
 
-def read_sealed(store: Store, key: str, *, most_bytes: int = MAX_REPORT_BYTES) -> dict[str, Any]:
+def read_sealed(store: Store, key: str, *, max_bytes: int = MAX_REPORT_BYTES) -> dict[str, Any]:
     """Read a JSON object that carries its own checksum.
 
     Args:
         store: Where it is.
         key: Its key.
-        most_bytes: How long it may be; of a longer one no more is fetched.
+        max_bytes: How long it may be; of a longer one no more is fetched.
 
     Raises:
         MissingObject: There is none.
         DocumentError: It is damaged, or carries no checksum.
         StoreError: The store fails.
     """
-    content = store.get_range(key, 0, most_bytes + 1)
-    if len(content) > most_bytes:
-        raise DocumentError(f"it has more than {most_bytes} bytes")
-    return unsealed(parse_json(content, most_bytes=most_bytes))
+    content = store.get_range(key, 0, max_bytes + 1)
+    if len(content) > max_bytes:
+        raise DocumentError(f"it has more than {max_bytes} bytes")
+    return unsealed(parse_json(content, max_bytes=max_bytes))
 
 
 def believed(store: Store, key: str, kind: type[T]) -> T | None:
@@ -164,7 +164,7 @@ class KeptFiles:
     def _damage(self, name: str, made_of: str) -> _Damage | None:
         record = f"{name}.json"
         try:
-            written = read_json(self._folder / record, most_bytes=_MAX_RECORD_BYTES)
+            written = read_json(self._folder / record, max_bytes=_MAX_RECORD_BYTES)
             told = typed(_Record, unsealed(written))
         except (OSError, DocumentError) as error:
             return _Damage(record, str(error))

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
+MAX_PAUSE_S = 60.0
 
 
 class Patience:
@@ -65,4 +65,4 @@ class Patience:
                 time.sleep(min(FIRST_PAUSE_S, max(0.0, self._end - time.monotonic())))
                 pause = FIRST_PAUSE_S
                 continue
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            pause = min(2 * pause, MAX_PAUSE_S)

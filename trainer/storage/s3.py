@@ -37,7 +37,7 @@ TRANSFER = TransferConfig(
 # Parts in memory at a time: ten unless told, for which boto3's own class has no argument.
 TRANSFER.max_in_memory_upload_chunks = 6
 CONFLICT_TRIES = 8
-MOST_DELETES = 1000  # in one request, by S3's rules
+MAX_DELETES = 1000  # in one request, by S3's rules
 
 _BROKEN_OFF = (aws.IncompleteReadError, aws.ResponseStreamingError, aws.ReadTimeoutError)
 
@@ -167,7 +167,7 @@ class S3Store:
         """Delete objects a thousand a request, or several at a time where a service cannot."""
         listed = list(keys)
         for some in (
-            listed[start : start + MOST_DELETES] for start in range(0, len(listed), MOST_DELETES)
+            listed[start : start + MAX_DELETES] for start in range(0, len(listed), MAX_DELETES)
         ):
             names = [{"Key": self._name(key)} for key in some]
             with self._explained("delete", os.path.commonpath(some)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.decode.cpu import split_bands
-from pipelines.latent_record import MOST_SCALES, BandStatistics
+from pipelines.latent_record import MAX_SCALES, BandStatistics
 
 Sums = Mapping[str, Sequence[Sequence[float]]]
 """For each number of scales, for each band: elements, their sum and the sum of their squares."""
@@ -19,7 +19,7 @@ Sums = Mapping[str, Sequence[Sequence[float]]]
 
 def possible_scales(size: int) -> range:
     """Numbers of scales that latents of this height and width can be split into."""
-    return range(1, 1 + max(k for k in range(1, MOST_SCALES + 1) if size % 2 ** (k - 1) == 0))
+    return range(1, 1 + max(k for k in range(1, MAX_SCALES + 1) if size % 2 ** (k - 1) == 0))
 
 
 class BandSums:

@@ -21,7 +21,7 @@ from pipelines.shards import ShardedDataset, ShardsConfig
 from pipelines.source import is_url
 
 _RECIPE = 1  # counts up when the same settings come to give other latents
-_MOST_SHARD_BYTES = 1 << 31
+_MAX_SHARD_BYTES = 1 << 31
 _RGB = 3
 
 
@@ -61,9 +61,9 @@ class EncodeConfig:
             raise IngestSettingError(f"batch={self.batch} must be at least 1.")
         if not self.devices:
             raise IngestSettingError("devices is empty; name one for each process.")
-        if not 1 <= self.shard_bytes <= _MOST_SHARD_BYTES:
+        if not 1 <= self.shard_bytes <= _MAX_SHARD_BYTES:
             raise IngestSettingError(
-                f"shard_bytes={self.shard_bytes} must lie between 1 and {_MOST_SHARD_BYTES}."
+                f"shard_bytes={self.shard_bytes} must lie between 1 and {_MAX_SHARD_BYTES}."
             )
         if not 0 <= self.max_skipped_share <= 1:
             raise IngestSettingError(

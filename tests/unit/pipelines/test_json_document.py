@@ -68,7 +68,7 @@ class Whole:
 )
 def test_what_is_no_document_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(DocumentError, match=reason):
-        parse_json(content, most_bytes=1000 if reason.endswith("1000") else 1 << 20)
+        parse_json(content, max_bytes=1000 if reason.endswith("1000") else 1 << 20)
 
 
 def test_what_is_as_deep_as_allowed_is_read() -> None:

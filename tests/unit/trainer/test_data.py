@@ -132,7 +132,7 @@ def test_too_few_or_too_large_images_are_refused_before_a_run(
     spoiled(tmp_path / "data", bad={})
     job = job_of(tmp_path / "data", tmp_path, AugmentConfig())
     check_measurable(job, note=print)
-    monkeypatch.setattr("trainer.evaluation.real_images._MOST_HELD_BYTES", 12 * 64 * 4 - 1)
+    monkeypatch.setattr("trainer.evaluation.real_images._MAX_HELD_BYTES", 12 * 64 * 4 - 1)
     with pytest.raises(ConfigError, match=r"eval\.classifier=true holds all 12 .*3\.0 KiB"):
         check_measurable(job, note=print)
     with pytest.raises(ConfigError, match=r"learned_conv .* holds all 12"):

@@ -308,7 +308,7 @@ def test_no_distance_is_measured_to_fewer_than_two_images(count):
 
 
 def test_samples_are_kept_as_pictures_as_far_as_there_is_room():
-    taken = TakenSamples(most_bytes=5 * 64, whole=True)
+    taken = TakenSamples(max_bytes=5 * 64, whole=True)
     images, labels = two_classes(8, 0)
     for first, last in ((0, 3), (3, 6), (6, 8)):
         taken.add(

@@ -10,7 +10,7 @@ from trainer.clock import TimeAgain, due
 from trainer.formats import format_duration
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import (
-    MOST_POINTS,
+    MAX_POINTS,
     InvalidTrackingUri,
     Point,
     SilentTracker,
@@ -225,6 +225,6 @@ def test_points_on_their_way_are_kept_to_the_bit_until_they_arrive():
     unsent.forget(first)
     assert unsent.points() == [Point(128, {"loss": 1 / 3})]
     unsent.forget(first)
-    for images in range(2 * MOST_POINTS):
+    for images in range(2 * MAX_POINTS):
         unsent.add(images, {})
-    assert [point.images for point in unsent.points()] == list(range(MOST_POINTS, 2 * MOST_POINTS))
+    assert [point.images for point in unsent.points()] == list(range(MAX_POINTS, 2 * MAX_POINTS))

@@ -196,7 +196,7 @@ def test_a_job_is_reduced_to_the_numbers_of_its_model(xl):
     count = parameters(model_shape(xl))
     assert work.shared_parameters == count.shared
     assert tuple(load.parameters for load in work.scales) == count.per_scale
-    assert [load.most_images for load in work.scales] == [6, 4, 2]
+    assert [load.max_images for load in work.scales] == [6, 4, 2]
     assert [load.recomputed for load in work.scales] == [True, False, False]
     assert (work.images, work.passes, work.world_size, work.element_bytes) == (6, 2, 8, 2)
     # Whole rows: nothing is lost when matrices are divided.
@@ -213,7 +213,7 @@ def test_settings_of_deepspeed_count(xl):
 
 def test_one_stage_per_step_may_put_every_image_at_the_finest(xl):
     work = workload(replace(xl, flow=replace(xl.flow, stage_choice="one_per_step")))
-    assert [load.most_images for load in work.scales] == [12, 12, 12]
+    assert [load.max_images for load in work.scales] == [12, 12, 12]
     assert [load.images for load in work.scales] == [12, 8, 4]
 
 

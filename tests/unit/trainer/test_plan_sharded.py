@@ -111,7 +111,7 @@ def test_planned_bytes_are_the_bytes_that_are_sent(
     sum(output.square().sum() for output in outputs).backward()
 
     work = workload(made)
-    assert [load.most_images for load in work.scales] == images
+    assert [load.max_images for load in work.scales] == images
     sent = sum((one.sent for one in exchanges.values()), Counter())
     assert sent == Counter(exchange_bytes(work, placement, images=images))
     # Of tied scales one group's calls may be another scale's, so they are compared in all.

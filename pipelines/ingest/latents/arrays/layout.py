@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError, UnreadableSourceError
-from pipelines.ingest.latents.arrays.npy import MOST_BYTES, BadArrayError, parse_npy
+from pipelines.ingest.latents.arrays.npy import MAX_BYTES, BadArrayError, parse_npy
 from pipelines.ingest.listing import SourceImage
 
 Holds = Literal["mean-std", "latents"]
@@ -105,8 +105,8 @@ def read_array(file: SourceImage) -> NDArray[Any]:
         BadArrayError: It is gone, damaged, or no array.
         UnreadableSourceError: It is there and cannot be read.
     """
-    if file.size > MOST_BYTES:
-        raise BadArrayError(f"it is {file.size} bytes long, more than {MOST_BYTES}")
+    if file.size > MAX_BYTES:
+        raise BadArrayError(f"it is {file.size} bytes long, more than {MAX_BYTES}")
     try:
         data = file.read()
     except FileNotFoundError:

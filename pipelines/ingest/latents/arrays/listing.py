@@ -15,13 +15,13 @@ from pipelines.errors import EmptyDatasetError, UnreadableSourceError
 from pipelines.ingest.class_folders import class_names
 from pipelines.ingest.entry import Entry, Wanted, count, in_words
 from pipelines.ingest.folder import walk
-from pipelines.ingest.latents.arrays.npy import MOST_BYTES
+from pipelines.ingest.latents.arrays.npy import MAX_BYTES
 from pipelines.ingest.listing import Listing, numbered
 
-_ARRAYS = Wanted(suffixes=(".npy",), most_bytes=MOST_BYTES, archives=False)
+_ARRAYS = Wanted(suffixes=(".npy",), max_bytes=MAX_BYTES, archives=False)
 _LABELS = "dataset.json"
-_MOST_LABEL_BYTES = 1 << 30
-_MOST_CLASSES = 1 << 20
+_MAX_LABEL_BYTES = 1 << 30
+_MAX_CLASSES = 1 << 20
 
 
 def list_arrays(source: Path, *, classes: tuple[str, ...] | None = None) -> Listing:
@@ -89,13 +89,13 @@ def _as_labelled(
 def _read_labels(file: Path) -> dict[str, int]:
     """Read {"labels": [[name, label], ...]}."""
     try:
-        content: Any = read_json(file, most_bytes=_MOST_LABEL_BYTES)
+        content: Any = read_json(file, max_bytes=_MAX_LABEL_BYTES)
         pairs = [(name, label) for name, label in content["labels"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _strange(file, f"{type(error).__name__}: {error}") from None
     labels: dict[str, int] = {}
     for name, label in pairs:
-        if not isinstance(name, str) or type(label) is not int or not 0 <= label < _MOST_CLASSES:
+        if not isinstance(name, str) or type(label) is not int or not 0 <= label < _MAX_CLASSES:
             raise _strange(file, f"{str(name)[:80]!r} has the label {str(label)[:40]!r}")
         if labels.setdefault(name, label) != label:
             raise _strange(file, f"{name[:80]!r} has the labels {labels[name]} and {label}")

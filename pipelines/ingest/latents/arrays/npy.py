@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_BYTES = 1 << 28
+MAX_BYTES = 1 << 28
 """Larger files are not read: moments of two views of 32 x 256 x 256 numbers in float64 fit."""
 
 

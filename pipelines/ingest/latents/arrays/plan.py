@@ -22,7 +22,7 @@ from pipelines.latent_format import LatentFormat
 from pipelines.order import permutation
 
 _RECIPE = 1  # counts up when the same settings come to give other latents
-_MOST_SHARD_BYTES = 1 << 31
+_MAX_SHARD_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class ArraysConfig:
             raise IngestSettingError(f"seed={self.seed} must be 0 or more.")
         if self.workers < 1:
             raise IngestSettingError(f"workers={self.workers} must be at least 1.")
-        if not 1 <= self.shard_bytes <= _MOST_SHARD_BYTES:
+        if not 1 <= self.shard_bytes <= _MAX_SHARD_BYTES:
             raise IngestSettingError(
-                f"shard_bytes={self.shard_bytes} must lie between 1 and {_MOST_SHARD_BYTES}."
+                f"shard_bytes={self.shard_bytes} must lie between 1 and {_MAX_SHARD_BYTES}."
             )
 
 

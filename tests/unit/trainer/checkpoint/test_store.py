@@ -135,7 +135,7 @@ def test_what_is_put_aside_is_never_lost(store: Store, caplog: pytest.LogCapture
 def test_of_a_document_that_is_too_long_no_more_is_fetched(store: Store) -> None:
     store.put("long", b" " * 100 + b"{}")
     with pytest.raises(DocumentError, match="more than 50 bytes"):
-        read_sealed(store, "long", most_bytes=50)
+        read_sealed(store, "long", max_bytes=50)
 
 
 def test_a_deleted_key_can_be_created_again(store: Store) -> None:

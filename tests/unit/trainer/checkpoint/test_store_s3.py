@@ -313,7 +313,7 @@ def test_unfinished_uploads_of_the_dead_are_aborted(bucket: str, s3: S3Server) -
 def test_many_objects_are_deleted_in_few_requests(
     bucket: str, monkeypatch: pytest.MonkeyPatch, refused: str | None
 ) -> None:
-    monkeypatch.setattr(s3, "MOST_DELETES", 3)
+    monkeypatch.setattr(s3, "MAX_DELETES", 3)
     store = open_store(f"{bucket}/run", StoreConfig())
     for number in range(8):
         store.put(f"n/{number}", b"")

@@ -30,7 +30,7 @@ SHAPES = {"embed.weight": (5, 7), "scales.0.bias": (3,), "scales.1.weight": (2, 
 DELICATE = (-(2**31), 1, -(2**31) + 1, 0x7F7FFFFF, 0x3F800001)
 SCIENCE = {"science": {"flow": {"scales": 2}}, "science_hash": "a1b2"}
 RUN = "night-1"
-MOST_FALLBACKS = 10
+MAX_FALLBACKS = 10
 
 State = dict[str, dict[str, Tensor]]
 """Flat tensors by kind and parameter."""
@@ -269,7 +269,7 @@ def load_newest(store: Store, *, world: int = 1) -> tuple[int, State] | None:
 
     def act(rank: int, ranks: ThreadRanks) -> int | None:
         mine = CheckpointReader(store, run=RUN, ranks=ranks)
-        for _ in range(MOST_FALLBACKS):
+        for _ in range(MAX_FALLBACKS):
             manifest = mine.newest_valid()
             if manifest is None:
                 return None

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.report import Cell, Report
 from models.transformer.config import PRESETS, TransformerConfig, preset
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 
 _TINY = TransformerConfig(depth=2, width=64, heads=2)
 
@@ -136,7 +136,7 @@ def guarded(main: Callable[[], int]) -> int:
     try:
         return main()
     except ValueError as error:
-        if not is_users_mistake(error):
+        if not is_user_error(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

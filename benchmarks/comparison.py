@@ -31,7 +31,7 @@ from models.transformer.cost import ModelShape, training_multiply_adds
 from trainer.config.evaluation import FeatureName
 from trainer.config.job import counted, difference
 from trainer.config.reading import from_dict
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 from trainer.evaluation.checkpoint_report import CheckpointReport
 from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arms = [measured(name, runs, config) for name, *runs in options.arm]
         check_alike(arms)
     except (CheckpointError, ValueError) as error:
-        if not is_users_mistake(error) and not isinstance(error, CheckpointError | UnlikeRuns):
+        if not is_user_error(error) and not isinstance(error, CheckpointError | UnlikeRuns):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

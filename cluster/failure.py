@@ -64,7 +64,7 @@ class Failure:
         return WorkerFailed(message, traceback_tail=self.traceback_tail)
 
 
-def attend(worker: Worker, context: WorkerContext, payload: Payload) -> Failure | None:
+def run_worker(worker: Worker, context: WorkerContext, payload: Payload) -> Failure | None:
     """Calls the worker and leaves the process group.
 
     Returns:
@@ -87,7 +87,7 @@ def attend(worker: Worker, context: WorkerContext, payload: Payload) -> Failure 
     return None
 
 
-def died(rank: int, attempt: int, exit_code: int | None) -> Failure:
+def exit_failure(rank: int, attempt: int, exit_code: int | None) -> Failure:
     """The failure of a worker whose process ended; a negative code is a signal's number."""
     how = f"ended with exit code {exit_code}"
     if exit_code is not None and exit_code < 0:

@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Callable
 
+from cluster.assignment import require_whole_groups
 from cluster.contract import ClusterConfig, Message, Outcome, Payload, Worker
-from cluster.seating import require_whole_groups
 from cluster.tested import TESTED_RAY, require_tested
 
 
@@ -20,7 +20,7 @@ def run(
     on_message: Callable[[Message], None],
     stop: threading.Event,
     note: Callable[[str], None] = _say_nothing,
-    kept_together: int = 1,
+    group_size: int = 1,
 ) -> Outcome:
     """Runs `worker(context, payload)` on `config.workers` processes and waits for all of them.
 
@@ -35,7 +35,7 @@ def run(
             here, such as KeyboardInterrupt, ends the workers at once.
         note: Called in this thread with lines for a person: what the cluster does before the
             workers can tell, what is waited for, and what is amiss.
-        kept_together: How many consecutive ranks (0 to g-1, g to 2g-1, …) always share a node; it
+        group_size: How many consecutive ranks (0 to g-1, g to 2g-1, …) always share a node; it
             divides `config.workers`.
 
     Returns:
@@ -44,13 +44,13 @@ def run(
     Raises:
         WorkerRefused: A worker raised a ValueError; the message is its own.
         WorkerFailed: A worker died or raised, and the budget of restarts is spent.
-        ClusterConfigError: The workers are no whole number of groups of `kept_together`.
+        ClusterConfigError: The workers are no whole number of groups of `group_size`.
         ClusterTooSmall: The workers, or the groups of them that share a node, do not fit on the
             cluster.
         ClusterUnavailable: The cluster cannot be reached or was lost.
         UntestedVersion: Ray is to be used, in a version that its use was not tested with.
     """
-    require_whole_groups(config.workers, kept_together)
+    require_whole_groups(config.workers, group_size)
     if config.backend == "local":
         # One machine: everything shares a node.
         from cluster import local
@@ -66,5 +66,5 @@ def run(
         on_message=on_message,
         stop=stop,
         note=note,
-        kept_together=kept_together,
+        group_size=group_size,
     )

@@ -17,6 +17,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
+from cluster.assignment import oversubscription_warning
 from cluster.contract import (
     ClusterConfig,
     ClusterTooSmall,
@@ -26,10 +27,9 @@ from cluster.contract import (
     Worker,
     WorkerContext,
 )
-from cluster.failure import Failure, attend, died, root_cause
-from cluster.process_group import Rendezvous, Seat, join, new_secret
+from cluster.failure import Failure, exit_failure, root_cause, run_worker
+from cluster.process_group import RankInfo, Rendezvous, join, new_secret
 from cluster.scratch import make_scratch
-from cluster.seating import crowding
 
 _TICK_S = 0.1
 _PEER_GRACE_S = 1.0
@@ -49,7 +49,7 @@ def run(
 ) -> Outcome:
     """Runs the worker in `config.workers` processes; see `cluster.launcher.run`."""
     devices = _devices(config)
-    if "cpu" in devices and (word := crowding(config, cores=os.cpu_count() or 1)):
+    if "cpu" in devices and (word := oversubscription_warning(config, cores=os.cpu_count() or 1)):
         note(word)
     with _processes(config, devices, worker, payload) as processes:
         stopped = _watch(processes, on_message=on_message, stop=stop)
@@ -77,17 +77,17 @@ def _watch(
         readable = wait(list(running), timeout=_TICK_S)
         for channel in [channel for channel in running if channel in readable]:
             try:
-                news: Message | Failure | None = channel.recv()
+                event: Message | Failure | None = channel.recv()
             except (EOFError, OSError):
                 rank = running[channel]
                 processes[channel].join(_PEER_GRACE_S)
-                news = died(rank, 0, processes[channel].exitcode)
-            if isinstance(news, dict):
-                on_message(news)
+                event = exit_failure(rank, 0, processes[channel].exitcode)
+            if isinstance(event, dict):
+                on_message(event)
                 continue
             del running[channel]
-            if news is not None:
-                failures.append(news)
+            if event is not None:
+                failures.append(event)
                 deadline = min(deadline, time.monotonic() + _PEER_GRACE_S)
     if failures:
         raise root_cause(failures).error()
@@ -120,7 +120,7 @@ def _processes(
                 process = context.Process(
                     target=_main,
                     kwargs={
-                        "seat": Seat(
+                        "rank_info": RankInfo(
                             rank=rank,
                             world_size=config.workers,
                             local_rank=rank,
@@ -180,7 +180,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 def _main(
     *,
-    seat: Seat,
+    rank_info: RankInfo,
     rendezvous: Rendezvous,
     device: str,
     threads: int,
@@ -195,15 +195,15 @@ def _main(
     threading.Thread(target=_hear, args=(channel, stop), daemon=True).start()
     sending = threading.Lock()
 
-    def send(news: Message | Failure | None) -> None:
+    def send(event: Message | Failure | None) -> None:
         with sending:
-            channel.send(news)
+            channel.send(event)
 
     context = WorkerContext(
-        rank=seat.rank,
-        world_size=seat.world_size,
-        local_rank=seat.local_rank,
-        local_world_size=seat.local_world_size,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
+        local_rank=rank_info.local_rank,
+        local_world_size=rank_info.local_world_size,
         attempt=0,
         device=device,
         stop_requested=stop.is_set,
@@ -211,10 +211,10 @@ def _main(
     )
 
     def enter(context: WorkerContext, payload: Payload) -> None:
-        join(seat, rendezvous, device=device, threads=threads)
+        join(rank_info, rendezvous, device=device, threads=threads)
         worker(context, payload)
 
-    send(attend(enter, context, payload))
+    send(run_worker(enter, context, payload))
 
 
 def _hear(channel: Connection, stop: threading.Event) -> None:

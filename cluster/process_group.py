@@ -103,7 +103,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class RankInfo:
     """One worker's place in the group."""
 
     rank: int
@@ -151,7 +151,7 @@ def interface_of(address: str) -> str | None:
 
 
 def join(
-    seat: Seat,
+    rank_info: RankInfo,
     rendezvous: Rendezvous,
     *,
     device: str,
@@ -162,7 +162,7 @@ def join(
     """Sets this process up as a worker and enters the group with all others.
 
     Args:
-        seat: This worker's place.
+        rank_info: This worker's place.
         rendezvous: Where to meet; the same for all.
         device: `cpu` or `cuda:N`; decides the group's backend, gloo or nccl.
         threads: Compute threads of this process.
@@ -174,10 +174,10 @@ def join(
         PeerUnproven: Something else came in a worker's place.
     """
     os.environ.update(
-        RANK=str(seat.rank),
-        WORLD_SIZE=str(seat.world_size),
-        LOCAL_RANK=str(seat.local_rank),
-        LOCAL_WORLD_SIZE=str(seat.local_world_size),
+        RANK=str(rank_info.rank),
+        WORLD_SIZE=str(rank_info.world_size),
+        LOCAL_RANK=str(rank_info.local_rank),
+        LOCAL_WORLD_SIZE=str(rank_info.local_world_size),
         OMP_NUM_THREADS=str(threads),
     )
     if device == "cpu":
@@ -192,12 +192,12 @@ def join(
     torch.set_num_threads(threads)
     if device != "cpu":
         torch.cuda.set_device(device)
-    store = _store(seat, rendezvous, listener)
+    store = _store(rank_info, rendezvous, listener)
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
         store=store,
-        rank=seat.rank,
-        world_size=seat.world_size,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
     store.set_timeout(COLLECTIVE_TIMEOUT)
@@ -205,19 +205,19 @@ def join(
     prove_peers()
 
 
-def _store(seat: Seat, rendezvous: Rendezvous, listener: socket.socket | None) -> Any:
+def _store(rank_info: RankInfo, rendezvous: Rendezvous, listener: socket.socket | None) -> Any:
     import torch.distributed as dist
 
     timeout = timedelta(seconds=rendezvous.timeout_s)
     if isinstance(rendezvous.place, str):
-        file = dist.FileStore(rendezvous.place, seat.world_size)  # type: ignore[attr-defined]
+        file = dist.FileStore(rendezvous.place, rank_info.world_size)  # type: ignore[attr-defined]
         file.set_timeout(timeout)
         return file
     host, port = rendezvous.place
     return dist.TCPStore(  # type: ignore[attr-defined]
         host,
         port,
-        seat.world_size,
+        rank_info.world_size,
         listener is not None,
         timeout=timeout,
         wait_for_workers=False,

@@ -1,4 +1,4 @@
-"""The actor between a run's driver and its workers: news one way, the stop request the other."""
+"""The actor between a run's driver and its workers: events one way, the stop request the other."""
 
 import asyncio
 import itertools
@@ -18,14 +18,14 @@ _MORE_CALLS = 100
 
 
 @dataclass(frozen=True)
-class Begun:
+class Started:
     """The workers of an attempt began."""
 
     attempt: int
 
 
 @dataclass(frozen=True)
-class Ended:
+class Finished:
     """A worker of an attempt returned."""
 
     attempt: int
@@ -39,7 +39,7 @@ class Note:
     text: str
 
 
-News: TypeAlias = Message | Failure | Begun | Ended | Note
+Event: TypeAlias = Message | Failure | Started | Finished | Note
 
 
 class Mailbox:
@@ -58,17 +58,17 @@ class Mailbox:
         return attempt
 
     def sender(self, name: str) -> "Sender":
-        """What one process sends its news by; no other has its name."""
+        """What one process sends its events by; no other has its name."""
         return Sender(self._actor, name)
 
     def note(self, text: str) -> None:
         """Sends a line for a person; unlike a sender's, notes may overtake each other."""
         self.sender(f"note {uuid.uuid4()}").tell(Note(text))
 
-    def fetch(self) -> list[News]:
-        """All news since the last call, in the order of arrival, each sender's in its own."""
-        news: list[News] = ray.get(self._actor.fetch.remote())
-        return news
+    def fetch(self) -> list[Event]:
+        """All events since the last call, in the order of arrival, each sender's in its own."""
+        events: list[Event] = ray.get(self._actor.fetch.remote())
+        return events
 
     def ask_to_stop(self) -> None:
         """Asks all workers to stop, of this attempt and of any later."""
@@ -92,16 +92,16 @@ class Sender:
         self._name = name
         self._numbers = itertools.count()
 
-    def tell(self, news: News) -> None:
-        """Sends news and does not wait for their arrival."""
-        self._put(news)
+    def tell(self, event: Event) -> None:
+        """Sends an event and does not wait for its arrival."""
+        self._put(event)
 
-    def end(self, news: Ended | Failure) -> None:
-        """Sends the last news and waits until all it sent has arrived."""
-        ray.get(self._put(news))
+    def end(self, event: Finished | Failure) -> None:
+        """Sends the last event and waits until all it sent has arrived."""
+        ray.get(self._put(event))
 
-    def _put(self, news: News) -> Any:
-        return self._actor.put.remote(self._name, next(self._numbers), news)
+    def _put(self, event: Event) -> Any:
+        return self._actor.put.remote(self._name, next(self._numbers), event)
 
 
 def open_mailbox(config: ClusterConfig) -> Mailbox:
@@ -128,13 +128,13 @@ class Box:
 
     Its calls are coroutines, so that any number of workers can wait for the stop request by one
     call each. Ray may run such calls in another order than they were made in, so each sender
-    numbers its news, and what comes early waits for its turn.
+    numbers its events, and what comes early waits for its turn.
     """
 
     def __init__(self) -> None:
-        self._news: list[News] = []
+        self._events: list[Event] = []
         self._next: Counter[str] = Counter()
-        self._early: dict[tuple[str, int], News] = {}
+        self._early: dict[tuple[str, int], Event] = {}
         self._attempts = 0
         self._stop = asyncio.Event()
 
@@ -142,20 +142,20 @@ class Box:
         """Opens an attempt and returns its number."""
         attempt = self._attempts
         self._attempts += 1
-        self._news.append(Begun(attempt))
+        self._events.append(Started(attempt))
         return attempt
 
-    async def put(self, sender: str, number: int, news: News) -> None:
-        """Takes a sender's news of that number, from 0."""
-        self._early[sender, number] = news
+    async def put(self, sender: str, number: int, event: Event) -> None:
+        """Takes a sender's event of that number, from 0."""
+        self._early[sender, number] = event
         while (turn := (sender, self._next[sender])) in self._early:
-            self._news.append(self._early.pop(turn))
+            self._events.append(self._early.pop(turn))
             self._next[sender] += 1
 
-    async def fetch(self) -> list[News]:
-        """Gives the news since the last call."""
-        news, self._news = self._news, []
-        return news
+    async def fetch(self) -> list[Event]:
+        """Gives the events since the last call."""
+        events, self._events = self._events, []
+        return events
 
     async def ask_to_stop(self) -> None:
         """Lets all go that wait for the stop request."""

@@ -1,8 +1,8 @@
 """The nodes of the connected Ray cluster, and which rank goes to which of them.
 
 Ray Train makes one placement group of all workers and numbers them by the order of its bundles,
-node after node. `cluster.seating` gives each bundle a node in the same order, so its ranks are Ray
-Train's. The seats are decided anew whenever the workers are started: a node may have been lost.
+node after node. `cluster.assignment` gives each bundle a node in the same order, so its ranks
+are Ray Train's. Nodes are assigned anew whenever the workers are started: one may have been lost.
 """
 
 import socket
@@ -16,8 +16,8 @@ from ray._private.state import available_resources_per_node
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
+from cluster.assignment import Node, WorkerGroupSpec, assign_nodes, require_same_node
 from cluster.contract import ClusterTooSmall
-from cluster.seating import Node, Party, require_seated_together, seat
 
 _ANSWER_TIMEOUT_S = 5.0
 _MAX_AT_ONCE = 128
@@ -79,53 +79,55 @@ _LOOK_S = 0.5
 
 
 def unpinned(workers: int) -> list[dict[str, str]]:
-    """The label selectors of `ScalingConfig` that `Seating` fills in."""
+    """The label selectors of `ScalingConfig` that `NodePinning` fills in."""
     return [{} for _ in range(workers)]
 
 
-class Seating(WorkerGroupCallback):  # type: ignore[misc]
+class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
     """Pins the workers before each start, and checks their numbers after it.
 
     Runs in Ray Train's controller.
 
     Args:
-        party: The workers.
+        spec: The workers.
         timeout_s: How long a start waits for room.
         note: Takes a line when it has to wait.
     """
 
-    def __init__(self, party: Party, *, timeout_s: float, note: Callable[[str], None]) -> None:
-        self._party = party
+    def __init__(
+        self, spec: WorkerGroupSpec, *, timeout_s: float, note: Callable[[str], None]
+    ) -> None:
+        self._spec = spec
         self._timeout_s = timeout_s
         self._note = note
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """Decides the seats, once there is room, and writes them into the bundles' selectors.
+        """Assigns the nodes, once there is room, and writes them into the bundles' selectors.
 
         Raises:
             WorkerGroupStartupFailedError: There was no room in time; Ray Train may try again.
         """
         # These copies were made for this start, and the placement group is made from them next.
         selectors = worker_group_context.label_selector
-        for selector, node in zip(selectors, self._seats(), strict=True):
+        for selector, node in zip(selectors, self._assign(), strict=True):
             selector[_NODE_ID] = node
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Checks that Ray Train numbered the workers as they were seated.
+        """Checks that Ray Train numbered the workers as they were assigned.
 
         Raises:
             RuntimeError: It did not.
         """
         # In the order of ranks.
         nodes = [worker.metadata.node_id for worker in worker_group.get_workers()]
-        require_seated_together(nodes, self._party.kept_together)
+        require_same_node(nodes, self._spec.group_size)
 
-    def _seats(self) -> tuple[str, ...]:
+    def _assign(self) -> tuple[str, ...]:
         deadline = time.monotonic() + self._timeout_s
         told = ""
         while True:
             try:
-                return seat(self._party, free_nodes())
+                return assign_nodes(self._spec, free_nodes())
             except ClusterTooSmall as error:
                 # What the workers of the last attempt held becomes free only gradually.
                 if time.monotonic() > deadline:

@@ -22,11 +22,11 @@ from pathlib import Path
 import ray
 from ray._private.utils import read_ray_address
 
+from cluster.assignment import Node, resources
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailable
 from cluster.ray_nodes import answers, live_nodes
 from cluster.ray_private import private_cluster
 from cluster.scratch import make_scratch
-from cluster.seating import Node, resources
 
 _log = logging.getLogger(__name__)
 

@@ -19,13 +19,20 @@ import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from cluster.assignment import (
+    WorkerGroupSpec,
+    assign_nodes,
+    gpus_per_worker,
+    oversubscription_warning,
+    require_room,
+    resources,
+)
 from cluster.contract import ClusterConfig, ClusterTooSmall, Message, Outcome, Payload, Worker
 from cluster.ray_mailbox import Mailbox, open_mailbox
-from cluster.ray_nodes import Seating, free_nodes, unpinned
+from cluster.ray_monitor import TICK_S, TIDY_UP_S, RunMonitor, TrainThread
+from cluster.ray_nodes import NodePinning, free_nodes, unpinned
 from cluster.ray_session import Session, session
-from cluster.ray_watch import TICK_S, TIDY_UP_S, Fit, Watch
 from cluster.ray_worker import RendezvousConfig, work
-from cluster.seating import Party, crowding, gpus_per_worker, require_room, resources, seat
 
 
 def run(
@@ -36,7 +43,7 @@ def run(
     on_message: Callable[[Message], None],
     stop: threading.Event,
     note: Callable[[str], None],
-    kept_together: int,
+    group_size: int,
 ) -> Outcome:
     """Runs the worker on `config.workers` Ray Train workers; see `cluster.launcher.run`."""
     with (
@@ -49,27 +56,27 @@ def run(
         if (
             connected.private
             and gpus == 0
-            and (word := crowding(config, cores=os.cpu_count() or 1))
+            and (word := oversubscription_warning(config, cores=os.cpu_count() or 1))
         ):
             note(word)
-        party = Party(
+        spec = WorkerGroupSpec(
             workers=config.workers,
-            kept_together=kept_together,
+            group_size=group_size,
             cpus=config.cpus_per_worker,
             gpus=gpus,
         )
-        # Only to refuse groups that even the idle cluster could not hold: each start seats anew.
-        seat(party, connected.nodes)
-        if not _wait_for_room(config, party, stop, note):
+        # Only to refuse groups that even the idle cluster could not hold: each start assigns anew.
+        assign_nodes(spec, connected.nodes)
+        if not _wait_for_room(config, spec, stop, note):
             return Outcome(status="stopped")
         mailbox = open_mailbox(config)
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
-        fit = Fit(_trainer(config, party, loop, mailbox, connected))
+        fit = TrainThread(_trainer(config, spec, loop, mailbox, connected))
         fit.start()
         note(f"workers: waiting for {config.workers} of them to load and to meet")
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
         at_last.callback(fit.join, TIDY_UP_S)
-        return Watch(config, mailbox, fit, on_message=on_message, stop=stop, note=note).run()
+        return RunMonitor(config, mailbox, fit, on_message=on_message, stop=stop, note=note).run()
 
 
 def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> Callable[[], None]:
@@ -83,28 +90,28 @@ def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> C
 
 def _trainer(
     config: ClusterConfig,
-    party: Party,
+    spec: WorkerGroupSpec,
     loop: Callable[[], None],
     mailbox: Mailbox,
     connected: Session,
 ) -> DataParallelTrainer:
     per_worker: dict[str, float] = {"CPU": config.cpus_per_worker}
-    if party.gpus:
-        per_worker["GPU"] = party.gpus
+    if spec.gpus:
+        per_worker["GPU"] = spec.gpus
     # Workers of which each may be anywhere are left to Ray.
-    pinned = party.kept_together > 1
-    seating = Seating(party, timeout_s=config.start_timeout_s, note=mailbox.note)
+    pinned = spec.group_size > 1
+    pinning = NodePinning(spec, timeout_s=config.start_timeout_s, note=mailbox.note)
     return DataParallelTrainer(
         loop,
         backend_config=RendezvousConfig(
-            gpu=party.gpus > 0,
+            gpu=spec.gpus > 0,
             threads=config.cpus_per_worker,
             timeout_s=config.start_timeout_s,
             scratch=str(connected.scratch) if connected.private else None,
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
-            use_gpu=party.gpus > 0,
+            use_gpu=spec.gpus > 0,
             resources_per_worker=per_worker,
             label_selector=unpinned(config.workers) if pinned else None,
         ),
@@ -114,26 +121,26 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
-            callbacks=[seating] if pinned else None,
+            callbacks=[pinning] if pinned else None,
         ),
     )
 
 
 def _wait_for_room(
-    config: ClusterConfig, party: Party, stop: threading.Event, note: Callable[[str], None]
+    config: ClusterConfig, spec: WorkerGroupSpec, stop: threading.Event, note: Callable[[str], None]
 ) -> bool:
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
-    cpus, gpus = party.workers * party.cpus, party.workers * party.gpus
+    cpus, gpus = spec.workers * spec.cpus, spec.workers * spec.gpus
     deadline = time.monotonic() + config.start_timeout_s
     told = ""
     while not stop.is_set():
         free = ray.available_resources()
         enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
         now = f"{resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
-        if party.kept_together > 1:
-            groups = party.groups_that_fit(*free_nodes())
-            enough = groups >= party.groups
-            now += f", in which {groups} of {party.groups} groups that share a node fit"
+        if spec.group_size > 1:
+            groups = spec.groups_that_fit(*free_nodes())
+            enough = groups >= spec.groups
+            now += f", in which {groups} of {spec.groups} groups that share a node fit"
         if enough:
             return True
         if time.monotonic() > deadline:

@@ -18,9 +18,9 @@ import ray.train.collective
 from ray.train.backend import Backend, BackendConfig
 
 from cluster.contract import Payload, Worker, WorkerContext
-from cluster.failure import attend
-from cluster.process_group import Rendezvous, Seat, join, listen, new_secret
-from cluster.ray_mailbox import Ended, Mailbox
+from cluster.failure import run_worker
+from cluster.process_group import RankInfo, Rendezvous, join, listen, new_secret
+from cluster.ray_mailbox import Finished, Mailbox
 from cluster.scratch import make_scratch
 
 _listeners: list[socket.socket] = []
@@ -91,7 +91,7 @@ def forget_meeting() -> None:
 def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
     context = ray.train.get_context()
     join(
-        Seat(
+        RankInfo(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             local_rank=context.get_local_rank(),
@@ -144,9 +144,9 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         stop_requested=stop.is_set,
         tell=sender.tell,
     )
-    failure = attend(worker, context, payload)
+    failure = run_worker(worker, context, payload)
     forget_meeting()
-    sender.end(failure or Ended(attempt, rank))
+    sender.end(failure or Finished(attempt, rank))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":
         raise RuntimeError(failure.text)

@@ -22,7 +22,7 @@ def due(before_images: int, after_images: int, interval_images: int) -> bool:
     return before_images // interval_images < after_images // interval_images
 
 
-class TimeAgain:
+class Throttle:
     """Tells whether it is time again to say how far something is.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 _PACKAGES = {"trainer", "models", "pipelines", "cluster"}
 
 
-def is_users_mistake(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Tell whether an error is one of our own subclasses of ValueError.
 
     torch, numpy and the standard library raise ValueError too, and so do our own assertions about

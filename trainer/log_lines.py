@@ -43,13 +43,13 @@ class _Shown(SayingHandler):
 
 
 def was_shown(warning: str) -> bool:
-    """Tell whether `logs_shown` has shown a warning of this text in its `with` block."""
+    """Tell whether `show_logs` has shown a warning of this text in its `with` block."""
     handlers = logging.getLogger(_ROOT).handlers
     return any(warning in each.warnings for each in handlers if isinstance(each, _Shown))
 
 
 @contextmanager
-def logs_shown() -> Iterator[None]:
+def show_logs() -> Iterator[None]:
     """Print our own packages' news and everyone's warnings to standard error, in a `with` block."""
     with _levels(logging.INFO), _attached(_Shown(), [_ROOT]):
         yield
@@ -69,7 +69,7 @@ class _Teller(logging.Handler):
 
 
 @contextmanager
-def logs_told(tell: Callable[[dict[str, Any]], None], *, rank: int) -> Iterator[None]:
+def forward_logs(tell: Callable[[dict[str, Any]], None], *, rank: int) -> Iterator[None]:
     """Send what our packages log to the driver for the length of a `with` block.
 
     A cluster keeps the logs of workers apart. All warnings are sent, and what the first rank is at.

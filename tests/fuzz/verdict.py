@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pipelines import errors as data_errors
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 from trainer.storage.errors import CheckpointError
 
 TRACEBACK = "Traceback (most recent call last)"
@@ -64,4 +64,4 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 def is_ours(error: BaseException) -> bool:
     """Tell whether an error has a message meant for who runs the program."""
     ours = (CheckpointError, data_errors.BadSampleError)
-    return is_users_mistake(error) or isinstance(error, ours)
+    return is_user_error(error) or isinstance(error, ours)

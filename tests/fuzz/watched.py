@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.fuzz.verdict import TRACEBACK, is_ours
-from trainer.log_lines import logs_shown
+from trainer.log_lines import show_logs
 
 # argparse names the program first.
 _WORDS = r"^(error: |[\w. -]+: error: )"
@@ -58,7 +58,7 @@ def watched(call: Callable[[], Any], *, logs: bool = True) -> Watched:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            with logs_shown() if logs else nullcontext():
+            with show_logs() if logs else nullcontext():
                 value = call()
         except SystemExit as end:  # of argparse
             value = end.code

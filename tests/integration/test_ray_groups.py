@@ -63,7 +63,7 @@ def test_pairs_that_do_not_fit_are_refused_though_single_workers_would(
             {},
             on_message=lambda message: None,
             stop=threading.Event(),
-            kept_together=2,
+            group_size=2,
         )
 
     text = str(caught.value)
@@ -89,7 +89,7 @@ def test_pairs_share_a_node_also_after_one_was_lost(cluster: RayCluster) -> None
         {},
         on_message=take,
         stop=threading.Event(),
-        kept_together=2,
+        group_size=2,
     )
 
     assert outcome.restarts == 1

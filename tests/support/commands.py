@@ -9,7 +9,7 @@ from trainer.cli.sample import SampleConfig
 from trainer.cli.ui import UiConfig
 from trainer.config.job import JobConfig
 from trainer.config.settings import Setting, settings_of
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 
 GIVEN: dict[type[Any], dict[str, Any]] = {
@@ -36,7 +36,7 @@ def refusal(call: Callable[[], Any]) -> str | None:
     try:
         call()
     except ValueError as error:
-        if not is_users_mistake(error):
+        if not is_user_error(error):
             raise
         return str(error)
     return None

@@ -129,7 +129,7 @@ def trained(
     unit = resolve_placement(job).unit
     stop = threading.Event()
     try:
-        run(job.cluster, observed, payload, on_message=hear, stop=stop, kept_together=unit)
+        run(job.cluster, observed, payload, on_message=hear, stop=stop, group_size=unit)
     except _Killed:
         return seen
     assert not killed

@@ -13,8 +13,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pipelines.console import say, say_error
 from trainer.cli.settings_page import ExplainAction, settings_page
 from trainer.config.composition import MissingSettingError, configured
-from trainer.errors import is_users_mistake
-from trainer.log_lines import logs_shown
+from trainer.errors import is_user_error
+from trainer.log_lines import show_logs
 from trainer.storage.errors import CheckpointError
 
 C = TypeVar("C")
@@ -149,14 +149,14 @@ def _kind(command: Subcommand[Any]) -> type[Any]:
     return command.kind
 
 
-@logs_shown()
+@show_logs()
 def _answered(
     kind: type[C], make: Callable[[C], Outcome], overrides: Sequence[str], example: str
 ) -> int:
     try:
         made = make(configured(kind, overrides))
     except (CheckpointError, ValueError) as error:
-        if not is_users_mistake(error) and not isinstance(error, CheckpointError):
+        if not is_user_error(error) and not isinstance(error, CheckpointError):
             raise
         missing = isinstance(error, MissingSettingError)
         hint = f", for example: python -m {example}" if missing else ""

@@ -21,7 +21,7 @@ from pipelines.shards import ShardsConfig
 from trainer.autoencoder.codec import open_encoder
 from trainer.autoencoder.files import find_autoencoder
 from trainer.config import paths
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import StoreConfig
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for place, plan in plans.items():
             plan.carry_out(partial(_tell, place))
     except (ValueError, CheckpointError) as error:
-        if not is_users_mistake(error) and not isinstance(error, CheckpointError):
+        if not is_user_error(error) and not isinstance(error, CheckpointError):
             raise
         # The trainer names the setting that it has for the autoencoder.
         said = str(error).replace("codec.source=", "--autoencoder ")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from pipelines.console import say, say_error
 from trainer.cli.settings_page import ExplainAction, commented_yaml
 from trainer.config.groups import check_members, members
-from trainer.errors import is_users_mistake
-from trainer.log_lines import logs_shown
+from trainer.errors import is_user_error
+from trainer.log_lines import show_logs
 from trainer.storage.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ _REFUSED = 2
 logger = logging.getLogger(__name__)
 
 
-@logs_shown()
+@show_logs()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _launch(job)
     except (ValueError, CheckpointError) as error:
-        if not is_users_mistake(error) and not isinstance(error, CheckpointError):
+        if not is_user_error(error) and not isinstance(error, CheckpointError):
             raise
         say_error(error)
         return _REFUSED
@@ -155,7 +155,7 @@ def _launch(job: JobConfig) -> int:
                 on_message=console.message,
                 note=console.note,
                 stop=stop,
-                kept_together=resolve_placement(job).unit,
+                group_size=resolve_placement(job).unit,
             )
         except (WorkerFailed, ClusterUnavailable) as error:
             return ending.failed(job, console, error)

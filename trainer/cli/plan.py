@@ -14,7 +14,7 @@ from trainer.config.composition import composed
 from trainer.config.groups import members
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 from trainer.planning.placing import changed_jobs, configured, workload, zero_stage
 from trainer.planning.planner import (
     Candidate,
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = configured(job)
         words = _words(job, found, own)
     except ValueError as error:
-        if not is_users_mistake(error):
+        if not is_user_error(error):
             raise
         say_error(error)
         return _REFUSED

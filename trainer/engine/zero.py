@@ -110,7 +110,7 @@ class ZeroEngine:
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         self._deepspeed.step()
-        self._partition.forget_gradients()
+        self._partition.zero_stale_grads()
         if self._zero.overflow:
             return UpdateOutcome(applied=False, gradient_norm=float("inf"))
         with torch.no_grad():
@@ -149,7 +149,7 @@ class ZeroEngine:
         """Copy the overwritten fp32 shards into the model's weights on all ranks."""
         for master in self._partition.masters:
             moments_of(self._zero.optimizer, master)["step"].fill_(updates)
-        self._partition.publish()
+        self._partition.sync_params()
 
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
@@ -168,12 +168,12 @@ class ZeroEngine:
         kept = [master.detach().clone() for master in self._partition.masters]
         try:
             replace()
-            self._partition.publish()
+            self._partition.sync_params()
             yield self._deepspeed.module
         finally:
             self._overwrite_masters(kept)
         # Not after an error: the other ranks would not be in this collective.
-        self._partition.publish()
+        self._partition.sync_params()
 
     @torch.no_grad()
     def _draw_masters(self) -> None:

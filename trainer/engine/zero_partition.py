@@ -53,11 +53,11 @@ class ZeroPartition(Protocol):
         """Tell which parts of which parameters they hold."""
         ...
 
-    def publish(self) -> None:
+    def sync_params(self) -> None:
         """Make the weights of the model follow the masters; a collective call."""
         ...
 
-    def forget_gradients(self) -> None:
+    def zero_stale_grads(self) -> None:
         """Zero the gradients of an update that is over.
 
         DeepSpeed overwrites them in the next one, except those of weights that it does not use: of
@@ -97,11 +97,11 @@ class StatePartition:
                         numel=address.numel,
                     )
 
-    def publish(self) -> None:
+    def sync_params(self) -> None:
         """Copy the masters into the model's weights on all ranks."""
         self._optimizer.update_lp_params()
 
-    def forget_gradients(self) -> None:
+    def zero_stale_grads(self) -> None:
         """Zero the gradients of an update that is over."""
         _zero_gradients(self.masters)
 
@@ -137,7 +137,7 @@ class WeightPartition:
                     )
                 offset += part
 
-    def publish(self) -> None:
+    def sync_params(self) -> None:
         """Copy the masters into each rank's parts, and into the small weights that stay joined."""
         self._optimizer._partition_all_parameters()
         for group in range(len(self.masters)):
@@ -146,7 +146,7 @@ class WeightPartition:
             joined = self._optimizer.persistent_parameters
             joined[0].all_gather(joined)
 
-    def forget_gradients(self) -> None:
+    def zero_stale_grads(self) -> None:
         """Zero the gradients of an update that is over."""
         self._optimizer.grad_partitions_flat_buffer.zero_()
         _zero_gradients(self.masters)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.config.evaluation import EvalConfig
 from trainer.engine.protocol import Engine
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 from trainer.evaluation.features import feature_extractor
 from trainer.evaluation.frechet import DistanceToReal
 from trainer.evaluation.grid import TakenSamples, grid_png
@@ -214,7 +214,7 @@ class FinalEvaluation:
         try:
             done = step()
         except ValueError as error:
-            if not is_users_mistake(error):
+            if not is_user_error(error):
                 raise
             mistake = str(error) or type(error).__name__
         ranks = self.ranks

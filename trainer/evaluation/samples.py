@@ -15,13 +15,13 @@ from models.flow.flow import Flow
 from models.flow.sampler import Samples, sample
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from trainer import rng
-from trainer.clock import TimeAgain
+from trainer.clock import Throttle
 from trainer.config.shapes import ImageShape
 from trainer.host_group import HostGroup
 
 logger = logging.getLogger(__name__)
 
-_NEWS_S = 10.0
+_REPORT_INTERVAL_S = 10.0
 """Between two lines about images that take long to draw."""
 
 
@@ -140,7 +140,7 @@ class Drawing:
         ranks = ranks or HostGroup(alone=True)
         size = -(-len(labels) // -(-len(labels) // self.batch)) if len(labels) else 1
         starts = range(0, len(labels), size)
-        say_so = TimeAgain(_NEWS_S)
+        report_due = Throttle(_REPORT_INTERVAL_S)
         for turn in range(0, len(starts), ranks.world_size):
             # Ranks that are left over in the last turn draw the last block too, to keep step.
             own = self._block(model, labels, starts[min(turn + ranks.rank, len(starts) - 1)], size)
@@ -150,7 +150,7 @@ class Drawing:
                     block = own
                     if source > 0:
                         block = SampleBlock.from_bytes(ranks.receive(source))
-                    if say_so():
+                    if report_due():
                         done = block.first + len(block.images)
                         logger.info("%d of %d images are drawn", done, len(labels))
                     try:

@@ -110,7 +110,7 @@ def where_to_look(job: JobConfig) -> str:
     return f"{' '.join(words)}   opens {page(f'http://127.0.0.1:{PORT}', experiment)}"
 
 
-class SaveNews:
+class CheckpointReporter:
     """Passes on how each save ended.
 
     Args:

@@ -30,13 +30,13 @@ from trainer.config.shapes import encodes, flow_shape, picture_shape
 from trainer.data.loading import training_loader
 from trainer.data.splits import open_split
 from trainer.engine.build import build_engine
-from trainer.errors import is_users_mistake
+from trainer.errors import is_user_error
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.measured import frechet_scores
 from trainer.evaluation.real_images import RealImages
 from trainer.evaluation.samples import Drawing
 from trainer.host_group import HostGroup
-from trainer.log_lines import logs_told
+from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.planning.placing import resolve_placement
@@ -47,7 +47,7 @@ from trainer.training.loop import StopVote, train
 from trainer.training.progress import Progress, Throughput
 from trainer.training.resume import restore
 from trainer.training.step import TrainStep
-from trainer.training.tracking import SaveNews, tracked_run
+from trainer.training.tracking import CheckpointReporter, tracked_run
 
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 _LIMIT_BYTES = 4 << 20
@@ -78,11 +78,11 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         payload: The job's configuration as plain values.
     """
     try:
-        with logs_told(context.tell, rank=context.rank):
+        with forward_logs(context.tell, rank=context.rank):
             logger.info("%d of %d workers have met", context.world_size, context.world_size)
             _train(context, from_dict(JobConfig, payload))
     except ValueError as error:
-        if is_users_mistake(error):
+        if is_user_error(error):
             raise
         # The cluster takes a ValueError for a refusal, which is neither retried nor traced.
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
@@ -181,7 +181,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
             config=job.checkpoint,
             ranks=ranks,
             aside=HostGroup(),
-            report=SaveNews(tracker, tell),
+            report=CheckpointReporter(tracker, tell),
             scores=lambda: frechet_scores(store, run=job.run, features=job.eval.features.name),
             position=restored.position,
             stop_requested=context.stop_requested,

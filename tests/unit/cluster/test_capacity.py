@@ -1,7 +1,13 @@
 import pytest
 
+from cluster.assignment import (
+    Node,
+    gpus_per_worker,
+    oversubscription_warning,
+    require_room,
+    workers_that_fit,
+)
 from cluster.contract import ClusterConfig, ClusterTooSmall
-from cluster.seating import Node, crowding, gpus_per_worker, require_room, workers_that_fit
 
 SMALL, LARGE, GPU = (
     Node(id=name, address=name, cpus=cpus, gpus=gpus)
@@ -32,8 +38,8 @@ def test_auto_means_a_gpu_where_there_is_one():
 
 def test_more_workers_than_cores_get_a_word_with_the_number_that_fits():
     crowd = ClusterConfig(workers=8, cpus_per_worker=2)
-    assert crowding(crowd, cores=16) is None
-    word = crowding(crowd, cores=5) or ""
+    assert oversubscription_warning(crowd, cores=16) is None
+    word = oversubscription_warning(crowd, cores=5) or ""
     assert "cluster.workers=8 with cluster.cpus_per_worker=2 want 16 cores" in word
     assert "this machine has 5" in word
     assert "cluster.workers=2 is faster" in word

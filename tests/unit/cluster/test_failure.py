@@ -1,7 +1,14 @@
 import pytest
 
 from cluster.contract import WorkerContext
-from cluster.failure import Failure, WorkerFailed, WorkerRefused, attend, died, root_cause
+from cluster.failure import (
+    Failure,
+    WorkerFailed,
+    WorkerRefused,
+    exit_failure,
+    root_cause,
+    run_worker,
+)
 
 CONTEXT = WorkerContext(
     rank=3,
@@ -27,14 +34,14 @@ def failure(rank, kind, text):
 
 
 def test_a_worker_that_returns_is_no_failure():
-    assert attend(lambda context, payload: None, CONTEXT, {}) is None
+    assert run_worker(lambda context, payload: None, CONTEXT, {}) is None
 
 
 def test_a_value_error_is_a_refusal_in_its_own_words():
     class Mistake(ValueError):
         pass
 
-    told = attend(raising(Mistake("use blue")), CONTEXT, {})
+    told = run_worker(raising(Mistake("use blue")), CONTEXT, {})
     assert told is not None
     assert (told.rank, told.attempt, told.kind) == (3, 2, "refused")
     error = told.error()
@@ -48,7 +55,7 @@ def test_a_value_error_is_a_refusal_in_its_own_words():
     "error", [RuntimeError("boom"), SystemExit("boom"), KeyboardInterrupt("boom")]
 )
 def test_whatever_else_is_raised_is_told_with_its_traceback(error):
-    told = attend(raising(error), CONTEXT, {})
+    told = run_worker(raising(error), CONTEXT, {})
     assert told is not None
     assert told.kind == "raised"
     assert str(told.error()).startswith(f"Worker 3 failed with {type(error).__name__}: boom\n")
@@ -56,14 +63,14 @@ def test_whatever_else_is_raised_is_told_with_its_traceback(error):
 
 
 def test_a_signal_without_a_name_has_a_number():
-    assert "Worker 1 was ended by signal 35." in str(died(1, 0, -35).error())
+    assert "Worker 1 was ended by signal 35." in str(exit_failure(1, 0, -35).error())
 
 
 def test_a_signal_is_named():
-    assert "SIGKILL" in str(died(1, 0, -9).error())
-    assert "memory" in str(died(1, 0, -9).error())
-    assert str(died(1, 0, 3).error()) == "Worker 1 ended with exit code 3."
-    assert isinstance(died(1, 0, 3).error(), WorkerFailed)
+    assert "SIGKILL" in str(exit_failure(1, 0, -9).error())
+    assert "memory" in str(exit_failure(1, 0, -9).error())
+    assert str(exit_failure(1, 0, 3).error()) == "Worker 1 ended with exit code 3."
+    assert isinstance(exit_failure(1, 0, 3).error(), WorkerFailed)
 
 
 GLOO = failure(0, "raised", "RuntimeError: [gloo/pair.cc] Connection closed by peer")

@@ -5,12 +5,12 @@ import re
 import subprocess
 import sys
 
-from trainer.log_lines import logs_told
+from trainer.log_lines import forward_logs
 
 SCRIPT = """
 import logging
-from trainer.log_lines import logs_shown
-@logs_shown()
+from trainer.log_lines import show_logs
+@show_logs()
 def main():
     logging.getLogger("pipelines.loading.loader").info("waiting for %s", "data")
     logging.getLogger("trainer.training.step").warning("odd")
@@ -33,7 +33,7 @@ def test_workers_tell_warnings_and_the_first_one_what_it_is_at():
     before = logging.getLogger("trainer").level
     logger = logging.getLogger("trainer.engine")
     for rank in (0, 1):
-        with logs_told(told.append, rank=rank):
+        with forward_logs(told.append, rank=rank):
             logger.info("building")
             logger.warning("odd")
     logger.warning("nobody listens")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from trainer.clock import TimeAgain, due
+from trainer.clock import Throttle, due
 from trainer.formats import format_duration
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import (
@@ -178,10 +178,10 @@ def test_durations_are_written_for_people(seconds, text):
 
 def test_news_come_at_most_so_often():
     now = [0.0]
-    say_so = TimeAgain(10.0, clock=lambda: now[0])
+    report_due = Throttle(10.0, clock=lambda: now[0])
     told = []
     for now[0] in (3.0, 9.9, 10.0, 12.0, 25.0, 34.0, 35.0):
-        if say_so():
+        if report_due():
             told.append(now[0])
     assert told == [10.0, 25.0, 35.0]
 

@@ -14,7 +14,7 @@ from trainer.cli.ending import Console
 from trainer.evaluation import checkpoint_report
 from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.export.model_card import _cell, _code
-from trainer.log_lines import logs_shown, logs_told
+from trainer.log_lines import forward_logs, show_logs
 
 NASTY = "a\n[1s] all is well\r\x1b[2J\u202e\u2028<script>|`*_[x](http://y)#\udcff"
 TEXT = st.text(st.characters())  # lone surrogates too, as of file names
@@ -62,7 +62,7 @@ def test_an_error_a_log_line_and_every_message_of_a_worker_is_one_line(text):
             {"kind": "resumed", "images": 1, "uri": text},
         ):
             assert is_one_line(took(lambda message=message: console.message(message)))
-        with logs_shown():
+        with show_logs():
             logger = logging.getLogger("trainer.store")
             assert is_one_line(took(lambda: logger.info("%s", text)))
             assert is_one_line(took(lambda: logger.warning("%s", text)))
@@ -109,9 +109,9 @@ def test_a_model_card_takes_a_name_for_a_name(text):
 def test_a_warning_of_the_driver_is_not_told_again_by_its_workers(capsys):
     told = []
     console = Console()
-    with logs_shown():
+    with show_logs():
         logging.getLogger("trainer.checkpoint.catalogue").warning("passing over %s", "a")
-        with logs_told(told.append, rank=0):
+        with forward_logs(told.append, rank=0):
             logging.getLogger("trainer.checkpoint.catalogue").warning("replacing %s", "b")
         for text in ("passing over a", "replacing c"):
             console.message({"kind": "warning", "rank": 0, "text": text})

@@ -56,7 +56,7 @@ def require_room(config: ClusterConfig, nodes: Sequence[Node], *, gpus: int) -> 
     )
 
 
-def crowding(config: ClusterConfig, *, cores: int) -> str | None:
+def oversubscription_warning(config: ClusterConfig, *, cores: int) -> str | None:
     """A word on processor workers that have to share this machine's cores, if they have to."""
     wanted = config.workers * config.cpus_per_worker
     if wanted <= cores:
@@ -75,57 +75,57 @@ def resources(cpus: float, gpus: float) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Party:
+class WorkerGroupSpec:
     """The workers of a run and what they need.
 
     Attributes:
-        workers: Number of ranks, a multiple of `kept_together`.
-        kept_together: How many consecutive ranks share a node: a group.
+        workers: Number of ranks, a multiple of `group_size`.
+        group_size: How many consecutive ranks share a node: a group.
         cpus: Cores of one worker.
         gpus: GPUs of one worker.
     """
 
     workers: int
-    kept_together: int
+    group_size: int
     cpus: int
     gpus: int
 
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return self.workers // self.kept_together
+        return self.workers // self.group_size
 
     def groups_that_fit(self, *nodes: Node) -> int:
         """How many of such groups the nodes hold; none spans two of them."""
         return sum(
-            workers_that_fit([node], cpus=self.cpus, gpus=self.gpus) // self.kept_together
+            workers_that_fit([node], cpus=self.cpus, gpus=self.gpus) // self.group_size
             for node in nodes
         )
 
 
-def require_whole_groups(workers: int, kept_together: int) -> None:
+def require_whole_groups(workers: int, group_size: int) -> None:
     """Refuses workers that are no whole number of groups.
 
     Raises:
         ClusterConfigError: With both numbers.
     """
-    if kept_together < 1:
+    if group_size < 1:
         raise ClusterConfigError(
-            f"kept_together is {kept_together}; it must be a whole number of at least 1."
+            f"group_size is {group_size}; it must be a whole number of at least 1."
         )
-    if workers % kept_together:
+    if workers % group_size:
         raise ClusterConfigError(
-            f"cluster.workers is {workers}, which is no multiple of {kept_together}: so many "
+            f"cluster.workers is {workers}, which is no multiple of {group_size}: so many "
             "consecutive workers must share a node. Set cluster.workers to a multiple of it, or "
             "use smaller expert groups (engine.placement)."
         )
 
 
-def seat(party: Party, nodes: Sequence[Node]) -> tuple[str, ...]:
-    """Seats the groups on as few nodes as can hold them, those with room for most first.
+def assign_nodes(spec: WorkerGroupSpec, nodes: Sequence[Node]) -> tuple[str, ...]:
+    """Puts the groups on as few nodes as can hold them, those with room for most first.
 
     Args:
-        party: The workers.
+        spec: The workers.
         nodes: What there is for them; of equal nodes the earlier is taken.
 
     Returns:
@@ -134,37 +134,37 @@ def seat(party: Party, nodes: Sequence[Node]) -> tuple[str, ...]:
     Raises:
         ClusterTooSmall: With how many groups each node holds and how many are needed.
     """
-    room = {node.id: party.groups_that_fit(node) for node in nodes}
-    if sum(room.values()) < party.groups:
-        per_group = resources(party.kept_together * party.cpus, party.kept_together * party.gpus)
+    room = {node.id: spec.groups_that_fit(node) for node in nodes}
+    if sum(room.values()) < spec.groups:
+        per_group = resources(spec.group_size * spec.cpus, spec.group_size * spec.gpus)
         listing = "; ".join(
             f"{node.address} has {resources(node.cpus, node.gpus)}, room for {room[node.id]}"
             for node in nodes
         )
         raise ClusterTooSmall(
-            f"{party.groups} groups of {party.kept_together} workers do not fit on the cluster: "
+            f"{spec.groups} groups of {spec.group_size} workers do not fit on the cluster: "
             f"each needs {per_group} on one node, and there is room for {sum(room.values())} "
             f"({listing}). Use smaller expert groups (engine.placement), set cluster.workers or "
             "cluster.cpus_per_worker lower, or add nodes."
         )
-    seats: list[str] = []
+    assigned: list[str] = []
     for node in sorted(nodes, key=lambda node: room[node.id], reverse=True):
-        seats += [node.id] * room[node.id] * party.kept_together
-    return tuple(seats[: party.workers])
+        assigned += [node.id] * room[node.id] * spec.group_size
+    return tuple(assigned[: spec.workers])
 
 
-def require_seated_together(nodes: Sequence[str], kept_together: int) -> None:
+def require_same_node(nodes: Sequence[str], group_size: int) -> None:
     """Checks where the ranks ended up.
 
     Args:
         nodes: The id of each rank's node.
-        kept_together: How many consecutive ranks share a node.
+        group_size: How many consecutive ranks share a node.
 
     Raises:
         RuntimeError: With the ranks that were torn apart and their nodes.
     """
-    for first in range(0, len(nodes), kept_together):
-        group = nodes[first : first + kept_together]
+    for first in range(0, len(nodes), group_size):
+        group = nodes[first : first + group_size]
         if len(set(group)) > 1:
             raise RuntimeError(
                 f"Ranks {first} to {first + len(group) - 1} must share a node, but run on "

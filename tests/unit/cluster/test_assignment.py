@@ -5,41 +5,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.assignment import (
+    Node,
+    WorkerGroupSpec,
+    assign_nodes,
+    require_same_node,
+    require_whole_groups,
+)
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterTooSmall
 from cluster.launcher import run
-from cluster.seating import Node, Party, require_seated_together, require_whole_groups, seat
 
 
 def node(name, *, cpus, gpus=0):
     return Node(id=name, address=f"at-{name}", cpus=cpus, gpus=gpus)
 
 
-def party(workers, kept_together, *, cpus=1, gpus=0):
-    return Party(workers=workers, kept_together=kept_together, cpus=cpus, gpus=gpus)
+def spec(workers, group_size, *, cpus=1, gpus=0):
+    return WorkerGroupSpec(workers=workers, group_size=group_size, cpus=cpus, gpus=gpus)
 
 
 def test_a_group_is_not_torn_apart_to_fill_a_node():
     nodes = [node("a", cpus=3), node("b", cpus=5)]
-    assert seat(party(6, 2), nodes) == ("b", "b", "b", "b", "a", "a")
+    assert assign_nodes(spec(6, 2), nodes) == ("b", "b", "b", "b", "a", "a")
 
 
 def test_of_equal_nodes_the_earlier_is_taken():
     nodes = [node(name, cpus=4) for name in "abc"]
-    assert seat(party(8, 4), nodes) == ("a",) * 4 + ("b",) * 4
+    assert assign_nodes(spec(8, 4), nodes) == ("a",) * 4 + ("b",) * 4
 
 
 def test_gpus_count_as_cores_do():
     nodes = [node("a", cpus=64, gpus=3), node("b", cpus=7, gpus=8), node("c", cpus=64, gpus=8)]
     # b has GPUs for eight workers, and cores for three.
-    seats = seat(party(10, 2, cpus=2, gpus=1), nodes)
-    assert seats == ("c",) * 8 + ("a",) * 2
+    assigned = assign_nodes(spec(10, 2, cpus=2, gpus=1), nodes)
+    assert assigned == ("c",) * 8 + ("a",) * 2
 
 
 def test_groups_that_do_not_fit_are_refused_with_numbers_and_the_fix():
     nodes = [node("a", cpus=3), node("b", cpus=3)]
-    assert seat(party(6, 1), nodes) == ("a",) * 3 + ("b",) * 3
+    assert assign_nodes(spec(6, 1), nodes) == ("a",) * 3 + ("b",) * 3
     with pytest.raises(ClusterTooSmall) as caught:
-        seat(party(6, 2), nodes)
+        assign_nodes(spec(6, 2), nodes)
     text = str(caught.value)
     assert "3 groups of 2 workers do not fit" in text
     assert "each needs 2 CPUs on one node, and there is room for 2" in text
@@ -54,17 +60,17 @@ def clusters(draw):
         node(str(index), cpus=draw(st.integers(0, 9)), gpus=draw(st.integers(0, 9)))
         for index in range(draw(st.integers(0, 6)))
     ]
-    kept_together = draw(st.integers(1, 4))
-    workers = kept_together * draw(st.integers(1, 8))
+    group_size = draw(st.integers(1, 4))
+    workers = group_size * draw(st.integers(1, 8))
     cpus, gpus = draw(st.integers(1, 3)), draw(st.integers(0, 1))
-    return nodes, party(workers, kept_together, cpus=cpus, gpus=gpus)
+    return nodes, spec(workers, group_size, cpus=cpus, gpus=gpus)
 
 
 def groups_on(one, asked):
     """By trial: as many groups as the node's cores and GPUs can carry."""
     groups = 0
-    while (groups + 1) * asked.kept_together * asked.cpus <= one.cpus and (
-        (groups + 1) * asked.kept_together * asked.gpus <= one.gpus
+    while (groups + 1) * asked.group_size * asked.cpus <= one.cpus and (
+        (groups + 1) * asked.group_size * asked.gpus <= one.gpus
     ):
         groups += 1
     return groups
@@ -76,37 +82,37 @@ def test_groups_share_a_node_within_its_means_on_the_fewest_nodes(cluster):
     room = {one.id: groups_on(one, asked) for one in nodes}
     if sum(room.values()) < asked.groups:
         with pytest.raises(ClusterTooSmall):
-            seat(asked, nodes)
+            assign_nodes(asked, nodes)
         return
-    seats = seat(asked, nodes)
-    assert len(seats) == asked.workers
-    require_seated_together(seats, asked.kept_together)
+    assigned = assign_nodes(asked, nodes)
+    assert len(assigned) == asked.workers
+    require_same_node(assigned, asked.group_size)
     for one in nodes:
-        mine = [rank for rank, where in enumerate(seats) if where == one.id]
-        assert len(mine) <= room[one.id] * asked.kept_together
+        mine = [rank for rank, where in enumerate(assigned) if where == one.id]
+        assert len(mine) <= room[one.id] * asked.group_size
         assert mine == list(range(mine[0], mine[-1] + 1)) if mine else True
-    fewer = combinations(room.values(), len(set(seats)) - 1)
+    fewer = combinations(room.values(), len(set(assigned)) - 1)
     assert all(sum(some) < asked.groups for some in fewer)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "kept_together"),
+    ("nodes", "group_size"),
     [(["a"], 1), (["a", "b", "a"], 1), (["a", "a", "b", "b"], 2), ([], 3)],
 )
-def test_ranks_that_share_a_node_pass(nodes, kept_together):
-    require_seated_together(nodes, kept_together)
+def test_ranks_that_share_a_node_pass(nodes, group_size):
+    require_same_node(nodes, group_size)
 
 
 def test_ranks_that_were_torn_apart_are_named():
     with pytest.raises(RuntimeError, match="Ranks 2 to 3 must share a node, but run on a, b"):
-        require_seated_together(["a", "a", "a", "b"], 2)
+        require_same_node(["a", "a", "a", "b"], 2)
 
 
 def test_workers_that_are_no_whole_number_of_groups_are_refused():
     require_whole_groups(6, 3)
     with pytest.raises(ClusterConfigError, match=r"workers is 6, which is no multiple of 4"):
         require_whole_groups(6, 4)
-    with pytest.raises(ClusterConfigError, match="kept_together is 0"):
+    with pytest.raises(ClusterConfigError, match="group_size is 0"):
         require_whole_groups(6, 0)
 
 
@@ -122,5 +128,5 @@ def test_they_are_refused_before_anything_starts(backend):
             {},
             on_message=lambda message: None,
             stop=threading.Event(),
-            kept_together=4,
+            group_size=4,
         )

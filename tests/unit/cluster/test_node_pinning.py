@@ -4,10 +4,10 @@ import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from cluster import ray_nodes
-from cluster.ray_nodes import Seating, unpinned
-from cluster.seating import Node, Party
+from cluster.assignment import Node, WorkerGroupSpec
+from cluster.ray_nodes import NodePinning, unpinned
 
-PARTY = Party(workers=4, kept_together=2, cpus=1, gpus=0)
+SPEC = WorkerGroupSpec(workers=4, group_size=2, cpus=1, gpus=0)
 
 
 def node(name, cpus):
@@ -25,18 +25,18 @@ def free(monkeypatch):
     return looks
 
 
-def pins(seating):
-    context = SimpleNamespace(label_selector=unpinned(PARTY.workers))
-    seating.before_worker_group_start(context)
+def pins(pinning):
+    context = SimpleNamespace(label_selector=unpinned(SPEC.workers))
+    pinning.before_worker_group_start(context)
     return [selector["ray.io/node-id"] for selector in context.label_selector]
 
 
 def test_each_start_waits_for_room_and_decides_anew(free):
     told: list[str] = []
-    seating = Seating(PARTY, timeout_s=60, note=told.append)
+    pinning = NodePinning(SPEC, timeout_s=60, note=told.append)
     free += [[node("a", 3)], [node("a", 3), node("b", 3)], [node("c", 1)], [node("c", 4)]]
-    assert pins(seating) == ["a", "a", "b", "b"]
-    assert pins(seating) == ["c"] * 4
+    assert pins(pinning) == ["a", "a", "b", "b"]
+    assert pins(pinning) == ["c"] * 4
     first, second = told
     assert first.startswith("waiting up to 60 s for room: ")
     assert "(a has 3 CPUs, room for 1)" in first
@@ -46,11 +46,11 @@ def test_each_start_waits_for_room_and_decides_anew(free):
 def test_a_start_without_room_fails_in_a_way_that_ray_train_tries_again(free):
     free += [[node("a", 3), node("b", 1)]]
     with pytest.raises(WorkerGroupStartupFailedError, match=r"After 0.1 s .* room for 1 \(a has 3"):
-        pins(Seating(PARTY, timeout_s=0.1, note=print))
+        pins(NodePinning(SPEC, timeout_s=0.1, note=print))
 
 
 def test_other_numbers_than_were_decided_are_an_error():
     workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in "abba"]
     group = SimpleNamespace(get_workers=lambda: workers)
     with pytest.raises(RuntimeError, match="Ranks 0 to 1 must share a node, but run on a, b"):
-        Seating(PARTY, timeout_s=1, note=print).after_worker_group_start(group)
+        NodePinning(SPEC, timeout_s=1, note=print).after_worker_group_start(group)

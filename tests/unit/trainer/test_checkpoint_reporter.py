@@ -2,7 +2,7 @@
 
 from trainer.checkpoint.upload import SaveReport
 from trainer.metrics.tracker import SilentTracker
-from trainer.training.tracking import SaveNews
+from trainer.training.tracking import CheckpointReporter
 
 
 class KeepingTracker(SilentTracker):
@@ -30,7 +30,7 @@ def report(error=None):
 
 def test_a_checkpoint_is_told_tagged_and_measured():
     tracker, told = KeepingTracker(), []
-    SaveNews(tracker, told.append)(report())
+    CheckpointReporter(tracker, told.append)(report())
     uri = report().uri
     assert told == [{"kind": "checkpoint", "images": 1280, "uri": uri}]
     assert tracker.tags == {"checkpoint": uri, "checkpoint.000000001280": uri}
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_told_tagged_and_measured():
 
 def test_a_failure_is_told_with_its_reason_and_leaves_the_last_checkpoint():
     tracker, told = KeepingTracker(), []
-    SaveNews(tracker, told.append)(report("the disk is full"))
+    CheckpointReporter(tracker, told.append)(report("the disk is full"))
     ((_, values),) = tracker.points
     assert values["checkpoint/failed"] == 1.0
     assert tracker.tags == {"checkpoint_failed.000000001280": "the disk is full"}

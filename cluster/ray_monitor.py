@@ -11,17 +11,17 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cluster.contract import ClusterConfig, ClusterUnavailable, Message, Outcome
 from cluster.failure import Failure, WorkerFailed, root_cause
-from cluster.ray_mailbox import Begun, Ended, Mailbox, Note
+from cluster.ray_mailbox import Finished, Mailbox, Note, Started
 
 TICK_S = 0.1
-"""How often the driver looks for news and a stop request."""
+"""How often the driver looks for events and a stop request."""
 TIDY_UP_S = 5.0
 """What Ray Train gets to end by itself."""
 
 _log = logging.getLogger(__name__)
 
 
-class Fit(threading.Thread):
+class TrainThread(threading.Thread):
     """Runs Ray Train, whose call blocks, beside the thread that gets the signals.
 
     Attributes:
@@ -41,8 +41,8 @@ class Fit(threading.Thread):
             self.error = error
 
 
-class Watch:
-    """Passes news and the stop on until the workers are done.
+class RunMonitor:
+    """Passes events and the stop on until the workers are done.
 
     Args:
         config: The run's.
@@ -57,7 +57,7 @@ class Watch:
         self,
         config: ClusterConfig,
         mailbox: Mailbox,
-        fit: Fit,
+        fit: TrainThread,
         *,
         on_message: Callable[[Message], None],
         stop: threading.Event,
@@ -92,11 +92,11 @@ class Watch:
                 if self._stop.is_set() and not stopped:
                     stopped = True
                     self._mailbox.ask_to_stop()
-                self._take_news()
+                self._handle_events()
                 if stopped and self._attempt < 0:
                     return Outcome(status="stopped")
                 time.sleep(TICK_S)
-            self._take_news()
+            self._handle_events()
         except ray.exceptions.RayError as error:
             raise ClusterUnavailable(
                 f"The run lost Ray, or Ray could not load it: {_last_line(error)}\nWhere a module "
@@ -110,10 +110,10 @@ class Watch:
             raise self._error(self._fit.error)
         return Outcome(status="stopped" if stopped else "finished", restarts=max(self._attempt, 0))
 
-    def _take_news(self) -> None:
-        for news in self._mailbox.fetch():
-            match news:
-                case Begun(attempt):
+    def _handle_events(self) -> None:
+        for event in self._mailbox.fetch():
+            match event:
+                case Started(attempt):
                     self._attempt, self._ended = attempt, set()
                     if attempt > 0:
                         _log.warning(
@@ -123,16 +123,16 @@ class Watch:
                         )
                 case Note(text):
                     self._note(text)
-                case Ended(attempt, rank):
+                case Finished(attempt, rank):
                     if attempt == self._attempt:
                         self._ended.add(rank)
                 case Failure(kind="refused"):
-                    raise news.error()
+                    raise event.error()
                 case Failure():
-                    self._failures.append(news)
-                    _log.warning("Worker %d failed: %s", news.rank, news.text)
+                    self._failures.append(event)
+                    _log.warning("Worker %d failed: %s", event.rank, event.text)
                 case _:
-                    self._on_message(news)
+                    self._on_message(event)
 
     def _error(self, error: BaseException) -> Exception:
         """What to raise for the error that Ray Train ended with."""

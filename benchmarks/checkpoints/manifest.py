@@ -22,7 +22,7 @@ from benchmarks.report import Cell
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import BLOCK_BYTES
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest, ObjectEntry
-from trainer.checkpoint.save_plan import Announcement, SavePlan, plan_save
+from trainer.checkpoint.save_plan import RankState, SavePlan, plan_save
 from trainer.checkpoint.saver import versions
 from trainer.checkpoint.slices import slices_of
 
@@ -50,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def announcements(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> Iterator[Announcement]:
+def announcements(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> Iterator[RankState]:
     """What each of so many ranks announces under ZeRO-3."""
     whole = np.array([math.prod(shape) for shape in shapes.values()])
     part = -(-whole // ranks)
     for rank in range(ranks):
         numel = np.minimum(part, whole - rank * part)
         held = numel > 0
-        yield Announcement.of(
+        yield RankState.of(
             [sorted(KINDS)],
             {name: shape for (name, shape), mine in zip(shapes.items(), held, strict=True) if mine},
             np.column_stack([rank * part, numel])[held],

@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks import command
 from models.transformer.lapflow import LapFlowTransformer
 from trainer.checkpoint.agreement import Alone
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.state import Fragment
 from trainer.storage.store import Store
@@ -102,7 +102,7 @@ class Saves:
         self._ended = threading.Event()
         self.saver = CheckpointSaver(
             store,
-            catalogue=Catalogue(store, run=RUN),
+            index=CheckpointIndex(store, run=RUN),
             config=CheckpointConfig(keep_last=1),
             ranks=Alone(),
             aside=Alone(),

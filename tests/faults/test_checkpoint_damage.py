@@ -74,7 +74,7 @@ def check_flips(store: Store, *, count: int) -> None:
             store.put(key, flipped(data, position))
             if key == manifest_key(NEW):
                 with pytest.raises(InvalidManifest, match=key):
-                    reader.catalogue.examine(NEW)
+                    reader.index.examine(NEW)
                 continue
             assert list(damage(store, manifest)) == [key], position
             with pytest.raises(DamagedCheckpoint, match=f"{store.uri(key)} changed after it was"):
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     told: list[str] = []
     found = load_state(store, tell=told.append)
     assert found
-    images, state, catalogue = found
+    images, state, index = found
     assert images == OLD
     assert same_bits(state, random_state(OLD))
     # What, where, and what to do.
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
         assert said in " ".join(damage(store, manifest).values()) or "has" in said
     # The checkpoints that follow take away neither the evidence nor the last good one.
     outcomes = save_state(
-        store, random_state(NEXT), images=NEXT, cuts=CUTS, catalogue=catalogue, keep_last=2
+        store, random_state(NEXT), images=NEXT, cuts=CUTS, index=index, keep_last=2
     )
     assert outcomes == [store.uri(layout.checkpoint_key(RUN, NEXT))] * 2
     assert store.list(layout.checkpoint_key(RUN, NEW) + "/") == left

@@ -161,7 +161,7 @@ def test_another_run_that_was_copied_here(target: Target, tmp_path: Path) -> Non
     target.forge(lambda body: body.update(run=other, images=NEW + 10), key=key)
     store.delete_all([each for each in store.list(f"{other}/") if each != key])
     with pytest.raises(DamagedCheckpoint, match=f"{other}/.* is missing"):
-        CheckpointReader(store, run=other).catalogue.examine(NEW + 10)
+        CheckpointReader(store, run=other).index.examine(NEW + 10)
 
 
 def test_a_manifest_larger_than_memory_is_not_read(target: Target, tmp_path: Path) -> None:

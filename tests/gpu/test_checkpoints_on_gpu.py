@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trainer.checkpoint.agreement import Alone
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.snapshot import host_buffer
@@ -39,7 +39,7 @@ def test_a_save_takes_the_state_as_the_queued_work_leaves_it_and_before_any_late
     store = LocalStore(tmp_path)
     saver = CheckpointSaver(
         store,
-        catalogue=Catalogue(store, run="run"),
+        index=CheckpointIndex(store, run="run"),
         config=CheckpointConfig(keep_last=1),
         ranks=Alone(),
         aside=Alone(),

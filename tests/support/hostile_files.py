@@ -132,7 +132,7 @@ def look(target: Target, outcome: Path) -> None:
         with suppress(CheckpointError):
             load_weights(target.store, manifest)
     with suppress(CheckpointError):
-        reader.catalogue.examine(NEW)
+        reader.index.examine(NEW)
     outcome.write_text("\n".join(told))
 
 

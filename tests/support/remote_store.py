@@ -30,8 +30,8 @@ from tests.unit.trainer.checkpoint.worlds import (
     on_ranks,
     split,
 )
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import DamagedCheckpoint
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
@@ -82,7 +82,7 @@ class RemoteStore:
         self.proxy.heal()
         for key in self.store.list(""):
             self.store.delete(key)
-        self.store.sweep("", lambda key: True)
+        self.store.abort_unfinished("", lambda key: True)
 
     def unfinished(self) -> list[str]:
         """The keys of uploads in parts that were begun and not ended."""
@@ -131,7 +131,7 @@ def load_state(
     *,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
     tell: Callable[[str], object] = lambda damage: None,
-) -> tuple[int, State, Catalogue] | None:
+) -> tuple[int, State, CheckpointIndex] | None:
     """What one process that starts on the store resumes from, past what is damaged.
 
     Args:
@@ -150,7 +150,7 @@ def load_state(
         except DamagedCheckpoint as damage:
             tell(str(damage))
             continue
-        return counters["images"], state, reader.catalogue
+        return counters["images"], state, reader.index
     return None
 
 

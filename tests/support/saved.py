@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.checkpoint.agreement import Alone
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.state import Fragment
 from trainer.storage.store import Store
@@ -26,7 +26,7 @@ def save_now(
     """Saves a state and waits until it is committed."""
     saver = CheckpointSaver(
         store,
-        catalogue=Catalogue(store, run=run),
+        index=CheckpointIndex(store, run=run),
         config=CheckpointConfig(keep_last=100),
         ranks=Alone(),
         aside=Alone(),

@@ -83,7 +83,7 @@ class Agreement:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
 
-    def each(self, step: Callable[[], Result]) -> Result:
+    def run_on_all(self, step: Callable[[], Result]) -> Result:
         """Run `step` on every rank and return this rank's result if none failed.
 
         Raises:
@@ -108,15 +108,15 @@ class Agreement:
         """Run `step` on every rank; return all results on the first rank, and on others nothing.
 
         Raises:
-            CheckpointError: As for `each`.
+            CheckpointError: As for `run_on_all`.
         """
-        return self._ranks.collect(self.each(step))
+        return self._ranks.collect(self.run_on_all(step))
 
-    def first(self, step: Callable[[], bytes]) -> bytes:
+    def run_on_rank0(self, step: Callable[[], bytes]) -> bytes:
         """Run `step` on the first rank alone and return its result on every rank.
 
         Raises:
-            CheckpointError: As for `each`.
+            CheckpointError: As for `run_on_all`.
         """
         own: Exception | None = None
         told = b""

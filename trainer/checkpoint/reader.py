@@ -11,8 +11,8 @@ import numpy as np
 
 from trainer.checkpoint import content
 from trainer.checkpoint.agreement import Agreement, Alone, Ranks
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint, InvalidManifest
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest
 from trainer.state import Fragment
 from trainer.storage.store import Store
@@ -32,13 +32,13 @@ class CheckpointReader:
         ranks: How this rank agrees with the others.
 
     Attributes:
-        catalogue: The checkpoints as this process knows them.
+        index: The checkpoints as this process knows them.
     """
 
     def __init__(self, store: Store, *, run: str, ranks: Ranks | None = None) -> None:
         self._store = store
         self._ranks = Agreement(ranks or Alone())
-        self.catalogue = Catalogue(store, run=run)
+        self.index = CheckpointIndex(store, run=run)
 
     def newest_valid(self, *, before: int | None = None) -> Manifest | None:
         """Find the newest checkpoint that is whole, as far as can be told without reading it.
@@ -53,11 +53,11 @@ class CheckpointReader:
         Raises:
             StoreError: The store failed, which does not mean that there is no checkpoint.
         """
-        return self._shared(lambda: self.catalogue.newest_valid(before=before))
+        return self._shared(lambda: self.index.newest_valid(before=before))
 
     def is_empty(self) -> bool:
         """Tell whether the run has no checkpoint, not even a damaged one."""
-        return self._ranks.first(lambda: b"empty" if self.catalogue.is_empty() else b"") != b""
+        return self._ranks.run_on_rank0(lambda: b"empty" if self.index.is_empty() else b"") != b""
 
     def manifest(self, images: int) -> Manifest | None:
         """Return the manifest of one checkpoint, or None, with a warning, if it is not whole."""
@@ -80,21 +80,21 @@ class CheckpointReader:
             StoreError: The store failed.
         """
         held = self._ranks.collected(lambda: self._fitting(manifest, fragments))
-        self._ranks.first(lambda: self._all_wanted(manifest, held))
+        self._ranks.run_on_rank0(lambda: self._all_wanted(manifest, held))
         try:
-            self._ranks.each(lambda: content.fill(self._store, manifest, fragments))
+            self._ranks.run_on_all(lambda: content.fill(self._store, manifest, fragments))
         except DamagedCheckpoint:
-            self.catalogue.mark_damaged(manifest)
+            self.index.mark_damaged(manifest)
             raise
         return copy.deepcopy(dict(manifest.train_state))
 
     def uri(self, images: int) -> str:
         """Return the address of a checkpoint."""
-        return self.catalogue.uri(images)
+        return self.index.uri(images)
 
     def _examined(self, images: int) -> Manifest | None:
         try:
-            return self.catalogue.examine(images)
+            return self.index.examine(images)
         except (InvalidManifest, DamagedCheckpoint) as error:
             logger.warning("checkpoint %s is not valid: %s", self.uri(images), error)
             return None
@@ -110,10 +110,10 @@ class CheckpointReader:
             found.append(manifest)
             return manifest.to_json()
 
-        heard = self._ranks.first(told)
+        heard = self._ranks.run_on_rank0(told)
         if not heard:
             return None
-        return found[0] if found else Manifest.from_json(heard, run=self.catalogue.run)
+        return found[0] if found else Manifest.from_json(heard, run=self.index.run)
 
     def _fitting(self, manifest: Manifest, fragments: Sequence[Fragment]) -> bytes:
         """Check that a rank's fragments fit, and tell for each parameter whether it is one."""

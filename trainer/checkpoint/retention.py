@@ -83,7 +83,7 @@ def reasons_to_keep(
     return {images: tuple(found) for images, found in reasons.items()}
 
 
-def superseded(key: str, *, run: str, committed: int) -> bool:
+def is_stale(key: str, *, run: str, committed: int) -> bool:
     """Tell whether a key belongs to a save that cannot be committed any more.
 
     Args:
@@ -96,14 +96,14 @@ def superseded(key: str, *, run: str, committed: int) -> bool:
     return images is not None and images < committed
 
 
-def remains(keys: Collection[str], *, run: str, used: Collection[str], committed: int) -> list[str]:
+def orphans(keys: Collection[str], *, run: str, used: Collection[str], committed: int) -> list[str]:
     """Return the content objects that no checkpoint uses and no save will still commit.
 
     Args:
         keys: Keys under the run's checkpoints.
         run: Name of the run.
         used: Keys the checkpoints that stay consist of.
-        committed: Images of the newest checkpoint that counts: see `superseded`.
+        committed: Images of the newest checkpoint that counts: see `is_stale`.
 
     Returns:
         Keys to delete: content that saves wrote, and no file that somebody put beside it.
@@ -111,7 +111,7 @@ def remains(keys: Collection[str], *, run: str, used: Collection[str], committed
     return sorted(
         key
         for key in keys
-        if superseded(key, run=run, committed=committed)
+        if is_stale(key, run=run, committed=committed)
         and layout.is_content(run, key)
         and key not in used
     )
@@ -128,7 +128,7 @@ def _firsts(valid: Collection[int], every: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clearance:
+class DeletionPlan:
     """What to delete, in this order: manifests, content, and what unfinished uploads left.
 
     Attributes:
@@ -150,7 +150,7 @@ class Clearance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inventory:
+class CheckpointListing:
     """The objects of a run's checkpoints, and what they amount to.
 
     Attributes:
@@ -175,9 +175,9 @@ class Inventory:
         """The checkpoint that a run resumes from."""
         return self.manifests[max(self.manifests)] if self.manifests else None
 
-    def clearance(
+    def deletion_plan(
         self, policy: RetentionPolicy, *, scores: Mapping[int, float], saved: Manifest | None = None
-    ) -> Clearance:
+    ) -> DeletionPlan:
         """Decide what can go.
 
         Args:
@@ -194,7 +194,7 @@ class Inventory:
         )
         reference = saved or self.newest_valid
         if reference is None:
-            return Clearance(reasons=reasons, manifests=(), content=(), committed=None)
+            return DeletionPlan(reasons=reasons, manifests=(), content=(), committed=None)
         kept = {images for images, found in reasons.items() if found}
         used = {
             entry.key
@@ -204,11 +204,11 @@ class Inventory:
         # Of a damaged checkpoint that stays nothing is known for sure, so all of it stays.
         for images in kept & self.damaged.keys():
             used.update(self.folders.get(images, ()))
-        return Clearance(
+        return DeletionPlan(
             reasons=reasons,
             manifests=tuple(
                 layout.manifest_key(self.run, images) for images in reasons if images not in kept
             ),
-            content=tuple(remains(self.sizes, run=self.run, used=used, committed=reference.images)),
+            content=tuple(orphans(self.sizes, run=self.run, used=used, committed=reference.images)),
             committed=reference.images,
         )

@@ -34,7 +34,7 @@ TRAIN_STATE_BYTES = 4 * 1024**2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Announcement:
+class RankState:
     """What one rank holds of the state, in as few bytes as may be.
 
     Attributes:
@@ -53,7 +53,7 @@ class Announcement:
         kinds: Collection[Sequence[str]],
         shapes: Mapping[str, tuple[int, ...]],
         spans: Sequence[tuple[int, int]] | Rows,
-    ) -> Announcement:
+    ) -> RankState:
         """Pack what a rank holds.
 
         Args:
@@ -69,7 +69,7 @@ class Announcement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class SaveProposal:
     """What one rank is about to save.
 
     Attributes:
@@ -89,7 +89,7 @@ class Turn:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> Turn:
+    def from_json(cls, data: bytes) -> SaveProposal:
         """Take it out of bytes of `to_json`."""
         return cls(**parse_json(data))
 
@@ -124,7 +124,7 @@ class SavePlan:
         )
 
 
-def announce(fragments: Sequence[Fragment]) -> Announcement:
+def describe_rank(fragments: Sequence[Fragment]) -> RankState:
     """Describe a rank's fragments.
 
     Raises:
@@ -134,7 +134,7 @@ def announce(fragments: Sequence[Fragment]) -> Announcement:
     kinds = {tuple(sorted(fragment.tensors)) for fragment in fragments}
     if len(kinds) > 1:
         raise CheckpointMismatch(f"All slices must hold the same kinds of values, got {kinds}.")
-    return Announcement.of(
+    return RankState.of(
         kinds,
         {name: fragment.shape for name, fragment in named.items()},
         [(fragment.start, fragment.numel) for fragment in fragments],
@@ -176,23 +176,23 @@ def plan_save(announced: Sequence[bytes], spans: Sequence[bytes]) -> SavePlan:
     return plan
 
 
-def agreed(turns: Sequence[bytes]) -> Turn:
+def agree(proposals: Sequence[bytes]) -> SaveProposal:
     """Return what all ranks are about to do; if one is busy, all are.
 
     Args:
-        turns: Every rank's `Turn` as JSON.
+        proposals: Every rank's `SaveProposal` as JSON.
 
     Raises:
         CheckpointMismatch: They are not about to save the same position of the same run.
     """
-    taken = [Turn.from_json(turn) for turn in turns]
-    if len({(turn.images, turn.science_hash) for turn in taken}) > 1:
-        seen = sorted({turn.images for turn in taken})
+    taken = [SaveProposal.from_json(proposal) for proposal in proposals]
+    if len({(proposal.images, proposal.science_hash) for proposal in taken}) > 1:
+        seen = sorted({proposal.images for proposal in taken})
         raise CheckpointMismatch(
             f"The ranks do not save the same state: they are at {seen} images, or differ in "
             "configuration. This is a fault of the program; no checkpoint was written."
         )
-    return replace(taken[0], busy=any(turn.busy for turn in taken))
+    return replace(taken[0], busy=any(proposal.busy for proposal in taken))
 
 
 def check_readable(manifest: Manifest, sizes: Mapping[int, int]) -> None:

@@ -20,23 +20,23 @@ from typing import Any
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Agreement, Ranks
 from trainer.checkpoint.blocks import BLOCK_BYTES
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.save_plan import (
     SavePlan,
-    Turn,
-    agreed,
-    announce,
+    SaveProposal,
+    agree,
     check_readable,
+    describe_rank,
     plan_save,
 )
 from trainer.checkpoint.slices import slices_of
 from trainer.checkpoint.snapshot import Snapshot
-from trainer.checkpoint.upload import Destination, SaveReport, Upload
+from trainer.checkpoint.upload import SaveReport, Upload, UploadContext
 from trainer.state import Fragment
-from trainer.storage.retry import Patience
+from trainer.storage.retry import RetryPolicy
 from trainer.storage.store import Store
 
 PACKAGES = ("lapflow-trainer", "torch", "safetensors", "deepspeed")
@@ -67,7 +67,7 @@ class CheckpointSaver:
 
     Args:
         store: Where its checkpoints are kept.
-        catalogue: Its checkpoints; shared with the reader that restored the run, which may have
+        index: Its checkpoints; shared with the reader that restored the run, which may have
             found one damaged that is now to be replaced.
         config: When to save, and what to keep.
         ranks: How this rank agrees with the others.
@@ -82,7 +82,7 @@ class CheckpointSaver:
         self,
         store: Store,
         *,
-        catalogue: Catalogue,
+        index: CheckpointIndex,
         config: CheckpointConfig,
         ranks: Ranks,
         aside: Ranks,
@@ -92,18 +92,18 @@ class CheckpointSaver:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
-        self._run = catalogue.run
+        self._run = index.run
         self._config = config
         self._rank = ranks.rank
         self._world_size = ranks.world_size
         self._ranks = Agreement(ranks)
-        self._catalogue = catalogue
-        self._patience = Patience(config.patience_s)
-        self._destination = Destination(
+        self._index = index
+        self._retry = RetryPolicy(config.patience_s)
+        self._context = UploadContext(
             store=store,
-            catalogue=catalogue,
+            index=index,
             ranks=Agreement(aside),
-            patience=self._patience,
+            retry=self._retry,
             policy=RetentionPolicy.of(config),
             scores=scores,
         )
@@ -129,12 +129,14 @@ class CheckpointSaver:
         """
         if self._plan is not None:
             return
-        own = self._ranks.each(lambda: announce(fragments))
+        own = self._ranks.run_on_all(lambda: describe_rank(fragments))
         tables = self._ranks.collected(lambda: own.parameters)
         spans = self._ranks.collected(lambda: own.spans)
-        plan = SavePlan.from_json(self._ranks.first(lambda: plan_save(tables, spans).to_json()))
+        plan = SavePlan.from_json(
+            self._ranks.run_on_rank0(lambda: plan_save(tables, spans).to_json())
+        )
         sizes = self._ranks.collected(lambda: self._allocate(fragments, plan))
-        self._ranks.first(lambda: self._readable(plan, sizes, science))
+        self._ranks.run_on_rank0(lambda: self._readable(plan, sizes, science))
         self._plan = plan
 
     def save(
@@ -159,7 +161,7 @@ class CheckpointSaver:
 
         Returns:
             Whether the save was begun. It was not if the one before is still on its way, and the
-            configuration says to skip then, a stop was asked for, or `hurry` left no time.
+            configuration says to skip then, a stop was asked for, or `set_deadline` left no time.
 
         Raises:
             CheckpointMismatch: The ranks' fragments do not make up one whole state.
@@ -170,30 +172,32 @@ class CheckpointSaver:
         self.prepare(fragments, science=science)
         if last or self._config.when_busy == "wait":
             self._wait(for_all_of_it=last)
-        turns = self._ranks.collected(lambda: self._turn(images, science_hash).to_json())
-        turn = Turn.from_json(self._ranks.first(lambda: agreed(turns).to_json()))
-        if turn.busy:
+        proposals = self._ranks.collected(lambda: self._propose(images, science_hash).to_json())
+        proposal = SaveProposal.from_json(
+            self._ranks.run_on_rank0(lambda: agree(proposals).to_json())
+        )
+        if proposal.busy:
             self._skip(images)
             return False
-        self._ranks.each(lambda: self._take(fragments))
+        self._ranks.run_on_all(lambda: self._take(fragments))
         assert self._plan is not None
         self._position = images
         self._upload = Upload(
-            self._described(turn, self._plan, train_state=train_state, science=science),
+            self._described(proposal, self._plan, train_state=train_state, science=science),
             rank=self._rank,
             snapshot=self._snapshot,
-            to=self._destination,
+            to=self._context,
             report=self._report,
             blocked_s=time.monotonic() - began,
         )
         return True
 
-    def hurry(self, within_s: float) -> None:
+    def set_deadline(self, within_s: float) -> None:
         """Leave no more than so many seconds for all that is, and will be, on its way."""
-        self._patience.hurry(within_s)
+        self._retry.set_deadline(within_s)
 
     def finish(self) -> None:
-        """Wait until the save under way has ended, but no longer than `hurry` allows.
+        """Wait until the save under way has ended, but no longer than `set_deadline` allows.
 
         How it ended was reported. Here it raises only if the run cannot go on like this.
 
@@ -205,7 +209,7 @@ class CheckpointSaver:
             return
         if self._upload.running:
             logger.info("waiting until the checkpoint under way is saved")
-        self._upload.wait(self._patience.left_s())
+        self._upload.wait(self._retry.left_s())
         if self._upload.running:
             self._upload.report_failure(_NO_TIME)
             return
@@ -213,13 +217,13 @@ class CheckpointSaver:
 
     def leave(self, within_s: float) -> None:
         """Give the save under way so many seconds after the run failed: its state is a good one."""
-        self._patience.hurry(within_s)
+        self._retry.set_deadline(within_s)
         if self._upload is not None:
             self._upload.wait(within_s)
 
     def uri(self, images: int) -> str:
         """Return the address of a checkpoint."""
-        return self._catalogue.uri(images)
+        return self._index.uri(images)
 
     def is_saved(self, images: int) -> bool:
         """Tell whether the last save or restore was of this position, as far as is known."""
@@ -238,14 +242,16 @@ class CheckpointSaver:
         self, plan: SavePlan, sizes: Sequence[bytes], science: Mapping[str, Any]
     ) -> bytes:
         """Refuse to train what could be saved and not be read again."""
-        turn = Turn(images=layout.MAX_IMAGES, science_hash="", attempt=_attempt(), busy=False)
-        manifest = self._described(turn, plan, train_state={}, science=science)
+        proposal = SaveProposal(
+            images=layout.MAX_IMAGES, science_hash="", attempt=_attempt(), busy=False
+        )
+        manifest = self._described(proposal, plan, train_state={}, science=science)
         check_readable(manifest, sizes={rank: int(size) for rank, size in enumerate(sizes) if size})
         return b""
 
-    def _turn(self, images: int, science_hash: str) -> Turn:
+    def _propose(self, images: int, science_hash: str) -> SaveProposal:
         self._note_failure()
-        return Turn(
+        return SaveProposal(
             images=images,
             science_hash=science_hash,
             attempt=_attempt(),
@@ -263,7 +269,7 @@ class CheckpointSaver:
 
     def _described(
         self,
-        turn: Turn,
+        proposal: SaveProposal,
         plan: SavePlan,
         *,
         train_state: Mapping[str, Any],
@@ -271,11 +277,11 @@ class CheckpointSaver:
     ) -> Manifest:
         return Manifest(
             run=self._run,
-            images=turn.images,
-            attempt=turn.attempt,
+            images=proposal.images,
+            attempt=proposal.attempt,
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             world_size=self._world_size,
-            science_hash=turn.science_hash,
+            science_hash=proposal.science_hash,
             science=science,
             train_state=copy.deepcopy(dict(train_state)),
             kinds=plan.kinds,
@@ -291,12 +297,12 @@ class CheckpointSaver:
         if self._upload is None:
             return
         if for_all_of_it:
-            self._upload.wait(self._patience.left_s())
+            self._upload.wait(self._retry.left_s())
         while self._upload.running and not for_all_of_it and not self._stop_requested():
             self._upload.wait(_TICK_S)
 
     def _skip(self, images: int) -> None:
-        if self._patience.left_s() is not None:
+        if self._retry.left_s() is not None:
             self._report(SaveReport(images=images, uri=self.uri(images), error=_NO_TIME))
         elif self._rank == 0:
             logger.warning(

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pipelines.documents import parse_json
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Agreement
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.errors import NonFiniteState
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.storage.errors import CheckpointError, StoreError, StoreUnreachable
-from trainer.storage.retry import Patience
+from trainer.storage.retry import RetryPolicy
 from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -47,22 +47,22 @@ class SaveReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Destination:
+class UploadContext:
     """Where a rank's uploads go, and what they need on the way; the same for all of a run.
 
     Attributes:
         store: The store.
-        catalogue: The run's checkpoints in it.
+        index: The run's checkpoints in it.
         ranks: Brings the threads of all ranks to one decision.
-        patience: How long the store is tried again.
+        retry: How long the store is tried again.
         policy: Which checkpoints stay.
         scores: Gives the Fréchet distances measured so far, by images.
     """
 
     store: Store
-    catalogue: Catalogue
+    index: CheckpointIndex
     ranks: Agreement
-    patience: Patience
+    retry: RetryPolicy
     policy: RetentionPolicy
     scores: Callable[[], Mapping[int, float]]
 
@@ -85,7 +85,7 @@ class Upload:
         *,
         rank: int,
         snapshot: Snapshot | None,
-        to: Destination,
+        to: UploadContext,
         report: Callable[[SaveReport], None],
         blocked_s: float,
     ) -> None:
@@ -133,7 +133,7 @@ class Upload:
             standing = self._published()
             if standing is not None:
                 self._tell(self._ended(sum(entry.size_bytes for entry in standing.objects)))
-                self._retire(standing)
+                self._prune(standing)
         except (StoreError, NonFiniteState) as error:
             self._failed = True
             self.report_failure(str(error))
@@ -143,26 +143,26 @@ class Upload:
 
     def _published(self) -> Manifest | None:
         """Write and commit; return the checkpoint that now stands on the first rank alone."""
-        ranks, persist = self._to.ranks, self._to.patience.persist
+        ranks, call = self._to.ranks, self._to.retry.call
         standing: list[Manifest] = []
         try:
-            entries = ranks.collected(lambda: persist(self._written))
+            entries = ranks.collected(lambda: call(self._written))
         except CheckpointError:
             self._discard()
             raise
 
         def commit() -> bytes:
             manifest = replace(self._manifest, objects=self._objects(entries))
-            standing.append(persist(lambda: self._to.catalogue.commit(manifest)))
+            standing.append(call(lambda: self._to.index.commit(manifest)))
             return b"" if standing[0].attempt == manifest.attempt else b"another's"
 
         try:
-            if ranks.first(commit):
+            if ranks.run_on_rank0(commit):
                 self._discard()  # nobody will ever commit it
         except StoreUnreachable:
             raise  # the answer may be what was lost
         except StoreError:
-            if ranks.first(self._told_committed) == b"":
+            if ranks.run_on_rank0(self._told_committed) == b"":
                 self._discard()
             raise
         return standing[0] if standing else None
@@ -200,12 +200,12 @@ class Upload:
         )
 
     def _told_committed(self) -> bytes:
-        return b"committed" if self._to.catalogue.is_committed(self._manifest.images) else b""
+        return b"committed" if self._to.index.is_committed(self._manifest.images) else b""
 
-    def _retire(self, standing: Manifest) -> None:
+    def _prune(self, standing: Manifest) -> None:
         try:
             scores = self._to.scores() if self._to.policy.keep_best else {}
-            self._to.catalogue.retire(standing, policy=self._to.policy, scores=scores)
+            self._to.index.prune(standing, policy=self._to.policy, scores=scores)
         except Exception as error:
             # The save is done; what could not be deleted goes after the next one.
             logger.warning("old checkpoints are still there: %s: %s", type(error).__name__, error)
@@ -229,7 +229,7 @@ class Upload:
     def _ended(self, size_bytes: int, error: str | None = None) -> SaveReport:
         return SaveReport(
             images=self._manifest.images,
-            uri=self._to.catalogue.uri(self._manifest.images),
+            uri=self._to.index.uri(self._manifest.images),
             size_bytes=size_bytes,
             blocked_s=self._blocked_s,
             upload_s=time.monotonic() - self._began,

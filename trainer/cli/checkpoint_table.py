@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 from pipelines.console import visible
-from trainer.checkpoint.retention import Inventory
+from trainer.checkpoint.retention import CheckpointListing
 from trainer.formats import format_bytes
 
 _NOTHING = "-"
@@ -56,7 +56,7 @@ class Entry:
 
 
 def entries(
-    inventory: Inventory,
+    listing: CheckpointListing,
     *,
     uri: Callable[[int], str],
     reasons: Mapping[int, Sequence[str]],
@@ -65,18 +65,18 @@ def entries(
     """Describe everything under a run's checkpoints, oldest first.
 
     Args:
-        inventory: What there is.
+        listing: What there is.
         uri: Gives the address of a checkpoint.
         reasons: Why each committed checkpoint is kept.
         scores: Fréchet distances of those that were measured.
     """
-    newest = inventory.newest_valid
+    newest = listing.newest_valid
     found = []
-    for images, sizes in inventory.folders.items():
-        manifest = inventory.manifests.get(images)
+    for images, sizes in listing.folders.items():
+        manifest = listing.manifests.get(images)
         state, problem, kept = _WHOLE, "", tuple(reasons.get(images, ()))
-        if images in inventory.damaged:
-            state, problem = _DAMAGED, inventory.damaged[images]
+        if images in listing.damaged:
+            state, problem = _DAMAGED, listing.damaged[images]
         elif manifest is None:
             state, problem = _UNFINISHED, "it has no manifest; a save that ended early left it"
             if newest is None or images >= newest.images:

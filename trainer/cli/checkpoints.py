@@ -14,11 +14,11 @@ from pydantic import Field
 
 from pipelines.console import say, visible
 from trainer.checkpoint.errors import DamagedCheckpoint
-from trainer.checkpoint.retention import Clearance, Inventory
+from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
 from trainer.cli.checkpoint_table import STATES, Entry, table
 from trainer.cli.command import Outcome, Subcommand, run_subcommands
-from trainer.cli.run_handle import RetentionSettings, RunPlace, open_run, retained_checkpoints
+from trainer.cli.run_handle import RetentionSettings, RunHandle, open_run, retained_checkpoints
 from trainer.config.reading import ConfigError
 from trainer.export.export import ExportSettings, export_checkpoint
 from trainer.formats import format_bytes
@@ -49,23 +49,23 @@ def export_chosen_checkpoint(config: ExportConfig) -> Outcome:
         ConfigError: If there is no such checkpoint, or `output` cannot be written.
         CheckpointError: If the checkpoint is damaged, or the store fails.
     """
-    place = open_run(config.uri, config.store)
-    if place.images is not None and config.choose is not None:
+    handle = open_run(config.uri, config.store)
+    if handle.images is not None and config.choose is not None:
         raise ConfigError(
             f"choose={config.choose} needs the URI of a run, but {config.uri} is one checkpoint; "
-            f"give {place.uri}"
+            f"give {handle.uri}"
         )
-    images = place.images if config.choose is None else config.choose
-    found = place.committed(images)
+    images = handle.images if config.choose is None else config.choose
+    found = handle.committed(images)
     if found.newest_valid is None:
         raise DamagedCheckpoint(
             f"{config.uri} cannot be exported: {found.damaged[max(found.damaged)]}"
         )
     for newer in sorted(each for each in found.damaged if each > found.newest_valid.images):
         logger.warning(
-            "passing over checkpoint %s: %s", place.catalogue.uri(newer), found.damaged[newer]
+            "passing over checkpoint %s: %s", handle.index.uri(newer), found.damaged[newer]
         )
-    return Outcome(f"{export_checkpoint(place.store, found.newest_valid, config)}")
+    return Outcome(f"{export_checkpoint(handle.store, found.newest_valid, config)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +87,12 @@ def list_checkpoints(config: ListConfig) -> Outcome:
         StoreError: If the store fails.
     """
     shown = retained_checkpoints(config)
-    newest = shown.inventory.newest_valid
-    resume_from = None if newest is None else shown.place.catalogue.uri(newest.images)
-    total = sum(shown.inventory.sizes.values())
+    newest = shown.listing.newest_valid
+    resume_from = None if newest is None else shown.handle.index.uri(newest.images)
+    total = sum(shown.listing.sizes.values())
     if config.json:
         values = {
-            "run": shown.place.uri,
+            "run": shown.handle.uri,
             "resume_from": resume_from,
             "size_bytes": total,
             "features": shown.features,
@@ -134,21 +134,21 @@ def prune_checkpoints(config: PruneConfig) -> Outcome:
         StoreError: If the store fails; what is left over can go at the next time.
     """
     shown = retained_checkpoints(config)
-    clearance, sizes = shown.clearance, shown.inventory.sizes
+    plan, sizes = shown.plan, shown.listing.sizes
     shown_table = table(
         shown.entries, features=shown.features, gone="deleted" if config.yes else "to be deleted"
     )
-    going = (*clearance.manifests, *clearance.content)
+    going = (*plan.manifests, *plan.content)
     freed = f"{format_bytes(sum(sizes[key] for key in going))} of "
     freed += format_bytes(sum(sizes.values()))
-    what = _counted(len(clearance.expired), "checkpoint")
-    if left := _left_behind(shown.inventory, clearance):
+    what = _counted(len(plan.expired), "checkpoint")
+    if left := _left_behind(shown.listing, plan):
         what += f" and {_counted(left, 'object')} that no checkpoint uses"
     policy = " ".join(f"{key}={value}" for key, value in asdict(config.policy).items())
     lines = [shown_table, "", f"kept by {policy}", *shown.notes]
     if config.yes:
-        swept = shown.place.catalogue.clear(clearance)
-        uploads = f", and {_counted(swept, 'unfinished upload')}" if swept else ""
+        aborted = shown.handle.index.clear(plan)
+        uploads = f", and {_counted(aborted, 'unfinished upload')}" if aborted else ""
         lines.append(f"deleted {what}{uploads}: {freed} freed")
     elif going:
         lines.append(f"would delete {what}: frees {freed}")
@@ -158,15 +158,15 @@ def prune_checkpoints(config: PruneConfig) -> Outcome:
     return Outcome("\n".join(lines))
 
 
-def _left_behind(inventory: Inventory, clearance: Clearance) -> int:
+def _left_behind(listing: CheckpointListing, plan: DeletionPlan) -> int:
     """Count the objects to delete that are no part of a checkpoint that expires."""
     own = {
         entry.key
-        for images in clearance.expired
-        if images in inventory.manifests
-        for entry in inventory.manifests[images].objects
+        for images in plan.expired
+        if images in listing.manifests
+        for entry in listing.manifests[images].objects
     }
-    return len(set(clearance.content) - own)
+    return len(set(plan.content) - own)
 
 
 def _counted(number: int, noun: str) -> str:
@@ -199,9 +199,9 @@ def verify_checkpoints(config: VerifyConfig) -> Outcome:
         ConfigError: If there is no such checkpoint.
         StoreError: If the store fails.
     """
-    place = open_run(config.uri, config.store)
-    inventory = place.committed(place.images)
-    damage = _damage(place, inventory)
+    handle = open_run(config.uri, config.store)
+    listing = handle.committed(handle.images)
+    damage = _damage(handle, listing)
     lines = []
     for images, problems in damage.items():
         lines.append(f"{images:>15,}  {'DAMAGED' if problems else 'whole'}")
@@ -210,39 +210,37 @@ def verify_checkpoints(config: VerifyConfig) -> Outcome:
     number = len(damage) - len(whole)
     lines += ["", f"{len(whole)} whole to the last byte, {number} damaged"]
     if number:
-        lines += _advice(place, newest=max(whole, default=None))
+        lines += _advice(handle, newest=max(whole, default=None))
     return Outcome("\n".join(lines), _DAMAGED if number else 0)
 
 
-def _damage(place: RunPlace, inventory: Inventory) -> dict[int, list[str]]:
+def _damage(handle: RunHandle, listing: CheckpointListing) -> dict[int, list[str]]:
     """Return what is wrong with each checkpoint, oldest first."""
     progress = ReadProgress(
-        sum(each.size_bytes for found in inventory.manifests.values() for each in found.objects),
+        sum(each.size_bytes for found in listing.manifests.values() for each in found.objects),
         tell=_say,
     )
     damage = {}
-    for images in sorted({*inventory.manifests, *inventory.damaged}):
-        manifest = inventory.manifests.get(images)
+    for images in sorted({*listing.manifests, *listing.damaged}):
+        manifest = listing.manifests.get(images)
         if manifest is None:
-            problems = [inventory.damaged[images]]
+            problems = [listing.damaged[images]]
         else:
-            problems = list(damaged_objects(place.store, manifest, progress).values())
-        if problems and not place.is_committed(images):
+            problems = list(damaged_objects(handle.store, manifest, progress).values())
+        if problems and not handle.is_committed(images):
             continue  # its run has retired it meanwhile
         damage[images] = problems
     return damage
 
 
-def _advice(place: RunPlace, *, newest: int | None) -> list[str]:
+def _advice(handle: RunHandle, *, newest: int | None) -> list[str]:
     """Say what to do about damage."""
-    if place.images is not None:
-        left = f"look for one that is whole with {place.uri}"
+    if handle.images is not None:
+        left = f"look for one that is whole with {handle.uri}"
     elif newest is None:
         left = "no checkpoint of this run is whole"
     else:
-        left = (
-            f"the newest that is whole, which this run resumes from: {place.catalogue.uri(newest)}"
-        )
+        left = f"the newest that is whole, which this run resumes from: {handle.index.uri(newest)}"
     return [
         left,
         "restore the damaged objects from a copy and verify again, or delete the folder of the "

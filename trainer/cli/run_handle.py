@@ -9,32 +9,33 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.retention import Clearance, Inventory, RetentionPolicy
+from trainer.checkpoint.index import CheckpointIndex
+from trainer.checkpoint.retention import CheckpointListing, DeletionPlan, RetentionPolicy
 from trainer.cli.checkpoint_table import Entry, entries
 from trainer.config.evaluation import FeatureName
 from trainer.config.reading import ConfigError
 from trainer.evaluation.measured import measured_scores
-from trainer.storage.address import Address, parse_address
+from trainer.storage.checkpoint_uri import CheckpointUri, parse_checkpoint_uri
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
 
 _MAX_NAMES = 10
 
 
-class RunPlace(NamedTuple):
+@dataclass(frozen=True)
+class RunHandle:
     """A run, or one checkpoint of it, in an opened store.
 
     Attributes:
         address: What the URI names.
         store: The store of all runs.
-        catalogue: The run's checkpoints.
+        index: The run's checkpoints.
     """
 
-    address: Address
+    address: CheckpointUri
     store: Store
-    catalogue: Catalogue
+    index: CheckpointIndex
 
     @property
     def run(self) -> str:
@@ -51,26 +52,26 @@ class RunPlace(NamedTuple):
         """The checkpoint, where the URI named one."""
         return self.address.images
 
-    def inventory(self) -> Inventory:
+    def listing(self) -> CheckpointListing:
         """Look at everything under the run's checkpoints.
 
         Raises:
             ConfigError: If there is nothing, saying what is there instead.
             StoreError: If the store fails.
         """
-        inventory = self.catalogue.inventory()
-        if not inventory.folders:
+        listing = self.index.listing()
+        if not listing.folders:
             raise self._nothing_there()
-        return inventory
+        return listing
 
-    def committed(self, images: int | None) -> Inventory:
+    def committed(self, images: int | None) -> CheckpointListing:
         """Look at the committed checkpoints, or at one of them.
 
         Raises:
             ConfigError: If there is none, or not that one.
             StoreError: If the store fails.
         """
-        found = self.inventory()
+        found = self.listing()
         there = sorted({*found.manifests, *found.damaged})
         if not there:
             raise ConfigError(f"no checkpoint of {self.uri} was finished: it has objects alone")
@@ -119,7 +120,7 @@ class RunPlace(NamedTuple):
         )
 
 
-def open_run(uri: str, config: StoreConfig) -> RunPlace:
+def open_run(uri: str, config: StoreConfig) -> RunHandle:
     """Open what a URI names; nothing is contacted yet.
 
     Args:
@@ -129,9 +130,9 @@ def open_run(uri: str, config: StoreConfig) -> RunPlace:
     Raises:
         CheckpointError: If it is neither, or if the URI or the settings are no store's.
     """
-    address = parse_address(uri)
+    address = parse_checkpoint_uri(uri)
     store = open_store(address.runs, config)
-    return RunPlace(address, store, Catalogue(store, run=address.run))
+    return RunHandle(address, store, CheckpointIndex(store, run=address.run))
 
 
 def _joined(names: list[str]) -> str:
@@ -180,17 +181,17 @@ class RetainedCheckpoints(NamedTuple):
     """A run's checkpoints and what is decided about them.
 
     Attributes:
-        place: The run.
-        inventory: What there is.
-        clearance: What can be deleted, and why the rest stays.
+        handle: The run.
+        listing: What there is.
+        plan: What can be deleted, and why the rest stays.
         entries: The rows of the table.
         features: Extractor of the distances; None if nothing was measured and none was asked for.
         notes: What the user should know about the settings.
     """
 
-    place: RunPlace
-    inventory: Inventory
-    clearance: Clearance
+    handle: RunHandle
+    listing: CheckpointListing
+    plan: DeletionPlan
     entries: list[Entry]
     features: str | None
     notes: tuple[str, ...]
@@ -203,17 +204,17 @@ def retained_checkpoints(settings: RetentionSettings) -> RetainedCheckpoints:
         ConfigError: If there is no run, or no checkpoint of it.
         StoreError: If the store fails.
     """
-    place = open_run(settings.uri, settings.store)
-    if place.images is not None:
-        raise ConfigError(f"{settings.uri} is one checkpoint; give its run, {place.uri}")
-    inventory = place.inventory()
-    by_features = measured_scores(place.store, place.run)
+    handle = open_run(settings.uri, settings.store)
+    if handle.images is not None:
+        raise ConfigError(f"{settings.uri} is one checkpoint; give its run, {handle.uri}")
+    listing = handle.listing()
+    by_features = measured_scores(handle.store, handle.run)
     features = settings.features or _most_used(by_features)
     scores = by_features.get(features, {}) if features else {}
-    clearance = inventory.clearance(settings.policy, scores=scores)
-    listed = entries(inventory, uri=place.catalogue.uri, reasons=clearance.reasons, scores=scores)
+    plan = listing.deletion_plan(settings.policy, scores=scores)
+    listed = entries(listing, uri=handle.index.uri, reasons=plan.reasons, scores=scores)
     notes = _unmeasured(settings, listed, features)
-    return RetainedCheckpoints(place, inventory, clearance, listed, features, notes)
+    return RetainedCheckpoints(handle, listing, plan, listed, features, notes)
 
 
 def _most_used(by_features: Mapping[str, Mapping[int, float]]) -> str | None:

@@ -8,7 +8,7 @@ from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config.reading import ConfigError
-from trainer.storage.address import check_no_credentials, parse_address
+from trainer.storage.checkpoint_uri import check_no_credentials, parse_checkpoint_uri
 from trainer.storage.errors import InvalidStoreUri
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
@@ -39,7 +39,7 @@ def choose_checkpoints(
         ConfigError: If there is none, or if all are asked for of what is one checkpoint.
         CheckpointError: If the URI is neither, or the store fails.
     """
-    address = parse_address(uri)
+    address = parse_checkpoint_uri(uri)
     if address.images is not None:
         if which == "all":
             raise ConfigError(
@@ -75,7 +75,7 @@ def parse_uri(uri: str) -> tuple[str, str, int]:
     """
     check_no_credentials(uri)
     try:
-        address = parse_address(uri)
+        address = parse_checkpoint_uri(uri)
     except InvalidStoreUri:
         address = None
     if address is None or address.images is None:

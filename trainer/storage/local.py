@@ -31,8 +31,8 @@ _CAUSES = {
 class LocalStore:
     """Objects as files: written beside their place, made durable, then renamed into it.
 
-    A process that dies while it writes leaves a file whose name begins with ".tmp-"; only `sweep`
-    sees it.
+    A process that dies while it writes leaves a file whose name begins with ".tmp-"; only
+    `abort_unfinished` sees it.
 
     Args:
         root: The folder; made with the first object.
@@ -119,7 +119,7 @@ class LocalStore:
                     sizes[self._key(path)] = status.st_size
         return dict(sorted(sizes.items()))
 
-    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+    def abort_unfinished(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
         """Remove temporary files."""
         swept = 0
         for path in self._files(prefix):

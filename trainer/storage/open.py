@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.storage.address import check_scheme
+from trainer.storage.checkpoint_uri import check_scheme
 from trainer.storage.errors import InvalidStoreUri
 from trainer.storage.store import Store, StoreConfig
 

@@ -18,7 +18,7 @@ FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
 
 
-class Patience:
+class RetryPolicy:
     """How long one process tries its store again.
 
     Args:
@@ -30,16 +30,16 @@ class Patience:
         self._end = float("inf")
         self._hurried = threading.Event()
 
-    def hurry(self, within_s: float) -> None:
+    def set_deadline(self, within_s: float) -> None:
         """Leave everything that is under way, and all that comes, so many seconds from now."""
         self._end = min(self._end, time.monotonic() + within_s)
         self._hurried.set()
 
     def left_s(self) -> float | None:
-        """Return the seconds that `hurry` left, or None if nobody hurries."""
+        """Return the seconds that `set_deadline` left, or None if nobody hurries."""
         return max(0.0, self._end - time.monotonic()) if self._hurried.is_set() else None
 
-    def persist(self, step: Callable[[], Result]) -> Result:
+    def call(self, step: Callable[[], Result]) -> Result:
         """Run a step, and again while the store fails and time is left.
 
         Raises:

@@ -20,7 +20,7 @@ from trainer.storage.errors import InvalidStoreUri, MissingObject, StoreError
 from trainer.storage.keys import check_key, check_prefix
 from trainer.storage.s3_errors import (
     CAUSES,
-    CAUSES_OF_SWEEP,
+    CAUSES_OF_ABORT,
     deletes_one_by_one,
     explained,
     http_status,
@@ -199,14 +199,14 @@ class S3Store:
                     sizes[item["Key"].removeprefix(self._prefix)] = item["Size"]
         return dict(sorted(sizes.items()))
 
-    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+    def abort_unfinished(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
         """Abort uploads in parts, which no listing of objects shows and which cost money."""
         check_prefix(prefix)
 
         def abort(name: str, upload_id: str) -> None:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id)
 
-        with self._explained("remove unfinished uploads of", prefix, CAUSES_OF_SWEEP):
+        with self._explained("remove unfinished uploads of", prefix, CAUSES_OF_ABORT):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )

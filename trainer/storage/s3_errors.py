@@ -49,17 +49,17 @@ CAUSES: Mapping[str, str] = {
 }
 """Cause and remedy for the codes of an answer."""
 
-_SWEEP_ALONE = (
+_ABORT_ALONE = (
     "; nothing but unfinished uploads is affected, which stay and take space until a lifecycle "
     "rule of the bucket (AbortIncompleteMultipartUpload) removes them"
 )
-_NO_SWEEP = f"the service does not list or abort unfinished uploads{_SWEEP_ALONE}"
-CAUSES_OF_SWEEP: Mapping[str, str] = {
+_NO_ABORT = f"the service does not list or abort unfinished uploads{_ABORT_ALONE}"
+CAUSES_OF_ABORT: Mapping[str, str] = {
     **CAUSES,
     "AccessDenied": "these credentials may not do this; grant s3:ListBucketMultipartUploads and "
-    f"s3:AbortMultipartUpload, or use others{_SWEEP_ALONE}",
-    "NotImplemented": _NO_SWEEP,
-    "MethodNotAllowed": _NO_SWEEP,
+    f"s3:AbortMultipartUpload, or use others{_ABORT_ALONE}",
+    "NotImplemented": _NO_ABORT,
+    "MethodNotAllowed": _NO_ABORT,
 }
 """The same where unfinished uploads are removed, which takes other rights and operations."""
 

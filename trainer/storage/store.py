@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVarTuple
 from urllib.parse import urlsplit
 
-from trainer.storage.address import check_no_credentials, check_scheme
+from trainer.storage.checkpoint_uri import check_no_credentials, check_scheme
 from trainer.storage.errors import InvalidStoreUri
 
 
@@ -63,7 +63,7 @@ class Store(Protocol):
         """Return all keys that begin with `prefix`, sorted, and the size of each in bytes."""
         ...
 
-    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+    def abort_unfinished(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
         """Remove what writers left of objects that they did not finish; `list` shows none of it.
 
         Args:

@@ -177,7 +177,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
 
         saver = CheckpointSaver(
             store,
-            catalogue=checkpoints.catalogue,
+            index=checkpoints.index,
             config=job.checkpoint,
             ranks=ranks,
             aside=HostGroup(),
@@ -241,7 +241,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                     rank=context.rank,
                 )
             if end == "stopped":
-                saver.hurry(job.checkpoint.grace_s)
+                saver.set_deadline(job.checkpoint.grace_s)
             if state.images > 0 and not saver.is_saved(state.images):
                 save(last=True)
             saver.finish()
@@ -250,7 +250,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                     store=store,
                     run=job.run,
                     images=state.images,
-                    attempt=lambda: checkpoints.catalogue.examine(state.images).attempt,
+                    attempt=lambda: checkpoints.index.examine(state.images).attempt,
                     tracker=tracker,
                     tell=tell,
                 )

@@ -18,7 +18,7 @@ from tests.unit.trainer.export.runs import IMAGES, save_run
 from tests.unit.trainer.export.runs import RUN as SMALL
 from tests.unit.trainer.measurements import RUN, measured
 from trainer.checkpoint import layout
-from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.cli import checkpoints
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
@@ -38,7 +38,7 @@ def make_run(store: Store) -> None:
     """Five checkpoints, one of them damaged, and two saves that did not finish."""
     for images in (100, 200, 300, 400, 500):
         manifest = upload(store, run=RUN, images=images, attempt="good", ranks=2)
-        Catalogue(store, run=RUN).commit(manifest)
+        CheckpointIndex(store, run=RUN).commit(manifest)
     store.delete(layout.object_key(RUN, 200, "good", 1))
     for images in (250, 600):
         upload(store, run=RUN, images=images, attempt="dead", ranks=2)
@@ -224,7 +224,7 @@ def test_export_takes_the_newest_valid_one_or_the_one_chosen(
     saved = save_run(tmp_path)
     store = open_store(f"{tmp_path}/runs", StoreConfig())
     newer = upload(store, run=SMALL, images=IMAGES + 100, attempt="good")
-    Catalogue(store, run=SMALL).commit(newer)
+    CheckpointIndex(store, run=SMALL).commit(newer)
     store.delete(newer.objects[0].key)
     run = f"{tmp_path}/runs/{SMALL}"
 

@@ -13,7 +13,7 @@ from pipelines.documents import sealed
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from tests.unit.trainer.measurements import RUN, finished, measured
-from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.evaluation.measured import frechet_scores, measured_scores
 from trainer.evaluation.report import evaluation_key
 from trainer.storage.errors import StoreUnreachable
@@ -24,7 +24,7 @@ def store() -> MemoryStore:
     store = MemoryStore()
     for images in (10, 20, 30):
         manifest = upload(store, run=RUN, images=images, attempt="good")
-        Catalogue(store, run=RUN).commit(manifest)
+        CheckpointIndex(store, run=RUN).commit(manifest)
     return store
 
 

@@ -110,9 +110,9 @@ def test_a_warning_of_the_driver_is_not_told_again_by_its_workers(capsys):
     told = []
     console = Console()
     with show_logs():
-        logging.getLogger("trainer.checkpoint.catalogue").warning("passing over %s", "a")
+        logging.getLogger("trainer.checkpoint.index").warning("passing over %s", "a")
         with forward_logs(told.append, rank=0):
-            logging.getLogger("trainer.checkpoint.catalogue").warning("replacing %s", "b")
+            logging.getLogger("trainer.checkpoint.index").warning("replacing %s", "b")
         for text in ("passing over a", "replacing c"):
             console.message({"kind": "warning", "rank": 0, "text": text})
     captured = capsys.readouterr()

@@ -67,7 +67,7 @@ class MemoryStore:
                 if key.startswith(prefix)
             }
 
-    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+    def abort_unfinished(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
         return 0  # a put is done at once
 
 
@@ -116,8 +116,10 @@ class WatchedStore:
     def list(self, prefix: str) -> dict[str, int]:
         return self._around("list", prefix, lambda: self._store.list(prefix))
 
-    def sweep(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
-        return self._around("sweep", prefix, lambda: self._store.sweep(prefix, is_dead))
+    def abort_unfinished(self, prefix: str, is_dead: Callable[[str], bool]) -> int:
+        return self._around(
+            "abort_unfinished", prefix, lambda: self._store.abort_unfinished(prefix, is_dead)
+        )
 
     def _around(self, verb: str, key: str, operation: Callable[[], Result]) -> Result:
         with self._lock:

@@ -15,7 +15,7 @@ class _Private(StoreUnreachable):
 
 
 def test_each_rank_keeps_its_own_result() -> None:
-    outcomes = on_ranks(3, lambda rank, ranks: Agreement(ranks).each(lambda: rank))
+    outcomes = on_ranks(3, lambda rank, ranks: Agreement(ranks).run_on_all(lambda: rank))
     assert outcomes == [0, 1, 2]
 
 
@@ -25,7 +25,7 @@ def test_the_first_rank_collects_results_in_order() -> None:
 
 
 def test_the_first_rank_decides_for_all() -> None:
-    outcomes = on_ranks(3, lambda rank, ranks: Agreement(ranks).first(f"from {rank}".encode))
+    outcomes = on_ranks(3, lambda rank, ranks: Agreement(ranks).run_on_rank0(f"from {rank}".encode))
     assert outcomes == [b"from 0"] * 3
 
 
@@ -37,7 +37,7 @@ def test_an_error_of_one_rank_is_raised_by_all(kind: type[Exception]) -> None:
                 raise kind(f"the disk of rank {rank} is gone")
             return rank
 
-        return Agreement(ranks).each(step)
+        return Agreement(ranks).run_on_all(step)
 
     outcomes = on_ranks(3, act)
     known = StoreUnreachable if kind is _Private else kind
@@ -51,7 +51,7 @@ def test_a_foreign_error_names_its_rank_and_keeps_its_cause_where_it_happened() 
             if rank == 1:
                 raise ZeroDivisionError("by zero")
 
-        return Agreement(ranks).each(step)
+        return Agreement(ranks).run_on_all(step)
 
     here, there = on_ranks(2, act)
     for outcome in (here, there):
@@ -67,7 +67,7 @@ def test_an_error_of_the_deciding_rank_is_raised_by_all() -> None:
     def refuse() -> bytes:
         raise StoreError("full")
 
-    outcomes = on_ranks(2, lambda _, ranks: Agreement(ranks).first(refuse))
+    outcomes = on_ranks(2, lambda _, ranks: Agreement(ranks).run_on_rank0(refuse))
     assert [(type(outcome), str(outcome)) for outcome in outcomes] == [(StoreError, "full")] * 2
 
 
@@ -75,8 +75,8 @@ def test_an_error_of_the_deciding_rank_is_raised_by_all() -> None:
 def test_outcomes_take_as_many_bytes_with_many_ranks_as_with_few(world: int) -> None:
     def act(rank: int, ranks: ThreadRanks) -> list[int]:
         agreement = Agreement(ranks)
-        agreement.each(lambda: b"x" * 10_000)
-        agreement.first(lambda: b"y" * 99)
+        agreement.run_on_all(lambda: b"x" * 10_000)
+        agreement.run_on_rank0(lambda: b"y" * 99)
         agreement.collected(lambda: b"z" * 1000)
         return ranks.received
 

@@ -50,7 +50,7 @@ OPERATIONS = count_operations(store_before(), save_new)
 
 def test_a_save_has_all_its_phases() -> None:
     assert OPERATIONS[:4] == ["put", "put", "list", "create"]
-    assert "sweep" in OPERATIONS
+    assert "abort_unfinished" in OPERATIONS
     assert OPERATIONS.count("delete") == 3  # a manifest and two objects
 
 

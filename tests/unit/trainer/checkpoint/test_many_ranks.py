@@ -26,7 +26,7 @@ from trainer.checkpoint import save_plan
 from trainer.checkpoint.errors import InvalidManifest
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.save_plan import Announcement, SavePlan, plan_save
+from trainer.checkpoint.save_plan import RankState, SavePlan, plan_save
 from trainer.checkpoint.slices import Span, slices_of
 from trainer.state import Fragment
 
@@ -63,7 +63,7 @@ def test_experts_divided_over_neighbours_are_cut_by_arithmetic_too() -> None:
     rows = [
         (rank % shares * (numel // shares) + rank // shares * each, each) for rank in range(ranks)
     ]
-    announced = [Announcement.of([KINDS], {"w": (3456, 1152)}, [row]) for row in rows]
+    announced = [RankState.of([KINDS], {"w": (3456, 1152)}, [row]) for row in rows]
     plan = plan_save([each.parameters for each in announced], [each.spans for each in announced])
     assert len(plan.cuts["w"]) == shares
     for rank in (0, 1, 9, 1023):

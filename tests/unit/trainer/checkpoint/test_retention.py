@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore
 from trainer.checkpoint import layout
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.retention import RetentionPolicy, reasons_to_keep, remains
+from trainer.checkpoint.index import CheckpointIndex
+from trainer.checkpoint.retention import RetentionPolicy, orphans, reasons_to_keep
 
 MANY = settings(max_examples=500, deadline=None)
 CHECKPOINTS = st.dictionaries(st.integers(0, 40), st.booleans(), max_size=14)
@@ -161,7 +161,7 @@ def test_remains_are_older_unused_content_of_this_run() -> None:
         "run/samples/000000000010/grid.png": False,
         "run/checkpoints/notes.txt": False,
     }
-    found = remains(keys, run="run", used={content(10, "used"), content(30, "used")}, committed=30)
+    found = orphans(keys, run="run", used={content(10, "used"), content(30, "used")}, committed=30)
     assert found == sorted(key for key, expected in keys.items() if expected)
 
 
@@ -208,8 +208,8 @@ class History(RuleBasedStateMachine):
     def is_saved(self, step: int) -> None:
         self.images += step
         manifest = upload(self.store, run=RUN, images=self.images, attempt="good")
-        catalogue = Catalogue(self.store, run=RUN)
-        assert catalogue.commit(manifest) == manifest
+        index = CheckpointIndex(self.store, run=RUN)
+        assert index.commit(manifest) == manifest
         if self.images // EVERY > max(self.whole(), default=0) // EVERY:
             self.milestones.add(self.images)
         self.saved[self.images] = {
@@ -217,7 +217,7 @@ class History(RuleBasedStateMachine):
             for key in (layout.manifest_key(RUN, self.images), manifest.objects[0].key)
         }
         before = self.whole()
-        catalogue.retire(manifest, policy=POLICY, scores=self.scores)
+        index.prune(manifest, policy=POLICY, scores=self.scores)
         after = self.whole()
         assert after[-POLICY.keep_last :] == before[-POLICY.keep_last :]
         assert self.best(before) == self.best(after)
@@ -247,11 +247,11 @@ class History(RuleBasedStateMachine):
     @rule(policy=POLICIES.map(lambda policy: RetentionPolicy(**{**vars(policy), "keep_last": 1})))
     def is_pruned(self, policy: RetentionPolicy) -> None:
         before = self.whole()
-        catalogue = Catalogue(self.store, run=RUN)
-        clearance = catalogue.inventory().clearance(policy, scores=self.scores)
-        catalogue.clear(clearance)
-        assert self.whole() == [images for images in before if clearance.reasons[images]]
-        again = catalogue.inventory().clearance(policy, scores=self.scores)
+        index = CheckpointIndex(self.store, run=RUN)
+        plan = index.listing().deletion_plan(policy, scores=self.scores)
+        index.clear(plan)
+        assert self.whole() == [images for images in before if plan.reasons[images]]
+        again = index.listing().deletion_plan(policy, scores=self.scores)
         assert not again.expired
         assert not again.manifests
         assert not again.content
@@ -259,7 +259,7 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def the_newest_whole_one_is_found(self) -> None:
-        newest = Catalogue(self.store, run=RUN).newest_valid()
+        newest = CheckpointIndex(self.store, run=RUN).newest_valid()
         whole = self.whole()
         assert (newest.images if newest else None) == (whole[-1] if whole else None)
 

@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_by_again(what: str)
             reader.restore(manifest, fragments)
     assert reader.newest_valid() is None
     again = split(random_state(1), [])[0]
-    Savings(store, catalogue=reader.catalogue).save(
+    Savings(store, index=reader.index).save(
         images=64, fragments=again, train_state={"images": 64}, **SCIENCE
     )
     _, loaded = load_newest(store) or (None, empty_state())

@@ -153,7 +153,7 @@ def test_a_run_in_a_hurry_leaves_what_does_not_arrive(gated: GatedStore) -> None
     fragments = split(random_state(0), [])[0]
     mine = Savings(gated)
     mine.saver.save(images=10, fragments=fragments, **SETTINGS)
-    mine.saver.hurry(0.2)
+    mine.saver.set_deadline(0.2)
     assert not mine.saver.save(images=20, fragments=fragments, last=True, **SETTINGS)
     assert not mine.saver.is_saved(20)
     mine.saver.finish()
@@ -248,7 +248,7 @@ def test_two_configurations_cannot_share_a_run() -> None:
     store = MemoryStore()
     fragments = split(random_state(0), [])[0]
     one, other = (
-        Savings(store, catalogue=reader.catalogue)
+        Savings(store, index=reader.index)
         for reader in (CheckpointReader(store, run=RUN), CheckpointReader(store, run=RUN))
         if reader.newest_valid() is None
     )
@@ -266,7 +266,7 @@ def test_a_run_that_changed_its_configuration_goes_on_saving() -> None:
     Savings(store).save(images=100, fragments=fragments, **SETTINGS)
     reader = CheckpointReader(store, run=RUN)
     assert reader.newest_valid() is not None
-    changed = Savings(store, catalogue=reader.catalogue)
+    changed = Savings(store, index=reader.index)
     for images in (200, 300):
         changed.save(images=images, fragments=fragments, **{**SETTINGS, "science_hash": "b"})
 

@@ -44,7 +44,7 @@ def test_a_part_of_an_object_is_read(store: Store) -> None:
 
 def test_nothing_is_swept_where_nothing_was_left(store: Store) -> None:
     store.put("a/b", b"1")
-    assert store.sweep("a/", lambda _key: True) == 0
+    assert store.abort_unfinished("a/", lambda _key: True) == 0
     assert store.get("a/b") == b"1"
 
 

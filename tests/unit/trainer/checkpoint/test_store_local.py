@@ -89,11 +89,11 @@ def test_what_a_dead_writer_left_is_swept_with_its_folder(tmp_path: Path) -> Non
         seen.append(key.rpartition("/")[0])
         return key.startswith("run/2/")
 
-    assert store.sweep("run/", dead) == 1
+    assert store.abort_unfinished("run/", dead) == 1
     assert sorted(seen) == ["run/1", "run/2"]
     assert not (tmp_path / "run/2").exists()
     assert (tmp_path / "other/1/.tmp-0123").exists()
-    assert store.sweep("run/1/", lambda _key: True) == 1
+    assert store.abort_unfinished("run/1/", lambda _key: True) == 1
     assert store.list("") == {"run/1/a": 1}
 
 

@@ -223,7 +223,7 @@ def test_a_sweep_that_is_refused_tells_what_it_takes_and_what_is_affected(
     key: None, answers: dict[str, tuple[int, str]], message: str
 ) -> None:
     with service(answers) as store, pytest.raises(StoreError) as caught:
-        store.sweep("1/", lambda key: True)
+        store.abort_unfinished("1/", lambda key: True)
     assert "Cannot remove unfinished uploads of s3://bucket/run/1/" in str(caught.value)
     assert message in str(caught.value)
     assert "nothing but unfinished uploads is affected" in str(caught.value)
@@ -303,7 +303,7 @@ def test_unfinished_uploads_of_the_dead_are_aborted(bucket: str, s3: S3Server) -
             Bucket=name, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 5 * 1024**2
         )
     store = open_store(f"{bucket}/run", StoreConfig())
-    assert store.sweep("", lambda key: key == "1/dead") == 1
+    assert store.abort_unfinished("", lambda key: key == "1/dead") == 1
     left = client.list_multipart_uploads(Bucket=name).get("Uploads", [])
     assert sorted(upload["Key"] for upload in left) == ["other/1/dead", "run/2/alive"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Alone
-from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.errors import DamagedCheckpoint
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.upload import SaveReport
@@ -196,7 +196,7 @@ class Savings:
     Args:
         store: Where it saves to.
         ranks: What its rank agrees with the others over; a single rank needs none.
-        catalogue: The run's checkpoints, if a reader has looked at them.
+        index: The run's checkpoints, if a reader has looked at them.
         stop_requested: Tells that the run was asked to stop.
         changes: Settings other than two checkpoints to keep and no patience.
     """
@@ -206,7 +206,7 @@ class Savings:
         store: Store,
         *,
         ranks: ThreadRanks | None = None,
-        catalogue: Catalogue | None = None,
+        index: CheckpointIndex | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         **changes: Any,
     ) -> None:
@@ -214,7 +214,7 @@ class Savings:
         self.late = threading.Semaphore(0)
         self.saver = CheckpointSaver(
             store,
-            catalogue=catalogue or Catalogue(store, run=RUN),
+            index=index or CheckpointIndex(store, run=RUN),
             config=CheckpointConfig(**{"keep_last": 2, "patience_s": 0.0, **changes}),
             ranks=ranks or Alone(),
             aside=ranks.aside if ranks else Alone(),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.trainer.checkpoint.handmade import upload
-from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.config.reading import ConfigError
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.storage.errors import CheckpointError
@@ -21,7 +21,9 @@ def run(tmp_path: Path) -> str:
     runs = f"{tmp_path}/checkpoints/runs"
     store = open_store(runs, StoreConfig())
     for images in (100, 200, 300):
-        Catalogue(store, run="a").commit(upload(store, run="a", images=images, attempt="good"))
+        CheckpointIndex(store, run="a").commit(
+            upload(store, run="a", images=images, attempt="good")
+        )
     return f"{runs}/a"
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.storage.address import Address, parse_address
+from trainer.storage.checkpoint_uri import CheckpointUri, parse_checkpoint_uri
 from trainer.storage.errors import InvalidStoreUri
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
@@ -29,14 +29,14 @@ PLACES = st.builds(
 def test_what_was_put_together_comes_apart(
     runs: str, run: str, images: int | None, digits: int, slashes: str
 ) -> None:
-    address = Address(runs, run, images)
+    address = CheckpointUri(runs, run, images)
     assert address.run_uri == f"{runs}/{run}"
     if images is None:
-        assert parse_address(address.run_uri + slashes) == address
-        assert parse_address(f"{address.run_uri}/checkpoints{slashes}") == address
+        assert parse_checkpoint_uri(address.run_uri + slashes) == address
+        assert parse_checkpoint_uri(f"{address.run_uri}/checkpoints{slashes}") == address
     else:
         checkpoint = f"{address.run_uri}/checkpoints/{images:0{digits}d}{slashes}"
-        assert parse_address(checkpoint) == address
+        assert parse_checkpoint_uri(checkpoint) == address
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_was_put_together_comes_apart(
 )
 def test_what_is_neither_is_refused(uri: str) -> None:
     with pytest.raises(InvalidStoreUri, match="is neither a run"):
-        parse_address(uri)
+        parse_checkpoint_uri(uri)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_what_is_neither_is_refused(uri: str) -> None:
 )
 def test_a_mistyped_uri_is_no_folder(begin: str, right: str) -> None:
     for uri in (f"{begin}/runs/a", f"{begin}/runs/a/checkpoints/12"):
-        for use in (parse_address, lambda uri: open_store(uri, StoreConfig()), store_at):
+        for use in (parse_checkpoint_uri, lambda uri: open_store(uri, StoreConfig()), store_at):
             with pytest.raises(InvalidStoreUri, match=f"begin it with {right}"):
                 use(uri)
     for scheme in ("gs", "http", "hdfs"):
         with pytest.raises(InvalidStoreUri, match=f"cannot be kept at {scheme}://"):
-            parse_address(f"{scheme}://bucket/runs/a")
-    assert parse_address("run:1/runs/a") == Address("run:1/runs", "a", None)
+            parse_checkpoint_uri(f"{scheme}://bucket/runs/a")
+    assert parse_checkpoint_uri("run:1/runs/a") == CheckpointUri("run:1/runs", "a", None)
 
 
 def store_at(uri: str) -> StoreConfig:
@@ -93,10 +93,12 @@ def store_at(uri: str) -> StoreConfig:
 @pytest.mark.parametrize("scheme", ["s3", "S3", "gs", "https"])
 def test_credentials_are_refused_and_not_quoted(scheme: str, authority: str, path: str) -> None:
     with pytest.raises(InvalidStoreUri, match="no credentials") as caught:
-        parse_address(f"{scheme}://{authority}{path}")
+        parse_checkpoint_uri(f"{scheme}://{authority}{path}")
     for secret in ("AKID", "SEK", "/RET"):
         assert secret not in str(caught.value)
 
 
 def test_a_key_may_have_an_at_sign() -> None:
-    assert parse_address("s3://bucket/runs/a@b") == Address("s3://bucket/runs", "a@b", None)
+    assert parse_checkpoint_uri("s3://bucket/runs/a@b") == CheckpointUri(
+        "s3://bucket/runs", "a@b", None
+    )

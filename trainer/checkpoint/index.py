@@ -14,14 +14,14 @@ from trainer.checkpoint.errors import (
     NewerManifest,
 )
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
-from trainer.checkpoint.retention import Clearance, Inventory, RetentionPolicy, superseded
+from trainer.checkpoint.retention import CheckpointListing, DeletionPlan, RetentionPolicy, is_stale
 from trainer.storage.errors import MissingObject, VanishedObject
 from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
 
-class Catalogue:
+class CheckpointIndex:
     """One process's view of the checkpoints of a run.
 
     Args:
@@ -169,7 +169,7 @@ class Catalogue:
         )
         return standing
 
-    def inventory(self, *, saved: Manifest | None = None) -> Inventory:
+    def listing(self, *, saved: Manifest | None = None) -> CheckpointListing:
         """Look at everything under the run's checkpoints, as far as can be told without reading it.
 
         Args:
@@ -192,9 +192,9 @@ class Catalogue:
                 self._valid[images] = folders[images], manifests[images]
             except (InvalidManifest, DamagedCheckpoint) as error:
                 damaged[images] = str(error)
-        return Inventory(run=self._run, sizes=sizes, manifests=manifests, damaged=damaged)
+        return CheckpointListing(run=self._run, sizes=sizes, manifests=manifests, damaged=damaged)
 
-    def retire(
+    def prune(
         self, saved: Manifest, *, policy: RetentionPolicy, scores: Mapping[int, float]
     ) -> None:
         """Delete what the policy does not keep, after a save.
@@ -207,9 +207,9 @@ class Catalogue:
         Raises:
             StoreError: The store fails; what is left over goes at the next save.
         """
-        self.clear(self.inventory(saved=saved).clearance(policy, scores=scores, saved=saved))
+        self.clear(self.listing(saved=saved).deletion_plan(policy, scores=scores, saved=saved))
 
-    def clear(self, clearance: Clearance) -> int:
+    def clear(self, plan: DeletionPlan) -> int:
         """Delete what can go; a manifest goes before its objects.
 
         Returns:
@@ -218,13 +218,13 @@ class Catalogue:
         Raises:
             StoreError: The store fails; what is left over can go at the next time.
         """
-        self._store.delete_all(clearance.manifests)
-        self._store.delete_all(clearance.content)
-        committed = clearance.committed
+        self._store.delete_all(plan.manifests)
+        self._store.delete_all(plan.content)
+        committed = plan.committed
         if committed is None:
             return 0
-        return self._store.sweep(
-            self._prefix, lambda key: superseded(key, run=self._run, committed=committed)
+        return self._store.abort_unfinished(
+            self._prefix, lambda key: is_stale(key, run=self._run, committed=committed)
         )
 
     def _check_uploaded(self, manifest: Manifest, sizes: Mapping[str, int]) -> None:

@@ -15,7 +15,7 @@ _FOREIGN = {"gs", "gcs", "azure", "abfs", "oci", "hf", "hdfs", "sftp", "ftp", "h
 _RUN = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)")
 
 
-class Address(NamedTuple):
+class CheckpointUri(NamedTuple):
     """A run, or one checkpoint of it."""
 
     runs: str
@@ -31,7 +31,7 @@ class Address(NamedTuple):
         return f"{self.runs}/{self.run}"
 
 
-def parse_address(uri: str) -> Address:
+def parse_checkpoint_uri(uri: str) -> CheckpointUri:
     """Take the URI of a run or of a checkpoint apart; nothing is looked up.
 
     Args:
@@ -46,7 +46,7 @@ def parse_address(uri: str) -> Address:
     check_scheme(uri)
     place = uri.rstrip("/").removesuffix("/checkpoints")
     if match := _CHECKPOINT.fullmatch(place):
-        return Address(match["runs"], match["run"], int(match["images"]))
+        return CheckpointUri(match["runs"], match["run"], int(match["images"]))
     match = _RUN.fullmatch(place)
     # The run of "s3://bucket" is missing, and "…/checkpoints/newest" is no run of that name.
     if match is None or match["runs"].endswith((":/", "/checkpoints")):
@@ -54,7 +54,7 @@ def parse_address(uri: str) -> Address:
             f"{uri} is neither a run (…/runs/NAME) nor a checkpoint "
             "(…/runs/NAME/checkpoints/000000128000)"
         )
-    return Address(match["runs"], match["run"], None)
+    return CheckpointUri(match["runs"], match["run"], None)
 
 
 def check_scheme(uri: str) -> None:

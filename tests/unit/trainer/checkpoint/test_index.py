@@ -1,4 +1,4 @@
-"""The catalogue commits only what is there, and clears away what nobody can commit any more."""
+"""The index commits only what is there, and clears away what nobody can commit any more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, WatchedStore, count_operations
 from trainer.checkpoint import layout
-from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.retention import RetentionPolicy
 from trainer.storage.errors import StoreError
 from trainer.storage.open import open_store
@@ -21,9 +21,9 @@ POLICY = RetentionPolicy(keep_last=2)
 
 
 def commit(store: Store, images: int, *, attempt: str = "good") -> None:
-    catalogue = Catalogue(store, run=RUN)
+    index = CheckpointIndex(store, run=RUN)
     manifest = upload(store, run=RUN, images=images, attempt=attempt, ranks=2)
-    catalogue.retire(catalogue.commit(manifest), policy=POLICY, scores={})
+    index.prune(index.commit(manifest), policy=POLICY, scores={})
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_is_not_there_is_not_committed(damage: bytes | None, message: str) 
     if damage is not None:
         store.objects[manifest.objects[1].key] = damage
     with pytest.raises(StoreError, match=message):
-        Catalogue(store, run=RUN).commit(manifest)
+        CheckpointIndex(store, run=RUN).commit(manifest)
     assert layout.manifest_key(RUN, 10) not in store.objects
 
 
@@ -50,8 +50,8 @@ def test_content_deleted_between_upload_and_commit_is_noticed() -> None:
     late = upload(store, run=RUN, images=10, attempt="late")
     commit(store, 20)
     with pytest.raises(StoreError, match="only one process trains run=night-1"):
-        Catalogue(store, run=RUN).commit(late)
-    assert Catalogue(store, run=RUN).inventory().manifests.keys() == {20}
+        CheckpointIndex(store, run=RUN).commit(late)
+    assert CheckpointIndex(store, run=RUN).listing().manifests.keys() == {20}
 
 
 def test_two_processes_of_a_run_are_told_to_the_user(caplog: pytest.LogCaptureFixture) -> None:
@@ -59,7 +59,7 @@ def test_two_processes_of_a_run_are_told_to_the_user(caplog: pytest.LogCaptureFi
     commit(store, 10, attempt="first")
     second = upload(store, run=RUN, images=10, attempt="second")
     with caplog.at_level(logging.WARNING):
-        assert Catalogue(store, run=RUN).commit(second).attempt == "first"
+        assert CheckpointIndex(store, run=RUN).commit(second).attempt == "first"
     assert "stop one of them, or give it another run=NAME" in caplog.text
 
 
@@ -71,7 +71,7 @@ def test_what_a_save_does_in_the_store() -> None:
         "put put list create "  # objects, a look whether they are there, the manifest
         "list get get "  # what there is, and whether it is whole
         "delete delete delete "  # the oldest manifest and its objects
-        "sweep"  # unfinished uploads
+        "abort_unfinished"  # unfinished uploads
     )
     assert count_operations(store, lambda watched: commit(watched, 30)) == expected.split()
 
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_that_stays_keeps_what_is_left_of_it() -> None:
     missing, left = (layout.object_key(RUN, 20, "good", rank) for rank in range(2))
     del store.objects[missing]
     commit(store, 30)
-    assert Catalogue(store, run=RUN).inventory().damaged.keys() == {20}
+    assert CheckpointIndex(store, run=RUN).listing().damaged.keys() == {20}
     assert left in store.objects
     commit(store, 40)
     assert {layout.images_of(RUN, key) for key in store.objects} == {30, 40}
@@ -125,9 +125,9 @@ def test_an_inventory_tells_whole_damaged_and_unfinished_apart() -> None:
         commit(store, images)
     del store.objects[layout.object_key(RUN, 10, "good", 1)]
     upload(store, run=RUN, images=30, attempt="underway")
-    inventory = Catalogue(store, run=RUN).inventory()
-    assert inventory.manifests.keys() == {20}
-    assert inventory.newest_valid == inventory.manifests[20]
-    assert inventory.damaged.keys() == {10}
-    assert "rank-00001.safetensors is missing" in inventory.damaged[10]
-    assert [*inventory.folders] == [10, 20, 30]
+    listing = CheckpointIndex(store, run=RUN).listing()
+    assert listing.manifests.keys() == {20}
+    assert listing.newest_valid == listing.manifests[20]
+    assert listing.damaged.keys() == {10}
+    assert "rank-00001.safetensors is missing" in listing.damaged[10]
+    assert [*listing.folders] == [10, 20, 30]

@@ -1,8 +1,9 @@
-"""Interpreters that have some of the packages installed here, and none else."""
+"""Interpreters that have some of the packages installed here and no others; clones to install."""
 
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 OWN = "lapflow-trainer"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Interpreter:
@@ -60,6 +62,15 @@ class Interpreter:
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
+
+
+def clone_project(folder: Path) -> None:
+    """Copy what is installed: building leaves things behind, and takes along what lies about."""
+    folder.mkdir()
+    for name in ("trainer", "models", "pipelines", "cluster", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
 
 
 def with_requirements(needed: Iterable[str]) -> list[Distribution]:

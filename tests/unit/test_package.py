@@ -1,7 +1,6 @@
 """The wheel holds all that the commands need, wherever they are run."""
 
 import ast
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.interpreter import Interpreter, with_requirements
+from tests.support.interpreter import Interpreter, clone_project, with_requirements
 
 pytestmark = pytest.mark.slow
 
@@ -30,13 +29,8 @@ def run(*command: str | Path, **more: object) -> str:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the built wheel was installed to."""
     built = tmp_path_factory.mktemp("built")
-    source = tmp_path_factory.mktemp("source")
-    # A copy: building leaves things behind, and takes along what lies about.
-    for name in ("trainer", "models", "pipelines", "cluster", "configs"):
-        unwanted = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
+    source = built / "source"
+    clone_project(source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", built, source)
     (wheel,) = built.glob("*.whl")
     folder = built / "installed"

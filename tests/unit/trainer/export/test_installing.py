@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.interpreter import Interpreter
+from tests.support.interpreter import Interpreter, clone_project
 from tests.unit.trainer.export.runs import export, save_run
 from trainer.export.model_card import NEEDED
 
@@ -33,11 +33,7 @@ def test_the_card_runs_with_nothing_but_what_it_says_to_install(tmp_path, monkey
     (install,) = blocks(card, "bash")
     interpreter = Interpreter(tmp_path / "venv", NEEDED)
     clone = tmp_path / "clone"
-    clone.mkdir()
-    for name in ("trainer", "models", "pipelines", "cluster", "configs"):
-        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone / name)
+    clone_project(clone)
     interpreter.run("sh", "-ec", install, place=clone)
 
     elsewhere = tmp_path / "elsewhere"

@@ -60,7 +60,7 @@ class Training:
 def engine_of(job: JobConfig, context: WorkerContext) -> Engine:
     """Build the engine of a job as its workers do."""
     return build_engine(
-        lambda settle: initial_model(job, settle),
+        lambda on_built: initial_model(job, on_built),
         config=job.engine,
         placement=resolve_placement(job),
         optim=job.optim,

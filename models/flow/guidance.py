@@ -7,7 +7,7 @@ from torch import Tensor
 from models.axes import Bands, VelocityModel
 
 
-def guided(velocity_model: VelocityModel, *, scale: float, null_label: int) -> VelocityModel:
+def guide(velocity_model: VelocityModel, *, scale: float, null_label: int) -> VelocityModel:
     """Wrap a velocity model so that it returns ``v_null + scale * (v_label - v_null)``.
 
     Both velocities come from one call on a batch of twice the size.
@@ -30,7 +30,7 @@ def guided(velocity_model: VelocityModel, *, scale: float, null_label: int) -> V
     return velocity
 
 
-class CountedModel:
+class NfeCounter:
     """A velocity model that counts the images it is called with; a guided pair counts as two."""
 
     def __init__(self, model: VelocityModel) -> None:

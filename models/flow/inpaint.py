@@ -19,14 +19,14 @@ from torch import Tensor
 
 from models.axes import Band, Bands, VelocityModel
 from models.flow.flow import Flow
-from models.flow.guidance import CountedModel, guided
+from models.flow.guidance import NfeCounter, guide
 from models.flow.path import Coefficients
 from models.flow.sampler import Samples
 from models.flow.sampler_config import Piece, SamplerConfig
 from models.flow.solver import SOLVERS, VelocityFunction, integrate
 from models.pyramid import down, merge, split, up
 
-NoiseDraws = Callable[[int], Float[Tensor, "b n"]]
+NoiseSource = Callable[[int], Float[Tensor, "b n"]]
 """``draw -> noise``: independent draws of ``Flow.noise_size`` normal numbers for each image."""
 
 # At the end of time there is no noise left to weigh what is missing against.
@@ -45,7 +45,7 @@ def inpaint(
     config: SamplerConfig,
     images: Float[Tensor, "b c h w"],
     known: Bool[Tensor, "b 1 h w"],
-    noise: NoiseDraws,
+    noise: NoiseSource,
     labels: Int[Tensor, "b"],
     null_label: int,
     repeats: int,
@@ -74,16 +74,16 @@ def inpaint(
     """
     _check(config, images=images, known=known, repeats=repeats)
     shape = {"channels": images.shape[1], "image_size": images.shape[-1]}
-    counted = CountedModel(velocity_model)
-    guided_model = guided(counted, scale=config.guidance_scale, null_label=null_label)
+    counter = NfeCounter(velocity_model)
+    guided_model = guide(counter, scale=config.guidance_scale, null_label=null_label)
     noise_bands = flow.noise_bands(noise(0), **shape)
     states: Bands = ()
-    evaluations, draws = [], 0
+    nfe, draws = [], 0
     for segment, pieces in zip(flow.stages.segments, config.plan(flow.stages), strict=True):
         states = (*states, flow.path.entry(noise_bands[segment.active - 1], segment.start))
         for piece in pieces:
-            velocity = _toward_known(
-                guided_model if piece.guided else counted,
+            velocity = _bend_toward_known(
+                guided_model if piece.guided else counter,
                 flow=flow,
                 images=images,
                 known=known,
@@ -94,7 +94,7 @@ def inpaint(
                     if repeat:
                         draws += 1
                         fresh = flow.noise_bands(noise(draws), **shape)
-                        states = _gone_back(flow, states, fresh, start=start, end=end)
+                        states = _renoise(flow, states, fresh, start=start, end=end)
                     states = integrate(
                         velocity,
                         states,
@@ -103,12 +103,12 @@ def inpaint(
                         steps=steps,
                         solver=SOLVERS[config.solver],
                     )
-        evaluations.append(counted.take() / images.shape[0])
+        nfe.append(counter.take() / images.shape[0])
     drawn = torch.where(known, images, merge(states))
-    return Samples(images=drawn, evaluations=tuple(evaluations))
+    return Samples(images=drawn, nfe=tuple(nfe))
 
 
-def _toward_known(
+def _bend_toward_known(
     model: VelocityModel,
     *,
     flow: Flow,
@@ -125,21 +125,21 @@ def _toward_known(
         ]
         clean = tuple(_data(state, v, c) for state, v, c in zip(states, seen, at, strict=True))
         return tuple(
-            v + _turn(c) / max(c.sigma, _MIN_SIGMA) * change
+            v + _determinant(c) / max(c.sigma, _MIN_SIGMA) * change
             for v, c, change in zip(seen, at, _changes(clean, images, known), strict=True)
         )
 
     return velocity
 
 
-def _turn(c: Coefficients) -> float:
+def _determinant(c: Coefficients) -> float:
     """Determinant of the map from data and noise to state and velocity, up to its sign."""
     return c.alpha_rate * c.sigma - c.sigma_rate * c.alpha
 
 
 def _data(state: Band, velocity: Band, c: Coefficients) -> Band:
     """The data of a path that has this state and velocity."""
-    return (c.sigma * velocity - c.sigma_rate * state) / _turn(c)
+    return (c.sigma * velocity - c.sigma_rate * state) / _determinant(c)
 
 
 def _changes(
@@ -177,7 +177,7 @@ def _shares(share: Float[Tensor, "b 1 g g"], scales: int) -> Bands:
     return (share, *reversed(residuals))
 
 
-def _gone_back(flow: Flow, states: Bands, fresh: Bands, *, start: float, end: float) -> Bands:
+def _renoise(flow: Flow, states: Bands, fresh: Bands, *, start: float, end: float) -> Bands:
     """Take states at ``end`` back to ``start`` by adding noise, as the path would have them."""
     back = []
     for state, eps, tau in zip(states, fresh, flow.stages.activation_times, strict=False):

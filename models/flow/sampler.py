@@ -9,7 +9,7 @@ from torch import Tensor
 from models.axes import Bands, VelocityModel
 from models.flow.dopri5 import integrate_adaptive
 from models.flow.flow import Flow
-from models.flow.guidance import CountedModel, guided
+from models.flow.guidance import NfeCounter, guide
 from models.flow.sampler_config import Piece, SamplerConfig, SamplerConfigError
 from models.flow.solver import SOLVERS, integrate
 from models.pyramid import merge
@@ -21,12 +21,12 @@ class Samples:
 
     Attributes:
         images: The images.
-        evaluations: Network evaluations for each image in each segment, counted as they were made
+        nfe: Network evaluations for each image in each segment, counted as they were made
             and averaged over the images; a guided pair counts as two.
     """
 
     images: Float[Tensor, "b c h w"]
-    evaluations: tuple[float, ...]
+    nfe: tuple[float, ...]
 
 
 def images_per_call(scales: int, *, finest_batch: int) -> tuple[int, ...]:
@@ -79,15 +79,15 @@ def sample(
         FlowConfigError: ``noise`` holds another count of numbers.
     """
     images, scales = noise.shape[0], flow.stages.scales
-    counted = CountedModel(velocity_model)
-    guided_model = guided(counted, scale=config.guidance_scale, null_label=null_label)
+    counter = NfeCounter(velocity_model)
+    guided_model = guide(counter, scale=config.guidance_scale, null_label=null_label)
     sizes = images_per_call(scales, finest_batch=images if finest_batch is None else finest_batch)
     if config.adaptive:
         sizes = (config.adaptive_group,) * scales
 
     noise_bands = flow.noise_bands(noise, channels=channels, image_size=image_size)
     states: Bands = ()
-    evaluations = []
+    nfe = []
     plan = zip(flow.stages.segments, config.plan(flow.stages), sizes, strict=True)
     for segment, pieces, size in plan:
         entering = flow.path.entry(noise_bands[segment.active - 1], segment.start)
@@ -97,15 +97,15 @@ def sample(
             batch = slice(first, first + size)
             some = tuple(state[batch] for state in states)
             for piece in pieces:
-                model = guided_model if piece.guided else counted
-                some = _integrated(model, some, labels[batch], piece=piece, config=config)
+                model = guided_model if piece.guided else counter
+                some = _integrate(model, some, labels[batch], piece=piece, config=config)
             parts.append(some)
         states = tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        evaluations.append(counted.take() / images)
-    return Samples(images=merge(states), evaluations=tuple(evaluations))
+        nfe.append(counter.take() / images)
+    return Samples(images=merge(states), nfe=tuple(nfe))
 
 
-def _integrated(
+def _integrate(
     model: VelocityModel, states: Bands, labels: Tensor, *, piece: Piece, config: SamplerConfig
 ) -> Bands:
     """Bring states from the start of a piece to its end."""

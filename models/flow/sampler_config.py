@@ -173,7 +173,7 @@ class SamplerConfig:
         )
 
 
-def network_evaluations(config: SamplerConfig, flow: Flow) -> tuple[int, ...]:
+def nfe_per_segment(config: SamplerConfig, flow: Flow) -> tuple[int, ...]:
     """Count by formula the network evaluations of one sample in each segment.
 
     Args:
@@ -187,7 +187,7 @@ def network_evaluations(config: SamplerConfig, flow: Flow) -> tuple[int, ...]:
     if config.adaptive:
         raise SamplerConfigError(
             f"solver={config.solver} chooses its own steps: its evaluations are known once they "
-            "are made, from Samples.evaluations."
+            "are made, from Samples.nfe."
         )
     solver = SOLVERS[config.solver]
     return tuple(

@@ -80,15 +80,15 @@ class Block(nn.Module):
         """
         if self._kind == "full" or len(tokens) == 1:
             lanes = self._lanes(range(len(tokens)), tokens, conditions)
-            queries, keys, values = self._projected(lanes)
+            queries, keys, values = self._project(lanes)
             return self._outputs(lanes, self._attention(queries, keys, values))
         *before, last = range(len(tokens))
         with self.streams.coarse():
             lanes = self._lanes(before, tokens, conditions)
-            queries, keys, values = self._projected(lanes)
+            queries, keys, values = self._project(lanes)
             coarse = self._outputs(lanes, self._attention(queries, keys, values))
         finest = self._lanes([last], tokens, conditions)
-        (query,), (key,), (value,) = self._projected(finest)
+        (query,), (key,), (value,) = self._project(finest)
         self.streams.join((*keys, *values))
         mixed = finest_attention(self._kind, query, (*keys, key), (*values, value))
         return (*coarse, *self._outputs(finest, (mixed,)))
@@ -103,21 +103,21 @@ class Block(nn.Module):
             lanes.append(_Lane(k, expert, tokens[position], expert.modulate(conditions[position])))
         return lanes
 
-    def _projected(self, lanes: list[_Lane]) -> tuple[tuple[HeadTokens, ...], ...]:
+    def _project(self, lanes: list[_Lane]) -> tuple[tuple[HeadTokens, ...], ...]:
         """Queries, keys and values, each of all lanes."""
         projected = [
-            self._kept(lane.scale, lane.expert.attention_inputs, lane.tokens, lane.modulation[0])
+            self._compute(lane.scale, lane.expert.attention_inputs, lane.tokens, lane.modulation[0])
             for lane in lanes
         ]
         return tuple(zip(*projected, strict=True))
 
     def _outputs(self, lanes: list[_Lane], gathered: Gathered) -> tuple[Tokens, ...]:
         return tuple(
-            self._kept(lane.scale, lane.expert.output, lane.tokens, mixed, *lane.modulation)
+            self._compute(lane.scale, lane.expert.output, lane.tokens, mixed, *lane.modulation)
             for lane, mixed in zip(lanes, gathered, strict=True)
         )
 
-    def _kept(self, scale: int, compute: Callable[..., T], *inputs: object) -> T:
+    def _compute(self, scale: int, compute: Callable[..., T], *inputs: object) -> T:
         """Call an expert, keeping for the backward pass what it needs or only its inputs."""
         if scale not in self.recomputed or not torch.is_grad_enabled():
             return compute(*inputs)

@@ -20,11 +20,11 @@ from models.transformer.experts import (
     zero_linear,
 )
 
-Settle: TypeAlias = Callable[[nn.Module], object]
+OnBuilt: TypeAlias = Callable[[nn.Module], object]
 """What is done with each part of a model as soon as it has its initial weights."""
 
 
-def stay(_part: nn.Module) -> None:
+def no_op(_part: nn.Module) -> None:
     """Leave a part as it is built: whole, and where tensors are made by default."""
 
 
@@ -49,7 +49,7 @@ class LapFlowTransformer(nn.Module):
         channels: int,
         image_size: int,
         classes: int,
-        settle: Settle = stay,
+        on_built: OnBuilt = no_op,
     ) -> None:
         """Build the network with fresh weights.
 
@@ -59,7 +59,7 @@ class LapFlowTransformer(nn.Module):
             channels: Channels of the images.
             image_size: Height and width of the images.
             classes: Number of classes; label ``classes`` is the null label.
-            settle: Called with each part (the embeddings, one block after the other, the last
+            on_built: Called with each part (the embeddings, one block after the other, the last
                 layers) once it has its weights and ties; it may move or shard them in place, so
                 that no more than one part is ever whole in memory.
 
@@ -88,25 +88,28 @@ class LapFlowTransformer(nn.Module):
         )
         tie_embeddings(self.patch_embed, config.ties)
         for part in (self.time_embed, self.label_embed, self.patch_embed):
-            settle(part)
+            on_built(part)
         self.blocks = nn.ModuleList()
         for _ in range(config.depth):
             block = Block(config, scales=scales)
-            settle(block)
+            on_built(block)
             self.blocks.append(block)
         self.final = per_scale(
             scales, lambda _: FinalExpert(patch_size=patch, channels=channels, width=width)
         )
         tie_outputs(self.final, config.ties)
-        settle(self.final)
+        on_built(self.final)
         if config.class_tokens:
             self.class_tokens = ClassTokens(count=config.class_tokens, width=width)
-            settle(self.class_tokens)
+            on_built(self.class_tokens)
         if config.modulation == "shared":
             self.modulation = nn.ModuleDict(
-                {f"scale{k}": zero_linear(width, 6 * width) for k in self._modulating(scales)}
+                {
+                    f"scale{k}": zero_linear(width, 6 * width)
+                    for k in self._modulation_owners(scales)
+                }
             )
-            settle(self.modulation)
+            on_built(self.modulation)
 
     def recompute(self, scales: Collection[int]) -> None:
         """Let the experts of some scales recompute in the backward pass, to save memory.
@@ -171,11 +174,11 @@ class LapFlowTransformer(nn.Module):
         """What the blocks of each active scale make their modulation from."""
         if self._config.modulation == "per_block":
             return tuple(conditions)
-        owners = self._modulating(len(self.patch_embed))
+        owners = self._modulation_owners(len(self.patch_embed))
         return tuple(
             self.modulation[f"scale{k}"](own) for k, own in zip(owners, conditions, strict=False)
         )
 
-    def _modulating(self, scales: int) -> list[int]:
+    def _modulation_owners(self, scales: int) -> list[int]:
         """Scale whose modulation each scale uses, coarse to fine."""
         return [self._config.ties.owner(k, "modulation") for k in reversed(range(scales))]

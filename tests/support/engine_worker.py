@@ -15,7 +15,7 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer, Settle, stay
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt, no_op
 from trainer import rng
 from trainer.engine.build import build_engine
 from trainer.engine.optimizer import OptimConfig
@@ -29,14 +29,14 @@ BATCH = 8
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
 
 
-def tiny_model(settle: Settle = stay, *, scales: int = 2, **sizes: Any) -> LapFlowTransformer:
+def tiny_model(on_built: OnBuilt = no_op, *, scales: int = 2, **sizes: Any) -> LapFlowTransformer:
     """Build a tiny LapFlow with the same initial weights in every call."""
 
     def randomised(part: torch.nn.Module) -> None:
         # Zero-initialised output layers would leave most gradients of the first updates at 0.
         for parameter in part.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        settle(part)
+        on_built(part)
 
     torch.manual_seed(0)
     return LapFlowTransformer(
@@ -45,7 +45,7 @@ def tiny_model(settle: Settle = stay, *, scales: int = 2, **sizes: Any) -> LapFl
         channels=1,
         image_size=8,
         classes=3,
-        settle=randomised,
+        on_built=randomised,
     )
 
 
@@ -63,7 +63,7 @@ def build(
     """Wrap a tiny LapFlow with the same initial weights on every rank and in every call."""
 
     return build_engine(
-        lambda settle: tiny_model(settle, scales=scales, **(model or {})),
+        lambda on_built: tiny_model(on_built, scales=scales, **(model or {})),
         config=EngineConfig(**engine),
         placement=Placement.of(placement or {}, scales=scales),
         optim=optim,

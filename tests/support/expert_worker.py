@@ -12,7 +12,7 @@ from cluster.contract import WorkerContext
 from cluster.placement import Placement
 from models.axes import Bands
 from models.transformer.config import Ties, TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer, Settle, stay
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt, no_op
 from tests.support.engine_worker import BATCH, OPTIM, build, state, tell_once, updates
 from trainer.engine.expert_shards import ExpertShards, shards_of, whole_shape
 
@@ -21,14 +21,14 @@ IMAGES = (3, 2, 1)
 """Images of one rank that carry each scale, coarse to fine."""
 
 
-def network(options: dict[str, Any], settle: Settle = stay) -> LapFlowTransformer:
+def network(options: dict[str, Any], on_built: OnBuilt = no_op) -> LapFlowTransformer:
     """Build a small network in float64 whose every weight is random, alike on all ranks."""
 
     def randomised(part: torch.nn.Module) -> None:
         part.double()
         for parameter in part.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-        settle(part)
+        on_built(part)
 
     options = dict(options)
     if "ties" in options:
@@ -40,7 +40,7 @@ def network(options: dict[str, Any], settle: Settle = stay) -> LapFlowTransforme
         channels=3,
         image_size=16,
         classes=5,
-        settle=randomised,
+        on_built=randomised,
     )
 
 

@@ -18,7 +18,7 @@ from models.codec import IdentityCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from trainer.config.shapes import ImageShape
-from trainer.evaluation.samples import Drawing
+from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 
@@ -41,10 +41,10 @@ def samples(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Draw the same images with every sampler; each rank tells what it got."""
     ranks = HostGroup()
     for sampler in payload["samplers"]:
-        drawn = _drawing(payload["batch"], sampler).all(
+        drawn = _image_sampler(payload["batch"], sampler).all(
             Mild(), torch.arange(payload["images"]) % 3, ranks=ranks
         )
-        told = {"images": drawn.images.tolist(), "evaluations": list(drawn.evaluations)}
+        told = {"images": drawn.images.tolist(), "evaluations": list(drawn.nfe)}
         context.tell({"rank": context.rank, **told})
 
 
@@ -52,8 +52,10 @@ def left_early(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Leave after some blocks on the first rank; tell how often each called the model."""
     ranks = HostGroup()
     model = Mild()
-    drawing = _drawing(1, {"solver": "euler", "steps": 2})
-    with closing(drawing.blocks(model, torch.zeros(9, dtype=torch.int64), ranks=ranks)) as blocks:
+    image_sampler = _image_sampler(1, {"solver": "euler", "steps": 2})
+    with closing(
+        image_sampler.blocks(model, torch.zeros(9, dtype=torch.int64), ranks=ranks)
+    ) as blocks:
         for number, _ in enumerate(blocks, 1):
             if number == payload["blocks"]:
                 break
@@ -65,7 +67,7 @@ def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Take longer over a block, on the first rank, than any collective of the training may."""
     ranks = HostGroup()
     _set_pg_timeout(timedelta(seconds=0.5))
-    for _ in _drawing(1, {"solver": "euler", "steps": 2}).blocks(
+    for _ in _image_sampler(1, {"solver": "euler", "steps": 2}).blocks(
         Mild(), torch.zeros(payload["blocks"], dtype=torch.int64), ranks=ranks
     ):
         time.sleep(1.5)
@@ -74,8 +76,8 @@ def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
     context.tell({"rank": context.rank})
 
 
-def _drawing(batch: int, sampler: dict[str, Any]) -> Drawing:
-    return Drawing(
+def _image_sampler(batch: int, sampler: dict[str, Any]) -> ImageSampler:
+    return ImageSampler(
         flow=Flow(FlowConfig(scales=2)),
         sampler=SamplerConfig(**sampler),
         shape=ImageShape(channels=1, size=8, classes=3),

@@ -29,7 +29,7 @@ from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
 
 
-def fetched(store: Store, keys: Mapping[str, str], *, cache: Path, uri: str) -> Path:
+def fetch(store: Store, keys: Mapping[str, str], *, cache: Path, uri: str) -> Path:
     """Return a folder with an autoencoder's files; the ranks of a machine fetch them once.
 
     Args:
@@ -231,7 +231,7 @@ def _from_store(uri: str, *, cache: Path, config: StoreConfig) -> Path:
     for name, max_bytes in _MAX_BYTES.items():
         _check_size(sizes[prefix + name], max_bytes, name=name, place=uri)
     keys = {name: prefix + name for name in _MAX_BYTES}
-    return fetched(store, keys, cache=cache / "autoencoders", uri=uri)
+    return fetch(store, keys, cache=cache / "autoencoders", uri=uri)
 
 
 def _check_size(size: int, max_bytes: int, *, name: str, place: str) -> None:

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run_command(
         SampleConfig,
-        draw_grid,
+        sample_grid,
         module="trainer.sample",
         description=_DESCRIPTION,
         example=_EXAMPLE,
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def draw_grid(config: SampleConfig) -> Path:
+def sample_grid(config: SampleConfig) -> Path:
     """Draw the grid and return where it was written.
 
     Raises:
@@ -102,10 +102,10 @@ def draw_grid(config: SampleConfig) -> Path:
     )
     classes = config.classes or range(min(10, trained.shape.classes))
     trained.check_classes(classes)
-    drawing = trained.drawing(
+    image_sampler = trained.image_sampler(
         config.sampler.over(trained.own.sampler), seed=config.seed, batch=config.batch
     )
     labels = torch.tensor(classes).repeat_interleave(config.columns)
     logger.info("drawing %d images on %s", len(labels), trained.device)
-    drawn = drawing.all(trained.model, labels)
+    drawn = image_sampler.all(trained.model, labels)
     return write_picture(config.output, grid_png(drawn.images, columns=config.columns))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster.placement import Placement
 from models.transformer.block import Streams
-from models.transformer.lapflow import LapFlowTransformer, Settle
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.plain import PlainEngine
@@ -85,8 +85,8 @@ def build_engine(
     accumulation = rank_batch // micro_batch
     shards = ExpertShards.of(placement)
 
-    def build(settle: Settle) -> LapFlowTransformer:
-        model = build_model(settle)
+    def build(on_built: OnBuilt) -> LapFlowTransformer:
+        model = build_model(on_built)
         model.recompute(config.activation_checkpointing)
         if config.overlap_exchange and device.type == "cuda":
             model.queue(CudaStreams(device))

@@ -44,7 +44,7 @@ class Exchange:
         gathered: Tensor = _Gather.apply(own, self)  # type: ignore[no-untyped-call]
         return gathered
 
-    def deal(self, parts: Tensor) -> Tensor:
+    def all_to_all(self, parts: Tensor) -> Tensor:
         """Give every rank the parts of its own images that all ranks computed.
 
         Args:
@@ -53,8 +53,8 @@ class Exchange:
         Returns:
             All features of this rank's images, shape [b, ..., E f].
         """
-        dealt: Tensor = _Deal.apply(parts, self)  # type: ignore[no-untyped-call]
-        return dealt
+        exchanged: Tensor = _AllToAll.apply(parts, self)  # type: ignore[no-untyped-call]
+        return exchanged
 
     def sum(self, terms: Tensor) -> Tensor:
         """Add up all ranks' terms, each rank those of its own images.
@@ -80,7 +80,7 @@ class Exchange:
         dist.reduce_scatter_single(out, terms.contiguous(), group=self.group)
         return out
 
-    def all_to_all(self, chunks: Tensor) -> Tensor:
+    def all_to_all_chunks(self, chunks: Tensor) -> Tensor:
         """Send the i-th of E equal chunks of the first dimension to rank i, for its chunks."""
         out = torch.empty_like(chunks, memory_format=torch.contiguous_format)
         dist.all_to_all_single(out, chunks.contiguous(), group=self.group)
@@ -109,16 +109,16 @@ class _Sum(torch.autograd.Function):
         return ctx.exchange.all_gather(gradients[0]), None
 
 
-class _Deal(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         # Chunk j that comes back holds rank j's features of this rank's images.
-        received = exchange.all_to_all(parts)
+        received = exchange.all_to_all_chunks(parts)
         return rearrange(received, "(rank b) ... f -> b ... (rank f)", rank=exchange.ranks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         exchange: Exchange = ctx.exchange
         by_rank = rearrange(gradients[0], "b ... (rank f) -> (rank b) ... f", rank=exchange.ranks)
-        return exchange.all_to_all(by_rank), None
+        return exchange.all_to_all_chunks(by_rank), None

@@ -59,7 +59,7 @@ class OutputShard(ExpertShard):
     def forward(self, own: Tensor) -> Tensor:
         """Map [b, ..., inputs] to [b, ..., outputs]."""
         gathered = self.exchange.gather(own)
-        return self.exchange.deal(F.linear(gathered, self.weight, self.bias))
+        return self.exchange.all_to_all(F.linear(gathered, self.weight, self.bias))
 
 
 class HiddenShard(ExpertShard):

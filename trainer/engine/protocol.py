@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.transformer.lapflow import LapFlowTransformer, Settle
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from trainer.state import Fragment
 
-BuildModel: TypeAlias = Callable[[Settle], LapFlowTransformer]
+BuildModel: TypeAlias = Callable[[OnBuilt], LapFlowTransformer]
 """Builds a model with its initial weights, letting each part settle as soon as it is built."""
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.tested import require_tested
-from models.transformer.lapflow import Settle
+from models.transformer.lapflow import OnBuilt
 from trainer.engine.expert_shards import ExpertShards, draw_initial_weights, shards_of, whole_shape
 from trainer.engine.optimizer import OptimConfig, adamw, moments_of
 from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
@@ -26,10 +26,10 @@ from trainer.engine.zero_partition import (
     StatePartition,
     WeightPartition,
     ZeroPartition,
+    divide_on_built,
     form_groups,
     group_name,
     mark_expert_groups,
-    settle_divided,
 )
 from trainer.state import Fragment
 
@@ -74,10 +74,10 @@ class ZeroEngine:
         stage = config.zero_stage
         self._build_model, self._experts = build_model, shards
         form_groups(shards.sizes)
-        settle = _settle(shards, device=device, dtype=self._dtype)
+        on_built = _on_built(shards, device=device, dtype=self._dtype)
         if stage == 3:
-            settle = settle_divided(settle, shards, settings, self._dtype)
-        model = build_model(settle)
+            on_built = divide_on_built(on_built, shards, settings, self._dtype)
+        model = build_model(on_built)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._shards = shards_of(model)
         if stage < 3:
@@ -216,17 +216,17 @@ class ZeroEngine:
         ]
 
 
-def _settle(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype) -> Settle:
+def _on_built(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype) -> OnBuilt:
     """Divide the experts of each part, and bring it to the device, its weights in a precision."""
 
-    def settle(part: nn.Module) -> None:
+    def on_built(part: nn.Module) -> None:
         shards.divide(part)
         for parameter in part.parameters():
             parameter.data = parameter.data.to(device, dtype)
         for buffer in part.buffers():
             buffer.data = buffer.data.to(device)
 
-    return settle
+    return on_built
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.transformer.lapflow import Settle
+from models.transformer.lapflow import OnBuilt
 from trainer.engine.expert_shards import ExpertShards, shards_of
 
 
@@ -198,9 +198,9 @@ def mark_expert_groups(model: nn.Module, sizes: Sequence[int]) -> None:
         parameters[name].group_name = group_name(exchange.ranks)  # type: ignore[attr-defined]
 
 
-def settle_divided(
-    settle: Settle, shards: ExpertShards, settings: dict[str, Any], dtype: torch.dtype
-) -> Settle:
+def divide_on_built(
+    on_built: OnBuilt, shards: ExpertShards, settings: dict[str, Any], dtype: torch.dtype
+) -> OnBuilt:
     """Let each part of a model settle as ZeRO-3 keeps it: its weights divided over their ranks."""
     from deepspeed import zero
     from deepspeed.utils import groups
@@ -209,8 +209,8 @@ def settle_divided(
         size: groups._get_expert_data_parallel_group(group_name(size)) for size in shards.sizes
     }
 
-    def settle_and_divide(part: nn.Module) -> None:
-        settle(part)
+    def on_built_and_divide(part: nn.Module) -> None:
+        on_built(part)
         parameters = dict(part.named_parameters())
         for name, exchange in shards_of(part).items():
             parameter: Any = parameters[name]
@@ -223,4 +223,4 @@ def settle_divided(
             divided: Any = parameters[name]
             assert divided.ds_process_group is holders[exchange.ranks], name
 
-    return settle_and_divide
+    return on_built_and_divide

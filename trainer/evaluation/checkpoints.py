@@ -229,9 +229,9 @@ class _Evaluation:
         chosen, columns = class_grid(len(labels), classes=trained.shape.classes)
         shown: dict[int, Tensor] = {}
         taken = TakenSamples(max_bytes=0)
-        drawing = trained.drawing(asked.sampler, seed=asked.seed, batch=asked.batch)
+        image_sampler = trained.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch)
         logger.info("drawing and measuring %d images on %s", len(labels), trained.device)
-        for block in drawing.blocks(trained.model, labels):
+        for block in image_sampler.blocks(trained.model, labels):
             for distance in distances.values():
                 distance.add(block.images)
             here = range(block.first, block.first + len(block.images))
@@ -244,7 +244,7 @@ class _Evaluation:
             images=manifest.images,
             real_images=real_images,
             unusable_real_images=self._yardstick.stored_real_images - real_images,
-            network_evaluations=sum(taken.evaluations),
+            network_evaluations=sum(taken.nfe),
             distances=tuple(
                 Distance(
                     features=name,

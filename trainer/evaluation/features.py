@@ -94,7 +94,7 @@ class InceptionFeatures:
 def _tensors(weights: str | None) -> tuple[str, dict[str, Tensor]]:
     """Read a file of tensors, in which nothing can run code, and its SHA-256."""
     try:
-        file = _downloaded() if weights is None else Path(weights).expanduser()
+        file = _download() if weights is None else Path(weights).expanduser()
         if file.stat().st_size > _MAX_BYTES:
             raise _unusable(weights, f"it is larger than {_MAX_BYTES:,} bytes")
         data = file.read_bytes()
@@ -114,7 +114,7 @@ def _tensors(weights: str | None) -> tuple[str, dict[str, Tensor]]:
     return digest, dict(content)
 
 
-def _downloaded() -> Path:
+def _download() -> Path:
     """Fetch the published file into torch's cache, once, and only if it is the published one."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 

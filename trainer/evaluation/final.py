@@ -21,11 +21,11 @@ from trainer.evaluation.learned_features import (
     LabelAgreement,
     LabelledImages,
     StoredImages,
-    joined,
+    join_batches,
     label_agreement,
 )
 from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
-from trainer.evaluation.samples import Drawing, SampleBlock
+from trainer.evaluation.samples import ImageSampler, SampleBlock
 from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
 from trainer.storage.errors import CheckpointError
@@ -88,14 +88,14 @@ class FinalEvaluation:
 
     Attributes:
         config: What to draw and measure.
-        drawing: Decides the samples.
+        image_sampler: Decides the samples.
         ranks: Those that draw, which wait however long the first one measures.
         held_out: Batches of held-out real images and labels.
         train: Batches of the training images and labels.
     """
 
     config: EvalConfig
-    drawing: Drawing
+    image_sampler: ImageSampler
     ranks: HostGroup
     held_out: StoredImages
     train: LabelledImages
@@ -115,14 +115,14 @@ class FinalEvaluation:
             results.tell({"kind": "unmeasured", "text": str(error)})
 
     def _run(self, engine: Engine, results: Publisher) -> None:
-        labels = torch.arange(self.config.samples) % self.drawing.shape.classes
+        labels = torch.arange(self.config.samples) % self.image_sampler.shape.classes
         logger.info("evaluating the EMA weights: reading the held-out images")
         distance = self._on_first(self._distance_to_real)
         taken = TakenSamples(whole=self.config.classifier)
         logger.info("drawing and measuring %d images with them", len(labels))
         with engine.ema_weights() as model:
             reached = self._frechet(model, labels, distance, also=taken.add)
-            grid = self.draw_grid(model)
+            grid = self.sample_grid(model)
         # Where training started, in the place of the trained weights: there may be no other.
         logger.info("drawing as many with the initial weights, to compare")
         with engine.initial_weights() as model:
@@ -143,7 +143,7 @@ class FinalEvaluation:
                 stored_real_images=len(self.held_out),
                 frechet=reached,
                 frechet_untrained=untrained,
-                segment_evaluations=taken.evaluations,
+                segment_evaluations=taken.nfe,
                 labels=self._label_agreement(taken) if self.config.classifier else None,
             )
             picture = grid_png(grid, columns=self.config.grid_columns)
@@ -152,20 +152,20 @@ class FinalEvaluation:
         logger.info("writing the report")
         self._on_first(publish)
 
-    def draw_grid(self, model: nn.Module) -> Tensor:
+    def sample_grid(self, model: nn.Module) -> Tensor:
         """Draw `grid_columns` images for each class shown; a collective call.
 
         Returns:
             On the first rank the images, one class after the other.
         """
-        classes = min(self.config.grid_classes, self.drawing.shape.classes)
+        classes = min(self.config.grid_classes, self.image_sampler.shape.classes)
         labels = torch.arange(classes).repeat_interleave(self.config.grid_columns)
         # Few images in one block would be the work of one rank.
         share = min(self.config.batch, -(-len(labels) // self.ranks.world_size))
-        return replace(self.drawing, batch=share).all(model, labels, ranks=self.ranks).images
+        return replace(self.image_sampler, batch=share).all(model, labels, ranks=self.ranks).images
 
     def _distance_to_real(self) -> DistanceToReal:
-        channels = self.drawing.codec.image_channels(self.drawing.shape.channels)
+        channels = self.image_sampler.codec.image_channels(self.image_sampler.shape.channels)
         return DistanceToReal(
             feature_extractor(
                 self.config.features,
@@ -174,7 +174,7 @@ class FinalEvaluation:
                 held_out=lambda: self.held_out,
             ),
             (images for images, _ in self.held_out),
-            device=self.drawing.device,
+            device=self.image_sampler.device,
             batch=self.config.batch,
         )
 
@@ -189,7 +189,7 @@ class FinalEvaluation:
         """Draw and measure block by block, of which none is kept here; 0 on the other ranks."""
 
         def drawn_and_measured() -> float:
-            with closing(self.drawing.blocks(model, labels, ranks=self.ranks)) as blocks:
+            with closing(self.image_sampler.blocks(model, labels, ranks=self.ranks)) as blocks:
                 for block in blocks:
                     assert distance is not None
                     distance.add(block.images)
@@ -201,7 +201,9 @@ class FinalEvaluation:
 
     def _label_agreement(self, taken: TakenSamples) -> LabelAgreement:
         return label_agreement(
-            train=joined(self.train), held_out=joined(self.held_out), samples=joined(taken.whole)
+            train=join_batches(self.train),
+            held_out=join_batches(self.held_out),
+            samples=join_batches(taken.whole),
         )
 
     def _on_first(self, step: Callable[[], T]) -> T | None:

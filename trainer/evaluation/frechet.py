@@ -42,7 +42,7 @@ class FeatureStatistics:
             FrechetError: If there are fewer than two rows, or a value that is not finite.
         """
         _check_count(len(features))
-        wide = _checked(features)
+        wide = _to_finite_float64(features)
         return FeatureStatistics(mean=wide.mean(axis=0), covariance=np.cov(wide, rowvar=False))
 
 
@@ -64,7 +64,7 @@ class FeatureMoments:
         Raises:
             FrechetError: If a value is not finite.
         """
-        wide = _checked(features)
+        wide = _to_finite_float64(features)
         mean = wide.mean(axis=0)
         deviations = (wide - mean).T @ (wide - mean)
         if self._count:
@@ -96,7 +96,7 @@ def _check_count(images: int) -> None:
         )
 
 
-def _checked(features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def _to_finite_float64(features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     wide = features.astype(np.float64)
     if not np.isfinite(wide).all():
         raise FrechetError(

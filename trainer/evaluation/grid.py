@@ -85,14 +85,14 @@ class TakenSamples:
         self._pictures: list[NDArray[np.uint8]] = []
         self._labels: list[NDArray[np.int64]] = []
         self._count = 0
-        self._evaluations = torch.zeros(0, dtype=torch.float64)
+        self._nfe = torch.zeros(0, dtype=torch.float64)
 
     def add(self, block: SampleBlock) -> None:
         """Take a block."""
         if self._keep_whole:
             self.whole.append((block.images, block.labels))
-        evaluations = len(block.images) * torch.tensor(block.evaluations, dtype=torch.float64)
-        self._evaluations = self._evaluations + evaluations if self._count else evaluations
+        nfe = len(block.images) * torch.tensor(block.nfe, dtype=torch.float64)
+        self._nfe = self._nfe + nfe if self._count else nfe
         self._count += len(block.images)
         bytes_ = (block.images * 127.5 + 127.5).round().clamp(0, 255).byte()
         pictures = (
@@ -105,9 +105,9 @@ class TakenSamples:
         self._room_bytes = self._room_bytes - pictures.nbytes if whole else 0
 
     @property
-    def evaluations(self) -> tuple[float, ...]:
+    def nfe(self) -> tuple[float, ...]:
         """Network evaluations in each segment, averaged over the samples."""
-        return tuple((self._evaluations / self._count).tolist())
+        return tuple((self._nfe / self._count).tolist())
 
     def npz(self) -> bytes:
         """Pack the pictures as FID tools expect them: uint8 NHWC in arr_0, labels in arr_1."""

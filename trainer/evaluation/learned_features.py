@@ -178,7 +178,7 @@ def learned_features(
     """
     if kept is not None and (found := kept.read()) is not None:
         return found
-    images, labels = joined(train())
+    images, labels = join_batches(train())
     logger.info("teaching the network whose features measure, on %d images", len(images))
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derived_seed(0, "learned features"))
@@ -190,7 +190,7 @@ def learned_features(
     return LearnedConvFeatures(network, held_out_accuracy=accuracy)
 
 
-def joined(batches: LabelledImages) -> tuple[Tensor, Tensor]:
+def join_batches(batches: LabelledImages) -> tuple[Tensor, Tensor]:
     """Return all images and labels at once.
 
     Raises:
@@ -214,14 +214,14 @@ def _train(network: _Classifier, images: Tensor, labels: Tensor) -> None:
     )
     for _ in range(_EPOCHS):
         for part in torch.split(torch.randperm(len(images)), _BATCH):
-            loss = F.cross_entropy(network(_shifted(images[part])), labels[part])
+            loss = F.cross_entropy(network(_shift(images[part])), labels[part])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
 
 
-def _shifted(images: Tensor) -> Tensor:
+def _shift(images: Tensor) -> Tensor:
     """Move a batch by up to an eighth of its size, which a class survives."""
     reach = max(1, images.shape[-1] // 8)
     rows, columns = torch.randint(0, 2 * reach + 1, (2,)).tolist()

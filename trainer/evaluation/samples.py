@@ -33,13 +33,13 @@ class SampleBlock:
         first: Index of the first one.
         images: Shape [n, c, h, w], on the host, in [-1, 1] or slightly beyond.
         labels: Their classes, shape [n].
-        evaluations: Network evaluations for each image in each segment.
+        nfe: Network evaluations for each image in each segment.
     """
 
     first: int
     images: Tensor
     labels: Tensor
-    evaluations: tuple[float, ...]
+    nfe: tuple[float, ...]
 
     def to_bytes(self) -> bytes:
         """Return the block as safetensors."""
@@ -48,7 +48,7 @@ class SampleBlock:
                 "first": torch.tensor(self.first),
                 "images": self.images.contiguous(),
                 "labels": self.labels.contiguous(),
-                "evaluations": torch.tensor(self.evaluations, dtype=torch.float64),
+                "nfe": torch.tensor(self.nfe, dtype=torch.float64),
             }
         )
 
@@ -60,12 +60,12 @@ class SampleBlock:
             first=int(tensors["first"]),
             images=tensors["images"],
             labels=tensors["labels"],
-            evaluations=tuple(tensors["evaluations"].tolist()),
+            nfe=tuple(tensors["nfe"].tolist()),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ImageSampler:
     """Everything that decides samples but the model; image i depends on (seed, i, its label) alone.
 
     Images are drawn in blocks of equal size, at most `batch`, which do not depend on the number of
@@ -109,13 +109,11 @@ class Drawing:
         """
         pixels = self.shape.size * self.codec.factor
         images = [torch.zeros(0, self.codec.image_channels(self.shape.channels), pixels, pixels)]
-        evaluations = torch.zeros(self.flow.stages.scales, dtype=torch.float64)
+        nfe = torch.zeros(self.flow.stages.scales, dtype=torch.float64)
         for block in self.blocks(model, labels, ranks=ranks):
             images.append(block.images)
-            evaluations += len(block.images) * torch.tensor(block.evaluations, dtype=torch.float64)
-        return Samples(
-            images=torch.cat(images), evaluations=tuple((evaluations / len(labels)).tolist())
-        )
+            nfe += len(block.images) * torch.tensor(block.nfe, dtype=torch.float64)
+        return Samples(images=torch.cat(images), nfe=tuple((nfe / len(labels)).tolist()))
 
     @torch.no_grad()
     def blocks(
@@ -188,5 +186,5 @@ class Drawing:
             first=first,
             images=self.codec.decode(drawn.images[: len(own)]).cpu(),
             labels=own,
-            evaluations=drawn.evaluations,
+            nfe=drawn.nfe,
         )

@@ -30,7 +30,7 @@ from trainer.config.shapes import ImageShape, flow_shape
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.own_settings import label_dropout, own_eval
-from trainer.evaluation.samples import Drawing
+from trainer.evaluation.samples import ImageSampler
 from trainer.storage.store import StoreConfig
 
 
@@ -155,7 +155,7 @@ class TrainedModel:
         if beyond:
             raise ConfigError(f"classes={beyond} are not among 0 … {self.shape.classes - 1}")
 
-    def drawing(self, sampler: SamplerConfig, *, seed: int, batch: int) -> Drawing:
+    def image_sampler(self, sampler: SamplerConfig, *, seed: int, batch: int) -> ImageSampler:
         """Decide how to draw.
 
         Args:
@@ -168,7 +168,7 @@ class TrainedModel:
             SamplerConfigError: For a batch below 1.
         """
         self.check_guidance(sampler)
-        return Drawing(
+        return ImageSampler(
             flow=self.flow,
             sampler=sampler,
             shape=self.shape,

@@ -115,11 +115,11 @@ class LapFlowPipeline(DiffusionPipeline):
         ).images
         images: Any = drawn
         if output_type != "latent":
-            images = self._shown(self._decoded(drawn), output_type)
+            images = self._convert(self._decode(drawn), output_type)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _decoded(self, drawn: Tensor) -> Tensor:
+    def _decode(self, drawn: Tensor) -> Tensor:
         """Make images in [-1, 1] of what the flow works on."""
         latents = self.transformer.config.latents
         if latents is None:
@@ -128,7 +128,7 @@ class LapFlowPipeline(DiffusionPipeline):
         codec.image_channels(drawn.shape[1])
         return codec.decode(drawn.to(self.vae.dtype)).float()
 
-    def _shown(self, images: Tensor, output_type: OutputType) -> Any:
+    def _convert(self, images: Tensor, output_type: OutputType) -> Any:
         values = (images / 2 + 0.5).clamp(0, 1).cpu()
         if output_type == "pt":
             return values

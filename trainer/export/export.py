@@ -21,7 +21,7 @@ from trainer.evaluation.report import evaluation_key
 from trainer.evaluation.trained_model import Weights
 from trainer.export.description import ModelDescription
 from trainer.export.model_card import ModelCard, WeightsFile
-from trainer.export.output import check_file, check_folder, written_whole
+from trainer.export.output import check_file, check_folder, write_whole
 from trainer.storage.store import Store
 
 
@@ -196,7 +196,7 @@ def export_checkpoint(store: Store, manifest: Manifest, settings: ExportSettings
     weights: tuple[Weights, ...] = (
         ("ema", "master") if settings.weights == "both" else (settings.weights,)
     )
-    with written_whole(output) as partial:
+    with write_whole(output) as partial:
         if settings.file == "folder":
             write_folder(
                 partial,

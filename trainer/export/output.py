@@ -56,7 +56,7 @@ def check_folder(output: Path, *, own: Collection[str], overwrite: bool) -> None
 
 
 @contextmanager
-def written_whole(output: Path) -> Iterator[Path]:
+def write_whole(output: Path) -> Iterator[Path]:
     """Give a place beside `output` to write to; what is there at the end becomes `output`.
 
     Whatever fails, an interrupt too, leaves `output` as it was, and nothing beside it. A process

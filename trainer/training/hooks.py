@@ -63,7 +63,7 @@ class SampleGrids:
 
     Args:
         engine: Holds the EMA.
-        draw: Draws the grid's images from a model, on all ranks; fixed noise and labels.
+        sample: Samples the grid's images from a model, on all ranks; fixed noise and labels.
         tracker: Takes the picture on rank 0.
         interval_images: How often; 0 is never.
         columns: Images per row.
@@ -75,7 +75,7 @@ class SampleGrids:
         self,
         *,
         engine: Engine,
-        draw: Callable[[nn.Module], Tensor],
+        sample: Callable[[nn.Module], Tensor],
         tracker: Tracker,
         interval_images: int,
         columns: int,
@@ -83,7 +83,7 @@ class SampleGrids:
         interrupted: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._engine = engine
-        self._draw = draw
+        self._sample = sample
         self._tracker = tracker
         self._interval_images = interval_images
         self._columns = columns
@@ -96,7 +96,7 @@ class SampleGrids:
             return
         with self._interrupted():
             with self._engine.ema_weights() as model:
-                images = self._draw(model)
+                images = self._sample(model)
             if self._rank == 0:
                 picture = grid_png(images, columns=self._columns)
                 self._tracker.image("samples", picture, images=report.images)

@@ -18,7 +18,7 @@ import torch
 from cluster.contract import WorkerContext
 from models.flow.flow import Flow
 from models.flow.objective import Objective
-from models.transformer.lapflow import LapFlowTransformer, Settle, stay
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt, no_op
 from trainer import rng
 from trainer.autoencoder.codec import load_codec
 from trainer.checkpoint.reader import CheckpointReader
@@ -34,7 +34,7 @@ from trainer.errors import is_user_error
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.measured import frechet_scores
 from trainer.evaluation.real_images import RealImages
-from trainer.evaluation.samples import Drawing
+from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
@@ -97,7 +97,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
 
     flow = Flow(job.flow)
     engine = build_engine(
-        lambda settle: initial_model(job, settle),
+        lambda on_built: initial_model(job, on_built),
         config=job.engine,
         placement=resolve_placement(job),
         optim=job.optim,
@@ -161,7 +161,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         )
         evaluation = FinalEvaluation(
             config=job.eval,
-            drawing=Drawing(
+            image_sampler=ImageSampler(
                 flow=flow,
                 sampler=job.eval.sampler,
                 shape=shape,
@@ -220,7 +220,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
             PeriodicSave(save, interval_images=job.checkpoint.interval_images),
             SampleGrids(
                 engine=engine,
-                draw=evaluation.draw_grid,
+                sample=evaluation.sample_grid,
                 tracker=tracker,
                 interval_images=job.eval.grid_interval_images,
                 columns=job.eval.grid_columns,
@@ -262,12 +262,12 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         tell({"kind": "end", "end": end, "images": state.images})
 
 
-def initial_model(job: JobConfig, settle: Settle = stay) -> LapFlowTransformer:
+def initial_model(job: JobConfig, on_built: OnBuilt = no_op) -> LapFlowTransformer:
     """Build the model with the initial weights that the run's seed decides, alike on all ranks.
 
     Args:
         job: The configuration.
-        settle: What is done with each part of the model as soon as it is built.
+        on_built: What is done with each part of the model as soon as it is built.
     """
     shape = flow_shape(job.data, job.codec)
     torch.manual_seed(rng.derived_seed(job.train.seed, "weights"))
@@ -277,7 +277,7 @@ def initial_model(job: JobConfig, settle: Settle = stay) -> LapFlowTransformer:
         channels=shape.channels,
         image_size=shape.size,
         classes=shape.classes,
-        settle=settle,
+        on_built=on_built,
     )
 
 

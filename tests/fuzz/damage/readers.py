@@ -102,7 +102,7 @@ def restored(home: Path, *, before: int | None = None) -> dict[str, Any]:
     images = open_split(job, "train")
     told = _Told()
     engine = build_engine(
-        lambda settle: initial_model(job, settle),
+        lambda on_built: initial_model(job, on_built),
         config=job.engine,
         placement=resolve_placement(job),
         optim=job.optim,

@@ -16,7 +16,7 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer, Settle
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from pipelines.batch import Batch
 from tests.support.loss_watch import watch
 from trainer.config.train import TrainConfig
@@ -57,14 +57,14 @@ def kind() -> dict[str, str]:
     }
 
 
-def _model(settle: Settle) -> LapFlowTransformer:
+def _model(on_built: OnBuilt) -> LapFlowTransformer:
     return LapFlowTransformer(
         TransformerConfig(depth=2, width=32, heads=2),
         scales=2,
         channels=1,
         image_size=_SIZE,
         classes=_CLASSES,
-        settle=settle,
+        on_built=on_built,
     )
 
 

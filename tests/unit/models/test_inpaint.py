@@ -10,7 +10,7 @@ from models.axes import Bands
 from models.flow.flow import Flow, FlowConfig
 from models.flow.inpaint import InpaintError, inpaint
 from models.flow.sampler import Samples, sample
-from models.flow.sampler_config import SamplerConfig, network_evaluations
+from models.flow.sampler_config import SamplerConfig, nfe_per_segment
 from models.flow.solver import SOLVERS
 from models.pyramid import split
 from tests.unit.models.gaussian import Gaussian, OptimalVelocity
@@ -99,7 +99,7 @@ def test_with_nothing_known_it_is_sampling_to_the_bit(scales: int, solver: str, 
         null_label=3,
     )
     assert torch.equal(drawn.images, plain.images)
-    assert drawn.evaluations == plain.evaluations
+    assert drawn.nfe == plain.nfe
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -126,9 +126,9 @@ def test_repeats_cost_what_they_say(repeats: int) -> None:
     flow = Flow(FlowConfig(scales=2))
     known = torch.ones(3, 1, SIZE, SIZE, dtype=torch.bool).tril()
     settings = {"solver": "heun", "guidance_scale": 2.0}
-    once = network_evaluations(SamplerConfig(steps=8, **settings), flow)
+    once = nfe_per_segment(SamplerConfig(steps=8, **settings), flow)
     drawn = filled(flow, known, repeats=repeats, **settings)
-    assert drawn.evaluations == tuple(repeats * count for count in once)
+    assert drawn.nfe == tuple(repeats * count for count in once)
 
 
 def smooth_images(size: int) -> Gaussian:

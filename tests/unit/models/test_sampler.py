@@ -5,13 +5,13 @@ import torch
 
 from models.axes import Bands
 from models.flow.flow import Flow, FlowConfig
-from models.flow.guidance import guided
+from models.flow.guidance import guide
 from models.flow.sampler import Samples, images_per_call, sample
 from models.flow.sampler_config import (
     SamplerConfig,
     SamplerConfigError,
     StepsError,
-    network_evaluations,
+    nfe_per_segment,
 )
 from models.flow.solver import SOLVERS
 from models.pyramid import split
@@ -95,7 +95,7 @@ def test_samples_do_not_depend_on_how_they_are_batched(solver: str, scale: float
     torch.testing.assert_close(whole.images, torch.cat(parts), rtol=1e-9, atol=1e-9)
     small = draw(model, config, flow, noise, labels, finest_batch=1)
     torch.testing.assert_close(whole.images, small.images, rtol=1e-9, atol=1e-9)
-    assert whole.evaluations == small.evaluations
+    assert whole.nfe == small.nfe
     assert not whole.images.requires_grad
 
 
@@ -113,9 +113,9 @@ def test_an_image_by_dopri5_is_the_same_alone_and_in_any_batch() -> None:
     alone = [draw(mild, config, flow, noise[i : i + 1], labels[i : i + 1]) for i in range(5)]
     assert torch.equal(whole.images, torch.cat([one.images for one in alone]))
     for segment in range(3):
-        counts = [one.evaluations[segment] for one in alone]
-        assert whole.evaluations[segment] == pytest.approx(sum(counts) / 5)
-    assert len({one.evaluations for one in alone}) > 1, "the test must have images that differ"
+        counts = [one.nfe[segment] for one in alone]
+        assert whole.nfe[segment] == pytest.approx(sum(counts) / 5)
+    assert len({one.nfe for one in alone}) > 1, "the test must have images that differ"
     together = draw(
         mild,
         SamplerConfig(
@@ -189,7 +189,7 @@ def test_guidance_at_scale_one_changes_nothing() -> None:
     time, labels = torch.rand(3, dtype=torch.float64), torch.tensor([0, 1, 2])
     plain = model(states, time, labels)
     for got, want in zip(
-        guided(model, scale=1.0, null_label=NULL)(states, time, labels), plain, strict=True
+        guide(model, scale=1.0, null_label=NULL)(states, time, labels), plain, strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
@@ -201,7 +201,7 @@ def test_guidance_extrapolates_from_the_null_label() -> None:
     with_label = model(states, time, labels)
     without = model(states, time, torch.full((3,), NULL))
     for scale in (0.0, 1.5, 4.0):
-        mixed = guided(model, scale=scale, null_label=NULL)(states, time, labels)
+        mixed = guide(model, scale=scale, null_label=NULL)(states, time, labels)
         for got, yes, no in zip(mixed, with_label, without, strict=True):
             assert (yes - no).abs().max() > 1e-3
             torch.testing.assert_close(got, (1 - scale) * no + scale * yes)
@@ -220,8 +220,8 @@ def test_evaluations_are_counted_as_made(
     config = SamplerConfig(steps=7, solver=solver, guidance_scale=guidance_scale)
     pair = 1 if guidance_scale == 1 else 2
     total = pair * (7 * per_step + scales * per_segment)
-    assert sum(network_evaluations(config, flow)) == total
-    assert network_evaluations(config, flow) == counted(config, flow)
+    assert sum(nfe_per_segment(config, flow)) == total
+    assert nfe_per_segment(config, flow) == counted(config, flow)
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 14), ("heun", 28), ("ab2", 20)])
@@ -232,13 +232,13 @@ def test_guidance_acts_inside_its_interval_only(solver: str, evaluations: int) -
     )
     # Four of ten steps are guided. The multistep solver starts anew in each of four pieces, and
     # each fresh start takes one evaluation more: two guided pairs, two without a pair.
-    assert sum(network_evaluations(config, flow)) == evaluations
-    assert network_evaluations(config, flow) == counted(config, flow)
+    assert sum(nfe_per_segment(config, flow)) == evaluations
+    assert nfe_per_segment(config, flow) == counted(config, flow)
 
 
 def test_evaluations_of_an_adaptive_solver_have_no_formula() -> None:
-    with pytest.raises(SamplerConfigError, match=r"Samples\.evaluations"):
-        network_evaluations(SamplerConfig(solver="dopri5"), Flow(FlowConfig()))
+    with pytest.raises(SamplerConfigError, match=r"Samples\.nfe"):
+        nfe_per_segment(SamplerConfig(solver="dopri5"), Flow(FlowConfig()))
 
 
 def counted(config: SamplerConfig, flow: Flow) -> tuple[float, ...]:
@@ -251,8 +251,8 @@ def counted(config: SamplerConfig, flow: Flow) -> tuple[float, ...]:
         return states
 
     drawn = draw(count, config, flow, noise_for(flow, images=3), torch.tensor([0, 1, 2]))
-    assert drawn.evaluations == tuple(images / 3 for _, images in sorted(calls.items()))
-    return drawn.evaluations
+    assert drawn.nfe == tuple(images / 3 for _, images in sorted(calls.items()))
+    return drawn.nfe
 
 
 @pytest.mark.usefixtures("without_type_checks")
@@ -279,7 +279,7 @@ def test_settings_that_cannot_be_carried_out_are_refused(
 def test_fewer_steps_than_segments_are_refused() -> None:
     flow = Flow(FlowConfig(scales=3))
     with pytest.raises(StepsError, match="3 segments"):
-        network_evaluations(SamplerConfig(steps=2), flow)
+        nfe_per_segment(SamplerConfig(steps=2), flow)
     with pytest.raises(StepsError, match="3 segments"):
         draw(
             tiny_model(scales=3),

@@ -36,7 +36,7 @@ from trainer.evaluation.frechet import (
 from trainer.evaluation.grid import TakenSamples, grid_png
 from trainer.evaluation.learned_features import label_agreement, learned_features
 from trainer.evaluation.report import EvaluationReport, Origin
-from trainer.evaluation.samples import Drawing, SampleBlock
+from trainer.evaluation.samples import ImageSampler, SampleBlock
 
 
 def statistics(mean, covariance):
@@ -186,7 +186,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    drawing = Drawing(
+    image_sampler = ImageSampler(
         flow=Flow(FlowConfig()),
         sampler=SamplerConfig(steps=4, guidance_scale=2.0),
         shape=ImageShape(channels=1, size=8, classes=4),
@@ -196,23 +196,23 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():
         device=torch.device("cpu"),
     )
     labels = torch.arange(6) % 4
-    whole = drawing.all(model, labels)
-    assert whole.evaluations == (8.0, 8.0)
+    whole = image_sampler.all(model, labels)
+    assert whole.nfe == (8.0, 8.0)
     for batch in (1, 4):
-        other = dataclasses.replace(drawing, batch=batch).all(model, labels)
+        other = dataclasses.replace(image_sampler, batch=batch).all(model, labels)
         torch.testing.assert_close(other.images, whole.images, rtol=1e-5, atol=1e-5)
-        assert other.evaluations == whole.evaluations
-    other = dataclasses.replace(drawing, seed=2).all(model, labels)
+        assert other.nfe == whole.nfe
+    other = dataclasses.replace(image_sampler, seed=2).all(model, labels)
     assert not torch.allclose(other.images, whole.images, atol=0.1)
     with pytest.raises(SamplerConfigError, match="at least 1"):
-        dataclasses.replace(drawing, batch=0)
+        dataclasses.replace(image_sampler, batch=0)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_blocks_are_equal_and_hold_every_sample_once(images, batch):
-    drawing = Drawing(
+    image_sampler = ImageSampler(
         flow=Flow(FlowConfig()),
         sampler=SamplerConfig(solver="euler", steps=2),
         shape=ImageShape(channels=1, size=2, classes=3),
@@ -228,7 +228,7 @@ def test_blocks_are_equal_and_hold_every_sample_once(images, batch):
         return tuple(torch.zeros_like(state) for state in states)
 
     labels = torch.arange(images) % 3
-    blocks = list(drawing.blocks(still, labels))
+    blocks = list(image_sampler.blocks(still, labels))
     assert [block.first for block in blocks] == [
         sum(len(before.labels) for before in blocks[:number]) for number in range(len(blocks))
     ]
@@ -316,14 +316,14 @@ def test_samples_are_kept_as_pictures_as_far_as_there_is_room():
                 first=first,
                 images=images[first:last],
                 labels=labels[first:last],
-                evaluations=(float(last - first), 1.0),
+                nfe=(float(last - first), 1.0),
             )
         )
     file = np.load(io.BytesIO(taken.npz()))
     wanted = (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
     assert np.array_equal(file["arr_0"], wanted[:5].numpy())
     assert file["arr_1"].tolist() == labels[:5].tolist()
-    assert taken.evaluations == ((3 * 3 + 3 * 3 + 2 * 2) / 8, 1.0)
+    assert taken.nfe == ((3 * 3 + 3 * 3 + 2 * 2) / 8, 1.0)
     assert torch.equal(torch.cat([part for part, _ in taken.whole]), images)
 
 
@@ -343,7 +343,7 @@ def test_samples_are_decoded_a_batch_at_a_time():
     model = LapFlowTransformer(
         TransformerConfig(depth=1, width=16, heads=2), scales=2, channels=1, image_size=8, classes=4
     )
-    drawing = Drawing(
+    image_sampler = ImageSampler(
         flow=Flow(FlowConfig()),
         sampler=SamplerConfig(steps=2),
         shape=ImageShape(channels=1, size=8, classes=4),
@@ -353,9 +353,9 @@ def test_samples_are_decoded_a_batch_at_a_time():
         device=torch.device("cpu"),
     )
     labels = torch.arange(7) % 4
-    latents = drawing.all(model, labels).images
+    latents = image_sampler.all(model, labels).images
     codec = Doubling()
-    images = dataclasses.replace(drawing, codec=codec).all(model, labels).images
+    images = dataclasses.replace(image_sampler, codec=codec).all(model, labels).images
     assert torch.equal(images, up(latents).repeat(1, 3, 1, 1))
     assert sum(codec.decoded) == 7
     assert max(codec.decoded) == 3

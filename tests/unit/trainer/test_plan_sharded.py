@@ -46,7 +46,7 @@ class CountedExchange(Exchange):
         self._count("reduce_scatter", terms.nbytes // self.ranks * (self.ranks - 1))
         return terms.unflatten(0, (self.ranks, -1)).sum(0)
 
-    def all_to_all(self, chunks: Tensor) -> Tensor:
+    def all_to_all_chunks(self, chunks: Tensor) -> Tensor:
         self._count("all_to_all", chunks.nbytes // self.ranks * (self.ranks - 1))
         return chunks.clone()
 
@@ -81,7 +81,7 @@ def sharded(
         channels=CHANNELS,
         image_size=SIZE,
         classes=5,
-        settle=ExpertShards(exchanges=exchanges).divide,
+        on_built=ExpertShards(exchanges=exchanges).divide,
     )
     network.recompute(made.engine.activation_checkpointing)
     return network, exchanges

@@ -9,7 +9,7 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import band_statistics, split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer, Settle
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from pipelines.batch import Batch
 from tests.support.autoencoder import tiny_autoencoder
 from tests.support.loss_watch import watch
@@ -37,14 +37,14 @@ def images():
     return torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def model(settle: Settle) -> LapFlowTransformer:
+def model(on_built: OnBuilt) -> LapFlowTransformer:
     return LapFlowTransformer(
         TransformerConfig(depth=1, width=16, heads=2, patch_size=2),
         scales=2,
         channels=4,
         image_size=8,
         classes=10,
-        settle=settle,
+        on_built=on_built,
     )
 
 

@@ -22,7 +22,7 @@ from trainer.checkpoint.snapshot import Snapshot
 from trainer.config.reading import ConfigError
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
 from trainer.export.export import ExportSettings
-from trainer.export.output import written_whole
+from trainer.export.output import write_whole
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASTER = "diffusion_pytorch_model.master.safetensors"
@@ -173,7 +173,7 @@ def earlier(tmp_path) -> Path:
 
 
 def replace(folder: Path) -> None:
-    with written_whole(folder) as partial:
+    with write_whole(folder) as partial:
         partial.mkdir()
         (partial / "new").write_text("better")
 
@@ -225,7 +225,7 @@ def test_a_process_killed_between_the_renames_leaves_the_earlier_folder_beside(e
     code = f"""
 import os, signal
 from pathlib import Path
-from trainer.export.output import written_whole
+from trainer.export.output import write_whole
 
 rename = Path.rename
 def rename_or_die(path, target):
@@ -234,7 +234,7 @@ def rename_or_die(path, target):
     return rename(path, target)
 
 Path.rename = rename_or_die
-with written_whole(Path({str(earlier)!r})) as partial:
+with write_whole(Path({str(earlier)!r})) as partial:
     partial.mkdir()
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL

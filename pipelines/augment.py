@@ -1,11 +1,8 @@
 """What one turn shows of a sample, by randomness that belongs to the sample and its epoch.
 
-What is random about a sample (its view, its latent) is a function of the run's seed, the sample and
+What is random about a sample (its crop, its latent) is a function of the run's seed, the sample and
 how often it has been seen. So it does not depend on the batch, the rank or the decoder, and a
 resumed run sees the same.
-
-The choice depends on random numbers that belong to a sample and an epoch. So it does not depend on
-the batch, the rank or the decoder, and a resumed run sees the same views.
 """
 
 import math
@@ -18,7 +15,7 @@ from numpy.typing import NDArray
 from pipelines.errors import DataError
 
 # These keep the numbers apart from each other and from those of the sample order.
-_VIEW, _POSTERIOR = 3, 5
+_CROP, _POSTERIOR = 3, 5
 
 
 class SampleKey(NamedTuple):
@@ -32,8 +29,8 @@ class SampleKey(NamedTuple):
     """The sample."""
 
     def uniforms(self, count: int) -> NDArray[np.float64]:
-        """Draw numbers in [0, 1) for the sample's view, [count]."""
-        return _uniforms((*self, _VIEW), count)
+        """Draw numbers in [0, 1) for the sample's crop, [count]."""
+        return _uniforms((*self, _CROP), count)
 
     def normals(self, count: int) -> NDArray[np.float32]:
         """Draw standard normal numbers for the sample's latent, [count]."""
@@ -53,12 +50,12 @@ def _uniforms(key: tuple[int, ...], count: int) -> NDArray[np.float64]:
 
 
 DRAWS = 5
-"""Random numbers in [0, 1) that one view takes."""
+"""Random numbers in [0, 1) that one crop takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How views vary from epoch to epoch.
+    """How crops vary from epoch to epoch.
 
     Attributes:
         flip: Mirror half of the images (DiT's recipe for ImageNet).
@@ -87,12 +84,12 @@ class AugmentConfig:
 
     @property
     def random(self) -> bool:
-        """Whether views vary at all."""
+        """Whether crops vary at all."""
         return self.flip or self.crop != "center"
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class CropParams:
     """A part of an upright image.
 
     Attributes:
@@ -110,19 +107,19 @@ class View:
     mirrored: bool
 
 
-def view_of(config: AugmentConfig, *, width: int, height: int, key: SampleKey | None) -> View:
-    """Choose the part of an image that one turn of its sample shows; see `choose_view`."""
+def crop_of(config: AugmentConfig, *, width: int, height: int, key: SampleKey | None) -> CropParams:
+    """Choose the part of an image that one turn of its sample shows; see `sample_crop`."""
     numbers = None if key is None or not config.random else key.uniforms(DRAWS)
-    return choose_view(config, width=width, height=height, numbers=numbers)
+    return sample_crop(config, width=width, height=height, numbers=numbers)
 
 
-def choose_view(
+def sample_crop(
     config: AugmentConfig, *, width: int, height: int, numbers: NDArray[np.float64] | None
-) -> View:
+) -> CropParams:
     """Choose the part of an image to show.
 
     Args:
-        config: How views vary.
+        config: How crops vary.
         width: Columns of the upright image.
         height: Its rows.
         numbers: Numbers in [0, 1), [DRAWS]; None shows the central square, not mirrored.
@@ -131,7 +128,7 @@ def choose_view(
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         mirrored = numbers is not None and config.flip and bool(numbers[0] < 0.5)
-        return View(left=left, top=top, width=side, height=side, mirrored=mirrored)
+        return CropParams(left=left, top=top, width=side, height=side, mirrored=mirrored)
     mirror, area, aspect, across, down = numbers.tolist()
     wanted = (config.min_area + area * (1 - config.min_area)) * width * height
     ratio = config.max_aspect ** (2 * aspect - 1)
@@ -140,7 +137,7 @@ def choose_view(
     fitting = min(1.0, width / columns, height / rows)
     columns = max(1, min(width, round(columns * fitting)))
     rows = max(1, min(height, round(rows * fitting)))
-    return View(
+    return CropParams(
         left=int(across * (width - columns + 1)),
         top=int(down * (height - rows + 1)),
         width=columns,

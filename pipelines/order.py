@@ -10,10 +10,10 @@ Permutations are made by sorting raw Philox words. NumPy promises that raw words
 between versions; it does not promise that for `Generator.permutation`.
 
 Positions of the run are dealt to the streams in blocks: of the first n blocks each stream has its
-exact share, to within one sample, and inside a block the streams are mixed at random. Each stream
-goes through its own samples in its own order, each sample once in each of the stream's epochs, so a
-small stream with a large share is repeated more often. All of it is a pure function of (seed,
-position), like `pipelines.order`.
+exact fraction, to within one sample, and inside a block the streams are mixed at random. Each
+stream goes through its own samples in its own order, each sample once in each of the stream's
+epochs, so a small stream with a large fraction is repeated more often. All of it is a pure function
+of (seed, position).
 """
 
 from collections.abc import Iterator, Sequence
@@ -101,7 +101,7 @@ class Order(Protocol):
         """
         ...
 
-    def stand_in(self, sample_id: int, *, attempt: int) -> int:
+    def replacement(self, sample_id: int, *, attempt: int) -> int:
         """Choose the sample that takes an unusable one's place; see `replacement`."""
         ...
 
@@ -159,7 +159,7 @@ class SampleOrder:
             position = epoch * self.samples + number * self._block_samples + len(ids)
             yield position, ids
 
-    def stand_in(self, sample_id: int, *, attempt: int) -> int:
+    def replacement(self, sample_id: int, *, attempt: int) -> int:
         """Choose the sample that takes an unusable one's place."""
         return replacement(sample_id, attempt=attempt, samples=self.samples)
 
@@ -250,18 +250,18 @@ class ConcatenatedDataset:
 
 
 class MixedOrder:
-    """Samples of several streams, each with its share.
+    """Samples of several streams, each with its fraction.
 
     Args:
         shard_sizes: For each stream, the samples in each of its shards.
-        weights: Relative share of each stream.
+        weights: Relative weight of each stream.
         seed: Two orders with the same seed, shards and weights are the same.
         block_samples: Length of the blocks that are dealt, and of those within which each stream is
             shuffled; None is as many as eight shards hold, of all streams and of its own.
 
     Raises:
         EmptyDatasetError: A stream holds no sample.
-        DataError: A share is so small that a block may not hold it.
+        DataError: A fraction is so small that a block may not hold it.
     """
 
     def __init__(
@@ -281,8 +281,8 @@ class MixedOrder:
                     f"samples in a block of {dealt}. Raise its weight, or "
                     "loader.shuffle_block_samples."
                 )
-        # Exact fractions: the share of a stream must not depend on rounding, however long the run.
-        self._shares = [Fraction(0), *accumulate(Fraction(weight) / total for weight in weights)]
+        # Exact: a stream's fraction must not depend on rounding, however long the run.
+        self._fractions = [Fraction(0), *accumulate(Fraction(weight) / total for weight in weights)]
         self._orders: list[Order] = [
             SampleOrder(sizes, seed=_stream_seed(seed, number), block_samples=block_samples)
             for number, sizes in enumerate(shard_sizes)
@@ -318,16 +318,16 @@ class MixedOrder:
             first += self._block_samples
             yield first, ids
 
-    def stand_in(self, sample_id: int, *, attempt: int) -> int:
+    def replacement(self, sample_id: int, *, attempt: int) -> int:
         """Choose the sample, of the same stream, that takes an unusable one's place."""
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         start = self._starts[number]
-        return start + self._orders[number].stand_in(sample_id - start, attempt=attempt)
+        return start + self._orders[number].replacement(sample_id - start, attempt=attempt)
 
     def _given(self, number: int, blocks: int) -> int:
         """Count the samples of a stream in the first so many blocks."""
         positions = blocks * self._block_samples
-        below, upto = self._shares[number : number + 2]
+        below, upto = self._fractions[number : number + 2]
         return int(upto * positions) - int(below * positions)
 
     def _deal(self, block: int) -> NDArray[np.int64]:

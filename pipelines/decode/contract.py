@@ -1,6 +1,6 @@
 """What a decoder does: a batch of stored samples in, Laplacian bands on the device out.
 
-An image is turned upright as its orientation tag says, cropped to the view chosen for it (the
+An image is turned upright as its orientation tag says, cropped to the part chosen for it (the
 central square, without augmentation), resized with an antialiased linear filter if it has another
 size than asked for, and perhaps mirrored. Values become float32 in [-1, 1] and are split into bands
 by 2 x 2 means. Of latents one is drawn from the moments stored, scaled and split alike.
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.augment import AugmentConfig, SampleKey, View, view_of
+from pipelines.augment import AugmentConfig, CropParams, SampleKey, crop_of
 from pipelines.batch import Bands
 from pipelines.errors import (
     BadSampleError,
@@ -36,8 +36,8 @@ class DecodeConfig:
         channels: 1 for grey, 3 for RGB.
         scales: Number of Laplacian bands.
         decode_threads: Threads that decode.
-        augment: How views vary from epoch to epoch.
-        whole: Show all of each image, squeezed into the square, instead of a view of it: to find
+        augment: How crops vary from epoch to epoch.
+        whole: Show all of each image, squeezed into the square, instead of a part of it: to find
             damage wherever it is.
     """
 
@@ -55,11 +55,20 @@ class DecodeConfig:
             raise DataError(f"decode_threads must be at least 1, got {self.decode_threads}.")
         check_splittable(self.image_size, self.scales, what="Images")
 
-    def view(self, *, width: int, height: int, key: SampleKey | None) -> View:
+    def crop(self, *, width: int, height: int, key: SampleKey | None) -> CropParams:
         """Choose the part of an upright image that one turn of its sample shows."""
         if self.whole:
-            return View(left=0, top=0, width=width, height=height, mirrored=False)
-        return view_of(self.augment, width=width, height=height, key=key)
+            return CropParams(left=0, top=0, width=width, height=height, mirrored=False)
+        return crop_of(self.augment, width=width, height=height, key=key)
+
+
+class DrawnLatent(NamedTuple):
+    """What a latent is made of: mean + standard deviation times normal numbers."""
+
+    moments: Moments
+    """Of the view shown."""
+    normals: NDArray[np.float32] | None
+    """float32 [channels, size, size]; None where the mean is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +104,22 @@ class LatentDecodeConfig:
                 "not hold. Encode it again without --no-flips, or set data.augment.flip=false."
             )
         check_splittable(self.format.size, self.scales, what="Latents")
+
+    def draw(self, sample: bytes, key: SampleKey | None) -> DrawnLatent:
+        """Look up the moments of a stored latent, and draw the normal numbers of one turn of it.
+
+        Raises:
+            BadSampleError: The sample is not a latent of the format.
+        """
+        shape = (self.format.channels, self.format.size, self.format.size)
+        mirrored = self.flip and key is not None and bool(key.uniforms(1)[0] < 0.5)
+        try:
+            moments = self.format.moments(sample, mirrored=mirrored)
+        except DataError as error:
+            raise BadSampleError(str(error)) from error
+        if key is None or self.posterior == "mean":
+            return DrawnLatent(moments, None)
+        return DrawnLatent(moments, key.normals(int(np.prod(shape))).reshape(shape))
 
 
 def decode_threads(processes: int) -> int:
@@ -172,30 +197,3 @@ def check_splittable(size: int, scales: int, *, what: str) -> None:
             f"size must be a multiple of {step}. Choose image_size "
             f"{max(step, size // step * step)}, or fewer scales."
         )
-
-
-class DrawnLatent(NamedTuple):
-    """What a latent is made of: mean + standard deviation times normal numbers."""
-
-    moments: Moments
-    """Of the view shown."""
-    normals: NDArray[np.float32] | None
-    """float32 [channels, size, size]; None where the mean is taken."""
-
-
-def draw_latent(config: LatentDecodeConfig, sample: bytes, key: SampleKey | None) -> DrawnLatent:
-    """Look up the moments of a latent and draw its normal numbers.
-
-    Raises:
-        BadSampleError: The sample is not a latent of the format.
-    """
-    stored = config.format
-    shape = (stored.channels, stored.size, stored.size)
-    mirrored = config.flip and key is not None and bool(key.uniforms(1)[0] < 0.5)
-    try:
-        moments = stored.moments(sample, mirrored=mirrored)
-    except DataError as error:
-        raise BadSampleError(str(error)) from error
-    if key is None or config.posterior == "mean":
-        return DrawnLatent(moments, None)
-    return DrawnLatent(moments, key.normals(int(np.prod(shape))).reshape(shape))

@@ -16,13 +16,12 @@ from pipelines.decode.contract import (
     Decoder,
     DrawnLatent,
     LatentDecodeConfig,
-    draw_latent,
 )
 from pipelines.encoded import pixels, read_image
 
 
 class PillowDecoder(Decoder[NDArray[np.float32]]):
-    """Decodes on the host; see `pipelines.decode.Decoder` for the contract.
+    """Decodes on the host; see `contract.Decoder`.
 
     Args:
         config: What images are made into.
@@ -34,14 +33,14 @@ class PillowDecoder(Decoder[NDArray[np.float32]]):
         self._device = device
 
     def prepare(self, sample: bytes, key: SampleKey | None) -> NDArray[np.float32]:
-        """Decode one image and cut out its view; values are 0 to 255, [size, size, channels]."""
+        """Decode one image and crop it; values are 0 to 255, [size, size, channels]."""
         image = pixels(read_image(sample), channels=self._config.channels)
-        view = self._config.view(width=image.shape[1], height=image.shape[0], key=key)
-        part = image[view.top : view.top + view.height, view.left : view.left + view.width]
+        crop = self._config.crop(width=image.shape[1], height=image.shape[0], key=key)
+        part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         shown, size = part.astype(np.float32), self._config.image_size
         if shown.shape[:2] != (size, size):
             shown = _resize(shown, size)
-        return shown[:, ::-1] if view.mirrored else shown
+        return shown[:, ::-1] if crop.mirrored else shown
 
     def decode(self, prepared: Sequence[NDArray[np.float32]]) -> Bands:
         """Normalise and split a batch."""
@@ -50,7 +49,7 @@ class PillowDecoder(Decoder[NDArray[np.float32]]):
 
 
 class LatentDecoder(Decoder[DrawnLatent]):
-    """Draws latents with NumPy and splits them with torch; see `pipelines.decode.Decoder`.
+    """Draws latents with NumPy and splits them with torch; see `contract.Decoder`.
 
     Args:
         config: What latents are made into.
@@ -63,7 +62,7 @@ class LatentDecoder(Decoder[DrawnLatent]):
 
     def prepare(self, sample: bytes, key: SampleKey | None) -> DrawnLatent:
         """Look up the moments of a latent, and draw the numbers it is sampled by."""
-        return draw_latent(self._config, sample, key)
+        return self._config.draw(sample, key)
 
     def decode(self, prepared: Sequence[DrawnLatent]) -> Bands:
         """Sample, scale and split a batch."""

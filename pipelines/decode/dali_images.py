@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 
-from pipelines.augment import SampleKey, View
+from pipelines.augment import CropParams, SampleKey
 from pipelines.batch import Bands
 from pipelines.decode.contract import DecodeConfig, Decoder
 from pipelines.decode.dali_bands import PipelinePool, gpu_number, outputs_on, split_graph
@@ -26,7 +26,7 @@ class _Encoded(NamedTuple):
     data: NDArray[np.uint8]
     width: int
     height: int
-    view: View
+    crop: CropParams
 
 
 class _LostBatchError(Exception):
@@ -38,7 +38,7 @@ class _LostBatchError(Exception):
 
 
 class DaliDecoder(Decoder[_Encoded]):
-    """Decodes with DALI; see `pipelines.decode.Decoder` for the contract.
+    """Decodes with DALI; see `contract.Decoder`.
 
     Args:
         config: What images are made into.
@@ -52,14 +52,14 @@ class DaliDecoder(Decoder[_Encoded]):
         self._pipelines = PipelinePool(gpu=self._gpu, threads=config.decode_threads)
 
     def prepare(self, sample: bytes, key: SampleKey | None) -> _Encoded:
-        """Check an image, rewrite one that decoders may differ on, and choose its view."""
+        """Check an image, rewrite one that decoders may differ on, and choose its crop."""
         image = read_image(sample)
         width, height = image.upright_size
         data, channels = image.data, self._config.channels
         if not image.is_plain(channels=channels):
             data = as_png(pixels(image, channels=channels))
-        view = self._config.view(width=width, height=height, key=key)
-        return _Encoded(np.frombuffer(data, dtype=np.uint8), width, height, view)
+        crop = self._config.crop(width=width, height=height, key=key)
+        return _Encoded(np.frombuffer(data, dtype=np.uint8), width, height, crop)
 
     def decode(self, prepared: Sequence[_Encoded]) -> Bands:
         """Decode a batch."""
@@ -93,19 +93,19 @@ class DaliDecoder(Decoder[_Encoded]):
             _LostBatchError: It failed.
         """
         size = self._config.image_size
-        views = [image.view for image in images]
+        crops = [image.crop for image in images]
         whole = (0, 0, size, size, size, size)
         # Whether anything is cut off or resized.
         changed = any(
-            (view.left, view.top, view.width, view.height, image.width, image.height) != whole
-            for image, view in zip(images, views, strict=True)
+            (crop.left, crop.top, crop.width, crop.height, image.width, image.height) != whole
+            for image, crop in zip(images, crops, strict=True)
         )
         inputs: dict[str, Any] = {"encoded": [image.data for image in images]}
         if changed:
-            inputs["anchor"] = np.array([(view.top, view.left) for view in views], np.int32)
-            inputs["shape"] = np.array([(view.height, view.width) for view in views], np.int32)
+            inputs["anchor"] = np.array([(crop.top, crop.left) for crop in crops], np.int32)
+            inputs["shape"] = np.array([(crop.height, crop.width) for crop in crops], np.int32)
         if self._config.augment.flip:
-            inputs["mirror"] = np.array([view.mirrored for view in views], np.int32)
+            inputs["mirror"] = np.array([crop.mirrored for crop in crops], np.int32)
         pipeline = self._pipelines.get(
             partial(self._graph, changed=changed), kind=changed, batch=len(images)
         )

@@ -9,12 +9,12 @@ from nvidia.dali import fn, types
 
 from pipelines.augment import SampleKey
 from pipelines.batch import Bands
-from pipelines.decode.contract import Decoder, DrawnLatent, LatentDecodeConfig, draw_latent
+from pipelines.decode.contract import Decoder, DrawnLatent, LatentDecodeConfig
 from pipelines.decode.dali_bands import PipelinePool, gpu_number, outputs_on, split_graph
 
 
 class DaliLatentDecoder(Decoder[DrawnLatent]):
-    """Draws, scales and splits latents with DALI; see `pipelines.decode.Decoder` for the contract.
+    """Draws, scales and splits latents with DALI; see `contract.Decoder`.
 
     Args:
         config: What latents are made into.
@@ -29,7 +29,7 @@ class DaliLatentDecoder(Decoder[DrawnLatent]):
 
     def prepare(self, sample: bytes, key: SampleKey | None) -> DrawnLatent:
         """Look up the moments of a latent, and draw the numbers it is sampled by."""
-        return draw_latent(self._config, sample, key)
+        return self._config.draw(sample, key)
 
     def decode(self, prepared: Sequence[DrawnLatent]) -> Bands:
         """Sample, scale and split a batch."""

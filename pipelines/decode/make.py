@@ -3,9 +3,7 @@
 from typing import Any, Literal
 
 from pipelines.decode.contract import DecodeConfig, Decoder, LatentDecodeConfig
-from pipelines.errors import (
-    DataError,
-)
+from pipelines.errors import DataError
 
 DecoderName = Literal["dali", "pillow"]
 

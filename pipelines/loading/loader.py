@@ -150,7 +150,7 @@ class _Slot:
 
     sample_id: int
     epoch: int
-    attempt: int  # 0 for the sample itself, n for its n-th stand-in
+    attempt: int  # 0 for the sample itself, n for its n-th replacement
     chosen: int
     label: int
     prepared: Any
@@ -163,7 +163,7 @@ class Loader:
         dataset: Where the images come from.
         config: How batches are made.
         decode: What images, or latents, are made into.
-        seed: Seed of the sample order and of the views, the same on all ranks.
+        seed: Seed of the sample order and of the crops, the same on all ranks.
         order: Which sample comes when; None takes each once per epoch.
         batch_images: Size of the global batch.
         rank: This process's number among all.
@@ -290,7 +290,7 @@ class Loader:
             images += self._batch_images
 
     def _take(self, sample_id: int, *, epoch: int, attempt: int) -> _Slot:
-        """Read and prepare a sample, or the first usable one of its stand-ins.
+        """Read and prepare a sample, or the first usable one of its replacements.
 
         Args:
             sample_id: Whose turn it is.
@@ -300,7 +300,7 @@ class Loader:
         while True:
             chosen = sample_id
             if attempt:
-                chosen = self._order.stand_in(sample_id, attempt=attempt - 1)
+                chosen = self._order.replacement(sample_id, attempt=attempt - 1)
             try:
                 sample = self._dataset.read(chosen)
                 self._check_label(sample)

@@ -1,4 +1,4 @@
-"""Several streams in one: exact shares, each sample once in its stream's epoch, pure resumption."""
+"""Streams in one: exact fractions, each sample once in its stream's epoch, pure resumption."""
 
 from collections import Counter
 from itertools import islice
@@ -30,13 +30,13 @@ def streams(sizes: list[list[int]], turns: Turns) -> np.ndarray:
 
 @QUICK
 @given(SIZES, WEIGHTS, SEEDS, st.integers(1, 12))
-def test_after_each_block_the_shares_are_exact(
+def test_after_each_block_the_fractions_are_exact(
     sizes: list[list[int]], weights: list[float], seed: int, blocks: int
 ) -> None:
     turns = make(sizes, weights, seed).turns(0, blocks * BLOCK)
     counts = np.bincount(streams(sizes, turns), minlength=len(sizes))
-    shares = np.array(weights[: len(sizes)]) / sum(weights[: len(sizes)])
-    assert (np.abs(counts - shares * blocks * BLOCK) < 1 + 1e-9).all()
+    fractions = np.array(weights[: len(sizes)]) / sum(weights[: len(sizes)])
+    assert (np.abs(counts - fractions * blocks * BLOCK) < 1 + 1e-9).all()
 
 
 @QUICK
@@ -90,7 +90,7 @@ def test_a_stand_in_comes_from_the_same_stream(
 ) -> None:
     order = make(sizes, weights)
     ids = np.arange(sum(map(sum, sizes)))
-    others = np.array([order.stand_in(int(sample), attempt=attempt) for sample in ids])
+    others = np.array([order.replacement(int(sample), attempt=attempt) for sample in ids])
     nothing = np.zeros_like(ids)
     assert (streams(sizes, Turns(ids, nothing)) == streams(sizes, Turns(others, nothing))).all()
 
@@ -102,7 +102,7 @@ def test_equal_streams_are_not_read_in_step() -> None:
     assert (first[:20] != second[:20]).any()
 
 
-def test_too_small_a_share_is_refused() -> None:
+def test_too_small_a_fraction_is_refused() -> None:
     with pytest.raises(DataError, match=r"weight 0\.01, of 1\.01 in all.*shuffle_block_samples"):
         make([[5], [5]], [1.0, 0.01])
     with pytest.raises(DataError, match=r"weight of s3://b/x must be above 0, got -1"):

@@ -60,7 +60,7 @@ def decoding(
         job: The configuration.
         context: Place of this worker, whose node's cores its ranks share.
         scales: Number of bands; 1 leaves images whole.
-        augment: How views vary; None takes the central square.
+        augment: How crops vary; None takes the central square.
     """
     shape = picture_shape(job.data, job.codec)
     return DecodeConfig(

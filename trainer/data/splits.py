@@ -25,7 +25,7 @@ class Split:
 
     Attributes:
         streams: The data sets it consists of, usually one.
-        weights: Share of each; None takes each sample once per epoch.
+        weights: Weight of each; None takes each sample once per epoch.
     """
 
     streams: tuple[ShardedDataset, ...]
@@ -46,7 +46,7 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """SHA-256: which version of which data, and its shares."""
+        """SHA-256: which version of which data, and its weights."""
         if len(self.streams) == 1:
             return self.streams[0].digest
         parts = json.dumps([[stream.digest for stream in self.streams], self.weights])

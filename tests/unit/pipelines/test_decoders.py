@@ -23,7 +23,7 @@ RESIZED = 1e-5
 
 
 class Chosen:
-    """Random numbers of a sample's view that are not random."""
+    """Random numbers of a sample's crop that are not random."""
 
     def __init__(self, *numbers: float) -> None:
         self._numbers = numbers

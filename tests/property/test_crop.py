@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.augment import DRAWS, AugmentConfig, SampleKey, choose_view
+from pipelines.augment import DRAWS, AugmentConfig, SampleKey, sample_crop
 from pipelines.errors import DataError
 
 QUICK = settings(max_examples=300, deadline=None)
@@ -21,31 +21,31 @@ def test_a_random_part_lies_inside_with_its_area_and_shape(
     config = AugmentConfig(
         flip=flip, crop="random_resized", min_area=min_area, max_aspect=max_aspect
     )
-    view = choose_view(config, width=width, height=height, numbers=numbers)
-    assert 0 <= view.left <= view.left + view.width <= width
-    assert 0 <= view.top <= view.top + view.height <= height
-    assert view.width >= 1
-    assert view.height >= 1
+    crop = sample_crop(config, width=width, height=height, numbers=numbers)
+    assert 0 <= crop.left <= crop.left + crop.width <= width
+    assert 0 <= crop.top <= crop.top + crop.height <= height
+    assert crop.width >= 1
+    assert crop.height >= 1
     if not flip:
-        assert not view.mirrored
+        assert not crop.mirrored
     # Half a pixel of rounding on each side; below that a part has no shape of its own.
-    if min(view.width, view.height) > 1:
-        ratio = (view.width + 0.5) / (view.height - 0.5)
+    if min(crop.width, crop.height) > 1:
+        ratio = (crop.width + 0.5) / (crop.height - 0.5)
         assert ratio >= 1 / max_aspect
-        ratio = (view.width - 0.5) / (view.height + 0.5)
+        ratio = (crop.width - 0.5) / (crop.height + 0.5)
         assert ratio <= max_aspect
 
 
 @QUICK
 @given(SIDES, SIDES, NUMBERS, st.booleans())
 def test_the_centre_is_central(width: int, height: int, numbers: np.ndarray, flip: bool) -> None:
-    view = choose_view(AugmentConfig(flip=flip), width=width, height=height, numbers=numbers)
+    crop = sample_crop(AugmentConfig(flip=flip), width=width, height=height, numbers=numbers)
     side = min(width, height)
-    assert (view.width, view.height) == (side, side)
-    assert abs(2 * view.left + side - width) <= 1
-    assert abs(2 * view.top + side - height) <= 1
-    assert view.mirrored == (flip and numbers[0] < 0.5)
-    still = choose_view(AugmentConfig(flip=flip), width=width, height=height, numbers=None)
+    assert (crop.width, crop.height) == (side, side)
+    assert abs(2 * crop.left + side - width) <= 1
+    assert abs(2 * crop.top + side - height) <= 1
+    assert crop.mirrored == (flip and numbers[0] < 0.5)
+    still = sample_crop(AugmentConfig(flip=flip), width=width, height=height, numbers=None)
     assert not still.mirrored
 
 

@@ -29,7 +29,7 @@ from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.cost import ModelShape, training_multiply_adds
 from trainer.config.evaluation import FeatureName
-from trainer.config.job import counted, difference
+from trainer.config.job import difference, fingerprinted
 from trainer.config.reading import from_dict
 from trainer.errors import is_user_error
 from trainer.evaluation.checkpoint_report import CheckpointReport
@@ -235,7 +235,7 @@ def _written(distance: float | None) -> str:
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Settings that differ, the seed aside."""
-    found = difference(counted(before), counted(after))
+    found = difference(fingerprinted(before), fingerprinted(after))
     return [change for change in found if not change.startswith("train.seed:")]
 
 

@@ -85,7 +85,7 @@ def described(plan: SavePlan, ranks: int) -> Manifest:
         attempt=_ATTEMPT,
         saved_at="2026-01-01T00:00:00+00:00",
         world_size=ranks,
-        science_hash="0" * 64,
+        config_fingerprint="0" * 64,
         science={},
         train_state={},
         kinds=plan.kinds,

@@ -119,7 +119,7 @@ class Saves:
             fragments=self._state.fragments,
             train_state={"images": self._images},
             science={},
-            science_hash="",
+            config_fingerprint="",
         )
 
     def until_committed(self) -> None:

@@ -86,7 +86,7 @@ def test_two_launches_of_different_configurations(
         {
             "store": remote.direct(),
             "images": NEW,
-            "science": {"science": {"seed": seed}, "science_hash": str(seed)},
+            "science": {"science": {"seed": seed}, "config_fingerprint": str(seed)},
         }
         for seed in range(2)
     ]
@@ -102,5 +102,5 @@ def test_two_launches_of_different_configurations(
     assert manifest
     assert found
     # Whoever stands there, weights and configuration are of one and the same launch.
-    assert int(manifest.science_hash) in done
-    assert same_bits(found[1], random_state(int(manifest.science_hash)))
+    assert int(manifest.config_fingerprint) in done
+    assert same_bits(found[1], random_state(int(manifest.config_fingerprint)))

@@ -53,7 +53,9 @@ def test_a_save_takes_the_state_as_the_queued_work_leaves_it_and_before_any_late
         for each in live:
             for values in each.tensors.values():
                 values.copy_(torch.arange(values.numel(), device="cuda") + turn)
-        assert saver.save(images=turn, fragments=live, train_state={}, science={}, science_hash="x")
+        assert saver.save(
+            images=turn, fragments=live, train_state={}, science={}, config_fingerprint="x"
+        )
         for each in live:
             for values in each.tensors.values():
                 values.fill_(-1)

@@ -21,7 +21,7 @@ def save_now(
     fragments: Sequence[Fragment],
     science: Mapping[str, Any],
     train_state: Mapping[str, Any] | None = None,
-    science_hash: str = "x",
+    config_fingerprint: str = "x",
 ) -> None:
     """Saves a state and waits until it is committed."""
     saver = CheckpointSaver(
@@ -36,7 +36,7 @@ def save_now(
         fragments=fragments,
         train_state=train_state or {},
         science=science,
-        science_hash=science_hash,
+        config_fingerprint=config_fingerprint,
     )
     saver.finish()
     assert saver.is_saved(images)

@@ -156,7 +156,7 @@ class CheckpointIndex:
             standing = self.examine(manifest.images)
         if standing.attempt == manifest.attempt:
             return manifest  # the store had repeated a request whose answer was lost
-        if standing.science_hash != manifest.science_hash:
+        if standing.config_fingerprint != manifest.config_fingerprint:
             raise CheckpointConflict(
                 f"{self.uri(manifest.images)} exists and was saved with another configuration: "
                 "choose another run name for this one."
@@ -248,7 +248,7 @@ class CheckpointIndex:
                 other = self.examine(images, sizes)
             except (InvalidManifest, DamagedCheckpoint):
                 continue
-            if other.science_hash != manifest.science_hash:
+            if other.config_fingerprint != manifest.config_fingerprint:
                 raise CheckpointConflict(
                     f"{self.uri(images)} was saved meanwhile by a process that trains "
                     f"run={self._run} with another configuration: stop one of the two, or choose "

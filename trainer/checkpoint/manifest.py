@@ -210,7 +210,7 @@ class Manifest:
         saved_at: When that save began, by the clock of its first rank, in UTC and ISO 8601; for
             people, nothing is decided by it.
         world_size: Ranks of the run at that time.
-        science_hash: Hash of `science`, as the caller computes it.
+        config_fingerprint: Hash of `science`, as the caller computes it.
         science: The configuration that determines the result, as JSON values.
         train_state: Counters of the run, as JSON values.
         kinds: What each object holds of each slice: "ema", "exp_avg", "exp_avg_sq", "master".
@@ -229,7 +229,7 @@ class Manifest:
     attempt: str
     saved_at: str
     world_size: int
-    science_hash: str
+    config_fingerprint: str
     science: Mapping[str, Any]
     train_state: Mapping[str, Any]
     kinds: tuple[str, ...]
@@ -258,6 +258,7 @@ class Manifest:
         place = f"The checkpoint of {self.run} after {self.images} images"
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         del body["cuts"]
+        body["science_hash"] = body.pop("config_fingerprint")  # as it is stored
         body["parameters"] = [
             [name, shape, self.cuts[name]] for name, shape in self.parameters.items()
         ]
@@ -329,7 +330,9 @@ def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
 
 
 def _parsed(body: Mapping[str, Any]) -> Manifest:
-    only_fields(body, *({field.name for field in fields(Manifest)} - {"cuts"}))
+    here_alone = {"cuts", "config_fingerprint"}
+    stored = {field.name for field in fields(Manifest)} - here_alone
+    only_fields(body, *stored, "science_hash")
     whole(body["format_version"], "format_version", low=FORMAT_VERSION, high=FORMAT_VERSION)
     run = check_key(text(body["run"], "run"))
     images = whole(body["images"], "images", low=0, high=layout.MAX_IMAGES)
@@ -351,7 +354,7 @@ def _parsed(body: Mapping[str, Any]) -> Manifest:
         attempt=attempt,
         saved_at=text(body["saved_at"], "saved_at"),
         world_size=world_size,
-        science_hash=text(body["science_hash"], "science_hash"),
+        config_fingerprint=text(body["science_hash"], "science_hash"),
         science=mapping(body["science"], "science"),
         train_state=mapping(body["train_state"], "train_state"),
         kinds=tuple(text(kind, "a kind") for kind in kinds),

@@ -74,13 +74,13 @@ class SaveProposal:
 
     Attributes:
         images: Its position in the run.
-        science_hash: Hash of its configuration.
+        config_fingerprint: Hash of its configuration.
         attempt: A random name for this save; the first rank's is taken.
         busy: Whether its part of the save before is still on its way.
     """
 
     images: int
-    science_hash: str
+    config_fingerprint: str
     attempt: str
     busy: bool
 
@@ -186,7 +186,7 @@ def agree(proposals: Sequence[bytes]) -> SaveProposal:
         CheckpointMismatch: They are not about to save the same position of the same run.
     """
     taken = [SaveProposal.from_json(proposal) for proposal in proposals]
-    if len({(proposal.images, proposal.science_hash) for proposal in taken}) > 1:
+    if len({(proposal.images, proposal.config_fingerprint) for proposal in taken}) > 1:
         seen = sorted({proposal.images for proposal in taken})
         raise CheckpointMismatch(
             f"The ranks do not save the same state: they are at {seen} images, or differ in "

@@ -146,7 +146,7 @@ class CheckpointSaver:
         fragments: Sequence[Fragment],
         train_state: Mapping[str, Any],
         science: Mapping[str, Any],
-        science_hash: str,
+        config_fingerprint: str,
         last: bool = False,
     ) -> bool:
         """Copy the state, and have it uploaded, committed and old checkpoints retired meanwhile.
@@ -156,7 +156,7 @@ class CheckpointSaver:
             fragments: What this rank holds, the same slices every time.
             train_state: The run's counters, as JSON values; the first rank's are kept.
             science: The configuration that determines the result, as JSON values.
-            science_hash: Its hash, for a quick comparison on resume.
+            config_fingerprint: Its hash, for a quick comparison on resume.
             last: Wait for a save under way, whatever the configuration says.
 
         Returns:
@@ -172,7 +172,9 @@ class CheckpointSaver:
         self.prepare(fragments, science=science)
         if last or self._config.when_busy == "wait":
             self._wait(for_all_of_it=last)
-        proposals = self._ranks.collected(lambda: self._propose(images, science_hash).to_json())
+        proposals = self._ranks.collected(
+            lambda: self._propose(images, config_fingerprint).to_json()
+        )
         proposal = SaveProposal.from_json(
             self._ranks.run_on_rank0(lambda: agree(proposals).to_json())
         )
@@ -243,17 +245,17 @@ class CheckpointSaver:
     ) -> bytes:
         """Refuse to train what could be saved and not be read again."""
         proposal = SaveProposal(
-            images=layout.MAX_IMAGES, science_hash="", attempt=_attempt(), busy=False
+            images=layout.MAX_IMAGES, config_fingerprint="", attempt=_attempt(), busy=False
         )
         manifest = self._described(proposal, plan, train_state={}, science=science)
         check_readable(manifest, sizes={rank: int(size) for rank, size in enumerate(sizes) if size})
         return b""
 
-    def _propose(self, images: int, science_hash: str) -> SaveProposal:
+    def _propose(self, images: int, config_fingerprint: str) -> SaveProposal:
         self._note_failure()
         return SaveProposal(
             images=images,
-            science_hash=science_hash,
+            config_fingerprint=config_fingerprint,
             attempt=_attempt(),
             busy=self._upload is not None and self._upload.running,
         )
@@ -281,7 +283,7 @@ class CheckpointSaver:
             attempt=proposal.attempt,
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             world_size=self._world_size,
-            science_hash=proposal.science_hash,
+            config_fingerprint=proposal.config_fingerprint,
             science=science,
             train_state=copy.deepcopy(dict(train_state)),
             kinds=plan.kinds,

@@ -163,7 +163,7 @@ def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None
     return chosen
 
 
-def counted(chosen: Mapping[str, Any]) -> dict[str, Any]:
+def fingerprinted(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is recorded and free to change."""
     return {
         group: {
@@ -174,9 +174,10 @@ def counted(chosen: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def science_hash(chosen: Mapping[str, Any]) -> str:
+def config_fingerprint(chosen: Mapping[str, Any]) -> str:
     """Return a short digest of the scientific settings that count."""
-    return hashlib.sha256(json.dumps(counted(chosen), sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(fingerprinted(chosen), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -50,7 +50,7 @@ def write_weights(path: Path, store: Store, manifest: Manifest, which: Weights) 
         "run": manifest.run,
         "images": str(manifest.images),
         "weights": which,
-        "science_hash": manifest.science_hash,
+        "science_hash": manifest.config_fingerprint,
     }
     shapes = {name: tuple(each.shape) for name, each in weights.items()}
     parts: list[bytes | memoryview] = [safetensors_header(shapes, metadata)]

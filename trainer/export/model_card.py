@@ -266,7 +266,9 @@ class ModelCard:
             "data set": setting("data", "name"),
             "SHA-256 of its index": setting("data_set", "index_sha256"),
             "saved": manifest.saved_at,
-            "checkpoint": f"attempt {manifest.attempt}, configuration {manifest.science_hash}",
+            "checkpoint": (
+                f"attempt {manifest.attempt}, configuration {manifest.config_fingerprint}"
+            ),
             "versions": ", ".join(f"{name} {v}" for name, v in sorted(manifest.versions.items())),
         }
 

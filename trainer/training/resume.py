@@ -11,7 +11,7 @@ from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
-from trainer.config.job import JobConfig, counted, difference, science_hash
+from trainer.config.job import JobConfig, config_fingerprint, difference, fingerprinted
 from trainer.config.reading import ConfigError, defaults
 from trainer.engine.protocol import Engine
 from trainer.evaluation.choice import open_checkpoint, parse_uri
@@ -64,11 +64,11 @@ def science_changes(
     Raises:
         ConfigError: If anything does and `resume_changed` is not set.
     """
-    if manifest.science_hash == science_hash(chosen):
+    if manifest.config_fingerprint == config_fingerprint(chosen):
         return []
     # A setting that the checkpoint does not know came after it; its default is what was done then.
     trained = _completed(manifest.science, chosen, defaults(JobConfig))
-    changes = difference(counted(trained), counted(chosen))
+    changes = difference(fingerprinted(trained), fingerprinted(chosen))
     if changes and not job.resume_changed:
         raise ConfigError(
             f"the checkpoint of {manifest.images:,} images of {place} was trained with other "

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
-from trainer.config.job import JobConfig, counted, science_hash
+from trainer.config.job import JobConfig, config_fingerprint, fingerprinted
 from trainer.config.reading import defaults, to_dict
 from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker, page, tracking_uri
 from trainer.metrics.tracker import Point, Tracker
@@ -40,11 +40,11 @@ def tracked_run(
         job.tracking,
         home=str(paths.home(job)),
         run=job.run,
-        identity=f"{paths.run_uri(job)} {science_hash(chosen)}",
+        identity=f"{paths.run_uri(job)} {config_fingerprint(chosen)}",
         opened=lambda run_id: tell({"kind": "tracked", "run_id": run_id}),
     )
     try:
-        lasting = counted(chosen)
+        lasting = fingerprinted(chosen)
         tracker.config(
             to_dict(job),
             lasting=lasting,

@@ -24,7 +24,7 @@ from trainer.autoencoder.codec import load_codec
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.config import paths
-from trainer.config.job import JobConfig, micro_batch, science, science_hash
+from trainer.config.job import JobConfig, config_fingerprint, micro_batch, science
 from trainer.config.reading import from_dict
 from trainer.config.shapes import encodes, flow_shape, picture_shape
 from trainer.data.loading import training_loader
@@ -201,7 +201,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
                     "unsent_points": [point.to_json() for point in tracker.unsent()],
                 },
                 science=chosen,
-                science_hash=science_hash(chosen),
+                config_fingerprint=config_fingerprint(chosen),
                 last=last,
             )
 

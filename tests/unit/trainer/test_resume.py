@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.configuration import configuration
 from trainer.checkpoint.manifest import Manifest
-from trainer.config.job import science, science_hash
+from trainer.config.job import config_fingerprint, science
 from trainer.config.reading import ConfigError
 from trainer.training.resume import check_start
 
@@ -18,7 +18,7 @@ def checkpoint_of(trained: dict) -> Manifest:
         attempt="a",
         saved_at="",
         world_size=1,
-        science_hash=science_hash(trained),
+        config_fingerprint=config_fingerprint(trained),
         science=trained,
         train_state={},
         kinds=(),

@@ -9,7 +9,7 @@ from tests.support.configuration import configuration
 from trainer.cli.sample import SampleConfig
 from trainer.config.composition import composed, configured
 from trainer.config.groups import members
-from trainer.config.job import JobConfig, counted, difference, science, science_hash
+from trainer.config.job import JobConfig, config_fingerprint, difference, fingerprinted, science
 from trainer.config.reading import ConfigError, defaults, from_dict, to_dict
 from trainer.config.shapes import encodes, flow_shape
 from trainer.training.validate import validate
@@ -199,8 +199,8 @@ def test_science_holds_what_decides_the_weights_and_nothing_else():
         "loader.prefetch_batches=5",
     )
     other = chosen("+exp=digits", *operational)
-    assert counted(other) == counted(base)
-    assert science_hash(other) == science_hash(base)
+    assert fingerprinted(other) == fingerprinted(base)
+    assert config_fingerprint(other) == config_fingerprint(base)
     # Recorded all the same, so that the run's images are found again and measured with alike.
     assert (other["eval"]["samples"], other["data"]["prefix"]) == (10, "s3://bucket/digits")
     for scientific in (
@@ -213,7 +213,7 @@ def test_science_holds_what_decides_the_weights_and_nothing_else():
         "+engine.deepspeed.communication_data_type=fp16",
     ):
         other = chosen("+exp=digits", scientific)
-        assert science_hash(other) != science_hash(base), scientific
+        assert config_fingerprint(other) != config_fingerprint(base), scientific
     assert difference(base, chosen("+exp=digits", "train.seed=1")) == ["train.seed: 0 -> 1"]
     assert science(configuration("+exp=digits"), data_digest="other") != base
 
@@ -249,7 +249,7 @@ def test_one_stage_per_step_needs_no_share_for_each_stage():
 
 def test_the_autoencoder_is_science_and_its_place_is_not():
     def hashed(*overrides: str, digest: str = "digest") -> str:
-        return science_hash(
+        return config_fingerprint(
             science(configuration(*LATENT, *overrides), data_digest="data", codec_digest=digest)
         )
 

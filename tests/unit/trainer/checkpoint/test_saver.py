@@ -113,7 +113,7 @@ def test_the_manifest_says_what_was_saved() -> None:
     manifest = CheckpointReader(store, run=RUN).manifest(64)
     assert manifest is not None
     assert manifest.science == SCIENCE["science"]
-    assert manifest.science_hash == SCIENCE["science_hash"]
+    assert manifest.config_fingerprint == SCIENCE["config_fingerprint"]
     assert manifest.kinds == tuple(sorted(KINDS))
     assert manifest.parameters == SHAPES
     assert manifest.world_size == 2
@@ -166,7 +166,7 @@ def test_ranks_that_do_not_fit_together_save_nothing() -> None:
         save_each(store, shapes),
         save_each(store, [[], []]),
         save_each(store, ranks, images=[64, 65]),
-        save_each(store, ranks, science_hash=["a", "b"]),
+        save_each(store, ranks, config_fingerprint=["a", "b"]),
     ]
     for outcomes in attempts:
         assert [type(outcome) for outcome in outcomes] == [CheckpointMismatch] * 2
@@ -227,7 +227,11 @@ def test_a_checkpoint_of_another_configuration_is_not_taken_for_ours() -> None:
     store = MemoryStore()
     save(store, random_state(0), images=64)
     outcomes = save(
-        store, random_state(1), images=64, world=2, science={**SCIENCE, "science_hash": "other"}
+        store,
+        random_state(1),
+        images=64,
+        world=2,
+        science={**SCIENCE, "config_fingerprint": "other"},
     )
     assert [type(outcome) for outcome in outcomes] == [CheckpointConflict] * 2
     assert "choose another run name" in str(outcomes[0])

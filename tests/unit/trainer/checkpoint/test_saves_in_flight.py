@@ -235,7 +235,7 @@ def test_a_conflict_ends_the_run_at_the_next_save() -> None:
     fragments = split(random_state(0), [])[0]
     Savings(store).save(images=10, fragments=fragments, **SETTINGS)
     mine = Savings(store)
-    other = {**SETTINGS, "science_hash": "other"}
+    other = {**SETTINGS, "config_fingerprint": "other"}
     mine.saver.save(images=10, fragments=fragments, **other)
     with pytest.raises(CheckpointConflict):
         mine.saver.save(images=20, fragments=fragments, **other)
@@ -252,7 +252,7 @@ def test_two_configurations_cannot_share_a_run() -> None:
         for reader in (CheckpointReader(store, run=RUN), CheckpointReader(store, run=RUN))
         if reader.newest_valid() is None
     )
-    settings = {"one": SETTINGS, "other": {**SETTINGS, "science_hash": "other"}}
+    settings = {"one": SETTINGS, "other": {**SETTINGS, "config_fingerprint": "other"}}
     one.save(images=100, fragments=fragments, **settings["one"])
     one.save(images=200, fragments=fragments, **settings["one"])
     with pytest.raises(CheckpointConflict, match="000000000100 was saved meanwhile by a process"):
@@ -268,7 +268,7 @@ def test_a_run_that_changed_its_configuration_goes_on_saving() -> None:
     assert reader.newest_valid() is not None
     changed = Savings(store, index=reader.index)
     for images in (200, 300):
-        changed.save(images=images, fragments=fragments, **{**SETTINGS, "science_hash": "b"})
+        changed.save(images=images, fragments=fragments, **{**SETTINGS, "config_fingerprint": "b"})
 
 
 def test_a_commit_that_fails_for_good_leaves_nothing() -> None:

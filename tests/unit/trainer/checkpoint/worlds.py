@@ -28,7 +28,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 SHAPES = {"embed.weight": (5, 7), "scales.0.bias": (3,), "scales.1.weight": (2, 3, 4), "gain": ()}
 # Negative zero, the least positive number and its negative, the largest number, one off 1.
 DELICATE = (-(2**31), 1, -(2**31) + 1, 0x7F7FFFFF, 0x3F800001)
-SCIENCE = {"science": {"flow": {"scales": 2}}, "science_hash": "a1b2"}
+SCIENCE = {"science": {"flow": {"scales": 2}}, "config_fingerprint": "a1b2"}
 RUN = "night-1"
 MAX_FALLBACKS = 10
 

@@ -13,7 +13,7 @@ from models.transformer.config import Ties, TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from tests.support.saved import save_now
 from trainer.autoencoder.codec import CodecConfig
-from trainer.config.job import DataConfig, JobConfig, science, science_hash
+from trainer.config.job import DataConfig, JobConfig, config_fingerprint, science
 from trainer.config.shapes import flow_shape
 from trainer.evaluation.choice import open_checkpoint
 from trainer.export.export import ExportSettings, export_checkpoint
@@ -115,7 +115,7 @@ def save_run(
         fragments=fragments,
         train_state=TrainState(images=IMAGES, updates=7).to_dict(),
         science=chosen | (changed_science or {}),
-        science_hash=science_hash(chosen),
+        config_fingerprint=config_fingerprint(chosen),
     )
     return saved
 

@@ -24,7 +24,7 @@ _DESCRIPTION = """\
 Decode, crop the central square, resize to --image-size, mirror half, normalise and split into
 bands, one batch at a time. The baseline is what a PyTorch user would write with Pillow. simplejpeg
 (libjpeg-turbo) with OpenCV takes part where both are installed: pip install
-'lapflow-trainer[bench]'. Filters differ: Pillow and DALI average over what a pixel covers, and so
+'.[bench]'. Filters differ: Pillow and DALI average over what a pixel covers, and so
 does OpenCV's INTER_AREA in its own way. On CUDA, DALI decodes on the GPU.
 
   python -m benchmarks.data decoding --threads 1

@@ -55,7 +55,7 @@ def load(
     except ImportError as error:
         raise UnreadableSourceError(
             "Hugging Face datasets are read by the package `datasets`, which is not installed: "
-            "pip install 'lapflow-trainer[huggingface]'"
+            "pip install '.[huggingface]' in the folder of this project"
         ) from error
     try:
         if saved:

@@ -98,7 +98,7 @@ def test_the_wheel_runs_commands_in_any_folder_with_nothing_of_this_one(elsewher
     ],
 )
 def test_what_is_optional_is_named_as_an_extra(elsewhere, extra, words):
-    with pytest.raises(AssertionError, match=rf"pip install 'lapflow-trainer\[{extra}\]'"):
+    with pytest.raises(AssertionError, match=rf"pip install '\.\[{extra}\]'"):
         elsewhere(*words)
 
 

@@ -61,7 +61,7 @@ class InceptionFeatures:
         except ImportError as error:
             raise MissingWeights(
                 "eval.features.name=inception needs the package torch-fidelity: "
-                "pip install 'lapflow-trainer[inception]'"
+                "pip install '.[inception]' in the folder of this project"
             ) from error
         self.digest, tensors = _tensors(weights)
         # The package unpickles whatever file it is given, so it is given one that was written here.

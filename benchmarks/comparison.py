@@ -24,13 +24,10 @@ from typing import Any, get_args
 
 from benchmarks.command import positive
 from benchmarks.comparison_picture import draw_picture
-from models.flow.flow import FlowConfig
 from models.flow.sampler_config import SamplerConfig
-from models.transformer.config import TransformerConfig
 from models.transformer.cost import ModelShape, training_multiply_adds
 from trainer.config.evaluation import FeatureName
 from trainer.config.job import difference, fingerprinted
-from trainer.config.reading import from_dict
 from trainer.errors import is_user_error
 from trainer.evaluation.checkpoint_report import CheckpointReport
 from trainer.evaluation.checkpoints import (
@@ -39,8 +36,8 @@ from trainer.evaluation.checkpoints import (
     evaluate_checkpoints,
 )
 from trainer.evaluation.choice import open_checkpoint
+from trainer.evaluation.loading import ModelRecord
 from trainer.evaluation.own_settings import SamplerChoice
-from trainer.evaluation.trained_model import recorded_shape
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import StoreConfig
 
@@ -244,13 +241,13 @@ def _each(arm: Arm, features: str, images: int) -> str:
 
 
 def _shape(science: Mapping[str, Any]) -> ModelShape:
-    shape = recorded_shape(science)
+    record = ModelRecord.of(science)
     return ModelShape.of(
-        from_dict(TransformerConfig, science["model"]),
-        scales=from_dict(FlowConfig, science["flow"]).scales,
-        channels=shape.channels,
-        image_size=shape.size,
-        classes=shape.classes,
+        record.transformer,
+        scales=record.flow.scales,
+        channels=record.shape.channels,
+        image_size=record.shape.size,
+        classes=record.shape.classes,
     )
 
 

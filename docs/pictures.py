@@ -151,17 +151,9 @@ def attention() -> Figure:
 def sampling(checkpoint: str, *, images: int = 10, steps: int = 48) -> Figure:
     """Draw samples of a checkpoint as they come into being: one image in each column."""
     from trainer import rng
-    from trainer.evaluation.trained_model import load_trained_model
-    from trainer.storage.store import StoreConfig
+    from trainer.evaluation.loading import ModelSource
 
-    trained = load_trained_model(
-        checkpoint,
-        weights="ema",
-        device="cpu",
-        store=StoreConfig(),
-        codec_source=None,
-        home=None,
-    )
+    trained = ModelSource(checkpoint=checkpoint, device="cpu").load()
     flow, shape = trained.flow, trained.shape
     size = {"channels": shape.channels, "image_size": shape.size}
     seen: dict[float, Tensor] = {}

@@ -18,8 +18,7 @@ from trainer import rng
 from trainer.cli.command import run_command
 from trainer.cli.pictures import read_picture, write_picture
 from trainer.evaluation.grid import grid_png
-from trainer.evaluation.trained_model import TrainedModel, Weights, load_trained_model
-from trainer.storage.store import StoreConfig
+from trainer.evaluation.loading import LoadedModel, ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +31,10 @@ the model of a checkpoint draws. The output shows the picture, the mask and the 
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintConfig:
+class InpaintConfig(ModelSource):
     """What to fill in.
 
     Attributes:
-        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`), whose newest one is taken.
         image: Picture of the size that the model draws.
         mask: Picture of the same size, white where the image is known.
         label: Class of the picture.
@@ -44,30 +42,18 @@ class InpaintConfig:
         columns: How many results to draw.
         repeats: How often each solver step is made from fresh noise; more follow the known part
             more closely and cost as many times more.
-        weights: "ema", or "master" for the weights without averaging.
         seed: Seed of the noise.
-        device: "auto" takes a GPU when there is one.
         sampler: Solver with fixed steps, and guidance.
-        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
-            run had it.
-        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
-        store: How to reach the store.
     """
 
-    checkpoint: str = field(metadata={"place": "run"})
     image: str = field(metadata={"place": "path"})
     mask: str = field(metadata={"place": "path"})
     label: Annotated[int, Field(ge=0)]
     output: str = field(default="inpainted.png", metadata={"place": "path"})
     columns: Annotated[int, Field(ge=1)] = 6
     repeats: Annotated[int, Field(ge=1)] = 5
-    weights: Weights = "ema"
     seed: Annotated[int, Field(ge=0)] = 1
-    device: str = "auto"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    codec_source: str | None = field(default=None, metadata={"place": "hub"})
-    home: str | None = field(default=None, metadata={"place": "path"})
-    store: StoreConfig = field(default_factory=StoreConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,16 +78,9 @@ def fill_in(config: InpaintConfig) -> Path:
         AutoencoderError: If the autoencoder of the checkpoint's latents cannot be had.
         CheckpointError: If the checkpoint is missing or damaged.
     """
-    trained = load_trained_model(
-        config.checkpoint,
-        weights=config.weights,
-        device=config.device,
-        store=config.store,
-        codec_source=config.codec_source,
-        home=config.home,
-    )
+    trained = config.load()
     trained.check_classes([config.label])
-    trained.check_guidance(config.sampler)
+    trained.record.check_guidance(config.sampler)
     channels = trained.codec.image_channels(trained.shape.channels)
     size = trained.shape.size * trained.codec.factor
     picture = read_picture("image", config.image, channels=channels, size=size)
@@ -113,9 +92,7 @@ def fill_in(config: InpaintConfig) -> Path:
 
 
 @torch.no_grad()
-def _results(
-    config: InpaintConfig, trained: TrainedModel, picture: Tensor, known: Tensor
-) -> Tensor:
+def _results(config: InpaintConfig, trained: LoadedModel, picture: Tensor, known: Tensor) -> Tensor:
     """Fill in the latent and keep the picture itself where it is known."""
     codec, shape, device = trained.codec, trained.shape, trained.device
     count, pixels = config.columns, picture.shape[-1]

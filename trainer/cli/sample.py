@@ -15,9 +15,8 @@ from trainer.cli.command import run_command
 from trainer.cli.pictures import write_picture
 from trainer.config.reading import ConfigError
 from trainer.evaluation.grid import grid_png
+from trainer.evaluation.loading import ModelSource
 from trainer.evaluation.own_settings import SamplerChoice
-from trainer.evaluation.trained_model import Weights, load_trained_model
-from trainer.storage.store import StoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,37 +30,24 @@ Draw a grid of samples from a checkpoint, or from a run's newest one.
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(ModelSource):
     """What to draw.
 
     Attributes:
-        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`), whose newest one is taken.
         output: PNG file to write.
-        weights: "ema", or "master" for the weights without averaging.
         classes: Classes to draw, one row each; None draws the first ten.
         columns: Images per class.
         seed: Seed of the noise.
         batch: Most images in one network call.
-        device: "auto" takes a GPU when there is one.
         sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
-        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
-            run had it.
-        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
-        store: How to reach the store.
     """
 
-    checkpoint: str = field(metadata={"place": "run"})
     output: str = field(default="samples.png", metadata={"place": "path"})
-    weights: Weights = "ema"
     classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     columns: Annotated[int, Field(ge=1)] = 10
     seed: Annotated[int, Field(ge=0)] = 1
     batch: Annotated[int, Field(ge=1)] = 64
-    device: str = "auto"
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
-    codec_source: str | None = field(default=None, metadata={"place": "hub"})
-    home: str | None = field(default=None, metadata={"place": "path"})
-    store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
         if self.classes is not None and not self.classes:
@@ -92,14 +78,7 @@ def sample_grid(config: SampleConfig) -> Path:
         AutoencoderError: If the autoencoder of its latents cannot be had.
         CheckpointError: If the checkpoint is missing or damaged.
     """
-    trained = load_trained_model(
-        config.checkpoint,
-        weights=config.weights,
-        device=config.device,
-        store=config.store,
-        codec_source=config.codec_source,
-        home=config.home,
-    )
+    trained = config.load()
     classes = config.classes or range(min(10, trained.shape.classes))
     trained.check_classes(classes)
     image_sampler = trained.image_sampler(

@@ -20,26 +20,20 @@ from pipelines.order import StreamConfig
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
-from trainer.config.evaluation import EvalConfig, FeatureName, check_guidance
+from trainer.config.evaluation import EvalConfig, FeatureName
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.grid import TakenSamples, class_grid, grid_png
-from trainer.evaluation.own_settings import SamplerChoice, label_dropout, own_eval
+from trainer.evaluation.loading import ModelRecord, ModelSource, usable_device
+from trainer.evaluation.own_settings import SamplerChoice, own_eval
 from trainer.evaluation.report import evaluation_key
-from trainer.evaluation.trained_model import (
-    TrainedModel,
-    Weights,
-    load_trained_model,
-    recorded_codec,
-    usable_device,
-)
 from trainer.evaluation.yardstick import Yardstick
 from trainer.storage.errors import CheckpointError, StoreError
 from trainer.storage.kept import believed, set_aside
 from trainer.storage.open import open_store
-from trainer.storage.store import Store, StoreConfig
+from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +56,12 @@ class RealImagesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointEvaluationConfig:
+class CheckpointEvaluationConfig(ModelSource):
     """What to measure.
 
     Attributes:
         checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`).
         checkpoints: Which ones of a run: the "newest", or "all".
-        weights: "ema", or "master" for the weights without averaging.
         samples: Images to draw, classes in equal parts; None is the run's own `eval.samples`.
         batch: Most images in one network call; None is the run's own.
         seed: Seed of the noise; image i depends on it, on i and on its class alone; None is the
@@ -79,16 +72,9 @@ class CheckpointEvaluationConfig:
         inception_weights: Local file for "inception"; None is the run's own, or downloads it.
         data: The real images.
         output: Folder for the results; None is the run's own `evaluation/`.
-        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
-            run had it.
-        device: "auto" takes a GPU when there is one.
-        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
-        store: How to reach the store.
     """
 
-    checkpoint: str = field(metadata={"place": "run"})
     checkpoints: Literal["newest", "all"] = "newest"
-    weights: Weights = "ema"
     samples: Annotated[int, Field(ge=2)] | None = None
     batch: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
@@ -97,10 +83,6 @@ class CheckpointEvaluationConfig:
     inception_weights: str | None = field(default=None, metadata={"place": "path"})
     data: RealImagesConfig = field(default_factory=RealImagesConfig)
     output: str | None = field(default=None, metadata={"place": "uri"})
-    codec_source: str | None = field(default=None, metadata={"place": "hub"})
-    device: str = "auto"
-    home: str | None = field(default=None, metadata={"place": "path"})
-    store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
         if self.features is not None and not self.features:
@@ -183,11 +165,7 @@ class _Evaluation:
         self._config = config
         self._asked = asked = config.over(own)
         self._tell = tell
-        check_guidance(
-            asked.sampler.guidance_scale,
-            label_dropout=label_dropout(manifest.science),
-            key="sampler.guidance_scale",
-        )
+        ModelRecord.of(manifest.science).check_guidance(asked.sampler)
         self._yardstick = Yardstick(
             _job(config, manifest, runs=runs),
             trained_on=manifest.science["data_set"]["index_sha256"],
@@ -223,7 +201,7 @@ class _Evaluation:
     ) -> tuple[bytes, CheckpointReport]:
         """Draw and measure in parts, of which only what the grid shows is kept."""
         uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
-        trained = self._trained(uri)
+        trained = replace(self._config, checkpoint=uri).load(precision="run")
         asked, distances = self._asked, self._yardstick.distances
         labels = torch.arange(asked.samples) % trained.shape.classes
         chosen, columns = class_grid(len(labels), classes=trained.shape.classes)
@@ -258,18 +236,6 @@ class _Evaluation:
         )
         return grid_png(torch.stack([shown[i] for i in chosen]), columns=columns), report
 
-    def _trained(self, uri: str) -> TrainedModel:
-        config = self._config
-        return load_trained_model(
-            uri,
-            weights=config.weights,
-            device=config.device,
-            store=config.store,
-            codec_source=config.codec_source,
-            home=config.home,
-            precision="run",
-        )
-
     def _measurement(self, manifest: Manifest) -> Measurement:
         return Measurement(
             attempt=manifest.attempt,
@@ -295,7 +261,7 @@ def _job(config: CheckpointEvaluationConfig, manifest: Manifest, *, runs: str) -
             "home": str(paths.home_folder(config.home)),
             "data": {**science["data"], **given},
             "loader": {"decoder": science.get("loader", {}).get("decoder", LoaderConfig.decoder)},
-            "codec": asdict(recorded_codec(science)),
+            "codec": asdict(ModelRecord.of(science).codec),
             "model": science["model"],
             "flow": science["flow"],
             "store": {**asdict(config.store), "uri": runs.removesuffix("/runs")},

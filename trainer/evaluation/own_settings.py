@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from models.flow.sampler_config import SamplerConfig
 from pipelines.documents import typed
 from trainer.checkpoint.manifest import Manifest
 from trainer.config.evaluation import EvalConfig
 from trainer.config.reading import from_dict
-from trainer.config.train import TrainConfig
 from trainer.evaluation.report import EvaluationReport, evaluation_key
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
@@ -69,9 +67,3 @@ def own_eval(store: Store, manifest: Manifest) -> EvalConfig | None:
         logger.warning("passing over the report %s: %s", store.uri(key), error)
     recorded = manifest.science.get("eval")
     return None if recorded is None else from_dict(EvalConfig, recorded, path="eval.")
-
-
-def label_dropout(science: Mapping[str, Any]) -> float:
-    """Return the share of labels that training replaced by the null label."""
-    recorded: float = science.get("train", {}).get("label_dropout", TrainConfig.label_dropout)
-    return recorded

@@ -7,19 +7,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainer.checkpoint.content import load_weights
+from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.safetensors_file import safetensors_header
-from trainer.config.reading import ConfigError
+from trainer.config.reading import ConfigError, to_dict
+from trainer.evaluation.loading import ModelRecord, Weights
 from trainer.evaluation.measured import MeasuredDistance, measured_distances
 from trainer.evaluation.report import evaluation_key
-from trainer.evaluation.trained_model import Weights
-from trainer.export.description import ModelDescription
 from trainer.export.model_card import ModelCard, WeightsFile
 from trainer.export.output import check_file, check_folder, write_whole
 from trainer.storage.store import Store
@@ -82,7 +82,7 @@ def write_folder(
     name: str,
     store: Store,
     manifest: Manifest,
-    description: ModelDescription,
+    record: ModelRecord,
     weights: Sequence[Weights],
 ) -> None:
     """Write a folder that both diffusers and torch can load.
@@ -92,7 +92,7 @@ def write_folder(
         name: What the folder will be called.
         store: The store of the run.
         manifest: The checkpoint.
-        description: Its model.
+        record: Its model.
         weights: The weights; the first are loaded by default, and master beside them is diffusers'
             variant "master".
 
@@ -109,26 +109,61 @@ def write_folder(
         )
         for which, file in zip(weights, (_WEIGHTS, _MASTER), strict=False)
     ]
-    _write_settings(folder, description)
+    _write_settings(folder, record)
     card = ModelCard(
         folder=name,
         manifest=manifest,
-        model=description,
+        model=record,
         files=files,
         results=_results(store, manifest, weights),
     )
     (folder / _CARD).write_text(card.text(), encoding="utf-8")
 
 
-def _write_settings(folder: Path, description: ModelDescription) -> None:
+def _write_settings(folder: Path, record: ModelRecord) -> None:
     """Let diffusers write its own files, of a model that takes no memory."""
     from trainer.export.diffusers_model import LapFlowTransformer2DModel
     from trainer.export.diffusers_pipeline import LapFlowPipeline
 
     with torch.device("meta"):
-        model = LapFlowTransformer2DModel(**description.arguments())
+        model = LapFlowTransformer2DModel(**_arguments(record))
     model.save_config(folder)
     LapFlowPipeline(model).save_config(folder)
+
+
+def _arguments(record: ModelRecord) -> dict[str, Any]:
+    """Return what `LapFlowTransformer2DModel` is built from, as JSON values."""
+    codec = record.codec
+    # Where the autoencoder was is nobody's business outside; which one it is, everybody's.
+    latents = {
+        "factor": codec.factor,
+        "scale": codec.scale,
+        "shift": codec.shift,
+        "sha256": record.autoencoder_sha256,
+    }
+    return {
+        "transformer": to_dict(record.transformer),
+        "flow": to_dict(record.flow),
+        "in_channels": record.shape.channels,
+        "sample_size": record.shape.size,
+        "num_classes": record.shape.classes,
+        "label_dropout": record.label_dropout,
+        "latents": latents if record.on_latents else None,
+    }
+
+
+def _check_parameters(manifest: Manifest, record: ModelRecord) -> None:
+    """Refuse a checkpoint whose parameters are not those of the model that it describes."""
+    with torch.device("meta"):
+        model = record.build()
+    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    if wanted != manifest.parameters:
+        odd = {*wanted.items()} ^ {*manifest.parameters.items()}
+        raise CheckpointMismatch(
+            f"The checkpoint of {manifest.run} after {manifest.images} images does not hold "
+            f"the parameters of the model that it describes, such as {min(odd)[0]}: use the "
+            "version of the code that saved it."
+        )
 
 
 def _results(
@@ -192,7 +227,8 @@ def export_checkpoint(store: Store, manifest: Manifest, settings: ExportSettings
         check_folder(output, own=FILES, overwrite=settings.overwrite)
     else:
         check_file(output, overwrite=settings.overwrite)
-    description = ModelDescription.of(manifest)
+    record = ModelRecord.of(manifest.science)
+    _check_parameters(manifest, record)
     weights: tuple[Weights, ...] = (
         ("ema", "master") if settings.weights == "both" else (settings.weights,)
     )
@@ -203,7 +239,7 @@ def export_checkpoint(store: Store, manifest: Manifest, settings: ExportSettings
                 name=output.name,
                 store=store,
                 manifest=manifest,
-                description=description,
+                record=record,
                 weights=weights,
             )
         else:

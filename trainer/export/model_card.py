@@ -11,8 +11,8 @@ from typing import Any
 
 from pipelines.console import visible
 from trainer.checkpoint.manifest import Manifest
+from trainer.evaluation.loading import ModelRecord
 from trainer.evaluation.measured import MeasuredDistance
-from trainer.export.description import ModelDescription
 
 NEEDED = (
     "torch>=2.13.0,<2.14",
@@ -57,9 +57,9 @@ def model(folder: str, *, variant: str | None = None) -> str:
     )
 
 
-def torch_alone(folder: str, description: ModelDescription, file: str) -> str:
+def torch_alone(folder: str, record: ModelRecord, file: str) -> str:
     """Build the network, load its weights, and draw what it works on."""
-    flow, shape = description.flow, description.shape
+    flow, shape = record.flow, record.shape
     size = f"channels={shape.channels}, image_size={shape.size}"
     return _block(
         "import torch",
@@ -71,7 +71,7 @@ def torch_alone(folder: str, description: ModelDescription, file: str) -> str:
         "from models.transformer.config import Ties, TransformerConfig",
         "from models.transformer.lapflow import LapFlowTransformer",
         "",
-        f"config = {description.transformer!r}",
+        f"config = {record.transformer!r}",
         "model = LapFlowTransformer(",
         f"    config, scales={flow.scales}, {size}, classes={shape.classes}",
         ")",
@@ -132,7 +132,7 @@ class ModelCard:
 
     folder: str
     manifest: Manifest
-    model: ModelDescription
+    model: ModelRecord
     files: Sequence[WeightsFile]
     results: Sequence[MeasuredDistance]
 

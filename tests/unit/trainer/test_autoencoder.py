@@ -17,7 +17,7 @@ from trainer.autoencoder.codec import CodecConfig, codec_digest, load_codec, ope
 from trainer.autoencoder.files import find_autoencoder
 from trainer.autoencoder.settings import AutoencoderError, AutoencoderSettings
 from trainer.config.reading import ConfigError
-from trainer.evaluation.trained_model import codec_of
+from trainer.evaluation.loading import ModelRecord
 from trainer.storage.store import StoreConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -401,15 +401,19 @@ def test_settings_that_contradict_themselves():
 def test_a_checkpoint_gets_its_own_codec_and_no_other(saved, copied, tmp_path):
     digest = codec_digest(of(saved), cache=tmp_path, store=STORE)
     data = {"image_size": 64, "channels": 1, "classes": 10}
+    network = {"model": {"depth": 1, "width": 16, "heads": 2}, "flow": {"scales": 2}}
     science = {
         "data": data,
+        **network,
         "codec": {"kind": "autoencoder_kl", "source": str(tmp_path / "gone")},
         "autoencoder": {"sha256": digest},
     }
 
     def codec(source: Path | None, science: dict = science):
         place = None if source is None else str(source)
-        return codec_of(science, source=place, cache=tmp_path, store=STORE, device=CPU)
+        record = ModelRecord.of(science)
+        options = {"source": place, "cache": tmp_path, "store": STORE, "device": CPU}
+        return record.load_codec(**options), record.shape
 
     with pytest.raises(AutoencoderError, match="gone"):
         codec(None)
@@ -418,7 +422,7 @@ def test_a_checkpoint_gets_its_own_codec_and_no_other(saved, copied, tmp_path):
     assert (shape.channels, shape.size, shape.classes) == (4, 8, 10)
     with pytest.raises(ConfigError, match="not the one of the training"):
         codec(saved_autoencoder(tmp_path / "other", seed=1))
-    older = {"data": data}
+    older = {"data": data, **network}
     found, shape = codec(None, older)
     assert isinstance(found, IdentityCodec)
     assert (shape.channels, shape.size) == (1, 64)

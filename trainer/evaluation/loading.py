@@ -1,0 +1,284 @@
+"""Checkpoint loading: the model that a checkpoint holds, with its codec, ready to sample from.
+
+The checkpoint's own manifest says what model it is, so nothing else has to be configured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from models.codec import Codec
+from models.flow.flow import Flow, FlowConfig
+from models.flow.sampler_config import SamplerConfig
+from models.transformer.config import TransformerConfig
+from models.transformer.lapflow import LapFlowTransformer
+from trainer.autoencoder.codec import CodecConfig, load_codec
+from trainer.checkpoint.content import load_weights
+from trainer.config import paths
+from trainer.config.evaluation import EvalConfig, check_guidance
+from trainer.config.job import DataConfig
+from trainer.config.reading import ConfigError, from_dict
+from trainer.config.shapes import ImageShape, flow_shape
+from trainer.config.train import TrainConfig
+from trainer.engine.protocol import EngineConfig
+from trainer.evaluation.choice import choose_checkpoints
+from trainer.evaluation.own_settings import own_eval
+from trainer.evaluation.samples import ImageSampler
+from trainer.storage.store import StoreConfig
+
+logger = logging.getLogger(__name__)
+
+Weights = Literal["ema", "master"]
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device of a name, once it has held a number and given it back.
+
+    Args:
+        name: A device of torch; "auto" takes a GPU when there is one.
+
+    Raises:
+        ConfigError: If torch knows no such device, or cannot use it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    # Builds of torch without a kind of device fail an assertion, or an import of their own.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"device={name} cannot be used here ({reason}); set device=cpu, or device=auto to take "
+            "a GPU when there is one"
+        ) from error
+    return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """Everything but the weights of a checkpoint's model.
+
+    Attributes:
+        transformer: The network.
+        flow: The flow it was trained with.
+        shape: Shape of what the flow works on.
+        codec: How images become that.
+        autoencoder_sha256: Digest of the autoencoder; None in pixel space.
+        label_dropout: Fraction of labels that training replaced by the null label; without it there
+            is nothing to guide by.
+    """
+
+    transformer: TransformerConfig
+    flow: FlowConfig
+    shape: ImageShape
+    codec: CodecConfig
+    autoencoder_sha256: str | None
+    label_dropout: float
+
+    @classmethod
+    def of(cls, science: Mapping[str, Any]) -> ModelRecord:
+        """Read what a checkpoint's manifest says.
+
+        Raises:
+            ConfigError: It has settings that this version does not know.
+        """
+        # Older checkpoints name no codec: they are of pixels.
+        codec = from_dict(CodecConfig, science.get("codec", {}), path="codec.")
+        return cls(
+            transformer=from_dict(TransformerConfig, science["model"], path="model."),
+            flow=from_dict(FlowConfig, science["flow"], path="flow."),
+            shape=flow_shape(from_dict(DataConfig, science["data"], path="data."), codec),
+            codec=codec,
+            autoencoder_sha256=science.get("autoencoder", {}).get("sha256"),
+            label_dropout=science.get("train", {}).get("label_dropout", TrainConfig.label_dropout),
+        )
+
+    @property
+    def on_latents(self) -> bool:
+        """Whether the flow works on latents of an autoencoder."""
+        return self.codec.kind != "identity"
+
+    def build(self) -> LapFlowTransformer:
+        """Build the network with fresh weights."""
+        return LapFlowTransformer(
+            self.transformer,
+            scales=self.flow.scales,
+            channels=self.shape.channels,
+            image_size=self.shape.size,
+            classes=self.shape.classes,
+        )
+
+    def check_guidance(self, sampler: SamplerConfig) -> None:
+        """Refuse guidance by a null label that was never trained.
+
+        Raises:
+            ConfigError: If the sampler asks for it.
+        """
+        check_guidance(
+            sampler.guidance_scale, label_dropout=self.label_dropout, key="sampler.guidance_scale"
+        )
+
+    def load_codec(
+        self, *, source: str | None, cache: Path, store: StoreConfig, device: torch.device
+    ) -> Codec:
+        """Load the codec and make sure that it is the one of the training.
+
+        Args:
+            source: Where the autoencoder is now; None looks where the run had it.
+            cache: Folder on this machine for what has to be fetched.
+            store: How to reach an object store.
+            device: Where it is to work.
+
+        Raises:
+            AutoencoderError: The autoencoder is missing, damaged, or not as the checkpoint says.
+            ConfigError: It is another one than that of the training, or none was used.
+            StoreError: The object store fails or refuses.
+        """
+        config = self.codec
+        if source is not None:
+            if not self.on_latents:
+                raise ConfigError(
+                    f"codec_source={source}: this checkpoint works on pixels; leave codec_source "
+                    "out"
+                )
+            config = dataclasses.replace(config, source=source)
+        codec, sha256 = load_codec(config, cache=cache, store=store, device=device)
+        trained_with = self.autoencoder_sha256
+        if sha256 != trained_with:
+            raise ConfigError(
+                f"the autoencoder at {config.source} is not the one of the training (SHA-256 "
+                f"{str(sha256)[:12]}… instead of {str(trained_with)[:12]}…); give "
+                "codec_source=PLACE of the right one"
+            )
+        return codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """What it takes to sample images.
+
+    Attributes:
+        model: The network, in evaluation mode, on its device.
+        record: What the checkpoint says of it.
+        flow: The flow it was trained with.
+        codec: Between images and what the flow works on.
+        device: Where model and codec are.
+        own: How the run samples and measures itself; the defaults for older checkpoints, which do
+            not record it.
+    """
+
+    model: nn.Module
+    record: ModelRecord
+    flow: Flow
+    codec: Codec
+    device: torch.device
+    own: EvalConfig
+
+    @property
+    def shape(self) -> ImageShape:
+        """Shape of what the flow works on."""
+        return self.record.shape
+
+    def check_classes(self, classes: Sequence[int]) -> None:
+        """Refuse classes that the model does not know.
+
+        Raises:
+            ConfigError: Naming those classes.
+        """
+        beyond = [label for label in classes if not 0 <= label < self.shape.classes]
+        if beyond:
+            raise ConfigError(f"classes={beyond} are not among 0 … {self.shape.classes - 1}")
+
+    def image_sampler(self, sampler: SamplerConfig, *, seed: int, batch: int) -> ImageSampler:
+        """Decide how to sample.
+
+        Args:
+            sampler: Solver, steps and guidance.
+            seed: Seed of the noise.
+            batch: Most images in one network call.
+
+        Raises:
+            ConfigError: For guidance by a null label that was never trained.
+            SamplerConfigError: For a batch below 1.
+        """
+        self.record.check_guidance(sampler)
+        return ImageSampler(
+            flow=self.flow,
+            sampler=sampler,
+            shape=self.shape,
+            codec=self.codec,
+            seed=seed,
+            batch=batch,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which checkpoint a model is loaded from, and how.
+
+    Attributes:
+        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`), whose newest one is taken.
+        weights: "ema", or "master" for the weights without averaging.
+        device: "auto" takes a GPU when there is one.
+        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
+            run had it.
+        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
+        store: How to reach the store.
+    """
+
+    checkpoint: str = field(metadata={"place": "run"})
+    weights: Weights = "ema"
+    device: str = "auto"
+    codec_source: str | None = field(default=None, metadata={"place": "hub"})
+    home: str | None = field(default=None, metadata={"place": "path"})
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def load(self, *, precision: Literal["fp32", "run"] = "fp32") -> LoadedModel:
+        """Load the model.
+
+        Args:
+            precision: Of the weights: "fp32", or that in which the run computed with them.
+
+        Raises:
+            ConfigError: If there is no valid checkpoint there, or the device cannot be used.
+            AutoencoderError: If the autoencoder of its latents cannot be had.
+            CheckpointError: If the checkpoint is damaged, or the store fails.
+        """
+        logger.info("reading the checkpoint %s", self.checkpoint)
+        device = usable_device(self.device)
+        _, store, (manifest,) = choose_checkpoints(
+            self.checkpoint, which="newest", config=self.store
+        )
+        record = ModelRecord.of(manifest.science)
+        codec = record.load_codec(
+            source=self.codec_source,
+            cache=paths.cache_folder(self.home),
+            store=self.store,
+            device=device,
+        )
+        model = record.build()
+        model.load_state_dict(load_weights(store, manifest, self.weights))
+        if precision == "run":
+            # As the engines have it: buffers stay in float32.
+            engine = manifest.science.get("engine", {})
+            trained = EngineConfig(precision=engine.get("precision", EngineConfig.precision))
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(trained.dtype)
+        return LoadedModel(
+            model=model.to(device).eval(),
+            record=record,
+            flow=Flow(record.flow),
+            codec=codec,
+            device=device,
+            own=own_eval(store, manifest) or EvalConfig(),
+        )

@@ -88,6 +88,7 @@ bench: setup
 pictures: setup
 	$(BIN)/python docs/pictures.py $(ARGS)
 	$(BIN)/python docs/placement_picture.py
+	$(BIN)/python -m docs.rooms_picture
 
 ui: setup
 	$(BIN)/python -m trainer.ui "home=$(LAPFLOW_HOME)" $(ARGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.house.measures import PACKAGES
 from tests.support.commands import GIVEN
 from trainer.config.groups import members
 from trainer.config.settings import settings_of
@@ -16,6 +17,7 @@ from trainer.config.settings import settings_of
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("design/*.md")])
+EVERY_PAGE = sorted([*ROOT.glob("*.md"), *DOCS.glob("**/*.md")])
 
 
 def test_the_session_of_the_method_page_runs(capsys):
@@ -40,12 +42,12 @@ def test_the_method_page_needs_the_method_alone():
 
 @pytest.mark.slow
 def test_the_pictures_are_drawn(tmp_path):
-    from docs import pictures, placement_picture
+    from docs import pictures, placement_picture, rooms_picture
 
-    pictures.main(["--output", str(tmp_path)])
-    placement_picture.main(["--output", str(tmp_path)])
+    for each in (pictures, placement_picture, rooms_picture):
+        each.main(["--output", str(tmp_path)])
     drawn = {path.stem: Image.open(path).size for path in tmp_path.iterdir()}
-    assert set(drawn) == {"attention", "placement", "pyramid_and_path", "time_and_scale"}
+    assert set(drawn) == {"attention", "placement", "pyramid_and_path", "rooms", "time_and_scale"}
     assert all(width > 600 and height > 300 for width, height in drawn.values())
 
 
@@ -90,6 +92,46 @@ def test_the_heading_of_the_placement_says_what_its_bars_show():
 def test_what_a_page_links_to_is_there(page):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_page_of_the_rooms_names_every_room():
+    text = (DOCS / "architecture.md").read_text()
+    files = [path.relative_to(ROOT) for each in PACKAGES for path in (ROOT / each).rglob("*.py")]
+    # A folder within a room goes with it.
+    rooms = {"/".join(path.parts[:-1][:2]) for path in files}
+    assert len(rooms) > 15
+    assert [room for room in sorted(rooms) if f"| `{room}" not in text] == []
+
+
+def test_what_the_page_of_the_rooms_says_a_file_does_is_in_the_file():
+    text = (DOCS / "architecture.md").read_text()
+    steps = re.findall(r"\[`[\w/.]+`\]\(\.\./([\w/]+\.py)\) · `(\w+)`", text)
+    assert len(steps) > 20
+    missing = [
+        (path, name)
+        for path, name in steps
+        if not re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE)
+    ]
+    assert missing == []
+
+
+LONGEST_LINE = 120
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
+def test_prose_keeps_to_its_line_length(page):
+    """Tables, formulas, pictures and blocks of code cannot be broken."""
+    text = re.sub(r"^```.*?^```", blank, page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    long = [
+        (number, len(line))
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > LONGEST_LINE and not line.startswith(("|", "$$", "!["))
+    ]
+    assert long == []
+
+
+def blank(block: re.Match[str]) -> str:
+    return "\n" * block[0].count("\n")
 
 
 GROUPS = (

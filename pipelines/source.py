@@ -117,7 +117,7 @@ class Source:
 
     Args:
         prefix: A path of this node, or a URL such as s3://bucket/folder. file:///path is a folder
-            on a shared file system, to be treated like a store.
+            on a shared file system: written like a folder, and read like a store.
         config: Attempts and time limits.
 
     Raises:
@@ -137,6 +137,8 @@ class Source:
                 "chain (environment, profile or instance role)."
             )
         self._root = self.prefix.removeprefix("file://")
+        is_folder = self.is_local or self.prefix.startswith("file://")
+        self.folder = Path(self._root) if is_folder else None
         # One for each thread: a downloader drops its connection when a transfer fails.
         self._downloaders = threading.local()
         if not self.is_local:

@@ -43,8 +43,8 @@ def is_complete(prefix: str, *, plan: str) -> bool:
             f"{prefix} holds another dataset, or one of the same images before some were replaced, "
             "so nothing was written. Choose another prefix, or remove the one that is there."
         )
-    if source.is_local and not complete:
-        refuse_occupied(Path(source.prefix))
+    if source.folder is not None and not complete:
+        refuse_occupied(source.folder)
     return complete
 
 
@@ -75,8 +75,8 @@ def build(
         StoreUnreachableError: The store refuses, or does not answer.
     """
     source = Source(prefix, config=SourceConfig())
-    target = Path(source.prefix)
-    if source.is_local:
+    target = source.folder
+    if target is not None:
         work = target.with_name(f".{target.name}.building")
     else:
         # Named after what is written and where to, for uploaded shards are not kept here.
@@ -87,7 +87,7 @@ def build(
         if is_complete(prefix, plan=plan):
             note("complete, nothing to do")
             return
-        if source.is_local:
+        if target is not None:
             _write(work, shards=shards, documents=documents, upload=None)
             work.replace(target)
             discard_records(target)

@@ -63,10 +63,10 @@ def write_dataset(
         StoreUnreachableError: The store refuses, or does not answer.
     """
     source = Source(prefix, config=SourceConfig())
-    if not source.is_local:
+    target = source.folder
+    if target is None:
         _write_remote(images, source, shard_bytes=shard_bytes)
         return
-    target = Path(source.prefix)
     with locked(target.with_name(f".{target.name}.lock")), told_when_full(target.parent):
         _write_local(images, source, target, shard_bytes=shard_bytes)
 

@@ -38,6 +38,23 @@ def test_writing_the_same_again_changes_nothing(prefix: Path, images: list[Label
     assert sorted(path.name for path in prefix.parent.iterdir()) == [".dataset.lock", "dataset"]
 
 
+def test_a_folder_named_by_a_url_is_that_folder(
+    tmp_path: Path, images: list[LabelledImage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(images, f"file://{tmp_path}/by-url", shard_bytes=2000)
+    write_dataset(images, f"{tmp_path}/by-path", shard_bytes=2000)
+    assert files_in(tmp_path / "by-url") == files_in(tmp_path / "by-path")
+    write_dataset(images, f"{tmp_path}/by-url", shard_bytes=2000)  # the same is there already
+    with pytest.raises(OccupiedPrefixError, match="holds another dataset"):
+        write_dataset(images[:-8], f"file://{tmp_path}/by-url", shard_bytes=2000)
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "classes" / "a" / "0.png").write_bytes(images[0].data)
+    for root in (f"file://{tmp_path}/built", f"{tmp_path}/built"):
+        assert ingest_command(["image-folder", f"{tmp_path}/classes", root]) == 0
+    assert "complete, nothing to do" in capsys.readouterr().out
+    assert has_dataset(f"{tmp_path}/built/train")
+
+
 @pytest.mark.parametrize("other", ["fewer", "more", "changed", "regrouped"])
 def test_another_dataset_is_not_replaced(
     prefix: Path, images: list[LabelledImage], other: str

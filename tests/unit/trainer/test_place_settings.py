@@ -116,12 +116,13 @@ def test_the_file_of_a_tracker_is_a_place_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_data_and_checkpoints_go_to_one_store(tmp_path, monkeypatch):
+@pytest.mark.parametrize("uri", ["~/st", "{home}/st", "file://{home}/st", "../home/st"])
+def test_data_and_checkpoints_go_to_one_store(tmp_path, monkeypatch, uri):
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    job = composed([DIGITS, 'store.uri="~/st"'])
+    job = composed([DIGITS, f'store.uri="{uri.format(home=home)}"'])
     ensure_digits(paths.data_prefix(job))
     open_store(paths.runs_uri(job), job.store).put("digits/a", b"b")
     assert (home / "st" / "datasets" / "digits" / "train" / "index.json").is_file()

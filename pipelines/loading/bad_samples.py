@@ -57,8 +57,8 @@ class BadSamples:
         if bad > allowed or attempt >= _REPLACEMENTS:
             raise BadDataError(
                 f"{bad} of {read} samples read cannot be used, more than "
-                f"max_bad_share={self._max_share} allows. The last one is sample {sample_id} in "
+                f"max_bad_fraction={self._max_share} allows. The last one is sample {sample_id} in "
                 f"shard {shard} ({reason}); the log names the others. Check the dataset with "
                 "python -m pipelines.ingest verify and write it again without them, or raise "
-                "max_bad_share if you can do without that many."
+                "max_bad_fraction if you can do without that many."
             )

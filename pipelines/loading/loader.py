@@ -113,9 +113,9 @@ class LoaderConfig:
         prefetch_batches: Batches made ahead of the training loop.
         decode_threads: Threads that decode in each rank; None shares the machine's cores among its
             ranks, up to 8 for each. They change no bit.
-        max_bad_share: Samples tolerated that cannot be decoded or whose shard is lost or damaged,
-            as a share of those read by this rank since the loader started (or of 10 000 while it
-            has read fewer). Others take their place. 0 tolerates none.
+        max_bad_fraction: Samples tolerated that cannot be decoded or whose shard is lost or
+            damaged, as a fraction of those read by this rank since the loader started (or of 10 000
+            while it has read fewer). Others take their place. 0 tolerates none.
         shuffle_block_samples: Samples are shuffled within blocks of this length of the randomly
             ordered shards; None is as many as eight shards hold. Larger mixes better, needs more
             shards at a time (see shards.open_files), and more of them before the first batch.
@@ -124,7 +124,7 @@ class LoaderConfig:
     decoder: DecoderName = "dali"
     prefetch_batches: int = 2
     decode_threads: int | None = None
-    max_bad_share: float = 0.001
+    max_bad_fraction: float = 0.001
     shuffle_block_samples: int | None = None
 
     def __post_init__(self) -> None:
@@ -136,8 +136,8 @@ class LoaderConfig:
             raise DataError(
                 f"shuffle_block_samples must be at least 1, got {self.shuffle_block_samples}."
             )
-        if not 0 <= self.max_bad_share < 1:
-            raise DataError(f"max_bad_share must be in [0, 1), got {self.max_bad_share}.")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise DataError(f"max_bad_fraction must be in [0, 1), got {self.max_bad_fraction}.")
 
     def threads_for(self, ranks: int) -> int:
         """Choose the threads that decode in each of so many ranks of a machine."""
@@ -210,7 +210,7 @@ class Loader:
         self._slice_start = rank * self._slice_images
         self._device = device
         self._classes = classes
-        self._bad = BadSamples(dataset, max_share=config.max_bad_share)
+        self._bad = BadSamples(dataset, max_share=config.max_bad_fraction)
         self._threads: list[Prefetched[Any]] = []
         self.data_wait_s = 0.0
         """Seconds that the consumer of batches has waited for them, in all."""

@@ -140,12 +140,14 @@ def test_a_truncated_image_is_counted_and_skipped_until_there_are_too_many(launc
     code, output = launch(prefix, "train.total_images=1536", "run=tolerant")
     assert code == 0, output
     assert "sample 9" in output
-    code, output = launch(prefix, "train.total_images=1536", "run=strict", "loader.max_bad_share=0")
+    code, output = launch(
+        prefix, "train.total_images=1536", "run=strict", "loader.max_bad_fraction=0"
+    )
     # Not refused at the start: the share is known only after reading.
     assert code in (1, 2), output
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "sample 9" in error
-    assert "max_bad_share" in error
+    assert "max_bad_fraction" in error
 
 
 def test_an_unreachable_store(launch, digits):

@@ -115,7 +115,7 @@ class Run:
                 config=LoaderConfig(
                     decoder=self.decoder,
                     prefetch_batches=depths.prefetch_batches,
-                    max_bad_share=0.9,
+                    max_bad_fraction=0.9,
                     shuffle_block_samples=self.block_samples,
                 ),
                 decode=self.decode(depths),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -16,13 +16,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.groups import CONFIG_FOLDER, check_members, experiment, groups
 from trainer.config.job import JobConfig
 from trainer.config.overrides import Override, parse_override
 from trainer.config.reading import ConfigError, defaults, from_dict
+from trainer.config.renamed import RENAMED, current_key
 from trainer.config.settings import MISSING
 from trainer.config.written_paths import located
 
@@ -57,6 +58,7 @@ def composed(overrides: Sequence[str]) -> JobConfig:
             composition = compose(
                 config_name="launch", overrides=[word.for_hydra for word in words]
             )
+        _rename(composition, typed={word.key for word in words})
         _fill_in(composition, overrides)
         values = _plain(composition)
     except ConfigError:
@@ -108,8 +110,23 @@ def _chosen(words: Sequence[Override]) -> list[str]:
 
 @cache
 def _register_schema() -> None:
-    given_later = {"run": MISSING, "home": MISSING}
-    ConfigStore.instance().store(name="schema", node=defaults(JobConfig) | given_later)
+    schema = OmegaConf.create(defaults(JobConfig))
+    for given_later in ("run", "home", *RENAMED):
+        OmegaConf.update(schema, given_later, MISSING)
+    ConfigStore.instance().store(name="schema", node=schema)
+
+
+def _rename(composition: DictConfig, *, typed: Collection[str]) -> None:
+    """Give what files call by an old name its new one, unless the command line has set that."""
+    for old, new in RENAMED.items():
+        group, _, name = old.rpartition(".")
+        holder = OmegaConf.select(composition, group) if group else composition
+        if not OmegaConf.is_missing(holder, name):
+            current_key(old, [new])
+            if new not in typed:
+                OmegaConf.update(composition, new, holder[name])
+        with open_dict(holder):
+            del holder[name]
 
 
 def _fill_in(composition: DictConfig, overrides: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from trainer.config.groups import groups
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, unknown_key
+from trainer.config.renamed import current_key
 from trainer.config.settings import Setting, closest, settings_of
 
 _FREE = "engine.deepspeed."
@@ -61,6 +62,7 @@ def parse_override(word: str, kind: type[Any]) -> Override:
     if kind is JobConfig and key.startswith(_FREE):
         return _parsed(key, text, f"++{key}=")
     setting = _setting(key, kind)
+    key = setting.key
     if mark:
         shown = "…" if setting.place else text
         raise ConfigError(
@@ -80,6 +82,7 @@ def parse_override(word: str, kind: type[Any]) -> Override:
 
 def _setting(key: str, kind: type[Any]) -> Setting:
     settings = {setting.key: setting for setting in settings_of(kind)}
+    key = current_key(key, settings)
     if key in settings:
         return settings[key]
     leaves = [name for name, setting in settings.items() if not setting.is_group]

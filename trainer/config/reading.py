@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any, TypeVar
 
+from trainer.config.renamed import with_current_names
 from trainer.config.settings import closest, listed, settings_of
 from trainer.config.values import UnfitValue, fitted, shown
 from trainer.storage.credentials import check_no_credentials
@@ -35,7 +36,8 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
 
     Args:
         kind: The dataclass.
-        values: Plain values, nested like the dataclass; missing keys take their defaults.
+        values: Plain values, nested like the dataclass; missing keys take their defaults, and those
+            of before a renaming are understood.
         path: Key of `values` in the whole configuration, for messages.
 
     Returns:
@@ -45,6 +47,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         ConfigError: For an unknown key, a missing one, or a value that it cannot have.
         CredentialsInAddress: For an address that may carry credentials.
     """
+    values = with_current_names(values, path)
     types = typing.get_type_hints(kind, include_extras=True)
     unknown = sorted(set(values) - set(types))
     if unknown:

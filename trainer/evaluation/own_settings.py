@@ -60,7 +60,7 @@ def own_eval(store: Store, manifest: Manifest) -> EvalConfig | None:
     key = evaluation_key(manifest.run, manifest.images, "report.json")
     try:
         report = typed(EvaluationReport, read_sealed(store, key))
-        return from_dict(EvalConfig, report.settings)
+        return from_dict(EvalConfig, report.settings, path="eval.")
     except MissingObject:
         pass
     except ValueError as error:  # damaged, or of a version that measured otherwise

@@ -36,8 +36,8 @@ class RealImages:
     """Whole images [b, c, h, w] in [-1, 1] and labels [b] of a split, in stored order.
 
     Images that cannot be used, and those of lost shards, are left out, as far as
-    `loader.max_bad_share` allows: a warning names each. Where the run reads latents, the images are
-    those that the latents were made of.
+    `loader.max_bad_fraction` allows: a warning names each. Where the run reads latents, the images
+    are those that the latents were made of.
 
     Args:
         job: The configuration.
@@ -69,7 +69,7 @@ class RealImages:
         config = decoding(self._job, self._context, scales=1)
         decoder = make_decoder(self._job.loader.decoder, config, device=device)
         for images in self._opened.streams:
-            bad = BadSamples(images, max_share=self._job.loader.max_bad_share)
+            bad = BadSamples(images, max_share=self._job.loader.max_bad_fraction)
             for start in range(0, len(images), _AT_ONCE):
                 ids = range(start, min(start + _AT_ONCE, len(images)))
                 yield from _usable(images, ids, decoder=decoder, bad=bad)

@@ -13,6 +13,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
 from trainer.config.job import JobConfig, config_fingerprint, difference, fingerprinted
 from trainer.config.reading import ConfigError, defaults
+from trainer.config.renamed import with_current_names
 from trainer.engine.protocol import Engine
 from trainer.evaluation.choice import open_checkpoint, parse_uri
 from trainer.metrics.buffer import MetricBuffer
@@ -67,7 +68,7 @@ def science_changes(
     if manifest.config_fingerprint == config_fingerprint(chosen):
         return []
     # A setting that the checkpoint does not know came after it; its default is what was done then.
-    trained = _completed(manifest.science, chosen, defaults(JobConfig))
+    trained = _completed(with_current_names(manifest.science), chosen, defaults(JobConfig))
     changes = difference(fingerprinted(trained), fingerprinted(chosen))
     if changes and not job.resume_changed:
         raise ConfigError(

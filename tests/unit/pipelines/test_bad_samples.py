@@ -48,11 +48,11 @@ def damaged(tmp_path: Path) -> tuple[Path, dict[int, str]]:
     return folder, {number: names[number] for number in sorted(lost | broken.keys())}
 
 
-def loader(prefix: str, cache: Path, *, decoder: DecoderName, max_bad_share: float) -> Loader:
+def loader(prefix: str, cache: Path, *, decoder: DecoderName, max_bad_fraction: float) -> Loader:
     return Loader(
         ShardedDataset(prefix, config=ShardsConfig(cache_dir=str(cache))),
         config=LoaderConfig(
-            decoder=decoder, max_bad_share=max_bad_share, shuffle_block_samples=SAMPLES
+            decoder=decoder, max_bad_fraction=max_bad_fraction, shuffle_block_samples=SAMPLES
         ),
         decode=DecodeConfig(image_size=8),
         seed=3,
@@ -71,7 +71,7 @@ def test_all_are_counted_once_an_epoch_and_replaced(
 ) -> None:
     folder, unusable = damaged
     prefix = f"file://{folder}" if through_cache else str(folder)
-    source = loader(prefix, tmp_path / "cache", decoder=decoder, max_bad_share=0.5)
+    source = loader(prefix, tmp_path / "cache", decoder=decoder, max_bad_fraction=0.5)
     with caplog.at_level(logging.WARNING, logger="pipelines"), source:
         batches = [batch for batch, _ in islice(source.batches(Cursor()), 5)]
     assert sum(batch.skipped for batch in batches) == len(unusable)
@@ -89,12 +89,12 @@ def test_one_more_than_allowed_stops_the_run_and_is_named(
 ) -> None:
     folder, unusable = damaged
     share = tolerated / JUDGED
-    source = loader(str(folder), tmp_path, decoder=decoder, max_bad_share=share)
+    source = loader(str(folder), tmp_path, decoder=decoder, max_bad_fraction=share)
     with source, pytest.raises(BadDataError) as raised:
         list(islice(source.batches(Cursor()), 100))
     message = str(raised.value)
     assert re.match(rf"{tolerated + 1} of \d+ samples read cannot be used, more than", message)
-    assert f"max_bad_share={share} allows" in message
+    assert f"max_bad_fraction={share} allows" in message
     named = re.search(r"The last one is sample (\d+) in shard (\S+) \(", message)
     assert named
     assert unusable[int(named[1])] == named[2]

@@ -65,7 +65,7 @@ AUGMENTED = AugmentConfig(flip=True, crop="random_resized")
 def loader(dataset: SampleDataset | None = None, **changes: Any) -> Loader:
     config = LoaderConfig(
         decoder=changes.pop("decoder", "dali"),
-        max_bad_share=changes.pop("max_bad_share", 0.001),
+        max_bad_fraction=changes.pop("max_bad_fraction", 0.001),
         prefetch_batches=changes.pop("prefetch_batches", 2),
         shuffle_block_samples=changes.pop("shuffle_block_samples", 25),
     )
@@ -148,7 +148,7 @@ def test_views_vary_with_the_epoch_and_the_seed_alone() -> None:
 @pytest.mark.parametrize("augment", [AugmentConfig(), AUGMENTED])
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_batch(world: int, augment: AugmentConfig) -> None:
-    options: dict[str, Any] = {"max_bad_share": 0.5, "augment": augment}
+    options: dict[str, Any] = {"max_bad_fraction": 0.5, "augment": augment}
     whole = take(5, loader(Damaged({3, 30}), **options))
     ranks = [
         take(5, loader(Damaged({3, 30}), rank=rank, world_size=world, **options))
@@ -173,7 +173,7 @@ def test_bad_images_are_replaced_counted_and_logged(
 ) -> None:
     clean = take(10, loader(Damaged(set()), decoder=decoder))
     with caplog.at_level(logging.WARNING, logger="pipelines"):
-        batches = take(10, loader(Damaged({7, 22}), decoder=decoder, max_bad_share=0.01))
+        batches = take(10, loader(Damaged({7, 22}), decoder=decoder, max_bad_fraction=0.01))
     skipped = 0
     for (batch, _), (expected, _) in zip(batches, clean, strict=True):
         for place, sample_id in enumerate(expected.sample_ids.tolist()):
@@ -190,7 +190,7 @@ def test_bad_images_are_replaced_counted_and_logged(
 
 def test_a_bad_replacement_is_replaced_too() -> None:
     second = replacement(7, attempt=0, samples=IMAGES)
-    batches = take(4, loader(Damaged({7, second}), max_bad_share=0.5))
+    batches = take(4, loader(Damaged({7, second}), max_bad_fraction=0.5))
     ids = torch.cat([batch.sample_ids for batch, _ in batches]).tolist()
     assert 7 not in ids
     assert second not in ids
@@ -200,19 +200,19 @@ def test_a_bad_replacement_is_replaced_too() -> None:
 def test_too_many_bad_images_stop_the_run() -> None:
     with pytest.raises(
         BadDataError,
-        match=r"11 of \d+ samples .*max_bad_share=0.001.*sample \d+ in shard synthetic\.0000\d",
+        match=r"11 of \d+ samples .*max_bad_fraction=0.001.*sample \d+ in shard synthetic\.0000\d",
     ):
         take(100, loader(Damaged(set(range(0, IMAGES, 2)))))
     # Eight samples after it cannot stand in for one either.
     with pytest.raises(BadDataError, match=r"9 of \d+ samples .*sample \d+ in shard synthetic"):
         take(100, loader(Damaged(set(range(IMAGES)))))
-    with pytest.raises(BadDataError, match=r"1 of \d+ samples.*max_bad_share=0.0 .*sample 5 in"):
-        take(100, loader(Damaged({5}), max_bad_share=0.0))
+    with pytest.raises(BadDataError, match=r"1 of \d+ samples.*max_bad_fraction=0.0 .*sample 5 in"):
+        take(100, loader(Damaged({5}), max_bad_fraction=0.0))
 
 
 def test_a_dataset_without_one_good_image_does_not_hang() -> None:
     with pytest.raises(BadDataError):
-        take(1, loader(Damaged({0}, images=1), max_bad_share=0.9))
+        take(1, loader(Damaged({0}, images=1), max_bad_fraction=0.9))
 
 
 def test_problems_in_the_thread_reach_the_consumer(prefix: Path) -> None:
@@ -244,7 +244,7 @@ def test_samples_of_a_lost_shard_are_counted_and_replaced(
     assert sum(batch.skipped for batch, _ in batches) == len(lost)
     assert "shard.00001.mds" in caplog.text
     with pytest.raises(BadDataError, match=r"sample (6|7|8|9|10|11) in shard shard\.00001\.mds"):
-        take(4, loader(ShardedDataset(str(prefix)), max_bad_share=0.0))
+        take(4, loader(ShardedDataset(str(prefix)), max_bad_fraction=0.0))
 
 
 def test_real_shards_are_loaded(pristine: Path) -> None:
@@ -285,7 +285,7 @@ def test_impossible_settings_are_refused() -> None:
         SyntheticImages(images=0, image_size=8)
     with pytest.raises(ValueError, match="got -1"):
         Cursor(-1)
-    for wrong in ({"prefetch_batches": 0}, {"max_bad_share": 1.0}, {"max_bad_share": -0.1}):
+    for wrong in ({"prefetch_batches": 0}, {"max_bad_fraction": 1.0}, {"max_bad_fraction": -0.1}):
         with pytest.raises(DataError, match="must be"):
             LoaderConfig(**wrong)  # type: ignore[arg-type]
 

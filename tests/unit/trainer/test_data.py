@@ -108,9 +108,9 @@ def test_real_images_of_lost_shards_are_left_out_as_far_as_allowed(tmp_path: Pat
     left = torch.cat([labels for _, labels in found])
     assert 0 < len(left) < len(found)
     none_allowed = dataclasses.replace(
-        job, loader=dataclasses.replace(job.loader, max_bad_share=0.0)
+        job, loader=dataclasses.replace(job.loader, max_bad_fraction=0.0)
     )
-    with pytest.raises(BadDataError, match="max_bad_share"):
+    with pytest.raises(BadDataError, match="max_bad_fraction"):
         list(RealImages(none_allowed, "test", ALONE))
 
 

@@ -36,7 +36,7 @@ ABOVE_ZERO = (
     "host_link_gb_per_s host_memory_gib download_timeout_s cache_limit_gib connect_timeout_s "
     "read_timeout_s"
 )
-BELOW_ONE = "beta1 beta2 label_dropout ema.decay max_bad_share"
+BELOW_ONE = "beta1 beta2 label_dropout ema.decay max_bad_fraction"
 OTHER = {
     "min_area": lambda value: 0 < value <= 1,
     "max_aspect": lambda value: value >= 1,

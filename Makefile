@@ -7,6 +7,7 @@
 #   make house       how the source is built, counted; AGAINST=REV compares with that revision
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
 #   make pictures    draw the pictures of the documentation anew
+#   make settings    write docs/settings.md anew from the configuration dataclasses
 #   make ui          open the MLflow pages of the runs on this machine
 #   make doctor      look at the installation: versions, what is wrong, what to do
 #   make audit       licences, versions and files of what is installed
@@ -28,7 +29,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train data-demo test test-fast check format house fuzz bench pictures ui setup clean-venv golden doctor audit
+.PHONY: train data-demo test test-fast check format house fuzz bench pictures settings ui setup clean-venv golden doctor audit
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -67,6 +68,9 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+settings: setup
+	$(BIN)/python -m docs.settings_page
 
 golden: setup
 	$(BIN)/python -m tests.golden.render

@@ -95,20 +95,21 @@ class ExplainAction(argparse.Action):
 def _entry(setting: Setting) -> str:
     if setting.is_group:
         return "\n".join(_wrapped(setting.meaning, f"  {setting.key}: ", " " * 6))
-    default = "…" if setting.default == MISSING else _written(setting.default)
+    default = "…" if setting.default == MISSING else written(setting.default)
     must = ", must be given" if setting.default == MISSING else ""
-    head = f"  {setting.key}={default}  ({_kind(setting.wanted)}{must})"
+    head = f"  {setting.key}={default}  ({kind_of(setting.wanted)}{must})"
     return "\n".join([head, *_wrapped(setting.meaning, " " * 6)])
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """Write a value as YAML does, in one line."""
     text = yaml.safe_dump(
         list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000
     )
     return text.partition("\n")[0]
 
 
-def _kind(wanted: Any) -> str:
+def kind_of(wanted: Any) -> str:
     """Name what a setting can be."""
     if part := listed(wanted):
         names = ", ".join(setting.key for setting in settings_of(part))

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
+from docs import settings_page
+from tests.support.commands import GIVEN
 from tests.support.configuration import configuration
 from trainer.cli.checkpoints import ExportConfig, ListConfig
 from trainer.cli.checkpoints import main as checkpoints
@@ -73,3 +75,18 @@ def test_the_whole_configuration_is_shown_with_its_meanings(capsys):
 def test_defaults_of_a_command_win_over_those_of_a_part():
     read = configured(SampleConfig, ["checkpoint=/a/b", "output=/c.png"])
     assert read == SampleConfig(checkpoint="/a/b", output="/c.png")
+
+
+def test_the_page_of_the_settings_is_as_the_dataclasses_are():
+    assert set(settings_page.COMMANDS.values()) == set(GIVEN)
+    assert settings_page.PAGE.read_text() == settings_page.page(), (
+        "run: python -m docs.settings_page"
+    )
+
+
+def test_the_page_names_every_setting_with_its_meaning():
+    text = " ".join(settings_page.PAGE.read_text().replace("\\", "").split())
+    for kind in GIVEN:
+        for setting in settings_of(kind):
+            assert f"`{setting.key}`" in text
+            assert " ".join(setting.meaning.split()) in text, setting.key

@@ -5,7 +5,6 @@ name, so a file under a shard's name was whole when it was put there, whenever a
 Fetching happens under a lock per shard that the system lets go of when its holder dies.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
 
 from pipelines.errors import CacheUnusableError
+from pipelines.files import take_lock, try_lock
 from pipelines.index import INDEX_NAME
 
 logger = logging.getLogger(__name__)
@@ -87,12 +86,11 @@ def scratch_folder() -> Iterator[Path]:
         root.mkdir(exist_ok=True)
     for number in count():
         with _usable(root):
-            lock = (root / f"{number}.lock").open("wb")
-        with lock:
-            if _is_taken(lock):
-                with _emptied(root / str(number)) as folder:
-                    yield folder
-                return
+            lock = try_lock(root / f"{number}.lock")
+        if lock is not None:
+            with lock, _emptied(root / str(number)) as folder:
+                yield folder
+            return
 
 
 @contextmanager
@@ -105,15 +103,6 @@ def _emptied(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_taken(lock: BinaryIO) -> bool:
-    """Take a lock that nobody holds; the system lets go of it when the file is closed."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _lock_file(cache: Path, flat: str) -> Path:
@@ -129,8 +118,8 @@ def _remove_left_behind(cache: Path) -> None:
     """Remove what killed processes had fetched of their shards; of the living nothing."""
     with suppress(OSError):  # the cache of another user, say
         for partial in list((cache / ".partial").iterdir()):
-            with _lock_file(cache, partial.name).open("wb") as lock:
-                if _is_taken(lock):
+            if (lock := try_lock(_lock_file(cache, partial.name))) is not None:
+                with lock:
                     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -174,14 +163,14 @@ class ShardCache:
             name: The shard's checked name.
         """
         flat = name.replace("/", "%")
+        file = _lock_file(self.folder, flat)
         with _usable(self.folder):
-            lock = _lock_file(self.folder, flat).open("wb")
-        with lock:
-            if not _is_taken(lock):
+            lock = try_lock(file)
+            if lock is None:
                 with told_when_slow(f"waiting for another process to fetch {self.folder / name}"):
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            with _emptied(self.folder / ".partial" / flat) as partial:
-                yield partial
+                    lock = take_lock(file)
+        with lock, _emptied(self.folder / ".partial" / flat) as partial:
+            yield partial
 
     def keep(self, name: str, *, fetched: Path) -> None:
         """Move a checked file to its name."""
@@ -202,8 +191,7 @@ class ShardCache:
 
     def _trim(self, limit_bytes: int, *, spared: Path) -> None:
         """Remove shards until the rest fits; readers fetch again what they miss."""
-        with (self._root / ".trim.lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with take_lock(self._root / ".trim.lock"):
             shards = sorted(self._shards())
             total = sum(size for _, size, _ in shards)
             for _, size, path in shards:

@@ -4,7 +4,6 @@ The index is written last, and only when every shard is in place, so what an int
 leaves behind does not count as a dataset and the write can simply be run again.
 """
 
-import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from pipelines.errors import (
     StoreUnreachableError,
     UnwritableTargetError,
 )
+from pipelines.files import take_lock
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard, parse_index
 from pipelines.proxies import proxy_hint
 from pipelines.source import DISK_ERRORS, Source, SourceConfig, describe_failure
@@ -226,12 +226,10 @@ def locked(path: Path) -> Iterator[None]:
         UnwritableTargetError: Folder or file cannot be made.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("wb")
+        lock = take_lock(path)
     except OSError as error:
         raise _unwritable(path.parent, error) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

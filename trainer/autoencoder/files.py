@@ -5,7 +5,6 @@ Weights are read from safetensors only: the older .bin files are pickles, which 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.files import take_lock
 from trainer.autoencoder.settings import (
     MAX_CONFIG_BYTES,
     AutoencoderConfig,
@@ -67,12 +67,9 @@ def _version(store: Store, keys: Mapping[str, str], *, uri: str) -> str:
 
 @contextmanager
 def _locked(file: Path, *, uri: str) -> Iterator[None]:
-    """Hold a lock that the system lets go of when its holder dies."""
     with _explained(file.parent, uri=uri):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("wb")
+        lock = take_lock(file)
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipelines.files import sync, sync_all
 from trainer.config.reading import ConfigError
 
 
@@ -78,11 +79,11 @@ def write_whole(output: Path) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _sync(partial)
+        sync_all(partial)
         if output.is_dir():
             output.rename(replaced)
         partial.rename(output)
-        _sync_one(output.parent)
+        sync(output.parent)
     except OSError as error:
         raise ConfigError(
             f"output={output} cannot be written, and nothing of it is left: {error}"
@@ -109,21 +110,6 @@ def _settle(output: Path, *, partial: Path, replaced: Path) -> None:
     finally:
         _remove(partial)
     _remove(replaced)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        for entry in path.iterdir():
-            _sync(entry)
-    _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.files import DRAFT, draft, make_folders, sync, write_atomic
 from trainer.storage.errors import MissingObject, StoreError
 from trainer.storage.keys import check_key, check_prefix
-
-TEMPORARY = ".tmp-"  # no key has a part that begins with a dot
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free space or keep the checkpoints elsewhere",
@@ -44,14 +42,15 @@ class LocalStore:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object by rename."""
-        with self._explained("write", key), self._written(key, data) as temporary:
-            os.replace(temporary, self._path(key))
+        with self._explained("write", key):
+            write_atomic(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object by a hard link, which fails if the name is taken."""
-        with self._explained("write", key), self._written(key, data) as temporary:
+        path = self._path(key)
+        with self._explained("write", key), draft(path, data) as temporary:
             try:
-                os.link(temporary, self._path(key))
+                os.link(temporary, path)
             except FileExistsError:
                 return False
             return True
@@ -83,13 +82,13 @@ class LocalStore:
         """Rename a file, and make both names durable."""
         with self._explained("move", key):
             path, target = self._path(key), self._path(to)
-            _make_folders(target.parent)
+            make_folders(target.parent)
             try:
                 path.rename(target)
             except FileNotFoundError as error:
                 raise MissingObject(f"There is no object at {self.uri(key)}.") from error
             for folder in {path.parent, target.parent}:
-                _sync_folder(folder)
+                sync(folder)
 
     def delete(self, key: str) -> None:
         """Remove an object and the folders it leaves empty."""
@@ -109,7 +108,7 @@ class LocalStore:
         """Walk the folder the prefix names."""
         sizes: dict[str, int] = {}
         for path in self._files(prefix):
-            if not path.name.startswith(TEMPORARY):
+            if not path.name.startswith(DRAFT):
                 with self._explained("list", self._key(path)):
                     try:
                         status = path.stat()
@@ -123,7 +122,7 @@ class LocalStore:
         """Remove temporary files."""
         swept = 0
         for path in self._files(prefix):
-            if path.name.startswith(TEMPORARY) and is_dead(self._key(path)):
+            if path.name.startswith(DRAFT) and is_dead(self._key(path)):
                 with self._explained("delete", self._key(path)):
                     self._remove(path)
                 swept += 1
@@ -153,22 +152,6 @@ class LocalStore:
         return self._root / check_key(key)
 
     @contextmanager
-    def _written(self, key: str, data: bytes | memoryview) -> Iterator[Path]:
-        """A durable temporary file beside the key's place; its new name is made durable after."""
-        folder = self._path(key).parent
-        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-        try:
-            with _opened_in(temporary) as descriptor:
-                with os.fdopen(descriptor, "wb", closefd=False) as file:
-                    file.write(data)
-                os.fsync(descriptor)
-            yield temporary
-            temporary.unlink(missing_ok=True)
-            _sync_folder(folder)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
         try:
             yield
@@ -187,52 +170,12 @@ def _opened_to_read(path: str, flags: int) -> int:
     raise FileNotFoundError(errno.ENOENT, "this is no regular file", path)
 
 
-@contextmanager
-def _opened_in(path: Path) -> Iterator[int]:
-    """Opens a new file, making its folders; another process may be pruning them meanwhile."""
-    for _ in range(10):
-        _make_folders(path.parent)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            break
-        except FileNotFoundError:
-            continue
-    else:
-        raise FileNotFoundError(errno.ENOENT, "the folder keeps vanishing", str(path.parent))
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _make_folders(folder: Path) -> None:
-    """Makes a folder and its parents, each durable: a file is lost with its folder's name."""
-    missing = []
-    while not folder.is_dir():
-        missing.append(folder)
-        folder = folder.parent
-    for each in reversed(missing):
-        try:
-            each.mkdir(exist_ok=True)
-            _sync_folder(each.parent)
-        except FileNotFoundError:
-            return
-
-
 def _removed_empty(folder: Path) -> bool:
     try:
         folder.rmdir()
     except OSError:
         return False
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _raise_unless_missing(error: OSError) -> None:

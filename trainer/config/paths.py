@@ -56,17 +56,3 @@ def cache_folder(home: str | None) -> Path:
 def cache(job: JobConfig) -> Path:
     """Return the folder where shards are cached on this node."""
     return home(job) / "cache"
-
-
-def object_store_environment(job: JobConfig) -> dict[str, str]:
-    """Return the variables by which streaming, MLflow and boto3 learn of one and the same store.
-
-    They hold addresses and names only; credentials stay where AWS's own chain finds them.
-    """
-    settings = {
-        "S3_ENDPOINT_URL": job.store.endpoint_url,
-        "MLFLOW_S3_ENDPOINT_URL": os.environ.get("MLFLOW_S3_ENDPOINT_URL", job.store.endpoint_url),
-        "AWS_DEFAULT_REGION": job.store.region,
-        "AWS_PROFILE": job.store.profile,
-    }
-    return {name: value for name, value in settings.items() if value is not None}

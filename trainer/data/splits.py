@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 
 from pipelines.errors import MissingDatasetError
@@ -17,6 +16,7 @@ from pipelines.source import Source
 from trainer.config import paths
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
+from trainer.storage.open import set_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def with_classes(job: JobConfig) -> JobConfig:
     """
     if job.data.classes != 0:
         return job
-    os.environ.update(paths.object_store_environment(job))
+    set_environment(job.store)
     prefix = f"{paths.data_prefixes(job)[0]}/train"
     about = read_about(prefix, config=job.shards)
     if about is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -21,6 +20,7 @@ from trainer.evaluation.frechet import DistanceToReal
 from trainer.evaluation.learned_features import KeptFeatures, LearnedConvFeatures
 from trainer.evaluation.real_images import RealImages, check_held
 from trainer.storage.kept import KeptFiles
+from trainer.storage.open import set_environment
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Yardstick:
         self._job = job
         self._device = device
         self._batch = batch
-        os.environ.update(paths.object_store_environment(job))
+        set_environment(job.store)
         if open_split(job, "train").digest != trained_on:
             raise ConfigError(
                 f"data.prefix={' '.join(paths.data_prefixes(job))} holds other images than those "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from trainer.storage.checkpoint_uri import check_scheme
@@ -41,3 +42,20 @@ def open_store(uri: str, config: StoreConfig) -> Store:
             f"{uri!r} names no folder: give 's3://bucket/prefix', 'file:///folder' or a path."
         )
     return LocalStore(Path(path))
+
+
+def set_environment(config: StoreConfig) -> None:
+    """Have streaming, MLflow and boto3 reach the same store, by the variables that they read.
+
+    They hold addresses and names only; credentials stay where AWS's own chain finds them.
+
+    Args:
+        config: How to reach it; what is None there stays as it is in the environment.
+    """
+    settings = {
+        "S3_ENDPOINT_URL": config.endpoint_url,
+        "MLFLOW_S3_ENDPOINT_URL": os.environ.get("MLFLOW_S3_ENDPOINT_URL", config.endpoint_url),
+        "AWS_DEFAULT_REGION": config.region,
+        "AWS_PROFILE": config.profile,
+    }
+    os.environ.update({name: value for name, value in settings.items() if value is not None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from trainer.evaluation.choice import open_checkpoint
 from trainer.evaluation.features import check_features
 from trainer.evaluation.real_images import check_measurable
 from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
-from trainer.storage.open import open_store
+from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
 from trainer.training.resume import all_damaged, check_start, science_changes
 from trainer.training.tracking import where_to_look
@@ -45,7 +44,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         AutoencoderError: If the codec's autoencoder is missing or not as the settings say.
     """
     logger.info("checking the store and MLflow")
-    os.environ.update(paths.object_store_environment(job))
+    set_environment(job.store)
     _check_home(job)
     store = open_store(paths.runs_uri(job), job.store)
     _check_writable(store, job.run)

@@ -40,7 +40,7 @@ from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.planning.placing import resolve_placement
-from trainer.storage.open import open_store
+from trainer.storage.open import open_store, set_environment
 from trainer.training.divergence import LossWatch
 from trainer.training.hooks import Hook, PeriodicSave, SampleGrids
 from trainer.training.loop import StopVote, train
@@ -90,7 +90,7 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
 
 def _train(context: WorkerContext, job: JobConfig) -> None:
     tell = context.tell if context.rank == 0 else _keep_quiet
-    os.environ.update(paths.object_store_environment(job))
+    set_environment(job.store)
     device = torch.device(context.device)
     if device.type == "cpu":
         return_large_blocks()

@@ -1,4 +1,4 @@
-"""Trying a failing store again, with growing pauses, for as long as there is time."""
+"""Trying again what failed: a number of times, or for as long as there is time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,34 @@ Result = TypeVar("Result")
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
+
+
+def call_again(
+    step: Callable[[], Result],
+    *,
+    tries: int,
+    when: Callable[[Exception], bool],
+    first_pause_s: float = 0.0,
+) -> Result:
+    """Run a step up to so many times.
+
+    Args:
+        step: The step.
+        tries: How often at most.
+        when: Tells of an error whether it is worth another try.
+        first_pause_s: Pause before the second try, in seconds; each later one is twice as long.
+
+    Raises:
+        Exception: That of the last try.
+    """
+    for attempt in range(tries - 1):
+        try:
+            return step()
+        except Exception as error:
+            if not when(error):
+                raise
+        time.sleep(first_pause_s * 2**attempt)
+    return step()
 
 
 class RetryPolicy:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,12 +17,15 @@ from botocore.config import Config
 
 from trainer.storage.errors import InvalidStoreUri, MissingObject, StoreError
 from trainer.storage.keys import check_key, check_prefix
+from trainer.storage.retry import call_again
 from trainer.storage.s3_errors import (
     CAUSES,
     CAUSES_OF_ABORT,
     deletes_one_by_one,
     explained,
     http_status,
+    is_broken_off,
+    is_conflict,
     raise_refused,
 )
 from trainer.storage.store import StoreConfig, check_endpoint, in_threads
@@ -38,8 +40,6 @@ TRANSFER = TransferConfig(
 TRANSFER.max_in_memory_upload_chunks = 6
 CONFLICT_TRIES = 8
 MAX_DELETES = 1000  # in one request, by S3's rules
-
-_BROKEN_OFF = (aws.IncompleteReadError, aws.ResponseStreamingError, aws.ReadTimeoutError)
 
 
 class S3Store:
@@ -96,22 +96,18 @@ class S3Store:
     def create(self, key: str, data: bytes) -> bool:
         """Upload a small object on condition that there is none."""
         name = self._name(key)
+
+        def put() -> bool:
+            try:
+                self._client.put_object(Bucket=self._bucket, Key=name, Body=data, IfNoneMatch="*")
+            except aws.ClientError as error:
+                if http_status(error) != 412:  # exists
+                    raise
+                return False
+            return True
+
         with self._explained("write", key):
-            for attempt in range(CONFLICT_TRIES):
-                try:
-                    self._client.put_object(
-                        Bucket=self._bucket, Key=name, Body=data, IfNoneMatch="*"
-                    )
-                    return True
-                except aws.ClientError as error:
-                    status = http_status(error)
-                    if status == 412:  # exists
-                        return False
-                    if status != 409 or attempt == CONFLICT_TRIES - 1:
-                        raise
-                # 409: another write of this key is under way, and which one wins is open.
-                time.sleep(0.1 * 2**attempt)
-        raise AssertionError("unreachable")
+            return call_again(put, tries=CONFLICT_TRIES, when=is_conflict, first_pause_s=0.1)
 
     def get(self, key: str) -> bytes:
         """Download an object, in parts if it is large."""
@@ -125,25 +121,24 @@ class S3Store:
         """Download a part of an object, again if the answer breaks off."""
         name = self._name(key)
         where = f"bytes={start}-{start + size - 1}"
-        with self._explained("read", key), self._found(key):
-            for tries_left in reversed(range(self._tries)):
-                try:
-                    answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=where)
-                    if answer["ContentLength"] > size:
-                        raise StoreError(
-                            f"{self.uri(key)}: the service sends {answer['ContentLength']} bytes "
-                            f"where {size} were asked for; use one that knows ranges."
-                        )
-                    return bytes(answer["Body"].read())
-                except aws.ClientError as error:
-                    if http_status(error) == 416:  # the object ends before
-                        return b""
+
+        def read() -> bytes:
+            try:
+                answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=where)
+            except aws.ClientError as error:
+                if http_status(error) != 416:  # the object ends before
                     raise
-                except _BROKEN_OFF:
-                    # boto3 tries a request again, but not the reading of its answer.
-                    if not tries_left:
-                        raise
-        raise AssertionError("unreachable")
+                return b""
+            if answer["ContentLength"] > size:
+                raise StoreError(
+                    f"{self.uri(key)}: the service sends {answer['ContentLength']} bytes "
+                    f"where {size} were asked for; use one that knows ranges."
+                )
+            return bytes(answer["Body"].read())
+
+        with self._explained("read", key), self._found(key):
+            # boto3 tries a request again, but not the reading of its answer.
+            return call_again(read, tries=self._tries, when=is_broken_off)
 
     def fingerprint(self, key: str) -> str:
         """Return the object's ETag, a digest of its content or of its parts."""

@@ -122,6 +122,18 @@ def http_status(error: aws.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+def is_conflict(error: Exception) -> bool:
+    """Tell whether another write of the same key is under way, and which one wins is open."""
+    return isinstance(error, aws.ClientError) and http_status(error) == 409
+
+
+def is_broken_off(error: Exception) -> bool:
+    """Tell whether an answer broke off."""
+    return isinstance(
+        error, aws.IncompleteReadError | aws.ResponseStreamingError | aws.ReadTimeoutError
+    )
+
+
 def deletes_one_by_one(error: aws.ClientError) -> bool:
     """Tell whether a service refuses to delete many objects in one request, whatever they are.
 

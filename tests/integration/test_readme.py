@@ -1,4 +1,4 @@
-"""What README.md and docs/scale-out.md say, typed as they say it on a machine of its own."""
+"""What README.md, docs/first-steps.md and docs/scale-out.md say, typed on a machine of its own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def line(page: str, words: str, *, having: str) -> str:
 
 
 def readme(words: str) -> str:
-    return line("README.md", words, having="ray start --head")
+    return line("README.md", words, having="make train")
+
+
+def first_steps(words: str) -> str:
+    return line("docs/first-steps.md", words, having="ray start --head")
 
 
 def scale_out(words: str) -> str:
@@ -69,11 +73,12 @@ def newest_images(home: Path) -> int:
 
 
 def test_the_quick_start_and_its_pages(fresh: Machine, terminal: Terminal) -> None:
-    make = line("README.md", "make train", having="make train\n")
+    make = readme("make train")
     trained = terminal.type(f'{make} ARGS="{SHORT}"')
     assert "classifier reads the label" in trained
     assert not fresh.path("/tmp/home/.ray").exists()  # nothing that changes the next `ray start`
     assert "this run is complete" in terminal.type(f'{make} ARGS="{SHORT}"')
+    assert "grid.png" in terminal.type(readme(".venv/bin/python -m trainer.sample"))
     assert "error: " in terminal.type(f'{make} ARGS="train.total_images=-1"', code=2)
 
     command, address = re.findall(r"look at the run: (.*?)   opens (\S+)", trained)[0]
@@ -90,16 +95,16 @@ def test_the_quick_start_and_its_pages(fresh: Machine, terminal: Terminal) -> No
 def test_a_cluster_and_the_same_job_on_it(
     fresh: Machine, terminal: Terminal, had_a_token: bool
 ) -> None:
-    terminal.type(readme("source") if not had_a_token else "source .venv/bin/activate")
+    terminal.type(first_steps("source") if not had_a_token else "source .venv/bin/activate")
     if had_a_token:  # as an earlier use of Ray leaves it
         terminal.type("ray get-auth-token --generate")
     for words in ("(umask", "export", "ray start"):
-        terminal.type(readme(words))
+        terminal.type(first_steps(words))
     # A job that the cluster takes, runs and sees refused: the token was the right one.
-    refused = terminal.type(f"{readme('ray job submit')} train.total_images=-1", code=1)
+    refused = terminal.type(f"{first_steps('ray job submit')} train.total_images=-1", code=1)
     assert "error: train.total_images=-1" in refused
     if not had_a_token:
-        submitted = terminal.type(f"{readme('ray job submit')} {SHORT}")
+        submitted = terminal.type(f"{first_steps('ray job submit')} {SHORT}")
         assert "classifier reads the label" in submitted
         assert "succeeded" in submitted
         token = fresh.path("/tmp/home/.ray/auth_token")
@@ -150,7 +155,7 @@ def test_a_run_in_a_bucket_goes_on(fresh: Machine, terminal: Terminal) -> None:
         uri, endpoint = re.findall(r"(s3://mine) (http\S+)", said)[0]
         stored = f"{SHORT} store.uri={uri}/runs store.endpoint_url={endpoint}"
         terminal.type("export AWS_ACCESS_KEY_ID=test:tester AWS_SECRET_ACCESS_KEY=testing")
-        make = line("README.md", "make train", having="make train\n")
+        make = readme("make train")
         terminal.type(f'{make} ARGS="{stored}"')
         longer = terminal.type(f'{make} ARGS="{stored} train.total_images=3840"')
         assert "resumed after 2,560 images" in longer

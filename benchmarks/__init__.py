@@ -5,6 +5,6 @@ JSON. Candidates take turns and are compared by their minima, so that other work
 disturbs them alike; compare numbers of one run only.
 """
 
-from pipelines.console import end_quietly_when_interrupted
+from pipelines.interruption import end_quietly_when_interrupted
 
 end_quietly_when_interrupted()

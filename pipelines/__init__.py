@@ -1,5 +1,5 @@
 """From encoded shards in an object store to batches of Laplacian bands on the device."""
 
-from pipelines.console import end_quietly_when_interrupted
+from pipelines.interruption import end_quietly_when_interrupted
 
 end_quietly_when_interrupted()

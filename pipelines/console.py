@@ -1,4 +1,4 @@
-"""Lines for people, written to what may be gone before the work is done; and Ctrl-C.
+"""Lines for people, written to what may be gone before the work is done; and help.
 
 `… | head` closes the pipe, a terminal is closed, a disk fills up, a locale lacks a character. None
 of it may end a run of days: what cannot be written is dropped.
@@ -6,11 +6,10 @@ of it may end a run of days: what cannot be written is dropped.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
-import signal
 import sys
-from types import TracebackType
 from typing import TextIO
 
 _LAYOUT = "\n\t"
@@ -83,22 +82,26 @@ def _drop_buffered(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-EXIT_CODE = 128 + signal.SIGINT
+def command_parser(
+    module: str, *, prog: str | None, description: str, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """Return the parser of a command, whose help is laid out and names it as it was called.
 
-
-def end_quietly_when_interrupted() -> None:
-    """Have an interrupt that nobody catches end the command that this process is.
-
-    A package calls it when it is imported, so that it also holds while a command's other imports
-    are under way. Only `python -m` imports a package with "-m" in the program's place: programs
-    that use the package for something else keep their own ways.
+    Args:
+        module: Module that `python -m` runs.
+        prog: What was typed for the command; None is `python -m` and the module.
+        description: Text of the help, whose examples call `python -m` and the module.
+        epilog: What follows the options.
     """
-    if sys.argv[:1] != ["-m"] or sys.excepthook is not sys.__excepthook__:
-        return
-    sys.excepthook = _end
+    command = prog or f"python -m {module}"
+    return argparse.ArgumentParser(
+        prog=command,
+        description=as_called(description, module=module, prog=command),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
-def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        raise SystemExit(EXIT_CODE)
-    sys.__excepthook__(kind, error, trace)
+def as_called(text: str, *, module: str, prog: str) -> str:
+    """Have a text's examples call a command by the name that was typed."""
+    return text.replace(f"python -m {module}", prog)

@@ -1,5 +1,5 @@
 """Training: from a composed configuration to a trained, evaluated and resumable run."""
 
-from pipelines.console import end_quietly_when_interrupted
+from pipelines.interruption import end_quietly_when_interrupted
 
 end_quietly_when_interrupted()

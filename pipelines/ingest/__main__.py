@@ -4,21 +4,26 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipelines.console import say, say_error
+from pipelines.console import command_parser, say, say_error
 from pipelines.errors import DataError
 from pipelines.ingest import digits, huggingface, image_folder, verify
 
 _REFUSED = 2
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command line.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         Exit status: 0 done, 1 verified and found bad, 2 refused.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest",
+    parser = command_parser(
+        "pipelines.ingest",
+        prog=prog,
         description="Write and check datasets.",
         epilog="python -m pipelines.ingest.latents --help: encode the images of a dataset once.",
     )

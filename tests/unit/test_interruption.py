@@ -27,7 +27,7 @@ def interrupted(tmp_path, at: str, *words: str) -> tuple[int, str]:
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
-        [sys.executable, "-m", *words],
+        [sys.executable, *words],
         env={**os.environ, "PYTHONPATH": path, "INTERRUPT_AT": at},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -47,10 +47,12 @@ def interrupted(tmp_path, at: str, *words: str) -> tuple[int, str]:
         ("trainer.sample", "torch"),
         ("trainer.inpaint", "torch"),
         ("trainer.evaluate", "pipelines.console"),
-        ("trainer.checkpoints", "trainer.checkpoint_command"),
+        ("trainer.checkpoints", "trainer.cli.checkpoints"),
         ("trainer.plan", "cluster.hardware"),
         ("trainer.compare_losses", "pipelines.console"),
         ("trainer.launch", "pipelines.console"),
+        ("trainer", "trainer.cli.lapflow"),
+        ("trainer sample", "torch"),
         ("pipelines.ingest", "pipelines.errors"),
         ("pipelines.ingest.latents", "torch"),
         ("benchmarks.sampling", "torch"),
@@ -58,7 +60,7 @@ def interrupted(tmp_path, at: str, *words: str) -> tuple[int, str]:
     ],
 )
 def test_an_interrupt_during_imports_is_quiet(tmp_path, command, at):
-    assert interrupted(tmp_path, at, command, "--help") == (130, "")
+    assert interrupted(tmp_path, at, "-m", *command.split(), "--help") == (130, "")
 
 
 @pytest.mark.slow
@@ -67,6 +69,7 @@ def test_an_interrupt_during_imports_is_quiet(tmp_path, command, at):
     [
         ("trainer.sample", "checkpoint={run}"),
         ("trainer.checkpoints", "verify", "{run}"),
+        ("trainer", "checkpoints", "verify", "{run}"),
     ],
 )
 def test_an_interrupt_during_the_work_is_quiet(tmp_path, words):
@@ -75,10 +78,17 @@ def test_an_interrupt_during_the_work_is_quiet(tmp_path, words):
     manifest.write_text("{}")
     run = str(manifest.parent)
     found = [word.format(run=run) for word in words]
-    code, output = interrupted(tmp_path, MANIFEST_NAME, *found)
+    code, output = interrupted(tmp_path, MANIFEST_NAME, "-m", *found)
     assert code == 130
     # Nothing but what the command says of its work.
     assert [line for line in output.splitlines() if not line.startswith("[")] == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_the_console_script_is_quiet(tmp_path):
+    script = tmp_path / "lapflow"  # as pip writes it
+    script.write_text("import sys\nfrom trainer.cli.lapflow import main\nsys.exit(main())\n")
+    assert interrupted(tmp_path, "torch", str(script), "sample", "--help") == (130, "")
 
 
 def test_programs_that_use_the_packages_keep_their_tracebacks():

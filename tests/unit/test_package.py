@@ -84,6 +84,15 @@ def test_the_wheel_runs_commands_in_any_folder_with_nothing_of_this_one(elsewher
         elsewhere("-c", "import trainer", path=Path("nowhere"))
 
 
+def test_the_wheel_brings_a_command_for_all(elsewhere, installed):
+    script = str(installed / "bin" / "lapflow")
+    assert "  train  " in elsewhere(script, "--help")
+    assert "usage: lapflow plan [-h]" in elsewhere(script, "plan", "--help")
+    assert "parameters" in elsewhere(script, "train", "+exp=digits", "dry_run=true")
+    with pytest.raises(AssertionError, match=r"there is no .*nope"):
+        elsewhere(script, "train", "+exp=nope")
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [

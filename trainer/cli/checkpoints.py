@@ -297,7 +297,7 @@ The newest valid checkpoint is never deleted, nor what may belong to a save unde
 checkpoint is valid is told without reading it: run verify first where that is not enough."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command and return its exit code."""
     commands: dict[str, Subcommand[Any]] = {
         "list": Subcommand(
@@ -329,4 +329,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             example=_RUN,
         ),
     }
-    return run_subcommands(commands, module=_MODULE, description=_DESCRIPTION, arguments=arguments)
+    return run_subcommands(
+        commands, module=_MODULE, description=_DESCRIPTION, arguments=arguments, prog=prog
+    )

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pipelines.console import say, say_error
+from pipelines.console import as_called, command_parser, say, say_error
 from trainer.cli.settings_page import ExplainAction, settings_page
 from trainer.config.composition import MissingSettingError, configured
 from trainer.errors import is_user_error
@@ -54,6 +54,7 @@ def run_command(
     description: str,
     example: str,
     arguments: Sequence[str] | None,
+    prog: str | None,
 ) -> int:
     """Read the settings, do the work, and print what it gives: where a file is, or a text.
 
@@ -64,6 +65,7 @@ def run_command(
         description: Text for help.
         example: Settings that are enough, shown when one is missing.
         arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         The exit code: what the command says or 0, or 2 for settings or a checkpoint that cannot be
@@ -74,16 +76,11 @@ def run_command(
         made = make(config)
         return made if isinstance(made, Outcome) else Outcome(f"{made}")
 
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"settings and their defaults (null is None):\n{settings_page(kind)}",
-    )
+    parser = command_parser(module, prog=prog, description=description, epilog=_settings(kind))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--explain", action=ExplainAction, kind=lambda: kind)
     overrides = parser.parse_args(arguments).overrides
-    return _answered(kind, outcome, overrides, f"{module} {example}")
+    return _answered(kind, outcome, overrides, f"{parser.prog} {example}")
 
 
 def run_subcommands(
@@ -92,6 +89,7 @@ def run_subcommands(
     module: str,
     description: str,
     arguments: Sequence[str] | None,
+    prog: str | None,
 ) -> int:
     """Do one of several things with what a URI names, and print what it gives.
 
@@ -103,25 +101,22 @@ def run_subcommands(
         module: Name of the command's module, for help.
         description: Text for help.
         arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         The exit code: what the sub-command says, or 2 for settings or a checkpoint that cannot be
         used.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(module, prog=prog, description=description)
     subparsers = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for name, command in commands.items():
         types = typing.get_type_hints(command.kind)
         subparser = subparsers.add_parser(
             name,
             help=command.summary,
-            description=command.description,
+            description=as_called(command.description, module=module, prog=parser.prog),
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=f"settings and their defaults (null is None):\n{settings_page(command.kind)}",
+            epilog=_settings(command.kind),
         )
         subparser.add_argument("--explain", action=ExplainAction, kind=partial(_kind, command))
         subparser.add_argument("uri", metavar="URI")
@@ -141,8 +136,12 @@ def run_subcommands(
         command.kind,
         command.make,
         [f"uri={options.uri}", *options.overrides, *rest, *flags],
-        f"{module} {options.name} {command.example}",
+        f"{parser.prog} {options.name} {command.example}",
     )
+
+
+def _settings(kind: type[Any]) -> str:
+    return f"settings and their defaults (null is None):\n{settings_page(kind)}"
 
 
 def _kind(command: Subcommand[Any]) -> type[Any]:
@@ -159,7 +158,7 @@ def _answered(
         if not is_user_error(error) and not isinstance(error, CheckpointError):
             raise
         missing = isinstance(error, MissingSettingError)
-        hint = f", for example: python -m {example}" if missing else ""
+        hint = f", for example: {example}" if missing else ""
         say_error(f"{error}{hint}")
         return 2
     say(made.text)

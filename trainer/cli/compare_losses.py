@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from pipelines.console import say, say_error, visible
+from pipelines.console import command_parser, say, say_error, visible
 from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
 from trainer.metrics.mlflow_place import TrackerUnreachable, run_curves, tracking_uri
 from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
@@ -33,16 +33,17 @@ _DIFFERENT, _REFUSED = 1, 2
 _RUN = "run:"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command.
 
     Args:
         arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     try:
         a, b = (
             _chosen(_read(source, experiment=options.experiment), options.metrics, source)
@@ -125,12 +126,9 @@ def _chosen(curves: Curves, patterns: str, source: str) -> Curves:
     return chosen
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.compare_losses",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = command_parser(
+        "trainer.compare_losses", prog=prog, description=_DESCRIPTION, epilog=_EPILOG
     )
     parser.add_argument("a", metavar="A", help="FILE.json, run:NAME or run:NAME@TRACKING_URI")
     parser.add_argument("b", metavar="B", help="likewise")

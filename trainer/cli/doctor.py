@@ -6,7 +6,6 @@ says of each which version is there, what is wrong, and what to do.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
-from pipelines.console import say, visible
+from pipelines.console import command_parser, say, visible
 
 _PROJECT = "lapflow-trainer"
 _PATIENCE_S = 300
@@ -147,17 +146,19 @@ def _last(text: str) -> str:
     return lines[-1].removeprefix("AssertionError: ") if lines else "it says nothing"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command.
 
     Args:
         arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         The exit code: 0, or 1 if something is wrong.
     """
-    argparse.ArgumentParser(
-        prog="python -m trainer.doctor",
+    command_parser(
+        "trainer.doctor",
+        prog=prog,
         description="Look at the installation: versions, what is wrong with them, what to do.",
     ).parse_args(arguments)
     findings = []

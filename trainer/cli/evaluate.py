@@ -27,7 +27,7 @@ Draw samples from a checkpoint and measure their Fréchet distance to held-out r
 Reports and grids are written below the run's evaluation/ folder, or below output=FOLDER."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command and return its exit code."""
     return run_command(
         CheckpointEvaluationConfig,
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
         example=_EXAMPLE,
         arguments=arguments,
+        prog=prog,
     )
 
 

@@ -56,7 +56,7 @@ class InpaintConfig(ModelSource):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command and return its exit code."""
     return run_command(
         InpaintConfig,
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
         example=_EXAMPLE,
         arguments=arguments,
+        prog=prog,
     )
 
 

@@ -29,14 +29,18 @@ _REFUSED = 2
 _SPLITS = ("train", "test")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command line.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         Exit status: 0 done, 2 refused.
     """
     try:
-        options = parse_options(None if arguments is None else list(arguments))
+        options = parse_options(arguments, prog=prog)
         cache = paths.cache_folder(None)
         if options.cache is not None:
             cache = options.cache.expanduser().resolve()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipelines.console import say, say_error
+from pipelines.console import command_parser, say, say_error
 from trainer.cli.settings_page import ExplainAction, commented_yaml
 from trainer.config.groups import check_members, members
 from trainer.errors import is_user_error
@@ -60,16 +60,17 @@ logger = logging.getLogger(__name__)
 
 
 @show_logs()
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command.
 
     Args:
         arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     if options.multirun:
         say_error(_ONE_RUN)
         return _REFUSED
@@ -194,12 +195,12 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
             signal.signal(number, handler)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.launch",
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = command_parser(
+        "trainer.launch",
+        prog=prog,
         description=_DESCRIPTION,
         epilog=f"{_experiments()}\n\n{_EPILOG}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
     parser.add_argument(

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 from cluster.hardware import HardwareError
-from pipelines.console import say, say_error
+from pipelines.console import command_parser, say, say_error
 from trainer.cli.settings_page import ExplainAction
 from trainer.config.composition import composed
 from trainer.config.groups import members
@@ -48,16 +48,17 @@ _NOTHING_FITS, _REFUSED = 1, 2
 _ROWS = 12
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command.
 
     Args:
         arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     try:
         job = composed(options.overrides)
         found = _candidates(job)
@@ -128,13 +129,10 @@ def _written(job: JobConfig) -> str:
     return str(job.engine.placement).replace(" ", "")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     clusters = textwrap.fill(f"clusters: {', '.join(members('cluster'))}", width=100)
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.plan",
-        description=_DESCRIPTION,
-        epilog=f"{clusters}\n\n{_EPILOG}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "trainer.plan", prog=prog, description=_DESCRIPTION, epilog=f"{clusters}\n\n{_EPILOG}"
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
     parser.add_argument("--explain", action=ExplainAction, kind=lambda: JobConfig)

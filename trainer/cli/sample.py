@@ -57,7 +57,7 @@ class SampleConfig(ModelSource):
             )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command and return its exit code."""
     return run_command(
         SampleConfig,
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
         example=_EXAMPLE,
         arguments=arguments,
+        prog=prog,
     )
 
 

@@ -48,7 +48,7 @@ class UiConfig:
     port: Annotated[int, Field(ge=1, le=65535)] = PORT
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the command and return its exit code."""
     return run_command(
         UiConfig,
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
         example="home=~/lapflow",
         arguments=arguments,
+        prog=prog,
     )
 
 

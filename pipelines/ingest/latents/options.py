@@ -1,8 +1,10 @@
 """The command line of `python -m pipelines.ingest.latents`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.console import command_parser
 from pipelines.errors import IngestSettingError
 from pipelines.ingest.latents.encode import EncodeConfig
 from pipelines.shards import ShardsConfig
@@ -36,17 +38,17 @@ class each is of; else folders do. Since nobody can tell which images arrays wer
 needs data.images_prefix, images of the same classes that its samples are compared with."""
 
 
-def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None, *, prog: str | None) -> argparse.Namespace:
     """Parse the command line.
+
+    Args:
+        arguments: Command line without the program's name; None takes the process's own.
+        prog: What was typed for the command; None is `python -m` and its module.
 
     Raises:
         IngestSettingError: Options of images and of arrays are mixed, or --image-size is missing.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.ingest.latents",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("pipelines.ingest.latents", prog=prog, description=_DESCRIPTION)
     default = EncodeConfig(image_size=1, shards=ShardsConfig())
     _add_common(parser, default)
     of_images = _add_images(parser, default)

@@ -1,21 +1,24 @@
 """One worker, from configuration to a trained and evaluated model: the page to read first.
 
-Every rank runs this page. The cluster has made the process group; what is assembled here is the
-model, the objective, the engine, the data, the state, the hooks and the loop, in that order.
+Every rank runs this page. The cluster has made the process group. `_train` is the run from start
+to end: what it is made of, where it goes on, its parts, the loop, the last save, the evaluation.
+Making an engine, a `HostGroup` or a reader of checkpoints is a collective call, so the order of the
+lines below is agreed between ranks.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from cluster.contract import WorkerContext
+from models.codec import Codec
 from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.transformer.lapflow import LapFlowTransformer, OnBuilt, no_op
@@ -28,44 +31,30 @@ from trainer.config.job import JobConfig, config_fingerprint, micro_batch, scien
 from trainer.config.reading import from_dict
 from trainer.config.shapes import encodes, flow_shape, picture_shape
 from trainer.data.loading import training_loader
-from trainer.data.splits import open_split
+from trainer.data.splits import Split, open_split
 from trainer.engine.build import build_engine
+from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.measured import frechet_scores
 from trainer.evaluation.real_images import RealImages
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
+from trainer.host_memory import return_large_blocks
 from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import SilentTracker, Tracker
 from trainer.planning.placing import resolve_placement
+from trainer.state import TrainState
 from trainer.storage.open import open_store, set_environment
+from trainer.storage.store import Store
 from trainer.training.divergence import LossWatch
 from trainer.training.hooks import Hook, PeriodicSave, SampleGrids
-from trainer.training.loop import StopVote, train
+from trainer.training.loop import LoopEnd, StopVote, train
 from trainer.training.progress import Progress, Throughput
-from trainer.training.resume import restore
+from trainer.training.resume import Restored, restore
 from trainer.training.step import TrainStep
 from trainer.training.tracking import CheckpointReporter, tracked_run
-
-_M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
-_LIMIT_BYTES = 4 << 20
-
-
-def return_large_blocks() -> None:
-    """Have blocks from 4 MiB on go back to the system when they are freed.
-
-    glibc raises that limit, up to 32 MiB, each time such a block is freed, and from then on takes
-    blocks below it from the heap, which batches of images cut into pieces: the memory of a loader
-    that decodes on the host doubled over 12,000 images (docs/benchmarks.md). Other C libraries do
-    not know the setting and need none. MALLOC_MMAP_THRESHOLD_ in the environment goes first.
-    """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LIMIT_BYTES)
-
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +78,73 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
 
 
 def _train(context: WorkerContext, job: JobConfig) -> None:
-    tell = context.tell if context.rank == 0 else _keep_quiet
+    run = _build_run(context, job)
+    restored = _restore(run)
+    state = restored.state
+    with _open_tracker(run, restored) as tracker:
+        watch = _loss_watch(run)
+        step = _train_step(run, watch)
+        evaluation = _final_evaluation(run)
+        saver = _checkpoint_saver(run, tracker, restored)
+        save = partial(_save, run, state, watch=watch, saver=saver, tracker=tracker)
+        hooks = _hooks(run, state, watch=watch, save=save, evaluation=evaluation, tracker=tracker)
+        try:
+            saver.prepare(run.engine.fragments(), science=run.science)
+            end = _loop(run, state, step=step, hooks=hooks)
+            if end == "stopped":
+                saver.set_deadline(job.checkpoint.grace_s)
+            if state.images > 0 and not saver.is_saved(state.images):
+                save(last=True)
+            saver.finish()
+            if end == "finished" and saver.is_saved(state.images):
+                evaluation.run(run.engine, _publisher(run, state, tracker))
+        except BaseException:
+            saver.leave(job.checkpoint.grace_s)
+            raise
+        tracker.close("FINISHED" if end == "finished" else "KILLED")
+        run.tell({"kind": "end", "end": end, "images": state.images})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run is made of on one rank, before its checkpoint is read.
+
+    Attributes:
+        context: Rank, device and the line to the driver.
+        job: The configuration.
+        tell: Sends a message to the driver on the first rank; does nothing on the others.
+        device: Where this rank computes.
+        flow: The flow between noise and images.
+        engine: Holds the model, freshly initialised.
+        store: Where checkpoints and results are.
+        ranks: How this rank agrees with the others.
+        checkpoints: The run's own checkpoints.
+        images: The training images.
+        codec: Between images and what the flow works on.
+        science: The settings that decide results, with the digests of data and codec.
+        metrics: What is recorded between two points of the curves.
+    """
+
+    context: WorkerContext
+    job: JobConfig
+    tell: Callable[[dict[str, Any]], None]
+    device: torch.device
+    flow: Flow
+    engine: Engine
+    store: Store
+    ranks: HostGroup
+    checkpoints: CheckpointReader
+    images: Split
+    codec: Codec
+    science: dict[str, Any]
+    metrics: MetricBuffer
+
+
+def _build_run(context: WorkerContext, job: JobConfig) -> Run:
     set_environment(job.store)
     device = torch.device(context.device)
     if device.type == "cpu":
         return_large_blocks()
-
     flow = Flow(job.flow)
     engine = build_engine(
         lambda on_built: initial_model(job, on_built),
@@ -106,13 +156,11 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         world_size=context.world_size,
         device=device,
     )
-
     logger.info("the model is there")
     store = open_store(paths.runs_uri(job), job.store)
     ranks = HostGroup()
     checkpoints = CheckpointReader(store, run=job.run, ranks=ranks)
     images = open_split(job, "train")
-    shape = flow_shape(job.data, job.codec)
     codec, codec_digest = load_codec(
         job.codec,
         cache=paths.cache(job),
@@ -120,146 +168,21 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         device=device,
         image_channels=picture_shape(job.data, job.codec).channels,
     )
-    chosen = science(job, data_digest=images.digest, codec_digest=codec_digest)
-    metrics = MetricBuffer(device)
-    restored = restore(
-        job,
-        chosen,
+    return Run(
+        context=context,
+        job=job,
+        tell=context.tell if context.rank == 0 else _tell_nobody,
+        device=device,
+        flow=flow,
         engine=engine,
-        metrics=metrics,
-        checkpoints=checkpoints,
+        store=store,
         ranks=ranks,
-        tell=tell,
+        checkpoints=checkpoints,
+        images=images,
+        codec=codec,
+        science=science(job, data_digest=images.digest, codec_digest=codec_digest),
+        metrics=MetricBuffer(device),
     )
-    state = restored.state
-    with ExitStack() as block:
-        tracker: Tracker = SilentTracker()
-        if context.rank == 0:
-            tracker = block.enter_context(
-                tracked_run(job, chosen, unsent=restored.unsent, tell=context.tell)
-            )
-        watch = LossWatch(
-            device,
-            interval_images=job.runtime.log_interval_images,
-            total_images=job.train.total_images,
-            patience_updates=job.train.max_skipped_updates,
-            optim=job.optim,
-            precision=job.engine.precision,
-        )
-        step = TrainStep(
-            engine=engine,
-            objective=Objective(flow),
-            config=job.train,
-            optim=job.optim,
-            metrics=metrics,
-            noise_size=flow.noise_size(channels=shape.channels, image_size=shape.size),
-            null_label=shape.classes,
-            micro_batch=micro_batch(job),
-            device=device,
-            watch=watch,
-            encoder=codec if encodes(job) else None,
-        )
-        evaluation = FinalEvaluation(
-            config=job.eval,
-            image_sampler=ImageSampler(
-                flow=flow,
-                sampler=job.eval.sampler,
-                shape=shape,
-                codec=codec,
-                seed=job.eval.seed,
-                batch=job.eval.batch,
-                device=device,
-            ),
-            ranks=HostGroup(),
-            held_out=RealImages(job, "test", context),
-            train=RealImages(job, "train", context),
-        )
-
-        saver = CheckpointSaver(
-            store,
-            index=checkpoints.index,
-            config=job.checkpoint,
-            ranks=ranks,
-            aside=HostGroup(),
-            report=CheckpointReporter(tracker, tell),
-            scores=lambda: frechet_scores(store, run=job.run, features=job.eval.features.name),
-            position=restored.position,
-            stop_requested=context.stop_requested,
-        )
-
-        def save(*, last: bool = False) -> None:
-            if watch.has_lost():
-                text = f"{state.images:,} images: the loss is not finite, so nothing is saved"
-                tell({"kind": "warning", "text": text})
-                return
-            saver.save(
-                images=state.images,
-                fragments=engine.fragments(),
-                train_state={
-                    **state.to_dict(),
-                    "metrics": metrics.state(),
-                    "unsent_points": [point.to_json() for point in tracker.unsent()],
-                },
-                science=chosen,
-                config_fingerprint=config_fingerprint(chosen),
-                last=last,
-            )
-
-        throughput = Throughput(state.images)
-        hooks: list[Hook] = [
-            Progress(
-                metrics=metrics,
-                tracker=tracker,
-                tell=tell,
-                interval_images=job.runtime.log_interval_images,
-                total_images=job.train.total_images,
-                throughput=throughput,
-                rank=context.rank,
-            ),
-            watch,
-            PeriodicSave(save, interval_images=job.checkpoint.interval_images),
-            SampleGrids(
-                engine=engine,
-                sample=evaluation.sample_grid,
-                tracker=tracker,
-                interval_images=job.eval.grid_interval_images,
-                columns=job.eval.grid_columns,
-                rank=context.rank,
-                interrupted=throughput.interrupted,
-            ),
-        ]
-        try:
-            saver.prepare(engine.fragments(), science=chosen)
-            with training_loader(job, images, context, codec=codec) as loader:
-                end = train(
-                    state,
-                    loader=loader,
-                    step=step,
-                    hooks=hooks,
-                    stop=StopVote(context.stop_requested),
-                    total_images=job.train.total_images,
-                    rank=context.rank,
-                )
-            if end == "stopped":
-                saver.set_deadline(job.checkpoint.grace_s)
-            if state.images > 0 and not saver.is_saved(state.images):
-                save(last=True)
-            saver.finish()
-            if end == "finished" and saver.is_saved(state.images):
-                results = Publisher(
-                    store=store,
-                    run=job.run,
-                    images=state.images,
-                    attempt=lambda: checkpoints.index.examine(state.images).attempt,
-                    tracker=tracker,
-                    tell=tell,
-                )
-                evaluation.run(engine, results)
-        except BaseException:
-            saver.leave(job.checkpoint.grace_s)
-            raise
-        tracker.close("FINISHED" if end == "finished" else "KILLED")
-        tell({"kind": "end", "end": end, "images": state.images})
 
 
 def initial_model(job: JobConfig, on_built: OnBuilt = no_op) -> LapFlowTransformer:
@@ -281,5 +204,173 @@ def initial_model(job: JobConfig, on_built: OnBuilt = no_op) -> LapFlowTransform
     )
 
 
-def _keep_quiet(_message: dict[str, Any]) -> None:
+def _tell_nobody(_message: dict[str, Any]) -> None:
     """Stand in for the line to the driver on every rank but the first."""
+
+
+def _restore(run: Run) -> Restored:
+    return restore(
+        run.job,
+        run.science,
+        engine=run.engine,
+        metrics=run.metrics,
+        checkpoints=run.checkpoints,
+        ranks=run.ranks,
+        tell=run.tell,
+    )
+
+
+def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracker]:
+    if run.context.rank > 0:
+        return nullcontext(SilentTracker())
+    return tracked_run(run.job, run.science, unsent=restored.unsent, tell=run.tell)
+
+
+def _loss_watch(run: Run) -> LossWatch:
+    return LossWatch(
+        run.device,
+        interval_images=run.job.runtime.log_interval_images,
+        total_images=run.job.train.total_images,
+        patience_updates=run.job.train.max_skipped_updates,
+        optim=run.job.optim,
+        precision=run.job.engine.precision,
+    )
+
+
+def _train_step(run: Run, watch: LossWatch) -> TrainStep:
+    shape = flow_shape(run.job.data, run.job.codec)
+    return TrainStep(
+        engine=run.engine,
+        objective=Objective(run.flow),
+        config=run.job.train,
+        optim=run.job.optim,
+        metrics=run.metrics,
+        noise_size=run.flow.noise_size(channels=shape.channels, image_size=shape.size),
+        null_label=shape.classes,
+        micro_batch=micro_batch(run.job),
+        device=run.device,
+        watch=watch,
+        encoder=run.codec if encodes(run.job) else None,
+    )
+
+
+def _final_evaluation(run: Run) -> FinalEvaluation:
+    config = run.job.eval
+    return FinalEvaluation(
+        config=config,
+        image_sampler=ImageSampler(
+            flow=run.flow,
+            sampler=config.sampler,
+            shape=flow_shape(run.job.data, run.job.codec),
+            codec=run.codec,
+            seed=config.seed,
+            batch=config.batch,
+            device=run.device,
+        ),
+        ranks=HostGroup(),
+        held_out=RealImages(run.job, "test", run.context),
+        train=RealImages(run.job, "train", run.context),
+    )
+
+
+def _checkpoint_saver(run: Run, tracker: Tracker, restored: Restored) -> CheckpointSaver:
+    job = run.job
+    return CheckpointSaver(
+        run.store,
+        index=run.checkpoints.index,
+        config=job.checkpoint,
+        ranks=run.ranks,
+        aside=HostGroup(),
+        report=CheckpointReporter(tracker, run.tell),
+        scores=lambda: frechet_scores(run.store, run=job.run, features=job.eval.features.name),
+        position=restored.position,
+        stop_requested=run.context.stop_requested,
+    )
+
+
+def _save(
+    run: Run,
+    state: TrainState,
+    *,
+    watch: LossWatch,
+    saver: CheckpointSaver,
+    tracker: Tracker,
+    last: bool = False,
+) -> None:
+    """Save the run as it is now, unless that is no state to keep; a collective call."""
+    if watch.has_lost():
+        text = f"{state.images:,} images: the loss is not finite, so nothing is saved"
+        run.tell({"kind": "warning", "text": text})
+        return
+    saver.save(
+        images=state.images,
+        fragments=run.engine.fragments(),
+        train_state={
+            **state.to_dict(),
+            "metrics": run.metrics.state(),
+            "unsent_points": [point.to_json() for point in tracker.unsent()],
+        },
+        science=run.science,
+        config_fingerprint=config_fingerprint(run.science),
+        last=last,
+    )
+
+
+def _hooks(
+    run: Run,
+    state: TrainState,
+    *,
+    watch: LossWatch,
+    save: Callable[[], object],
+    evaluation: FinalEvaluation,
+    tracker: Tracker,
+) -> list[Hook]:
+    """Make the hooks in the order in which they are called: a save comes after the watch."""
+    job, rank = run.job, run.context.rank
+    throughput = Throughput(state.images)
+    return [
+        Progress(
+            metrics=run.metrics,
+            tracker=tracker,
+            tell=run.tell,
+            interval_images=job.runtime.log_interval_images,
+            total_images=job.train.total_images,
+            throughput=throughput,
+            rank=rank,
+        ),
+        watch,
+        PeriodicSave(save, interval_images=job.checkpoint.interval_images),
+        SampleGrids(
+            engine=run.engine,
+            sample=evaluation.sample_grid,
+            tracker=tracker,
+            interval_images=job.eval.grid_interval_images,
+            columns=job.eval.grid_columns,
+            rank=rank,
+            interrupted=throughput.interrupted,
+        ),
+    ]
+
+
+def _loop(run: Run, state: TrainState, *, step: TrainStep, hooks: list[Hook]) -> LoopEnd:
+    with training_loader(run.job, run.images, run.context, codec=run.codec) as loader:
+        return train(
+            state,
+            loader=loader,
+            step=step,
+            hooks=hooks,
+            stop=StopVote(run.context.stop_requested),
+            total_images=run.job.train.total_images,
+            rank=run.context.rank,
+        )
+
+
+def _publisher(run: Run, state: TrainState, tracker: Tracker) -> Publisher:
+    return Publisher(
+        store=run.store,
+        run=run.job.run,
+        images=state.images,
+        attempt=lambda: run.checkpoints.index.examine(state.images).attempt,
+        tracker=tracker,
+        tell=run.tell,
+    )

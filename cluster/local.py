@@ -52,11 +52,11 @@ def run(
     if "cpu" in devices and (word := oversubscription_warning(config, cores=os.cpu_count() or 1)):
         note(word)
     with _processes(config, devices, worker, payload) as processes:
-        stopped = _watch(processes, on_message=on_message, stop=stop)
+        stopped = _monitor(processes, on_message=on_message, stop=stop)
     return Outcome(status="stopped" if stopped else "finished")
 
 
-def _watch(
+def _monitor(
     processes: dict[Connection, SpawnProcess],
     *,
     on_message: Callable[[Message], None],
@@ -114,7 +114,7 @@ def _processes(
         secret=new_secret(),
     )
     try:
-        with _interrupts_blocked():
+        with _block_interrupts():
             for rank, device in enumerate(devices):
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -167,7 +167,7 @@ def _devices(config: ClusterConfig) -> list[str]:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
+def _block_interrupts() -> Iterator[None]:
     """Blocks SIGINT in this thread, so that processes started meanwhile are born deaf to it."""
     # Python starts this process of its own together with the first one, and then unblocks SIGINT.
     resource_tracker.ensure_running()
@@ -192,7 +192,7 @@ def _main(
     # `ray job stop` and service managers signal every process; the caller decides what it means.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stop = threading.Event()
-    threading.Thread(target=_hear, args=(channel, stop), daemon=True).start()
+    threading.Thread(target=_listen_for_stop, args=(channel, stop), daemon=True).start()
     sending = threading.Lock()
 
     def send(event: Message | Failure | None) -> None:
@@ -217,7 +217,7 @@ def _main(
     send(run_worker(enter, context, payload))
 
 
-def _hear(channel: Connection, stop: threading.Event) -> None:
+def _listen_for_stop(channel: Connection, stop: threading.Event) -> None:
     """Waits for the stop request; ends the process when the caller's is gone."""
     try:
         while channel.recv() == "stop":

@@ -65,7 +65,7 @@ def expert_group(rank: int, ranks: int) -> range:
     return range(first, first + ranks)
 
 
-def shard_holders(rank: int, ranks: int, world_size: int) -> range:
+def replica_ranks(rank: int, ranks: int, world_size: int) -> range:
     """Ranks that hold the same shard as `rank`: they reduce its gradients among themselves."""
     return range(rank % ranks, world_size, ranks)
 

@@ -60,13 +60,13 @@ def shake_hands(group: Any, secret: bytes, *, timeout: timedelta) -> None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     name = str(group.group_name)
     asked = [secrets.token_bytes(_BYTES) for _ in range(size)]
-    were_asked = _exchanged(asked, group, timeout)
+    were_asked = _exchange_messages(asked, group, timeout)
 
     def proof(speaker: int, listener: int, challenge: bytes, own: bytes) -> bytes:
         told = f"lapflow\0{name}\0{size}\0{speaker}\0{listener}\0".encode() + challenge + own
         return hmac.digest(secret, told, hashlib.sha256)
 
-    given = _exchanged(
+    given = _exchange_messages(
         [proof(rank, peer, were_asked[peer], asked[peer]) for peer in range(size)], group, timeout
     )
     for peer in range(size):
@@ -79,7 +79,7 @@ def shake_hands(group: Any, secret: bytes, *, timeout: timedelta) -> None:
             )
 
 
-def _exchanged(messages: list[bytes], group: Any, timeout: timedelta) -> list[bytes]:
+def _exchange_messages(messages: list[bytes], group: Any, timeout: timedelta) -> list[bytes]:
     """Send the i-th message to the i-th rank, and return what each sent to this one."""
     out = torch.frombuffer(bytearray(b"".join(messages)), dtype=torch.uint8)
     into: Tensor = torch.zeros_like(out)

@@ -140,7 +140,7 @@ class RunMonitor:
         if isinstance(error, WorkerGroupError):
             told = {failure.rank for failure in failures}
             failures += [
-                _untold(rank, self._attempt, cause)
+                _unreported_failure(rank, self._attempt, cause)
                 for rank, cause in error.worker_failures.items()
                 if rank not in told
             ]
@@ -151,7 +151,7 @@ class RunMonitor:
         return ClusterUnavailable(f"Ray failed: {error}")
 
 
-def _untold(rank: int, attempt: int, error: BaseException) -> Failure:
+def _unreported_failure(rank: int, attempt: int, error: BaseException) -> Failure:
     """The failure of a worker that could not tell it itself."""
     cause = getattr(error, "health_check_failure", error)
     if isinstance(cause, ray.exceptions.RayActorError):

@@ -35,7 +35,7 @@ def free_nodes() -> tuple[Node, ...]:
     """
     free = available_resources_per_node()
     records = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] in free]
-    answer = all_answer(
+    answer = are_reachable(
         [f"{one['NodeManagerAddress']}:{one['NodeManagerPort']}" for one in records]
     )
     return tuple(
@@ -45,15 +45,15 @@ def free_nodes() -> tuple[Node, ...]:
     )
 
 
-def all_answer(addresses: Sequence[str]) -> list[bool]:
+def are_reachable(addresses: Sequence[str]) -> list[bool]:
     """Whether each address answers; asked all at once, for each that does not takes seconds."""
     if not addresses:
         return []
     with ThreadPoolExecutor(min(len(addresses), _MAX_AT_ONCE)) as pool:
-        return list(pool.map(answers, addresses))
+        return list(pool.map(is_reachable, addresses))
 
 
-def answers(address: str) -> bool:
+def is_reachable(address: str) -> bool:
     """Whether anything listens at `host:port`. Ray itself would go on trying for many minutes."""
     host, _, port = address.rpartition(":")
     try:
@@ -78,7 +78,7 @@ _LOOK_S = 0.5
 """How often it looks whether there is room yet."""
 
 
-def unpinned(workers: int) -> list[dict[str, str]]:
+def empty_selectors(workers: int) -> list[dict[str, str]]:
     """The label selectors of `ScalingConfig` that `NodePinning` fills in."""
     return [{} for _ in range(workers)]
 

@@ -24,7 +24,7 @@ from ray._private.utils import read_ray_address
 
 from cluster.assignment import Node, resources
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailable
-from cluster.ray_nodes import answers, live_nodes
+from cluster.ray_nodes import is_reachable, live_nodes
 from cluster.ray_private import private_cluster
 from cluster.scratch import make_scratch
 
@@ -70,7 +70,7 @@ def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Sess
     scratch = make_scratch(config.scratch_dir)
     keep = False
     try:
-        with _connected(config, scratch, note) as private:
+        with _connect(config, scratch, note) as private:
             connected = Session(private=private, nodes=live_nodes(), scratch=scratch)
             try:
                 yield connected
@@ -85,12 +85,12 @@ def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Sess
 
 
 @contextlib.contextmanager
-def _connected(config: ClusterConfig, scratch: Path, note: Callable[[str], None]) -> Iterator[bool]:
+def _connect(config: ClusterConfig, scratch: Path, note: Callable[[str], None]) -> Iterator[bool]:
     """Joins or starts a cluster for the time of the block; gives True if it was started."""
     began = time.monotonic()
     address = address_to_join(config)
     with contextlib.ExitStack() as at_last:
-        with _signal_handlers_kept():
+        with _keep_signal_handlers():
             if address is None:
                 at_last.enter_context(private_cluster(config, scratch))
             else:
@@ -122,7 +122,7 @@ def address_to_join(config: ClusterConfig) -> str | None:
     if address:
         return None if address == "local" else address
     left: str | None = read_ray_address()
-    if left and not answers(left):
+    if left and not is_reachable(left):
         _log.warning("The cluster that `ray start` left at %s does not answer; ignoring it.", left)
         return None
     return left
@@ -130,7 +130,7 @@ def address_to_join(config: ClusterConfig) -> str | None:
 
 def _join(address: str, *, found: bool) -> None:
     try:
-        if not answers(address):
+        if not is_reachable(address):
             raise ConnectionError("nothing answers there.")
         # Without an address Ray itself reads the environment and then what `ray start` left, and
         # only then takes up a token by itself.
@@ -146,7 +146,7 @@ def _join(address: str, *, found: bool) -> None:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
+def _keep_signal_handlers() -> Iterator[None]:
     """Undoes what ray.init does to the caller's signal handlers."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -30,7 +30,7 @@ from cluster.assignment import (
 from cluster.contract import ClusterConfig, ClusterTooSmall, Message, Outcome, Payload, Worker
 from cluster.ray_mailbox import Mailbox, open_mailbox
 from cluster.ray_monitor import TICK_S, TIDY_UP_S, RunMonitor, TrainThread
-from cluster.ray_nodes import NodePinning, free_nodes, unpinned
+from cluster.ray_nodes import NodePinning, empty_selectors, free_nodes
 from cluster.ray_session import Session, session
 from cluster.ray_worker import RendezvousConfig, work
 
@@ -113,7 +113,7 @@ def _trainer(
             num_workers=config.workers,
             use_gpu=spec.gpus > 0,
             resources_per_worker=per_worker,
-            label_selector=unpinned(config.workers) if pinned else None,
+            label_selector=empty_selectors(config.workers) if pinned else None,
         ),
         run_config=ray.train.RunConfig(
             name="train",

@@ -132,7 +132,9 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
     rank = place.get_world_rank()
     attempt = ray.train.collective.broadcast_from_rank_zero(mailbox.begin() if rank == 0 else None)
     stop = threading.Event()
-    threading.Thread(target=_hear, args=(mailbox, stop), name="hear", daemon=True).start()
+    threading.Thread(
+        target=_listen_for_stop, args=(mailbox, stop), name="hear", daemon=True
+    ).start()
     sender = mailbox.sender(f"attempt {attempt} rank {rank}")
     context = WorkerContext(
         rank=rank,
@@ -152,7 +154,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         raise RuntimeError(failure.text)
 
 
-def _hear(mailbox: Mailbox, stop: threading.Event) -> None:
+def _listen_for_stop(mailbox: Mailbox, stop: threading.Event) -> None:
     """Sets `stop` once the driver asks for it; if the mailbox is lost, so is the driver."""
     with contextlib.suppress(ray.exceptions.RayError):
         mailbox.wait_for_stop()

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from cluster.placement import Placement, shard_holders
+from cluster.placement import Placement, replica_ranks
 from trainer.config.composition import composed
 from trainer.planning.placing import workload
 from trainer.planning.prediction import RankMemory, rank_memory
@@ -100,7 +100,7 @@ def _draw_holders(panel: Any, work: Workload, where: Placement) -> None:
         rows.append((scales - 1 - position, load.parameters, size))
     for row, (k, _, size) in enumerate(rows):
         for rank in range(ranks):
-            holders = shard_holders(rank, size, ranks)
+            holders = replica_ranks(rank, size, ranks)
             shard = rank % size / size
             # Of what its holders have in common each keeps the state of an equal part.
             part = shard + holders.index(rank) / ranks

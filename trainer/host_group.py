@@ -40,7 +40,7 @@ class HostGroup:
         self.rank = 0 if self._group is None else dist.get_rank(self._group)
         self.world_size = 1 if self._group is None else dist.get_world_size(self._group)
 
-    def least(self, value: int) -> int:
+    def reduce_min(self, value: int) -> int:
         """Return the least of all ranks' values."""
         least = torch.tensor([value])
         if self._group is not None:
@@ -61,7 +61,7 @@ class HostGroup:
             dist.broadcast(message, src=source, group=self._group)
         return data if self.rank == source else _bytes(message)
 
-    def collect(self, data: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         """Return every rank's data, in rank order, on the first rank, and nothing on the others.
 
         The first rank receives one after the other in its real size: the collective gather would
@@ -77,7 +77,9 @@ class HostGroup:
             return []
         sizes = [torch.empty_like(size) for _ in range(self.world_size)]
         dist.gather(size, sizes, dst=0, group=self._group)
-        received = (self._received(rank, int(sizes[rank])) for rank in range(1, self.world_size))
+        received = (
+            self._receive_bytes(rank, int(sizes[rank])) for rank in range(1, self.world_size)
+        )
         return [data, *received]
 
     def send(self, data: bytes, *, to: int) -> None:
@@ -90,9 +92,9 @@ class HostGroup:
         """Return what another rank sends to this one."""
         size = torch.tensor([0])
         dist.recv(size, src=source, group=self._group)
-        return self._received(source, int(size))
+        return self._receive_bytes(source, int(size))
 
-    def _received(self, source: int, size: int) -> bytes:
+    def _receive_bytes(self, source: int, size: int) -> bytes:
         message = torch.empty(size, dtype=torch.uint8)
         if size:
             dist.recv(message, src=source, group=self._group)

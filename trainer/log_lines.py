@@ -28,7 +28,7 @@ class _Lines(logging.Formatter):
         return f"{record.levelname} {record.name}: {text}"
 
 
-class _Shown(SayingHandler):
+class _ConsoleHandler(SayingHandler):
     """Shows what is logged, and keeps in mind which warnings that were."""
 
     def __init__(self) -> None:
@@ -45,17 +45,17 @@ class _Shown(SayingHandler):
 def was_shown(warning: str) -> bool:
     """Tell whether `show_logs` has shown a warning of this text in its `with` block."""
     handlers = logging.getLogger(_ROOT).handlers
-    return any(warning in each.warnings for each in handlers if isinstance(each, _Shown))
+    return any(warning in each.warnings for each in handlers if isinstance(each, _ConsoleHandler))
 
 
 @contextmanager
 def show_logs() -> Iterator[None]:
     """Print our own packages' news and everyone's warnings to standard error, in a `with` block."""
-    with _levels(logging.INFO), _attached(_Shown(), [_ROOT]):
+    with _set_levels(logging.INFO), _attach(_ConsoleHandler(), [_ROOT]):
         yield
 
 
-class _Teller(logging.Handler):
+class _ForwardingHandler(logging.Handler):
     def __init__(self, tell: Callable[[dict[str, Any]], None], rank: int) -> None:
         super().__init__(level=logging.INFO if rank == 0 else logging.WARNING)
         self._tell = tell
@@ -78,13 +78,13 @@ def forward_logs(tell: Callable[[dict[str, Any]], None], *, rank: int) -> Iterat
         tell: The line to the driver.
         rank: This worker, named in each warning.
     """
-    handler = _Teller(tell, rank)
-    with _levels(handler.level), _attached(handler, _PACKAGES):
+    handler = _ForwardingHandler(tell, rank)
+    with _set_levels(handler.level), _attach(handler, _PACKAGES):
         yield
 
 
 @contextmanager
-def _levels(level: int) -> Iterator[None]:
+def _set_levels(level: int) -> Iterator[None]:
     before = {name: logging.getLogger(name).level for name in _PACKAGES}
     for name in before:
         logging.getLogger(name).setLevel(level)
@@ -96,7 +96,7 @@ def _levels(level: int) -> Iterator[None]:
 
 
 @contextmanager
-def _attached(handler: logging.Handler, names: Sequence[str]) -> Iterator[None]:
+def _attach(handler: logging.Handler, names: Sequence[str]) -> Iterator[None]:
     for name in names:
         logging.getLogger(name).addHandler(handler)
     try:

@@ -63,7 +63,7 @@ def build(values: dict[str, Any]) -> dict[str, float]:
     # What torch needs for itself, so that it does not count.
     nn.Linear(1000, 1000)(torch.randn(10, 1000)).sum().backward()
     before = _resident_at_most()
-    model = initial_model(job, shards.divide)
+    model = initial_model(job, shards.partition)
     most = _resident_at_most() - before
     kept = sum(each.numel() * each.element_size() for each in model.parameters()) / _MIB
     shape = model_shape(job)

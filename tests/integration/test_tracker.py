@@ -12,10 +12,10 @@ from tests.support.mlflow_server import mlflow_server
 from trainer.config.composition import composed
 from trainer.config.job import science
 from trainer.evaluation.grid import grid_png
-from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker, end_run
+from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker, end_run
+from trainer.metrics.mlflow_tracker import MlflowTracker
 from trainer.metrics.tracker import TrackingConfig
-from trainer.metrics.tracker_mlflow import MlflowTracker
-from trainer.training.tracking import tracked_run
+from trainer.training.tracking import track_run
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +173,7 @@ def test_a_failure_before_training_ends_the_run_too(tmp_path, empty_tracker):
     chosen = science(job, data_digest="x")
     with (
         pytest.raises(MemoryError),
-        tracked_run(job, chosen, unsent=[], tell=lambda _: None),
+        track_run(job, chosen, unsent=[], tell=lambda _: None),
     ):
         raise MemoryError
     run = only_run(local_client(tmp_path))

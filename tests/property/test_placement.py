@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.hardware import HardwareConfig
-from cluster.placement import Placement, expert_group, shard_holders
+from cluster.placement import Placement, expert_group, replica_ranks
 from trainer.planning.planner import candidates, fastest
 from trainer.planning.prediction import rank_memory
 from trainer.planning.workload import KINDS, ScaleLoad, Workload, exchange_bytes
@@ -151,7 +151,7 @@ def test_groups_and_holders_are_a_grid_of_all_ranks(
 ) -> None:
     world_size = ranks * groups
     rank = data.draw(st.integers(0, world_size - 1))
-    group, holders = expert_group(rank, ranks), shard_holders(rank, ranks, world_size)
+    group, holders = expert_group(rank, ranks), replica_ranks(rank, ranks, world_size)
     assert set(group) & set(holders) == {rank}
     assert (len(group), len(holders)) == (ranks, groups)
     every = [r for holder in holders for r in expert_group(holder, ranks)]

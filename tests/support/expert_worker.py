@@ -82,7 +82,7 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
             wholes[name] = whole, [loss.detach() for loss in losses]
         whole, losses = wholes[name]
         shards = ExpertShards(exchanges={k: formed[n] for k, n in case["placement"].items()})
-        divided = network(options, shards.divide)
+        divided = network(options, shards.partition)
         divided.recompute(case.get("recomputed", ()))
         own = loss_of(divided, rank=context.rank, active=active)
         own.backward()
@@ -91,7 +91,7 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
         for name, parameter in divided.named_parameters():
             shard = held.get(name)
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(gradient, group=None if shard is None else shard.holders)
+            dist.all_reduce(gradient, group=None if shard is None else shard.replica_group)
             expected = whole.get_parameter(name).grad
             if expected is None:
                 expected = torch.zeros(whole_shape(parameter.shape, shard), dtype=torch.float64)

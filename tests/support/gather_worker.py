@@ -59,7 +59,7 @@ def left_early(context: WorkerContext, payload: dict[str, Any]) -> None:
         for number, _ in enumerate(blocks, 1):
             if number == payload["blocks"]:
                 break
-    ranks.least(0)  # all are here again
+    ranks.reduce_min(0)  # all are here again
     context.tell({"rank": context.rank, "calls": model.calls})
 
 
@@ -71,7 +71,7 @@ def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
         Mild(), torch.zeros(payload["blocks"], dtype=torch.int64), ranks=ranks
     ):
         time.sleep(1.5)
-    ranks.least(0)  # all are here again
+    ranks.reduce_min(0)  # all are here again
     _set_pg_timeout(timedelta(minutes=5))
     context.tell({"rank": context.rank})
 
@@ -110,7 +110,7 @@ def messages(context: WorkerContext, _payload: dict[str, Any]) -> None:
     """Send bytes of every size between the ranks; each tells the lengths and what it got."""
     group, rank = HostGroup(), context.rank
     mine = bytes([rank]) * (0, 1, 100_000)[rank]
-    collected = group.collect(mine)
+    collected = group.gather(mine)
     broadcast = [
         group.broadcast(mine, source=source) == bytes([source]) * (0, 1, 100_000)[source]
         for source in range(3)
@@ -123,7 +123,7 @@ def messages(context: WorkerContext, _payload: dict[str, Any]) -> None:
     context.tell(
         {
             "rank": rank,
-            "least": group.least(7 - rank),
+            "least": group.reduce_min(7 - rank),
             "sent": [len(sent), *set(sent)],
             "broadcast": broadcast,
             "collected": [[len(each), *set(each)] for each in collected],

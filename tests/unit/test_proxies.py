@@ -10,7 +10,7 @@ import pytest
 from pipelines.errors import StoreUnreachableError
 from pipelines.proxies import proxy_hint
 from pipelines.source import Source, SourceConfig
-from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
+from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker
 from trainer.metrics.tracker import TrackingConfig
 from trainer.storage.errors import StoreError
 from trainer.storage.open import open_store

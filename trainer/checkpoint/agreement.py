@@ -38,7 +38,7 @@ class Ranks(Protocol):
         """Number of ranks."""
         ...
 
-    def least(self, value: int) -> int:
+    def reduce_min(self, value: int) -> int:
         """Return the least of all ranks' values."""
         ...
 
@@ -46,7 +46,7 @@ class Ranks(Protocol):
         """Return what one rank gives; the others' data is not looked at."""
         ...
 
-    def collect(self, data: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         """Return every rank's data, in rank order, on the first rank, and nothing on the others."""
         ...
 
@@ -57,7 +57,7 @@ class Alone:
     rank = 0
     world_size = 1
 
-    def least(self, value: int) -> int:
+    def reduce_min(self, value: int) -> int:
         """Return the value."""
         return value
 
@@ -66,7 +66,7 @@ class Alone:
         assert source == 0
         return data
 
-    def collect(self, data: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         """Return the data, of one rank."""
         return [data]
 
@@ -97,7 +97,7 @@ class Agreement:
         except Exception as error:
             own = error
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        failed = self._ranks.least(world_size if own is None else rank)
+        failed = self._ranks.reduce_min(world_size if own is None else rank)
         if failed < world_size:
             told = _told(own, rank) if own is not None else b""
             # A fresh copy: a traceback belongs to one raise.
@@ -110,7 +110,7 @@ class Agreement:
         Raises:
             CheckpointError: As for `run_on_all`.
         """
-        return self._ranks.collect(self.run_on_all(step))
+        return self._ranks.gather(self.run_on_all(step))
 
     def run_on_rank0(self, step: Callable[[], bytes]) -> bytes:
         """Run `step` on the first rank alone and return its result on every rank.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipelines.console import command_parser, say, say_error, visible
 from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
-from trainer.metrics.mlflow_place import TrackerUnreachable, run_curves, tracking_uri
+from trainer.metrics.mlflow_backend import TrackerUnreachable, run_curves, tracking_uri
 from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
 
 _DESCRIPTION = """\

@@ -17,11 +17,11 @@ from trainer.data.splits import open_images
 from trainer.evaluation.report import EvaluationReport, evaluation_key
 from trainer.formats import format_duration
 from trainer.log_lines import was_shown
-from trainer.metrics.mlflow_place import end_run
+from trainer.metrics.mlflow_backend import end_run
 from trainer.storage.errors import StoreError
 from trainer.storage.kept import believed
 from trainer.storage.open import open_store
-from trainer.training.tracking import where_to_look
+from trainer.training.tracking import tracking_ui_hint
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def stopped(job: JobConfig, console: Console, *, signal_number: int) -> int:
         signal_number: What asked.
     """
     console.note(f"stopped; {how_to_go_on(job, console)}")
-    console.note(f"look at the run: {where_to_look(job)}")
+    console.note(f"look at the run: {tracking_ui_hint(job)}")
     return _unsaved(console) or 128 + signal_number
 
 
@@ -259,7 +259,7 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> int:
         console.page(summary(job, report, seconds=seconds))
     elif console.figures is not None:
         console.page(summary(job, console.figures, seconds=seconds, written=False))
-    console.page(f"\nlook at the run: {visible(where_to_look(job))}")
+    console.page(f"\nlook at the run: {visible(tracking_ui_hint(job))}")
     if code := _unsaved(console):
         return code
     if console.unmeasured:

@@ -133,7 +133,7 @@ def _launch(job: JobConfig) -> int:
     from trainer.config.reading import to_dict
     from trainer.planning.placing import resolve_placement
     from trainer.training.preflight import preflight
-    from trainer.training.tracking import send_unsent, where_to_look
+    from trainer.training.tracking import send_unsent, tracking_ui_hint
     from trainer.training.worker import train_worker
 
     began = time.monotonic()
@@ -143,7 +143,7 @@ def _launch(job: JobConfig) -> int:
     if newest is not None and complete and (report := final_report(job)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
         send_unsent(job, newest, report.metrics())
-        say(f"{summary(job, report, seconds=0.0)}\n\nlook at the run: {where_to_look(job)}")
+        say(f"{summary(job, report, seconds=0.0)}\n\nlook at the run: {tracking_ui_hint(job)}")
         return 0
 
     with _stop_on_signals() as (stop, received):

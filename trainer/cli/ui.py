@@ -16,7 +16,7 @@ from pipelines.console import say
 from trainer.cli.command import run_command
 from trainer.config import paths
 from trainer.config.reading import ConfigError
-from trainer.metrics.mlflow_place import ExperimentDeleted, check_tracker, page, tracking_uri
+from trainer.metrics.mlflow_backend import ExperimentDeleted, check_tracker, page, tracking_uri
 from trainer.metrics.tracker import TrackingConfig
 from trainer.training.tracking import PORT
 

@@ -82,7 +82,7 @@ def build_engine(
         device: Where this rank computes.
     """
     logger.info("building the model, its optimizer and EMA on %s", device)
-    accumulation = rank_batch // micro_batch
+    grad_accum_steps = rank_batch // micro_batch
     shards = ExpertShards.of(placement)
 
     def build(on_built: OnBuilt) -> LapFlowTransformer:
@@ -98,7 +98,7 @@ def build_engine(
             config=config,
             shards=shards,
             optim=optim,
-            accumulation=accumulation,
+            grad_accum_steps=grad_accum_steps,
             device=device,
         )
     return ZeroEngine(
@@ -107,7 +107,7 @@ def build_engine(
         shards=shards,
         optim=optim,
         micro_batch=micro_batch,
-        accumulation=accumulation,
+        grad_accum_steps=grad_accum_steps,
         world_size=world_size,
         device=device,
     )

@@ -24,13 +24,14 @@ class Exchange:
         index: This rank's place in it, which is also the part of each expert that it holds.
         group: The process group of these ranks; None where nothing is exchanged, as on the meta
             device.
-        holders: The process group of all ranks that hold the same parts, one of each expert group.
+        replica_group: The process group of all ranks that hold the same parts, one of each expert
+            group.
     """
 
     ranks: int
     index: int
     group: dist.ProcessGroup | None
-    holders: dist.ProcessGroup | None
+    replica_group: dist.ProcessGroup | None
 
     def gather(self, own: Tensor) -> Tensor:
         """Collect what every rank has for its own images.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.placement import Placement, expert_group, shard_holders
+from cluster.placement import Placement, expert_group, replica_ranks
 from models.transformer.experts import InputMajorLinear
 from trainer.engine.exchange import Exchange
 from trainer.engine.protocol import BuildModel
@@ -117,7 +117,7 @@ class ExpertShards:
         """The group sizes that occur, each once."""
         return sorted({exchange.ranks for exchange in self.exchanges.values()})
 
-    def divide(self, part: nn.Module) -> None:
+    def partition(self, part: nn.Module) -> None:
         """Replace the sharded layers of one part of a model by this rank's shards, in place."""
         # By id, for a reference would keep each whole layer until all are divided.
         divided: dict[int, ExpertShard] = {}
@@ -156,9 +156,9 @@ def _form_groups(size: int) -> Exchange:
             f"experts cannot be divided over groups of {size} ranks: there are {world_size} ranks"
         )
     experts = [expert_group(first, size) for first in range(0, world_size, size)]
-    holders = [shard_holders(index, size, world_size) for index in range(size)]
+    holders = [replica_ranks(index, size, world_size) for index in range(size)]
     return Exchange(
-        ranks=size, index=rank % size, group=_own_group(experts), holders=_own_group(holders)
+        ranks=size, index=rank % size, group=_own_group(experts), replica_group=_own_group(holders)
     )
 
 
@@ -198,7 +198,7 @@ def draw_initial_weights(
     numbers = count()
 
     def settle(part: nn.Module) -> None:
-        shards.divide(part)
+        shards.partition(part)
         for parameter in part.parameters():
             take(next(numbers), parameter.detach())
             parameter.data = parameter.new_empty(0)

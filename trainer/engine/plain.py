@@ -26,7 +26,7 @@ class PlainEngine:
         device: Where the model is computed.
         config: Engine settings; only fp32 is supported here.
         optim: Optimizer settings.
-        accumulation: Forward passes per update.
+        grad_accum_steps: Forward passes per update.
 
     Raises:
         ValueError: If a precision other than fp32 is asked for.
@@ -39,7 +39,7 @@ class PlainEngine:
         config: EngineConfig,
         shards: ExpertShards,
         optim: OptimConfig,
-        accumulation: int,
+        grad_accum_steps: int,
         device: torch.device,
     ) -> None:
         if config.precision != "fp32":
@@ -49,14 +49,14 @@ class PlainEngine:
             )
 
         def settle(part: nn.Module) -> None:
-            shards.divide(part)
+            shards.partition(part)
             part.to(device)
 
         self._build_model, self._experts = build_model, shards
         model = build_model(settle)
         self._model: nn.Module = model
         self._clip_norm = optim.clip_norm
-        self._accumulation = accumulation
+        self._grad_accum_steps = grad_accum_steps
         self._named = dict(model.named_parameters())
         self._shards = shards_of(model)
         self._ema = {name: p.detach().clone() for name, p in self._named.items()}
@@ -71,7 +71,7 @@ class PlainEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add one micro-batch's gradient."""
-        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
+        (loss / self._grad_accum_steps).backward()  # type: ignore[no-untyped-call]
 
     def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
         """Average gradients over ranks, clip, apply AdamW, follow with the EMA."""
@@ -99,7 +99,7 @@ class PlainEngine:
             # used. Adding up its holders, one of each group, makes it the sum over all ranks, as it
             # is for weights that every rank has; so both are divided by the number of ranks.
             shard = self._shards.get(name)
-            dist.all_reduce(gradient, group=None if shard is None else shard.holders)
+            dist.all_reduce(gradient, group=None if shard is None else shard.replica_group)
             gradient.div_(dist.get_world_size())
 
     def _global_norm(self) -> Tensor:
@@ -157,17 +157,17 @@ class PlainEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the EMA in for the length of the block."""
-        with self._weights_replaced(lambda: self._copy(self._ema)):
+        with self._replace_weights(lambda: self._copy(self._ema)):
             yield self._model
 
     @contextmanager
     def initial_weights(self) -> Iterator[nn.Module]:
         """Draw the initial weights into the model for the length of the block."""
-        with self._weights_replaced(self._draw):
+        with self._replace_weights(self._draw):
             yield self._model
 
     @contextmanager
-    def _weights_replaced(self, replace: Callable[[], None]) -> Iterator[None]:
+    def _replace_weights(self, replace: Callable[[], None]) -> Iterator[None]:
         kept = {name: p.detach().clone() for name, p in self._named.items()}
         try:
             replace()

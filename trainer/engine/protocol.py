@@ -58,9 +58,9 @@ class EngineConfig:
         """Type of the weights that the model computes with."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def sum_precision(self, accumulation: int) -> Literal["fp32", "bf16"]:
+    def sum_precision(self, grad_accum_steps: int) -> Literal["fp32", "bf16"]:
         """Precision in which the gradients of so many micro-batches are added up."""
-        summed = self.precision == "bf16" and accumulation > 1
+        summed = self.precision == "bf16" and grad_accum_steps > 1
         return self.grad_accum_dtype if summed else self.precision
 
 

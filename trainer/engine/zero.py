@@ -45,7 +45,7 @@ class ZeroEngine:
         shards: Divides the experts.
         optim: Optimizer settings.
         micro_batch: Images per rank and forward pass.
-        accumulation: Forward passes per update.
+        grad_accum_steps: Forward passes per update.
         world_size: Number of ranks.
         device: Where the model is computed.
     """
@@ -58,7 +58,7 @@ class ZeroEngine:
         shards: ExpertShards,
         optim: OptimConfig,
         micro_batch: int,
-        accumulation: int,
+        grad_accum_steps: int,
         world_size: int,
         device: torch.device,
     ) -> None:
@@ -67,7 +67,7 @@ class ZeroEngine:
         settings = zero_config(
             config,
             micro_batch=micro_batch,
-            accumulation=accumulation,
+            grad_accum_steps=grad_accum_steps,
             world_size=world_size,
             clip_norm=optim.clip_norm,
         )
@@ -82,7 +82,7 @@ class ZeroEngine:
         self._shards = shards_of(model)
         if stage < 3:
             mark_expert_groups(model, shards.sizes)
-        with _one_optimizer_for_all_stages():
+        with _keep_zero_optimizer():
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model, optimizer=adamw(self._optimizer_groups(), optim), config=settings
             )
@@ -154,17 +154,17 @@ class ZeroEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the shards, not full copies: EMA in, gather, and the masters back afterwards."""
-        with self._masters_replaced(lambda: self._overwrite_masters(self._ema)) as model:
+        with self._replace_masters(lambda: self._overwrite_masters(self._ema)) as model:
             yield model
 
     @contextmanager
     def initial_weights(self) -> Iterator[nn.Module]:
         """Draw the initial weights part by part into the shards, gather, and back afterwards."""
-        with self._masters_replaced(self._draw_masters) as model:
+        with self._replace_masters(self._draw_masters) as model:
             yield model
 
     @contextmanager
-    def _masters_replaced(self, replace: Callable[[], None]) -> Iterator[nn.Module]:
+    def _replace_masters(self, replace: Callable[[], None]) -> Iterator[nn.Module]:
         kept = [master.detach().clone() for master in self._partition.masters]
         try:
             replace()
@@ -220,7 +220,7 @@ def _on_built(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype)
     """Divide the experts of each part, and bring it to the device, its weights in a precision."""
 
     def on_built(part: nn.Module) -> None:
-        shards.divide(part)
+        shards.partition(part)
         for parameter in part.parameters():
             parameter.data = parameter.data.to(device, dtype)
         for buffer in part.buffers():
@@ -230,7 +230,7 @@ def _on_built(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype)
 
 
 @contextmanager
-def _one_optimizer_for_all_stages() -> Iterator[None]:
+def _keep_zero_optimizer() -> Iterator[None]:
     """Let ZeRO-1 in bf16 add gradients up in fp32 with the optimizer that it has otherwise.
 
     DeepSpeed would take another one for that alone, which has no update that it skips: a gradient

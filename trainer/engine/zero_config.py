@@ -8,14 +8,19 @@ from trainer.engine.protocol import EngineConfig
 
 
 def zero_config(
-    config: EngineConfig, *, micro_batch: int, accumulation: int, world_size: int, clip_norm: float
+    config: EngineConfig,
+    *,
+    micro_batch: int,
+    grad_accum_steps: int,
+    world_size: int,
+    clip_norm: float,
 ) -> dict[str, Any]:
     """Render the dictionary that `deepspeed.initialize` takes.
 
     Args:
         config: The engine's typed fields; `config.deepspeed` is merged over the result.
         micro_batch: Images per rank and forward pass.
-        accumulation: Forward passes per update.
+        grad_accum_steps: Forward passes per update.
         world_size: Number of ranks.
         clip_norm: Largest global gradient norm; 0 is off.
 
@@ -32,12 +37,12 @@ def zero_config(
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     rendered: dict[str, Any] = {
-        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_batch_size": micro_batch * grad_accum_steps * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": grad_accum_steps,
         "gradient_clipping": clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": config.sum_precision(accumulation)},
+        "data_types": {"grad_accum_dtype": config.sum_precision(grad_accum_steps)},
         "zero_optimization": zero,
         # The optimizer is torch's AdamW, which needs no compiled extension, in host memory too.
         "zero_allow_untested_optimizer": True,
@@ -45,14 +50,14 @@ def zero_config(
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    return _merged(rendered, config.deepspeed)
+    return _merge(rendered, config.deepspeed)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = _merged(result[key], value)
+            result[key] = _merge(result[key], value)
         else:
             result[key] = value
     return result

@@ -220,7 +220,7 @@ class FinalEvaluation:
                 raise
             mistake = str(error) or type(error).__name__
         ranks = self.ranks
-        mistaken = ranks.least(ranks.rank if mistake else ranks.world_size)
+        mistaken = ranks.reduce_min(ranks.rank if mistake else ranks.world_size)
         if mistaken < ranks.world_size:
             told = ranks.broadcast(mistake.encode(errors="replace"), source=mistaken)
             raise _Unmeasurable(told.decode())

@@ -28,7 +28,7 @@ class _Running:
 
 
 @dataclass(kw_only=True)
-class _Folded:
+class _Reduced:
     """What was reduced over ranks so far."""
 
     reduction: Reduction
@@ -53,7 +53,7 @@ class MetricBuffer:
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._running: dict[tuple[str, ...], _Running] = {}
-        self._folded: dict[str, _Folded] = {}
+        self._reduced: dict[str, _Reduced] = {}
 
     def record(
         self,
@@ -75,7 +75,7 @@ class MetricBuffer:
             ValueError: If the metric was recorded with another reduction before.
         """
         if isinstance(value, Tensor):
-            value = self._kept(value).reshape(1)
+            value = self._copy_of(value).reshape(1)
         self._add((name,), value, weight, reduction)
 
     def record_each(self, names: Sequence[str], values: Tensor, *, weights: Tensor) -> None:
@@ -86,15 +86,15 @@ class MetricBuffer:
             values: One value for each, [n].
             weights: How much each counts, [n]; a mean of total weight 0 is left out.
         """
-        self._add(tuple(names), self._kept(values), self._kept(weights), "mean")
+        self._add(tuple(names), self._copy_of(values), self._copy_of(weights), "mean")
 
     def flush(self) -> dict[str, float]:
         """Reduce over ranks, empty the buffer, and return values by name (a collective call)."""
-        self._fold()
+        self._reduce()
         values = {
-            name: entry.value for name, entry in self._folded.items() if entry.value is not None
+            name: entry.value for name, entry in self._reduced.items() if entry.value is not None
         }
-        self._folded.clear()
+        self._reduced.clear()
         return values
 
     def state(self) -> dict[str, list[str]]:
@@ -103,10 +103,10 @@ class MetricBuffer:
         The same on all ranks: from here on it counts as reduced, so that a run which is restored
         from it flushes the same bits as the one that goes on.
         """
-        self._fold()
+        self._reduce()
         return {
             name: [entry.reduction, entry.total.hex(), entry.weight.hex()]
-            for name, entry in self._folded.items()
+            for name, entry in self._reduced.items()
         }
 
     def load_state(self, state: Mapping[str, Sequence[str]]) -> None:
@@ -119,13 +119,13 @@ class MetricBuffer:
             reduction, total, weight = entry
             if reduction not in typing.get_args(Reduction):
                 raise ValueError(f"metric {name} is reduced by {reduction!r}, which is unknown")
-            self._folded[name] = _Folded(
+            self._reduced[name] = _Reduced(
                 reduction=typing.cast(Reduction, reduction),
                 total=float.fromhex(total),
                 weight=float.fromhex(weight),
             )
 
-    def _fold(self) -> None:
+    def _reduce(self) -> None:
         """Reduces what was recorded over ranks, and adds it to what was before."""
         for reduction in typing.get_args(Reduction):
             # In the same order on every rank.
@@ -145,13 +145,13 @@ class MetricBuffer:
             for name, total, weight in zip(
                 names, reduced[: len(names)], reduced[len(names) :], strict=True
             ):
-                self._fold_one(name, _Folded(reduction=reduction, total=total, weight=weight))
+                self._reduce_one(name, _Reduced(reduction=reduction, total=total, weight=weight))
         self._running.clear()
 
-    def _fold_one(self, name: str, new: _Folded) -> None:
-        known = self._folded.get(name)
+    def _reduce_one(self, name: str, new: _Reduced) -> None:
+        known = self._reduced.get(name)
         if known is None:
-            self._folded[name] = new
+            self._reduced[name] = new
         elif new.reduction == "max":
             known.total = max(known.total, new.total)
         else:
@@ -178,7 +178,7 @@ class MetricBuffer:
         known.weight = known.weight + weight
         known.total = _larger(known.total, value) if reduction == "max" else known.total + value
 
-    def _kept(self, tensor: Tensor) -> Tensor:
+    def _copy_of(self, tensor: Tensor) -> Tensor:
         # A copy, for whoever recorded it may write into it later.
         return tensor.detach().to(self._device, torch.float64, copy=True)
 

@@ -102,7 +102,7 @@ def workload(job: JobConfig) -> Workload:
             f"micro_batch that divides a rank's share and is a multiple of {stages}"
         )
     zero = zero_config(
-        job.engine, micro_batch=images, accumulation=1, world_size=workers, clip_norm=0.0
+        job.engine, micro_batch=images, grad_accum_steps=1, world_size=workers, clip_norm=0.0
     )["zero_optimization"]
     return Workload(
         scales=tuple(_scale_loads(job, shape, images=images, stratified=stratified)),

@@ -69,26 +69,26 @@ class LossWatch:
         last = report.images >= self._total_images
         if not last and not due(report.images_before, report.images, self._interval_images):
             return
-        lost, interval = self.lost_updates(), self._interval_updates
+        lost, interval = self.nonfinite_updates(), self._interval_updates
         self._interval_updates = 0
         whole = lost >= interval and lost > self._patience_updates
         if whole or (last and lost > _STRAY_UPDATES):
-            raise self.diverged(
+            raise self.divergence_error(
                 f"the loss was not finite in the last {lost} updates, up to {report.images:,} "
                 "images"
             )
 
-    def lost_updates(self) -> int:
+    def nonfinite_updates(self) -> int:
         """Return how many updates in a row, up to now, had no finite loss; a collective call."""
         if dist.is_initialized():
             dist.all_reduce(self._lost, op=dist.ReduceOp.MIN)
         return int(self._lost.item())
 
-    def has_lost(self) -> bool:
+    def is_diverging(self) -> bool:
         """Tell whether this is no state to keep; a collective call."""
-        return self.lost_updates() > _STRAY_UPDATES
+        return self.nonfinite_updates() > _STRAY_UPDATES
 
-    def diverged(self, what: str) -> Diverged:
+    def divergence_error(self, what: str) -> Diverged:
         """Return the error for a run that diverged, with the advice that its settings leave open.
 
         Args:

@@ -68,7 +68,7 @@ class SampleGrids:
         interval_images: How often; 0 is never.
         columns: Images per row.
         rank: This rank.
-        interrupted: Leaves the time of a `with` block out of the run's speed.
+        pause: Leaves the time of a `with` block out of the run's speed.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class SampleGrids:
         interval_images: int,
         columns: int,
         rank: int,
-        interrupted: Callable[[], AbstractContextManager[None]],
+        pause: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._engine = engine
         self._sample = sample
@@ -88,13 +88,13 @@ class SampleGrids:
         self._interval_images = interval_images
         self._columns = columns
         self._rank = rank
-        self._interrupted = interrupted
+        self._pause = pause
 
     def after_update(self, report: UpdateReport) -> None:
         """Draw when the interval is due; a collective call."""
         if not due(report.images_before, report.images, self._interval_images):
             return
-        with self._interrupted():
+        with self._pause():
             with self._engine.ema_weights() as model:
                 images = self._sample(model)
             if self._rank == 0:

@@ -17,11 +17,11 @@ from trainer.data.splits import Split, check_latents, open_split
 from trainer.evaluation.choice import open_checkpoint
 from trainer.evaluation.features import check_features
 from trainer.evaluation.real_images import check_measurable
-from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
+from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
-from trainer.training.resume import all_damaged, check_start, science_changes
-from trainer.training.tracking import where_to_look
+from trainer.training.resume import all_damaged_error, check_start, science_changes
+from trainer.training.tracking import tracking_ui_hint
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
     check_features(job.eval.features)
     try:
         check_tracker(job.tracking, str(paths.home(job)))
-        note(f"look at the run: {where_to_look(job)}")
+        note(f"look at the run: {tracking_ui_hint(job)}")
     except TrackerUnreachable as error:
         if job.tracking.required:
             raise
@@ -85,7 +85,7 @@ def _newest(job: JobConfig, store: Store) -> Manifest | None:
     checkpoints = CheckpointReader(store, run=job.run)
     newest = checkpoints.newest_valid()
     if newest is None and not checkpoints.is_empty():
-        raise all_damaged(job)
+        raise all_damaged_error(job)
     return newest
 
 

@@ -61,7 +61,7 @@ class Throughput:
         self._interrupted_before_s = self._interrupted_s
 
     @contextmanager
-    def interrupted(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Leave the time of a `with` block out of the speed."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what was asked of the device before is training

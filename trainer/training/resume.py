@@ -68,7 +68,7 @@ def science_changes(
     if manifest.config_fingerprint == config_fingerprint(chosen):
         return []
     # A setting that the checkpoint does not know came after it; its default is what was done then.
-    trained = _completed(with_current_names(manifest.science), chosen, defaults(JobConfig))
+    trained = _fill_defaults(with_current_names(manifest.science), chosen, defaults(JobConfig))
     changes = difference(fingerprinted(trained), fingerprinted(chosen))
     if changes and not job.resume_changed:
         raise ConfigError(
@@ -131,7 +131,7 @@ def restore(
             before = manifest.images
     if not checkpoints.is_empty():
         # The engine may hold part of what was read; and a new run must not replace the evidence.
-        raise all_damaged(job)
+        raise all_damaged_error(job)
     if job.resume not in ("auto", "never"):
         _, source, manifest = open_checkpoint(job.resume, job.store, ranks=ranks)
         science_changes(job, chosen, manifest, place=job.resume)
@@ -143,7 +143,7 @@ def restore(
     return Restored(TrainState(), [], None)
 
 
-def all_damaged(job: JobConfig) -> ConfigError:
+def all_damaged_error(job: JobConfig) -> ConfigError:
     """Return the error for a run that has checkpoints and none that can be used."""
     return ConfigError(
         f"run={job.run} has checkpoints at {paths.run_uri(job)}, and each of them is damaged; "
@@ -169,14 +169,14 @@ def _load(
     return Restored(state, unsent, None)
 
 
-def _completed(
+def _fill_defaults(
     trained: Mapping[str, Any], wanted: Mapping[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Give settings that are wanted but were not recorded their defaults."""
     completed = dict(trained)
     for key in wanted.keys() & known.keys():
         if isinstance(wanted[key], Mapping) and isinstance(known[key], Mapping):
-            completed[key] = _completed(trained.get(key, {}), wanted[key], known[key])
+            completed[key] = _fill_defaults(trained.get(key, {}), wanted[key], known[key])
         elif key not in trained:
             completed[key] = known[key]
     return completed

@@ -183,7 +183,7 @@ class TrainStep:
             return
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self._config.max_skipped_updates:
-            raise self._watch.diverged(
+            raise self._watch.divergence_error(
                 f"the gradient was not finite in {self._skipped_in_a_row} updates in a row "
                 f"(train.max_skipped_updates={self._config.max_skipped_updates})"
             )

@@ -12,13 +12,13 @@ from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
 from trainer.config.job import JobConfig, config_fingerprint, fingerprinted
 from trainer.config.reading import defaults, to_dict
-from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker, page, tracking_uri
+from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker, page, tracking_uri
+from trainer.metrics.mlflow_tracker import MlflowTracker
 from trainer.metrics.tracker import Point, Tracker
-from trainer.metrics.tracker_mlflow import MlflowTracker
 
 
 @contextmanager
-def tracked_run(
+def track_run(
     job: JobConfig,
     chosen: Mapping[str, Any],
     *,
@@ -48,7 +48,7 @@ def tracked_run(
         tracker.config(
             to_dict(job),
             lasting=lasting,
-            present=_chosen_beside(lasting, to_dict(job), defaults(JobConfig)),
+            present=_unusual_settings(lasting, to_dict(job), defaults(JobConfig)),
         )
         for point in unsent:
             tracker.metrics(point.values, images=point.images)
@@ -69,12 +69,12 @@ def send_unsent(job: JobConfig, complete: Manifest, figures: Mapping[str, float]
     unsent = [Point.from_json(each) for each in complete.train_state.get("unsent_points", [])]
     if not unsent:
         return
-    with tracked_run(job, complete.science, unsent=unsent, tell=lambda _: None) as tracker:
+    with track_run(job, complete.science, unsent=unsent, tell=lambda _: None) as tracker:
         tracker.metrics(figures, images=complete.images)
         tracker.close("FINISHED")
 
 
-def _chosen_beside(
+def _unusual_settings(
     lasting: Mapping[str, Any], settings: Mapping[str, Any], usual: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return settings that are not among the lasting ones, where they are not as usual."""
@@ -82,7 +82,7 @@ def _chosen_beside(
     for key, value in settings.items():
         fixed, default = lasting.get(key, {}), usual.get(key)
         if isinstance(value, Mapping) and isinstance(default, Mapping):
-            if part := _chosen_beside(fixed, value, default):
+            if part := _unusual_settings(fixed, value, default):
                 beside[key] = part
         elif key not in lasting and value != default:
             beside[key] = value
@@ -93,7 +93,7 @@ PORT = 5000
 """Where the pages of runs in a local file are shown unless told otherwise."""
 
 
-def where_to_look(job: JobConfig) -> str:
+def tracking_ui_hint(job: JobConfig) -> str:
     """Say how the pages of the job's runs are opened; asks MLflow which they are."""
     home = str(paths.home(job))
     uri = tracking_uri(job.tracking, home)

@@ -113,7 +113,7 @@ def _check_passed_on(job: JobConfig) -> None:
     rendered = zero_config(
         replace(job.engine, deepspeed={}),
         micro_batch=1,
-        accumulation=1,
+        grad_accum_steps=1,
         world_size=1,
         clip_norm=job.optim.clip_norm,
     )

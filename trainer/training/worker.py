@@ -54,7 +54,7 @@ from trainer.training.loop import LoopEnd, StopVote, train
 from trainer.training.progress import Progress, Throughput
 from trainer.training.resume import Restored, restore
 from trainer.training.step import TrainStep
-from trainer.training.tracking import CheckpointReporter, tracked_run
+from trainer.training.tracking import CheckpointReporter, track_run
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _restore(run: Run) -> Restored:
 def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracker]:
     if run.context.rank > 0:
         return nullcontext(SilentTracker())
-    return tracked_run(run.job, run.science, unsent=restored.unsent, tell=run.tell)
+    return track_run(run.job, run.science, unsent=restored.unsent, tell=run.tell)
 
 
 def _loss_watch(run: Run) -> LossWatch:
@@ -298,7 +298,7 @@ def _save(
     last: bool = False,
 ) -> None:
     """Save the run as it is now, unless that is no state to keep; a collective call."""
-    if watch.has_lost():
+    if watch.is_diverging():
         text = f"{state.images:,} images: the loss is not finite, so nothing is saved"
         run.tell({"kind": "warning", "text": text})
         return
@@ -347,7 +347,7 @@ def _hooks(
             interval_images=job.eval.grid_interval_images,
             columns=job.eval.grid_columns,
             rank=rank,
-            interrupted=throughput.interrupted,
+            pause=throughput.pause,
         ),
     ]
 

@@ -79,7 +79,7 @@ def _trained() -> Curves:
             config=EngineConfig(kind="plain"),
             shards=ExpertShards(exchanges={}),
             optim=optim,
-            accumulation=2,
+            grad_accum_steps=2,
             device=torch.device("cpu"),
         ),
         objective=Objective(flow),

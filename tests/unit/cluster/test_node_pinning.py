@@ -5,7 +5,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from cluster import ray_nodes
 from cluster.assignment import Node, WorkerGroupSpec
-from cluster.ray_nodes import NodePinning, unpinned
+from cluster.ray_nodes import NodePinning, empty_selectors
 
 SPEC = WorkerGroupSpec(workers=4, group_size=2, cpus=1, gpus=0)
 
@@ -26,7 +26,7 @@ def free(monkeypatch):
 
 
 def pins(pinning):
-    context = SimpleNamespace(label_selector=unpinned(SPEC.workers))
+    context = SimpleNamespace(label_selector=empty_selectors(SPEC.workers))
     pinning.before_worker_group_start(context)
     return [selector["ray.io/node-id"] for selector in context.label_selector]
 

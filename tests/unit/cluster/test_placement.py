@@ -8,7 +8,7 @@ from cluster.placement import (
     expert_group,
     possible_placements,
     possible_ranks,
-    shard_holders,
+    replica_ranks,
 )
 
 XL = {"width": 1152, "hidden": 4608, "world_size": 16, "ranks_per_node": 8}
@@ -31,9 +31,9 @@ def test_groups_of_different_sizes_share_a_node_when_their_unit_does():
 
 def test_neighbours_hold_a_scale_and_every_eth_rank_the_same_shard():
     assert list(expert_group(5, 4)) == [4, 5, 6, 7]
-    assert list(shard_holders(5, 4, 12)) == [1, 5, 9]
+    assert list(replica_ranks(5, 4, 12)) == [1, 5, 9]
     assert list(expert_group(3, 1)) == [3]
-    assert list(shard_holders(3, 1, 4)) == [0, 1, 2, 3]
+    assert list(replica_ranks(3, 1, 4)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -13,5 +13,5 @@ def test_nodes_are_asked_all_at_once(monkeypatch):
 
     monkeypatch.setattr(ray_nodes, "answers", silent)
     addresses = ["lives", *(f"10.0.0.{n}:1" for n in range(39))]
-    assert ray_nodes.all_answer(addresses) == [True] + [False] * 39
-    assert ray_nodes.all_answer([]) == []
+    assert ray_nodes.are_reachable(addresses) == [True] + [False] * 39
+    assert ray_nodes.are_reachable([]) == []

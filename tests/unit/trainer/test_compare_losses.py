@@ -7,9 +7,9 @@ import pytest
 
 from trainer.cli.compare_losses import main
 from trainer.metrics.curves import CurvesError, curves_as_json, differences, read_curves
-from trainer.metrics.mlflow_place import check_tracker
+from trainer.metrics.mlflow_backend import check_tracker
+from trainer.metrics.mlflow_tracker import MlflowTracker
 from trainer.metrics.tracker import TrackingConfig
-from trainer.metrics.tracker_mlflow import MlflowTracker
 
 CURVE = {16: 4.0, 32: 2.0, 48: 1.0}
 

@@ -63,18 +63,18 @@ def test_a_state_with_such_losses_is_not_kept():
     kept = []
     for loss in (1.0, math.inf, math.inf, 2.0):
         go(watched, [loss], micro_batches=2)
-        kept.append(not watched.has_lost())
+        kept.append(not watched.is_diverging())
     assert kept == [True, True, False, True]
 
 
 def test_the_advice_is_what_the_settings_leave_open():
-    plain = str(watch(OptimConfig(learning_rate=3.0)).diverged("seen"))
+    plain = str(watch(OptimConfig(learning_rate=3.0)).divergence_error("seen"))
     for part in ("optim.learning_rate=3", "set optim.clip_norm", "optim.warmup_images", "resume="):
         assert part in plain
     assert "fp32" not in plain
     assert "same command" not in plain
     careful = OptimConfig(clip_norm=0.5, warmup_images=64)
-    text = str(watch(careful, precision="bf16").diverged("seen"))
+    text = str(watch(careful, precision="bf16").divergence_error("seen"))
     assert "lower optim.clip_norm=0.5" in text
     assert "engine.precision=fp32" in text
     assert "warmup" not in text

@@ -72,7 +72,7 @@ def sharded(
     made: JobConfig, placement: Placement
 ) -> tuple[LapFlowTransformer, dict[int, CountedExchange]]:
     exchanges = {
-        k: CountedExchange(ranks=size, index=0, group=None, holders=None)
+        k: CountedExchange(ranks=size, index=0, group=None, replica_group=None)
         for k, size in placement.sharded.items()
     }
     network = LapFlowTransformer(
@@ -81,7 +81,7 @@ def sharded(
         channels=CHANNELS,
         image_size=SIZE,
         classes=5,
-        on_built=ExpertShards(exchanges=exchanges).divide,
+        on_built=ExpertShards(exchanges=exchanges).partition,
     )
     network.recompute(made.engine.activation_checkpointing)
     return network, exchanges

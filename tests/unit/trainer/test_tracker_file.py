@@ -4,8 +4,8 @@ import sqlite3
 
 import pytest
 
-from trainer.metrics import mlflow_place
-from trainer.metrics.mlflow_place import TrackerUnreachable, check_tracker
+from trainer.metrics import mlflow_backend
+from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker
 from trainer.metrics.tracker import TrackingConfig
 
 
@@ -23,7 +23,7 @@ def test_what_is_no_database_is_refused_by_name_and_mlflow_never_asked(
     tmp_path, monkeypatch, empty_tracker, spoil
 ):
     asked = []
-    monkeypatch.setattr(mlflow_place, "connect", asked.append)
+    monkeypatch.setattr(mlflow_backend, "connect", asked.append)
     file = tmp_path / "mlflow.db"
     file.write_bytes(empty_tracker.read_bytes())
     spoil(file)
@@ -48,6 +48,6 @@ def test_looking_at_a_file_leaves_it_as_it_is(tmp_path, empty_tracker):
     file.write_bytes(empty_tracker.read_bytes())
     with sqlite3.connect(file) as database:
         before = list(database.iterdump())
-    mlflow_place._check_file(f"sqlite:///{file}")
+    mlflow_backend._check_file(f"sqlite:///{file}")
     with sqlite3.connect(file) as database:
         assert list(database.iterdump()) == before

@@ -144,7 +144,7 @@ class ThreadRanks:
     def aside(self) -> ThreadRanks:
         return ThreadRanks(self._group, self.rank, "threads")
 
-    def least(self, value: int) -> int:
+    def reduce_min(self, value: int) -> int:
         self.received.append(8)
         return min(map(int, self._round(str(value).encode())))
 
@@ -153,7 +153,7 @@ class ThreadRanks:
         self.received.append(len(heard))
         return heard
 
-    def collect(self, data: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         collected = self._round(data) if self.rank == 0 else self._round(data)[:0]
         self.received.append(sum(map(len, collected)))
         return collected

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines.console import visible
 from pipelines.proxies import proxy_hint
-from trainer.metrics.mlflow_place import (
+from trainer.metrics.mlflow_backend import (
     ExperimentDeleted,
     connect,
     experiment_id,

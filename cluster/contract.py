@@ -99,7 +99,7 @@ class WorkerContext:
         device: `cpu` or `cuda:N`.
         stop_requested: True once the caller asked for a stop. A local flag, free to read at every
             step; ranks may see it at different steps, so they must agree before they act on it.
-        tell: Sends a small dict to the caller's `on_message`. Does not wait; the messages of one
+        report: Sends a small dict to the caller's `on_message`. Does not wait; the messages of one
             rank arrive in order.
     """
 
@@ -110,7 +110,7 @@ class WorkerContext:
     attempt: int
     device: str
     stop_requested: Callable[[], bool]
-    tell: Callable[[Message], None]
+    report: Callable[[Message], None]
 
 
 Worker: TypeAlias = Callable[[WorkerContext, Payload], None]

@@ -19,7 +19,7 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
-    note: Callable[[str], None] = _say_nothing,
+    report: Callable[[str], None] = _say_nothing,
     group_size: int = 1,
 ) -> Outcome:
     """Runs `worker(context, payload)` on `config.workers` processes and waits for all of them.
@@ -33,7 +33,7 @@ def run(
         stop: Set it (from a signal handler, say) to ask the workers to stop; they learn of it
             at once and end when they choose to. An exception that a signal handler raises
             here, such as KeyboardInterrupt, ends the workers at once.
-        note: Called in this thread with lines for a person: what the cluster does before the
+        report: Called in this thread with lines for a person: what the cluster does before the
             workers can tell, what is waited for, and what is amiss.
         group_size: How many consecutive ranks (0 to g-1, g to 2g-1, …) always share a node; it
             divides `config.workers`.
@@ -55,7 +55,7 @@ def run(
         # One machine: everything shares a node.
         from cluster import local
 
-        return local.run(config, worker, payload, on_message=on_message, stop=stop, note=note)
+        return local.run(config, worker, payload, on_message=on_message, stop=stop, report=report)
     require_tested("ray", TESTED_RAY)  # before its private parts are imported
     from cluster import ray_train
 
@@ -65,6 +65,6 @@ def run(
         payload,
         on_message=on_message,
         stop=stop,
-        note=note,
+        report=report,
         group_size=group_size,
     )

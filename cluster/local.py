@@ -45,12 +45,12 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
-    note: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Outcome:
     """Runs the worker in `config.workers` processes; see `cluster.launcher.run`."""
     devices = _devices(config)
     if "cpu" in devices and (word := oversubscription_warning(config, cores=os.cpu_count() or 1)):
-        note(word)
+        report(word)
     with _processes(config, devices, worker, payload) as processes:
         stopped = _monitor(processes, on_message=on_message, stop=stop)
     return Outcome(status="stopped" if stopped else "finished")
@@ -207,7 +207,7 @@ def _main(
         attempt=0,
         device=device,
         stop_requested=stop.is_set,
-        tell=send,
+        report=send,
     )
 
     def enter(context: WorkerContext, payload: Payload) -> None:

@@ -61,9 +61,9 @@ class Mailbox:
         """What one process sends its events by; no other has its name."""
         return Sender(self._actor, name)
 
-    def note(self, text: str) -> None:
+    def report_line(self, text: str) -> None:
         """Sends a line for a person; unlike a sender's, notes may overtake each other."""
-        self.sender(f"note {uuid.uuid4()}").tell(Note(text))
+        self.sender(f"note {uuid.uuid4()}").send(Note(text))
 
     def fetch(self) -> list[Event]:
         """All events since the last call, in the order of arrival, each sender's in its own."""
@@ -92,11 +92,11 @@ class Sender:
         self._name = name
         self._numbers = itertools.count()
 
-    def tell(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         """Sends an event and does not wait for its arrival."""
         self._put(event)
 
-    def end(self, event: Finished | Failure) -> None:
+    def send_last(self, event: Finished | Failure) -> None:
         """Sends the last event and waits until all it sent has arrived."""
         ray.get(self._put(event))
 

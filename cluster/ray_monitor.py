@@ -50,7 +50,7 @@ class RunMonitor:
         fit: Ray Train, started.
         on_message: The caller's.
         stop: The caller's.
-        note: The caller's.
+        report: The caller's.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class RunMonitor:
         *,
         on_message: Callable[[Message], None],
         stop: threading.Event,
-        note: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self._config = config
         self._mailbox = mailbox
         self._fit = fit
         self._on_message = on_message
         self._stop = stop
-        self._note = note
+        self._report = report
         self._attempt = -1
         self._ended: set[int] = set()
         self._failures: list[Failure] = []
@@ -122,7 +122,7 @@ class RunMonitor:
                             self._config.max_failures,
                         )
                 case Note(text):
-                    self._note(text)
+                    self._report(text)
                 case Finished(attempt, rank):
                     if attempt == self._attempt:
                         self._ended.add(rank)

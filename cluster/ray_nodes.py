@@ -91,15 +91,15 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
     Args:
         spec: The workers.
         timeout_s: How long a start waits for room.
-        note: Takes a line when it has to wait.
+        report: Takes a line when it has to wait.
     """
 
     def __init__(
-        self, spec: WorkerGroupSpec, *, timeout_s: float, note: Callable[[str], None]
+        self, spec: WorkerGroupSpec, *, timeout_s: float, report: Callable[[str], None]
     ) -> None:
         self._spec = spec
         self._timeout_s = timeout_s
-        self._note = note
+        self._report = report
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Assigns the nodes, once there is room, and writes them into the bundles' selectors.
@@ -136,5 +136,5 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
                     ) from error
                 if str(error) != told:
                     told = str(error)
-                    self._note(f"waiting up to {self._timeout_s:g} s for room: {told}")
+                    self._report(f"waiting up to {self._timeout_s:g} s for room: {told}")
             time.sleep(_LOOK_S)

@@ -47,12 +47,12 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Session]:
+def session(config: ClusterConfig, report: Callable[[str], None]) -> Iterator[Session]:
     """Connects to Ray for the time of the block.
 
     Args:
         config: Which cluster, or that it is to be started.
-        note: Takes a line for a person once it is there.
+        report: Takes a line for a person once it is there.
 
     Ray's logs of a private cluster are kept, and named in the log, if the block raises anything but
     a ValueError.
@@ -70,7 +70,7 @@ def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Sess
     scratch = make_scratch(config.scratch_dir)
     keep = False
     try:
-        with _connect(config, scratch, note) as private:
+        with _connect(config, scratch, report) as private:
             connected = Session(private=private, nodes=live_nodes(), scratch=scratch)
             try:
                 yield connected
@@ -85,7 +85,7 @@ def session(config: ClusterConfig, note: Callable[[str], None]) -> Iterator[Sess
 
 
 @contextlib.contextmanager
-def _connect(config: ClusterConfig, scratch: Path, note: Callable[[str], None]) -> Iterator[bool]:
+def _connect(config: ClusterConfig, scratch: Path, report: Callable[[str], None]) -> Iterator[bool]:
     """Joins or starts a cluster for the time of the block; gives True if it was started."""
     began = time.monotonic()
     address = address_to_join(config)
@@ -98,7 +98,7 @@ def _connect(config: ClusterConfig, scratch: Path, note: Callable[[str], None]) 
                 _join(address, found=config.address == "auto")
         nodes = live_nodes()
         has = resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))
-        note(
+        report(
             f"Ray: {'started on this machine' if address is None else f'joined {address}'}, "
             f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {has} ({time.monotonic() - began:.1f} s)"
         )

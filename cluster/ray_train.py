@@ -42,13 +42,13 @@ def run(
     *,
     on_message: Callable[[Message], None],
     stop: threading.Event,
-    note: Callable[[str], None],
+    report: Callable[[str], None],
     group_size: int,
 ) -> Outcome:
     """Runs the worker on `config.workers` Ray Train workers; see `cluster.launcher.run`."""
     with (
         contextlib.ExitStack() as at_last,
-        session(config, note) as connected,
+        session(config, report) as connected,
         _environment(config, connected),
     ):
         gpus = gpus_per_worker(config, connected.nodes)
@@ -58,7 +58,7 @@ def run(
             and gpus == 0
             and (word := oversubscription_warning(config, cores=os.cpu_count() or 1))
         ):
-            note(word)
+            report(word)
         spec = WorkerGroupSpec(
             workers=config.workers,
             group_size=group_size,
@@ -67,16 +67,18 @@ def run(
         )
         # Only to refuse groups that even the idle cluster could not hold: each start assigns anew.
         assign_nodes(spec, connected.nodes)
-        if not _wait_for_room(config, spec, stop, note):
+        if not _wait_for_room(config, spec, stop, report):
             return Outcome(status="stopped")
         mailbox = open_mailbox(config)
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
         fit = TrainThread(_trainer(config, spec, loop, mailbox, connected))
         fit.start()
-        note(f"workers: waiting for {config.workers} of them to load and to meet")
+        report(f"workers: waiting for {config.workers} of them to load and to meet")
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
         at_last.callback(fit.join, TIDY_UP_S)
-        return RunMonitor(config, mailbox, fit, on_message=on_message, stop=stop, note=note).run()
+        return RunMonitor(
+            config, mailbox, fit, on_message=on_message, stop=stop, report=report
+        ).run()
 
 
 def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> Callable[[], None]:
@@ -100,7 +102,7 @@ def _trainer(
         per_worker["GPU"] = spec.gpus
     # Workers of which each may be anywhere are left to Ray.
     pinned = spec.group_size > 1
-    pinning = NodePinning(spec, timeout_s=config.start_timeout_s, note=mailbox.note)
+    pinning = NodePinning(spec, timeout_s=config.start_timeout_s, report=mailbox.report_line)
     return DataParallelTrainer(
         loop,
         backend_config=RendezvousConfig(
@@ -127,7 +129,10 @@ def _trainer(
 
 
 def _wait_for_room(
-    config: ClusterConfig, spec: WorkerGroupSpec, stop: threading.Event, note: Callable[[str], None]
+    config: ClusterConfig,
+    spec: WorkerGroupSpec,
+    stop: threading.Event,
+    report: Callable[[str], None],
 ) -> bool:
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
     cpus, gpus = spec.workers * spec.cpus, spec.workers * spec.gpus
@@ -150,7 +155,7 @@ def _wait_for_room(
                 "(cluster.workers, cluster.cpus_per_worker), or raise cluster.start_timeout_s."
             )
         if now != told:
-            note(
+            report(
                 f"waiting up to {config.start_timeout_s:g} s (cluster.start_timeout_s) for "
                 f"{resources(cpus, gpus)}: {now}, other jobs hold the rest of the cluster"
             )

@@ -144,11 +144,11 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         attempt=attempt,
         device=device(gpu=gpu),
         stop_requested=stop.is_set,
-        tell=sender.tell,
+        report=sender.send,
     )
     failure = run_worker(worker, context, payload)
     forget_meeting()
-    sender.end(failure or Finished(attempt, rank))
+    sender.send_last(failure or Finished(attempt, rank))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":
         raise RuntimeError(failure.text)

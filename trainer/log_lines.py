@@ -56,29 +56,29 @@ def show_logs() -> Iterator[None]:
 
 
 class _ForwardingHandler(logging.Handler):
-    def __init__(self, tell: Callable[[dict[str, Any]], None], rank: int) -> None:
+    def __init__(self, report: Callable[[dict[str, Any]], None], rank: int) -> None:
         super().__init__(level=logging.INFO if rank == 0 else logging.WARNING)
-        self._tell = tell
+        self._report = report
         self._rank = rank
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING:
-            self._tell({"kind": "phase", "text": record.getMessage()})
+            self._report({"kind": "phase", "text": record.getMessage()})
         else:
-            self._tell({"kind": "warning", "rank": self._rank, "text": record.getMessage()})
+            self._report({"kind": "warning", "rank": self._rank, "text": record.getMessage()})
 
 
 @contextmanager
-def forward_logs(tell: Callable[[dict[str, Any]], None], *, rank: int) -> Iterator[None]:
+def forward_logs(report: Callable[[dict[str, Any]], None], *, rank: int) -> Iterator[None]:
     """Send what our packages log to the driver for the length of a `with` block.
 
     A cluster keeps the logs of workers apart. All warnings are sent, and what the first rank is at.
 
     Args:
-        tell: The line to the driver.
+        report: The line to the driver.
         rank: This worker, named in each warning.
     """
-    handler = _ForwardingHandler(tell, rank)
+    handler = _ForwardingHandler(report, rank)
     with _set_levels(handler.level), _attach(handler, _PACKAGES):
         yield
 

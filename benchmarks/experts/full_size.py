@@ -109,7 +109,7 @@ def join_alone(job: JobConfig) -> WorkerContext:
         attempt=0,
         device="cpu",
         stop_requested=lambda: False,
-        tell=lambda message: None,
+        report=lambda message: None,
     )
 
 

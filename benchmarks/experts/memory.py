@@ -91,7 +91,7 @@ def hold(context: WorkerContext, payload: dict[str, Any]) -> None:
     training = Training(payload["job"], context)
     training.update()
     training.backward(last=training.passes == 1)
-    context.tell({"bytes": live_bytes() - before})
+    context.report({"bytes": live_bytes() - before})
 
 
 def with_small_buckets(job: JobConfig) -> JobConfig:

@@ -87,7 +87,7 @@ def take_turns(context: WorkerContext, payload: dict[str, Any]) -> None:
     )
     if context.rank == 0:
         for timing in timings:
-            context.tell(
+            context.report(
                 {
                     "held as": timing.name,
                     "ms": 1000 * timing.minimum,

@@ -159,4 +159,4 @@ def send(context: WorkerContext, payload: dict[str, Any]) -> None:
     with WireCounter() as counter:
         training.update()
     if context.rank == 0:
-        context.tell({"bytes": dict(counter.bytes), "calls": dict(counter.calls)})
+        context.report({"bytes": dict(counter.bytes), "calls": dict(counter.calls)})

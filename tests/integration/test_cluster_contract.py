@@ -64,8 +64,8 @@ def sum_ranks(context: WorkerContext, payload: Payload) -> None:
     total = torch.tensor([float(context.rank + 1)])
     dist.all_reduce(total)
     for number in range(payload["messages"]):
-        context.tell({"rank": context.rank, "number": number})
-    context.tell(
+        context.report({"rank": context.rank, "number": number})
+    context.report(
         {
             "rank": context.rank,
             "world_size": (context.world_size, dist.get_world_size()),
@@ -104,12 +104,12 @@ def test_workers_know_their_place_and_reach_one_another(config: ClusterConfig) -
 
 def work_until_stopped(context: WorkerContext, payload: Payload) -> None:
     if context.rank == 0:
-        context.tell({"stop": True})
+        context.report({"stop": True})
     limit = time.monotonic() + 540
     while not context.stop_requested():
         assert time.monotonic() < limit
         time.sleep(0.01)
-    context.tell({"stopped": context.rank})
+    context.report({"stopped": context.rank})
 
 
 def test_a_stop_request_reaches_every_worker(config: ClusterConfig) -> None:

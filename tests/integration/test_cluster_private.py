@@ -29,7 +29,7 @@ def lose_one_then_wait(context: WorkerContext, payload: Payload) -> None:
     import torch.distributed as dist
 
     dist.barrier()
-    context.tell({"begun": context.rank, "attempt": context.attempt})
+    context.report({"begun": context.rank, "attempt": context.attempt})
     if context.attempt == 0:
         # Long enough for the message to leave.
         time.sleep(1)
@@ -42,7 +42,7 @@ def lose_one_then_wait(context: WorkerContext, payload: Payload) -> None:
     # The last checkpoint: work, and collectives, after the interrupt.
     time.sleep(0.5)
     dist.barrier()
-    context.tell({"ended": context.rank})
+    context.report({"ended": context.rank})
 
 
 def drive() -> None:

@@ -32,7 +32,7 @@ def tell_node(context: WorkerContext, payload: Payload) -> None:
     import ray
     import torch.distributed as dist
 
-    context.tell(
+    context.report(
         {
             "rank": context.rank,
             "attempt": context.attempt,

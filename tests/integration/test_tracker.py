@@ -173,7 +173,7 @@ def test_a_failure_before_training_ends_the_run_too(tmp_path, empty_tracker):
     chosen = science(job, data_digest="x")
     with (
         pytest.raises(MemoryError),
-        track_run(job, chosen, unsent=[], tell=lambda _: None),
+        track_run(job, chosen, unsent=[], report=lambda _: None),
     ):
         raise MemoryError
     run = only_run(local_client(tmp_path))

@@ -284,4 +284,4 @@ def poison(
 def tell_once(context: WorkerContext, message: dict[str, Any]) -> None:
     """Tell a message from the first rank."""
     if context.rank == 0:
-        context.tell(message)
+        context.report(message)

@@ -24,13 +24,13 @@ SECRET_WORDS = b"what only ranks of the run may read " * 8
 
 def speak_in_groups(context: WorkerContext, payload: dict[str, int]) -> None:
     """Form groups, of which the first rank tells the others something in each."""
-    context.tell({"pid": os.getpid()})
+    context.report({"pid": os.getpid()})
     for number in range(payload["groups"]):
         if number % 2 == context.rank:
             time.sleep(0.3)  # the other waits at its port, where somebody else may come first
         heard = HostGroup().broadcast(SECRET_WORDS if context.rank == 0 else b"", source=0)
         assert heard == SECRET_WORDS
-    context.tell({"rank": context.rank})
+    context.report({"rank": context.rank})
 
 
 class Intruder:
@@ -101,7 +101,7 @@ def tell_of_files(context: WorkerContext, payload: dict[str, str]) -> None:
         _become_nobody()
         theirs.send({str(file): [_refused(deed, file) for deed in DEEDS] for file in files})
         os._exit(0)
-    context.tell({"refused": ours.recv()})
+    context.report({"refused": ours.recv()})
     os.waitpid(child, 0)
 
 

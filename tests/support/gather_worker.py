@@ -45,7 +45,7 @@ def samples(context: WorkerContext, payload: dict[str, Any]) -> None:
             Mild(), torch.arange(payload["images"]) % 3, ranks=ranks
         )
         told = {"images": drawn.images.tolist(), "evaluations": list(drawn.nfe)}
-        context.tell({"rank": context.rank, **told})
+        context.report({"rank": context.rank, **told})
 
 
 def left_early(context: WorkerContext, payload: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ def left_early(context: WorkerContext, payload: dict[str, Any]) -> None:
             if number == payload["blocks"]:
                 break
     ranks.reduce_min(0)  # all are here again
-    context.tell({"rank": context.rank, "calls": model.calls})
+    context.report({"rank": context.rank, "calls": model.calls})
 
 
 def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
         time.sleep(1.5)
     ranks.reduce_min(0)  # all are here again
     _set_pg_timeout(timedelta(minutes=5))
-    context.tell({"rank": context.rank})
+    context.report({"rank": context.rank})
 
 
 def _image_sampler(batch: int, sampler: dict[str, Any]) -> ImageSampler:
@@ -103,7 +103,7 @@ def metrics(context: WorkerContext, _payload: dict[str, Any]) -> None:
         torch.tensor([2.0 + rank, 5.0]),
         weights=torch.tensor([1.0 + 2 * rank, 0.0]),
     )
-    context.tell({"rank": rank, "values": buffer.flush()})
+    context.report({"rank": rank, "values": buffer.flush()})
 
 
 def messages(context: WorkerContext, _payload: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ def messages(context: WorkerContext, _payload: dict[str, Any]) -> None:
         sent = group.receive(2) + group.receive(1)
     else:
         group.send(mine, to=0)
-    context.tell(
+    context.report(
         {
             "rank": rank,
             "least": group.reduce_min(7 - rank),

@@ -148,7 +148,7 @@ def observed(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         nonlocal asked
         asked += 1
         if payload["killed"] and asked == payload["updates"]:
-            context.tell({"kind": "waiting", "rank": context.rank})
+            context.report({"kind": "waiting", "rank": context.rank})
             standing.set()
             threading.Event().wait()
         return not payload["killed"] and asked == payload["updates"] - 1
@@ -220,7 +220,7 @@ def _tell_state(context: WorkerContext, kind: str, engine: Engine) -> None:
         whole = state.setdefault(name, np.full(numel, np.nan, np.float32))
         whole[start : start + len(values)] = values
     if context.rank == 0:
-        context.tell({"kind": kind, "state": state})
+        context.report({"kind": kind, "state": state})
 
 
 def _wait_until(holds: Callable[[], bool]) -> None:

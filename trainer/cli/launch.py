@@ -138,7 +138,7 @@ def _launch(job: JobConfig) -> int:
 
     began = time.monotonic()
     console = Console()
-    newest = preflight(job, note=console.note)
+    newest = preflight(job, report=console.note)
     complete = newest is not None and newest.images >= job.train.total_images
     if newest is not None and complete and (report := final_report(job)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
@@ -154,7 +154,7 @@ def _launch(job: JobConfig) -> int:
                 train_worker,
                 to_dict(job),
                 on_message=console.message,
-                note=console.note,
+                report=console.note,
                 stop=stop,
                 group_size=resolve_placement(job).unit,
             )

@@ -42,7 +42,7 @@ class Publisher:
         images: Images the weights were trained on.
         attempt: Finds the random name of their checkpoint.
         tracker: Takes the figures and the grid.
-        tell: Takes a message for the driver.
+        report: Takes a message for the driver.
     """
 
     store: Store
@@ -50,7 +50,7 @@ class Publisher:
     images: int
     attempt: Callable[[], str]
     tracker: Tracker
-    tell: Callable[[dict[str, object]], None]
+    report: Callable[[dict[str, object]], None]
 
     def publish(self, report: EvaluationReport, *, samples: bytes, grid: bytes) -> None:
         """Write results, and hand them to the driver where the store does not take them.
@@ -68,7 +68,7 @@ class Publisher:
                 self.store.put(evaluation_key(self.run, self.images, name), data)
         except CheckpointError as error:
             figures = report.to_json().decode()
-            self.tell({"kind": "unwritten", "text": str(error), "report": figures})
+            self.report({"kind": "unwritten", "text": str(error), "report": figures})
         self.tracker.metrics(report.metrics(), images=self.images)
         self.tracker.image("evaluation", grid, images=self.images)
 
@@ -112,7 +112,7 @@ class FinalEvaluation:
         try:
             self._run(engine, results)
         except _Unmeasurable as error:
-            results.tell({"kind": "unmeasured", "text": str(error)})
+            results.report({"kind": "unmeasured", "text": str(error)})
 
     def _run(self, engine: Engine, results: Publisher) -> None:
         labels = torch.arange(self.config.samples) % self.image_sampler.shape.classes

@@ -79,12 +79,12 @@ class RealImages:
         return open_images(self._job, self._split)
 
 
-def check_measurable(job: JobConfig, *, note: Callable[[str], None]) -> None:
+def check_measurable(job: JobConfig, *, report: Callable[[str], None]) -> None:
     """Find out before a run whether its end can be measured.
 
     Args:
         job: The configuration.
-        note: Takes a line for the user.
+        report: Takes a line for the user.
 
     Raises:
         ConfigError: If there are too few held-out images, or more than fit into memory where they
@@ -99,7 +99,7 @@ def check_measurable(job: JobConfig, *, note: Callable[[str], None]) -> None:
             f"needs at least {MIN_IMAGES}: {fix}"
         )
     if held_out < MIN_IMAGES_IN_HALVES:
-        note(
+        report(
             f"warning: with {held_out} held-out images the distance between two halves of them is "
             f"left out, which needs {MIN_IMAGES_IN_HALVES}, and the Fréchet distance says "
             f"little; {fix}"

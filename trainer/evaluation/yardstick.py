@@ -132,5 +132,5 @@ def _context(device: torch.device) -> WorkerContext:
         attempt=0,
         device=str(device),
         stop_requested=lambda: False,
-        tell=lambda _: None,
+        report=lambda _: None,
     )

@@ -54,7 +54,7 @@ class Progress:
     Args:
         metrics: Filled by the step.
         tracker: Takes the values on rank 0.
-        tell: Takes the progress line on rank 0.
+        report: Takes the progress line on rank 0.
         interval_images: How often; 0 is never.
         total_images: Length of the run.
         throughput: Measures how fast the run is.
@@ -66,7 +66,7 @@ class Progress:
         *,
         metrics: MetricBuffer,
         tracker: Tracker,
-        tell: Callable[[dict[str, object]], None],
+        report: Callable[[dict[str, object]], None],
         interval_images: int,
         total_images: int,
         throughput: Throughput,
@@ -74,7 +74,7 @@ class Progress:
     ) -> None:
         self._metrics = metrics
         self._tracker = tracker
-        self._tell = tell
+        self._report = report
         self._interval_images = interval_images
         self._total_images = total_images
         self._rank = rank
@@ -104,7 +104,7 @@ class Progress:
         values["images_per_s"] = pace.images_per_s
         self._tracker.metrics(values, images=report.images)
         line = self._line(report.images, values, pace)
-        self._tell({"kind": "progress", "images": report.images, "text": line})
+        self._report({"kind": "progress", "images": report.images, "text": line})
 
     def _line(self, images: int, values: Mapping[str, float], pace: Pace) -> str:
         losses = ", ".join(

@@ -26,12 +26,12 @@ from trainer.training.tracking import tracking_ui_hint
 logger = logging.getLogger(__name__)
 
 
-def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None:
+def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | None:
     """Check the home folder, the store, the tracker, the data set and the start.
 
     Args:
         job: The validated configuration.
-        note: Takes a line for the user.
+        report: Takes a line for the user.
 
     Returns:
         The run's newest valid checkpoint, if there is one.
@@ -52,12 +52,12 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
     check_features(job.eval.features)
     try:
         check_tracker(job.tracking, str(paths.home(job)))
-        note(f"look at the run: {tracking_ui_hint(job)}")
+        report(f"look at the run: {tracking_ui_hint(job)}")
     except TrackerUnreachable as error:
         if job.tracking.required:
             raise
-        note(f"warning: {error}")
-    images = _prepared_data(job, note)
+        report(f"warning: {error}")
+    images = _prepared_data(job, report)
     logger.info("looking for checkpoints of the run")
     newest = _newest(job, store)
     digest = codec_digest(
@@ -67,7 +67,7 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
         image_channels=picture_shape(job.data, job.codec).channels,
     )
     check_latents(job, codec_digest=digest)
-    check_measurable(job, note=note)
+    check_measurable(job, report=report)
     chosen = science(job, data_digest=images.digest, codec_digest=digest)
     changes = check_start(job, chosen, newest)
     if job.resume not in ("auto", "never"):
@@ -75,9 +75,11 @@ def preflight(job: JobConfig, *, note: Callable[[str], None]) -> Manifest | None
             _, _, branched = open_checkpoint(job.resume, job.store)
             changes = science_changes(job, chosen, branched, place=job.resume)
         else:
-            note(f"run {job.run} continues from its own checkpoints; resume=URI only begins a run")
+            report(
+                f"run {job.run} continues from its own checkpoints; resume=URI only begins a run"
+            )
     if changes:
-        note(f"warning: resuming with changed settings: {'; '.join(changes)}")
+        report(f"warning: resuming with changed settings: {'; '.join(changes)}")
     return newest
 
 
@@ -109,14 +111,14 @@ def _check_writable(store: Store, run: str) -> None:
     store.delete(key)
 
 
-def _prepared_data(job: JobConfig, note: Callable[[str], None]) -> Split:
+def _prepared_data(job: JobConfig, report: Callable[[str], None]) -> Split:
     if job.data.prepare == "digits":
         from pipelines.ingest.digits import ensure_digits
 
         logger.info("writing scikit-learn's digits into shards, unless they are there")
         ensure_digits(paths.data_prefix(job))
     train, test = open_split(job, "train"), open_split(job, "test")
-    note(
+    report(
         f"data {' '.join(paths.data_prefixes(job))}: {len(train):,} training and {len(test):,} "
         "held-out images"
     )

@@ -97,7 +97,7 @@ def restore(
     metrics: MetricBuffer,
     checkpoints: CheckpointReader,
     ranks: Ranks,
-    tell: Callable[[dict[str, object]], None],
+    report: Callable[[dict[str, object]], None],
 ) -> Restored:
     """Bring the engine to where the run left off; a collective call.
 
@@ -110,7 +110,7 @@ def restore(
         metrics: Takes what was recorded since the last point of the curves.
         checkpoints: The run's own checkpoints.
         ranks: How this rank agrees with the others.
-        tell: Takes a note for the user.
+        report: Takes a note for the user.
 
     Returns:
         The run's counters, and points of its curves to record again.
@@ -124,10 +124,10 @@ def restore(
         # It may have appeared since the start was checked, by another launch of the same name.
         science_changes(job, chosen, manifest, place=f"run={job.run}")
         try:
-            restored = _load(checkpoints, manifest, engine, metrics, tell)
+            restored = _load(checkpoints, manifest, engine, metrics, report)
             return restored._replace(position=manifest.images)
         except DamagedCheckpoint as damage:
-            tell({"kind": "warning", "text": str(damage)})
+            report({"kind": "warning", "text": str(damage)})
             before = manifest.images
     if not checkpoints.is_empty():
         # The engine may hold part of what was read; and a new run must not replace the evidence.
@@ -136,7 +136,7 @@ def restore(
         _, source, manifest = open_checkpoint(job.resume, job.store, ranks=ranks)
         science_changes(job, chosen, manifest, place=job.resume)
         try:
-            restored = _load(source, manifest, engine, metrics, tell)
+            restored = _load(source, manifest, engine, metrics, report)
             return restored._replace(unsent=[])  # they are of the other run's curves
         except DamagedCheckpoint as damage:
             raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
@@ -156,7 +156,7 @@ def _load(
     manifest: Manifest,
     engine: Engine,
     metrics: MetricBuffer,
-    tell: Callable[[dict[str, object]], None],
+    report: Callable[[dict[str, object]], None],
 ) -> Restored:
     logger.info("reading the checkpoint %s", checkpoints.uri(manifest.images))
     counters = checkpoints.restore(manifest, engine.fragments())
@@ -165,7 +165,7 @@ def _load(
     state = TrainState.from_dict(counters)
     engine.load_fragments(state.updates)
     uri = checkpoints.uri(manifest.images)
-    tell({"kind": "resumed", "images": state.images, "uri": uri})
+    report({"kind": "resumed", "images": state.images, "uri": uri})
     return Restored(state, unsent, None)
 
 

@@ -23,7 +23,7 @@ def track_run(
     chosen: Mapping[str, Any],
     *,
     unsent: Sequence[Point],
-    tell: Callable[[dict[str, Any]], None],
+    report: Callable[[dict[str, Any]], None],
 ) -> Iterator[Tracker]:
     """Track a run for the length of a `with` block, which closes the tracker when all went well.
 
@@ -31,7 +31,7 @@ def track_run(
         job: The configuration.
         chosen: Its science.
         unsent: Points of its curves that an earlier launch could not send.
-        tell: Takes MLflow's ID of the run for the driver, which outlives this process.
+        report: Takes MLflow's ID of the run for the driver, which outlives this process.
 
     Yields:
         The tracker; a failure of the block ends the run as FAILED.
@@ -41,7 +41,7 @@ def track_run(
         home=str(paths.home(job)),
         run=job.run,
         identity=f"{paths.run_uri(job)} {config_fingerprint(chosen)}",
-        opened=lambda run_id: tell({"kind": "tracked", "run_id": run_id}),
+        opened=lambda run_id: report({"kind": "tracked", "run_id": run_id}),
     )
     try:
         lasting = fingerprinted(chosen)
@@ -69,7 +69,7 @@ def send_unsent(job: JobConfig, complete: Manifest, figures: Mapping[str, float]
     unsent = [Point.from_json(each) for each in complete.train_state.get("unsent_points", [])]
     if not unsent:
         return
-    with track_run(job, complete.science, unsent=unsent, tell=lambda _: None) as tracker:
+    with track_run(job, complete.science, unsent=unsent, report=lambda _: None) as tracker:
         tracker.metrics(figures, images=complete.images)
         tracker.close("FINISHED")
 
@@ -115,12 +115,12 @@ class CheckpointReporter:
 
     Args:
         tracker: Takes where the checkpoint is, what it cost, or why there is none.
-        tell: Takes the same for the user.
+        report: Takes the same for the user.
     """
 
-    def __init__(self, tracker: Tracker, tell: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, tracker: Tracker, report: Callable[[dict[str, Any]], None]) -> None:
         self._tracker = tracker
-        self._tell = tell
+        self._report = report
 
     def __call__(self, report: SaveReport) -> None:
         """Pass on one report."""
@@ -137,8 +137,8 @@ class CheckpointReporter:
         )
         if report.error is not None:
             self._tracker.tag(f"checkpoint_failed.{name}", report.error)
-            self._tell({"kind": "checkpoint_failed", "text": report.error, **news})
+            self._report({"kind": "checkpoint_failed", "text": report.error, **news})
             return
         self._tracker.tag("checkpoint", report.uri)
         self._tracker.tag(f"checkpoint.{name}", report.uri)
-        self._tell({"kind": "checkpoint", **news})
+        self._report({"kind": "checkpoint", **news})

@@ -67,7 +67,7 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         payload: The job's configuration as plain values.
     """
     try:
-        with forward_logs(context.tell, rank=context.rank):
+        with forward_logs(context.report, rank=context.rank):
             logger.info("%d of %d workers have met", context.world_size, context.world_size)
             _train(context, from_dict(JobConfig, payload))
     except ValueError as error:
@@ -102,7 +102,7 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
             saver.leave(job.checkpoint.grace_s)
             raise
         tracker.close("FINISHED" if end == "finished" else "KILLED")
-        run.tell({"kind": "end", "end": end, "images": state.images})
+        run.report({"kind": "end", "end": end, "images": state.images})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Run:
     Attributes:
         context: Rank, device and the line to the driver.
         job: The configuration.
-        tell: Sends a message to the driver on the first rank; does nothing on the others.
+        report: Sends a message to the driver on the first rank; does nothing on the others.
         device: Where this rank computes.
         flow: The flow between noise and images.
         engine: Holds the model, freshly initialised.
@@ -127,7 +127,7 @@ class Run:
 
     context: WorkerContext
     job: JobConfig
-    tell: Callable[[dict[str, Any]], None]
+    report: Callable[[dict[str, Any]], None]
     device: torch.device
     flow: Flow
     engine: Engine
@@ -171,7 +171,7 @@ def _build_run(context: WorkerContext, job: JobConfig) -> Run:
     return Run(
         context=context,
         job=job,
-        tell=context.tell if context.rank == 0 else _tell_nobody,
+        report=context.report if context.rank == 0 else _report_nothing,
         device=device,
         flow=flow,
         engine=engine,
@@ -204,7 +204,7 @@ def initial_model(job: JobConfig, on_built: OnBuilt = no_op) -> LapFlowTransform
     )
 
 
-def _tell_nobody(_message: dict[str, Any]) -> None:
+def _report_nothing(_message: dict[str, Any]) -> None:
     """Stand in for the line to the driver on every rank but the first."""
 
 
@@ -216,14 +216,14 @@ def _restore(run: Run) -> Restored:
         metrics=run.metrics,
         checkpoints=run.checkpoints,
         ranks=run.ranks,
-        tell=run.tell,
+        report=run.report,
     )
 
 
 def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracker]:
     if run.context.rank > 0:
         return nullcontext(SilentTracker())
-    return track_run(run.job, run.science, unsent=restored.unsent, tell=run.tell)
+    return track_run(run.job, run.science, unsent=restored.unsent, report=run.report)
 
 
 def _loss_watch(run: Run) -> LossWatch:
@@ -281,7 +281,7 @@ def _checkpoint_saver(run: Run, tracker: Tracker, restored: Restored) -> Checkpo
         config=job.checkpoint,
         ranks=run.ranks,
         aside=HostGroup(),
-        report=CheckpointReporter(tracker, run.tell),
+        report=CheckpointReporter(tracker, run.report),
         scores=lambda: frechet_scores(run.store, run=job.run, features=job.eval.features.name),
         position=restored.position,
         stop_requested=run.context.stop_requested,
@@ -300,7 +300,7 @@ def _save(
     """Save the run as it is now, unless that is no state to keep; a collective call."""
     if watch.is_diverging():
         text = f"{state.images:,} images: the loss is not finite, so nothing is saved"
-        run.tell({"kind": "warning", "text": text})
+        run.report({"kind": "warning", "text": text})
         return
     saver.save(
         images=state.images,
@@ -332,7 +332,7 @@ def _hooks(
         Progress(
             metrics=run.metrics,
             tracker=tracker,
-            tell=run.tell,
+            report=run.report,
             interval_images=job.runtime.log_interval_images,
             total_images=job.train.total_images,
             throughput=throughput,
@@ -372,5 +372,5 @@ def _publisher(run: Run, state: TrainState, tracker: Tracker) -> Publisher:
         images=state.images,
         attempt=lambda: run.checkpoints.index.examine(state.images).attempt,
         tracker=tracker,
-        tell=run.tell,
+        report=run.report,
     )

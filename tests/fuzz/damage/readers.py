@@ -122,7 +122,7 @@ def restored(home: Path, *, before: int | None = None) -> dict[str, Any]:
         metrics=MetricBuffer(CPU),
         checkpoints=reader,
         ranks=Alone(),
-        tell=told,
+        report=told,
     )
     for line in told.lines:
         say(line)

@@ -18,7 +18,7 @@ CONTEXT = WorkerContext(
     attempt=2,
     device="cpu",
     stop_requested=lambda: False,
-    tell=lambda message: None,
+    report=lambda message: None,
 )
 
 

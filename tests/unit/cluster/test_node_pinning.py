@@ -33,7 +33,7 @@ def pins(pinning):
 
 def test_each_start_waits_for_room_and_decides_anew(free):
     told: list[str] = []
-    pinning = NodePinning(SPEC, timeout_s=60, note=told.append)
+    pinning = NodePinning(SPEC, timeout_s=60, report=told.append)
     free += [[node("a", 3)], [node("a", 3), node("b", 3)], [node("c", 1)], [node("c", 4)]]
     assert pins(pinning) == ["a", "a", "b", "b"]
     assert pins(pinning) == ["c"] * 4
@@ -46,11 +46,11 @@ def test_each_start_waits_for_room_and_decides_anew(free):
 def test_a_start_without_room_fails_in_a_way_that_ray_train_tries_again(free):
     free += [[node("a", 3), node("b", 1)]]
     with pytest.raises(WorkerGroupStartupFailedError, match=r"After 0.1 s .* room for 1 \(a has 3"):
-        pins(NodePinning(SPEC, timeout_s=0.1, note=print))
+        pins(NodePinning(SPEC, timeout_s=0.1, report=print))
 
 
 def test_other_numbers_than_were_decided_are_an_error():
     workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in "abba"]
     group = SimpleNamespace(get_workers=lambda: workers)
     with pytest.raises(RuntimeError, match="Ranks 0 to 1 must share a node, but run on a, b"):
-        NodePinning(SPEC, timeout_s=1, note=print).after_worker_group_start(group)
+        NodePinning(SPEC, timeout_s=1, report=print).after_worker_group_start(group)

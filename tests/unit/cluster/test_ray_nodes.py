@@ -11,7 +11,7 @@ def test_nodes_are_asked_all_at_once(monkeypatch):
         together.wait()
         return address == "lives"
 
-    monkeypatch.setattr(ray_nodes, "answers", silent)
+    monkeypatch.setattr(ray_nodes, "is_reachable", silent)
     addresses = ["lives", *(f"10.0.0.{n}:1" for n in range(39))]
     assert ray_nodes.are_reachable(addresses) == [True] + [False] * 39
     assert ray_nodes.are_reachable([]) == []

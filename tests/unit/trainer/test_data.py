@@ -31,7 +31,7 @@ ALONE = WorkerContext(
     attempt=0,
     device="cpu",
     stop_requested=lambda: False,
-    tell=lambda _: None,
+    report=lambda _: None,
 )
 
 
@@ -118,7 +118,7 @@ def test_real_images_of_lost_shards_are_left_out_as_far_as_allowed(tmp_path: Pat
 def test_few_held_out_images_are_told_before_a_run(tmp_path: Path, count: int, told: bool) -> None:
     spoiled(tmp_path / "data", bad={}, count=count)
     notes: list[str] = []
-    check_measurable(job_of(tmp_path / "data", tmp_path, AugmentConfig()), note=notes.append)
+    check_measurable(job_of(tmp_path / "data", tmp_path, AugmentConfig()), report=notes.append)
     assert bool(notes) == told
     assert not told or f"with {count} held-out images" in notes[0]
 
@@ -128,13 +128,13 @@ def test_too_few_or_too_large_images_are_refused_before_a_run(
 ) -> None:
     spoiled(tmp_path / "one", bad={}, count=1)
     with pytest.raises(ConfigError, match=r"has 1 held-out image, .*--hold-out"):
-        check_measurable(job_of(tmp_path / "one", tmp_path, AugmentConfig()), note=print)
+        check_measurable(job_of(tmp_path / "one", tmp_path, AugmentConfig()), report=print)
     spoiled(tmp_path / "data", bad={})
     job = job_of(tmp_path / "data", tmp_path, AugmentConfig())
-    check_measurable(job, note=print)
+    check_measurable(job, report=print)
     monkeypatch.setattr("trainer.evaluation.real_images._MAX_HELD_BYTES", 12 * 64 * 4 - 1)
     with pytest.raises(ConfigError, match=r"eval\.classifier=true holds all 12 .*3\.0 KiB"):
-        check_measurable(job, note=print)
+        check_measurable(job, report=print)
     with pytest.raises(ConfigError, match=r"learned_conv .* holds all 12"):
         check_held(job, ["random_conv", "learned_conv"], classifier=False)
     check_held(job, ["random_conv", "inception"], classifier=False)

@@ -40,7 +40,7 @@ ALONE = WorkerContext(
     attempt=0,
     device="cpu",
     stop_requested=lambda: False,
-    tell=lambda _: None,
+    report=lambda _: None,
 )
 COUNTS = {"train": 24, "test": 6}
 

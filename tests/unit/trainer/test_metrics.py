@@ -193,7 +193,7 @@ def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
         progress = Progress(
             metrics=metrics,
             tracker=SilentTracker(),
-            tell=messages.append,
+            report=messages.append,
             interval_images=100,
             total_images=260,
             throughput=Throughput(0),

@@ -23,57 +23,6 @@ class Node:
     gpus: float
 
 
-def gpus_per_worker(config: ClusterConfig, nodes: Sequence[Node]) -> int:
-    """The GPUs of one worker: as configured, or for `auto` 1 where there is any GPU at all."""
-    if config.gpus_per_worker == "auto":
-        return 1 if any(node.gpus >= 1 for node in nodes) else 0
-    return config.gpus_per_worker
-
-
-def workers_that_fit(nodes: Sequence[Node], *, cpus: int, gpus: int) -> int:
-    """How many workers of `cpus` cores and `gpus` GPUs the nodes hold; none spans two of them."""
-    return sum(
-        int(min(node.cpus // cpus, node.gpus // gpus if gpus else float("inf"))) for node in nodes
-    )
-
-
-def require_room(config: ClusterConfig, nodes: Sequence[Node], *, gpus: int) -> None:
-    """Refuses a cluster that could not hold the workers even if it were idle.
-
-    Raises:
-        ClusterTooSmall: With what is needed and what is there.
-    """
-    room = workers_that_fit(nodes, cpus=config.cpus_per_worker, gpus=gpus)
-    if room >= config.workers:
-        return
-    raise ClusterTooSmall(
-        f"{config.workers} workers do not fit on the cluster: they need "
-        f"{resources(config.workers * config.cpus_per_worker, config.workers * gpus)} "
-        f"({resources(config.cpus_per_worker, gpus)} each, none spanning two nodes), and the "
-        f"cluster has {resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))} on "
-        f"{len(nodes)} node(s), room for {room}. Set cluster.workers, cluster.cpus_per_worker or "
-        "cluster.gpus_per_worker lower, or add nodes."
-    )
-
-
-def oversubscription_warning(config: ClusterConfig, *, cores: int) -> str | None:
-    """A word on processor workers that have to share this machine's cores, if they have to."""
-    wanted = config.workers * config.cpus_per_worker
-    if wanted <= cores:
-        return None
-    return (
-        f"warning: cluster.workers={config.workers} with cluster.cpus_per_worker="
-        f"{config.cpus_per_worker} want {wanted} cores, and this machine has {cores}: the workers "
-        "share them and wait for each other, and each needs memory of its own. "
-        f"cluster.workers={max(1, cores // config.cpus_per_worker)} is faster here."
-    )
-
-
-def resources(cpus: float, gpus: float) -> str:
-    """The amounts in words, GPUs only where there are some."""
-    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-
-
 @dataclass(frozen=True, kw_only=True)
 class WorkerGroupSpec:
     """The workers of a run and what they need.
@@ -101,6 +50,52 @@ class WorkerGroupSpec:
             workers_that_fit([node], cpus=self.cpus, gpus=self.gpus) // self.group_size
             for node in nodes
         )
+
+
+def gpus_per_worker(config: ClusterConfig, nodes: Sequence[Node]) -> int:
+    """The GPUs of one worker: as configured, or for `auto` 1 where there is any GPU at all."""
+    if config.gpus_per_worker == "auto":
+        return 1 if any(node.gpus >= 1 for node in nodes) else 0
+    return config.gpus_per_worker
+
+
+def workers_that_fit(nodes: Sequence[Node], *, cpus: int, gpus: int) -> int:
+    """How many workers of `cpus` cores and `gpus` GPUs the nodes hold; none spans two of them."""
+    return sum(
+        int(min(node.cpus // cpus, node.gpus // gpus if gpus else float("inf"))) for node in nodes
+    )
+
+
+def require_room(config: ClusterConfig, nodes: Sequence[Node], *, gpus: int) -> None:
+    """Refuses a cluster that could not hold the workers even if it were idle.
+
+    Raises:
+        ClusterTooSmall: With what is needed and what is there.
+    """
+    room = workers_that_fit(nodes, cpus=config.cpus_per_worker, gpus=gpus)
+    if room >= config.workers:
+        return
+    needed = format_resources(config.workers * config.cpus_per_worker, config.workers * gpus)
+    there = format_resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))
+    raise ClusterTooSmall(
+        f"{config.workers} workers do not fit on the cluster: they need {needed} "
+        f"({format_resources(config.cpus_per_worker, gpus)} each, none spanning two nodes), and "
+        f"the cluster has {there} on {len(nodes)} node(s), room for {room}. Set cluster.workers, "
+        "cluster.cpus_per_worker or cluster.gpus_per_worker lower, or add nodes."
+    )
+
+
+def oversubscription_warning(config: ClusterConfig, *, cores: int) -> str | None:
+    """A word on processor workers that have to share this machine's cores, if they have to."""
+    wanted = config.workers * config.cpus_per_worker
+    if wanted <= cores:
+        return None
+    return (
+        f"warning: cluster.workers={config.workers} with cluster.cpus_per_worker="
+        f"{config.cpus_per_worker} want {wanted} cores, and this machine has {cores}: the workers "
+        "share them and wait for each other, and each needs memory of its own. "
+        f"cluster.workers={max(1, cores // config.cpus_per_worker)} is faster here."
+    )
 
 
 def require_whole_groups(workers: int, group_size: int) -> None:
@@ -136,9 +131,9 @@ def assign_nodes(spec: WorkerGroupSpec, nodes: Sequence[Node]) -> tuple[str, ...
     """
     room = {node.id: spec.groups_that_fit(node) for node in nodes}
     if sum(room.values()) < spec.groups:
-        per_group = resources(spec.group_size * spec.cpus, spec.group_size * spec.gpus)
+        per_group = format_resources(spec.group_size * spec.cpus, spec.group_size * spec.gpus)
         listing = "; ".join(
-            f"{node.address} has {resources(node.cpus, node.gpus)}, room for {room[node.id]}"
+            f"{node.address} has {format_resources(node.cpus, node.gpus)}, room for {room[node.id]}"
             for node in nodes
         )
         raise ClusterTooSmall(
@@ -170,3 +165,8 @@ def require_same_node(nodes: Sequence[str], group_size: int) -> None:
                 f"Ranks {first} to {first + len(group) - 1} must share a node, but run on "
                 f"{', '.join(group)}: this version of Ray numbers its workers in another way."
             )
+
+
+def format_resources(cpus: float, gpus: float) -> str:
+    """The amounts in words, GPUs only where there are some."""
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")

@@ -21,6 +21,10 @@ from cluster.contract import ClusterTooSmall
 
 _ANSWER_TIMEOUT_S = 5.0
 _MAX_AT_ONCE = 128
+_NODE_ID = "ray.io/node-id"
+"""A label that Ray gives every node."""
+_LOOK_S = 0.5
+"""How often it looks whether there is room yet."""
 
 
 def live_nodes() -> tuple[Node, ...]:
@@ -70,12 +74,6 @@ def _node(record: dict[str, Any], amounts: dict[str, float]) -> Node:
         cpus=amounts.get("CPU", 0),
         gpus=amounts.get("GPU", 0),
     )
-
-
-_NODE_ID = "ray.io/node-id"
-"""A label that Ray gives every node."""
-_LOOK_S = 0.5
-"""How often it looks whether there is room yet."""
 
 
 def empty_selectors(workers: int) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import ray
 from ray._private.utils import read_ray_address
 
-from cluster.assignment import Node, resources
+from cluster.assignment import Node, format_resources
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailable
 from cluster.ray_nodes import is_reachable, live_nodes
 from cluster.ray_private import private_cluster
@@ -97,7 +97,7 @@ def _connect(config: ClusterConfig, scratch: Path, report: Callable[[str], None]
                 at_last.callback(ray.shutdown)
                 _join(address, found=config.address == "auto")
         nodes = live_nodes()
-        has = resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))
+        has = format_resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))
         report(
             f"Ray: {'started on this machine' if address is None else f'joined {address}'}, "
             f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {has} ({time.monotonic() - began:.1f} s)"

@@ -22,10 +22,10 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from cluster.assignment import (
     WorkerGroupSpec,
     assign_nodes,
+    format_resources,
     gpus_per_worker,
     oversubscription_warning,
     require_room,
-    resources,
 )
 from cluster.contract import ClusterConfig, ClusterTooSmall, Message, Outcome, Payload, Worker
 from cluster.ray_mailbox import Mailbox, open_mailbox
@@ -141,7 +141,7 @@ def _wait_for_room(
     while not stop.is_set():
         free = ray.available_resources()
         enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
-        now = f"{resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
+        now = f"{format_resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
         if spec.group_size > 1:
             groups = spec.groups_that_fit(*free_nodes())
             enough = groups >= spec.groups
@@ -150,14 +150,15 @@ def _wait_for_room(
             return True
         if time.monotonic() > deadline:
             raise ClusterTooSmall(
-                f"The workers need {resources(cpus, gpus)}, and after {config.start_timeout_s:g} s "
-                f"only {now}: other jobs hold the rest of the cluster. Wait for them, ask for less "
-                "(cluster.workers, cluster.cpus_per_worker), or raise cluster.start_timeout_s."
+                f"The workers need {format_resources(cpus, gpus)}, and after "
+                f"{config.start_timeout_s:g} s only {now}: other jobs hold the rest of "
+                "the cluster. Wait for them, ask for less (cluster.workers, "
+                "cluster.cpus_per_worker), or raise cluster.start_timeout_s."
             )
         if now != told:
             report(
                 f"waiting up to {config.start_timeout_s:g} s (cluster.start_timeout_s) for "
-                f"{resources(cpus, gpus)}: {now}, other jobs hold the rest of the cluster"
+                f"{format_resources(cpus, gpus)}: {now}, other jobs hold the rest of the cluster"
             )
             told = now
         time.sleep(TICK_S)

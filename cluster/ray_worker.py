@@ -82,7 +82,7 @@ def _open() -> tuple[str, int]:
     return host, _listeners[-1].getsockname()[1]
 
 
-def forget_meeting() -> None:
+def remove_rendezvous_folder() -> None:
     """Removes what this process made for the meeting, once nobody meets there any more."""
     while _folders:
         shutil.rmtree(_folders.pop(), ignore_errors=True)
@@ -147,7 +147,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         report=sender.send,
     )
     failure = run_worker(worker, context, payload)
-    forget_meeting()
+    remove_rendezvous_folder()
     sender.send_last(failure or Finished(attempt, rank))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":

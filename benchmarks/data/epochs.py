@@ -16,7 +16,7 @@ from pipelines.decode.contract import DecodeConfig
 from pipelines.ingest.write import write_dataset
 from pipelines.loading.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
-from trainer.host_memory import return_large_blocks
+from trainer.data.loading import return_large_blocks
 
 _SHARD_BYTES = 1 << 24
 

@@ -19,8 +19,8 @@ from benchmarks.experts.variant import Variant
 from models.transformer.cost import parameters
 from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
+from trainer.data.loading import return_large_blocks
 from trainer.engine.expert_shards import ExpertShards
-from trainer.host_memory import return_large_blocks
 from trainer.planning.placing import model_shape, resolve_placement
 from trainer.training.worker import initial_model
 

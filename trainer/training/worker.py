@@ -30,7 +30,7 @@ from trainer.config import paths
 from trainer.config.job import JobConfig, config_fingerprint, micro_batch, science
 from trainer.config.reading import from_dict
 from trainer.config.shapes import encodes, flow_shape, picture_shape
-from trainer.data.loading import training_loader
+from trainer.data.loading import return_large_blocks, training_loader
 from trainer.data.splits import Split, open_split
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine
@@ -40,7 +40,6 @@ from trainer.evaluation.measured import frechet_scores
 from trainer.evaluation.real_images import RealImages
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
-from trainer.host_memory import return_large_blocks
 from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import SilentTracker, Tracker

@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import ctypes
-from trainer.host_memory import return_large_blocks
+from trainer.data.loading import return_large_blocks
 
 class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()

@@ -2,8 +2,8 @@
 
 Every rank runs this page. The cluster has made the process group. `_train` is the run from start
 to end: what it is made of, where it goes on, its parts, the loop, the last save, the evaluation.
-Making an engine, a `HostGroup` or a reader of checkpoints is a collective call, so the order of the
-lines below is agreed between ranks.
+Making an engine or a `HostGroup` is a collective call, and so is reading or saving a checkpoint:
+all ranks must come to these in the order in which they are written here.
 """
 
 from __future__ import annotations

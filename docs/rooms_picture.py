@@ -59,7 +59,7 @@ def rooms() -> Figure:
     axes.set_xlim(-widest / 2, widest / 2)
     axes.set_ylim(-0.5, len(floors) - 0.5)
     axes.axis("off")
-    for importer, imported in networkx.transitive_reduction(imports).edges:
+    for importer, imported in sorted(networkx.transitive_reduction(imports).edges):
         _draw_arrow(axes, places[importer], places[imported], _colour(importer))
     for room, place in places.items():
         _draw_box(axes, room, place)

@@ -17,6 +17,11 @@ from trainer.config.settings import settings_of
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("design/*.md")])
+FILES = [
+    f"/{path.relative_to(ROOT).as_posix()}"
+    for folder in (*PACKAGES, "benchmarks", "docs", "install", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+]
 EVERY_PAGE = sorted([*ROOT.glob("*.md"), *DOCS.glob("**/*.md")])
 
 
@@ -112,6 +117,13 @@ def test_what_the_page_of_the_rooms_says_a_file_does_is_in_the_file():
         if not re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE)
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_the_files_that_a_page_names_are_there(page):
+    """Decisions and the changelog name what there was."""
+    named = re.findall(r"`([\w./]+\.py)`", page.read_text())
+    assert [name for name in named if not any(each.endswith(f"/{name}") for each in FILES)] == []
 
 
 LONGEST_LINE = 120

@@ -52,7 +52,7 @@ def placement() -> Figure:
     grids, bars = halves
     panels = grids.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
     for panel, where in zip(panels, placements, strict=True):
-        _draw_holders(panel, work, where)
+        _draw_replicas(panel, work, where)
     grids.legend(
         handles=[
             Patch(facecolor="0.35", label="weights"),
@@ -92,7 +92,7 @@ def _change(before: RankMemory, after: RankMemory) -> str:
     return f"{(after.total - before.total) / _GIB:+.1f} GiB"
 
 
-def _draw_holders(panel: Any, work: Workload, where: Placement) -> None:
+def _draw_replicas(panel: Any, work: Workload, where: Placement) -> None:
     """A cell for each rank and part; its width is the whole part, filled as far as it is held."""
     ranks, scales = work.world_size, len(work.scales)
     rows: list[tuple[int | None, int, int]] = [(None, work.shared_parameters, 1)]
@@ -100,10 +100,10 @@ def _draw_holders(panel: Any, work: Workload, where: Placement) -> None:
         rows.append((scales - 1 - position, load.parameters, size))
     for row, (k, _, size) in enumerate(rows):
         for rank in range(ranks):
-            holders = replica_ranks(rank, size, ranks)
+            replicas = replica_ranks(rank, size, ranks)
             shard = rank % size / size
-            # Of what its holders have in common each keeps the state of an equal part.
-            part = shard + holders.index(rank) / ranks
+            # Of what its replica group has in common each rank keeps the state of an equal part.
+            part = shard + replicas.index(rank) / ranks
             top = row - _STRIP - _GAP / 2
             _strip(panel, (rank, top), (shard, 1 / size), colour=_COLOURS[k])
             state = (rank, row + _GAP / 2)

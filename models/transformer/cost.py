@@ -276,7 +276,7 @@ def activation_elements(
     return tuple(kept)
 
 
-def undivided_parameters(shape: ModelShape) -> tuple[int, ...]:
+def unpartitioned_parameters(shape: ModelShape) -> tuple[int, ...]:
     """Count a scale's parameters that stay whole when its experts are sharded.
 
     They are no layers' weights: the gains of the norms of queries and keys, and the offsets of

@@ -22,7 +22,7 @@ def loads(draw: st.DrawFn) -> ScaleLoad:
     matrices = draw(st.integers(1, 10**6)) * 64
     return ScaleLoad(
         parameters=matrices + DEPTH * WIDTH,
-        undivided=DEPTH * WIDTH,
+        unpartitioned=DEPTH * WIDTH,
         last_projection=0,
         tokens=tokens,
         patches=tokens,
@@ -32,7 +32,7 @@ def loads(draw: st.DrawFn) -> ScaleLoad:
         expert_multiply_adds=tokens * matrices // 2,
         activations=tokens * DEPTH * 20 * WIDTH,
         block_activations=tokens * 20 * WIDTH,
-        recomputed=draw(st.booleans()),
+        activation_checkpointing=draw(st.booleans()),
     )
 
 
@@ -47,7 +47,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         patch_elements=draw(st.sampled_from([3, 4, 12, 16])),
         world_size=draw(st.sampled_from([8, 16, 64])),
         images=32,
-        passes=draw(st.integers(1, 4)),
+        grad_accum_steps=draw(st.integers(1, 4)),
         element_bytes=(element := draw(st.sampled_from([2, 4]))),
         gradient_bytes=draw(st.sampled_from([element, 4])),
         offload=draw(st.booleans()),
@@ -146,13 +146,13 @@ def test_the_choice_fits_and_more_memory_never_makes_it_slower(
 
 @QUICK
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 6), st.data())
-def test_groups_and_holders_are_a_grid_of_all_ranks(
+def test_expert_and_replica_groups_are_a_grid_of_all_ranks(
     ranks: int, groups: int, data: st.DataObject
 ) -> None:
     world_size = ranks * groups
     rank = data.draw(st.integers(0, world_size - 1))
-    group, holders = expert_group(rank, ranks), replica_ranks(rank, ranks, world_size)
-    assert set(group) & set(holders) == {rank}
-    assert (len(group), len(holders)) == (ranks, groups)
-    every = [r for holder in holders for r in expert_group(holder, ranks)]
+    group, replicas = expert_group(rank, ranks), replica_ranks(rank, ranks, world_size)
+    assert set(group) & set(replicas) == {rank}
+    assert (len(group), len(replicas)) == (ranks, groups)
+    every = [r for replica in replicas for r in expert_group(replica, ranks)]
     assert sorted(every) == list(range(world_size))

@@ -15,6 +15,7 @@ from trainer.config.groups import members
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
 from trainer.errors import is_user_error
+from trainer.formats import format_bytes
 from trainer.planning.placing import changed_jobs, configured, workload, zero_stage
 from trainer.planning.planner import (
     Candidate,
@@ -120,7 +121,7 @@ def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) ->
         fits = "" if own.fits else ", which does not fit"
         words.append(
             f"As configured ({settings}): {own}, {1000 * own.time.total:,.1f} ms and "
-            f"{own.memory.total / 2**30:,.1f} GiB{fits}."
+            f"{format_bytes(own.memory.total)}{fits}."
         )
     return words
 

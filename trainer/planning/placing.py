@@ -15,7 +15,7 @@ from models.transformer.cost import (
     last_projection_parameters,
     multiply_adds,
     parameters,
-    undivided_parameters,
+    unpartitioned_parameters,
 )
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import ConfigError
@@ -116,7 +116,7 @@ def workload(job: JobConfig) -> Workload:
         tied=shape.ties.scales,
         world_size=workers,
         images=images,
-        passes=share // images,
+        grad_accum_steps=share // images,
         element_bytes=_BYTES[job.engine.precision],
         gradient_bytes=_BYTES[job.engine.sum_precision(share // images)],
         offload=job.engine.offload_optimizer,
@@ -175,13 +175,13 @@ def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
 
 
 def _sized(job: JobConfig, *, images: int | None = None, workers: int | None = None) -> JobConfig:
-    """The job with another micro-batch or number of workers, and as many passes."""
+    """The job with another micro-batch or number of workers, and as many micro-batches."""
     before, ranks = micro_batch(job), workers or job.cluster.workers
     now = images or before
-    passes = job.train.global_batch // (job.cluster.workers * before)
+    steps = job.train.global_batch // (job.cluster.workers * before)
     return replace(
         job,
-        train=replace(job.train, global_batch=ranks * now * passes),
+        train=replace(job.train, global_batch=ranks * now * steps),
         engine=replace(job.engine, micro_batch=now),
         cluster=replace(job.cluster, workers=ranks),
     )
@@ -193,7 +193,7 @@ def _scale_loads(
     again = job.engine.activation_checkpointing
     activations = activation_elements(shape, recomputed=again)
     block = activation_elements(replace(shape, depth=1))
-    undivided, last = undivided_parameters(shape), last_projection_parameters(shape)
+    unpartitioned, last = unpartitioned_parameters(shape), last_projection_parameters(shape)
     total = [0, *(multiply_adds(shape, active=a) for a in range(1, shape.scales + 1))]
     expert = shape.depth * (4 * shape.width**2 + 2 * shape.width * shape.mlp_width)
     for position, (own, tokens, patches) in enumerate(
@@ -204,7 +204,7 @@ def _scale_loads(
         carried = images * (k + 1) / shape.scales
         yield ScaleLoad(
             parameters=own,
-            undivided=undivided[position],
+            unpartitioned=unpartitioned[position],
             last_projection=last[position],
             tokens=tokens,
             patches=patches,
@@ -214,7 +214,7 @@ def _scale_loads(
             expert_multiply_adds=tokens * expert,
             activations=activations[position],
             block_activations=block[position],
-            recomputed=k in again,
+            activation_checkpointing=k in again,
         )
 
 

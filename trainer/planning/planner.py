@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.hardware import HardwareConfig, HardwareError
 from cluster.placement import Placement, possible_placements, possible_ranks
+from trainer.formats import format_bytes
 from trainer.planning.prediction import RankMemory, StepTime, rank_memory, step_time
 from trainer.planning.workload import Workload
 
@@ -66,7 +67,7 @@ def candidate(
         zero_stage=zero_stage,
         memory=rank_memory(workload, placement, zero_stage=zero_stage),
         time=step_time(workload, placement, zero_stage=zero_stage, hardware=hardware),
-        images=workload.world_size * workload.images * workload.passes,
+        images=workload.world_size * workload.images * workload.grad_accum_steps,
         device_limit=None if device is None else USABLE * device * _GIB,
         host_limit=None if host is None else USABLE * host * _GIB / ranks,
     )
@@ -162,15 +163,17 @@ def _decision(chosen: Candidate) -> str:
 
 def _memory_words(chosen: Candidate) -> str:
     memory, limit = chosen.memory, chosen.device_limit
-    largest = max(memory.parts, key=memory.parts.__getitem__)
-    words = (
-        f"A rank holds {_gib(memory.total)}, most of it {largest} ({_gib(memory.parts[largest])})"
-    )
+    words = f"A rank holds {_held(chosen)}, most of it {_largest_part(chosen)}"
     if limit is not None:
-        words += f", and may hold {_gib(limit)}: {USABLE:.0%} of its GPU"
+        words += f", and may hold {format_bytes(limit)}: {USABLE:.0%} of its GPU"
     if memory.host:
-        words += f"; {_gib(memory.host)} more are in host memory"
+        words += f"; {format_bytes(memory.host)} more are in host memory"
     return f"{words}."
+
+
+def _largest_part(one: Candidate) -> str:
+    largest = max(one.memory.parts, key=one.memory.parts.__getitem__)
+    return f"{largest} ({format_bytes(one.memory.parts[largest])})"
 
 
 def _time_words(chosen: Candidate) -> str:
@@ -181,59 +184,48 @@ def _time_words(chosen: Candidate) -> str:
 
 
 def _passed_over(found: Sequence[Candidate], chosen: Candidate) -> list[str]:
-    """What would be faster if it fitted, and what replication would cost."""
+    """What would be faster if it fitted, and the best of the other kind: sharded or replicated."""
     words = []
     faster = [one for one in found if not one.fits and one.time.total < chosen.time.total]
     if faster:
         best = min(faster, key=lambda one: one.time.total)
+        words.append(f"{best} would take {_ms(best.time.total)}, but needs {_held(best)}.")
+    sharded = bool(chosen.placement.sharded)
+    others = [one for one in found if one.fits and bool(one.placement.sharded) != sharded]
+    if others:
+        kind = "holds all experts on every rank" if sharded else "shards"
         words.append(
-            f"{_capital(str(best))} would take {_ms(best.time.total)}, but needs "
-            f"{_gib(best.memory.total)}."
+            f"The fastest that {kind} is {others[0]}: {_ms(others[0].time.total)} and "
+            f"{_held(others[0])}."
         )
-    replicated = [one for one in found if one.fits and not one.placement.sharded]
-    if chosen.placement.sharded and replicated:
-        words.append(
-            f"{_capital(str(replicated[0]))} fits too, but takes {_ms(replicated[0].time.total)}."
-        )
-    sharded = [one for one in found if one.fits and one.placement.sharded]
-    if not chosen.placement.sharded and sharded:
-        words.append(
-            f"The fastest that shards is {sharded[0]}: {_ms(sharded[0].time.total)} and "
-            f"{_gib(sharded[0].memory.total)}."
-        )
-    return words
+    return [each[0].upper() + each[1:] for each in words]
+
+
+def _held(one: Candidate) -> str:
+    return format_bytes(one.memory.total)
 
 
 def _nothing_fits(smallest: Candidate) -> str:
-    words = f"Nothing fits: the smallest, {smallest}, needs {_gib(smallest.memory.total)} a rank"
+    words = f"Nothing fits: the smallest, {smallest}, needs {_held(smallest)} a rank"
     if smallest.device_limit is not None:
-        words += f" and may have {_gib(smallest.device_limit)}"
+        words += f" and may have {format_bytes(smallest.device_limit)}"
     if smallest.host_limit is not None and smallest.memory.host > smallest.host_limit:
         words += (
-            f"; {_gib(smallest.memory.host)} of host memory, of which there are "
-            f"{_gib(smallest.host_limit)}"
+            f"; {format_bytes(smallest.memory.host)} of host memory, of which there are "
+            f"{format_bytes(smallest.host_limit)}"
         )
-    largest = max(smallest.memory.parts, key=smallest.memory.parts.__getitem__)
-    return f"{words}. Most of it is {largest} ({_gib(smallest.memory.parts[largest])})."
+    return f"{words}. Most of it is {_largest_part(smallest)}."
 
 
 def _changed(before: Candidate | None, after: Candidate | None) -> str:
     if after is None:
         return "nothing fits" if before else "still nothing fits"
-    figures = f"{after.images_per_second:,.0f} images/s, {_gib(after.memory.total)}"
+    figures = f"{after.images_per_second:,.0f} images/s, {_held(after)}"
     if before is None:
         return f"{after} fits ({figures})"
     same = (before.placement, before.zero_stage) == (after.placement, after.zero_stage)
     was = f"now {before.images_per_second:,.0f} images/s"
     return f"{'the same choice' if same else after} ({figures}; {was})"
-
-
-def _capital(words: str) -> str:
-    return words[0].upper() + words[1:]
-
-
-def _gib(value: float) -> str:
-    return f"{value / _GIB:,.1f} GiB"
 
 
 def _ms(seconds: float) -> str:

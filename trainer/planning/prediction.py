@@ -50,9 +50,9 @@ def rank_memory(workload: Workload, placement: Placement, *, zero_stage: int) ->
 
     ZeRO 1 splits optimizer state and moving average over the ranks that hold the same weights,
     ZeRO 2 the gradients too, ZeRO 3 the weights too. ZeRO 1 adds gradients up whole over several
-    passes; with one pass they are reduced as they come and kept split. Of a sharded scale N/E ranks
-    hold each 1/E, so what is split is 1/N of it whatever E is: sharding a scale saves weights and
-    whole gradients, not optimizer state. ZeRO keeps float32 master weights in either precision,
+    micro-batches; with one they are reduced as they come and kept split. Of a sharded scale N/E
+    ranks hold each 1/E, so what is split is 1/N of it whatever E is: sharding a scale saves weights
+    and whole gradients, not optimizer state. ZeRO keeps float32 master weights in either precision,
     stage 0 only in bf16.
 
     A sharded scale keeps the group's tokens at the input of three projections of a block, and at
@@ -70,14 +70,14 @@ def rank_memory(workload: Workload, placement: Placement, *, zero_stage: int) ->
     held = sum(weights for weights, _ in shards)
     split = sum(math.ceil(weights * ranks / workload.world_size) for weights, ranks in shards)
     stateful = split if zero_stage >= 1 else held
-    adds_up_split = zero_stage >= 2 or (zero_stage == 1 and workload.passes == 1)
+    adds_up_split = zero_stage >= 2 or (zero_stage == 1 and workload.grad_accum_steps == 1)
     copies = 2 if element == _FULL_BYTES and zero_stage == 0 else 3
     optimizer, ema = _FULL_BYTES * copies * stateful, _FULL_BYTES * stateful
     buffers = _exchange_buffers(workload, placement)
     if zero_stage >= 1:
         # The second is filled while the first is under way; ZeRO-3 does with one.
         buckets = 2 if workload.hides_reduction(zero_stage) and zero_stage < 3 else 1
-        # What ZeRO-1 reduces has been added up; the others reduce each pass's own gradients.
+        # What ZeRO-1 reduces has been added up; the others reduce each micro-batch's own.
         reduced = workload.gradient_bytes if zero_stage == 1 else element
         buffers += buckets * reduced * workload.bucket_elements
     if zero_stage == 3:
@@ -101,7 +101,7 @@ def _activations(workload: Workload, placement: Placement) -> int:
         # its own, which attention keeps.
         gathered = (3 * ranks - 2) * load.tokens * workload.width if ranks > 1 else 0
         kept += load.max_images * load.activations
-        if load.recomputed:
+        if load.activation_checkpointing:
             again = max(again, load.max_images * (load.block_activations + gathered))
         else:
             kept += load.max_images * workload.depth * gathered
@@ -146,26 +146,13 @@ class StepTime:
 
 
 def step_time(
-    workload: Workload,
-    placement: Placement,
-    *,
-    zero_stage: int,
-    hardware: HardwareConfig,
+    workload: Workload, placement: Placement, *, zero_stage: int, hardware: HardwareConfig
 ) -> StepTime:
     """Predict the time of one training step.
 
     Compute is 6 FLOPs for each multiply-add of the forward pass, 2 more for those that are
     recomputed; 2 of 6 are the forward pass's. Only matrix products count: not norms, the update on
     the device, or an autoencoder that encodes images on the way.
-
-    Reductions are rings: of n ranks that hold B bytes each, (n - 1)/n B leave a rank in an
-    all-gather or reduce-scatter, twice that in an all-reduce. Stages 0 to 2 all-reduce gradients,
-    as DeepSpeed does by default, stage 2 in every pass; stages 1 and 2 gather the updated weights.
-    Stage 3 gathers weights for the forward pass, those that it may not keep for the backward pass
-    again, and reduce-scatters gradients.
-    A ring inside a node is as fast as its links. One over several nodes enters and leaves each of
-    them once, through the network ports of those of its ranks that are there, but not faster than
-    links in the node.
 
     What overlaps: the reduction of gradients with the backward pass it belongs to, where
     `workload.hides_reduction`; with `workload.overlaps_exchange`, and not with stage 3, the
@@ -179,10 +166,12 @@ def step_time(
         hardware: What it runs on.
     """
     flops = 1e12 * hardware.matmul_tflops
-    passes = workload.passes
+    steps = workload.grad_accum_steps
     forward = sum(load.images * load.multiply_adds for load in workload.scales) * 2 / flops
     again = sum(
-        load.images * load.expert_multiply_adds for load in workload.scales if load.recomputed
+        load.images * load.expert_multiply_adds
+        for load in workload.scales
+        if load.activation_checkpointing
     )
     backward = 2 * forward + 2 * again / flops
     finest = workload.scales[-1].images * workload.scales[-1].multiply_adds * 6 / flops
@@ -192,35 +181,54 @@ def step_time(
     ]
     overlap = workload.overlaps_exchange and zero_stage < 3
     coarse = max(0.0, sum(sent[:-1]) - (finest if overlap else 0.0))
-    compute = passes * (forward + backward)
-    ring = _ring_seconds(workload, placement, hardware)
     hidden = backward if workload.hides_reduction(zero_stage) else 0.0
-    if zero_stage == 3:
-        calls = 3 * (workload.depth + 2) * _LATENCY_S
-        gathers = workload.gathers(placement)
-        reduction = passes * (gathers * ring + max(0.0, ring - hidden) + calls)
-    else:
-        reducing = passes if zero_stage == 2 else 1
-        updated = ring if zero_stage else 0.0
-        reduction = reducing * max(0.0, 2 * ring - hidden) + updated
     return StepTime(
-        compute=compute,
-        reduction=reduction,
-        exchange=passes * (coarse + sent[-1]),
+        compute=steps * (forward + backward),
+        reduction=_reduction_seconds(workload, placement, hardware, zero_stage, hidden),
+        exchange=steps * (coarse + sent[-1]),
         offload=_offload_seconds(workload, placement, hardware) if workload.offload else 0.0,
     )
 
 
+def _reduction_seconds(
+    workload: Workload,
+    placement: Placement,
+    hardware: HardwareConfig,
+    zero_stage: int,
+    hidden: float,
+) -> float:
+    """Time to reduce gradients and gather weights; `hidden` seconds of each reduction cost nothing.
+
+    Stages 0 to 2 all-reduce gradients, as DeepSpeed does by default, stage 2 in every micro-batch;
+    stages 1 and 2 gather the updated weights. Stage 3 gathers weights for the forward pass, those
+    that it may not keep for the backward pass again, and reduce-scatters gradients.
+    """
+    ring = _ring_seconds(workload, placement, hardware)
+    steps = workload.grad_accum_steps
+    if zero_stage == 3:
+        calls = 3 * (workload.depth + 2) * _LATENCY_S
+        gathers = workload.gathers(placement)
+        return steps * (gathers * ring + max(0.0, ring - hidden) + calls)
+    reducing = steps if zero_stage == 2 else 1
+    updated = ring if zero_stage else 0.0
+    return reducing * max(0.0, 2 * ring - hidden) + updated
+
+
 def _ring_seconds(workload: Workload, placement: Placement, hardware: HardwareConfig) -> float:
-    """One ring's pass over all weights of a rank: an all-gather, or half an all-reduce."""
+    """One ring over all weights of a rank: an all-gather, a reduce-scatter, half an all-reduce.
+
+    Of n ranks that hold B bytes each, (n - 1)/n B leave a rank. A ring inside a node is as fast as
+    its links. One over several nodes enters and leaves each of them once, through the network ports
+    of those of its ranks that are there, but not faster than links in the node.
+    """
     seconds = 0.0
     ranks_per_node = hardware.ranks_per_node(workload.world_size)
     for weights, ranks in workload.shards(placement):
-        holders = workload.world_size // ranks
+        replicas = workload.world_size // ranks
         rate = hardware.node_link_gb_per_s
         if workload.world_size > ranks_per_node:
             rate = min(rate, hardware.network_gb_per_s * max(1, ranks_per_node // ranks))
-        leaving = (holders - 1) / holders * weights * workload.element_bytes
+        leaving = (replicas - 1) / replicas * weights * workload.element_bytes
         seconds += leaving / (1e9 * rate)
     return seconds
 

@@ -12,8 +12,8 @@ class ScaleLoad:
 
     Attributes:
         parameters: Weights of the scale's own; what scales share counts for the coarsest of them.
-        undivided: Those of them that every rank keeps whole though the scale is sharded: what is no
-            layer's, such as the norms of queries and keys.
+        unpartitioned: Those of them that every rank keeps whole though the scale is sharded: what
+            is no layer's, such as the norms of queries and keys.
         last_projection: Those of the last projection, which is whole where E does not divide the
             numbers of a patch.
         tokens: Tokens of an image.
@@ -25,11 +25,11 @@ class ScaleLoad:
             recomputed.
         activations: Numbers that an image keeps for the backward pass, as the scale is configured.
         block_activations: Numbers that an image keeps in one block without recomputation.
-        recomputed: Whether the experts compute again what they would keep.
+        activation_checkpointing: Whether the experts compute again what they would keep.
     """
 
     parameters: int
-    undivided: int
+    unpartitioned: int
     last_projection: int
     tokens: int
     patches: int
@@ -39,7 +39,7 @@ class ScaleLoad:
     expert_multiply_adds: int
     activations: int
     block_activations: int
-    recomputed: bool = False
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Workload:
         tied: Scales that share weights.
         world_size: Number of ranks.
         images: Images of a rank's micro-batch.
-        passes: Micro-batches of a step.
+        grad_accum_steps: Micro-batches of a step.
         element_bytes: Bytes of a weight and an activation: 2 for bf16, 4 for fp32.
         gradient_bytes: Bytes of a gradient where those of a step are kept.
         offload: Whether moments, fp32 weights and EMA are in host memory.
@@ -81,7 +81,7 @@ class Workload:
     tied: tuple[int, ...] = ()
     world_size: int
     images: int
-    passes: int = 1
+    grad_accum_steps: int = 1
     element_bytes: int = 2
     gradient_bytes: int = 2
     offload: bool = False
@@ -110,7 +110,7 @@ class Workload:
         """
         everywhere, shards = self.shared_parameters, []
         for load, ranks in zip(self.scales, placement.ranks, strict=True):
-            whole = load.parameters if ranks == 1 else load.undivided
+            whole = load.parameters if ranks == 1 else load.unpartitioned
             if ranks > 1 and self.patch_elements % ranks:
                 whole += load.last_projection
             everywhere += whole
@@ -173,13 +173,14 @@ def exchange(workload: Workload, load: ScaleLoad, ranks: int) -> dict[str, Colle
     block, last = load.tokens * d, load.patches * d
     patches = load.patches * workload.patch_elements
     modulations = 1 if workload.shared_modulation else depth
-    divided = workload.patch_elements % ranks == 0
-    again = depth if load.recomputed else 0
+    partitioned = workload.patch_elements % ranks == 0
+    again = depth if load.activation_checkpointing else 0
     # Numbers of one image: gathered, and of those with a gradient; returned; scattered.
-    gathered = 3 * depth * block + (modulations + 1) * d + divided * last
-    returned = 4 * depth * block + (6 * modulations + 2) * d + last + divided * patches
+    gathered = 3 * depth * block + (modulations + 1) * d + partitioned * last
+    returned = 4 * depth * block + (6 * modulations + 2) * d + last + partitioned * patches
     scattered = depth * block
-    gathers, returns = 3 * depth + modulations + 1 + divided, 2 * depth + modulations + 2 + divided
+    gathers = 3 * depth + modulations + 1 + partitioned
+    returns = 2 * depth + modulations + 2 + partitioned
     returned_again = again * (4 if workload.head_norms else 1) * block
     sent = (ranks - 1) * workload.element_bytes
     return {

@@ -15,7 +15,7 @@ NODE = HardwareConfig(
 
 TINY = ScaleLoad(
     parameters=1000,
-    undivided=16,
+    unpartitioned=16,
     last_projection=36,
     tokens=5,
     patches=4,
@@ -49,7 +49,7 @@ def xl(*, world_size: int = 8, images: int = 33, **changes: object) -> Workload:
     loads = tuple(
         ScaleLoad(
             parameters=672_000_000,
-            undivided=28 * 1152,
+            unpartitioned=28 * 1152,
             last_projection=16 * 1153,
             tokens=tokens,
             patches=tokens,

@@ -26,7 +26,7 @@ REPLICATED = Placement((1, 1, 1))
     ],
 )
 def test_zero_splits_what_its_stage_says(stage, element, whole, split):
-    work = xl(element_bytes=element, gradient_bytes=element, passes=2)
+    work = xl(element_bytes=element, gradient_bytes=element, grad_accum_steps=2)
     count = 3 * 672_000_000 + 3_000_000
     got = rank_memory(work, REPLICATED, zero_stage=stage)
     state = got.total - got.activations - got.buffers
@@ -39,8 +39,8 @@ def test_state_of_xl_with_three_scales_on_eight_ranks():
     got = rank_memory(xl(), REPLICATED, zero_stage=1)
     assert (got.weights, got.gradients) == (2 * count, 2 * count // 8)
     # Gradients of several passes are added up before they are reduced.
-    assert rank_memory(xl(passes=2), REPLICATED, zero_stage=1).gradients == 2 * count
-    summed = xl(passes=2, gradient_bytes=4)
+    assert rank_memory(xl(grad_accum_steps=2), REPLICATED, zero_stage=1).gradients == 2 * count
+    summed = xl(grad_accum_steps=2, gradient_bytes=4)
     assert rank_memory(summed, REPLICATED, zero_stage=1).gradients == 4 * count
     assert rank_memory(summed, REPLICATED, zero_stage=2).gradients == 4 * count // 8
     assert (got.optimizer, got.ema) == (12 * count // 8, 4 * count // 8)
@@ -49,8 +49,8 @@ def test_state_of_xl_with_three_scales_on_eight_ranks():
 
 
 def test_sharding_saves_weights_and_gradients_but_no_optimizer_state():
-    whole = rank_memory(tiny(passes=2), ONE, zero_stage=1)
-    halved = rank_memory(tiny(passes=2), TWO, zero_stage=1)
+    whole = rank_memory(tiny(grad_accum_steps=2), ONE, zero_stage=1)
+    halved = rank_memory(tiny(grad_accum_steps=2), TWO, zero_stage=1)
     # Of 1000 weights 16 stay whole; 984 are halved.
     assert whole.weights == whole.gradients == 2 * (104 + 1000)
     assert halved.weights == halved.gradients == 2 * (104 + 16 + 492)
@@ -102,7 +102,7 @@ def test_a_group_keeps_and_moves_its_tokens():
 
 
 def test_recomputation_holds_one_block_at_a_time():
-    again = replace(TINY, recomputed=True, activations=200)
+    again = replace(TINY, activation_checkpointing=True, activations=200)
     got = rank_memory(tiny(again), TWO, zero_stage=1)
     assert got.activations == 2 * 3 * (200 + 300 + 4 * 5 * 8)
 
@@ -118,7 +118,7 @@ def test_exchange_counted_by_hand():
         "all_to_all": 6 * (240 + 240),
         "reduce_scatter": 6 * (80 + 296),
     }
-    again = exchange_bytes(tiny(replace(TINY, recomputed=True)), TWO, images=[3])
+    again = exchange_bytes(tiny(replace(TINY, activation_checkpointing=True)), TWO, images=[3])
     assert again == {
         "all_gather": 6 * (312 + 80 + 240),
         "all_to_all": 6 * (240 + 240 + 40),
@@ -144,13 +144,13 @@ def test_replicated_scales_exchange_nothing():
 
 
 def test_compute_is_six_flops_for_a_multiply_add_and_two_more_where_it_is_repeated():
-    work = tiny(TINY, replace(TINY, images=1, recomputed=True), passes=4)
+    work = tiny(TINY, replace(TINY, images=1, activation_checkpointing=True), grad_accum_steps=4)
     time = step_time(work, Placement((1, 1)), zero_stage=0, hardware=NODE)
     assert time.compute == pytest.approx(4 * (6 * 4 * 10_000 + 2 * 8_000) / 400e12)
 
 
 def test_reductions_are_rings():
-    work, weights = xl(passes=2), 2 * 2_019_000_000
+    work, weights = xl(grad_accum_steps=2), 2 * 2_019_000_000
     ring = 7 / 8 * weights / 400e9
     times = {
         stage: step_time(work, REPLICATED, zero_stage=stage, hardware=NODE).reduction
@@ -180,8 +180,8 @@ def test_a_ring_over_nodes_goes_through_the_ports_of_its_ranks():
     whole = step_time(work, REPLICATED, zero_stage=0, hardware=NODE).reduction
     assert whole == pytest.approx(2 * 15 / 16 * 2 * 2_019_000_000 / 400e9)
     sharded = step_time(work, Placement((4, 1, 1)), zero_stage=0, hardware=NODE).reduction
-    undivided = 28 * 1152
-    shard = (672_000_000 - undivided) // 4
+    unpartitioned = 28 * 1152
+    shard = (672_000_000 - unpartitioned) // 4
     rest = 2_019_000_000 - 4 * shard
     assert sharded == pytest.approx(
         2 * 15 / 16 * 2 * rest / 400e9 + 2 * 3 / 4 * 2 * shard / 100e9, rel=1e-6
@@ -189,7 +189,7 @@ def test_a_ring_over_nodes_goes_through_the_ports_of_its_ranks():
 
 
 def test_exchange_takes_its_bytes_and_the_start_of_each_collective():
-    work, placement = xl(passes=3), Placement((8, 1, 1))
+    work, placement = xl(grad_accum_steps=3), Placement((8, 1, 1))
     time = step_time(work, placement, zero_stage=2, hardware=NODE).exchange
     leaving = sum(exchange_bytes(work, placement, images=[3 * 33, 3 * 22, 3 * 11]).values())
     # 8 a block and 6 beside them, and the same in the backward pass but for the patches' one.

@@ -11,7 +11,7 @@ from models.transformer.cost import (
     activation_elements,
     last_projection_parameters,
     parameters,
-    undivided_parameters,
+    unpartitioned_parameters,
 )
 from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.models.kept import kept_bytes
@@ -77,7 +77,7 @@ def test_what_stays_whole_is_what_no_layer_has(option: dict[str, Any]) -> None:
     named = dict(model.named_parameters())
     for position, k in enumerate((2, 1, 0)):
         own = {name: p.numel() for name, p in named.items() if f".scale{k}." in f".{name}."}
-        assert undivided_parameters(shape)[position] == sum(
+        assert unpartitioned_parameters(shape)[position] == sum(
             count for name, count in own.items() if name.endswith(whole)
         )
         assert last_projection_parameters(shape)[position] == sum(

@@ -197,8 +197,8 @@ def test_a_job_is_reduced_to_the_numbers_of_its_model(xl):
     assert work.shared_parameters == count.shared
     assert tuple(load.parameters for load in work.scales) == count.per_scale
     assert [load.max_images for load in work.scales] == [6, 4, 2]
-    assert [load.recomputed for load in work.scales] == [True, False, False]
-    assert (work.images, work.passes, work.world_size, work.element_bytes) == (6, 2, 8, 2)
+    assert [load.activation_checkpointing for load in work.scales] == [True, False, False]
+    assert (work.images, work.grad_accum_steps, work.world_size, work.element_bytes) == (6, 2, 8, 2)
     # Whole rows: nothing is lost when matrices are divided.
     for ranks in (2, 4, 8):
         shards = work.shards(Placement((ranks,) * 3))

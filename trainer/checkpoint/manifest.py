@@ -8,65 +8,97 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from graphlib import CycleError
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field
 
-from pipelines.documents import DocumentError, canonical, parse_json, sealed, unsealed
+from pipelines.documents import DocumentError, canonical, parse_json, sealed, typed, unsealed
 from trainer.checkpoint import layout
 from trainer.checkpoint.errors import InvalidManifest, NewerManifest
 from trainer.checkpoint.slices import Cuts, Run, Span, common_order, runs_of, slices_of
 from trainer.storage.errors import InvalidKey
 from trainer.storage.keys import check_key
 
-
-def json_object(data: bytes, *, max_bytes: int) -> dict[str, Any]:
-    """Read a JSON object of so many bytes at most.
-
-    Raises:
-        DocumentError: It is none.
-    """
-    return mapping(parse_json(data, max_bytes=max_bytes), "it")
-
-
-def only_fields(body: Mapping[str, Any], *expected: str) -> None:
-    """Demand that these fields are there, and no other."""
-    if set(body) != set(expected):
-        odd = ", ".join(sorted(set(expected) ^ set(body)))
-        raise DocumentError(f"it lacks or has unknown fields: {odd}")
+FORMAT_VERSION = 3
+MAX_MANIFEST_BYTES = 32 * 1024**2
+MAX_ELEMENTS = 2**44
+MAX_BLOCK_BYTES = 2**30
+MAX_DIMENSIONS = 8
+MAX_SLICES = 2**28
+BYTES_PER_ELEMENT = 4  # everything is float32
 
 
-def mapping(value: object, what: str) -> dict[str, Any]:
-    """Demand a JSON object."""
-    if not isinstance(value, dict):
-        raise DocumentError(f"{what} is not a JSON object")
-    return value
-
-
-def sequence(value: object, what: str, *, length: int | None = None) -> list[Any]:
-    """Demand a list, of so many things."""
-    if not isinstance(value, list):
-        raise DocumentError(f"{what} is not a list")
-    if length is not None and len(value) != length:
-        raise DocumentError(f"{what} is not a list of {length}")
-    return value
-
-
-def text(value: object, what: str) -> str:
-    """Demand a text that can be shown."""
+def _shown(text: str) -> str:
     # Names come to stand in messages, where they shall not move a terminal's cursor.
-    if not isinstance(value, str) or not value.isprintable():
-        raise DocumentError(f"{what} is not text")
-    return value
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be shown")
+    return text
 
 
-def whole(value: object, what: str, *, low: int, high: int) -> int:
-    """Demand a whole number."""
-    if type(value) is not int or not low <= value <= high:
-        raise DocumentError(
-            f"{what} is {reprlib.repr(value)}, not a whole number from {low} to {high}"
-        )
-    return value
+_Text = Annotated[str, AfterValidator(_shown)]
+_Natural = Annotated[int, Field(ge=0, lt=2**63)]
+_Positive = Annotated[int, Field(ge=1, lt=2**63)]
+_Images = Annotated[int, Field(ge=0, le=layout.MAX_IMAGES)]
+_Rank = Annotated[int, Field(ge=0, lt=layout.MAX_RANKS)]
+_Ranks = Annotated[int, Field(ge=1, le=layout.MAX_RANKS)]
+_Size = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
+_Shape = Annotated[tuple[_Size, ...], Field(max_length=MAX_DIMENSIONS)]
+_Run = tuple[_Natural, _Positive, _Rank, _Ranks, _Ranks]
+
+_NO_OTHER_FIELDS = ConfigDict(extra="forbid")
+_OPAQUE = ("science", "train_state")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredObject:
+    """A content object as it is stored."""
+
+    __pydantic_config__ = _NO_OTHER_FIELDS
+    rank: _Rank
+    size_bytes: _Natural
+    block_sha256: tuple[_Text, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredManifest:
+    """A manifest as it is stored, without what nobody looks into here."""
+
+    __pydantic_config__ = _NO_OTHER_FIELDS
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    run: _Text
+    images: _Images
+    attempt: _Text
+    saved_at: _Text
+    world_size: _Ranks
+    science_hash: _Text
+    kinds: tuple[_Text, ...]
+    parameters: tuple[tuple[_Text, _Shape, tuple[_Run, ...]], ...]
+    block_bytes: Annotated[int, Field(ge=1, le=MAX_BLOCK_BYTES, multiple_of=BYTES_PER_ELEMENT)]
+    objects: tuple[_StoredObject, ...]
+    versions: dict[str, _Text]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FormerObject:
+    """A content object of format 2."""
+
+    __pydantic_config__ = _NO_OTHER_FIELDS
+    key: _Text
+    size_bytes: _Natural
+    block_sha256: tuple[_Text, ...]
+    fragments: tuple[tuple[_Text, _Natural, _Positive], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FormerManifest:
+    """What format 2 stored in another form than format 3 does, and what keys are made of."""
+
+    run: _Text
+    images: _Images
+    attempt: _Text
+    parameters: dict[str, Any]
+    objects: tuple[_FormerObject, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +139,15 @@ class ObjectEntry:
             DocumentError: They are not an object's.
             InvalidKey: The names are not fit for a key.
         """
-        body = mapping(value, "an object")
-        only_fields(body, "rank", "size_bytes", "block_sha256")
-        rank = whole(body["rank"], "rank", low=0, high=layout.MAX_RANKS - 1)
-        key = layout.object_key(run, images, attempt, rank)
-        hashes = sequence(body["block_sha256"], "hashes")
+        return cls._of(typed(_StoredObject, value), run=run, images=images, attempt=attempt)
+
+    @classmethod
+    def _of(cls, stored: _StoredObject, *, run: str, images: int, attempt: str) -> ObjectEntry:
         return cls(
-            rank=rank,
-            key=key,
-            size_bytes=whole(body["size_bytes"], f"size of {key}", low=0, high=2**63),
-            block_sha256=tuple(text(each, "a hash") for each in hashes),
+            rank=stored.rank,
+            key=layout.object_key(run, images, attempt, stored.rank),
+            size_bytes=stored.size_bytes,
+            block_sha256=stored.block_sha256,
         )
 
 
@@ -130,32 +161,23 @@ def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
         DocumentError: It has not the form of one.
         InvalidKey: Its names are not fit for keys.
     """
-    for name in ("run", "images", "attempt", "parameters", "objects"):
-        if name not in body:
-            raise DocumentError(f"it lacks {name}")
-    shapes = mapping(body["parameters"], "parameters")
-    prefix = layout.attempt_prefix(
-        text(body["run"], "run"),
-        whole(body["images"], "images", low=0, high=layout.MAX_IMAGES),
-        text(body["attempt"], "attempt"),
-    )
+    former = typed(_FormerManifest, {name: body[name] for name in body if name not in _OPAQUE})
+    prefix = layout.attempt_prefix(former.run, former.images, former.attempt)
+    shapes = former.parameters
     slices: dict[str, list[tuple[int, int, int]]] = {name: [] for name in shapes}
     orders: list[list[str]] = [[name] for name in shapes]
     objects = []
-    for each in sequence(body["objects"], "objects"):
-        entry = mapping(each, "an object")
-        only_fields(entry, "key", "size_bytes", "block_sha256", "fragments")
-        rank = _rank(text(entry["key"], "key"), prefix=prefix)
-        held = [_slice(fragment) for fragment in sequence(entry["fragments"], "fragments")]
-        for name, start, numel in held:
+    for entry in former.objects:
+        rank = _rank(entry.key, prefix=prefix)
+        for name, start, numel in entry.fragments:
             if name not in shapes:
                 raise DocumentError(
                     f"rank {rank} holds {reprlib.repr(name)}, which is no parameter"
                 )
             slices[name].append((start, numel, rank))
-        orders.append([name for name, _, _ in held])
+        orders.append([name for name, _, _ in entry.fragments])
         objects.append(
-            {"rank": rank, "size_bytes": entry["size_bytes"], "block_sha256": entry["block_sha256"]}
+            {"rank": rank, "size_bytes": entry.size_bytes, "block_sha256": entry.block_sha256}
         )
     try:
         order = common_order(orders)
@@ -163,8 +185,8 @@ def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
         raise DocumentError("its objects hold slices in different orders") from error
     return {
         **body,
-        "format_version": 3,
-        "parameters": [[name, shapes[name], _runs(slices[name])] for name in order],
+        "format_version": FORMAT_VERSION,
+        "parameters": [[name, shapes[name], runs_of(sorted(slices[name]))] for name in order],
         "objects": sorted(objects, key=lambda entry: entry["rank"]),
     }
 
@@ -174,28 +196,6 @@ def _rank(key: str, *, prefix: str) -> int:
     if found is None or not key.startswith(prefix):
         raise DocumentError(f"its object {reprlib.repr(key)} is no content of {prefix}")
     return int(found[1])
-
-
-def _slice(value: object) -> tuple[str, int, int]:
-    name, start, numel = sequence(value, "a slice", length=3)
-    return (
-        text(name, "a name"),
-        whole(start, "a slice", low=0, high=2**63),
-        whole(numel, "a slice", low=1, high=2**63),
-    )
-
-
-def _runs(slices: list[tuple[int, int, int]]) -> list[list[int]]:
-    return [list(run) for run in runs_of(sorted(slices))]
-
-
-FORMAT_VERSION = 3
-MAX_MANIFEST_BYTES = 32 * 1024**2
-MAX_ELEMENTS = 2**44
-MAX_BLOCK_BYTES = 2**30
-MAX_DIMENSIONS = 8
-MAX_SLICES = 2**28
-BYTES_PER_ELEMENT = 4  # everything is float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +310,9 @@ class _TooNew(DocumentError):
 
 
 def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
-    body = json_object(data, max_bytes=MAX_MANIFEST_BYTES)
+    body = parse_json(data, max_bytes=MAX_MANIFEST_BYTES)
+    if not isinstance(body, dict):
+        raise DocumentError("it is not a JSON object")
     version = body.get("format_version")
     if version == 1:
         raise DocumentError(
@@ -330,57 +332,50 @@ def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
 
 
 def _parsed(body: Mapping[str, Any]) -> Manifest:
-    here_alone = {"cuts", "config_fingerprint"}
-    stored = {field.name for field in fields(Manifest)} - here_alone
-    only_fields(body, *stored, "science_hash")
-    whole(body["format_version"], "format_version", low=FORMAT_VERSION, high=FORMAT_VERSION)
-    run = check_key(text(body["run"], "run"))
-    images = whole(body["images"], "images", low=0, high=layout.MAX_IMAGES)
-    attempt = text(body["attempt"], "attempt")
-    world_size = whole(body["world_size"], "world_size", low=1, high=layout.MAX_RANKS)
-    kinds = sequence(body["kinds"], "kinds")
-    parameters, cuts = _parameters(body["parameters"], world_size=world_size)
-    block_bytes = whole(body["block_bytes"], "block_bytes", low=1, high=MAX_BLOCK_BYTES)
-    if block_bytes % BYTES_PER_ELEMENT:
-        raise DocumentError(f"block_bytes={block_bytes} cuts values")
+    # Any JSON value will do in these, so they do not go through the checks of the others.
+    science, train_state = (body.get(name) for name in _OPAQUE)
+    if not isinstance(science, dict) or not isinstance(train_state, dict):
+        raise DocumentError("its science or its train_state is not a JSON object")
+    stored = typed(_StoredManifest, {name: body[name] for name in body if name not in _OPAQUE})
+    run = check_key(stored.run)
+    parameters, cuts = _parameters(stored)
     objects = tuple(
-        ObjectEntry.from_json(entry, run=run, images=images, attempt=attempt)
-        for entry in sequence(body["objects"], "objects")
+        ObjectEntry._of(entry, run=run, images=stored.images, attempt=stored.attempt)
+        for entry in stored.objects
     )
-    _check_objects(objects, cuts, world_size=world_size, kinds=len(kinds), block_bytes=block_bytes)
+    _check_objects(objects, cuts, stored)
     return Manifest(
         run=run,
-        images=images,
-        attempt=attempt,
-        saved_at=text(body["saved_at"], "saved_at"),
-        world_size=world_size,
-        config_fingerprint=text(body["science_hash"], "science_hash"),
-        science=mapping(body["science"], "science"),
-        train_state=mapping(body["train_state"], "train_state"),
-        kinds=tuple(text(kind, "a kind") for kind in kinds),
+        images=stored.images,
+        attempt=stored.attempt,
+        saved_at=stored.saved_at,
+        world_size=stored.world_size,
+        config_fingerprint=stored.science_hash,
+        science=science,
+        train_state=train_state,
+        kinds=stored.kinds,
         parameters=parameters,
         cuts=cuts,
-        block_bytes=block_bytes,
+        block_bytes=stored.block_bytes,
         objects=objects,
-        versions={
-            name: text(version, "a version")
-            for name, version in mapping(body["versions"], "versions").items()
-        },
+        versions=stored.versions,
     )
 
 
-def _parameters(value: object, *, world_size: int) -> tuple[dict[str, tuple[int, ...]], Cuts]:
+def _parameters(stored: _StoredManifest) -> tuple[dict[str, tuple[int, ...]], Cuts]:
     parameters: dict[str, tuple[int, ...]] = {}
     cuts: dict[str, tuple[Run, ...]] = {}
-    for each in sequence(value, "parameters"):
-        name, shape, runs = sequence(each, "a parameter", length=3)
-        if text(name, "a name") in parameters:
+    for name, shape, runs in stored.parameters:
+        if name in parameters:
             raise DocumentError(f"it names {name} twice")
-        parameters[name] = _shape(shape, name)
-        cuts[name] = tuple(
-            _run(run, name, numel=math.prod(parameters[name]), world_size=world_size)
-            for run in sequence(runs, f"the slices of {name}")
-        )
+        if math.prod(shape) > MAX_ELEMENTS:
+            raise DocumentError(f"the shape of {name} is too large")
+        parameters[name], cuts[name] = shape, tuple(Run(*run) for run in runs)
+        for run in cuts[name]:
+            if run.whole.stop > math.prod(shape):
+                raise DocumentError(f"there is more of {name} than its {math.prod(shape)} elements")
+            if run.ranks[-1] >= stored.world_size:
+                raise DocumentError(f"{name} is held by more than {stored.world_size} ranks")
     if sum(map(math.prod, parameters.values())) > MAX_ELEMENTS:
         raise DocumentError("its parameters are too large")
     if sum(run.parts for runs in cuts.values() for run in runs) > MAX_SLICES:
@@ -393,27 +388,9 @@ def _parameters(value: object, *, world_size: int) -> tuple[dict[str, tuple[int,
     return parameters, cuts
 
 
-def _run(value: object, name: str, *, numel: int, world_size: int) -> Run:
-    what = f"a slice of {name}"
-    start, each, rank, step, parts = sequence(value, what, length=len(Run._fields))
-    run = Run(
-        start=whole(start, what, low=0, high=numel),
-        numel=whole(each, what, low=1, high=max(numel, 1)),
-        rank=whole(rank, what, low=0, high=world_size - 1),
-        step=whole(step, what, low=1, high=layout.MAX_RANKS),
-        parts=whole(parts, what, low=1, high=world_size),
-    )
-    if run.whole.stop > numel:
-        raise DocumentError(f"there is more of {name} than its {numel} elements")
-    if run.ranks[-1] >= world_size:
-        raise DocumentError(f"{name} is held by more than {world_size} ranks")
-    return run
-
-
-def _check_objects(
-    objects: tuple[ObjectEntry, ...], cuts: Cuts, *, world_size: int, kinds: int, block_bytes: int
-) -> None:
-    numel, slices = np.zeros((2, world_size), np.int64)
+def _check_objects(objects: tuple[ObjectEntry, ...], cuts: Cuts, stored: _StoredManifest) -> None:
+    kinds = len(stored.kinds)
+    numel, slices = np.zeros((2, stored.world_size), np.int64)
     for runs in cuts.values():
         for run in runs:
             held = slice(run.rank, run.ranks[-1] + 1, run.step)
@@ -425,8 +402,12 @@ def _check_objects(
         content = BYTES_PER_ELEMENT * kinds * int(numel[entry.rank])
         # A safetensors header has a few hundred bytes for each slice, beside the content itself.
         most = content + 2**20 + 2**12 * kinds * int(slices[entry.rank])
-        whole(entry.size_bytes, f"size of {entry.key}", low=content, high=most)
-        if len(entry.block_sha256) != -(-entry.size_bytes // block_bytes):
+        if not content <= entry.size_bytes <= most:
+            raise DocumentError(
+                f"size of {entry.key} is {entry.size_bytes}, not a whole number from {content} to "
+                f"{most}"
+            )
+        if len(entry.block_sha256) != -(-entry.size_bytes // stored.block_bytes):
             raise DocumentError(
                 f"{entry.key} has {len(entry.block_sha256)} hashes for {entry.size_bytes} bytes"
             )
@@ -434,11 +415,3 @@ def _check_objects(
             raise DocumentError(
                 f"the values in {entry.key} do not begin at a multiple of their size"
             )
-
-
-def _shape(value: object, name: str) -> tuple[int, ...]:
-    what = f"shape of {name}"
-    shape = tuple(whole(size, what, low=0, high=MAX_ELEMENTS) for size in sequence(value, what))
-    if len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_ELEMENTS:
-        raise DocumentError(f"the shape of {name} is too large")
-    return shape

@@ -121,12 +121,13 @@ def check_endpoint(url: str) -> str:
     """Return the endpoint if it is a plain web address.
 
     Raises:
-        InvalidStoreUri: It is not, or it carries a user or password, which would reach logs.
+        InvalidStoreUri: It is not, or it may carry credentials, which would reach logs.
     """
-    if "@" in url:
+    if not {"@", "?", "#"}.isdisjoint(url):
         raise InvalidStoreUri(
-            "The S3 endpoint contains '@': leave credentials out of it and set AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY in the environment."
+            "The S3 endpoint contains an '@', a '?' or a '#', which credentials may come with: "
+            "leave them out of it and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
+            "environment."
         )
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
         raise InvalidStoreUri(

@@ -253,7 +253,18 @@ def test_bad_prefixes_are_refused() -> None:
         open_store("s3://bucket/../other", StoreConfig())
 
 
-@pytest.mark.parametrize("url", ["localhost:9000", "ftp://x", "http://", "http://user:4711@host"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:9000",
+        "ftp://x",
+        "http://",
+        "http://user:4711@host",
+        "http://host/a?token=4711",
+        "http://127.0.0.1:9/x#access_token=4711",
+        "host#4711",
+    ],
+)
 def test_bad_endpoints_are_refused_without_quoting_credentials(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

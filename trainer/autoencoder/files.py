@@ -46,7 +46,9 @@ def fetch(store: Store, keys: Mapping[str, str], *, cache: Path, uri: str) -> Pa
     kept, made_of = KeptFiles(cache), _version(store, keys, uri=uri)
     if found := kept.whole(made_of=made_of):
         return found
-    with _locked(cache / f"{group_name(made_of)}.lock", uri=uri):
+    with _explained(cache, uri=uri):
+        lock = take_lock(cache / f"{group_name(made_of)}.lock")
+    with lock:
         if found := kept.whole(made_of=made_of):
             return found
         with _explained(cache, uri=uri):
@@ -63,14 +65,6 @@ def fetch(store: Store, keys: Mapping[str, str], *, cache: Path, uri: str) -> Pa
 
 def _version(store: Store, keys: Mapping[str, str], *, uri: str) -> str:
     return json.dumps([uri, *((key, store.fingerprint(key)) for key in keys.values())])
-
-
-@contextmanager
-def _locked(file: Path, *, uri: str) -> Iterator[None]:
-    with _explained(file.parent, uri=uri):
-        lock = take_lock(file)
-    with lock:
-        yield
 
 
 @contextmanager

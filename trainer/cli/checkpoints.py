@@ -227,7 +227,7 @@ def _damage(handle: RunHandle, listing: CheckpointListing) -> dict[int, list[str
             problems = [listing.damaged[images]]
         else:
             problems = list(damaged_objects(handle.store, manifest, progress).values())
-        if problems and not handle.is_committed(images):
+        if problems and not handle.index.is_committed(images):
             continue  # its run has retired it meanwhile
         damage[images] = problems
     return damage

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trainer.checkpoint import layout
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.retention import CheckpointListing, DeletionPlan, RetentionPolicy
@@ -87,11 +86,6 @@ class RunHandle:
             manifests={k: v for k, v in found.manifests.items() if k == images},
             damaged={k: v for k, v in found.damaged.items() if k == images},
         )
-
-    def is_committed(self, images: int) -> bool:
-        """Tell whether a checkpoint has a manifest at this moment."""
-        key = layout.manifest_key(self.run, images)
-        return key in self.store.list(key)
 
     def _nothing_there(self) -> ConfigError:
         runs = self.address.runs

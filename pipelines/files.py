@@ -38,8 +38,9 @@ def try_lock(file: Path) -> Held | None:
 
 def _lock(file: Path) -> FileLock:
     file.parent.mkdir(parents=True, exist_ok=True)
-    # A lock of the system and nothing else: a file that means one would outlive its holder.
-    return FileLock(file, fallback_to_soft=False)
+    # A lock of the system and nothing else: a file that means one would outlive its holder. And any
+    # thread may let go of it, not only the one that took it.
+    return FileLock(file, fallback_to_soft=False, thread_local=False)
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:

@@ -29,7 +29,6 @@ from models.transformer.cost import ModelShape, training_multiply_adds
 from trainer.config.evaluation import FeatureName
 from trainer.config.job import difference, fingerprinted
 from trainer.errors import is_user_error
-from trainer.evaluation.checkpoint_report import CheckpointReport
 from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
     RealImagesConfig,
@@ -38,6 +37,7 @@ from trainer.evaluation.checkpoints import (
 from trainer.evaluation.choice import open_checkpoint
 from trainer.evaluation.loading import ModelRecord
 from trainer.evaluation.own_settings import SamplerChoice
+from trainer.evaluation.reports import CheckpointReport
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import StoreConfig
 

@@ -12,7 +12,7 @@ import pytest
 from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
 from trainer.cli.launch import main
-from trainer.evaluation.report import EvaluationReport
+from trainer.evaluation.reports import EvaluationReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 

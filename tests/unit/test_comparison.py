@@ -9,8 +9,8 @@ from PIL import Image
 from benchmarks import comparison
 from benchmarks.comparison import Arm, UnlikeRuns, as_json, as_markdown, check_alike, measured
 from benchmarks.comparison_picture import draw_picture
-from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
+from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
 
 SCIENCE = {
     "data": {"name": "d", "image_size": 16, "channels": 3, "classes": 10},

@@ -14,7 +14,7 @@ from trainer.config import paths
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_images
-from trainer.evaluation.report import EvaluationReport, evaluation_key
+from trainer.evaluation.reports import EvaluationReport, evaluation_key
 from trainer.formats import format_duration
 from trainer.log_lines import was_shown
 from trainer.metrics.mlflow_backend import end_run

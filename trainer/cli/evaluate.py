@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pipelines.console import say, say_error
+from pipelines.console import say, say_error, visible
 from trainer.cli.command import Outcome, run_command
-from trainer.evaluation.checkpoint_report import table
 from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
     UnwrittenReport,
     evaluate_checkpoints,
 )
+from trainer.evaluation.reports import CheckpointReport
 
 _FAILED = 1
 _EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
@@ -46,3 +47,45 @@ def _measured(config: CheckpointEvaluationConfig) -> Outcome:
     except UnwrittenReport as error:
         say_error(error)
         return Outcome(table(error.reports), _FAILED)
+
+
+def table(reports: Sequence[CheckpointReport]) -> str:
+    """Lay reports out for a terminal, one line for each checkpoint and extractor."""
+    head = (
+        *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n"),
+        *("Fréchet", "real halves", "extractor's accuracy"),
+    )
+    rows = [
+        (
+            *(report.run, f"{report.images:,}", report.measurement.weights, distance.features),
+            *_sampling(report.measurement.sampler),
+            f"{report.network_evaluations:g}",
+            f"{report.measurement.samples:,}",
+            f"{distance.frechet:.4f}",
+            _or_nothing(distance.frechet_real_halves, ".4f"),
+            _or_nothing(distance.held_out_accuracy, ".1%"),
+        )
+        for report in reports
+        for distance in report.distances
+    ]
+    shown = [tuple(map(visible, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *shown, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *shown)
+    ]
+    return "\n".join(lines)
+
+
+def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Return solver with steps, and guidance with the times at which it acts."""
+    solver = f"{settings['solver']}"
+    steps = "" if solver == "dopri5" else f" {settings['steps']}"
+    scale, interval = settings["guidance_scale"], settings["guidance_interval"]
+    if scale == 1:
+        return f"{solver}{steps}", "none"
+    return f"{solver}{steps}", f"{scale:g}" + ("" if interval is None else f" in {interval}")
+
+
+def _or_nothing(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from pipelines.loading.loader import LoaderConfig
 from pipelines.order import StreamConfig
@@ -23,13 +22,12 @@ from trainer.config import paths
 from trainer.config.evaluation import EvalConfig, FeatureName
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
-from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.grid import TakenSamples, class_grid, grid_png
 from trainer.evaluation.loading import ModelRecord, ModelSource, usable_device
 from trainer.evaluation.own_settings import SamplerChoice, own_eval
-from trainer.evaluation.report import evaluation_key
-from trainer.evaluation.yardstick import Yardstick
+from trainer.evaluation.reference import reference_of_run
+from trainer.evaluation.reports import CheckpointReport, Measurement, evaluation_key
 from trainer.storage.errors import CheckpointError, StoreError
 from trainer.storage.kept import believed, set_aside
 from trainer.storage.open import open_store
@@ -165,9 +163,10 @@ class _Evaluation:
         self._config = config
         self._asked = asked = config.over(own)
         self._tell = tell
-        ModelRecord.of(manifest.science).check_guidance(asked.sampler)
-        self._yardstick = Yardstick(
-            _job(config, manifest, runs=runs),
+        record = ModelRecord.of(manifest.science)
+        record.check_guidance(asked.sampler)
+        self._reference = reference_of_run(
+            _job(config, manifest, record, runs=runs),
             trained_on=manifest.science["data_set"]["index_sha256"],
             features=config.features or (own.features.name,),
             inception_weights=config.inception_weights or own.features.inception_weights,
@@ -201,40 +200,25 @@ class _Evaluation:
     ) -> tuple[bytes, CheckpointReport]:
         """Draw and measure in parts, of which only what the grid shows is kept."""
         uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
-        trained = replace(self._config, checkpoint=uri).load(precision="run")
-        asked, distances = self._asked, self._yardstick.distances
-        labels = torch.arange(asked.samples) % trained.shape.classes
-        chosen, columns = class_grid(len(labels), classes=trained.shape.classes)
-        shown: dict[int, Tensor] = {}
-        taken = TakenSamples(max_bytes=0)
-        image_sampler = trained.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch)
-        logger.info("drawing and measuring %d images on %s", len(labels), trained.device)
-        for block in image_sampler.blocks(trained.model, labels):
-            for distance in distances.values():
-                distance.add(block.images)
-            here = range(block.first, block.first + len(block.images))
-            shown |= {i: block.images[i - block.first] for i in chosen if i in here}
-            taken.add(block)
-        real_images = next(iter(distances.values())).real_images
+        loaded = replace(self._config, checkpoint=uri).load(precision="run")
+        asked, reference = self._asked, self._reference
+        labels = torch.arange(asked.samples) % loaded.shape.classes
+        chosen, columns = class_grid(len(labels), classes=loaded.shape.classes)
+        taken = TakenSamples(shown=chosen, max_bytes=0)
+        image_sampler = loaded.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch)
+        logger.info("drawing and measuring %d images on %s", len(labels), loaded.device)
+        distances = reference.measure(image_sampler, loaded.model, labels, keep=taken.add)
         report = CheckpointReport(
             checkpoint=uri,
             run=manifest.run,
             images=manifest.images,
-            real_images=real_images,
-            unusable_real_images=self._yardstick.stored_real_images - real_images,
+            real_images=reference.real_images,
+            unusable_real_images=reference.unusable_real_images,
             network_evaluations=sum(taken.nfe),
-            distances=tuple(
-                Distance(
-                    features=name,
-                    frechet=distance.take(),
-                    frechet_real_halves=distance.between_halves,
-                    held_out_accuracy=self._yardstick.held_out_accuracy(name),
-                )
-                for name, distance in distances.items()
-            ),
+            distances=distances,
             measurement=measurement,
         )
-        return grid_png(torch.stack([shown[i] for i in chosen]), columns=columns), report
+        return grid_png(taken.grid(), columns=columns), report
 
     def _measurement(self, manifest: Manifest) -> Measurement:
         return Measurement(
@@ -243,12 +227,14 @@ class _Evaluation:
             samples=self._asked.samples,
             seed=self._asked.seed,
             sampler=asdict(self._asked.sampler),
-            extractors=self._yardstick.digests,
-            held_out_index=self._yardstick.held_out_index,
+            extractors=self._reference.digests,
+            held_out_index=self._reference.held_out.digest,
         )
 
 
-def _job(config: CheckpointEvaluationConfig, manifest: Manifest, *, runs: str) -> JobConfig:
+def _job(
+    config: CheckpointEvaluationConfig, manifest: Manifest, record: ModelRecord, *, runs: str
+) -> JobConfig:
     """Rebuild what the evaluation needs of the job that saved the checkpoint."""
     science = manifest.science
     given = {key: value for key, value in to_dict(config.data).items() if value}
@@ -261,7 +247,7 @@ def _job(config: CheckpointEvaluationConfig, manifest: Manifest, *, runs: str) -
             "home": str(paths.home_folder(config.home)),
             "data": {**science["data"], **given},
             "loader": {"decoder": science.get("loader", {}).get("decoder", LoaderConfig.decoder)},
-            "codec": asdict(ModelRecord.of(science).codec),
+            "codec": asdict(record.codec),
             "model": science["model"],
             "flow": science["flow"],
             "store": {**asdict(config.store), "uri": runs.removesuffix("/runs")},

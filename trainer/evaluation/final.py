@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from trainer.config.evaluation import EvalConfig
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
-from trainer.evaluation.features import feature_extractor
-from trainer.evaluation.frechet import DistanceToReal
 from trainer.evaluation.grid import TakenSamples, grid_png
 from trainer.evaluation.learned_features import (
     LabelAgreement,
@@ -24,7 +22,8 @@ from trainer.evaluation.learned_features import (
     join_batches,
     label_agreement,
 )
-from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.reference import EvalReference
+from trainer.evaluation.reports import Distance, EvaluationReport, Origin, evaluation_key
 from trainer.evaluation.samples import ImageSampler, SampleBlock
 from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
@@ -116,20 +115,20 @@ class FinalEvaluation:
 
     def _run(self, engine: Engine, results: Publisher) -> None:
         labels = torch.arange(self.config.samples) % self.image_sampler.shape.classes
-        logger.info("evaluating the EMA weights: reading the held-out images")
-        distance = self._on_first(self._distance_to_real)
+        logger.info("evaluating the EMA weights")
+        self._run_on_rank0(lambda: self._reference.distances)
         taken = TakenSamples(whole=self.config.classifier)
         logger.info("drawing and measuring %d images with them", len(labels))
         with engine.ema_weights() as model:
-            reached = self._frechet(model, labels, distance, also=taken.add)
+            reached = self._measure(model, labels, keep=taken.add)
             grid = self.sample_grid(model)
         # Where training started, in the place of the trained weights: there may be no other.
         logger.info("drawing as many with the initial weights, to compare")
         with engine.initial_weights() as model:
-            untrained = self._frechet(model, labels, distance)
+            untrained = self._measure(model, labels)
 
         def publish() -> None:
-            assert distance is not None
+            (before,), (after,) = untrained, reached
             report = EvaluationReport.of(
                 self.config,
                 images=results.images,
@@ -137,23 +136,23 @@ class FinalEvaluation:
                     run=results.run,
                     attempt="",
                     held_out_index=self.held_out.digest,
-                    extractor=distance.extractor_digest,
+                    extractor=self._reference.digests[after.features],
                 ),
-                distance=distance,
-                stored_real_images=len(self.held_out),
-                frechet=reached,
-                frechet_untrained=untrained,
-                segment_evaluations=taken.nfe,
+                reached=after,
+                frechet_untrained=before.frechet,
+                nfe=taken.nfe,
                 labels=self._label_agreement(taken) if self.config.classifier else None,
+                real_images=self._reference.real_images,
+                unusable_real_images=self._reference.unusable_real_images,
             )
             picture = grid_png(grid, columns=self.config.grid_columns)
             results.publish(report, samples=taken.npz(), grid=picture)
 
         logger.info("writing the report")
-        self._on_first(publish)
+        self._run_on_rank0(publish)
 
     def sample_grid(self, model: nn.Module) -> Tensor:
-        """Draw `grid_columns` images for each class shown; a collective call.
+        """Sample `grid_columns` images for each class shown; a collective call.
 
         Returns:
             On the first rank the images, one class after the other.
@@ -161,43 +160,31 @@ class FinalEvaluation:
         classes = min(self.config.grid_classes, self.image_sampler.shape.classes)
         labels = torch.arange(classes).repeat_interleave(self.config.grid_columns)
         # Few images in one block would be the work of one rank.
-        share = min(self.config.batch, -(-len(labels) // self.ranks.world_size))
-        return replace(self.image_sampler, batch=share).all(model, labels, ranks=self.ranks).images
+        batch = min(self.config.batch, -(-len(labels) // self.ranks.world_size))
+        sampler = replace(self.image_sampler, batch=batch)
+        return sampler.all(model, labels, ranks=self.ranks).images
 
-    def _distance_to_real(self) -> DistanceToReal:
-        channels = self.image_sampler.codec.image_channels(self.image_sampler.shape.channels)
-        return DistanceToReal(
-            feature_extractor(
-                self.config.features,
-                channels=channels,
-                train=lambda: self.train,
-                held_out=lambda: self.held_out,
-            ),
-            (images for images, _ in self.held_out),
-            device=self.image_sampler.device,
+    @cached_property
+    def _reference(self) -> EvalReference:
+        sampler, features = self.image_sampler, self.config.features
+        return EvalReference(
+            held_out=self.held_out,
+            train=self.train,
+            channels=sampler.codec.image_channels(sampler.shape.channels),
+            features=(features.name,),
+            inception_weights=features.inception_weights,
+            device=sampler.device,
             batch=self.config.batch,
         )
 
-    def _frechet(
-        self,
-        model: nn.Module,
-        labels: Tensor,
-        distance: DistanceToReal | None,
-        *,
-        also: Callable[[SampleBlock], None] | None = None,
-    ) -> float:
-        """Draw and measure block by block, of which none is kept here; 0 on the other ranks."""
-
-        def drawn_and_measured() -> float:
-            with closing(self.image_sampler.blocks(model, labels, ranks=self.ranks)) as blocks:
-                for block in blocks:
-                    assert distance is not None
-                    distance.add(block.images)
-                    if also is not None:
-                        also(block)
-            return 0.0 if distance is None else distance.take()
-
-        return self._agreed(drawn_and_measured)
+    def _measure(
+        self, model: nn.Module, labels: Tensor, *, keep: Callable[[SampleBlock], None] | None = None
+    ) -> tuple[Distance, ...]:
+        return self._run_on_all(
+            lambda: self._reference.measure(
+                self.image_sampler, model, labels, ranks=self.ranks, keep=keep
+            )
+        )
 
     def _label_agreement(self, taken: TakenSamples) -> LabelAgreement:
         return label_agreement(
@@ -206,11 +193,11 @@ class FinalEvaluation:
             samples=join_batches(taken.whole),
         )
 
-    def _on_first(self, step: Callable[[], T]) -> T | None:
+    def _run_on_rank0(self, step: Callable[[], T]) -> T | None:
         """Let the first rank do something while the others wait."""
-        return self._agreed(lambda: step() if self.ranks.rank == 0 else None)
+        return self._run_on_all(lambda: step() if self.ranks.rank == 0 else None)
 
-    def _agreed(self, step: Callable[[], T]) -> T:
+    def _run_on_all(self, step: Callable[[], T]) -> T:
         """Do something on every rank; a user's mistake on one ends the evaluation on all."""
         mistake = ""
         try:

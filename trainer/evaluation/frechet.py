@@ -131,7 +131,6 @@ class DistanceToReal:
         batch: Samples whose features are extracted at a time.
 
     Attributes:
-        extractor_digest: SHA-256 of the extractor's weights; empty where the code decides them.
         real_images: How many real images there are.
         between_halves: One half of the real images against the other: what a perfect generator
             could reach with so few images; None where the halves would be too small.
@@ -149,7 +148,6 @@ class DistanceToReal:
         batch: int,
     ) -> None:
         self._extractor = extractor
-        self.extractor_digest = extractor.digest
         self._device = device
         self._batch = batch
         self._moments = FeatureMoments()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -72,15 +73,19 @@ class TakenSamples:
 
     Args:
         whole: Keep them as they are too, all of them.
+        shown: Indices of those that a grid shows, kept as they are.
         max_bytes: Size of the pictures beyond which further ones are not kept.
 
     Attributes:
         whole: The images [b, c, h, w] and labels [b] of each block, if they were to be kept.
     """
 
-    def __init__(self, *, whole: bool = False, max_bytes: int = _MAX_BYTES) -> None:
+    def __init__(
+        self, *, whole: bool = False, shown: Sequence[int] = (), max_bytes: int = _MAX_BYTES
+    ) -> None:
         self.whole: list[tuple[Tensor, Tensor]] = []
         self._keep_whole = whole
+        self._shown: dict[int, Tensor | None] = dict.fromkeys(shown)
         self._room_bytes = max_bytes
         self._pictures: list[NDArray[np.uint8]] = []
         self._labels: list[NDArray[np.int64]] = []
@@ -91,6 +96,9 @@ class TakenSamples:
         """Take a block."""
         if self._keep_whole:
             self.whole.append((block.images, block.labels))
+        for index, image in enumerate(block.images, block.first):
+            if index in self._shown:
+                self._shown[index] = image
         nfe = len(block.images) * torch.tensor(block.nfe, dtype=torch.float64)
         self._nfe = self._nfe + nfe if self._count else nfe
         self._count += len(block.images)
@@ -103,6 +111,10 @@ class TakenSamples:
         # A later, smaller block must not follow on one that was cut.
         whole = len(pictures) == len(block.images)
         self._room_bytes = self._room_bytes - pictures.nbytes if whole else 0
+
+    def grid(self) -> Tensor:
+        """Return the images that a grid shows, [n, c, h, w], once all blocks are taken."""
+        return torch.stack([image for image in self._shown.values() if image is not None])
 
     @property
     def nfe(self) -> tuple[float, ...]:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from pipelines.documents import DocumentError, typed
 from trainer.checkpoint import layout
-from trainer.evaluation.checkpoint_report import CheckpointReport, Distance
-from trainer.evaluation.report import EvaluationReport, evaluation_key
+from trainer.evaluation.reports import CheckpointReport, EvaluationReport, evaluation_key
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
 from trainer.storage.keys import check_key
@@ -96,37 +95,23 @@ def _reports(run: str, images: int, keys: Iterable[str]) -> list[str]:
 def _distances(
     key: str, values: Mapping[str, Any], attempts: Collection[str]
 ) -> list[MeasuredDistance]:
-    if "measurement" not in values:
-        own = typed(EvaluationReport, values)
-        if own.origin.attempt not in attempts:
-            return []
-        return [_distance(key, own, "ema", own.samples, own.settings.get("sampler", {}))]
-    report = typed(CheckpointReport, values)
+    later = "measurement" in values
+    report = typed(CheckpointReport, values) if later else typed(EvaluationReport, values)
     measurement = report.measurement
     if measurement.attempt not in attempts:
         return []
     return [
-        _distance(key, each, measurement.weights, measurement.samples, measurement.sampler)
+        MeasuredDistance(
+            report=key,
+            weights=measurement.weights,
+            features=each.features,
+            frechet=each.frechet,
+            frechet_real_halves=each.frechet_real_halves,
+            samples=measurement.samples,
+            sampler=measurement.sampler,
+        )
         for each in report.distances
     ]
-
-
-def _distance(
-    key: str,
-    figures: EvaluationReport | Distance,
-    weights: str,
-    samples: int,
-    sampler: Any,
-) -> MeasuredDistance:
-    return MeasuredDistance(
-        report=key,
-        weights=weights,
-        features=figures.features,
-        frechet=figures.frechet,
-        frechet_real_halves=figures.frechet_real_halves,
-        samples=samples,
-        sampler=sampler if isinstance(sampler, Mapping) else {},
-    )
 
 
 class _Measured(NamedTuple):

@@ -11,7 +11,7 @@ from pipelines.documents import typed
 from trainer.checkpoint.manifest import Manifest
 from trainer.config.evaluation import EvalConfig
 from trainer.config.reading import from_dict
-from trainer.evaluation.report import EvaluationReport, evaluation_key
+from trainer.evaluation.reports import EvaluationReport, evaluation_key
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
 from trainer.storage.store import Store

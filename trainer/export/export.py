@@ -19,7 +19,7 @@ from trainer.checkpoint.safetensors_file import safetensors_header
 from trainer.config.reading import ConfigError, to_dict
 from trainer.evaluation.loading import ModelRecord, Weights
 from trainer.evaluation.measured import MeasuredDistance, measured_distances
-from trainer.evaluation.report import evaluation_key
+from trainer.evaluation.reports import evaluation_key
 from trainer.export.model_card import ModelCard, WeightsFile
 from trainer.export.output import check_file, check_folder, write_whole
 from trainer.storage.store import Store

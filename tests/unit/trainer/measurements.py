@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
-from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.reports import (
+    CheckpointReport,
+    Distance,
+    EvaluationReport,
+    Measurement,
+    Origin,
+    evaluation_key,
+)
 from trainer.storage.store import Store
 
 RUN = "night-1"

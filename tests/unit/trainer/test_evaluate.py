@@ -35,7 +35,7 @@ from trainer.evaluation.frechet import (
 )
 from trainer.evaluation.grid import TakenSamples, grid_png
 from trainer.evaluation.learned_features import label_agreement, learned_features
-from trainer.evaluation.report import EvaluationReport, Origin
+from trainer.evaluation.reports import Distance, EvaluationReport, Origin
 from trainer.evaluation.samples import ImageSampler, SampleBlock
 
 
@@ -264,12 +264,16 @@ def measured(images, real, untrained, **settings) -> EvaluationReport:
         EvalConfig(samples=len(images), **settings),
         images=7,
         origin=Origin(run="a", attempt="b", held_out_index="c", extractor=""),
-        distance=distance,
-        stored_real_images=len(real) + 1,
-        frechet=distance(images),
+        reached=Distance(
+            features="random_conv",
+            frechet=distance(images),
+            frechet_real_halves=distance.between_halves,
+        ),
         frechet_untrained=distance(untrained),
-        segment_evaluations=(1.0, 2.5),
+        nfe=(1.0, 2.5),
         labels=None,
+        real_images=distance.real_images,
+        unusable_real_images=1,
     )
 
 

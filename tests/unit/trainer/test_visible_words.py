@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from pipelines.console import say, say_error, visible
+from trainer.cli import evaluate
 from trainer.cli.checkpoint_table import Entry, table
 from trainer.cli.ending import Console
-from trainer.evaluation import checkpoint_report
-from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
+from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
 from trainer.export.model_card import _cell, _code
 from trainer.log_lines import forward_logs, show_logs
 
@@ -85,7 +85,7 @@ def test_the_rows_of_tables_are_those_of_what_they_show(text):
             held_out_index=text,
         ),
     )  # fmt: skip
-    lines = checkpoint_report.table([report]).split("\n")
+    lines = evaluate.table([report]).split("\n")
     assert len(lines) == 2
     assert all(map(str.isprintable, lines))
 

@@ -14,9 +14,15 @@ from trainer.autoencoder.codec import CodecConfig
 from trainer.config.evaluation import EvalConfig
 from trainer.config.job import DataConfig
 from trainer.config.reading import to_dict
-from trainer.evaluation.checkpoint_report import CheckpointReport, Distance, Measurement
 from trainer.evaluation.choice import open_checkpoint
-from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.reports import (
+    CheckpointReport,
+    Distance,
+    EvaluationReport,
+    Measurement,
+    Origin,
+    evaluation_key,
+)
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
 

@@ -25,7 +25,6 @@ from trainer.cli.evaluate import main
 from trainer.config.evaluation import EvalConfig, FeatureConfig
 from trainer.config.job import DataConfig
 from trainer.config.reading import ConfigError, to_dict
-from trainer.evaluation.checkpoint_report import CheckpointReport
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.features import RandomConvFeatures
@@ -33,7 +32,7 @@ from trainer.evaluation.frechet import DistanceToReal, FeatureMoments, FeatureSt
 from trainer.evaluation.grid import class_grid
 from trainer.evaluation.learned_features import KeptFeatures, learned_features
 from trainer.evaluation.own_settings import SamplerChoice, own_eval
-from trainer.evaluation.report import EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.reports import CheckpointReport, EvaluationReport, Origin, evaluation_key
 from trainer.state import Fragment
 from trainer.storage.errors import InvalidStoreUri
 from trainer.storage.kept import KeptFiles

@@ -12,6 +12,7 @@ step may be repeated from fresh noise, which lets what is missing come to terms 
 
 import math
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,39 +74,43 @@ def inpaint(
         StepsError: There are fewer steps than segments.
     """
     _check(config, images=images, known=known, repeats=repeats)
-    shape = {"channels": images.shape[1], "image_size": images.shape[-1]}
-    counter = NfeCounter(velocity_model)
+    fresh_noise = _FreshNoise(flow, noise, images)
+    solver, counter = SOLVERS[config.solver], NfeCounter(velocity_model)
     guided_model = guide(counter, scale=config.guidance_scale, null_label=null_label)
-    noise_bands = flow.noise_bands(noise(0), **shape)
+    noise_bands = fresh_noise.take()
     states: Bands = ()
-    nfe, draws = [], 0
+    nfe = []
     for segment, pieces in zip(flow.stages.segments, config.plan(flow.stages), strict=True):
         states = (*states, flow.path.entry(noise_bands[segment.active - 1], segment.start))
         for piece in pieces:
+            model = guided_model if piece.guided else counter
             velocity = _bend_toward_known(
-                guided_model if piece.guided else counter,
-                flow=flow,
-                images=images,
-                known=known,
-                labels=labels,
+                model, flow=flow, images=images, known=known, labels=labels
             )
             for start, end, steps in _strides(piece, single=repeats > 1):
                 for repeat in range(repeats):
                     if repeat:
-                        draws += 1
-                        fresh = flow.noise_bands(noise(draws), **shape)
-                        states = _renoise(flow, states, fresh, start=start, end=end)
+                        states = _renoise(flow, states, fresh_noise.take(), start=start, end=end)
                     states = integrate(
-                        velocity,
-                        states,
-                        start=start,
-                        end=end,
-                        steps=steps,
-                        solver=SOLVERS[config.solver],
+                        velocity, states, start=start, end=end, steps=steps, solver=solver
                     )
         nfe.append(counter.take() / images.shape[0])
     drawn = torch.where(known, images, merge(states))
     return Samples(images=drawn, nfe=tuple(nfe))
+
+
+class _FreshNoise:
+    """The noise of every scale, from one draw after the other."""
+
+    def __init__(self, flow: Flow, noise: NoiseSource, images: Float[Tensor, "b c h w"]) -> None:
+        self._flow = flow
+        self._noise = noise
+        self._shape = {"channels": images.shape[1], "image_size": images.shape[-1]}
+        self._draws = count()
+
+    def take(self) -> Bands:
+        """Return the bands of the next draw, beginning with draw 0."""
+        return self._flow.noise_bands(self._noise(next(self._draws)), **self._shape)
 
 
 def _bend_toward_known(

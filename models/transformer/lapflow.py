@@ -76,17 +76,9 @@ class LapFlowTransformer(nn.Module):
         self._streams = Streams()
         self.time_embed = TimeEmbed(width)
         self.label_embed = LabelEmbed(classes=classes, width=width)
-        self.patch_embed = per_scale(
-            scales,
-            lambda k: PatchEmbed(
-                patch_size=patch,
-                channels=channels,
-                grid=(image_size >> k) // patch,
-                width=width,
-                spacing=2**k if config.positions == "aligned" else 1,
-            ),
+        self.patch_embed = _patch_embeddings(
+            config, scales=scales, channels=channels, image_size=image_size
         )
-        tie_embeddings(self.patch_embed, config.ties)
         for part in (self.time_embed, self.label_embed, self.patch_embed):
             on_built(part)
         self.blocks = nn.ModuleList()
@@ -103,11 +95,9 @@ class LapFlowTransformer(nn.Module):
             self.class_tokens = ClassTokens(count=config.class_tokens, width=width)
             on_built(self.class_tokens)
         if config.modulation == "shared":
+            owners = self._modulation_owners(scales)
             self.modulation = nn.ModuleDict(
-                {
-                    f"scale{k}": zero_linear(width, 6 * width)
-                    for k in self._modulation_owners(scales)
-                }
+                {f"scale{k}": zero_linear(width, 6 * width) for k in owners}
             )
             on_built(self.modulation)
 
@@ -182,3 +172,22 @@ class LapFlowTransformer(nn.Module):
     def _modulation_owners(self, scales: int) -> list[int]:
         """Scale whose modulation each scale uses, coarse to fine."""
         return [self._config.ties.owner(k, "modulation") for k in reversed(range(scales))]
+
+
+def _patch_embeddings(
+    config: TransformerConfig, *, scales: int, channels: int, image_size: int
+) -> nn.ModuleDict:
+    """Each scale's embedding of patches, tied where scales share weights."""
+    patch = config.patch_size
+    embeddings = per_scale(
+        scales,
+        lambda k: PatchEmbed(
+            patch_size=patch,
+            channels=channels,
+            grid=(image_size >> k) // patch,
+            width=config.width,
+            spacing=2**k if config.positions == "aligned" else 1,
+        ),
+    )
+    tie_embeddings(embeddings, config.ties)
+    return embeddings

@@ -91,33 +91,33 @@ class LapFlowPipeline(DiffusionPipeline):
             )
         if config.label_dropout is not None:  # models exported before do not say
             check_guidance(guidance_scale, label_dropout=config.label_dropout, key="guidance_scale")
-        flow = Flow(from_dict(FlowConfig, config.flow, path="flow."))
-        device = self._execution_device
-        drawn = sample(
-            self.transformer,
-            flow=flow,
-            config=SamplerConfig(
-                solver=solver,
-                steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-            ),
-            noise=_noise(
-                len(labels),
-                flow.noise_size(channels=config.in_channels, image_size=config.sample_size),
-                generator=generator,
-                device=device,
-            ),
-            labels=torch.tensor(labels, device=device),
-            channels=config.in_channels,
-            image_size=config.sample_size,
-            null_label=config.num_classes,
-        ).images
-        images: Any = drawn
+        sampler = SamplerConfig(
+            solver=solver,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+        )
+        images: Any = self._sample(labels, sampler, generator)
         if output_type != "latent":
-            images = self._convert(self._decode(drawn), output_type)
+            images = self._convert(self._decode(images), output_type)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample(self, labels: list[int], sampler: SamplerConfig, generator: Generators) -> Tensor:
+        """Sample what the flow works on."""
+        config, device = self.transformer.config, self._execution_device
+        flow = Flow(from_dict(FlowConfig, config.flow, path="flow."))
+        shape = {"channels": config.in_channels, "image_size": config.sample_size}
+        noise_size = flow.noise_size(**shape)
+        return sample(
+            self.transformer,
+            flow=flow,
+            config=sampler,
+            noise=_noise(len(labels), noise_size, generator=generator, device=device),
+            labels=torch.tensor(labels, device=device),
+            null_label=config.num_classes,
+            **shape,
+        ).images
 
     def _decode(self, drawn: Tensor) -> Tensor:
         """Make images in [-1, 1] of what the flow works on."""

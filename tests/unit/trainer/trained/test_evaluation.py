@@ -13,26 +13,39 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.flow.flow import FlowConfig
+from cluster.placement import Placement
+from models.codec import IdentityCodec
+from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.saved import save_now
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.cli.evaluate import main
 from trainer.config.evaluation import EvalConfig, FeatureConfig
-from trainer.config.job import DataConfig
+from trainer.config.job import DataConfig, JobConfig
 from trainer.config.reading import ConfigError, to_dict
+from trainer.config.shapes import ImageShape
+from trainer.engine.build import build_engine
+from trainer.engine.optimizer import OptimConfig
+from trainer.engine.protocol import EngineConfig
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.features import RandomConvFeatures
+from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.frechet import DistanceToReal, FeatureMoments, FeatureStatistics
 from trainer.evaluation.grid import class_grid
 from trainer.evaluation.learned_features import KeptFeatures, learned_features
+from trainer.evaluation.measured import measured_scores
 from trainer.evaluation.own_settings import SamplerChoice, own_eval
+from trainer.evaluation.reference import reference_of_run
 from trainer.evaluation.reports import CheckpointReport, EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.samples import ImageSampler
+from trainer.host_group import HostGroup
+from trainer.metrics.tracker import SilentTracker
 from trainer.state import Fragment
 from trainer.storage.errors import InvalidStoreUri
 from trainer.storage.kept import KeptFiles
@@ -181,21 +194,28 @@ def write_images(prefix, seed: int) -> None:
         )
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A store with a data set and a run of two checkpoints, whose EMA is not its master."""
-    place = tmp_path_factory.mktemp("store")
-    write_images(place / "datasets" / "kinds", 0)
+DATA = DataConfig(name="kinds", image_size=8, channels=1, classes=2)
+CPU = torch.device("cpu")
+
+
+def science_of(place) -> dict[str, object]:
     images = ShardedDataset(f"{place}/datasets/kinds/train", config=ShardsConfig())
-    data = DataConfig(name="kinds", image_size=8, channels=1, classes=2)
-    science = {
-        "data": {k: v for k, v in to_dict(data).items() if k not in ("prefix", "prepare")},
+    return {
+        "data": {k: v for k, v in to_dict(DATA).items() if k not in ("prefix", "prepare")},
         "model": to_dict(MODEL),
         "flow": to_dict(FlowConfig()),
         "data_set": {"index_sha256": images.digest},
         "train": {"label_dropout": 0.1},
         "eval": to_dict(OWN),
     }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A store with a data set and a run of two checkpoints, whose EMA is not its master."""
+    place = tmp_path_factory.mktemp("store")
+    write_images(place / "datasets" / "kinds", 0)
+    science = science_of(place)
     torch.manual_seed(0)
     model = LapFlowTransformer(MODEL, scales=2, channels=1, image_size=8, classes=2)
     store = open_store(f"{place}/runs", StoreConfig())
@@ -238,6 +258,69 @@ def test_a_run_is_measured_at_its_newest_checkpoint_or_at_all(place):
     assert both[1] == newest
     named = config(place, checkpoint=f"{place}/runs/small/checkpoints/000000000100")
     assert evaluate_checkpoints(named, tell=quiet) == both[:1]
+
+
+def randomised(on_built: OnBuilt) -> LapFlowTransformer:
+    torch.manual_seed(5)
+
+    def redraw(part: torch.nn.Module) -> None:
+        for parameter in part.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        on_built(part)
+
+    return LapFlowTransformer(MODEL, scales=2, channels=1, image_size=8, classes=2, on_built=redraw)
+
+
+def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place):
+    """To the bit, by the code that a worker runs, with an engine of one rank."""
+    job = JobConfig(
+        run="ended", data=DATA, model=MODEL, eval=OWN,
+        store=StoreConfig(uri=str(place)), home=str(place / "home"),
+    )  # fmt: skip
+    reference = reference_of_run(
+        job,
+        trained_on=ShardedDataset(f"{place}/datasets/kinds/train", config=ShardsConfig()).digest,
+        features=("random_conv",),
+        inception_weights=None,
+        device=CPU,
+        batch=OWN.batch,
+    )
+    engine = build_engine(
+        randomised, config=EngineConfig(kind="plain"), placement=Placement((1, 1)),
+        optim=OptimConfig(), micro_batch=4, rank_batch=8, world_size=1, device=CPU,
+    )  # fmt: skip
+    store = open_store(f"{place}/runs", StoreConfig())
+    science = science_of(place)
+    save_now(store, run="ended", images=300, fragments=engine.fragments(), science=science)
+    told: list[dict[str, object]] = []
+    image_sampler = ImageSampler(
+        flow=Flow(FlowConfig()), sampler=OWN.sampler, codec=IdentityCodec(), seed=OWN.seed,
+        shape=ImageShape(channels=1, size=8, classes=2), batch=OWN.batch, device=CPU,
+    )  # fmt: skip
+    final = FinalEvaluation(
+        config=OWN, image_sampler=image_sampler, ranks=HostGroup(alone=True),
+        held_out=reference.held_out, train=reference.train,
+    )  # fmt: skip
+    manifest = CheckpointReader(store, run="ended").manifest(300)
+    assert manifest is not None
+    final.run(
+        engine,
+        Publisher(
+            store=store, run="ended", images=300, attempt=lambda: manifest.attempt,
+            tracker=SilentTracker(), tell=told.append,
+        ),
+    )  # fmt: skip
+    assert told == []
+    own = EvaluationReport.from_json(store.get(evaluation_key("ended", 300, "report.json")))
+    (later,) = evaluate_checkpoints(config(place, checkpoint=f"{place}/runs/ended"), tell=quiet)
+    assert own.distances == later.distances
+    assert own.measurement == later.measurement
+    assert own.network_evaluations == later.network_evaluations
+    assert (own.real_images, own.unusable_real_images) == (20, 0)
+    # The EMA of a run without an update is where it began.
+    assert own.frechet_untrained == own.frechet
+    found = measured_scores(store, "ended")
+    assert found == {"random_conv": {300: own.frechet}}
 
 
 def test_the_runs_own_settings_hold_unless_changed(place, tmp_path):

@@ -307,7 +307,7 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place):
         engine,
         Publisher(
             store=store, run="ended", images=300, attempt=lambda: manifest.attempt,
-            tracker=SilentTracker(), tell=told.append,
+            tracker=SilentTracker(), report=told.append,
         ),
     )  # fmt: skip
     assert told == []

@@ -43,6 +43,8 @@ def fitted(wanted: Any, value: Any) -> Any:
     numbers = int in leaves or float in leaves
     if numbers and bool not in leaves and any(isinstance(each, bool) for each in found):
         raise UnfitValue("must be a number, not true or false")
+    if leaves == [bool] and not isinstance(value, bool):
+        raise UnfitValue("must be true or false")
     if any(isinstance(each, int) and abs(each) > _LARGEST for each in found):
         raise UnfitValue(f"must lie between -{_LARGEST} and {_LARGEST}")
     if str in leaves and not numbers and isinstance(value, int | float):

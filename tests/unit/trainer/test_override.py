@@ -121,6 +121,22 @@ def test_an_experiment_of_somebody_else_is_refused_in_a_line(
     assert "\n" not in error
 
 
+def test_what_is_typed_is_taken_though_it_is_the_default(tmp_path, monkeypatch):
+    folder = shutil.copytree(trainer.config.groups.CONFIG_FOLDER, tmp_path / "configs")
+    for module in (trainer.config.groups, trainer.config.composition):
+        monkeypatch.setattr(module, "CONFIG_FOLDER", folder)
+    (folder / "exp" / "theirs.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: digits\nrun: theirs\nhome: /theirs\n"
+    )
+    monkeypatch.setenv("LAPFLOW_HOME", "/elsewhere")
+    monkeypatch.setenv("HOME", "/somebody")
+    given = composed(["+exp=theirs"])
+    assert (given.run, given.home) == ("theirs", "/theirs")
+    for experiment in ("+exp=theirs", DIGITS):
+        typed = composed([experiment, "run=run", "home=~/lapflow"])
+        assert (typed.run, typed.home) == ("run", "/somebody/lapflow")
+
+
 def test_a_command_reads_no_environment_either():
     with pytest.raises(ConfigError, match="environment"):
         configured(SampleConfig, ["checkpoint=/a/b", "output=${oc.env:HOME}"])

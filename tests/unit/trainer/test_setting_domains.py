@@ -136,3 +136,31 @@ def test_classes_to_draw_are_not_negative():
 def test_the_settings_of_deepspeed_pass_through():
     passed = {"communication_data_type": "fp32"}
     assert changed(JobConfig, "engine.deepspeed", passed).engine.deepspeed == passed
+
+
+TEXTS = [
+    (kind, each.key)
+    for kind in GIVEN
+    for each in leaves(kind)
+    if each.is_text and not each.place and not each.words
+]
+
+
+@pytest.mark.parametrize(("kind", "key"), TEXTS, ids=[f"{kind.__name__}-{k}" for kind, k in TEXTS])
+def test_no_text_is_taken_that_is_empty_or_more_than_a_line(kind, key):
+    for text in ("", " ", "a\nb", "\x1b[2J"):
+        error = refusal(lambda text=text: changed(kind, key, text)) or ""
+        assert key in error, text
+        assert error.isprintable()
+
+
+SWITCHES = [(kind, each.key) for kind in GIVEN for each in leaves(kind) if each.wanted is bool]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), SWITCHES, ids=[f"{kind.__name__}-{k}" for kind, k in SWITCHES]
+)
+def test_a_switch_is_true_or_false_and_nothing_that_looks_like_it(kind, key):
+    for value in (1, 0, 1.0, "yes", "on", "t", "true", [True]):
+        error = refusal(lambda value=value: changed(kind, key, value)) or ""
+        assert f"{key}={value!r} must be true or false" in error, value

@@ -138,11 +138,11 @@ class RunMonitor:
         """What to raise for the error that Ray Train ended with."""
         failures = [failure for failure in self._failures if failure.attempt == self._attempt]
         if isinstance(error, WorkerGroupError):
-            told = {failure.rank for failure in failures}
+            reported = {failure.rank for failure in failures}
             failures += [
                 _unreported_failure(rank, self._attempt, cause)
                 for rank, cause in error.worker_failures.items()
-                if rank not in told
+                if rank not in reported
             ]
             if failures:
                 return root_cause(failures).error()

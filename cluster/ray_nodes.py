@@ -122,7 +122,7 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
 
     def _assign(self) -> tuple[str, ...]:
         deadline = time.monotonic() + self._timeout_s
-        told = ""
+        last = ""
         while True:
             try:
                 return assign_nodes(self._spec, free_nodes())
@@ -132,7 +132,7 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
                     raise WorkerGroupStartupFailedError(
                         f"After {self._timeout_s:g} s there is no room. {error}"
                     ) from error
-                if str(error) != told:
-                    told = str(error)
-                    self._report(f"waiting up to {self._timeout_s:g} s for room: {told}")
+                if str(error) != last:
+                    last = str(error)
+                    self._report(f"waiting up to {self._timeout_s:g} s for room: {last}")
             time.sleep(_LOOK_S)

@@ -137,7 +137,7 @@ def _wait_for_room(
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
     cpus, gpus = spec.workers * spec.cpus, spec.workers * spec.gpus
     deadline = time.monotonic() + config.start_timeout_s
-    told = ""
+    last = ""
     while not stop.is_set():
         free = ray.available_resources()
         enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
@@ -155,12 +155,12 @@ def _wait_for_room(
                 "the cluster. Wait for them, ask for less (cluster.workers, "
                 "cluster.cpus_per_worker), or raise cluster.start_timeout_s."
             )
-        if now != told:
+        if now != last:
             report(
                 f"waiting up to {config.start_timeout_s:g} s (cluster.start_timeout_s) for "
                 f"{format_resources(cpus, gpus)}: {now}, other jobs hold the rest of the cluster"
             )
-            told = now
+            last = now
         time.sleep(TICK_S)
     return False
 

@@ -1,12 +1,12 @@
 """Expert shards: a placement applied to a model, so that each rank holds 1/E of an expert.
 
-A linear layer is divided by its outputs: every rank of the group computes its part of them for the
-images of all E ranks, and each rank gets all outputs of its own images back. The MLP is divided by
-its hidden units, so its two layers need one exchange before and one after. Attention is untouched:
-a rank has all heads of its own images.
+A linear layer is partitioned by its outputs: every rank of the group computes its part of them for
+the images of all E ranks, and each rank gets all outputs of its own images back. The MLP is
+partitioned by its hidden units, so its two layers need one exchange before and one after. Attention
+is untouched: a rank has all heads of its own images.
 
-The first dimension of each divided weight is the one that is divided. So a shard is one slice of
-the flattened parameter, and checkpoints of different placements are cut from the same whole.
+The first dimension of a weight is the one that is partitioned. So a shard is one slice of the
+flattened parameter, and checkpoints of different placements are cut from the same whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ExpertShard(nn.Module):
     """This rank's part of a linear layer of an expert.
 
     Args:
-        layer: The whole layer; its weight and bias are divided along their first dimension.
+        layer: The whole layer; its weight and bias are partitioned along their first dimension.
         exchange: The group that holds its parts.
 
     Raises:
@@ -89,12 +89,12 @@ _SHARDS: Mapping[str, type[ExpertShard]] = {
     "mlp_hidden": HiddenShard,
     "mlp_output": HiddenOutputShard,
 }
-"""The layers of experts that are divided, by the names they have in `models.transformer`."""
+"""The layers of experts that are partitioned, by the names they have in `models.transformer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShards:
-    """Divides the experts of a model, part by part as it is built.
+    """Partitions the experts of a model, part by part as it is built.
 
     Attributes:
         exchanges: For each sharded scale, in the paper's numbering, this rank's expert group.
@@ -119,8 +119,8 @@ class ExpertShards:
 
     def partition(self, part: nn.Module) -> None:
         """Replace the sharded layers of one part of a model by this rank's shards, in place."""
-        # By id, for a reference would keep each whole layer until all are divided.
-        divided: dict[int, ExpertShard] = {}
+        # By id, for a reference would keep each whole layer until all are partitioned.
+        partitioned: dict[int, ExpertShard] = {}
         for by_scale in [module for module in part.modules() if isinstance(module, nn.ModuleDict)]:
             for k, exchange in self.exchanges.items():
                 if (name := f"scale{k}") not in by_scale:
@@ -133,12 +133,12 @@ class ExpertShards:
                     layer = getattr(expert, layer_name, None)
                     if not isinstance(layer, nn.Linear | InputMajorLinear):
                         continue
-                    if id(layer) not in divided:
+                    if id(layer) not in partitioned:
                         if layer_name == "projection" and layer.weight.shape[0] % exchange.ranks:
                             # The last one: a patch may have fewer numbers than there are ranks.
                             continue
-                        divided[id(layer)] = kind(layer, exchange)
-                    _replace(expert, layer_name, divided[id(layer)])
+                        partitioned[id(layer)] = kind(layer, exchange)
+                    _replace(expert, layer_name, partitioned[id(layer)])
 
 
 def _replace(expert: nn.Module, name: str, shard: ExpertShard) -> None:
@@ -156,9 +156,9 @@ def _form_groups(size: int) -> Exchange:
             f"experts cannot be divided over groups of {size} ranks: there are {world_size} ranks"
         )
     experts = [expert_group(first, size) for first in range(0, world_size, size)]
-    holders = [replica_ranks(index, size, world_size) for index in range(size)]
+    replicas = [replica_ranks(index, size, world_size) for index in range(size)]
     return Exchange(
-        ranks=size, index=rank % size, group=_own_group(experts), replica_group=_own_group(holders)
+        ranks=size, index=rank % size, group=_own_group(experts), replica_group=_own_group(replicas)
     )
 
 
@@ -191,7 +191,7 @@ def draw_initial_weights(
 
     Args:
         build_model: Builds the model.
-        shards: Divides its experts as they are divided in the engine.
+        shards: Partitions its experts as they are partitioned in the engine.
         take: Called with the number of each parameter, in the order of the model's parameters, and
             its initial value as this rank holds it.
     """

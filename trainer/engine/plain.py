@@ -22,7 +22,7 @@ class PlainEngine:
 
     Args:
         build_model: Builds the model with the same initial weights on every rank.
-        shards: Divides the experts.
+        shards: Partitions the experts.
         device: Where the model is computed.
         config: Engine settings; only fp32 is supported here.
         optim: Optimizer settings.
@@ -96,8 +96,9 @@ class PlainEngine:
         for name, parameter in self._named.items():
             gradient = self._gradient(parameter)
             # A shard's gradient already is a sum over its expert group, for whose images it was
-            # used. Adding up its holders, one of each group, makes it the sum over all ranks, as it
-            # is for weights that every rank has; so both are divided by the number of ranks.
+            # used. Adding up its replica group, one rank of each expert group, makes it the sum
+            # over all ranks, as it is for weights that every rank has; so both are divided by
+            # the number of ranks.
             shard = self._shards.get(name)
             dist.all_reduce(gradient, group=None if shard is None else shard.replica_group)
             gradient.div_(dist.get_world_size())

@@ -42,7 +42,7 @@ class ZeroEngine:
     Args:
         build_model: Builds the model with the same initial weights on every rank.
         config: Engine settings (stage, precision, pass-through).
-        shards: Divides the experts.
+        shards: Partitions the experts.
         optim: Optimizer settings.
         micro_batch: Images per rank and forward pass.
         grad_accum_steps: Forward passes per update.
@@ -217,7 +217,7 @@ class ZeroEngine:
 
 
 def _on_built(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype) -> OnBuilt:
-    """Divide the experts of each part, and bring it to the device, its weights in a precision."""
+    """Partition the experts of each part, and bring it to the device, weights in a precision."""
 
     def on_built(part: nn.Module) -> None:
         shards.partition(part)

@@ -5,8 +5,8 @@ and EMA have the same layout. Where a parameter lies in it is read from DeepSpee
 which is private to it and held to account by the conformance tests.
 
 DeepSpeed reduces the gradients of an expert over the ranks that hold it, divides by the number of
-all ranks, and shards the optimizer state of an expert over its holders. That is the mean over all
-images when each expert saw the images of its whole expert group, as it does here.
+all ranks, and shards the optimizer state of an expert over its replica group. That is the mean over
+all images when each expert saw the images of its whole expert group, as it does here.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ def _zero_gradients(masters: list[Tensor]) -> None:
 
 
 def group_name(size: int) -> str:
-    """Return DeepSpeed's name of the groups of experts divided over `size` ranks."""
+    """Return DeepSpeed's name of the groups of experts partitioned over `size` ranks."""
     return f"ep_size_{size}"
 
 
 def form_groups(sizes: Sequence[int]) -> None:
-    """Let DeepSpeed form its groups for experts divided over these numbers of ranks."""
+    """Let DeepSpeed form its groups for experts partitioned over these numbers of ranks."""
     import deepspeed
     from deepspeed.utils import groups
 
@@ -201,11 +201,11 @@ def mark_expert_groups(model: nn.Module, sizes: Sequence[int]) -> None:
 def divide_on_built(
     on_built: OnBuilt, shards: ExpertShards, settings: dict[str, Any], dtype: torch.dtype
 ) -> OnBuilt:
-    """Let each part of a model settle as ZeRO-3 keeps it: its weights divided over their ranks."""
+    """Let each part of a model settle as ZeRO-3 keeps it: weights partitioned over their ranks."""
     from deepspeed import zero
     from deepspeed.utils import groups
 
-    holders = {
+    replica_groups = {
         size: groups._get_expert_data_parallel_group(group_name(size)) for size in shards.sizes
     }
 
@@ -217,10 +217,10 @@ def divide_on_built(
             # Without the last of these three, DeepSpeed averages different shards in silence.
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = group_name(exchange.ranks)
-            parameter.ds_zero_partition_process_group = holders[exchange.ranks]
+            parameter.ds_zero_partition_process_group = replica_groups[exchange.ranks]
         zero.Init(module=part, config_dict_or_path=settings, dtype=dtype)
         for name, exchange in shards_of(part).items():
-            divided: Any = parameters[name]
-            assert divided.ds_process_group is holders[exchange.ranks], name
+            partitioned: Any = parameters[name]
+            assert partitioned.ds_process_group is replica_groups[exchange.ranks], name
 
     return on_built_and_divide

@@ -177,25 +177,25 @@ class MlflowTracker:
     def _send_all(self) -> None:
         client: Any = None
         while (call := self._calls.get()) is not None:
-            pause, at_fault, told = 0.5, 0, ""
+            pause, at_fault, last = 0.5, 0, ""
             while at_fault < _TRIES_OF_A_CALL_AT_FAULT:
                 try:
                     client = client or self._open()
                     call(client)
                     break
                 except Exception as error:
-                    news = (
+                    message = (
                         f"MLflow at {self._uri}: {error}; trying again in {pause:.1f} s."
                         f"{proxy_hint(self._uri)}"
                     )
                     if deleted := self._deleted(error):
-                        news = f"{deleted}. Until then its points are kept"
+                        message = f"{deleted}. Until then its points are kept"
                     else:
                         # If MLflow answers another question, it is not away: the call is at fault.
                         at_fault += self._answers()
-                    if news != told:
-                        _log.warning("%s", news)
-                    told = news
+                    if message != last:
+                        _log.warning("%s", message)
+                    last = message
                     time.sleep(pause)
                     pause = min(2 * pause, _MAX_PAUSE_S)
             else:

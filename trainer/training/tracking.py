@@ -125,7 +125,7 @@ class CheckpointReporter:
     def __call__(self, report: SaveReport) -> None:
         """Pass on one report."""
         name = f"{report.images:012d}"
-        news = {"images": report.images, "uri": report.uri}
+        saved = {"images": report.images, "uri": report.uri}
         self._tracker.metrics(
             {
                 "checkpoint/blocked_s": report.blocked_s,
@@ -137,8 +137,8 @@ class CheckpointReporter:
         )
         if report.error is not None:
             self._tracker.tag(f"checkpoint_failed.{name}", report.error)
-            self._report({"kind": "checkpoint_failed", "text": report.error, **news})
+            self._report({"kind": "checkpoint_failed", "text": report.error, **saved})
             return
         self._tracker.tag("checkpoint", report.uri)
         self._tracker.tag(f"checkpoint.{name}", report.uri)
-        self._report({"kind": "checkpoint", **news})
+        self._report({"kind": "checkpoint", **saved})

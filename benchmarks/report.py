@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pipelines.formats import format_table
+
 Cell = str | int | float | None
 """A value of the table; None stands for what does not apply."""
 
@@ -71,11 +73,7 @@ class Report:
     def _table(self) -> str:
         columns = list(dict.fromkeys(name for row in self._rows for name in row))
         lines = [columns, *([_text(row.get(name)) for name in columns] for row in self._rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return format_table(lines)
 
 
 def _text(value: Cell) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipelines.console import SayingHandler, visible
-from trainer.formats import format_duration
+from pipelines.formats import format_duration
 
 # The last is the module that `python -m` runs.
 _PACKAGES = ("trainer", "pipelines", "models", "cluster", "__main__")

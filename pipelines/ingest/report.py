@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from pipelines.console import visible
+from pipelines.formats import format_bytes, format_count, format_table
 from pipelines.ingest.duplicates import Duplicates
 from pipelines.ingest.entry import PassedOver, in_words
 from pipelines.ingest.inspection import BadSample
@@ -108,8 +109,8 @@ class Report:
 def _contents(report: Report) -> Iterator[str]:
     yield report.prefix
     yield (
-        f"  {report.samples:,} {report.holds} in {_some(report.shards, 'shard')} of "
-        f"{_bytes(report.size_bytes)} together"
+        f"  {report.samples:,} {report.holds} in {format_count(report.shards, 'shard')} of "
+        f"{format_bytes(report.size_bytes)} together"
     )
     yield f"  index sha256 {report.digest}"
     if report.kinds:
@@ -118,8 +119,8 @@ def _contents(report: Report) -> Iterator[str]:
         (first, count), *others = report.sizes.items()
         widths, heights = zip(*report.sizes, strict=True)
         more = (
-            f", {_some(len(others), 'other size')}; width {min(widths):,} to {max(widths):,}, "
-            f"height {min(heights):,} to {max(heights):,}"
+            f", {format_count(len(others), 'other size')}; width {min(widths):,} to "
+            f"{max(widths):,}, height {min(heights):,} to {max(heights):,}"
         )
         yield f"  {count:,} of {first[0]} x {first[1]}{more if others else ''}"
     if report.left_out:
@@ -134,17 +135,17 @@ def _classes(report: Report) -> Iterator[str]:
     if not labels:
         return
     fewest, most = min(counts[label] for label in labels), max(counts[label] for label in labels)
-    each = _some(most, report.holds.removesuffix("s"))
+    each = format_count(most, report.holds.removesuffix("s"))
     if fewest < most:
         each = f"{fewest:,} to {each}"
-    yield f"{_some(len(labels), 'class', 'classes')}, {each} each"
+    yield f"{format_count(len(labels), 'class', 'classes')}, {each} each"
     ranked = sorted(labels, key=lambda label: (counts[label], label))
     if len(labels) <= _SHOWN:
-        names = {label: _class(report, label) for label in labels}
-        widest = max(map(len, names.values()))
-        for label, name in names.items():
-            bar = "#" * round(_BAR * counts[label] / max(most, 1))
-            yield f"  {name:<{widest}} {counts[label]:>{len(f'{most:,}')},} {bar}".rstrip()
+        bars = {label: "#" * round(_BAR * counts[label] / max(most, 1)) for label in labels}
+        yield format_table(
+            [(f"  {_class(report, each)}", f"{counts[each]:,}", bars[each]) for each in labels],
+            align="<>",
+        )
     elif fewest < most:
         for word, chosen in (("fewest", ranked[:3]), ("most", ranked[:-4:-1])):
             told = (f"{_class(report, label)} {counts[label]:,}" for label in chosen)
@@ -162,13 +163,13 @@ def _duplicates(report: Report) -> Iterator[str]:
         return
     yield (
         f"{found.surplus:,} {report.holds} repeat the bytes of others, in "
-        f"{_some(found.groups, 'group')}, {found.relabelled:,} of them with different labels"
+        f"{format_count(found.groups, 'group')}, {found.relabelled:,} of them with different labels"
     )
     for number, group in enumerate(found.examples):
         ids = ", ".join(map(str, group[:_SHOWN])) + (", ..." if len(group) > _SHOWN else "")
         yield f"  samples {ids}{' (different labels)' if number < found.relabelled else ''}"
     if found.groups > len(found.examples):
-        yield f"  and {_some(found.groups - len(found.examples), 'more group')}"
+        yield f"  and {format_count(found.groups - len(found.examples), 'more group')}"
 
 
 def _faults(report: Report) -> Iterator[str]:
@@ -203,14 +204,3 @@ def _first(lines: Iterable[str]) -> Iterator[str]:
 
 def _first_sentence(text: str) -> str:
     return re.split(r"\. (?=[A-Z])", text, maxsplit=1)[0].rstrip(".")
-
-
-def _bytes(size: int) -> str:
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size >= 10 << power:
-            return f"{size / 2**power:,.0f} {unit}"
-    return f"{size:,} bytes"
-
-
-def _some(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from pipelines.formats import format_bytes, format_duration
 from trainer.checkpoint.blocks import read_block
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
-from trainer.formats import format_bytes, format_duration
 from trainer.storage.store import Store, in_threads
 
 _TELL_EVERY_S = 5.0

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 from pipelines.console import visible
+from pipelines.formats import format_bytes, format_table
 from trainer.checkpoint.retention import CheckpointListing
-from trainer.formats import format_bytes
 
 _NOTHING = "-"
 
@@ -107,30 +107,28 @@ def table(listed: Sequence[Entry], *, features: str | None, gone: str = "expires
         features: Extractor of the Fréchet distances; None leaves their column away.
         gone: What is said of a checkpoint that does not stay.
     """
-    columns: list[tuple[str, bool, list[str]]] = [
-        ("images", True, [f"{each.images:,}" for each in listed]),
-        ("saved at (UTC)", False, [_time(each.saved_at) for each in listed]),
-        ("size", True, [format_bytes(each.size_bytes) for each in listed]),
-        ("ranks", True, [_NOTHING if each.ranks is None else f"{each.ranks}" for each in listed]),
-        ("objects", True, [f"{each.objects}" for each in listed]),
-        (f"Fréchet ({features})", True, [_distance(each.frechet) for each in listed]),
-        ("kept because", False, [", ".join(each.kept) or gone for each in listed]),
-        ("state", False, [each.state for each in listed]),
+    columns: list[tuple[str, str, list[str]]] = [
+        ("images", ">", [f"{each.images:,}" for each in listed]),
+        ("saved at (UTC)", "<", [_time(each.saved_at) for each in listed]),
+        ("size", ">", [format_bytes(each.size_bytes) for each in listed]),
+        ("ranks", ">", [_NOTHING if each.ranks is None else f"{each.ranks}" for each in listed]),
+        ("objects", ">", [f"{each.objects}" for each in listed]),
+        (f"Fréchet ({features})", ">", [_distance(each.frechet) for each in listed]),
+        ("kept because", "<", [", ".join(each.kept) or gone for each in listed]),
+        ("state", "<", [each.state for each in listed]),
     ]
     if features is None:
         del columns[5]
-    laid = []
-    for title, right, raw in columns:
-        head, *cells = map(visible, (title, *raw))
-        width = max(map(len, (head, *cells)))
-        laid.append([cell.rjust(width) if right else cell.ljust(width) for cell in (head, *cells)])
-    lines = ["  ".join(row).rstrip() for row in zip(*laid, strict=True)]
+    lines = format_table(
+        list(zip(*((title, *cells) for title, _, cells in columns), strict=True)),
+        align="".join(side for _, side, _ in columns),
+    )
     notes = [
         f"{each.images:,} is {each.state}: {visible(each.problem)}"
         for each in listed
         if each.problem
     ]
-    return "\n".join([*lines, *([""] if notes else []), *notes])
+    return "\n".join([lines, *([""] if notes else []), *notes])
 
 
 def _time(saved_at: str | None) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipelines.console import say, visible
+from pipelines.formats import format_bytes, format_count
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
@@ -21,7 +22,6 @@ from trainer.cli.command import Outcome, Subcommand, run_subcommands
 from trainer.cli.run_handle import RetentionSettings, RunHandle, open_run, retained_checkpoints
 from trainer.config.reading import ConfigError
 from trainer.export.export import ExportSettings, export_checkpoint
-from trainer.formats import format_bytes
 from trainer.storage.store import StoreConfig
 
 logger = logging.getLogger(__name__)
@@ -141,14 +141,14 @@ def prune_checkpoints(config: PruneConfig) -> Outcome:
     going = (*plan.manifests, *plan.content)
     freed = f"{format_bytes(sum(sizes[key] for key in going))} of "
     freed += format_bytes(sum(sizes.values()))
-    what = _counted(len(plan.expired), "checkpoint")
+    what = format_count(len(plan.expired), "checkpoint")
     if left := _left_behind(shown.listing, plan):
-        what += f" and {_counted(left, 'object')} that no checkpoint uses"
+        what += f" and {format_count(left, 'object')} that no checkpoint uses"
     policy = " ".join(f"{key}={value}" for key, value in asdict(config.policy).items())
     lines = [shown_table, "", f"kept by {policy}", *shown.notes]
     if config.yes:
         aborted = shown.handle.index.clear(plan)
-        uploads = f", and {_counted(aborted, 'unfinished upload')}" if aborted else ""
+        uploads = f", and {format_count(aborted, 'unfinished upload')}" if aborted else ""
         lines.append(f"deleted {what}{uploads}: {freed} freed")
     elif going:
         lines.append(f"would delete {what}: frees {freed}")
@@ -167,10 +167,6 @@ def _left_behind(listing: CheckpointListing, plan: DeletionPlan) -> int:
         for entry in listing.manifests[images].objects
     }
     return len(set(plan.content) - own)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 _DAMAGED = 1

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from pipelines.console import command_parser, say, say_error, visible
+from pipelines.console import command_parser, say, say_error
+from pipelines.formats import format_table
 from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
 from trainer.metrics.mlflow_backend import TrackerUnreachable, run_curves, tracking_uri
 from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
@@ -76,17 +77,17 @@ def described(found: Sequence[Difference], *, tolerance: float, only_common: boo
         tolerance: Relative difference up to which values agree.
         only_common: Whether points that one side lacks are passed over.
     """
-    width = max(len(visible(one.metric)) for one in found)
-    lines = []
+    rows = []
     for one in found:
         missing = f", {one.unmatched} more on one side only" if one.unmatched else ""
-        parts = [f"{visible(one.metric):<{width}}  {one.points} points{missing}"]
+        parts = [f"{one.points} points{missing}"]
         parts.append(f"largest relative difference {one.largest:.3g} at {one.largest_at:,} images")
         if one.first_at is not None and one.first is not None:
             a, b = one.first
             parts.append(f"first apart at {one.first_at:,} images: {a!r} and {b!r}")
-        lines.append("; ".join(parts))
-    return "\n".join([*lines, _verdict(found, tolerance=tolerance, only_common=only_common)])
+        rows.append((one.metric, "; ".join(parts)))
+    verdict = _verdict(found, tolerance=tolerance, only_common=only_common)
+    return f"{format_table(rows)}\n{verdict}"
 
 
 def _verdict(found: Sequence[Difference], *, tolerance: float, only_common: bool) -> str:

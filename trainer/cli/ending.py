@@ -9,13 +9,13 @@ from typing import Any
 
 from pipelines.console import say, say_error, visible
 from pipelines.errors import DataError
+from pipelines.formats import format_duration, format_table
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_images
 from trainer.evaluation.reports import EvaluationReport, evaluation_key
-from trainer.formats import format_duration
 from trainer.log_lines import was_shown
 from trainer.metrics.mlflow_backend import end_run
 from trainer.storage.errors import StoreError
@@ -172,8 +172,7 @@ def summary(
                 "images",
             )
         )
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {visible(value)}" for name, value in rows)
+    return format_table(rows)
 
 
 def _held_out(report: EvaluationReport) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.console import say, say_error, visible
+from pipelines.console import say, say_error
+from pipelines.formats import format_table
 from trainer.cli.command import Outcome, run_command
 from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
@@ -68,13 +69,7 @@ def table(reports: Sequence[CheckpointReport]) -> str:
         for report in reports
         for distance in report.distances
     ]
-    shown = [tuple(map(visible, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *shown, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *shown)
-    ]
-    return "\n".join(lines)
+    return format_table([head, *rows])
 
 
 def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipelines.formats import format_table
+
 
 class _Command(NamedTuple):
     """A command: the module whose `main` it is, and one line for the help."""
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "lapflow") -> in
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<16}{command.summary}" for name, command in COMMANDS.items())
+    listed = format_table([(f"  {name}", each.summary) for name, each in COMMANDS.items()])
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} COMMAND ...",

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from cluster.hardware import HardwareError
 from pipelines.console import command_parser, say, say_error
+from pipelines.formats import format_bytes
 from trainer.cli.settings_page import ExplainAction
 from trainer.config.composition import composed
 from trainer.config.groups import members
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
 from trainer.errors import is_user_error
-from trainer.formats import format_bytes
 from trainer.planning.placing import changed_jobs, configured, workload, zero_stage
 from trainer.planning.planner import (
     Candidate,

@@ -18,6 +18,7 @@ from pipelines.errors import (
     MissingShardError,
     UndecodableImageError,
 )
+from pipelines.formats import format_bytes
 from pipelines.loading.bad_samples import BadSamples
 from pipelines.shards import ShardedDataset
 from trainer.config.job import JobConfig
@@ -26,7 +27,6 @@ from trainer.config.shapes import picture_shape
 from trainer.data.loading import decoding
 from trainer.data.splits import Split, open_images
 from trainer.evaluation.frechet import MIN_IMAGES, MIN_IMAGES_IN_HALVES
-from trainer.formats import format_bytes
 
 _AT_ONCE = 256
 _MAX_HELD_BYTES = 4 * 2**30

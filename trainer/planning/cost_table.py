@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.transformer.cost import average_multiply_adds, multiply_adds, parameters
+from pipelines.formats import format_table
 from trainer.config.job import JobConfig, micro_batch
 from trainer.planning.placing import model_shape, resolve_placement, workload, zero_stage
 from trainer.planning.prediction import rank_memory
@@ -52,8 +53,7 @@ def cost_table(job: JobConfig) -> str:
         ("  total", _gib(memory.total)),
         *([("  in host memory", _gib(memory.host))] if memory.host else []),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+    return format_table(rows)
 
 
 def _si(value: float, unit: str) -> str:

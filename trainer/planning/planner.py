@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.hardware import HardwareConfig, HardwareError
 from cluster.placement import Placement, possible_placements, possible_ranks
-from trainer.formats import format_bytes
+from pipelines.formats import format_bytes, format_table
 from trainer.planning.prediction import RankMemory, StepTime, rank_memory, step_time
 from trainer.planning.workload import Workload
 
@@ -261,17 +261,8 @@ def placement_table(
         row += [f"{1000 * value:.1f}" for value in _times(one, offload).values()]
         row += [f"{1000 * one.time.total:.1f}", f"{one.images_per_second:,.0f}"]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if number < 2 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    if left_out:
-        lines.append(f"… and {left_out} more (--all)")
-    return "\n".join(lines)
+    table = format_table(rows, align=f"<<{'>' * (len(head) - 2)}")
+    return f"{table}\n… and {left_out} more (--all)" if left_out else table
 
 
 def as_json(one: Candidate) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from pipelines.formats import format_duration
 from trainer.clock import due
 from trainer.engine.protocol import Engine
 from trainer.evaluation.grid import grid_png
-from trainer.formats import format_duration
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import Tracker
 from trainer.training.throughput import Pace, Throughput

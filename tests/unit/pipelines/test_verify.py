@@ -79,7 +79,7 @@ def test_a_sound_dataset_is_described(
     said = capsys.readouterr().out
     assert f"20 images in {len(shards_of(train))} shards of" in said
     assert "20 PNG RGB\n  20 of 10 x 12\n" in said
-    assert "3 classes, 4 to 9 images each\n  0 ant 7 ####" in said
+    assert "3 classes, 4 to 9 images each\n  0 ant  7  ####" in said
     assert "no two images with the same bytes" in said
     assert said.endswith("FINE: all as it should be\n")
     report = json.loads((tmp_path / "report.json").read_text())

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from pipelines.formats import format_duration
 from trainer.clock import Throttle, due
-from trainer.formats import format_duration
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import (
     MAX_POINTS,

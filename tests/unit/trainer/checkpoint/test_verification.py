@@ -7,13 +7,13 @@ import re
 
 import pytest
 
+from pipelines.formats import format_bytes
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from trainer.checkpoint import verification
 from trainer.checkpoint.blocks import block_hash
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
-from trainer.formats import format_bytes
 from trainer.storage.errors import StoreUnreachable
 
 RANKS, SIZE, BLOCK = 3, 16, 4

@@ -13,6 +13,7 @@ from cluster.contract import WorkerContext
 from pipelines.decode.contract import Decoder
 from pipelines.decode.make import make_decoder
 from pipelines.errors import (
+    BadDataError,
     BadSampleError,
     CorruptShardError,
     MissingShardError,
@@ -30,6 +31,9 @@ from trainer.evaluation.frechet import MIN_IMAGES, MIN_IMAGES_IN_HALVES
 
 _AT_ONCE = 256
 _MAX_HELD_BYTES = 4 * 2**30
+_HOLD_OUT_MORE = (
+    "hold out more images of the data set, as --hold-out of python -m pipelines.ingest does"
+)
 
 
 class RealImages:
@@ -63,8 +67,10 @@ class RealImages:
         """Read the split.
 
         Raises:
-            DataError: If it is out of reach, or more images than allowed cannot be used.
+            DataError: If it is out of reach, or more images than allowed cannot be used, or too few
+                are left of it to measure by.
         """
+        usable = 0
         device = self._context.device
         config = decoding(self._job, self._context, scales=1)
         decoder = make_decoder(self._job.loader.decoder, config, device=device)
@@ -72,7 +78,15 @@ class RealImages:
             bad = BadSamples(images, max_share=self._job.loader.max_bad_fraction)
             for start in range(0, len(images), _AT_ONCE):
                 ids = range(start, min(start + _AT_ONCE, len(images)))
-                yield from _usable(images, ids, decoder=decoder, bad=bad)
+                for batch in _usable(images, ids, decoder=decoder, bad=bad):
+                    usable += len(batch[1])
+                    yield batch
+        if usable < MIN_IMAGES:
+            raise BadDataError(
+                f"Of {len(self)} images of the split {self._split} only {usable} can be used, and "
+                f"figures need at least {MIN_IMAGES}. Check the dataset with python -m "
+                "pipelines.ingest verify, and restore its files or write it again."
+            )
 
     @cached_property
     def _opened(self) -> Split:
@@ -91,20 +105,31 @@ def check_measurable(job: JobConfig, *, report: Callable[[str], None]) -> None:
             have to.
         DataError: If they are missing or out of reach.
     """
-    held_out = len(open_images(job, "test"))
-    fix = "hold out more images of the data set, as --hold-out of python -m pipelines.ingest does"
-    if held_out < MIN_IMAGES:
-        raise ConfigError(
-            f"data.name={job.data.name} has {held_out} held-out image, and a Fréchet distance "
-            f"needs at least {MIN_IMAGES}: {fix}"
-        )
+    held_out = check_held_out(job)
     if held_out < MIN_IMAGES_IN_HALVES:
         report(
             f"warning: with {held_out} held-out images the distance between two halves of them is "
             f"left out, which needs {MIN_IMAGES_IN_HALVES}, and the Fréchet distance says "
-            f"little; {fix}"
+            f"little; {_HOLD_OUT_MORE}"
         )
     check_held(job, [job.eval.features.name], classifier=job.eval.classifier)
+
+
+def check_held_out(job: JobConfig) -> int:
+    """Return how many held-out images are stored.
+
+    Raises:
+        ConfigError: They are too few to measure anything by.
+        DataError: They are missing or out of reach.
+    """
+    held_out = len(open_images(job, "test"))
+    if held_out < MIN_IMAGES:
+        images = "image" if held_out == 1 else "images"
+        raise ConfigError(
+            f"data.name={job.data.name} has {held_out} held-out {images}, and a Fréchet distance "
+            f"needs at least {MIN_IMAGES}: {_HOLD_OUT_MORE}"
+        )
+    return held_out
 
 
 def check_held(job: JobConfig, features: Collection[str], *, classifier: bool) -> None:

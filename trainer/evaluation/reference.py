@@ -26,7 +26,7 @@ from trainer.evaluation.learned_features import (
     LearnedConvFeatures,
     StoredImages,
 )
-from trainer.evaluation.real_images import RealImages, check_held
+from trainer.evaluation.real_images import RealImages, check_held, check_held_out
 from trainer.evaluation.reports import Distance
 from trainer.evaluation.samples import ImageSampler, SampleBlock
 from trainer.host_group import HostGroup
@@ -201,6 +201,7 @@ def reference_of_run(
         "picture": f"{shape.channels}x{shape.size}",
         "decoder": job.loader.decoder,
     }
+    check_held_out(job)
     check_held(job, features, classifier=False)
     return EvalReference(
         held_out=held_out,

@@ -114,6 +114,14 @@ def test_real_images_of_lost_shards_are_left_out_as_far_as_allowed(tmp_path: Pat
         list(RealImages(none_allowed, "test", ALONE))
 
 
+@pytest.mark.parametrize("bad", [{0: b"<html>"}, {0: b"<html>", 1: b""}])
+def test_too_few_usable_real_images_are_an_error(tmp_path: Path, bad: dict[int, bytes]) -> None:
+    spoiled(tmp_path / "data", bad=bad, count=2)
+    found = RealImages(job_of(tmp_path / "data", tmp_path, AugmentConfig()), "test", ALONE)
+    with pytest.raises(BadDataError, match=f"Of 2 images of the split test only {2 - len(bad)} "):
+        list(found)
+
+
 @pytest.mark.parametrize(("count", "told"), [(2, True), (3, True), (4, False)])
 def test_few_held_out_images_are_told_before_a_run(tmp_path: Path, count: int, told: bool) -> None:
     spoiled(tmp_path / "data", bad={}, count=count)

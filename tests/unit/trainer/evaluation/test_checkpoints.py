@@ -503,6 +503,18 @@ def test_other_images_than_the_runs_own_are_refused(place, tmp_path):
         evaluate_checkpoints(config(place, data=wrong), tell=quiet)
 
 
+def test_a_single_held_out_image_is_no_reference(place, tmp_path):
+    prefix = tmp_path / "one"
+    shutil.copytree(place / "datasets" / "kinds", prefix)
+    shutil.rmtree(prefix / "test")
+    images, _ = two_kinds(1, 0)
+    pixels = (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    write_dataset([LabelledImage(as_png(pixels[0]), 0)], str(prefix / "test"))
+    real = dataclasses.replace(config(place).data, prefix=str(prefix))
+    with pytest.raises(ConfigError, match=r"has 1 held-out image, .*--hold-out"):
+        evaluate_checkpoints(config(place, data=real), tell=quiet)
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [

@@ -60,8 +60,6 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         key, wanted = f"{path}{name}", types[name]
         if isinstance(value, str) and name in places:
             check_no_credentials(key, value)
-        elif isinstance(value, str) and not (value.strip() and value.isprintable()):
-            raise ConfigError(f"{key}={shown(value)} must be one line of text, and not empty")
         if dataclasses.is_dataclass(wanted):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{key}={shown(value)} must be a group of settings, not a value")

@@ -26,14 +26,14 @@ _SQLITE = "sqlite:///"
 
 
 def located(config: T, prefix: str = "") -> T:
-    """Make the places that a configuration names absolute.
+    """Make the places that a configuration names absolute, and hold its names to a line.
 
     Args:
         config: A configuration dataclass.
         prefix: Its key and a dot, for messages.
 
     Raises:
-        ConfigError: A place is empty or mistyped.
+        ConfigError: A place is empty or mistyped, or another text is not one line.
     """
     changed: dict[str, Any] = {}
     hints = typing.get_type_hints(type(config))
@@ -47,7 +47,13 @@ def located(config: T, prefix: str = "") -> T:
             )
         elif "place" in spec.metadata and value not in (None, *leaf_types(hints[spec.name])):
             changed[spec.name] = _absolute(key, value, spec.metadata["place"])
+        elif isinstance(value, str) and not ("place" in spec.metadata or _is_line(value)):
+            raise ConfigError(f"{key}={value!r} must be one line of text, and not empty")
     return typing.cast(T, dataclasses.replace(typing.cast(Any, config), **changed))
+
+
+def _is_line(text: str) -> bool:
+    return bool(text.strip()) and text.isprintable()
 
 
 def _absolute(key: str, text: str, kind: str) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer.config.composition
@@ -36,6 +36,7 @@ def test_a_number_in_a_file_can_be_a_name():
         from_dict(JobConfig, values | {"run": 1e3})
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"])))
 def test_a_text_reaches_its_setting_as_it_was_typed(text):
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""

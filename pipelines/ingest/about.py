@@ -6,7 +6,7 @@ from typing import Any
 from pipelines.console import visible
 from pipelines.documents import DocumentError, belongs, parse_json, unsealed
 from pipelines.errors import DataError
-from pipelines.ingest.entry import PassedOver
+from pipelines.ingest.source_files import PassedOver
 from pipelines.source import Source, SourceConfig
 
 ABOUT_NAME = "ingest.json"

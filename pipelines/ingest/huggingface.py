@@ -1,24 +1,20 @@
-"""Turn a Hugging Face dataset of images into a dataset: one on the Hub, or a copy in a folder.
+"""Images in the rows of a Hugging Face dataset: where they are, until they are written.
 
-    NAME=uoft-cs/cifar10
-    python -m pipelines.ingest huggingface $NAME data/cifar10 --image-column img --hold-out 0.1
-
-Encoded images are taken over byte by byte. Run the same command again after an interruption:
-finished shards are kept.
+A row may name a file instead of holding an image. Whoever made the table chose that name, so only
+regular files below the dataset's own folders are read.
 """
 
-import argparse
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.console import visible
+from pipelines.encoded import BadImageError
 from pipelines.errors import IngestSettingError, UnreadableSourceError
-from pipelines.ingest.listing import Listing
-from pipelines.ingest.rows import list_rows
-from pipelines.ingest.splits import Splits, add_writing_arguments
+from pipelines.ingest.listing import MAX_IMAGE_BYTES, Listing
 
 # What `save_to_disk` of the library leaves in a folder: of a dataset with splits, of one without.
 _SAVED = ("dataset_dict.json", "state.json")
@@ -122,6 +118,31 @@ def list_split(
         UnreadableSourceError: There is no such split or column, or it is of another kind, or a
             row has no label.
     """
+    dataset = _images_of(splits, split, image_column=image_column, label_column=label_column)
+    labels = _check(dataset.data.column(label_column), label_column).to_pylist()
+    classes, numbers = _classes(splits, dataset.features[label_column], label_column)
+    for row, label in enumerate(labels):
+        if label not in numbers:
+            raise UnreadableSourceError(
+                f"Row {row} of the split {split!r} has the label {label!r}, which is no class. "
+                "Some datasets keep the labels of their test split to themselves: choose another "
+                "split by --split, or another column by --label-column."
+            )
+    return Listing(
+        images=list_rows(
+            dataset,
+            column=image_column,
+            labels=[numbers[label] for label in labels],
+            folders=folders,
+        ),
+        classes=tuple(map(visible, classes)),
+    )
+
+
+def _images_of(
+    splits: Mapping[str, Any], split: str, *, image_column: str, label_column: str
+) -> Any:
+    """Look at a split whose images are not decoded."""
     import datasets
 
     if split not in splits:
@@ -144,30 +165,19 @@ def list_split(
             f"images. Choose another of {_listed(dataset.features)} by --image-column."
         )
     _check(dataset.data.column(image_column), image_column)
-    labels = _check(dataset.data.column(label_column), label_column).to_pylist()
-    feature = dataset.features[label_column]
+    return dataset
+
+
+def _classes(
+    splits: Mapping[str, Any], feature: Any, column: str
+) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Name the classes of a column of labels, and number what the column holds of them."""
+    import datasets
+
     if isinstance(feature, datasets.ClassLabel):
-        classes = tuple(feature.names)
-        numbers = {label: label for label in range(len(classes))}
-    else:
-        values = _values(splits, label_column)
-        classes, numbers = tuple(map(str, values)), {value: n for n, value in enumerate(values)}
-    for row, label in enumerate(labels):
-        if label not in numbers:
-            raise UnreadableSourceError(
-                f"Row {row} of the split {split!r} has the label {label!r}, which is no class. "
-                "Some datasets keep the labels of their test split to themselves: choose another "
-                "split by --split, or another column by --label-column."
-            )
-    return Listing(
-        images=list_rows(
-            dataset,
-            column=image_column,
-            labels=[numbers[label] for label in labels],
-            folders=folders,
-        ),
-        classes=tuple(map(visible, classes)),
-    )
+        return tuple(feature.names), {label: label for label in range(len(feature.names))}
+    values = _values(splits, column)
+    return tuple(map(str, values)), {value: number for number, value in enumerate(values)}
 
 
 def _check(column: Any, name: str) -> Any:
@@ -227,31 +237,122 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
-    parser.add_argument("name", help="dataset on the Hub, or a local folder or .parquet file of it")
-    add_writing_arguments(parser)
-    parser.add_argument("--split", default="train", help="split to read (%(default)s)")
-    parser.add_argument(
-        "--write-split", help="split to write, for example test; default: of the same name"
-    )
-    parser.add_argument("--image-column", default="image", help="(%(default)s)")
-    parser.add_argument("--label-column", default="label", help="(%(default)s)")
-    parser.add_argument("--config-name", help="configuration, for a dataset that has several")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+@dataclass(frozen=True, slots=True)
+class ImageColumn:
+    """A column of encoded images.
+
+    Attributes:
+        dataset: The Hugging Face dataset. A process that writes some of its rows gets to know where
+            its files lie, and maps them into memory.
+        name: Name of the column.
+        folders: Where the files may lie that rows name; relative names begin at the first.
+        version: What becomes another text when the dataset changes.
+    """
+
+    dataset: Any
+    name: str
+    folders: tuple[Path, ...]
+    version: str
+
+    def read(self, row: int) -> bytes:
+        """Read the encoded image of one row: its own bytes, or the file that it names.
+
+        Raises:
+            OSError: The file cannot be read.
+            BadImageError: The row holds no image, or names too large a file or one elsewhere.
+        """
+        value = self.dataset[row][self.name]
+        content = value["bytes"] if isinstance(value, dict) else value
+        if content is None and isinstance(value, dict) and value["path"]:
+            file = self.file(value["path"])
+            if file is None:
+                raise BadImageError("the row names no file below the dataset's folder")
+            if file.stat().st_size > MAX_IMAGE_BYTES:
+                raise BadImageError(f"its file holds more than {MAX_IMAGE_BYTES} bytes")
+            content = file.read_bytes()
+        if not content:
+            raise BadImageError("the row holds no image")
+        return bytes(content)
+
+    def file(self, path: str) -> Path | None:
+        """Find the regular file that a row names; None if there is none below the folders."""
+        if "\0" in path or not self.folders:
+            return None
+        try:
+            file = (self.folders[0] / path).resolve()
+            inside = any(file.is_relative_to(folder) for folder in self.folders)
+            return file if inside and file.is_file() else None
+        except OSError:  # a name that is too long, a circle of links
+            return None
 
 
-def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
-    """Carry out a parsed command line."""
-    written = Splits.from_options(options, split=options.write_split or options.split)
-    splits = load(options.name, config_name=options.config_name, revision=options.revision)
-    listing = list_split(
-        splits,
-        options.split,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        folders=folders_of(options.name),
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRow:
+    """Where one image is.
+
+    Attributes:
+        column: What holds it.
+        row: Its place there.
+        size: Number of bytes; 0 for one that cannot be read.
+        label: Class index.
+        name: What to call it in messages: the row, and the file it was made from.
+    """
+
+    column: ImageColumn
+    row: int
+    size: int
+    label: int
+    name: str
+
+    @property
+    def version(self) -> str:
+        """What becomes another text when the dataset changes."""
+        return self.column.version
+
+    def read(self) -> bytes:
+        """Read the encoded image."""
+        return self.column.read(self.row)
+
+
+def list_rows(
+    dataset: Any, *, column: str, labels: Sequence[int], folders: tuple[Path, ...]
+) -> tuple[ImageRow, ...]:
+    """List the images of a dataset without reading them.
+
+    Args:
+        dataset: A Hugging Face dataset whose images are not decoded.
+        column: The column of images: bytes, or pairs of bytes and path.
+        labels: Class index of each row.
+        folders: Where the files may lie that rows name, without links.
+    """
+    held = ImageColumn(
+        dataset.select_columns([column]), column, folders=folders, version=dataset._fingerprint
     )
-    note(f"{listing.summary} in the split {options.split} of {options.name}")
-    written.write(listing, note=note)
-    return 0
+    return tuple(
+        ImageRow(
+            column=held,
+            row=row,
+            size=_size_of_file(held.file(path or "")) if size is None else size,
+            label=label,
+            name=f"row {row} ({visible(Path(path).name)})" if path else f"row {row}",
+        )
+        for row, (label, (size, path)) in enumerate(
+            zip(labels, _sizes_and_paths(dataset.data.column(column)), strict=True)
+        )
+    )
+
+
+def _sizes_and_paths(column: Any) -> Iterator[tuple[int | None, str | None]]:
+    """Look at the lengths of the images, which Arrow keeps beside them, and at their paths."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for chunk in column.chunks:
+        pairs = pa.types.is_struct(chunk.type)
+        sizes = pc.binary_length(pc.struct_field(chunk, "bytes") if pairs else chunk).to_pylist()
+        paths = pc.struct_field(chunk, "path").to_pylist() if pairs else [None] * len(sizes)
+        yield from zip(sizes, paths, strict=True)
+
+
+def _size_of_file(file: Path | None) -> int:
+    return file.stat().st_size if file else 0

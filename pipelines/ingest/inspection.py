@@ -1,30 +1,76 @@
-"""What reading one shard to the end finds out."""
+"""What decoding images, and reading a shard to the end, finds out before training does."""
 
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.decode.make import DecoderName
+from pipelines.decode.contract import DecodeConfig
+from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.encoded import BadImageError, opened, read_image
 from pipelines.errors import (
+    BadSampleError,
     CorruptShardError,
     DataError,
     MissingShardError,
     StoreUnreachableError,
+    UndecodableImageError,
 )
-from pipelines.ingest.damage import DamageCheck
 from pipelines.latent_format import LatentFormat
 from pipelines.shards import ShardedDataset, ShardsConfig
 from pipelines.source import Source
 
 DIGEST_BYTES = 16  # at 2^-128 for a pair of images, equal digests mean equal bytes
 _LOOKED_AT = 64  # samples that are decoded together
+_BATCH_PIXELS = 1 << 25  # 96 MiB of RGB that are decoded at a time
+
+
+class DamageCheck:
+    """Decodes images as training does, on the processor, and each of them whole.
+
+    Args:
+        decoder: The decoder that trains.
+    """
+
+    def __init__(self, decoder: DecoderName = "dali") -> None:
+        config = DecodeConfig(image_size=1, scales=1, decode_threads=1, whole=True)
+        self._decoder = make_decoder(decoder, config, device="cpu")
+
+    def problems(self, samples: Sequence[bytes]) -> dict[int, str]:
+        """Say what is wrong with each image that cannot be decoded, by its place."""
+        problems: dict[int, str] = {}
+        batch: dict[int, Any] = {}
+        total = 0
+        for place, sample in enumerate(samples):
+            try:
+                width, height = read_image(sample).upright_size
+                prepared = self._decoder.prepare(sample, None)
+            except BadSampleError as error:
+                problems[place] = str(error)
+                continue
+            if batch and total + width * height > _BATCH_PIXELS:
+                problems |= self._decoded(batch)
+                batch, total = {}, 0
+            batch[place] = prepared
+            total += width * height
+        if batch:
+            problems |= self._decoded(batch)
+        return problems
+
+    def _decoded(self, batch: Mapping[int, Any]) -> dict[int, str]:
+        try:
+            self._decoder.decode(list(batch.values()))
+        except UndecodableImageError as error:
+            places = list(batch)
+            return {places[index]: error.reason for index in error.indices}
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

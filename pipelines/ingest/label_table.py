@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.console import visible
 from pipelines.documents import parse_json
 from pipelines.errors import UnreadableSourceError
-from pipelines.ingest.entry import Entry
+from pipelines.ingest.source_files import Entry
 
 MAX_LABEL_BYTES = 1 << 28
 _MAX_CLS_BYTES = 256

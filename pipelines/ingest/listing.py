@@ -10,20 +10,15 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
 from pipelines.console import visible
+from pipelines.documents import DocumentError, read_bounded
 from pipelines.errors import EmptyDatasetError, UnreadableSourceError
-from pipelines.ingest.class_folders import (
-    class_names,
-    common_folder,
-    refuse_other_layouts,
-    without,
-)
-from pipelines.ingest.entry import Entry, PassedOver, Wanted, count, in_words
-from pipelines.ingest.folder import walk
-from pipelines.ingest.label_table import in_order, labels_beside, labels_of
+from pipelines.ingest.label_table import in_order, labels_beside, labels_of, sample_key
+from pipelines.ingest.source_files import Entry, PassedOver, Wanted, count, in_words, walk
 from pipelines.order import permutation
 
 MAX_IMAGE_BYTES = 1 << 28  # as many as the largest image that is decoded takes without compression
@@ -32,6 +27,13 @@ IMAGES = Wanted(
     suffixes=(".jpeg", ".jpg", ".jpe", ".jfif", ".png"),
     max_bytes=MAX_IMAGE_BYTES,
 )
+
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
+_TABLES = (".csv", ".tsv", ".jsonl")
+_TABLE_NAMES = frozenset(("labels", "label", "metadata", "annotations", "train", "train_labels"))
+_SHARD_LABELS = (".cls", ".json", ".txt")
+_ANYWAY = "If they are classes all the same, say so by --as-classes."
+_MAX_LIST_BYTES = 1 << 26  # of a list of classes
 
 ClassesFrom = Literal["folders", "folders anyway", "nothing", "cls files"] | Path
 """What tells the class of an image: its folder; its folder, whatever that looks like; nothing, for
@@ -282,10 +284,10 @@ def numbered(
     return Listing(images=tuple(images), classes=names)
 
 
-def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Listing]:
-    """Split a listing in two, with the same share of each class in the second.
+def hold_out(listing: Listing, *, fraction: float, seed: int) -> tuple[Listing, Listing]:
+    """Split a listing in two, with the same fraction of each class in the second.
 
-    The share is rounded to whole images in each class, so either may be empty.
+    It is rounded to whole images in each class, so either may be empty.
     """
     kept: list[SourceImage] = []
     held: list[SourceImage] = []
@@ -294,7 +296,150 @@ def hold_out(listing: Listing, *, share: float, seed: int) -> tuple[Listing, Lis
         by_label.setdefault(image.label, []).append(image)
     for label, members in sorted(by_label.items()):
         order = permutation(len(members), seed, label)
-        chosen = set(order[: round(share * len(members))].tolist())
+        chosen = set(order[: round(fraction * len(members))].tolist())
         for place, image in enumerate(members):
             (held if place in chosen else kept).append(image)
     return replace(listing, images=tuple(kept)), replace(listing, images=tuple(held))
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read the names of classes in the order of their labels, one a line.
+
+    Raises:
+        UnreadableSourceError: The file cannot be read as text, names no class or one of them twice,
+            or has an empty line among them.
+    """
+    try:
+        text = read_bounded(path, max_bytes=_MAX_LIST_BYTES).decode("utf-8-sig")
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    except (OSError, DocumentError, UnicodeDecodeError) as error:
+        raise UnreadableSourceError(
+            f"The class list {path} cannot be read ({error}). Give a text file with the name of "
+            "one class a line, in the order of the labels."
+        ) from error
+    names = tuple(line.removesuffix("\r") for line in lines)
+    if names == ("",):
+        raise UnreadableSourceError(
+            f"The class list {path} names no class. Write one a line, or leave it away to number "
+            "the classes by name."
+        )
+    if "" in names:
+        raise UnreadableSourceError(
+            f"The class list {path} has nothing in line {names.index('') + 1}, and the lines are "
+            "the labels. Name the class, or remove the line."
+        )
+    (name, times), *_ = Counter(names).most_common(1)
+    if times > 1:
+        raise UnreadableSourceError(
+            f"The class list {path} names {visible(name)!r} {times} times, so its label is "
+            "unclear. Name each class once."
+        )
+    return names
+
+
+def common_folder(images: Sequence[Entry]) -> tuple[str, ...]:
+    """Find the folder around all class folders, as in an archive that was made of one folder.
+
+    It holds several folders, and no image of its own; a folder that does is a class.
+    """
+    folders = {image.parts[:-1] for image in images}
+    first, last = min(folders), max(folders)  # what these have in common, all between them have
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))  # noqa: B905
+    return () if first[:shared] in folders else first[:shared]
+
+
+def without(folder: tuple[str, ...], entry: Entry) -> Entry:
+    """Leave a folder away that all images share."""
+    shared = entry.parts[: len(folder)] == folder
+    return replace(entry, parts=entry.parts[len(folder) :]) if shared else entry
+
+
+def class_names(
+    images: Sequence[Entry],
+    *,
+    source: Path,
+    what: str = "image",
+    instead: str = "take all images for one class by --one-class",
+) -> list[str]:
+    """Give the class of each image: its outermost folder, or the source where there are none.
+
+    Args:
+        images: The images, or other files.
+        source: What holds them.
+        what: What to call one of them.
+        instead: What can be done about those whose class is unclear.
+
+    Raises:
+        UnreadableSourceError: Some images lie in folders, and some do not.
+    """
+    loose = sorted(image.parts[0] for image in images if len(image.parts) == 1)
+    inside = sorted(image.parts[0] for image in images if len(image.parts) > 1)
+    if loose and inside:
+        raise UnreadableSourceError(
+            f"{source} holds the {what} {visible(loose[0])!r} beside the class "
+            f"{visible(inside[0])!r}, so its class is unclear. Put it into a class "
+            f"folder, or {instead}."
+        )
+    if loose and source.is_file():
+        raise UnreadableSourceError(
+            f"{source} holds the image {visible(loose[0])!r} outside of any class folder. "
+            "Take all its images for one class by --one-class, or put each into a folder of its "
+            "class."
+        )
+    alone = source.resolve().name
+    return [image.parts[0] if len(image.parts) > 1 else alone for image in images]
+
+
+def refuse_other_layouts(
+    names: Sequence[str], images: Sequence[Entry], others: Sequence[Entry], *, source: Path
+) -> None:
+    """Refuse folders that are hardly classes.
+
+    Args:
+        names: Class of each image, by its folder.
+        images: The images.
+        others: What is passed over.
+        source: What holds them.
+
+    Raises:
+        UnreadableSourceError: They look like splits, or like webdataset's shards, or there is a
+            table that looks like the images' labels.
+    """
+    splits = sorted({name for name in names if name.lower() in _SPLITS})
+    if len(splits) > 1:
+        raise UnreadableSourceError(
+            f"{source} holds the folders {' and '.join(splits)}, which look like splits and not "
+            f"like classes. Give each by itself: {source}/{splits[0]} with --split train, and the "
+            f"one to compare samples with by --split test. {_ANYWAY}"
+        )
+    keys = {sample_key(image) for image in images if image.path.suffix.lower() == ".tar"}
+    beside = [
+        other
+        for other in others
+        if other.passed_over in _SHARD_LABELS and keys and sample_key(other) in keys
+    ]
+    if beside:
+        raise UnreadableSourceError(
+            f"{source} holds {visible('/'.join(beside[0].parts))!r} beside an image of that name "
+            "in an archive, which looks like a shard of webdataset and not like a class. Take the "
+            "classes from such .cls files by --webdataset, or from a table by --labels FILE. "
+            f"{_ANYWAY}"
+        )
+    tables = [other for other in others if _is_table(other, single=len(set(names)) == 1)]
+    if tables:
+        raise UnreadableSourceError(
+            f"{source} holds {visible('/'.join(tables[0].parts))!r}, which looks like a table of "
+            f"the images' labels, so their folders may be no classes. Take the labels from it by "
+            f"--labels {visible(str(tables[0].path))}, or all images for one class by --one-class. "
+            f"{_ANYWAY}"
+        )
+
+
+def _is_table(entry: Entry, *, single: bool) -> bool:
+    """Tell whether a file may hold the images' labels.
+
+    Beside folders of several classes only its name can tell, for they do as they are.
+    """
+    stem = PurePosixPath(entry.parts[-1]).stem.lower()
+    outside = len(entry.parts) == 1
+    return entry.passed_over in _TABLES and (single or (outside and stem in _TABLE_NAMES))

@@ -1,15 +1,5 @@
-"""Read a whole dataset once, and say what is in it and what is wrong with it.
+"""Reading a whole dataset once, to say what is in it and what is wrong with it."""
 
-    python -m pipelines.ingest verify s3://bucket/datasets/mine/train --workers 8
-
-Every shard is fetched anew and checked against its hash, every image is decoded, and the classes
-are counted and compared with ingest.json, where there is one. A damaged or missing shard is listed
-and does not end the reading. It takes about 50 bytes of memory for each image.
-
-Exit status: 0 all is fine, 1 something is wrong, 2 the dataset cannot be verified.
-"""
-
-import argparse
 import hashlib
 import tempfile
 import time
@@ -20,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
@@ -28,10 +17,9 @@ from pipelines.decode.make import DecoderName
 from pipelines.errors import IngestSettingError
 from pipelines.index import Shard, parse_index
 from pipelines.ingest.about import About, read_about
-from pipelines.ingest.duplicates import find_duplicates
 from pipelines.ingest.inspection import Inspection, inspect
 from pipelines.ingest.processes import spawned
-from pipelines.ingest.report import BadShard, Report
+from pipelines.ingest.report import BadShard, Report, find_duplicates
 from pipelines.shards import ShardsConfig
 from pipelines.source import Source
 
@@ -204,60 +192,3 @@ def _miscounts(about: About | None, counts: Mapping[int, int], *, complete: bool
         )
         if counts.get(label, 0) > told or (complete and counts.get(label, 0) < told)
     ]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command line."""
-    parser.add_argument("prefix", help="local folder or s3:// URL of one split")
-    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
-    parser.add_argument(
-        "--forbid-duplicates", action="store_true", help="samples with the same bytes are a fault"
-    )
-    parser.add_argument(
-        "--decoder",
-        choices=get_args(DecoderName),
-        default="dali",
-        help="what decodes the images, as loader.decoder does in training (%(default)s)",
-    )
-    parser.add_argument(
-        "--anonymous", action="store_true", help="read a public bucket without credentials"
-    )
-    parser.add_argument("--json", type=Path, help="file for the whole report")
-
-
-def run(options: argparse.Namespace, note: Callable[[str], None]) -> int:
-    """Carry out a parsed command line.
-
-    Returns:
-        Exit status: 1 if something is wrong with the dataset.
-    """
-    config = VerifyConfig(
-        workers=options.workers,
-        forbid_duplicates=options.forbid_duplicates,
-        decoder=options.decoder,
-        shards=ShardsConfig(anonymous=options.anonymous),
-    )
-    if options.json:
-        _refuse_unwritable(options.json)
-    report = verify(options.prefix, config=config, note=note)
-    note(report.text())
-    if options.json:
-        try:
-            options.json.write_text(report.as_json())
-        except OSError as error:  # such as a disk that has filled up since
-            note(report.as_json())
-            raise IngestSettingError(
-                f"--json {options.json} cannot be written any more ({error.strerror}). What was to "
-                "be there stands above."
-            ) from error
-    return 1 if report.faults else 0
-
-
-def _refuse_unwritable(path: Path) -> None:
-    """Find out before hours of reading whether the report can be written."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise IngestSettingError(
-            f"--json {path} cannot be written ({error.strerror}). Choose another file."
-        ) from error

@@ -1,31 +1,213 @@
-"""Write encoded images as an MDS dataset, to a local folder or an object store.
+"""Writing shards, in the MDS format of streaming.
 
-The index is written last, and only when every shard is in place, so what an interrupted write
-leaves behind does not count as a dataset and the write can simply be run again.
+`write_shards` writes a plan's parts by several processes, so that an interrupted ingest goes on
+where it stopped. Each part becomes one shard, which is finished when its record (name, size, hash,
+samples) lies beside it in the work folder; what is recorded is not written again, unless the record
+has changed since. The index is made of all records and comes last.
+
+`write_dataset` writes samples as they come, whose number nobody knows before.
 """
 
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from pipelines.errors import (
-    EmptyDatasetError,
-    MissingDatasetError,
-    OccupiedPrefixError,
-    StoreUnreachableError,
-    UnwritableTargetError,
-)
-from pipelines.files import take_lock
-from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard, parse_index
-from pipelines.proxies import proxy_hint
-from pipelines.source import DISK_ERRORS, Source, SourceConfig, describe_failure
+from pipelines.documents import DocumentError, read_json, sealed, typed, unsealed
+from pipelines.errors import EmptyDatasetError, OccupiedPrefixError
+from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard
+from pipelines.ingest.processes import spawned
+from pipelines.ingest.target import Upload, explain_full_disk, find_shards, lock, refuse_occupied
+from pipelines.source import Source, SourceConfig
+
+logger = logging.getLogger(__name__)
 
 _HASH = "sha256"
-_UPLOAD_ATTEMPTS = 5
+_PLAN = "plan.json"
+IMAGE_COLUMNS: Mapping[str, str] = {IMAGE_COLUMN: "bytes", LABEL_COLUMN: "int"}
+"""MDS encoding of each field of a stored image."""
+
+S_co = TypeVar("S_co", covariant=True)
+S_contra = TypeVar("S_contra", contravariant=True)
+WriteSample = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Generic[S_co]):
+    """What becomes one shard.
+
+    Attributes:
+        number: Place among the shards.
+        first: Place of its first sample among those of all parts.
+        samples: What its samples are made of, in the order of their ids.
+    """
+
+    number: int
+    first: int
+    samples: Sequence[S_co]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filled:
+    """What there is to say of a shard's content.
+
+    Attributes:
+        skipped: Name and reason of each sample that was left out.
+        labels: Labels of the others, and how many there are of each.
+        noted: What else its filler wants to know once all shards are finished, as JSON.
+    """
+
+    skipped: tuple[tuple[str, str], ...]
+    labels: tuple[tuple[int, int], ...]
+    noted: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ShardFiller(Protocol[S_contra]):
+    """Makes the samples of shards."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """MDS encoding of each field of a sample."""
+        ...
+
+    def fill(self, part: Part[S_contra], write: WriteSample) -> Filled:
+        """Write the samples of one part, in the order of their ids."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedShard:
+    """Record of one shard.
+
+    Attributes:
+        number: Place among the shards.
+        entry: Its entry in the index; empty for a shard without samples.
+        filled: What its filler said of it.
+        kept: Whether an earlier start wrote it.
+    """
+
+    number: int
+    entry: dict[str, Any]
+    filled: Filled
+    kept: bool = False
+
+
+def write_shards(
+    parts: Sequence[Part[Any]],
+    work: Path,
+    *,
+    plan: str,
+    open_filler: Callable[[int], ShardFiller[Any]],
+    workers: int,
+    retry_skipped: bool = False,
+) -> Iterator[FinishedShard]:
+    """Write every part that is not recorded yet; give each shard as soon as it is finished.
+
+    Args:
+        parts: What to write.
+        work: Folder of the shards and their records; one of another plan is emptied first.
+        plan: Digest of all that decides the shards.
+        open_filler: Makes the filler of a process, given the process's number; it is pickled.
+        workers: Processes.
+        retry_skipped: Write those shards again that left samples out, which may have been repaired.
+
+    Raises:
+        BrokenIngestError: A process died.
+    """
+    file = work / _PLAN
+    if not file.is_file() or file.read_bytes() != plan.encode():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        file.write_text(plan)
+    missing = []
+    for part in parts:
+        kept = _read_record(_record(work, part.number))
+        if kept and not (retry_skipped and kept.filled.skipped):
+            yield kept
+        else:
+            missing.append(part)
+    workers = min(workers, len(missing))
+    if workers > 1:
+        with spawned(workers, begin=partial(_own_filler, open_filler)) as pool:
+            running = [pool.submit(_write_here, part, work) for part in missing]
+            for future in as_completed(running):
+                yield future.result()
+    elif missing:
+        filler = open_filler(0)
+        for part in missing:
+            yield _write(part, work, filler=filler)
+
+
+class _Own:
+    """What a process that writes shards has of its own."""
+
+    filler: ClassVar[Callable[[], ShardFiller[Any]]]
+
+
+def _own_filler(open_filler: Callable[[int], ShardFiller[Any]], number: int) -> None:
+    # Opened by the first part, where a failure is raised and not only logged.
+    _Own.filler = cache(partial(open_filler, number))
+
+
+def _write_here(part: Part[Any], work: Path) -> FinishedShard:
+    return _write(part, work, filler=_Own.filler())
+
+
+def _write(part: Part[Any], work: Path, *, filler: ShardFiller[Any]) -> FinishedShard:
+    """Write one part as one shard, and record it."""
+    scratch = work / f"part.{part.number:05d}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    writer = _mds_writer(scratch, columns=filler.columns, shard_bytes=None)
+    filled = filler.fill(part, writer.write)
+    writer.finish()
+    entry: dict[str, Any] = writer.shards[0] if writer.shards else {}
+    if entry:
+        name = f"shard.{part.number:05d}.mds"
+        (scratch / entry["raw_data"]["basename"]).replace(work / name)
+        entry["raw_data"]["basename"] = name
+    finished = FinishedShard(number=part.number, entry=entry, filled=filled)
+    record = _record(work, part.number)
+    # Renamed into place: a record that exists is whole.
+    draft = record.with_suffix(".draft")
+    draft.write_text(json.dumps(sealed(asdict(finished))))
+    draft.replace(record)
+    shutil.rmtree(scratch)
+    return finished
+
+
+def _mds_writer(folder: Path, *, columns: Mapping[str, str], shard_bytes: int | None) -> Any:
+    from streaming.base.format.mds import MDSWriter
+
+    return MDSWriter(out=str(folder), columns=dict(columns), hashes=[_HASH], size_limit=shard_bytes)
+
+
+def discard_records(work: Path) -> None:
+    """Remove what only an unfinished ingest needs."""
+    for path in (*work.glob("*.record"), *work.glob("*.draft"), work / _PLAN):
+        path.unlink(missing_ok=True)
+    for path in work.glob("part.*"):
+        shutil.rmtree(path)
+
+
+def _record(work: Path, number: int) -> Path:
+    return work / f"shard.{number:05d}.record"
+
+
+def _read_record(record: Path) -> FinishedShard | None:
+    """Read a record; None if there is none that can be believed."""
+    try:
+        return replace(typed(FinishedShard, unsealed(read_json(record))), kept=True)
+    except FileNotFoundError:
+        return None
+    except DocumentError as error:
+        logger.warning("writing a shard again, since %s cannot be used: %s", record, error)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +221,6 @@ class LabelledImage:
 
     data: bytes
     label: int
-
-
-def has_dataset(prefix: str) -> bool:
-    """Tell whether there is a finished dataset at a prefix."""
-    return _present(Source(prefix, config=SourceConfig())) is not None
 
 
 def write_dataset(
@@ -67,33 +244,25 @@ def write_dataset(
     if target is None:
         _write_remote(images, source, shard_bytes=shard_bytes)
         return
-    with locked(target.with_name(f".{target.name}.lock")), told_when_full(target.parent):
-        _write_local(images, source, target, shard_bytes=shard_bytes)
-
-
-def _write_local(
-    images: Iterable[LabelledImage], source: Source, target: Path, *, shard_bytes: int
-) -> None:
-    present = _present(source)
-    if present is not None:
-        _compare(images, present, prefix=source.prefix, shard_bytes=shard_bytes)
-        return
-    refuse_occupied(target)
-    building = target.with_name(f".{target.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    for _ in _build(images, building, shard_bytes=shard_bytes):
-        pass
-    building.replace(target)
+    with lock(target.with_name(f".{target.name}.lock")), explain_full_disk(target.parent):
+        if present := find_shards(source):
+            _compare(images, present, prefix=source.prefix, shard_bytes=shard_bytes)
+            return
+        refuse_occupied(target)
+        building = target.with_name(f".{target.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        for _ in _build(images, building, shard_bytes=shard_bytes):
+            pass
+        building.replace(target)
 
 
 def _write_remote(images: Iterable[LabelledImage], source: Source, *, shard_bytes: int) -> None:
-    present = _present(source)
-    if present is not None:
+    if present := find_shards(source):
         _compare(images, present, prefix=source.prefix, shard_bytes=shard_bytes)
         return
     with (
         tempfile.TemporaryDirectory(prefix="lapflow-ingest-") as scratch,
-        told_when_full(Path(scratch)),
+        explain_full_disk(Path(scratch)),
     ):
         folder = Path(scratch) / "dataset"
         upload = Upload(folder, source.prefix)
@@ -130,14 +299,7 @@ def _build(
 
     The index is there when the last shard has been given.
     """
-    from streaming.base.format.mds import MDSWriter
-
-    writer: Any = MDSWriter(
-        out=str(folder),
-        columns={IMAGE_COLUMN: "bytes", LABEL_COLUMN: "int"},
-        hashes=[_HASH],
-        size_limit=shard_bytes,
-    )
+    writer = _mds_writer(folder, columns=IMAGE_COLUMNS, shard_bytes=shard_bytes)
     given = 0
     try:
         for image in images:
@@ -160,108 +322,3 @@ def _build(
 
 def _name_and_hash(entry: dict[str, Any]) -> tuple[str, str]:
     return entry["raw_data"]["basename"], entry["raw_data"]["hashes"][_HASH]
-
-
-def _present(source: Source) -> tuple[Shard, ...] | None:
-    try:
-        return parse_index(source.read_index(), prefix=source.prefix)
-    except MissingDatasetError:
-        return None
-
-
-def refuse_occupied(target: Path) -> None:
-    """Refuse a local folder that a dataset would share with other files.
-
-    Raises:
-        OccupiedPrefixError: It is a file, or holds some.
-        UnwritableTargetError: It cannot be looked into.
-    """
-    try:
-        if not target.exists():
-            return
-        is_folder = target.is_dir()
-        free = is_folder and not any(target.iterdir())
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    if not free:
-        found = "holds other files and no finished dataset" if is_folder else "is a file"
-        raise OccupiedPrefixError(
-            f"{target} {found}, so it is left alone. Choose another prefix, or remove it."
-        )
-
-
-def _unwritable(folder: Path, error: OSError) -> UnwritableTargetError:
-    return UnwritableTargetError(
-        f"The folder {folder} cannot be made or written ({error.strerror}: {error.filename}). "
-        "Choose another one, or let this user write there."
-    )
-
-
-@contextmanager
-def told_when_full(folder: Path) -> Iterator[None]:
-    """Turn failures of the disk that is written to into one clear error.
-
-    Raises:
-        UnwritableTargetError: The disk is full, or refuses to be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise UnwritableTargetError(
-            f"{folder} cannot be written any more ({error.strerror}). Free some space there, or "
-            "choose another place, and run the same command again; what is finished is kept."
-        ) from error
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process of this host pass at a time.
-
-    Args:
-        path: Lock file, in a folder that is made when it is missing.
-
-    Raises:
-        UnwritableTargetError: Folder or file cannot be made.
-    """
-    try:
-        lock = take_lock(path)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    with lock:
-        yield
-
-
-class Upload:
-    """Moves files of a folder to a prefix in a store."""
-
-    def __init__(self, folder: Path, prefix: str) -> None:
-        from streaming.base.storage.upload import CloudUploader
-
-        self._prefix = prefix
-        try:
-            self._uploader: Any = CloudUploader.get(
-                (str(folder), prefix), retry=_UPLOAD_ATTEMPTS, exist_ok=True
-            )
-        except Exception as error:
-            raise self._failure(error) from error
-
-    def __call__(self, name: str) -> None:
-        """Upload one file.
-
-        Raises:
-            StoreUnreachableError: The store refuses, or does not answer.
-        """
-        try:
-            self._uploader.upload_file(name)
-        except Exception as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: Exception) -> StoreUnreachableError:
-        return StoreUnreachableError(
-            f"The dataset could not be written to {self._prefix} ({describe_failure(error)}). "
-            "Check that the bucket exists, that the credentials may write to it and, if the store "
-            f"is not AWS, that S3_ENDPOINT_URL names it.{proxy_hint(None)} Then run the same "
-            "command again."
-        )

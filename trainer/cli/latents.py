@@ -7,16 +7,23 @@ from pathlib import Path
 
 import torch
 
-from pipelines.console import say, say_error
+from pipelines.console import command_parser, say, say_error
 from pipelines.errors import IngestSettingError, MissingDatasetError
-from pipelines.ingest.class_list import read_class_names
-from pipelines.ingest.latents.arrays.layout import ArrayLayout
-from pipelines.ingest.latents.arrays.listing import list_arrays
-from pipelines.ingest.latents.arrays.plan import ArrayPlan, ArraysConfig, ArraySource, split_apart
-from pipelines.ingest.latents.encode import EncodeConfig, LatentPlan
-from pipelines.ingest.latents.encoder import Encoder
-from pipelines.ingest.latents.options import parse_options
-from pipelines.ingest.write import has_dataset
+from pipelines.ingest.array_files import ArrayLayout, list_arrays
+from pipelines.ingest.arrays import ArraysConfig, ArraySource, plan_arrays
+from pipelines.ingest.encode import EncodeConfig, plan_encoding
+from pipelines.ingest.latent_origin import Encoder
+from pipelines.ingest.listing import read_class_names
+from pipelines.ingest.options import (
+    Splits,
+    add_classes,
+    add_hold_out,
+    add_target,
+    add_writing_options,
+    writing_settings,
+)
+from pipelines.ingest.plan import Plan, carry_out
+from pipelines.ingest.target import has_dataset
 from pipelines.shards import ShardsConfig
 from trainer.autoencoder.codec import open_encoder
 from trainer.autoencoder.files import find_autoencoder
@@ -27,6 +34,33 @@ from trainer.storage.store import StoreConfig
 
 _REFUSED = 2
 _SPLITS = ("train", "test")
+_DESCRIPTION = """\
+Encode the images of a dataset with an autoencoder, so that training reads latents.
+
+  python -m pipelines.ingest.latents s3://bucket/imagenet s3://bucket/imagenet-latents \\
+      --autoencoder zelaki/eq-vae --image-size 256 --precision bf16
+
+For each image, and for its mirror image, the means and standard deviations that the encoder gives
+are stored, from which training draws a latent anew each time. Latents that another program has
+computed are taken in from a folder with one sub-folder for each class and one .npy file for each
+image:
+
+  python -m pipelines.ingest.latents latents s3://bucket/imagenet-latents \\
+      --autoencoder stabilityai/sd-vae-ft-ema --arrays mean-std --hold-out 0.01
+
+Run the same command again after an interruption: finished shards are kept. The run that reads the
+latents is started with
+
+  data.space=latent data.prefix=PREFIX data.image_size=SIZE/FACTOR data.channels=CHANNELS codec=...
+
+An S3 endpoint other than AWS is named by the environment variable S3_ENDPOINT_URL."""
+_OF_ARRAYS = """\
+Of an autoencoder of C channels a file holds one array of floating-point numbers: [2 C, size, size]
+or [2, C, size, size] are means, then standard deviations (mean-std); [C, size, size] is one latent
+of each image (latents), stored with deviation 0. With --views 2 one axis more comes first: the
+image, then its mirror image. A dataset.json beside the files, as EDM2's tools write it, says which
+class each is of; else folders do. Since nobody can tell which images arrays were made of, a run
+needs data.images_prefix, images of the same classes that its samples are compared with."""
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -40,14 +74,12 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
         Exit status: 0 done, 2 refused.
     """
     try:
-        options = parse_options(arguments, prog=prog)
+        options = _parse(arguments, prog=prog)
         cache = paths.cache_folder(None)
         if options.cache is not None:
             cache = options.cache.expanduser().resolve()
-        plans = _array_plans(options, cache) if options.arrays else _image_plans(options, cache)
-        # All places have been looked at before the first takes hours.
-        for place, plan in plans.items():
-            plan.carry_out(partial(_tell, place))
+        make_plans = _plan_arrays if options.arrays else _plan_encodings
+        carry_out(make_plans(options, cache), note=say)
     except (ValueError, CheckpointError) as error:
         if not is_user_error(error) and not isinstance(error, CheckpointError):
             raise
@@ -58,33 +90,149 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
     return 0
 
 
-def _image_plans(options: argparse.Namespace, cache: Path) -> dict[str, LatentPlan]:
-    """Plan to encode images, for the place of each split."""
+def _parse(arguments: Sequence[str] | None, *, prog: str | None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        IngestSettingError: Options of images and of arrays are mixed, or --image-size is missing.
+    """
+    parser = command_parser("pipelines.ingest.latents", prog=prog, description=_DESCRIPTION)
+    default = EncodeConfig(image_size=1, shards=ShardsConfig())
+    _add_common(parser, default)
+    of_images = _add_images(parser, default)
+    of_arrays = _add_arrays(parser)
+    options = parser.parse_args(arguments)
+    strange = of_arrays if options.arrays is None else of_images
+    for action in strange:
+        if getattr(options, action.dest) != action.default:
+            option = action.option_strings[0]
+            told = (
+                f"{option} is for latents computed already, which --arrays takes in. Give "
+                "--arrays mean-std or --arrays latents too"
+                if options.arrays is None
+                else f"{option} is for images, and --arrays {options.arrays} takes in latents "
+                "computed already. Leave one of them away"
+            )
+            raise IngestSettingError(f"{told}; --help lists the options of both.")
+    if options.arrays is None and options.image_size is None:
+        raise IngestSettingError(
+            "--image-size is missing: height and width that images are cropped and resized to "
+            "before they are encoded, such as 256. For latents computed already, give --arrays."
+        )
+    return options
+
+
+def _add_common(parser: argparse.ArgumentParser, default: EncodeConfig) -> None:
+    parser.add_argument(
+        "source", help="prefix of the images, above their splits; or, with --arrays, a local folder"
+    )
+    add_target(parser)
+    parser.add_argument(
+        "--autoencoder",
+        required=True,
+        help="AutoencoderKL of diffusers: a folder, an s3:// prefix or a name on the hub",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default=default.dtype,
+        help="what is stored (%(default)s)",
+    )
+    add_writing_options(
+        parser,
+        workers=None,
+        workers_help="processes; those that encode are dealt to the devices in turn, with one "
+        "thread each on the cpu; default: one for each device, and 2 for arrays",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="for fetched shards and autoencoders; default: cache in $LAPFLOW_HOME or ~/lapflow",
+    )
+
+
+def _add_images(
+    parser: argparse.ArgumentParser, default: EncodeConfig
+) -> tuple[argparse.Action, ...]:
+    group = parser.add_argument_group("images, to be encoded")
+    return (
+        group.add_argument("--image-size", type=int, help="pixels, along each side; required"),
+        group.add_argument(
+            "--anonymous",
+            action="store_true",
+            help="read the images of a public bucket without credentials",
+        ),
+        group.add_argument(
+            "--splits",
+            help="such as train,test; default: those of train and test that the source has",
+        ),
+        group.add_argument(
+            "--precision",
+            choices=("fp32", "bf16"),
+            default="fp32",
+            help="what the encoder computes in (%(default)s)",
+        ),
+        group.add_argument("--no-flips", action="store_true", help="leave mirror images out"),
+        group.add_argument(
+            "--devices", help="such as cuda:0,cuda:1; default: every GPU, or the cpu without one"
+        ),
+        group.add_argument(
+            "--batch",
+            type=int,
+            default=default.batch,
+            help="images encoded at a time (%(default)s)",
+        ),
+        group.add_argument(
+            "--decoder", choices=("dali", "pillow"), default=default.decoder, help="(%(default)s)"
+        ),
+    )
+
+
+def _add_arrays(parser: argparse.ArgumentParser) -> tuple[argparse.Action, ...]:
+    group = parser.add_argument_group("arrays, latents computed already", description=_OF_ARRAYS)
+    group.add_argument("--arrays", choices=("mean-std", "latents"), help="what they hold")
+    return (
+        group.add_argument(
+            "--views", type=int, choices=(1, 2), default=1, help="of each image (%(default)s)"
+        ),
+        group.add_argument(
+            "--scaled",
+            action="store_true",
+            help="they are shifted and scaled by the autoencoder's own numbers, which is undone",
+        ),
+        *add_classes(group.add_argument),
+        *add_hold_out(group.add_argument),
+    )
+
+
+def _plan_encodings(options: argparse.Namespace, cache: Path) -> list[Plan]:
+    """Plan to encode the images of each split."""
+    devices = _devices(options.devices)
     config = EncodeConfig(
         image_size=options.image_size,
         dtype=options.dtype,
         flips=not options.no_flips,
         decoder=options.decoder,
         batch=options.batch,
-        devices=_devices(options.devices, workers=options.workers),
-        shard_bytes=options.shard_mib << 20,
-        max_skipped_share=options.max_skipped_share,
-        work_dir=options.work_dir,
+        devices=devices,
+        workers=len(devices) if options.workers is None else options.workers,
         shards=ShardsConfig(cache_dir=str(cache), anonymous=options.anonymous),
+        **writing_settings(options),
     )
     source, prefix = options.source.rstrip("/"), options.prefix.rstrip("/")
     splits = _splits(options.splits, source=source)
     encoder = _encoder(options, cache=cache)
-    return {
-        f"{prefix}/{split}": LatentPlan(
-            f"{source}/{split}", f"{prefix}/{split}", encoder=encoder, config=config
-        )
+    return [
+        plan_encoding(f"{source}/{split}", f"{prefix}/{split}", encoder=encoder, config=config)
         for split in splits
-    }
+    ]
 
 
-def _array_plans(options: argparse.Namespace, cache: Path) -> dict[str, ArrayPlan]:
-    """Plan to take in arrays, for the place of each split."""
+def _plan_arrays(options: argparse.Namespace, cache: Path) -> list[Plan]:
+    """Plan to take in the arrays of each split."""
+    if not options.split or "/" in options.split:
+        raise IngestSettingError(f"--split {options.split} is no name. Give one, such as train.")
+    splits = Splits.from_options(options, split=options.split, what="arrays")
     encoder = _encoder(options, cache=cache)
     config = ArraysConfig(
         layout=ArrayLayout(
@@ -95,25 +243,19 @@ def _array_plans(options: argparse.Namespace, cache: Path) -> dict[str, ArrayPla
             shift=encoder.shift if options.scaled else 0.0,
         ),
         dtype=options.dtype,
-        hold_out=options.hold_out,
         seed=options.seed,
-        workers=ArraysConfig.workers if options.workers is None else options.workers,
-        shard_bytes=options.shard_mib << 20,
-        max_skipped_share=options.max_skipped_share,
-        work_dir=options.work_dir,
+        workers=2 if options.workers is None else options.workers,
+        **writing_settings(options),
     )
     folder = Path(options.source).expanduser().resolve()
     classes = read_class_names(options.classes) if options.classes else None
     listing = list_arrays(folder, classes=classes)
-    prefix = options.prefix.rstrip("/")
-    return {
-        f"{prefix}/{split}": ArrayPlan(
-            ArraySource(folder=str(folder), listing=part, encoder=encoder),
-            f"{prefix}/{split}",
-            config=config,
+    return [
+        plan_arrays(
+            ArraySource(folder=str(folder), listing=part, encoder=encoder), place, config=config
         )
-        for split, part in split_apart(listing, split=options.split, config=config).items()
-    }
+        for place, part in splits.divide(listing).items()
+    ]
 
 
 def _splits(wanted: str | None, *, source: str) -> tuple[str, ...]:
@@ -134,23 +276,19 @@ def _splits(wanted: str | None, *, source: str) -> tuple[str, ...]:
     return found
 
 
-def _devices(wanted: str | None, *, workers: int | None) -> tuple[str, ...]:
-    """Say which device each process works on."""
+def _devices(wanted: str | None) -> tuple[str, ...]:
+    """Say which devices are to be worked on."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = tuple(f"cuda:{number}" for number in range(gpus))
-    devices = here or ("cpu",)
-    if wanted is not None:
-        devices = tuple(filter(None, wanted.split(",")))
-        strange = [device for device in devices if device not in ("cpu", *here)]
-        if strange or not devices:
-            raise IngestSettingError(
-                f"--devices {wanted} cannot be used: this machine has {', '.join((*here, 'cpu'))}. "
-                "Choose among them."
-            )
-    count = len(devices) if workers is None else workers
-    if count < 1:
-        raise IngestSettingError(f"--workers {count} must be at least 1.")
-    return tuple(devices[number % len(devices)] for number in range(count))
+    if wanted is None:
+        return here or ("cpu",)
+    devices = tuple(filter(None, wanted.split(",")))
+    if not devices or any(device not in ("cpu", *here) for device in devices):
+        raise IngestSettingError(
+            f"--devices {wanted} cannot be used: this machine has {', '.join((*here, 'cpu'))}. "
+            "Choose among them."
+        )
+    return devices
 
 
 def _encoder(options: argparse.Namespace, *, cache: Path) -> Encoder:
@@ -166,7 +304,3 @@ def _encoder(options: argparse.Namespace, *, cache: Path) -> Encoder:
         precision=options.precision,
         load=partial(open_encoder, files, precision=options.precision),
     )
-
-
-def _tell(place: str, text: str) -> None:
-    say(f"{place}: {text}")

@@ -1,1 +1,1 @@
-"""Encode the images of a dataset once, or take in latents, so that training reads latents."""
+"""The command `python -m pipelines.ingest.latents`; what it does lies in the folder above."""

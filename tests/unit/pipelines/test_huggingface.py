@@ -13,7 +13,7 @@ from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.about import read_about
 from pipelines.ingest.huggingface import list_split, load
-from pipelines.ingest.image_dataset import IngestConfig, ingest
+from pipelines.ingest.images import IngestConfig, ingest
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
 
@@ -138,7 +138,7 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     def stop(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.ingest.progress._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.plan._TELL_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         ingest(listing(), str(tmp_path / "out"), config=SMALL, note=stop)
     (first,) = (tmp_path / ".out.building").glob("*.mds")

@@ -24,9 +24,8 @@ from pipelines.errors import (
     UnreadableSourceError,
 )
 from pipelines.ingest.__main__ import main
-from pipelines.ingest.image_dataset import IngestConfig, ingest
+from pipelines.ingest.images import IngestConfig, Resize, ingest
 from pipelines.ingest.listing import Listing, hold_out, list_images
-from pipelines.ingest.resize import Resize
 from pipelines.ingest.verify import verify
 from pipelines.shards import ShardedDataset
 from tests.support.s3_server import S3Server
@@ -149,12 +148,12 @@ def test_class_names_may_be_given(folder: Path) -> None:
 
 def test_hold_out_takes_its_share_of_each_class(folder: Path) -> None:
     listing = list_images(folder)
-    kept, held = hold_out(listing, share=0.3, seed=1)
+    kept, held = hold_out(listing, fraction=0.3, seed=1)
     assert sorted(kept.images + held.images, key=lambda i: i.name) == list(listing.images)
     shares = [sum(i.label == label for i in held.images) for label in range(3)]
     assert shares == [round(0.3 * 7), round(0.3 * 9), round(0.3 * 4)]
-    assert hold_out(listing, share=0.3, seed=1)[1] == held
-    assert hold_out(listing, share=0.3, seed=2)[1] != held
+    assert hold_out(listing, fraction=0.3, seed=1)[1] == held
+    assert hold_out(listing, fraction=0.3, seed=2)[1] != held
 
 
 def test_resize_crops_the_centre_and_keeps_grey() -> None:
@@ -268,15 +267,15 @@ def test_a_killed_ingest_goes_on_where_it_stopped(folder: Path, tmp_path: Path) 
 # The command line with small shards, that stops after two of them, to be killed.
 HALF_AN_INGEST = """
 import itertools, signal, sys
-from pipelines.ingest import image_dataset
+from pipelines.ingest import images, plan
 from pipelines.ingest.__main__ import main
-write = image_dataset.write_shards
+write = plan.write_shards
 def two(parts, *arguments, **options):
     yield from itertools.islice(write(parts, *arguments, **options), 2)
     signal.pause()
-image_dataset.write_shards = two
-cut = image_dataset.cut
-image_dataset.cut = lambda images, shard_bytes: cut(images, shard_bytes=1500)
+plan.write_shards = two
+cut = images.cut
+images.cut = lambda samples, shard_bytes, size: cut(samples, shard_bytes=1500, size=size)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -310,7 +309,7 @@ def test_a_store_takes_the_dataset_and_an_interrupted_upload_goes_on(
     def stop_early(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.ingest.progress._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.plan._TELL_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         ingest(listing, prefix, config=config, note=stop_early)
     ingest(listing, prefix, config=config, note=lambda _: None)

@@ -17,7 +17,8 @@ from PIL import Image
 from pipelines.errors import EmptyDatasetError, MissingDatasetError, OccupiedPrefixError
 from pipelines.ingest import digits, verify
 from pipelines.ingest.__main__ import main as ingest_command
-from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
+from pipelines.ingest.target import has_dataset
+from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines.conftest import SAMPLES
 

@@ -13,10 +13,9 @@ import pytest
 
 from pipelines.errors import BadDataError, UnreadableSourceError
 from pipelines.ingest.__main__ import main
-from pipelines.ingest.build import refuse_too_many
-from pipelines.ingest.class_list import read_class_names
-from pipelines.ingest.image_dataset import IngestConfig, ingest
-from pipelines.ingest.listing import ListedImage, list_images
+from pipelines.ingest.images import IngestConfig, ingest
+from pipelines.ingest.listing import ListedImage, list_images, read_class_names
+from pipelines.ingest.plan import refuse_too_many
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
 
@@ -110,9 +109,9 @@ def test_both_splits_are_checked_before_one_is_written(
 def test_a_share_means_what_is_written() -> None:
     """In floats 0.29 of 100 are less than 29."""
     skipped = [(f"{number}.png", "damaged") for number in range(30)]
-    refuse_too_many(skipped[:29], images=100, max_skipped_share=0.29)
+    refuse_too_many(skipped[:29], samples=100, max_skipped_share=0.29)
     with pytest.raises(BadDataError, match="30 of 100 images"):
-        refuse_too_many(skipped, images=100, max_skipped_share=0.29)
+        refuse_too_many(skipped, samples=100, max_skipped_share=0.29)
 
 
 def test_images_that_are_repaired_after_a_refusal_are_read_again(tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ def test_replaced_images_of_equal_size_are_not_taken_for_the_old_ones(
     assert main(words) == 2
     assert "before some were replaced" in capsys.readouterr().err
 
-    monkeypatch.setattr("pipelines.ingest.progress._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.plan._TELL_EVERY_S", 0.0)
     config = IngestConfig(shard_bytes=1)
     ingest(list_images(source), str(tmp_path / "whole"), config=config, note=lambda _: None)
     (source / "0.png").write_bytes(data[0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.errors import IngestSettingError
-from pipelines.ingest.resize import Resize
+from pipelines.ingest.images import Resize
 from tests.unit.pipelines import pictures
 
 
@@ -45,7 +45,7 @@ def test_ordinary_images_are_resized_as_adm_does(
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from pipelines.ingest.resize import Resize
+from pipelines.ingest.images import Resize
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 sys.stdout.buffer.write(Resize(image_size=256, encoding="png")(Path(sys.argv[1]).read_bytes()))
 """

@@ -5,7 +5,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,30 +12,24 @@ import pytest
 from pipelines.documents import INDEX_SHA256, sealed
 from pipelines.errors import InvalidLatentRecordError
 from pipelines.ingest.about import InvalidAboutError, read_about
-from pipelines.ingest.shard_files import Filled, WriteSample, write_shards
+from pipelines.ingest.write import Filled, Part, WriteSample, write_shards
 from pipelines.latent_record import parse_latent_record, read_latent_record
 from tests.unit.pipelines.test_latent_record import content
 
 PLAN = "what is to be written"
 
 
-@dataclass(frozen=True)
-class Part:
-    number: int
-
-
 class Filler:
     columns: Mapping[str, str] = {"label": "int"}
 
-    def fill(self, part: Part, write: WriteSample) -> Filled:
+    def fill(self, part: Part[object], write: WriteSample) -> Filled:
         write({"label": part.number})
-        return Filled(skipped=(("a.png", "is torn"),), noted={"labels": [[part.number, 1]]})
+        return Filled(skipped=(("a.png", "is torn"),), labels=((part.number, 1),))
 
 
 def shards(work: Path, plan: str = PLAN) -> dict[int, tuple[bool, object]]:
-    found = write_shards(
-        [Part(0), Part(1)], work, plan=plan, open_filler=lambda _: Filler(), workers=1
-    )
+    parts = [Part(number=number, first=number, samples=()) for number in range(2)]
+    found = write_shards(parts, work, plan=plan, open_filler=lambda _: Filler(), workers=1)
     return {shard.number: (shard.kept, (shard.entry, shard.filled)) for shard in found}
 
 

@@ -16,8 +16,9 @@ from pipelines.errors import (
     StoreUnreachableError,
 )
 from pipelines.ingest.__main__ import main
+from pipelines.ingest.target import has_dataset
 from pipelines.ingest.verify import verify
-from pipelines.ingest.write import LabelledImage, has_dataset, write_dataset
+from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.loading.loader import Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.clock import Clock

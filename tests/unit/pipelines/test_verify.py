@@ -13,7 +13,7 @@ from pipelines.errors import MissingDatasetError, StoreUnreachableError
 from pipelines.index import parse_index
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.about import ABOUT_NAME
-from pipelines.ingest.image_dataset import IngestConfig, ingest
+from pipelines.ingest.images import IngestConfig, ingest
 from pipelines.ingest.listing import list_images
 from pipelines.ingest.verify import VerifyConfig, verify
 from pipelines.ingest.write import LabelledImage, write_dataset

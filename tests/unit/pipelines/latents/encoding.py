@@ -8,8 +8,8 @@ import torch
 from models.codec import AutoencoderKlCodec
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import make_decoder
-from pipelines.ingest.latents.encode import EncodeConfig, LatentPlan
-from pipelines.ingest.latents.encoder import Encoder
+from pipelines.ingest.encode import EncodeConfig, plan_encoding
+from pipelines.ingest.latent_origin import Encoder
 from pipelines.shards import ShardedDataset, ShardsConfig
 from trainer.cli.latents import main
 
@@ -28,7 +28,7 @@ def command(place: Path, target: Path | str, *more: str) -> int:
 
 def encode(source: Path, target: Path, encoder: Encoder, config: EncodeConfig = SMALL) -> list[str]:
     notes: list[str] = []
-    LatentPlan(str(source), str(target), encoder=encoder, config=config).carry_out(notes.append)
+    plan_encoding(str(source), str(target), encoder=encoder, config=config).carry_out(notes.append)
     return notes
 
 

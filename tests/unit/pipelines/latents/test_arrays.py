@@ -21,7 +21,7 @@ from pipelines.decode.contract import LatentDecodeConfig
 from pipelines.decode.make import make_decoder
 from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latents.encoder import Encoder
+from pipelines.ingest.latent_origin import Encoder
 from pipelines.latent_record import read_latent_record
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines.latents.arrays import labels, moments, same, save, take_in
@@ -210,18 +210,18 @@ def test_killed_and_gone_on_with_by_two_processes_it_is_the_same_to_the_bit(
 # The command with shards of 10 latents, which can stop after two, to be killed.
 SMALL_SHARDS = """
 import itertools, signal, sys
-from pipelines.ingest.latents.arrays import plan
+from pipelines.ingest import arrays, plan
 from pipelines.ingest.latents.__main__ import main
 if __name__ == "__main__":
     source, target, most, *options = sys.argv[1:]
-    write, cut = plan.write_shards, plan.cut
+    write, cut = plan.write_shards, arrays.cut
     def some(parts, *arguments, **settings):
         yield from itertools.islice(write(parts, *arguments, **settings), int(most))
         if most == "2":
             signal.pause()
     plan.write_shards = some
-    plan.cut = lambda arrays, sample_bytes, shard_bytes: cut(
-        arrays, sample_bytes=sample_bytes, shard_bytes=10 * sample_bytes
+    arrays.cut = lambda samples, shard_bytes, size: cut(
+        samples, shard_bytes=10 * size(samples[0]), size=size
     )
     sys.exit(main([source, target, *options]))
 """

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.ingest import array_files
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latents.arrays import layout
-from pipelines.ingest.latents.arrays.npy import BadArrayError, parse_npy
+from pipelines.ingest.array_files import BadArrayError, parse_npy
 from pipelines.latent_record import read_latent_record
 from tests.unit.pipelines.latents.arrays import moments, same, save, take_in
 from tests.unit.pipelines.latents.encoding import files_in
@@ -153,8 +153,8 @@ def test_numbers_too_large_for_float16_are_refused(
         (["--splits", "train"], ["--splits is for images"]),
         (["--no-flips"], ["--no-flips is for images"]),
         (["--hold-out", "0.01"], ["--hold-out 0.01 leaves no arrays for test", "6 arrays"]),
-        (["--hold-out", "1"], ["leaves no arrays for train"]),
-        (["--hold-out", "-1"], ["hold_out=-1.0"]),
+        (["--hold-out", "1"], ["--hold-out 1.0 must lie in [0, 1)"]),
+        (["--hold-out", "-1"], ["--hold-out -1.0 must lie"]),
         (["--hold-out", "0.5", "--split", "test"], ["--hold-out 0.5 goes to the split test"]),
         (["--split", "a/b"], ["--split a/b"]),
         (["--workers", "0"], ["workers=0"]),
@@ -250,7 +250,7 @@ def test_files_that_are_too_long_are_not_read(
 ) -> None:
     arrays = list(moments(4)[:, 0])
     folder = save(tmp_path / "arrays", [*arrays, np.ones((8, 64, 64), np.float32)])
-    monkeypatch.setattr(layout, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(array_files, "MAX_BYTES", 10_000)
     assert take_in(place, folder, tmp_path / "out", "--max-skipped-share", "0.2") == 0
     about = read_about(str(tmp_path / "out" / "train"))
     assert about is not None

@@ -19,7 +19,7 @@ from pipelines.decode.contract import LatentDecodeConfig
 from pipelines.decode.make import make_decoder
 from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latents.encoder import Encoder
+from pipelines.ingest.latent_origin import Encoder
 from pipelines.latent_record import read_latent_record
 from pipelines.shards import ShardedDataset
 from tests.support.s3_server import S3Server
@@ -169,7 +169,7 @@ def test_a_killed_encoding_goes_on_where_it_stopped_by_any_number_of_processes(
     assert len(recorded) == 2  # of 5, so that two processes have something to do
     assert not (tmp_path / "out" / "train").exists()
 
-    two = dataclasses.replace(SMALL, devices=("cpu", "cpu"))
+    two = dataclasses.replace(SMALL, workers=2)
     notes = encode(place / "images" / "train", tmp_path / "out" / "train", encoder, two)
     assert "23 images (100%), 0 skipped" in notes[-1]
     after, before = files_in(tmp_path / "out" / "train"), files_in(whole)
@@ -186,17 +186,15 @@ def test_a_killed_encoding_goes_on_where_it_stopped_by_any_number_of_processes(
 # The command with small shards, that stops after two of them, to be killed.
 HALF_AN_ENCODING = """
 import itertools, signal, sys
-from pipelines.ingest.latents import encode
+from pipelines.ingest import encode, plan
 from pipelines.ingest.latents.__main__ import main
-write = encode.write_shards
+write = plan.write_shards
 def two(parts, *arguments, **options):
     yield from itertools.islice(write(parts, *arguments, **options), 2)
     signal.pause()
-encode.write_shards = two
+plan.write_shards = two
 cut = encode.cut
-encode.cut = lambda images, sample_bytes, shard_bytes: cut(
-    images, sample_bytes=sample_bytes, shard_bytes=5 * 1024
-)
+encode.cut = lambda samples, shard_bytes, size: cut(samples, shard_bytes=5 * 1024, size=size)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -16,7 +16,7 @@ from pipelines.errors import (
     OccupiedPrefixError,
 )
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latents.encoder import Encoder
+from pipelines.ingest.latent_origin import Encoder
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import read_latent_record
 from pipelines.shards import ShardedDataset
@@ -92,7 +92,7 @@ def test_too_many_undecodable_images_stop_it_early_and_the_limit_may_be_raised(
         (["--autoencoder", "nowhere"], ["no folder nowhere", "--autoencoder nowhere"]),
         (["--devices", "cuda:77"], ["--devices cuda:77", "cpu"]),
         (["--devices", ","], ["--devices ,"]),
-        (["--workers", "0"], ["--workers 0"]),
+        (["--workers", "0"], ["workers=0"]),
         (["--batch", "0"], ["batch=0"]),
         (["--shard-mib", "0"], ["shard_bytes=0"]),
         (["--shard-mib", "4096"], ["shard_bytes=4294967296"]),

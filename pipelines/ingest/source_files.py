@@ -1,25 +1,196 @@
-"""The files in an uncompressed tar archive, as ranges of its bytes.
+"""The files of a source: what is taken of them, and why others are passed over.
 
-Python's own reader takes a damaged header for the end, so that a flipped bit loses all that comes
-behind it. Here an archive has to end as one does: in two blocks of zeros, and no more than fill up
-a record. Nothing in it is unpacked, and no size in it is believed before it was compared with the
-size of the file.
+A source is a folder, or an archive, which counts as a folder of its name. Both are walked to the
+same entries, so that it makes no difference whether images lie packed or unpacked. An archive is an
+uncompressed tar, whose files are ranges of its bytes. Python's own reader takes a damaged header
+for the end, so that a flipped bit loses all that comes behind it. Here an archive has to end as one
+does: in two blocks of zeros, and no more than fill up a record. Nothing in it is unpacked, and no
+size in it is believed before it was compared with the size of the file.
 """
 
+import os
+import re
+import sys
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pipelines.errors import UnreadableSourceError
-from pipelines.ingest.entry import Entry, Wanted, is_hidden
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
 _MAX_END_BYTES = len(_END) + 20 * _BLOCK  # tar fills its last record, of 20 blocks, with zeros
 _MAX_HEADER_BYTES = 1 << 20  # of a long name, or of extended attributes
 _MAX_NESTED = 3
+_PLAIN_SUFFIX = re.compile(r"(\.tar)?\.[a-z0-9_-]{1,12}")
+# What systems and tools leave beside images, next to everything whose name begins with a dot.
+_TOOL_FOLDERS = frozenset(
+    ("__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+)
+
+PassedOver = tuple[tuple[str, int], ...]
+"""How many files there are of each kind that is not taken, the most frequent first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A file of a source, or a folder of it that is not looked into.
+
+    Attributes:
+        parts: Its folders and its name, from the source on.
+        path: File that holds its bytes.
+        offset: First byte there.
+        size: Number of bytes.
+        modified_ns: When the file that holds it was changed last.
+        passed_over: Kind of thing that is not taken, such as ".bmp"; empty for what is.
+    """
+
+    parts: tuple[str, ...]
+    path: Path
+    offset: int = 0
+    size: int = 0
+    modified_ns: int = 0
+    passed_over: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which files are looked for.
+
+    Attributes:
+        suffixes: Ends of their names, in lower case.
+        max_bytes: Size above which one is passed over, for it is read as a whole.
+        archives: Whether .tar archives are looked into.
+    """
+
+    suffixes: tuple[str, ...]
+    max_bytes: int = sys.maxsize
+    archives: bool = True
+
+    def why_not(self, name: str, size: int) -> str:
+        """Say why a regular file is passed over; nothing if it is wanted."""
+        if is_hidden(name):
+            return "hidden file"
+        if PurePosixPath(name).suffix.lower() not in self.suffixes:
+            return _kind(name)
+        return "" if size <= self.max_bytes else "oversized file"
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is none of the data, by its name."""
+    return name.startswith(".") or name in _TOOL_FOLDERS
+
+
+def _kind(name: str) -> str:
+    path = PurePosixPath(name)
+    packed = path.suffixes[-2:-1] == [".tar"]  # as in .tar.gz
+    suffix = "".join(path.suffixes[-2:] if packed else path.suffixes[-1:]).lower()
+    return suffix if _PLAIN_SUFFIX.fullmatch(suffix) else "other file"
+
+
+def count(kinds: Iterable[str]) -> PassedOver:
+    """Count what is passed over."""
+    return tuple(sorted(Counter(kinds).items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def in_words(passed_over: PassedOver) -> str:
+    """List what is passed over, as in "6 .bmp, 1 linked folder"."""
+    return ", ".join(
+        f"{number:,} {kind}{'' if number == 1 or kind.startswith('.') else 's'}"
+        for kind, number in passed_over
+    )
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder that is looked into.
+
+    Attributes:
+        path: Where it is.
+        parts: Its folders and its name, from the source on.
+        above: The folders on the way there, without links; a link to one of them is a circle.
+    """
+
+    path: Path
+    parts: tuple[str, ...]
+    above: tuple[Path, ...]
+
+
+def walk(source: Path, *, wanted: Wanted, follow_links: bool = False) -> Iterator[Entry]:
+    """Find the files in a source.
+
+    Args:
+        source: A folder, or a .tar archive.
+        wanted: Which of them are looked for; the others are told as passed over.
+        follow_links: Take symbolic links for what they name, wherever that is. Without, they are
+            passed over: data from elsewhere must not reach files beside it.
+
+    Raises:
+        OSError: Something cannot be read.
+        UnreadableSourceError: An archive is damaged.
+    """
+    if source.is_file():
+        yield from _in_archive(source, (), wanted)
+        return
+    waiting = [_Folder(source, (), (source.resolve(),))]
+    while waiting:
+        folder = waiting.pop()
+        with os.scandir(folder.path) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        if not entries and folder.parts:
+            yield Entry(parts=folder.parts, path=folder.path, passed_over="empty folder")
+        for entry in entries:
+            parts, path = (*folder.parts, entry.name), Path(entry.path)
+            if not entry.is_dir():
+                yield from _file(entry, parts, wanted, follow_links=follow_links)
+            elif is_hidden(entry.name):
+                yield Entry(parts=parts, path=path, passed_over="hidden folder")
+            elif entry.is_symlink() and not (follow_links and _leads_down(path, folder)):
+                yield Entry(parts=parts, path=path, passed_over="linked folder")
+            else:
+                waiting.append(_Folder(path, parts, (*folder.above, path.resolve())))
+
+
+def _leads_down(link: Path, folder: _Folder) -> bool:
+    target = link.resolve()
+    return not any(above.is_relative_to(target) for above in folder.above)
+
+
+def _file(
+    entry: os.DirEntry[str], parts: tuple[str, ...], wanted: Wanted, *, follow_links: bool
+) -> Iterator[Entry]:
+    path = Path(entry.path)
+    kind = ""
+    if is_hidden(entry.name):
+        kind = "hidden file"
+    elif entry.is_symlink() and not (follow_links and entry.is_file()):
+        kind = "linked file"
+    elif not entry.is_file():
+        kind = "special file"
+    if kind:
+        yield Entry(parts=parts, path=path, passed_over=kind)
+    elif wanted.archives and path.suffix.lower() == ".tar":
+        yield from _in_archive(path, (*parts[:-1], path.stem), wanted)
+    else:
+        status = entry.stat()
+        yield Entry(
+            parts=parts,
+            path=path,
+            size=status.st_size,
+            modified_ns=status.st_mtime_ns,
+            passed_over=wanted.why_not(entry.name, status.st_size),
+        )
+
+
+def _in_archive(path: Path, parts: tuple[str, ...], wanted: Wanted) -> Iterator[Entry]:
+    status = path.stat()
+    archive = Archive(
+        path=path, parts=parts, start=0, size=status.st_size, modified_ns=status.st_mtime_ns
+    )
+    return walk_archive(archive, wanted=wanted)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Shards of latents: how a dataset is cut into them, and how each is filled.
+"""Datasets of latents that are made by encoding the images of another dataset.
 
 A part is encoded in batches that depend on nothing but the part, and on a CPU by one thread, so
 which process of a machine encodes it, and after how many interruptions, changes no bit of it.
@@ -7,7 +7,8 @@ which process of a machine encodes it, and after how many interruptions, changes
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,34 +21,141 @@ from pipelines.decode.contract import DecodeConfig, decode_threads
 from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.errors import BadLatentError, IngestSettingError, UndecodableImageError
 from pipelines.index import LABEL_COLUMN
-from pipelines.ingest.latents.band_sums import BandSums
-from pipelines.ingest.latents.encoder import Encoder
-from pipelines.ingest.shard_files import Filled, WriteSample
+from pipelines.ingest.about import read_about
+from pipelines.ingest.latent_origin import (
+    RECIPE,
+    BandSums,
+    Encoder,
+    Origin,
+    check_shard_bytes,
+)
+from pipelines.ingest.plan import Plan, WriteConfig, cut, plan_digest
+from pipelines.ingest.write import Filled, Part, WriteSample
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
 from pipelines.shards import ShardedDataset, ShardsConfig
+from pipelines.source import is_url
+
+_RGB = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentPart:
-    """What becomes one shard.
+class EncodeConfig(WriteConfig):
+    """How images are encoded.
 
     Attributes:
-        number: Place among the shards.
-        first: Id of its first image in the source.
-        stop: Id after that of its last one.
+        image_size: Height and width that images are cropped and resized to first, in pixels.
+        dtype: Type of the stored numbers.
+        flips: Encode the mirrored images too.
+        decoder: What decodes the images.
+        batch: Images encoded at a time.
+        devices: "cpu" or "cuda:N", which processes take in turn.
+        shards: How the images' shards are fetched and kept.
+
+    Raises:
+        IngestSettingError: A number is out of its range.
     """
 
-    number: int
-    first: int
-    stop: int
+    image_size: int
+    dtype: Literal["float16", "float32"] = "float16"
+    flips: bool = True
+    decoder: DecoderName = "dali"
+    batch: int = 32
+    devices: tuple[str, ...] = ("cpu",)
+    shards: ShardsConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shard_bytes(self.shard_bytes)
+        if self.batch < 1:
+            raise IngestSettingError(f"batch={self.batch} must be at least 1.")
+        if not self.devices:
+            raise IngestSettingError("devices is empty; name one at least.")
+
+    def device(self, process: int) -> str:
+        """Say on which device a process works, by its number."""
+        return self.devices[process % len(self.devices)]
+
+    def format(self, encoder: Encoder) -> LatentFormat:
+        """Say how the latents of an autoencoder are stored.
+
+        Raises:
+            IngestSettingError: It does not take such images.
+        """
+        if encoder.image_channels != _RGB:
+            raise IngestSettingError(
+                f"The autoencoder at {encoder.place} takes images of {encoder.image_channels} "
+                "channels; latents are made of RGB images. Choose an autoencoder of 3 channels."
+            )
+        factor = encoder.factor
+        if self.image_size < factor or self.image_size % factor:
+            near = max(1, round(self.image_size / factor)) * factor
+            raise IngestSettingError(
+                f"Images of image_size={self.image_size} cannot be encoded by the autoencoder at "
+                f"{encoder.place}, which makes one element of {factor} x {factor} pixels. Choose a "
+                f"multiple of {factor}, such as {near}."
+            )
+        return LatentFormat(
+            dtype=self.dtype,
+            views=2 if self.flips else 1,
+            channels=encoder.channels,
+            size=self.image_size // factor,
+        )
 
 
-def cut(images: int, *, sample_bytes: int, shard_bytes: int) -> tuple[LatentPart, ...]:
-    """Cut a source into parts of at most ``shard_bytes`` of latents, one latent at least."""
-    step = max(1, shard_bytes // sample_bytes)
-    return tuple(
-        LatentPart(number=number, first=first, stop=min(first + step, images))
-        for number, first in enumerate(range(0, images, step))
+def plan_encoding(source: str, prefix: str, *, encoder: Encoder, config: EncodeConfig) -> Plan:
+    """Plan to encode the images of a dataset, and refuse a place that cannot take the latents.
+
+    Batch and devices change the last bits of some latents, and may be changed to go on.
+
+    Args:
+        source: Prefix of one split of images.
+        prefix: Prefix of the latents.
+        encoder: The autoencoder.
+        config: How to encode.
+
+    Raises:
+        OccupiedPrefixError: The prefix holds something else.
+        IngestSettingError: The autoencoder does not take such images, or the source holds none.
+        DataError: The source cannot be read, or the prefix not be looked into.
+    """
+    source = source if is_url(source) else str(Path(source).expanduser().resolve())
+    form = config.format(encoder)
+    dataset = ShardedDataset(source, config=config.shards)
+    if dataset.latents:
+        raise IngestSettingError(f"{source} holds latents already. Give the prefix of the images.")
+    about = read_about(source, config=config.shards)
+    parts = cut(
+        range(len(dataset)), shard_bytes=config.shard_bytes, size=lambda _: form.sample_bytes
+    )
+    decisive = {
+        "recipe": RECIPE,
+        "source": dataset.digest,
+        "autoencoder": encoder.sha256,
+        "precision": encoder.precision,
+        "image_size": config.image_size,
+        "format": form.encoding,
+        "decoder": config.decoder,
+        "parts": [(part.first, part.first + len(part.samples)) for part in parts],
+    }
+    origin = Origin(
+        source=source,
+        source_sha256=dataset.digest,
+        count=len(dataset),
+        encoder=encoder,
+        precision=encoder.precision,
+        format=form,
+    )
+    places = ", ".join(config.device(process) for process in range(config.workers))
+    return Plan(
+        prefix=prefix,
+        parts=parts,
+        open_filler=OpenLatentFiller(source=source, encoder=encoder, format=form, config=config),
+        config=config,
+        digest=plan_digest(decisive),
+        classes=about.classes if about else (),
+        opening=(f"{len(dataset):,} images to encode on {places}",),
+        retry_skipped=False,
+        documents=origin.documents,
     )
 
 
@@ -57,27 +165,19 @@ class OpenLatentFiller:
 
     Attributes:
         source: Prefix of the images.
-        shards: How their shards are fetched and kept.
         encoder: The autoencoder.
-        image_size: Height and width that images are decoded to, in pixels.
         format: How latents are stored.
-        batch: Images encoded at a time.
-        decoder: What decodes the images.
-        devices: "cpu" or "cuda:N" of each process.
+        config: How to encode.
     """
 
     source: str
-    shards: ShardsConfig
     encoder: Encoder
-    image_size: int
     format: LatentFormat
-    batch: int
-    decoder: DecoderName
-    devices: tuple[str, ...]
+    config: EncodeConfig
 
     def __call__(self, number: int) -> "LatentFiller":
         """Make that of one process."""
-        return LatentFiller(self, device=self.devices[number])
+        return LatentFiller(self, device=self.config.device(number))
 
 
 class LatentFiller:
@@ -93,7 +193,7 @@ class LatentFiller:
     """
 
     def __init__(self, settings: OpenLatentFiller, *, device: str) -> None:
-        threads = decode_threads(len(settings.devices))
+        threads = decode_threads(settings.config.workers)
         if device == "cpu":
             # Sums over several threads end in other bits than those of one.
             threads = 1
@@ -102,12 +202,12 @@ class LatentFiller:
         self._device = device
         # Images are read one after the other.
         self._images = ShardedDataset(
-            settings.source, config=replace(settings.shards, open_files=1)
+            settings.source, config=replace(settings.config.shards, open_files=1)
         )
         self._decode = make_decoder(
-            settings.decoder,
+            settings.config.decoder,
             DecodeConfig(
-                image_size=settings.image_size,
+                image_size=settings.config.image_size,
                 channels=3,
                 scales=1,
                 decode_threads=threads,
@@ -126,14 +226,15 @@ class LatentFiller:
             LABEL_COLUMN: "int",
         }
 
-    def fill(self, part: LatentPart, write: WriteSample) -> Filled:
+    def fill(self, part: Part[int], write: WriteSample) -> Filled:
         """Write the latents of one part, but for images that cannot be decoded."""
-        self._images.prepare(np.arange(part.first, part.stop))
+        self._images.prepare(np.array(part.samples))
         sums = BandSums(self._settings.format.size)
         labels: Counter[int] = Counter()
         skipped: dict[int, str] = {}
-        for first in range(part.first, part.stop, self._settings.batch):
-            ids = range(first, min(first + self._settings.batch, part.stop))
+        batch = self._settings.config.batch
+        for first in range(0, len(part.samples), batch):
+            ids = part.samples[first : first + batch]
             samples, images = self._decoded([self._images.read(place) for place in ids], skipped)
             if not samples:
                 continue
@@ -148,11 +249,8 @@ class LatentFiller:
         }
         return Filled(
             skipped=tuple((names[place], reason) for place, reason in sorted(skipped.items())),
-            noted={
-                "skipped": sorted(skipped),
-                "labels": sorted(labels.items()),
-                "sums": sums.as_json(),
-            },
+            labels=tuple(sorted(labels.items())),
+            noted={"skipped": sorted(skipped), "sums": sums.as_json()},
         )
 
     def _decoded(
@@ -179,7 +277,7 @@ class LatentFiller:
         except torch.OutOfMemoryError as error:
             raise IngestSettingError(
                 f"Encoding {len(images)} images at a time takes more memory than {self._device} "
-                f"has left. Lower --batch {self._settings.batch}; finished shards are kept."
+                f"has left. Lower --batch {self._settings.config.batch}; finished shards are kept."
             ) from error
         with np.errstate(over="ignore"):  # looked for below
             stored = moments.cpu().numpy().astype(self._settings.format.dtype)

@@ -1,0 +1,261 @@
+"""Arrays of latents that another program computed: which there are, and what they hold.
+
+They lie in one folder for each class, or all in one folder, which is one class. Where there is a
+dataset.json beside them, as EDM2's tools write it, classes are taken from there: the folders that
+those tools make only keep the files apart. Nobody vouches for the files.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.documents import read_json
+from pipelines.errors import DataError, EmptyDatasetError, UnreadableSourceError
+from pipelines.ingest.listing import Listing, SourceImage, class_names, numbered
+from pipelines.ingest.source_files import Entry, Wanted, count, in_words, walk
+
+MAX_BYTES = 1 << 28
+"""Larger files are not read: moments of two views of 32 x 256 x 256 numbers in float64 fit."""
+_ARRAYS = Wanted(suffixes=(".npy",), max_bytes=MAX_BYTES, archives=False)
+_LABELS = "dataset.json"
+_MAX_LABEL_BYTES = 1 << 30
+_MAX_CLASSES = 1 << 20
+
+Holds = Literal["mean-std", "latents"]
+
+
+class BadArrayError(Exception):
+    """A file holds no array that can be used; others may."""
+
+
+def parse_npy(data: bytes) -> NDArray[Any]:
+    """Look at the bytes of a .npy file as an array of floating-point numbers.
+
+    Unlike `numpy.load` it takes no memory for what a header only promises, and knows no other
+    kinds of files.
+
+    Raises:
+        BadArrayError: It is damaged, or holds something else.
+    """
+    file = io.BytesIO(data)
+    form: Any = np.lib.format
+    try:
+        version = form.read_magic(file)
+        read = {
+            (1, 0): form.read_array_header_1_0,
+            (2, 0): form.read_array_header_2_0,
+        }[version]
+        shape, in_columns, dtype = read(file)
+    except KeyError:
+        raise BadArrayError("its version of the format .npy is unknown") from None
+    except Exception as error:  # NumPy's parser raises what it comes upon, also of tokens
+        reason = " ".join(str(error).split())[:100]
+        raise BadArrayError(f"it is no .npy file ({reason})") from None
+    if dtype.hasobject:
+        raise BadArrayError("it holds pickled objects, which are not loaded")
+    if dtype.kind != "f":
+        raise BadArrayError(f"it holds {dtype}, not floating-point numbers")
+    if min(shape, default=1) < 1:
+        raise BadArrayError(f"its shape is {list(shape)}")
+    promised, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if promised != found:
+        raise BadArrayError(f"it holds {found} bytes of numbers instead of {promised}")
+    numbers = np.frombuffer(data, dtype=dtype, offset=file.tell())
+    return numbers.reshape(shape, order="F" if in_columns else "C")
+
+
+class MisfitArrayError(DataError):
+    """An array has another shape than it should have."""
+
+    @classmethod
+    def of_two(
+        cls, name: str, shape: tuple[int, ...], example: str, wanted: tuple[int, ...]
+    ) -> "MisfitArrayError":
+        """Say that an array differs from another one of its data set."""
+        return cls(
+            f"{name} has the shape {list(shape)}, and {example} has {list(wanted)}; the arrays of "
+            "one data set have one shape. Remove those of the other, or give each shape a data set "
+            "of its own."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """What the arrays of a data set hold.
+
+    Attributes:
+        holds: Means, then standard deviations; or latents alone, whose deviation is 0.
+        views: 2 where the mirrored image follows the image along the first axis, else 1.
+        channels: Channels of a latent.
+        scale: What latents were multiplied by, after the shift; 1 where they were not.
+        shift: What was subtracted from them before; 0 where nothing was.
+    """
+
+    holds: Holds
+    views: Literal[1, 2]
+    channels: int
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def check(self, shape: tuple[int, ...], *, name: str) -> None:
+        """Refuse a shape that does not fit.
+
+        Args:
+            shape: Shape of an array.
+            name: What to call the array.
+
+        Raises:
+            MisfitArrayError: It is none of those that the layout allows.
+        """
+        accepted = [(*leading, *shape[-2:]) for leading in self._leading]
+        if shape in accepted and shape[-1] == shape[-2]:
+            return
+        wanted = " or ".join(
+            f"[{', '.join(map(str, leading))}, size, size]" for leading in self._leading
+        )
+        raise MisfitArrayError(
+            f"{name} has the shape {list(shape)}; --arrays {self.holds} with --views {self.views} "
+            f"and an autoencoder of {self.channels} channels needs {wanted}. Choose --arrays and "
+            "--views as the files were written, or the --autoencoder that made them."
+        )
+
+    def moments(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Arrange an array that fits as [views, mean and deviation, channels, size, size].
+
+        Values are the autoencoder's own, before shift and scale.
+
+        Raises:
+            BadArrayError: It holds numbers that no encoder gives.
+        """
+        size = array.shape[-1]
+        if not np.isfinite(array).all():
+            raise BadArrayError("it holds numbers that are not finite")
+        kinds = 2 if self.holds == "mean-std" else 1
+        found = array.reshape(self.views, kinds, self.channels, size, size).astype(np.float64)
+        result = np.zeros((self.views, 2, self.channels, size, size))
+        result[:, 0] = found[:, 0] / self.scale + self.shift
+        if kinds == 2:
+            if (found[:, 1] < 0).any():
+                raise BadArrayError("it holds standard deviations below 0")
+            result[:, 1] = found[:, 1] / abs(self.scale)
+        return result
+
+    @property
+    def _leading(self) -> tuple[tuple[int, ...], ...]:
+        """Accepted shapes, without height and width."""
+        views = (2,) if self.views == 2 else ()
+        if self.holds == "latents":
+            return ((*views, self.channels),)
+        return ((*views, 2 * self.channels), (*views, 2, self.channels))
+
+
+def read_array(file: SourceImage) -> NDArray[Any]:
+    """Read one array.
+
+    Raises:
+        BadArrayError: It is gone, damaged, or no array.
+        UnreadableSourceError: It is there and cannot be read.
+    """
+    if file.size > MAX_BYTES:
+        raise BadArrayError(f"it is {file.size} bytes long, more than {MAX_BYTES}")
+    try:
+        data = file.read()
+    except FileNotFoundError:
+        raise BadArrayError("it is gone") from None
+    except OSError as error:  # of the disk, not of the array: the next start may read it
+        raise UnreadableSourceError(
+            f"{file.name} cannot be read ({error}). Let this user read it, or remove it, and run "
+            "the same command again; finished shards are kept."
+        ) from error
+    return parse_npy(data)
+
+
+def list_arrays(source: Path, *, classes: tuple[str, ...] | None = None) -> Listing:
+    """Find the arrays under a folder.
+
+    Args:
+        source: A folder with one folder for each class, or with nothing but arrays, or with a
+            dataset.json.
+        classes: Names of the classes in the order of their labels; None numbers those found, in
+            alphabetical order, or calls those of dataset.json by their numbers.
+
+    Raises:
+        UnreadableSourceError: The folder is missing, has another layout, or has a class that
+            ``classes`` does not list.
+        EmptyDatasetError: There are no arrays.
+    """
+    try:
+        entries = list(walk(source, wanted=_ARRAYS))
+        labelled = (source / _LABELS).is_file()
+    except OSError as error:
+        raise UnreadableSourceError(
+            f"{source} cannot be read ({error}). Give a folder with one sub-folder of .npy files "
+            "for each class."
+        ) from error
+    arrays = [entry for entry in entries if not entry.passed_over]
+    passed_over = count(entry.passed_over for entry in entries if entry.passed_over)
+    if not arrays:
+        raise EmptyDatasetError(
+            f"{source} holds no arrays{f', only {in_words(passed_over)}' if passed_over else ''}: "
+            "there must be files that end in .npy, in one sub-folder for each class, or in the "
+            "folder itself."
+        )
+    if labelled:
+        names, classes = _as_labelled(arrays, source, classes)
+    else:
+        names = class_names(
+            arrays, source=source, what="array", instead="give a folder of nothing but arrays"
+        )
+    listing = numbered(dict(zip(arrays, names, strict=True)), classes=classes, source=source)
+    return replace(listing, passed_over=passed_over)
+
+
+def _as_labelled(
+    arrays: Sequence[Entry], source: Path, classes: tuple[str, ...] | None
+) -> tuple[list[str], tuple[str, ...]]:
+    """Take the class of each array from dataset.json; give all classes too."""
+    labels = _read_labels(source / _LABELS)
+    files = ["/".join(array.parts) for array in arrays]
+    missing = sorted(set(files) - labels.keys())
+    if missing:
+        raise UnreadableSourceError(
+            f"{source / _LABELS} does not say of which class {missing[0]!r} is. Add it, or remove "
+            f"{_LABELS} to take each folder for a class."
+        )
+    most = max(labels[file] for file in files)
+    known = classes or tuple(str(label) for label in range(most + 1))
+    if most >= len(known):
+        raise UnreadableSourceError(
+            f"{source / _LABELS} has the label {most}, and the class list names "
+            f"{len(known)} classes. Name all of them, in the order of their labels."
+        )
+    return [known[labels[file]] for file in files], known
+
+
+def _read_labels(file: Path) -> dict[str, int]:
+    """Read {"labels": [[name, label], ...]}."""
+    try:
+        content: Any = read_json(file, max_bytes=_MAX_LABEL_BYTES)
+        pairs = [(name, label) for name, label in content["labels"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _strange(file, f"{type(error).__name__}: {error}") from None
+    labels: dict[str, int] = {}
+    for name, label in pairs:
+        if not isinstance(name, str) or type(label) is not int or not 0 <= label < _MAX_CLASSES:
+            raise _strange(file, f"{str(name)[:80]!r} has the label {str(label)[:40]!r}")
+        if labels.setdefault(name, label) != label:
+            raise _strange(file, f"{name[:80]!r} has the labels {labels[name]} and {label}")
+    return labels
+
+
+def _strange(file: Path, reason: str) -> UnreadableSourceError:
+    return UnreadableSourceError(
+        f'{file} does not hold {{"labels": [[name, label], ...]}} with labels from 0 ({reason}). '
+        "Restore the file, or remove it to take each folder for a class."
+    )

@@ -1,1 +1,0 @@
-"""Take in latents that another program computed, one .npy file for each image."""

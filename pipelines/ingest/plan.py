@@ -1,0 +1,329 @@
+"""The plan of a dataset, which is known before anything is written, and how it is carried out.
+
+Images, images to be encoded and arrays have one kind of plan: parts, each of which becomes a shard,
+what fills them, and a digest of all that decides the result. One process of a host builds one
+dataset at a time. A local dataset is renamed into place when it is whole; a remote one is uploaded
+shard by shard.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipelines.documents import INDEX_SHA256, sealed
+from pipelines.errors import BadDataError, EmptyDatasetError, IngestSettingError
+from pipelines.index import INDEX_NAME
+from pipelines.ingest.about import ABOUT_NAME, About
+from pipelines.ingest.listing import SourceImage
+from pipelines.ingest.source_files import PassedOver
+from pipelines.ingest.target import Upload, explain_full_disk, is_complete, lock
+from pipelines.ingest.write import FinishedShard, Part, ShardFiller, discard_records, write_shards
+from pipelines.source import Source, SourceConfig
+
+S = TypeVar("S")
+Documents = Mapping[str, Mapping[str, Any]]
+"""What is to lie beside the index: the content of each file, as JSON."""
+
+_TELL_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteConfig:
+    """How a dataset is written, whatever it holds.
+
+    Attributes:
+        shard_bytes: Size at which a shard is closed.
+        workers: Processes.
+        max_skipped_share: Share of the samples that may be left out for being damaged.
+        work_dir: Folder for unfinished shards of a remote dataset.
+
+    Raises:
+        IngestSettingError: A number is out of its range.
+    """
+
+    shard_bytes: int = 1 << 26
+    workers: int = 1
+    max_skipped_share: float = 0.01
+    work_dir: Path = Path("~/.cache/lapflow/ingest")
+
+    def __post_init__(self) -> None:
+        for name in ("shard_bytes", "workers"):
+            if (value := getattr(self, name)) < 1:
+                raise IngestSettingError(f"{name}={value} must be at least 1.")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise IngestSettingError(
+                f"max_skipped_share={self.max_skipped_share} must lie in [0, 1]."
+            )
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed of an order that has none.
+
+    Raises:
+        IngestSettingError: It is negative.
+    """
+    if seed < 0:
+        raise IngestSettingError(f"seed={seed} must be 0 or more.")
+
+
+def cut(samples: Sequence[S], *, shard_bytes: int, size: Callable[[S], int]) -> tuple[Part[S], ...]:
+    """Cut samples into parts of at most so many bytes, one sample at least.
+
+    Args:
+        samples: At least one.
+        shard_bytes: Bytes of a part.
+        size: Bytes of a sample.
+    """
+    parts: list[Part[S]] = []
+    first = total = 0
+    for place, sample in enumerate(samples):
+        bytes_here = size(sample)
+        if place > first and total + bytes_here > shard_bytes:
+            parts.append(Part(number=len(parts), first=first, samples=samples[first:place]))
+            first, total = place, 0
+        total += bytes_here
+    return (*parts, Part(number=len(parts), first=first, samples=samples[first:]))
+
+
+def plan_digest(decisive: Any, parts: Iterable[Part[SourceImage]] = ()) -> str:
+    """Digest of what decides a dataset: settings; names, versions and classes of the files.
+
+    Where files lie does not count, so that a moved source is the same one; a copy is, if it keeps
+    the times of the files. A file that was replaced is another one, also of equal size.
+    """
+    digest = hashlib.sha256(json.dumps(decisive).encode())
+    for part in parts:
+        for file in part.samples:
+            one = [part.number, file.name, file.size, file.label, file.version]
+            digest.update(json.dumps(one).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be written where.
+
+    Attributes:
+        prefix: Local folder or URL of the split.
+        parts: What becomes each shard.
+        open_filler: Makes what fills the shards, for each process by its number; it is pickled.
+        config: How to write.
+        digest: Digest of all that decides the dataset.
+        classes: Names of the classes.
+        passed_over: What lies in the source and is not taken.
+        opening: Lines for the user, before anything is written.
+        fault: What is wrong with samples that are left out, in words.
+        part_bytes: Bytes that each part is made of, where time goes by bytes.
+        retry_skipped: Write those shards again that left samples out, which may have been repaired.
+        judge_late: Judge and list what was left out when all is written, by name; else as soon as
+            it is too much, in the order of the shards.
+        documents: What else lies beside the index, given all shards in their order. It may refuse
+            them by an error.
+
+    Raises:
+        OccupiedPrefixError: The prefix holds something else.
+        DataError: It cannot be looked into.
+    """
+
+    prefix: str
+    parts: Sequence[Part[Any]]
+    open_filler: Callable[[int], ShardFiller[Any]]
+    config: WriteConfig
+    digest: str
+    classes: tuple[str, ...]
+    passed_over: PassedOver = ()
+    opening: tuple[str, ...] = ()
+    fault: str = "images cannot be decoded"
+    part_bytes: Sequence[int] | None = None
+    retry_skipped: bool = True
+    judge_late: bool = False
+    documents: Callable[[Sequence[FinishedShard]], Documents] = lambda _: {}
+
+    def __post_init__(self) -> None:
+        is_complete(self.prefix, plan=self.digest)
+
+    def carry_out(self, note: Callable[[str], None]) -> None:
+        """Write what is not written yet.
+
+        Args:
+            note: Takes lines for the user.
+
+        Raises:
+            OccupiedPrefixError: The prefix holds something else.
+            UnwritableTargetError: A local folder cannot be made or written, or the disk is full.
+            BadDataError: Too many samples are damaged; what is finished is kept.
+            EmptyDatasetError: All are.
+            BrokenIngestError: A process died.
+            StoreUnreachableError: The store refuses, or does not answer.
+            DataError: What the fillers raise.
+        """
+        source = Source(self.prefix, config=SourceConfig())
+        target = source.folder
+        if target is not None:
+            work = target.with_name(f".{target.name}.building")
+        else:
+            # Named after what is written and where to, for uploaded shards are not kept here.
+            place = hashlib.sha256(f"{self.digest} {source.prefix}".encode()).hexdigest()[:16]
+            work = self.config.work_dir.expanduser() / place
+        with lock(work.with_suffix(".lock")), explain_full_disk(work):
+            # Another process may have been faster while this one waited.
+            if is_complete(self.prefix, plan=self.digest):
+                note("complete, nothing to do")
+                return
+            if target is not None:
+                self._write(work, note=note, upload=None)
+                work.replace(target)
+                discard_records(target)
+                return
+            work.mkdir(parents=True, exist_ok=True)
+            upload = Upload(work, source.prefix)
+            for name in self._write(work, note=note, upload=upload):
+                upload(name)
+            upload(INDEX_NAME)
+            shutil.rmtree(work)
+
+    def _write(
+        self, work: Path, *, note: Callable[[str], None], upload: Upload | None
+    ) -> Sequence[str]:
+        """Write everything into the work folder; return the names of the documents."""
+        finished = []
+        for shard in self._shards(work, note):
+            if upload and shard.entry:
+                _upload_once(upload, work, shard.entry["raw_data"]["basename"])
+            finished.append(shard)
+        finished.sort(key=lambda shard: shard.number)
+        contents = {ABOUT_NAME: asdict(self._about(finished)), **self.documents(finished)}
+        entries = [shard.entry for shard in finished if shard.entry]
+        if not entries:
+            raise EmptyDatasetError("None of the images can be decoded.")
+        index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
+        beside = {INDEX_SHA256: hashlib.sha256(index).hexdigest()}
+        for name, content in contents.items():
+            (work / name).write_text(json.dumps(sealed({**content, **beside}), indent=1))
+        (work / INDEX_NAME).write_bytes(index)
+        return list(contents)
+
+    def _shards(self, work: Path, note: Callable[[str], None]) -> Iterator[FinishedShard]:
+        for line in self.opening:
+            note(line)
+        finished = write_shards(
+            self.parts,
+            work,
+            plan=self.digest,
+            open_filler=self.open_filler,
+            workers=self.config.workers,
+            retry_skipped=self.retry_skipped,
+        )
+        skipped: list[tuple[str, str]] = []
+        for shard in self._report(finished, note):
+            skipped += shard.filled.skipped
+            if not self.judge_late:
+                self._refuse_too_many(skipped)
+            yield shard
+
+    def _about(self, finished: Sequence[FinishedShard]) -> About:
+        skipped = [sample for shard in finished for sample in shard.filled.skipped]
+        if self.judge_late:
+            skipped.sort()
+            self._refuse_too_many(skipped)
+        counts: Counter[int] = Counter()
+        for shard in finished:
+            counts.update(dict(shard.filled.labels))
+        return About(
+            plan=self.digest,
+            classes=self.classes,
+            images_per_class=tuple(counts[label] for label in range(len(self.classes))) or None,
+            skipped=tuple(skipped),
+            passed_over=self.passed_over,
+        )
+
+    def _refuse_too_many(self, skipped: Sequence[tuple[str, str]]) -> None:
+        refuse_too_many(
+            skipped,
+            samples=self.parts[-1].first + len(self.parts[-1].samples),
+            max_skipped_share=self.config.max_skipped_share,
+            fault=self.fault,
+        )
+
+    def _report(
+        self, finished: Iterable[FinishedShard], note: Callable[[str], None]
+    ) -> Iterator[FinishedShard]:
+        """Pass finished shards on; every few seconds and at the end, say how far the ingest is."""
+        images = [len(part.samples) for part in self.parts]
+        work, unit, unit_size = images, "images", 1
+        if self.part_bytes is not None:
+            work, unit, unit_size = list(self.part_bytes), "MiB", 2**20
+        total = sum(work)
+        began = told = time.monotonic()
+        taken = skipped = done = fresh = 0
+        for shard in finished:
+            yield shard
+            taken += images[shard.number]
+            skipped += len(shard.filled.skipped)
+            done += work[shard.number]
+            # What an earlier start has written says nothing about the speed of this one.
+            fresh += 0 if shard.kept else work[shard.number]
+            now = time.monotonic()
+            if now - told < _TELL_EVERY_S and done < total:
+                continue
+            told = now
+            rate = fresh / max(now - began, 1e-9)
+            left = f", about {(total - done) / rate:,.0f} s left" if rate else ""
+            note(
+                f"{taken:,} images ({done / total:.0%}), {skipped:,} skipped, "
+                f"{rate / unit_size:,.1f} {unit}/s{left}"
+            )
+
+
+def carry_out(plans: Sequence[Plan], *, note: Callable[[str], None]) -> None:
+    """Carry out plans one after the other, once all of them have been made; see `Plan`.
+
+    Args:
+        plans: All plans, so that each place has been looked at before the first takes hours.
+        note: Takes lines for the user, each with the place that it tells of.
+    """
+    for plan in plans:
+        prefix = plan.prefix
+        plan.carry_out(lambda text: note(f"{prefix}: {text}"))  # noqa: B023
+
+
+def _upload_once(upload: Upload, work: Path, name: str) -> None:
+    """Upload a shard, unless an earlier start of this ingest did; its bytes are then freed."""
+    shard = work / name
+    if shard.exists():
+        upload(name)
+        shard.unlink(missing_ok=True)
+
+
+def refuse_too_many(
+    skipped: Sequence[tuple[str, str]],
+    *,
+    samples: int,
+    max_skipped_share: float,
+    fault: str = "images cannot be decoded",
+) -> None:
+    """Stop an ingest that leaves out too much.
+
+    Args:
+        skipped: Name and reason of each sample that is left out.
+        samples: How many there are in all.
+        max_skipped_share: Share of them that may be left out.
+        fault: What is wrong with those, in words.
+
+    Raises:
+        BadDataError: There are more.
+    """
+    if len(skipped) > Decimal(str(max_skipped_share)) * samples:  # 0.29 of 100 are 29, not 28.99…
+        name, reason = skipped[0]
+        raise BadDataError(
+            f"{len(skipped)} of {samples} {fault}, more than "
+            f"max_skipped_share={max_skipped_share}; the first is {name} ({reason}). Remove or "
+            "repair them, or raise --max-skipped-share."
+        )

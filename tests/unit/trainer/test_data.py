@@ -114,7 +114,7 @@ def test_real_images_of_lost_shards_are_left_out_as_far_as_allowed(tmp_path: Pat
         list(RealImages(none_allowed, "test", ALONE))
 
 
-@pytest.mark.parametrize("bad", [{0: b"<html>"}, {0: b"<html>", 1: b""}])
+@pytest.mark.parametrize("bad", [{0: b"<html>"}, {0: b"<html>", 1: b"<p>"}])
 def test_too_few_usable_real_images_are_an_error(tmp_path: Path, bad: dict[int, bytes]) -> None:
     spoiled(tmp_path / "data", bad=bad, count=2)
     found = RealImages(job_of(tmp_path / "data", tmp_path, AugmentConfig()), "test", ALONE)

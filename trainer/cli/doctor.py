@@ -43,6 +43,7 @@ IMPORTS = {
     "pydantic": "import pydantic",
     "mlflow": "import mlflow",
     "boto3": "import boto3",
+    "filelock": "import filelock",
     "psutil": "import psutil",
     "xxhash": "import xxhash",
     "scikit-learn": "import sklearn.datasets",

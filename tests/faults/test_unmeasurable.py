@@ -99,7 +99,7 @@ def test_held_out_images_that_cannot_be_decoded_are_passed_over(launch, tmp_path
     [
         ([GOOD] * 8, ["eval.sampler.guidance_scale=1e38"], "the samples have diverged"),
         ([GOOD, *[BAD] * 12], [], "samples read cannot be used"),
-        ([GOOD, BAD, BAD], [], "at least 2 images, got 1"),
+        ([GOOD, BAD, BAD], [], "Of 3 images of the split test only 1 can be used"),
     ],
 )
 def test_what_cannot_be_measured_is_told_once_and_the_run_is_trained(

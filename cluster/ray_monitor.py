@@ -15,8 +15,11 @@ from cluster.ray_mailbox import Finished, Mailbox, Note, Started
 
 TICK_S = 0.1
 """How often the driver looks for events and a stop request."""
-TIDY_UP_S = 5.0
-"""What Ray Train gets to end by itself."""
+TIDY_UP_S = 30.0
+"""What Ray Train gets to end by itself once the workers have: on a busy machine more than seconds.
+Ray may abort a process of which a thread still calls it when its cluster is gone."""
+CLOSE_S = 5.0
+"""What Ray Train's thread gets to end after the connection was closed under it."""
 
 _log = logging.getLogger(__name__)
 

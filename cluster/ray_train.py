@@ -29,7 +29,7 @@ from cluster.assignment import (
 )
 from cluster.contract import ClusterConfig, ClusterTooSmall, Message, Outcome, Payload, Worker
 from cluster.ray_mailbox import Mailbox, open_mailbox
-from cluster.ray_monitor import TICK_S, TIDY_UP_S, RunMonitor, TrainThread
+from cluster.ray_monitor import CLOSE_S, TICK_S, RunMonitor, TrainThread
 from cluster.ray_nodes import NodePinning, empty_selectors, free_nodes
 from cluster.ray_session import Session, session
 from cluster.ray_worker import RendezvousConfig, work
@@ -75,7 +75,7 @@ def run(
         fit.start()
         report(f"workers: waiting for {config.workers} of them to load and to meet")
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
-        at_last.callback(fit.join, TIDY_UP_S)
+        at_last.callback(fit.join, CLOSE_S)
         return RunMonitor(
             config, mailbox, fit, on_message=on_message, stop=stop, report=report
         ).run()

@@ -44,8 +44,9 @@ data-demo: setup
 	$(BIN)/python -m pipelines.ingest verify "$(SHARDS)/train"
 	$(BIN)/python -m trainer.launch +exp=pictures "data.prefix=$(SHARDS)" $(ARGS)
 
+# A process that crashes ends the tests: replaced, it may leave the others waiting for its files.
 test: test-fast
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)

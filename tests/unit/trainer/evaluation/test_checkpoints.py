@@ -23,6 +23,7 @@ from pipelines.encoded import as_png
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.saved import save_now
+from tests.unit.trainer.evaluation.two_kinds import two_kinds
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.cli.evaluate import main
 from trainer.config.evaluation import EvalConfig, FeatureConfig
@@ -38,7 +39,6 @@ from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.frechet import DistanceToReal, FeatureMoments, FeatureStatistics
 from trainer.evaluation.grid import class_grid
-from trainer.evaluation.learned_features import KeptFeatures, learned_features
 from trainer.evaluation.measured import measured_scores
 from trainer.evaluation.own_settings import SamplerChoice, own_eval
 from trainer.evaluation.reference import reference_of_run
@@ -48,7 +48,6 @@ from trainer.host_group import HostGroup
 from trainer.metrics.tracker import SilentTracker
 from trainer.state import Fragment
 from trainer.storage.errors import InvalidStoreUri
-from trainer.storage.kept import KeptFiles
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
 
@@ -61,89 +60,6 @@ OWN = EvalConfig(
     features=FeatureConfig(name="random_conv"),
 )
 """How the run of these tests measures itself."""
-
-
-def two_kinds(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left halves that are brighter than right ones, or darker."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    step = torch.cat([torch.full((4,), 0.5), torch.full((4,), -0.5)])
-    sign = (2 * labels - 1).float()[:, None, None, None]
-    noise = 0.3 * torch.randn(count, 1, 8, 8, generator=generator)
-    return (sign * step + noise).clamp(-1, 1), labels
-
-
-def kept(folder, **made_of) -> KeptFeatures:
-    return KeptFeatures(files=KeptFiles(folder), made_of={"train_index": "x", **made_of})
-
-
-def learn(**options):
-    train, held_out = two_kinds(512, 0), two_kinds(64, 1)
-    return learned_features(train=lambda: [train], held_out=lambda: [held_out], **options)
-
-
-def test_learned_features_know_the_classes_and_are_the_same_again(tmp_path):
-    torch.manual_seed(1)
-    first = learn()
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    second = learn(kept=kept(tmp_path))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert first.held_out_accuracy > 0.95
-    assert first.digest == second.digest
-    images, labels = two_kinds(64, 2)
-    features = first(images)
-    assert features.shape == (64, 128)
-    means = torch.stack([features[labels == label].mean(0) for label in (0, 1)])
-    spread = features[labels == 0].std(0).norm()
-    assert (means[0] - means[1]).norm() > 2 * spread
-
-
-def never():
-    raise AssertionError("trained again")
-
-
-def test_learned_features_are_read_back_without_training(tmp_path):
-    learned = learn(kept=kept(tmp_path))
-    read = learned_features(train=never, held_out=never, kept=kept(tmp_path))
-    images, _ = two_kinds(8, 3)
-    assert torch.equal(read(images), learned(images))
-    assert (read.digest, read.held_out_accuracy) == (learned.digest, learned.held_out_accuracy)
-    with pytest.raises(AssertionError, match="trained again"):
-        learned_features(train=never, held_out=never, kept=kept(tmp_path, held_out_index="other"))
-
-
-def test_no_changed_byte_of_kept_features_moves_a_distance(tmp_path, caplog):
-    learned = learn(kept=kept(tmp_path))
-    (weights,), (record,) = tmp_path.glob("*/*.safetensors"), tmp_path.glob("*.json")
-    generator = np.random.default_rng(0)
-    for file in (weights, record):
-        whole = file.read_bytes()
-        for place in generator.choice(len(whole), 40, replace=False):
-            changed = bytearray(whole)
-            changed[place] ^= 1 << generator.integers(8)
-            file.write_bytes(changed)
-            found = kept(tmp_path).read()
-            assert found is None or found.digest == learned.digest
-            for aside in file.parent.glob("*.damaged*"):
-                aside.unlink()
-        file.write_bytes(whole[: len(whole) // 2])
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            again = learn(kept=kept(tmp_path))
-        assert again.digest == learned.digest
-        (line,) = (each.getMessage() for each in caplog.records)
-        assert line.startswith(f"{file} cannot be believed: ")
-        assert file.with_name(f"{file.name}.damaged").read_bytes() == whole[: len(whole) // 2]
-        assert learned_features(train=never, held_out=never, kept=kept(tmp_path)).digest
-
-
-def test_features_that_cannot_be_kept_are_used_all_the_same(tmp_path, caplog):
-    (tmp_path / "file").write_bytes(b"")
-    with caplog.at_level(logging.WARNING):
-        learned = learn(kept=kept(tmp_path / "file" / "features"))
-    assert learned.held_out_accuracy > 0.95
-    assert "what was learned is not kept" in caplog.text
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 99))

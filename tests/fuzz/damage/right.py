@@ -158,7 +158,7 @@ def _scored(case: Case) -> bool:
 def _launched(case: Case) -> bool:
     """A complete run is told as such without a look at all its bytes, and stays as it is."""
     usual = case.usual["launch"]
-    untouched = case.value["state"] == DAMAGED and case.struck.checkpoints == {LAST}
+    untouched = case.value["state"] == DAMAGED and LAST in case.struck.checkpoints
     return untouched and case.value["frechet"] == usual["frechet"]
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -240,7 +242,7 @@ class Source:
             ) from error
 
     def _connect(self) -> Any:
-        _require_tested_streaming()
+        prepare_streaming()
         from streaming.base.storage import CloudDownloader
 
         try:
@@ -298,14 +300,26 @@ class Source:
             ) from error
 
 
-def _require_tested_streaming() -> None:
-    """Raise for a version whose private parts, the S3 client of a downloader, are not known."""
+def prepare_streaming() -> None:
+    """Have the next import of streaming leave out what nothing here uses of it.
+
+    Its readers of well-known corpora and its own loader import transformers, scikit-learn and
+    torchvision, which takes seconds in every process.
+
+    Raises:
+        DataError: The private parts of the version that is installed are not known.
+    """
     package, found = "mosaicml-streaming", version("mosaicml-streaming")
     if not SpecifierSet(TESTED_STREAMING).contains(found, prereleases=True):
         raise DataError(
             f"{package} {found} is installed. Private parts of it are used here, which were tested "
             f"with {package} {TESTED_STREAMING} alone: pip install '{package}{TESTED_STREAMING}'"
         )
+    loader = ModuleType("streaming.base.dataloader")
+    loader.StreamingDataLoader = None  # type: ignore[attr-defined]
+    corpora = (ModuleType(f"streaming.{name}") for name in ("multimodal", "text", "vision"))
+    for unused in (loader, *corpora):
+        sys.modules.setdefault(unused.__name__, unused)
 
 
 def _answer(error: Exception) -> tuple[str | None, int | None]:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from models.axes import Bands
 from models.flow.solver import VelocityFunction
@@ -36,6 +35,8 @@ def integrate_adaptive(
     Returns:
         The states at ``end``.
     """
+    # It imports scipy, for half a second.
+    from torchdiffeq import odeint
 
     def slope(time: Tensor, current: Bands) -> Bands:
         return velocity(current, time.item())

@@ -19,7 +19,7 @@ from pipelines.files import take_lock
 from pipelines.index import Shard, parse_index
 from pipelines.ingest.about import read_about
 from pipelines.proxies import proxy_hint
-from pipelines.source import DISK_ERRORS, Source, SourceConfig, describe_failure
+from pipelines.source import DISK_ERRORS, Source, SourceConfig, describe_failure, prepare_streaming
 
 _UPLOAD_ATTEMPTS = 5
 
@@ -130,6 +130,7 @@ class Upload:
     """Moves files of a folder to a prefix in a store."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
+        prepare_streaming()
         from streaming.base.storage.upload import CloudUploader
 
         self._prefix = prefix

@@ -24,7 +24,7 @@ from pipelines.errors import EmptyDatasetError, OccupiedPrefixError
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard
 from pipelines.ingest.processes import spawned
 from pipelines.ingest.target import Upload, explain_full_disk, find_shards, lock, refuse_occupied
-from pipelines.source import Source, SourceConfig
+from pipelines.source import Source, SourceConfig, prepare_streaming
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ def _write(part: Part[Any], work: Path, *, filler: ShardFiller[Any]) -> Finished
 
 
 def _mds_writer(folder: Path, *, columns: Mapping[str, str], shard_bytes: int | None) -> Any:
+    prepare_streaming()
     from streaming.base.format.mds import MDSWriter
 
     return MDSWriter(out=str(folder), columns=dict(columns), hashes=[_HASH], size_limit=shard_bytes)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -259,6 +261,10 @@ def _import_deepspeed() -> Any:
     require_tested("deepspeed", TESTED_DEEPSPEED)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Importing the autotuner, which nothing here uses, imports MLflow: more than a second.
+    unused = ModuleType("deepspeed.autotuning.autotuner")
+    unused.Autotuner = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(unused.__name__, unused)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

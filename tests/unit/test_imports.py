@@ -1,0 +1,41 @@
+"""What takes seconds to import is left out where nothing uses it."""
+
+import subprocess
+import sys
+
+import pytest
+
+WORKER = """
+import trainer.training.worker
+from trainer.engine.zero import _import_deepspeed
+_import_deepspeed()
+"""
+DATA = """
+from pipelines.source import prepare_streaming
+prepare_streaming()
+from streaming.base.format.mds import MDSWriter
+from streaming.base.storage import CloudDownloader
+from streaming.base.storage.upload import CloudUploader
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "needed", "unused"),
+    [
+        ("import cluster.ray_train", "cluster.process_group", {"torch"}),
+        (WORKER, "deepspeed", {"mlflow", "scipy", "pandas", "ray", "streaming"}),
+        (DATA, "streaming", {"transformers", "sklearn", "torchvision", "scipy", "pandas"}),
+    ],
+    ids=["who drives a cluster", "a worker", "who reads or writes data"],
+)
+def test_what_nothing_uses_is_not_imported(script, needed, unused):
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{script}\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = set(found.stdout.splitlines()[-1].split())
+    assert needed in modules
+    assert not modules & unused

@@ -131,7 +131,7 @@ def dispatch(
     return benchmarks[given[0]](given[1:])
 
 
-def guarded(main: Callable[[], int]) -> int:
+def run_guarded(main: Callable[[], int]) -> int:
     """Run a benchmark from the terminal: sizes that do not fit are a message, not a traceback."""
     try:
         return main()

@@ -79,7 +79,7 @@ class Arm:
         return images * self.training_flops_per_image / 1e12
 
 
-def measured(name: str, runs: Sequence[str], config: CheckpointEvaluationConfig) -> Arm:
+def measure_arm(name: str, runs: Sequence[str], config: CheckpointEvaluationConfig) -> Arm:
     """Measure all checkpoints of an arm's runs.
 
     Raises:
@@ -146,7 +146,7 @@ def as_markdown(arms: Sequence[Arm]) -> str:
         lines += [
             "",
             f"Fréchet distance with `{distance.features}`, mean over seeds (each seed); half of "
-            f"the real images to the other half: {_written(distance.frechet_real_halves)}{reads}.",
+            f"the real images to the other half: {_format(distance.frechet_real_halves)}{reads}.",
             "",
             "| images | " + " | ".join(f"{arm.name} | TFLOP" for arm in arms) + " |",
             "| --- |" + " --- | --- |" * len(arms),
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             store=StoreConfig(endpoint_url=options.endpoint_url),
         )
-        arms = [measured(name, runs, config) for name, *runs in options.arm]
+        arms = [measure_arm(name, runs, config) for name, *runs in options.arm]
         check_alike(arms)
     except (CheckpointError, ValueError) as error:
         if not is_user_error(error) and not isinstance(error, CheckpointError | UnlikeRuns):
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _written(distance: float | None) -> str:
+def _format(distance: float | None) -> str:
     return "too few for halves" if distance is None else f"{distance:.4f}"
 
 

@@ -43,14 +43,14 @@ class Products:
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
-        def drawn(*shape: int) -> Tensor:
+        def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-        self._pieces = [drawn(n, inputs).requires_grad_() for n in rows]
-        self._whole = drawn(sum(rows), inputs).requires_grad_()
-        self._weights = [drawn(outputs, inputs).requires_grad_() for _ in rows]
-        self._biases = [drawn(outputs).requires_grad_() for _ in rows]
-        self._gradients = [drawn(n, outputs) for n in rows]
+        self._pieces = [draw(n, inputs).requires_grad_() for n in rows]
+        self._whole = draw(sum(rows), inputs).requires_grad_()
+        self._weights = [draw(outputs, inputs).requires_grad_() for _ in rows]
+        self._biases = [draw(outputs).requires_grad_() for _ in rows]
+        self._gradients = [draw(n, outputs) for n in rows]
         self._whole_gradient = torch.cat(self._gradients)
 
     def dense(self) -> None:
@@ -122,4 +122,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

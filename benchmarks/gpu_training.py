@@ -100,4 +100,4 @@ def _peak_gib(work: TrainingWork, device: torch.device) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

@@ -72,13 +72,13 @@ class Attention:
 
     def masked(self) -> tuple[Tensor, ...]:
         """One call with a dense mask over tokens that are joined already."""
-        return self._masked(self.joined)
+        return self._attend_masked(self.joined)
 
     def joining(self) -> tuple[Tensor, ...]:
         """Join the tokens of all scales, then one call with a dense mask."""
-        return self._masked(torch.cat(self.scales, dim=1))
+        return self._attend_masked(torch.cat(self.scales, dim=1))
 
-    def _masked(self, tokens: Tensor) -> tuple[Tensor, ...]:
+    def _attend_masked(self, tokens: Tensor) -> tuple[Tensor, ...]:
         query, key, value = (part.transpose(1, 2) for part in tokens.unbind(2))
         gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
         return torch.split(gathered.transpose(1, 2).flatten(2), list(self.tokens), dim=1)
@@ -89,10 +89,10 @@ class Attention:
 
         total, owner = sum(self.tokens), self.owner
 
-        def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def is_seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return owner[query] >= owner[key]
 
-        blocks = create_block_mask(seen, None, None, total, total, device=str(owner.device))
+        blocks = create_block_mask(is_seen, None, None, total, total, device=str(owner.device))
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def attend() -> tuple[Tensor, ...]:
@@ -185,4 +185,4 @@ def _mib(count: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

@@ -44,7 +44,7 @@ class Report:
         """Add a row; columns appear in the order in which rows first name them."""
         self._rows.append(row)
 
-    def finished(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values, with the load average of this moment."""
         conditions = {**self._conditions, "load_after": os.getloadavg()[0]}
         return {
@@ -63,7 +63,7 @@ class Report:
         Raises:
             OSError: The file cannot be written.
         """
-        found = self.finished()
+        found = self.as_dict()
         if output is not None:
             output.write_text(json.dumps(found, indent=1) + "\n")
         told = ", ".join(f"{name} {_text(value)}" for name, value in found["conditions"].items())

@@ -150,10 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _network(networks: Mapping[str, LapFlowTransformer], way: str) -> VelocityModel:
     precision, _, compiled = way.partition(" ")
-    return _compiled(networks[precision]) if compiled else networks[precision]
+    return _compile(networks[precision]) if compiled else networks[precision]
 
 
-def _compiled(network: LapFlowTransformer) -> VelocityModel:
+def _compile(network: LapFlowTransformer) -> VelocityModel:
     """Compile for static shapes; on CUDA into graphs, whose outputs the next call overwrites."""
     on_cuda = next(network.parameters()).is_cuda
     graph = torch.compile(network, dynamic=False, mode="reduce-overhead" if on_cuda else "default")
@@ -168,4 +168,4 @@ def _compiled(network: LapFlowTransformer) -> VelocityModel:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

@@ -111,7 +111,7 @@ def check_placement(
             f"{ranks_per_node}: expert groups must not span nodes"
         )
     if len({placement.sharded.get(k, 1) for k in tied}) > 1:
-        reasons.append(f"scales {_listed(tied)} share weights, so they must have the same E")
+        reasons.append(f"scales {_join(tied)} share weights, so they must have the same E")
     if reasons:
         nearest = _nearest(
             placement,
@@ -162,5 +162,5 @@ def _entries(ranks: Mapping[int, int]) -> str:
     return "{" + ",".join(f"{k}:{count}" for k, count in ranks.items()) + "}"
 
 
-def _listed(scales: Collection[int]) -> str:
+def _join(scales: Collection[int]) -> str:
     return " and ".join(map(str, sorted(scales)))

@@ -105,7 +105,7 @@ def _start(config: ClusterConfig, scratch: Path, children: list[psutil.Process])
             )
             _end(children)
             shutil.rmtree(scratch / "ray", ignore_errors=True)
-            with _patient(config.start_timeout_s):
+            with _extend_start_limit(config.start_timeout_s):
                 _init(config, scratch)
     except Exception as error:
         if not isinstance(error, _START_ERRORS) and not _took_too_long(error):
@@ -147,7 +147,7 @@ def _init(config: ClusterConfig, scratch: Path) -> None:
 
 
 @contextlib.contextmanager
-def _patient(seconds: float) -> Iterator[None]:
+def _extend_start_limit(seconds: float) -> Iterator[None]:
     """Has Ray wait longer for its node: its own limit of 30 s cannot be set."""
     look: Callable[..., Any] = services.get_node
     deadline = time.monotonic() + seconds

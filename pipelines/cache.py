@@ -27,7 +27,7 @@ _SLOW_S = 30.0
 
 
 @contextmanager
-def told_when_slow(step: str) -> Iterator[None]:
+def warn_when_slow(step: str) -> Iterator[None]:
     """Log a warning if the block takes longer than 30 s.
 
     Args:
@@ -49,7 +49,7 @@ def default_cache_dir() -> Path:
         CacheUnusableError: Somebody else made a folder of that name.
     """
     folder = Path(tempfile.gettempdir()) / f"lapflow-shards-{os.getuid()}"
-    with _usable(folder):
+    with _explain_unusable(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
@@ -61,7 +61,7 @@ def default_cache_dir() -> Path:
 
 
 @contextmanager
-def _usable(folder: Path) -> Iterator[None]:
+def _explain_unusable(folder: Path) -> Iterator[None]:
     """Turn failures to write the folder into one clear error."""
     try:
         yield
@@ -82,21 +82,21 @@ def scratch_folder() -> Iterator[Path]:
         CacheUnusableError: It cannot be made.
     """
     root = default_cache_dir() / "scratch"
-    with _usable(root):
+    with _explain_unusable(root):
         root.mkdir(exist_ok=True)
     for number in count():
-        with _usable(root):
+        with _explain_unusable(root):
             lock = try_lock(root / f"{number}.lock")
         if lock is not None:
-            with lock, _emptied(root / str(number)) as folder:
+            with lock, _make_empty(root / str(number)) as folder:
                 yield folder
             return
 
 
 @contextmanager
-def _emptied(folder: Path) -> Iterator[Path]:
+def _make_empty(folder: Path) -> Iterator[Path]:
     """Make a folder anew, and remove it at the end; its lock is held."""
-    with _usable(folder):
+    with _explain_unusable(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     try:
@@ -145,13 +145,13 @@ class ShardCache:
         self._limit_bytes = limit_bytes
         key = hashlib.sha256(prefix.encode() + b"\0" + index).hexdigest()[:32]
         self.folder = root / key
-        with _usable(root):
+        with _explain_unusable(root):
             for part in (".partial", ".locks"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             for cache in _caches(root):
                 _remove_left_behind(cache)
         # For whoever looks into the folder; it is never read.
-        with self.fetching(INDEX_NAME) as partial, _usable(root):
+        with self.fetching(INDEX_NAME) as partial, _explain_unusable(root):
             (partial / INDEX_NAME).write_bytes(index)
             (partial / INDEX_NAME).replace(self.folder / INDEX_NAME)
 
@@ -164,17 +164,17 @@ class ShardCache:
         """
         flat = name.replace("/", "%")
         file = _lock_file(self.folder, flat)
-        with _usable(self.folder):
+        with _explain_unusable(self.folder):
             lock = try_lock(file)
             if lock is None:
-                with told_when_slow(f"waiting for another process to fetch {self.folder / name}"):
+                with warn_when_slow(f"waiting for another process to fetch {self.folder / name}"):
                     lock = take_lock(file)
-        with lock, _emptied(self.folder / ".partial" / flat) as partial:
+        with lock, _make_empty(self.folder / ".partial" / flat) as partial:
             yield partial
 
     def keep(self, name: str, *, fetched: Path) -> None:
         """Move a checked file to its name."""
-        with _usable(self.folder):
+        with _explain_unusable(self.folder):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             os.utime(fetched)
@@ -182,7 +182,7 @@ class ShardCache:
             if self._limit_bytes is not None:
                 self._trim(self._limit_bytes, spared=path)
 
-    def used(self, names: Iterable[str]) -> None:
+    def mark_used(self, names: Iterable[str]) -> None:
         """Note that shards are in use, so that others are removed before them."""
         for name in names:
             # It may have been removed; then it is fetched again.

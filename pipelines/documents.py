@@ -50,11 +50,11 @@ def parse_json(content: bytes, *, max_bytes: int = MAX_DOCUMENT_BYTES, finite: b
         values = json.loads(
             content,
             parse_constant=_refuse if finite else float,
-            parse_float=_finite if finite else float,
-            parse_int=_not_too_long,
+            parse_float=_parse_float if finite else float,
+            parse_int=_parse_int,
         )
     except RecursionError:
-        raise _too_deep() from None
+        raise _depth_error() from None
     except ValueError as error:  # also bytes that are no text
         raise DocumentError(f"it is not JSON ({error})") from None
     _check_depth(values)
@@ -79,7 +79,7 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
         OSError: It cannot be read, or is no regular file, such as a pipe that never ends.
         DocumentError: It is longer than ``max_bytes``.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
@@ -88,7 +88,7 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
         return file.read(max_bytes + 1)
 
 
-def typed(kind: type[T], values: Any) -> T:
+def validate_as(kind: type[T], values: Any) -> T:
     """Give what was parsed the types of a dataclass, without any conversion.
 
     Args:
@@ -109,7 +109,7 @@ def typed(kind: type[T], values: Any) -> T:
         raise DocumentError(f"it does not hold what it should ({'; '.join(reasons)})") from None
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
@@ -123,19 +123,19 @@ def _check_depth(values: Any) -> None:
         level = [
             child for each in level for child in (each.values() if isinstance(each, dict) else each)
         ]
-    raise _too_deep()
+    raise _depth_error()
 
 
-def _too_deep() -> DocumentError:
+def _depth_error() -> DocumentError:
     return DocumentError("it is not JSON that is read here: it is nested too deep")
 
 
-def _finite(text: str) -> float:
+def _parse_float(text: str) -> float:
     value = float(text)
     return value if abs(value) < float("inf") else _refuse(text)
 
 
-def _not_too_long(text: str) -> int:
+def _parse_int(text: str) -> int:
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"{text[:40]}… is a number of {len(text)} digits")
     return int(text)
@@ -160,7 +160,7 @@ def canonical(values: Any) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+def seal(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object as plain JSON values, with its sum as a further field, the last one.
 
     Raises:
@@ -172,7 +172,7 @@ def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, CHECKSUM: _digest(plain)}
 
 
-def unsealed(values: Any, *, required: bool = True) -> dict[str, Any]:
+def unseal(values: Any, *, required: bool = True) -> dict[str, Any]:
     """Return an object without its sum, which was checked.
 
     Args:

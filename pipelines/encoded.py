@@ -248,7 +248,7 @@ _TRANSPOSITIONS = {
 }
 
 
-def opened(image: EncodedImage) -> Image.Image:
+def open_image(image: EncodedImage) -> Image.Image:
     """Open an image with Pillow, which decodes nothing yet.
 
     Raises:
@@ -277,7 +277,7 @@ def pixels(image: EncodedImage, *, channels: int) -> NDArray[np.uint8]:
     Raises:
         BadImageError: The image is damaged, for example cut short.
     """
-    picture = opened(image)
+    picture = open_image(image)
     turned = _TRANSPOSITIONS.get(image.orientation)
     try:
         if picture.mode.startswith("I"):

@@ -66,7 +66,7 @@ def draft(path: Path, data: bytes | memoryview) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{DRAFT}{uuid.uuid4().hex}")
     try:
-        with _opened_anew(temporary) as descriptor:
+        with _open_anew(temporary) as descriptor:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
                 file.write(data)
             os.fsync(descriptor)
@@ -78,7 +78,7 @@ def draft(path: Path, data: bytes | memoryview) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened_anew(path: Path) -> Iterator[int]:
+def _open_anew(path: Path) -> Iterator[int]:
     """Opens a new file, making its folders; another process may be pruning them meanwhile."""
     for _ in range(10):
         make_folders(path.parent)

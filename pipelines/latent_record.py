@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipelines.documents import DocumentError, belongs, parse_json, unsealed
+from pipelines.documents import DocumentError, belongs, parse_json, unseal
 from pipelines.errors import InvalidLatentRecordError, MissingLatentRecordError
 from pipelines.latent_format import LatentFormat
 from pipelines.source import Source, SourceConfig
@@ -150,7 +150,7 @@ def parse_latent_record(content: bytes, *, prefix: str) -> LatentRecord:
 def _record(content: bytes) -> LatentRecord:
     try:
         # Records of before have no checksum.
-        values = unsealed(parse_json(content, max_bytes=_MAX_BYTES), required=False)
+        values = unseal(parse_json(content, max_bytes=_MAX_BYTES), required=False)
     except DocumentError as error:
         raise _Problem(str(error)) from None
     if values.get("version") != _VERSION:
@@ -170,7 +170,7 @@ def _record(content: bytes) -> LatentRecord:
         source=_text(values, "source"),
         source_sha256=_digest_or_null(values, "source_sha256"),
         samples=samples,
-        skipped=_skipped(values, samples=samples),
+        skipped=_parse_skipped(values, samples=samples),
         bands=_bands(values),
     )
     if record.image_size % record.factor:
@@ -219,7 +219,7 @@ def _number(values: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _skipped(values: dict[str, Any], *, samples: int) -> tuple[int, ...]:
+def _parse_skipped(values: dict[str, Any], *, samples: int) -> tuple[int, ...]:
     ids = values.get("skipped")
     if not isinstance(ids, list) or any(type(place) is not int for place in ids):
         raise _Problem("skipped is not a list of ids")

@@ -291,7 +291,7 @@ class MixedOrder:
         self._starts = [0, *accumulate(counts[:-1])]
         self._seed = seed
         self._block_samples = dealt
-        self._dealt = lru_cache(maxsize=4)(self._deal)
+        self._streams_of = lru_cache(maxsize=4)(self._deal)
 
     def turns(self, start: int, count: int) -> Turns:
         """Give the samples at positions start, …, start + count - 1 of the run."""
@@ -299,12 +299,12 @@ class MixedOrder:
         done = 0
         while done < count:
             block, offset = divmod(start + done, self._block_samples)
-            streams = self._dealt(block)
+            streams = self._streams_of(block)
             part = streams[offset : offset + count - done]
             for number, order in enumerate(self._orders):
                 places = done + np.flatnonzero(part == number)
                 before = int(np.count_nonzero(streams[:offset] == number))
-                own = order.turns(self._given(number, block) + before, len(places))
+                own = order.turns(self._count_dealt(number, block) + before, len(places))
                 result.sample_ids[places] = own.sample_ids + self._starts[number]
                 result.epochs[places] = own.epochs
             done += len(part)
@@ -324,7 +324,7 @@ class MixedOrder:
         start = self._starts[number]
         return start + self._orders[number].replacement(sample_id - start, attempt=attempt)
 
-    def _given(self, number: int, blocks: int) -> int:
+    def _count_dealt(self, number: int, blocks: int) -> int:
         """Count the samples of a stream in the first so many blocks."""
         positions = blocks * self._block_samples
         below, upto = self._fractions[number : number + 2]
@@ -333,7 +333,7 @@ class MixedOrder:
     def _deal(self, block: int) -> NDArray[np.int64]:
         """Say which stream each position of a block belongs to."""
         counts = [
-            self._given(number, block + 1) - self._given(number, block)
+            self._count_dealt(number, block + 1) - self._count_dealt(number, block)
             for number in range(len(self._orders))
         ]
         mixed = permutation(self._block_samples, self._seed, block, _DEALING)

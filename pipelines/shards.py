@@ -262,7 +262,7 @@ class ShardedDataset:
             # What the cache has dropped since is fetched here, and not by whoever reads it.
             present = {number for number in numbers & self._checked if self._path(number).exists()}
             self._checked -= numbers - present
-            self._cache.used(self._shards[number].name for number in present)
+            self._cache.mark_used(self._shards[number].name for number in present)
         todo = deque(sorted(numbers - self._checked - self._damaged.keys()))
         if not todo:
             return
@@ -357,7 +357,7 @@ class ShardedDataset:
         except FileNotFoundError:  # not there, or trimmed while it was looked at
             return "is not there"
         if problem is None:
-            self._cache.used([shard.name])
+            self._cache.mark_used([shard.name])
         return problem
 
     def _fetch(self, shard: Shard, folder: Path) -> None:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from packaging.specifiers import SpecifierSet
 
-from pipelines.cache import scratch_folder, told_when_slow
+from pipelines.cache import scratch_folder, warn_when_slow
 from pipelines.documents import MAX_DOCUMENT_BYTES, DocumentError, read_bounded
 from pipelines.errors import (
     CacheUnusableError,
@@ -168,7 +168,7 @@ class Source:
             try:
                 if not urlsplit(url).scheme and Path(url).exists() and not Path(url).is_file():
                     raise FileNotFoundError(url)  # but something else, which may have no end
-                with told_when_slow(f"fetching {url}"):
+                with warn_when_slow(f"fetching {url}"):
                     if max_bytes is not None:
                         self._check_size(downloader, url, max_bytes)
                     downloader.download(url, str(path), self._config.download_timeout_s)

@@ -77,4 +77,4 @@ def _between_updates(
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

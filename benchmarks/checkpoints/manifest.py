@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from benchmarks import command
-from benchmarks.checkpoints.memory import highest, resident
+from benchmarks.checkpoints.memory import resident_bytes, watch_peak
 from benchmarks.checkpoints.state import KINDS, MIB, RUN, parameter_shapes
 from benchmarks.report import Cell
 from trainer.checkpoint import layout
@@ -64,7 +64,7 @@ def announcements(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> Iterator
         )
 
 
-def described(plan: SavePlan, ranks: int) -> Manifest:
+def make_manifest(plan: SavePlan, ranks: int) -> Manifest:
     """The manifest of a checkpoint by so many ranks, with hashes of nothing."""
     objects = []
     for rank in range(ranks):
@@ -101,11 +101,11 @@ def _row(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, Cell]:
     announced = list(announcements(shapes, ranks))
     tables = [each.parameters for each in announced]
     spans = [each.spans for each in announced]
-    began, before = time.perf_counter(), resident()
-    with highest() as peak:
+    began, before = time.perf_counter(), resident_bytes()
+    with watch_peak() as peak:
         plan = plan_save(tables, spans)
     plan_s = time.perf_counter() - began
-    manifest = described(plan, ranks)
+    manifest = make_manifest(plan, ranks)
     began = time.perf_counter()
     data = manifest.to_json()
     write_s = time.perf_counter() - began
@@ -133,4 +133,4 @@ def _row(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, Cell]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

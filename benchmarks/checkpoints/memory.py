@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with place(options) as uri:
         store = open_store(uri, StoreConfig())
         store.list("")  # boto3's own memory is no part of it
-        before = resident()
+        before = resident_bytes()
         saves = Saves(state, store)
-        prepared = resident()
-        with highest() as peak:
+        prepared = resident_bytes()
+        with watch_peak() as peak:
             for _ in range(options.rounds):
                 state.step()
                 saves.begin()
@@ -50,19 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Return the process's memory, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager
-def highest() -> Iterator[list[int]]:
+def watch_peak() -> Iterator[list[int]]:
     """Watch the process's resident memory; the list's one number is the highest so far."""
-    peak, done = [resident()], threading.Event()
+    peak, done = [resident_bytes()], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            peak[0] = max(peak[0], resident())
+            peak[0] = max(peak[0], resident_bytes())
             time.sleep(_TICK_S)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -75,4 +75,4 @@ def highest() -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

@@ -143,4 +143,4 @@ def _turbo(data: bytes, size: int) -> NDArray[np.uint8]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

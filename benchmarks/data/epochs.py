@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data.photographs import labelled
+from benchmarks.data.photographs import label_files
 from pipelines.augment import AugmentConfig
 from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig
@@ -44,7 +44,7 @@ class Places:
 
 
 @contextmanager
-def written(files: Sequence[bytes], *, samples: int, with_s3: bool) -> Iterator[Places]:
+def write_places(files: Sequence[bytes], *, samples: int, with_s3: bool) -> Iterator[Places]:
     """Write samples to a temporary folder and, if asked for, to an S3 server of its own.
 
     Args:
@@ -55,7 +55,7 @@ def written(files: Sequence[bytes], *, samples: int, with_s3: bool) -> Iterator[
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lapflow-bench-")))
         local = str(folder / "dataset")
-        write_dataset(labelled(files, count=samples), local, shard_bytes=_SHARD_BYTES)
+        write_dataset(label_files(files, count=samples), local, shard_bytes=_SHARD_BYTES)
         remote = None
         if with_s3:
             from tests.support.s3_server import s3_server
@@ -63,7 +63,7 @@ def written(files: Sequence[bytes], *, samples: int, with_s3: bool) -> Iterator[
             server = stack.enter_context(s3_server(folder / "s3"))
             os.environ.update(server.environment)
             remote = f"{server.make_bucket('bench')}/dataset"
-            write_dataset(labelled(files, count=samples), remote, shard_bytes=_SHARD_BYTES)
+            write_dataset(label_files(files, count=samples), remote, shard_bytes=_SHARD_BYTES)
         yield Places(local=local, remote=remote, samples=samples, scratch=folder)
 
 

@@ -35,7 +35,7 @@ def photographs(folder: Path | None, *, count: int) -> Sequence[bytes]:
         SystemExit: The folder holds no JPEG file.
     """
     if folder is None:
-        return [_made(seed) for seed in range(count)]
+        return [_make_photograph(seed) for seed in range(count)]
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise SystemExit(f"error: {folder} holds no file that ends in {' or '.join(_SUFFIXES)}")
@@ -43,13 +43,13 @@ def photographs(folder: Path | None, *, count: int) -> Sequence[bytes]:
     return [files[number % len(files)] for number in range(count)]
 
 
-def labelled(files: Sequence[bytes], *, count: int) -> Iterator[LabelledImage]:
+def label_files(files: Sequence[bytes], *, count: int) -> Iterator[LabelledImage]:
     """Repeat files up to a number of samples, with labels from 0 to 9."""
     for number in range(count):
         yield LabelledImage(files[number % len(files)], number % 10)
 
 
-def _made(seed: int) -> bytes:
+def _make_photograph(seed: int) -> bytes:
     """Make noise whose spectrum falls as photographs' do, with power 1 / frequency²."""
     rng = np.random.default_rng(seed)
     rows, columns = np.fft.fftfreq(_HEIGHT)[:, None], np.fft.rfftfreq(_WIDTH)[None, :]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks import command
-from benchmarks.data.epochs import Places, Reading, read, written
+from benchmarks.data.epochs import Places, Reading, read, write_places
 from benchmarks.data.photographs import add_images, photographs
 
 _DESCRIPTION = """\
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = photographs(options.images, count=min(options.samples, 400))
     reading = Reading(image_size=options.image_size, batch=options.batch, device=setting.device)
     middle = options.samples // 2 // options.batch * options.batch
-    with written(files, samples=options.samples, with_s3=not options.no_s3) as places:
+    with write_places(files, samples=options.samples, with_s3=not options.no_s3) as places:
         for name, prefix in places.named.items():
             for start in (0, middle):
                 taken = [
@@ -54,4 +54,4 @@ def _first_batch_s(places: Places, prefix: str, reading: Reading, start: int) ->
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

@@ -9,7 +9,7 @@ from itertools import count
 import psutil
 
 from benchmarks import command
-from benchmarks.data.epochs import Places, Reading, read, written
+from benchmarks.data.epochs import Places, Reading, read, write_places
 from benchmarks.data.photographs import add_images, photographs
 from benchmarks.interleaved import interleave, stopwatch_of
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         decode_threads=options.decode_threads,
         device=setting.device,
     )
-    with written(files, samples=options.samples, with_s3=not options.no_s3) as places:
+    with write_places(files, samples=options.samples, with_s3=not options.no_s3) as places:
         works = {
             name: _Epochs(places, prefix, reading, options.epochs)
             for name, prefix in places.named.items()
@@ -96,4 +96,4 @@ class _Epochs:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

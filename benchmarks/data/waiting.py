@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import command
-from benchmarks.data.epochs import Reading, written
+from benchmarks.data.epochs import Reading, write_places
 from benchmarks.data.photographs import add_images, photographs
 from benchmarks.workload import Latents, TrainingWork
 from models.codec import AutoencoderKlCodec
@@ -91,7 +91,7 @@ def _dataset(options: argparse.Namespace) -> Iterator[str]:
             yield f"{folder}/train"
         return
     files = photographs(options.images, count=400)
-    with written(files, samples=options.samples, with_s3=False) as places:
+    with write_places(files, samples=options.samples, with_s3=False) as places:
         yield places.local
 
 
@@ -139,4 +139,4 @@ def _sd_sized_encoder(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.guarded(main))
+    sys.exit(command.run_guarded(main))

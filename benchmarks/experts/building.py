@@ -62,9 +62,9 @@ def build(values: dict[str, Any]) -> dict[str, float]:
     shards = ExpertShards.of(resolve_placement(job))
     # What torch needs for itself, so that it does not count.
     nn.Linear(1000, 1000)(torch.randn(10, 1000)).sum().backward()
-    before = _resident_at_most()
+    before = _peak_resident_mib()
     model = initial_model(job, shards.partition)
-    most = _resident_at_most() - before
+    most = _peak_resident_mib() - before
     kept = sum(each.numel() * each.element_size() for each in model.parameters()) / _MIB
     shape = model_shape(job)
     block = 4 * sum(parameters(shape).per_scale) / shape.depth / _MIB
@@ -77,6 +77,6 @@ def build(values: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _resident_at_most() -> float:
+def _peak_resident_mib() -> float:
     """The most memory this process ever had, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

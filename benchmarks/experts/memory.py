@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found += variants(scales, ranks=options.ranks, stages=summed, passes=2)
         for variant in found:
             job = variant.job(model=options.model, ranks=options.ranks, images=scales)
-            setting.report.add(**measured(variant, with_small_buckets(job)))
+            setting.report.add(**measure(variant, shrink_buckets(job)))
     setting.deliver()
     return 0
 
@@ -60,7 +60,7 @@ def stages(text: str) -> tuple[int, ...]:
     return found
 
 
-def measured(variant: Variant, job: JobConfig) -> dict[str, Any]:
+def measure(variant: Variant, job: JobConfig) -> dict[str, Any]:
     """Measure one variant; the row of the table."""
     told: list[dict[str, Any]] = []
     run(
@@ -94,7 +94,7 @@ def hold(context: WorkerContext, payload: dict[str, Any]) -> None:
     context.report({"bytes": live_bytes() - before})
 
 
-def with_small_buckets(job: JobConfig) -> JobConfig:
+def shrink_buckets(job: JobConfig) -> JobConfig:
     """Keep what DeepSpeed holds besides small beside the state of even a small model.
 
     Its buffers for collectives, and small weights, which ZeRO-3 otherwise leaves whole.

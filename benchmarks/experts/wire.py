@@ -63,7 +63,7 @@ class WireCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for each in args
                 if isinstance(each, torch.ScriptObject)
             )
-            self._count(_KINDS[name], _sent(name, args), group.size())
+            self._count(_KINDS[name], _buffer_bytes(name, args), group.size())
         return func(*args, **(kwargs or {}))
 
     def _count(self, kind: str, whole: int, ranks: int) -> None:
@@ -72,7 +72,7 @@ class WireCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls[kind] += 1
 
 
-def _sent(name: str, args: tuple[Any, ...]) -> int:
+def _buffer_bytes(name: str, args: tuple[Any, ...]) -> int:
     """Bytes of the whole buffer of a collective: what all ranks of it have, or get, together."""
     first = args[0]
     tensors: list[Tensor] = first if isinstance(first, list) else [first]
@@ -99,13 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for scales in options.scales:
         for variant in variants(scales, ranks=options.ranks, stages=(1, 2, 3)):
             job = variant.job(model=options.model, ranks=options.ranks, images=options.images)
-            for row in measured(variant, job):
+            for row in measure(variant, job):
                 setting.report.add(**row)
     setting.deliver()
     return 0
 
 
-def measured(variant: Variant, job: JobConfig) -> list[dict[str, Any]]:
+def measure(variant: Variant, job: JobConfig) -> list[dict[str, Any]]:
     """Count one variant; a row for each kind of collective."""
     told: list[dict[str, Any]] = []
     run(
@@ -115,7 +115,7 @@ def measured(variant: Variant, job: JobConfig) -> list[dict[str, Any]]:
         on_message=told.append,
         stop=threading.Event(),
     )
-    expected = predicted(job)
+    expected = predict_bytes(job)
     (counted,) = told
     return [
         {
@@ -131,7 +131,7 @@ def measured(variant: Variant, job: JobConfig) -> list[dict[str, Any]]:
     ]
 
 
-def predicted(job: JobConfig) -> Counter[str]:
+def predict_bytes(job: JobConfig) -> Counter[str]:
     """Bytes that leave a rank in one update: tokens of experts, gradients, and weights."""
     work, placement, stage = workload(job), resolve_placement(job), zero_stage(job)
     scales = job.flow.scales

@@ -142,7 +142,7 @@ def multiply_adds(shape: ModelShape, *, active: int | None = None) -> int:
         CostError: ``active`` is not between 1 and the number of scales.
     """
     d, hidden, patch = shape.width, shape.mlp_width, shape.patch_elements
-    active = checked_active(shape, active)
+    active = check_active(shape, active)
     modulations = 1 if shape.modulation == "shared" else shape.depth
     total = _TIME_FREQUENCIES * d + d * d
     for patches, tokens, keys in zip(
@@ -200,14 +200,14 @@ def attention_pairs(shape: ModelShape, *, active: int | None = None, dense: bool
     Raises:
         CostError: ``active`` is not between 1 and the number of scales.
     """
-    active = checked_active(shape, active)
+    active = check_active(shape, active)
     tokens = shape.tokens[:active]
     if dense:
         return sum(tokens) ** 2
     return sum(n * keys for n, keys in zip(tokens, shape.keys(active), strict=True))
 
 
-def checked_active(shape: ModelShape, active: int | None) -> int:
+def check_active(shape: ModelShape, active: int | None) -> int:
     """Return the number of active scales, all by default.
 
     Raises:
@@ -261,7 +261,7 @@ def activation_elements(
     Raises:
         CostError: ``active`` is not between 1 and the number of scales.
     """
-    active = checked_active(shape, active)
+    active = check_active(shape, active)
     kept = []
     for position, (tokens, keys) in enumerate(
         zip(shape.tokens[:active], shape.keys(active), strict=True)

@@ -44,7 +44,7 @@ def split_graph(images: Any, *, channels: int, size: int, scales: int) -> list[A
     """
     bands = []
     for _ in range(scales - 1):
-        coarse = _halved(images, channels=channels, size=size)
+        coarse = _halve(images, channels=channels, size=size)
         nearest = fn.resize(
             coarse, size=[size, size], interp_type=types.INTERP_NN, dtype=types.FLOAT
         )
@@ -53,7 +53,7 @@ def split_graph(images: Any, *, channels: int, size: int, scales: int) -> list[A
     return [images, *reversed(bands)]
 
 
-def _halved(images: Any, *, channels: int, size: int) -> Any:
+def _halve(images: Any, *, channels: int, size: int) -> Any:
     half = size // 2
     # Slices have at most four dimensions, so channels and rows share one.
     blocks = fn.reshape(images, shape=[channels * half, 2, half, 2], layout="ABCD")

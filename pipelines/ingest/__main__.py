@@ -130,7 +130,7 @@ def _config(options: argparse.Namespace) -> IngestConfig:
 
 def _write(listing: Listing, splits: Splits, config: IngestConfig) -> None:
     parts = splits.divide(listing).items()
-    carry_out([plan_images(part, place, config=config) for place, part in parts], note=say)
+    carry_out([plan_images(part, place, config=config) for place, part in parts], report=say)
 
 
 def _add_image_folder(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +269,7 @@ def _verify(options: argparse.Namespace) -> int:
     )
     if options.json:
         _refuse_unwritable(options.json)
-    report = verify(options.prefix, config=config, note=say)
+    report = verify(options.prefix, config=config, report=say)
     say(report.text())
     if options.json:
         try:

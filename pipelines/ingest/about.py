@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.console import visible
-from pipelines.documents import DocumentError, belongs, parse_json, unsealed
+from pipelines.documents import DocumentError, belongs, parse_json, unseal
 from pipelines.errors import DataError
 from pipelines.ingest.source_files import PassedOver
 from pipelines.source import Source, SourceConfig
@@ -58,7 +58,7 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
         return None
     try:
         values = parse_json(content)
-        about = _parsed(values)
+        about = _parse(values)
         if not belongs(values, source.read_index):
             raise DocumentError("it is of another dataset than the index beside it")
         return about
@@ -72,9 +72,9 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
         ) from error
 
 
-def _parsed(values: Any) -> About:
+def _parse(values: Any) -> About:
     # Datasets of before have no checksum.
-    values = unsealed(values, required=False)
+    values = unseal(values, required=False)
     classes, counts = values["classes"], values.get("images_per_class")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes is not a list of names")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.documents import read_json
 from pipelines.errors import DataError, EmptyDatasetError, UnreadableSourceError
-from pipelines.ingest.listing import Listing, SourceImage, class_names, numbered
+from pipelines.ingest.listing import Listing, SourceImage, class_names, number_classes
 from pipelines.ingest.source_files import Entry, Wanted, count, in_words, walk
 
 MAX_BYTES = 1 << 28
@@ -207,16 +207,16 @@ def list_arrays(source: Path, *, classes: tuple[str, ...] | None = None) -> List
             "folder itself."
         )
     if labelled:
-        names, classes = _as_labelled(arrays, source, classes)
+        names, classes = _look_up_classes(arrays, source, classes)
     else:
         names = class_names(
             arrays, source=source, what="array", instead="give a folder of nothing but arrays"
         )
-    listing = numbered(dict(zip(arrays, names, strict=True)), classes=classes, source=source)
+    listing = number_classes(dict(zip(arrays, names, strict=True)), classes=classes, source=source)
     return replace(listing, passed_over=passed_over)
 
 
-def _as_labelled(
+def _look_up_classes(
     arrays: Sequence[Entry], source: Path, classes: tuple[str, ...] | None
 ) -> tuple[list[str], tuple[str, ...]]:
     """Take the class of each array from dataset.json; give all classes too."""
@@ -244,17 +244,17 @@ def _read_labels(file: Path) -> dict[str, int]:
         content: Any = read_json(file, max_bytes=_MAX_LABEL_BYTES)
         pairs = [(name, label) for name, label in content["labels"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _strange(file, f"{type(error).__name__}: {error}") from None
+        raise _labels_error(file, f"{type(error).__name__}: {error}") from None
     labels: dict[str, int] = {}
     for name, label in pairs:
         if not isinstance(name, str) or type(label) is not int or not 0 <= label < _MAX_CLASSES:
-            raise _strange(file, f"{str(name)[:80]!r} has the label {str(label)[:40]!r}")
+            raise _labels_error(file, f"{str(name)[:80]!r} has the label {str(label)[:40]!r}")
         if labels.setdefault(name, label) != label:
-            raise _strange(file, f"{name[:80]!r} has the labels {labels[name]} and {label}")
+            raise _labels_error(file, f"{name[:80]!r} has the labels {labels[name]} and {label}")
     return labels
 
 
-def _strange(file: Path, reason: str) -> UnreadableSourceError:
+def _labels_error(file: Path, reason: str) -> UnreadableSourceError:
     return UnreadableSourceError(
         f'{file} does not hold {{"labels": [[name, label], ...]}} with labels from 0 ({reason}). '
         "Restore the file, or remove it to take each folder for a class."

@@ -222,13 +222,13 @@ class ArrayFiller:
             drawn: list[DrawnLatent] = []
             for place, file in enumerate(part.samples[first : first + _BATCH], part.first + first):
                 try:
-                    stored = self._stored(file)
+                    stored = self._make_stored(file)
                 except BadArrayError as error:
                     skipped[place] = (file.name, str(error))
                     continue
                 write({MOMENTS_COLUMN: stored, LABEL_COLUMN: file.label})
                 labels[file.label] += 1
-                drawn += _drawn(stored, place=place)
+                drawn += _draw(stored, place=place)
             if drawn:
                 sums.add(*self._decoder.decode(drawn))
         return Filled(
@@ -237,7 +237,7 @@ class ArrayFiller:
             noted={"skipped": list(skipped), "sums": sums.as_json()},
         )
 
-    def _stored(self, file: SourceImage) -> NDArray[Any]:
+    def _make_stored(self, file: SourceImage) -> NDArray[Any]:
         """Make one array into what is stored of it."""
         settings = self._settings
         array = read_array(file)
@@ -253,7 +253,7 @@ class ArrayFiller:
         return stored
 
 
-def _drawn(stored: NDArray[Any], *, place: int) -> Iterator[DrawnLatent]:
+def _draw(stored: NDArray[Any], *, place: int) -> Iterator[DrawnLatent]:
     """Draw from each view of what was stored."""
     for view, (mean, std) in enumerate(stored):
         normals = SampleKey(seed=0, epoch=view, sample_id=place).normals(mean.size)

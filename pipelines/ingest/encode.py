@@ -235,7 +235,9 @@ class LatentFiller:
         batch = self._settings.config.batch
         for first in range(0, len(part.samples), batch):
             ids = part.samples[first : first + batch]
-            samples, images = self._decoded([self._images.read(place) for place in ids], skipped)
+            samples, images = self._decode_sound(
+                [self._images.read(place) for place in ids], skipped
+            )
             if not samples:
                 continue
             moments = self._moments(images, samples)
@@ -253,7 +255,7 @@ class LatentFiller:
             noted={"skipped": sorted(skipped), "sums": sums.as_json()},
         )
 
-    def _decoded(
+    def _decode_sound(
         self, samples: Sequence[RawSample], skipped: dict[int, str]
     ) -> tuple[Sequence[RawSample], Tensor]:
         """Decode what can be decoded, and note the rest."""

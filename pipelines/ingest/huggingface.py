@@ -147,22 +147,21 @@ def _images_of(
 
     if split not in splits:
         raise UnreadableSourceError(
-            f"There is no split {split!r}; the dataset has {_listed(splits)}. Choose one by "
-            "--split."
+            f"There is no split {split!r}; the dataset has {_join(splits)}. Choose one by --split."
         )
     dataset = splits[split]
     for option, name in (("--image-column", image_column), ("--label-column", label_column)):
         if name not in dataset.features:
             raise UnreadableSourceError(
                 f"The split {split!r} has no column {name!r}; its columns are "
-                f"{_listed(dataset.features)}. Choose one by {option}."
+                f"{_join(dataset.features)}. Choose one by {option}."
             )
     if isinstance(dataset.features[image_column], datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     elif not _holds_bytes(dataset.data.schema.field(image_column).type):
         raise UnreadableSourceError(
             f"The column {image_column!r} holds {dataset.features[image_column]} and no encoded "
-            f"images. Choose another of {_listed(dataset.features)} by --image-column."
+            f"images. Choose another of {_join(dataset.features)} by --image-column."
         )
     _check(dataset.data.column(image_column), image_column)
     return dataset
@@ -215,7 +214,7 @@ def _values(splits: Mapping[str, Any], column: str) -> list[Any]:
             if not (pa.types.is_integer(labels.type) or pa.types.is_string(labels.type)):
                 raise UnreadableSourceError(
                     f"The column {column!r} holds {labels.type} and no class labels, which are "
-                    f"whole numbers or texts. Choose another of {_listed(dataset.features)} by "
+                    f"whole numbers or texts. Choose another of {_join(dataset.features)} by "
                     "--label-column."
                 )
             kinds.add(pa.types.is_string(labels.type))
@@ -229,7 +228,7 @@ def _values(splits: Mapping[str, Any], column: str) -> list[Any]:
     return sorted(value for value in found if isinstance(value, str) or value >= 0)
 
 
-def _listed(names: Any) -> str:
+def _join(names: Any) -> str:
     return ", ".join(map(str, names))
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
-from pipelines.encoded import MAX_PIXELS, BadImageError, opened, pixels, read_image
+from pipelines.encoded import MAX_PIXELS, BadImageError, open_image, pixels, read_image
 from pipelines.errors import EmptyDatasetError, IngestSettingError, UnreadableSourceError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN
 from pipelines.ingest.inspection import DamageCheck
@@ -61,7 +61,7 @@ class Resize:
             BadImageError: It cannot be decoded.
         """
         image = read_image(data)
-        grey = opened(image).mode in ("1", "L", "LA", "I", "I;16")
+        grey = open_image(image).mode in ("1", "L", "LA", "I", "I;16")
         array = pixels(image, channels=1 if grey else 3)
         picture = _middle(Image.fromarray(array[..., 0] if grey else array))
         while min(picture.size) >= 2 * self.image_size:
@@ -137,13 +137,13 @@ def plan_images(listing: Listing, prefix: str, *, config: IngestConfig) -> Plan:
 
 
 def ingest(
-    listing: Listing, prefix: str, *, config: IngestConfig, note: Callable[[str], None]
+    listing: Listing, prefix: str, *, config: IngestConfig, report: Callable[[str], None]
 ) -> None:
     """Write the images of a listing as a dataset, or go on with one that was interrupted.
 
     For arguments and errors see `plan_images` and `Plan.carry_out`.
     """
-    plan_images(listing, prefix, config=config).carry_out(note)
+    plan_images(listing, prefix, config=config).carry_out(report)
 
 
 @dataclass(frozen=True)

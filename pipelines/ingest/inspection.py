@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import DecoderName, make_decoder
-from pipelines.encoded import BadImageError, opened, read_image
+from pipelines.encoded import BadImageError, open_image, read_image
 from pipelines.errors import (
     BadSampleError,
     CorruptShardError,
@@ -56,15 +56,15 @@ class DamageCheck:
                 problems[place] = str(error)
                 continue
             if batch and total + width * height > _BATCH_PIXELS:
-                problems |= self._decoded(batch)
+                problems |= self._decode(batch)
                 batch, total = {}, 0
             batch[place] = prepared
             total += width * height
         if batch:
-            problems |= self._decoded(batch)
+            problems |= self._decode(batch)
         return problems
 
-    def _decoded(self, batch: Mapping[int, Any]) -> dict[int, str]:
+    def _decode(self, batch: Mapping[int, Any]) -> dict[int, str]:
         try:
             self._decoder.decode(list(batch.values()))
         except UndecodableImageError as error:
@@ -177,7 +177,7 @@ def inspect(
     Raises:
         StoreUnreachableError: The store does not even give the index.
     """
-    dataset = _opened(prefix, scratch, config)
+    dataset = _open(prefix, scratch, config)
     shard = dataset.shard_of(sample_ids[0])
     read: list[tuple[int, int, bytes]] = []
     contents = _Contents(dataset.latents, decoder)
@@ -215,7 +215,7 @@ def inspect(
 
 
 @lru_cache(maxsize=1)
-def _opened(prefix: str, scratch: Path, config: ShardsConfig) -> ShardedDataset:
+def _open(prefix: str, scratch: Path, config: ShardsConfig) -> ShardedDataset:
     """Open the dataset, once in each process.
 
     Shards are fetched anew, because what is to be read is the store and not the node's cache, and
@@ -241,7 +241,7 @@ def _damage_check(decoder: DecoderName) -> DamageCheck:
 def _kind(data: bytes) -> tuple[str, tuple[int, int]]:
     """Name the format and colour mode of a sound image; give (width, height), when upright."""
     image = read_image(data)
-    return f"{image.format} {opened(image).mode}", image.upright_size
+    return f"{image.format} {open_image(image).mode}", image.upright_size
 
 
 def _kind_of_latent(data: bytes, latents: LatentFormat) -> tuple[str, tuple[int, int]]:

@@ -95,7 +95,7 @@ def _read(entry: Entry) -> str | None:
     return content.decode("utf-8", "surrogateescape").strip() or None
 
 
-def in_order(labels: set[str]) -> tuple[str, ...]:
+def sort_labels(labels: set[str]) -> tuple[str, ...]:
     """Put labels in order: whole numbers by their value, all others as texts.
 
     Raises:

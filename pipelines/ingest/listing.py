@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from pipelines.console import visible
 from pipelines.documents import DocumentError, read_bounded
 from pipelines.errors import EmptyDatasetError, UnreadableSourceError
-from pipelines.ingest.label_table import in_order, labels_beside, labels_of, sample_key
+from pipelines.ingest.label_table import labels_beside, labels_of, sample_key, sort_labels
 from pipelines.ingest.source_files import Entry, PassedOver, Wanted, count, in_words, walk
 from pipelines.order import permutation
 
@@ -172,14 +172,16 @@ def list_images(
         if not images:
             raise EmptyDatasetError(_no_images(source, others))
         around = common_folder(images) if isinstance(classes_from, str) else ()
-        images, others = ([without(around, entry) for entry in part] for part in (images, others))
+        images, others = (
+            [strip_folder(around, entry) for entry in part] for part in (images, others)
+        )
         names, kinds = _classes_of(images, others, source=source, classes_from=classes_from)
     except OSError as error:
         raise UnreadableSourceError(
             f"{source} cannot be read ({error}). Give a folder with one sub-folder of images for "
             "each class, or a tar archive of one."
         ) from error
-    listing = numbered(
+    listing = number_classes(
         {image: name for image, name in zip(images, names, strict=True) if name is not None},
         classes=classes,
         source=source,
@@ -231,7 +233,7 @@ def _no_images(source: Path, others: Sequence[Entry]) -> str:
     )
 
 
-def numbered(
+def number_classes(
     class_of: Mapping[Entry, str],
     *,
     classes: tuple[str, ...] | None,
@@ -250,7 +252,7 @@ def numbered(
     Raises:
         UnreadableSourceError: A class is not in the list, or two things have the same name.
     """
-    found = (in_order if by_value else sorted)(set(class_of.values()))
+    found = (sort_labels if by_value else sorted)(set(class_of.values()))
     names = tuple(visible(name) for name in classes or found)
     labels = {name: label for label, name in enumerate(classes or found)}
     if classes and by_value and not labels.keys() & set(found):
@@ -348,7 +350,7 @@ def common_folder(images: Sequence[Entry]) -> tuple[str, ...]:
     return () if first[:shared] in folders else first[:shared]
 
 
-def without(folder: tuple[str, ...], entry: Entry) -> Entry:
+def strip_folder(folder: tuple[str, ...], entry: Entry) -> Entry:
     """Leave a folder away that all images share."""
     shared = entry.parts[: len(folder)] == folder
     return replace(entry, parts=entry.parts[len(folder) :]) if shared else entry

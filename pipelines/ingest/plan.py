@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.documents import INDEX_SHA256, sealed
+from pipelines.documents import INDEX_SHA256, seal
 from pipelines.errors import BadDataError, EmptyDatasetError, IngestSettingError
 from pipelines.index import INDEX_NAME
 from pipelines.ingest.about import ABOUT_NAME, About
@@ -31,7 +31,7 @@ S = TypeVar("S")
 Documents = Mapping[str, Mapping[str, Any]]
 """What is to lie beside the index: the content of each file, as JSON."""
 
-_TELL_EVERY_S = 5.0
+_REPORT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +149,11 @@ class Plan:
     def __post_init__(self) -> None:
         is_complete(self.prefix, plan=self.digest)
 
-    def carry_out(self, note: Callable[[str], None]) -> None:
+    def carry_out(self, report: Callable[[str], None]) -> None:
         """Write what is not written yet.
 
         Args:
-            note: Takes lines for the user.
+            report: Takes lines for the user.
 
         Raises:
             OccupiedPrefixError: The prefix holds something else.
@@ -175,26 +175,26 @@ class Plan:
         with lock(work.with_suffix(".lock")), explain_full_disk(work):
             # Another process may have been faster while this one waited.
             if is_complete(self.prefix, plan=self.digest):
-                note("complete, nothing to do")
+                report("complete, nothing to do")
                 return
             if target is not None:
-                self._write(work, note=note, upload=None)
+                self._write(work, report=report, upload=None)
                 work.replace(target)
                 discard_records(target)
                 return
             work.mkdir(parents=True, exist_ok=True)
             upload = Upload(work, source.prefix)
-            for name in self._write(work, note=note, upload=upload):
+            for name in self._write(work, report=report, upload=upload):
                 upload(name)
             upload(INDEX_NAME)
             shutil.rmtree(work)
 
     def _write(
-        self, work: Path, *, note: Callable[[str], None], upload: Upload | None
+        self, work: Path, *, report: Callable[[str], None], upload: Upload | None
     ) -> Sequence[str]:
         """Write everything into the work folder; return the names of the documents."""
         finished = []
-        for shard in self._shards(work, note):
+        for shard in self._shards(work, report):
             if upload and shard.entry:
                 _upload_once(upload, work, shard.entry["raw_data"]["basename"])
             finished.append(shard)
@@ -206,13 +206,13 @@ class Plan:
         index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
         beside = {INDEX_SHA256: hashlib.sha256(index).hexdigest()}
         for name, content in contents.items():
-            (work / name).write_text(json.dumps(sealed({**content, **beside}), indent=1))
+            (work / name).write_text(json.dumps(seal({**content, **beside}), indent=1))
         (work / INDEX_NAME).write_bytes(index)
         return list(contents)
 
-    def _shards(self, work: Path, note: Callable[[str], None]) -> Iterator[FinishedShard]:
+    def _shards(self, work: Path, report: Callable[[str], None]) -> Iterator[FinishedShard]:
         for line in self.opening:
-            note(line)
+            report(line)
         finished = write_shards(
             self.parts,
             work,
@@ -222,7 +222,7 @@ class Plan:
             retry_skipped=self.retry_skipped,
         )
         skipped: list[tuple[str, str]] = []
-        for shard in self._report(finished, note):
+        for shard in self._report_progress(finished, report):
             skipped += shard.filled.skipped
             if not self.judge_late:
                 self._refuse_too_many(skipped)
@@ -252,8 +252,8 @@ class Plan:
             fault=self.fault,
         )
 
-    def _report(
-        self, finished: Iterable[FinishedShard], note: Callable[[str], None]
+    def _report_progress(
+        self, finished: Iterable[FinishedShard], report: Callable[[str], None]
     ) -> Iterator[FinishedShard]:
         """Pass finished shards on; every few seconds and at the end, say how far the ingest is."""
         images = [len(part.samples) for part in self.parts]
@@ -261,7 +261,7 @@ class Plan:
         if self.part_bytes is not None:
             work, unit, unit_size = list(self.part_bytes), "MiB", 2**20
         total = sum(work)
-        began = told = time.monotonic()
+        began = reported = time.monotonic()
         taken = skipped = done = fresh = 0
         for shard in finished:
             yield shard
@@ -271,27 +271,27 @@ class Plan:
             # What an earlier start has written says nothing about the speed of this one.
             fresh += 0 if shard.kept else work[shard.number]
             now = time.monotonic()
-            if now - told < _TELL_EVERY_S and done < total:
+            if now - reported < _REPORT_EVERY_S and done < total:
                 continue
-            told = now
+            reported = now
             rate = fresh / max(now - began, 1e-9)
             left = f", about {(total - done) / rate:,.0f} s left" if rate else ""
-            note(
+            report(
                 f"{taken:,} images ({done / total:.0%}), {skipped:,} skipped, "
                 f"{rate / unit_size:,.1f} {unit}/s{left}"
             )
 
 
-def carry_out(plans: Sequence[Plan], *, note: Callable[[str], None]) -> None:
+def carry_out(plans: Sequence[Plan], *, report: Callable[[str], None]) -> None:
     """Carry out plans one after the other, once all of them have been made; see `Plan`.
 
     Args:
         plans: All plans, so that each place has been looked at before the first takes hours.
-        note: Takes lines for the user, each with the place that it tells of.
+        report: Takes lines for the user, each with the place that it tells of.
     """
     for plan in plans:
         prefix = plan.prefix
-        plan.carry_out(lambda text: note(f"{prefix}: {text}"))  # noqa: B023
+        plan.carry_out(lambda text: report(f"{prefix}: {text}"))  # noqa: B023
 
 
 def _upload_once(upload: Upload, work: Path, name: str) -> None:

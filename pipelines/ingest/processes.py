@@ -14,7 +14,7 @@ from pipelines.errors import BrokenIngestError
 
 
 @contextmanager
-def spawned(
+def spawn(
     workers: int, *, begin: Callable[[int], None] | None = None
 ) -> Iterator[ProcessPoolExecutor]:
     """Start processes, and end them with the block: after a failure, without what is not begun.

@@ -75,7 +75,7 @@ def refuse_occupied(target: Path) -> None:
         is_folder = target.is_dir()
         free = is_folder and not any(target.iterdir())
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise _unwritable_error(target, error) from error
     if not free:
         found = "holds other files and no finished dataset" if is_folder else "is a file"
         raise OccupiedPrefixError(
@@ -83,7 +83,7 @@ def refuse_occupied(target: Path) -> None:
         )
 
 
-def _unwritable(folder: Path, error: OSError) -> UnwritableTargetError:
+def _unwritable_error(folder: Path, error: OSError) -> UnwritableTargetError:
     return UnwritableTargetError(
         f"The folder {folder} cannot be made or written ({error.strerror}: {error.filename}). "
         "Choose another one, or let this user write there."
@@ -121,7 +121,7 @@ def lock(path: Path) -> Iterator[None]:
     try:
         held = take_lock(path)
     except OSError as error:
-        raise _unwritable(path.parent, error) from error
+        raise _unwritable_error(path.parent, error) from error
     with held:
         yield
 

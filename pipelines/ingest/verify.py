@@ -18,12 +18,12 @@ from pipelines.errors import IngestSettingError
 from pipelines.index import Shard, parse_index
 from pipelines.ingest.about import About, read_about
 from pipelines.ingest.inspection import Inspection, inspect
-from pipelines.ingest.processes import spawned
+from pipelines.ingest.processes import spawn
 from pipelines.ingest.report import BadShard, Report, find_duplicates
 from pipelines.shards import ShardsConfig
 from pipelines.source import Source
 
-_TELL_EVERY_S = 5.0
+_REPORT_EVERY_S = 5.0
 _EXAMPLES = 10  # groups of duplicates that are named
 
 
@@ -55,14 +55,14 @@ def verify(
     prefix: str,
     *,
     config: VerifyConfig | None = None,
-    note: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Read every sample of a dataset.
 
     Args:
         prefix: Local folder or URL of one split.
         config: How.
-        note: Takes lines on the progress for the user.
+        report: Takes lines on the progress for the user.
 
     Raises:
         MissingDatasetError: There is no index.json.
@@ -79,16 +79,16 @@ def verify(
     about = read_about(prefix, config=config.shards)
     found: list[Inspection | None] = [None] * len(shards)
     done_bytes, total_bytes = 0, sum(shard.size_bytes for shard in shards)
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     for number, inspection in _inspections(source.prefix, shards, config):
         found[number] = inspection
         done_bytes += shards[number].size_bytes
         now = time.monotonic()
-        if now - told >= _TELL_EVERY_S and done_bytes < total_bytes:
-            told = now
+        if now - reported >= _REPORT_EVERY_S and done_bytes < total_bytes:
+            reported = now
             left_s = (total_bytes - done_bytes) * (now - began) / done_bytes
-            note(f"{done_bytes / total_bytes:.0%} read, about {left_s:.0f} s left")
-    return _report(
+            report(f"{done_bytes / total_bytes:.0%} read, about {left_s:.0f} s left")
+    return _make_report(
         source.prefix,
         hashlib.sha256(index).hexdigest(),
         shards,
@@ -112,14 +112,14 @@ def _inspections(
         if workers == 1:
             yield from enumerate(map(look, samples))
             return
-        with spawned(workers) as pool:
+        with spawn(workers) as pool:
             running = {pool.submit(look, ids): number for number, ids in enumerate(samples)}
             for future in as_completed(running):
                 # Taken out, so that what it found is not held twice.
                 yield running.pop(future), future.result()
 
 
-def _report(
+def _make_report(
     prefix: str,
     digest: str,
     shards: Sequence[Shard],

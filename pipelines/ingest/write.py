@@ -19,10 +19,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from pipelines.documents import DocumentError, read_json, sealed, typed, unsealed
+from pipelines.documents import DocumentError, read_json, seal, unseal, validate_as
 from pipelines.errors import EmptyDatasetError, OccupiedPrefixError
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard
-from pipelines.ingest.processes import spawned
+from pipelines.ingest.processes import spawn
 from pipelines.ingest.target import Upload, explain_full_disk, find_shards, lock, refuse_occupied
 from pipelines.source import Source, SourceConfig, prepare_streaming
 
@@ -134,7 +134,7 @@ def write_shards(
             missing.append(part)
     workers = min(workers, len(missing))
     if workers > 1:
-        with spawned(workers, begin=partial(_own_filler, open_filler)) as pool:
+        with spawn(workers, begin=partial(_own_filler, open_filler)) as pool:
             running = [pool.submit(_write_here, part, work) for part in missing]
             for future in as_completed(running):
                 yield future.result()
@@ -175,7 +175,7 @@ def _write(part: Part[Any], work: Path, *, filler: ShardFiller[Any]) -> Finished
     record = _record(work, part.number)
     # Renamed into place: a record that exists is whole.
     draft = record.with_suffix(".draft")
-    draft.write_text(json.dumps(sealed(asdict(finished))))
+    draft.write_text(json.dumps(seal(asdict(finished))))
     draft.replace(record)
     shutil.rmtree(scratch)
     return finished
@@ -203,7 +203,7 @@ def _record(work: Path, number: int) -> Path:
 def _read_record(record: Path) -> FinishedShard | None:
     """Read a record; None if there is none that can be believed."""
     try:
-        return replace(typed(FinishedShard, unsealed(read_json(record))), kept=True)
+        return replace(validate_as(FinishedShard, unseal(read_json(record))), kept=True)
     except FileNotFoundError:
         return None
     except DocumentError as error:

@@ -22,14 +22,14 @@ COARSE = "{2:2,1:2}"
     ids=lambda variant: variant.name,
 )
 def test_bytes_of_live_tensors_are_as_predicted(variant):
-    job = memory.with_small_buckets(variant.job(model="digits", ranks=2, images=3))
-    assert memory.measured(variant, job)["ratio"] == pytest.approx(1, abs=0.05)
+    job = memory.shrink_buckets(variant.job(model="digits", ranks=2, images=3))
+    assert memory.measure(variant, job)["ratio"] == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bytes_that_leave_a_rank_are_as_the_formula_says(stage):
     variant = Variant(scales=3, zero_stage=stage, placement=COARSE)
-    rows = wire.measured(variant, variant.job(model="digits", ranks=2, images=3))
+    rows = wire.measure(variant, variant.job(model="digits", ranks=2, images=3))
     sent = {row["collective"]: row["ratio"] for row in rows}
     kinds = {"all_gather", "all_to_all", "reduce_scatter"} | (
         {"all_reduce"} if stage == 2 else set()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import comparison
-from benchmarks.comparison import Arm, UnlikeRuns, as_json, as_markdown, check_alike, measured
+from benchmarks.comparison import Arm, UnlikeRuns, as_json, as_markdown, check_alike, measure_arm
 from benchmarks.comparison_picture import draw_picture
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
@@ -105,11 +105,11 @@ def test_runs_of_an_arm_may_differ_in_their_seed_alone(monkeypatch):
         lambda uri, _: (None, None, Opened(sciences[uri.split("/")[1]])),
     )
     config = CheckpointEvaluationConfig(checkpoint="")
-    joined = measured("arm", ["first", "same"], config)
+    joined = measure_arm("arm", ["first", "same"], config)
     assert set(joined.runs) == {"first", "same"}
     # 6 FLOPs for each multiply-add of a one-scale forward pass: 64 tokens of width 16.
     assert joined.training_flops_per_image == 6 * (
         64 * (12 * 16 * 16 + 2 * 64 * 16 + 2 * 12 * 16) + (6 + 2) * 16 * 16 + 256 * 16 + 16 * 16
     )
     with pytest.raises(UnlikeRuns, match=r"model\.depth: 1 -> 2"):
-        measured("arm", ["first", "deeper"], config)
+        measure_arm("arm", ["first", "deeper"], config)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipelines.console import visible
-from pipelines.documents import DocumentError, read_json, typed
+from pipelines.documents import DocumentError, read_json, validate_as
 
 MAX_CONFIG_BYTES = 1 << 20
 _CLASS = "AutoencoderKL"
@@ -117,7 +117,7 @@ def read_config(file: Path, *, place: str) -> AutoencoderConfig:
             "class"
         )
     try:
-        settings = typed(AutoencoderSettings, written)
+        settings = validate_as(AutoencoderSettings, written)
     except DocumentError as error:
         raise AutoencoderError(
             f"codec.source={place}: {file} cannot be used: {error}; copy it again from where the "

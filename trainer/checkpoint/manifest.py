@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field
 
-from pipelines.documents import DocumentError, canonical, parse_json, sealed, typed, unsealed
+from pipelines.documents import DocumentError, canonical, parse_json, seal, unseal, validate_as
 from trainer.checkpoint import layout
 from trainer.checkpoint.errors import InvalidManifest, NewerManifest
 from trainer.checkpoint.slices import Cuts, Run, Span, common_order, runs_of, slices_of
@@ -139,7 +139,7 @@ class ObjectEntry:
             DocumentError: They are not an object's.
             InvalidKey: The names are not fit for a key.
         """
-        return cls._of(typed(_StoredObject, value), run=run, images=images, attempt=attempt)
+        return cls._of(validate_as(_StoredObject, value), run=run, images=images, attempt=attempt)
 
     @classmethod
     def _of(cls, stored: _StoredObject, *, run: str, images: int, attempt: str) -> ObjectEntry:
@@ -161,7 +161,9 @@ def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
         DocumentError: It has not the form of one.
         InvalidKey: Its names are not fit for keys.
     """
-    former = typed(_FormerManifest, {name: body[name] for name in body if name not in _OPAQUE})
+    former = validate_as(
+        _FormerManifest, {name: body[name] for name in body if name not in _OPAQUE}
+    )
     prefix = layout.attempt_prefix(former.run, former.images, former.attempt)
     shapes = former.parameters
     slices: dict[str, list[tuple[int, int, int]]] = {name: [] for name in shapes}
@@ -264,7 +266,7 @@ class Manifest:
         ]
         body["objects"] = [entry.to_json() for entry in self.objects]
         try:
-            data = canonical(sealed(body))
+            data = canonical(seal(body))
         except (TypeError, ValueError) as error:
             raise InvalidManifest(
                 f"{place} cannot be described in "
@@ -324,7 +326,7 @@ def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
             f"has format {version}, and this code reads up to {FORMAT_VERSION}: use the newer "
             "version of the code that wrote it."
         )
-    body = unsealed(body)
+    body = unseal(body)
     manifest = _parsed(upgraded(body) if version == 2 else body)
     if manifest.run != run or images not in (None, manifest.images):
         raise DocumentError(f"it belongs to run {manifest.run!r} at {manifest.images} images")
@@ -336,7 +338,9 @@ def _parsed(body: Mapping[str, Any]) -> Manifest:
     science, train_state = (body.get(name) for name in _OPAQUE)
     if not isinstance(science, dict) or not isinstance(train_state, dict):
         raise DocumentError("its science or its train_state is not a JSON object")
-    stored = typed(_StoredManifest, {name: body[name] for name in body if name not in _OPAQUE})
+    stored = validate_as(
+        _StoredManifest, {name: body[name] for name in body if name not in _OPAQUE}
+    )
     run = check_key(stored.run)
     parameters, cuts = _parameters(stored)
     objects = tuple(

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
         if options.cache is not None:
             cache = options.cache.expanduser().resolve()
         make_plans = _plan_arrays if options.arrays else _plan_encodings
-        carry_out(make_plans(options, cache), note=say)
+        carry_out(make_plans(options, cache), report=say)
     except (ValueError, CheckpointError) as error:
         if not is_user_error(error) and not isinstance(error, CheckpointError):
             raise

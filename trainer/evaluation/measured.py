@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipelines.documents import DocumentError, typed
+from pipelines.documents import DocumentError, validate_as
 from trainer.checkpoint import layout
 from trainer.evaluation.reports import CheckpointReport, EvaluationReport, evaluation_key
 from trainer.storage.errors import MissingObject
@@ -96,7 +96,9 @@ def _distances(
     key: str, values: Mapping[str, Any], attempts: Collection[str]
 ) -> list[MeasuredDistance]:
     later = "measurement" in values
-    report = typed(CheckpointReport, values) if later else typed(EvaluationReport, values)
+    report = (
+        validate_as(CheckpointReport, values) if later else validate_as(EvaluationReport, values)
+    )
     measurement = report.measurement
     if measurement.attempt not in attempts:
         return []

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from models.flow.sampler_config import SamplerConfig
-from pipelines.documents import typed
+from pipelines.documents import validate_as
 from trainer.checkpoint.manifest import Manifest
 from trainer.config.evaluation import EvalConfig
 from trainer.config.reading import from_dict
@@ -59,7 +59,7 @@ def own_eval(store: Store, manifest: Manifest) -> EvalConfig | None:
     """
     key = evaluation_key(manifest.run, manifest.images, "report.json")
     try:
-        report = typed(EvaluationReport, read_sealed(store, key))
+        report = validate_as(EvaluationReport, read_sealed(store, key))
         return from_dict(EvalConfig, report.settings, path="eval.")
     except MissingObject:
         pass

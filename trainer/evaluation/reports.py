@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from pipelines.documents import parse_json, sealed, typed, unsealed
+from pipelines.documents import parse_json, seal, unseal, validate_as
 from trainer.config.evaluation import EvalConfig
 from trainer.evaluation.learned_features import LabelAgreement
 
@@ -72,7 +72,7 @@ class _Report:
 
     def to_json(self) -> bytes:
         """Return the report as sealed JSON."""
-        return json.dumps(sealed(asdict(self)), indent=2).encode()
+        return json.dumps(seal(asdict(self)), indent=2).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
@@ -81,7 +81,7 @@ class _Report:
         Raises:
             DocumentError: It is damaged.
         """
-        return typed(cls, unsealed(parse_json(data)))
+        return validate_as(cls, unseal(parse_json(data)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.documents import read_json, typed
+from pipelines.documents import read_json, validate_as
 
 Curves = Mapping[str, Mapping[int, float]]
 """For each metric its values by images seen."""
@@ -105,7 +105,7 @@ def read_curves(path: Path) -> Curves:
     """
     try:
         # A loss that is no number is part of a curve.
-        held = typed(_Held, read_json(path, finite=False))
+        held = validate_as(_Held, read_json(path, finite=False))
         return {
             name: dict(zip(held.images, values, strict=True))
             for name, values in held.metrics.items()

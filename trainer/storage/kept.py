@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pipelines.documents import DocumentError, parse_json, read_json, sealed, typed, unsealed
+from pipelines.documents import DocumentError, parse_json, read_json, seal, unseal, validate_as
 from trainer.storage.errors import MissingObject
 from trainer.storage.local import LocalStore
 from trainer.storage.store import Store
@@ -39,7 +39,7 @@ def read_sealed(store: Store, key: str, *, max_bytes: int = MAX_REPORT_BYTES) ->
     content = store.get_range(key, 0, max_bytes + 1)
     if len(content) > max_bytes:
         raise DocumentError(f"it has more than {max_bytes} bytes")
-    return unsealed(parse_json(content, max_bytes=max_bytes))
+    return unseal(parse_json(content, max_bytes=max_bytes))
 
 
 def believed(store: Store, key: str, kind: type[T]) -> T | None:
@@ -57,7 +57,7 @@ def believed(store: Store, key: str, kind: type[T]) -> T | None:
         StoreError: The store fails.
     """
     try:
-        return typed(kind, read_sealed(store, key))
+        return validate_as(kind, read_sealed(store, key))
     except MissingObject:
         return None
     except DocumentError as error:
@@ -157,7 +157,7 @@ class KeptFiles:
             self._store.put(f"{name}/{file}", data)
         sums = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
         sizes = {file: len(data) for file, data in files.items()}
-        record = sealed(asdict(_Record(made_of=made_of, sha256_of=sums, bytes_of=sizes)))
+        record = seal(asdict(_Record(made_of=made_of, sha256_of=sums, bytes_of=sizes)))
         self._store.put(f"{name}.json", json.dumps(record, indent=1).encode())
         return self._folder / name
 
@@ -165,7 +165,7 @@ class KeptFiles:
         record = f"{name}.json"
         try:
             written = read_json(self._folder / record, max_bytes=_MAX_RECORD_BYTES)
-            told = typed(_Record, unsealed(written))
+            told = validate_as(_Record, unseal(written))
         except (OSError, DocumentError) as error:
             return _Damage(record, str(error))
         if told.made_of != made_of:

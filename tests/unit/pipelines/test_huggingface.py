@@ -133,18 +133,18 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     def listing() -> Any:
         return list_split(load(name), "train", image_column="image", label_column="label")
 
-    ingest(listing(), str(tmp_path / "whole"), config=SMALL, note=lambda _: None)
+    ingest(listing(), str(tmp_path / "whole"), config=SMALL, report=lambda _: None)
 
     def stop(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.ingest.plan._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.plan._REPORT_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        ingest(listing(), str(tmp_path / "out"), config=SMALL, note=stop)
+        ingest(listing(), str(tmp_path / "out"), config=SMALL, report=stop)
     (first,) = (tmp_path / ".out.building").glob("*.mds")
     written_ns = first.stat().st_mtime_ns
     assert not (tmp_path / "out").exists()
-    ingest(listing(), str(tmp_path / "out"), config=SMALL, note=lambda _: None)
+    ingest(listing(), str(tmp_path / "out"), config=SMALL, report=lambda _: None)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert (tmp_path / "out" / first.name).stat().st_mtime_ns == written_ns
@@ -156,7 +156,7 @@ def test_several_processes_write_the_same(tmp_path: Path) -> None:
     listing = list_split(splits, "train", image_column="image", label_column="label")
     for workers in (1, 2):
         config = replace(SMALL, workers=workers)
-        ingest(listing, str(tmp_path / f"{workers}"), config=config, note=lambda _: None)
+        ingest(listing, str(tmp_path / f"{workers}"), config=config, report=lambda _: None)
     assert len(list((tmp_path / "1").glob("*.mds"))) > 2
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()

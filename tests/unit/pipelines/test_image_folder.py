@@ -65,7 +65,7 @@ def contents(prefix: Path | str) -> list[tuple[bytes, int]]:
 
 def written(listing: Listing, prefix: Path, config: IngestConfig = SMALL) -> list[str]:
     notes: list[str] = []
-    ingest(listing, str(prefix), config=config, note=notes.append)
+    ingest(listing, str(prefix), config=config, report=notes.append)
     return notes
 
 
@@ -309,13 +309,13 @@ def test_a_store_takes_the_dataset_and_an_interrupted_upload_goes_on(
     def stop_early(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.ingest.plan._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.plan._REPORT_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        ingest(listing, prefix, config=config, note=stop_early)
-    ingest(listing, prefix, config=config, note=lambda _: None)
+        ingest(listing, prefix, config=config, report=stop_early)
+    ingest(listing, prefix, config=config, report=lambda _: None)
     assert contents(prefix) == contents(tmp_path / "local")
     assert ShardedDataset(prefix).digest == ShardedDataset(str(tmp_path / "local")).digest
     assert list((tmp_path / "work").glob("*/*")) == []
     notes: list[str] = []
-    ingest(listing, prefix, config=config, note=notes.append)
+    ingest(listing, prefix, config=config, report=notes.append)
     assert notes == ["complete, nothing to do"]

@@ -57,7 +57,7 @@ def test_words_that_are_no_command_are_a_usage_error(
 def test_progress_is_told_with_the_time_that_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipelines.ingest.plan._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.plan._REPORT_EVERY_S", 0.0)
     (tmp_path / "pictures" / "cat").mkdir(parents=True)
     for number in range(4):
         # Half a MiB each, so that there are two shards.

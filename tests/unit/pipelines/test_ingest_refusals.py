@@ -173,15 +173,15 @@ def test_replaced_images_of_equal_size_are_not_taken_for_the_old_ones(
     assert main(words) == 2
     assert "before some were replaced" in capsys.readouterr().err
 
-    monkeypatch.setattr("pipelines.ingest.plan._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.plan._REPORT_EVERY_S", 0.0)
     config = IngestConfig(shard_bytes=1)
-    ingest(list_images(source), str(tmp_path / "whole"), config=config, note=lambda _: None)
+    ingest(list_images(source), str(tmp_path / "whole"), config=config, report=lambda _: None)
     (source / "0.png").write_bytes(data[0])
     with pytest.raises(KeyboardInterrupt):
-        ingest(list_images(source), str(tmp_path / "half"), config=config, note=stop)
+        ingest(list_images(source), str(tmp_path / "half"), config=config, report=stop)
     assert any((tmp_path / ".half.building").glob("*.mds"))
     (source / "0.png").write_bytes(data[7])
-    ingest(list_images(source), str(tmp_path / "half"), config=config, note=lambda _: None)
+    ingest(list_images(source), str(tmp_path / "half"), config=config, report=lambda _: None)
     halves = [ShardedDataset(str(tmp_path / name)) for name in ("whole", "half")]
     assert halves[0].digest == halves[1].digest
 
@@ -191,7 +191,7 @@ def test_an_image_that_changes_while_it_is_taken_in_stops_it(tmp_path: Path) -> 
     listing = list_images(tmp_path)
     (tmp_path / "1.png").write_bytes(solid(7))
     with pytest.raises(UnreadableSourceError, match="was changed while it was taken in"):
-        ingest(listing, str(tmp_path / "out"), config=IngestConfig(), note=lambda _: None)
+        ingest(listing, str(tmp_path / "out"), config=IngestConfig(), report=lambda _: None)
 
 
 def solid(color: int) -> bytes:

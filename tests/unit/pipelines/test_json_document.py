@@ -20,9 +20,9 @@ from pipelines.documents import (
     parse_json,
     read_bounded,
     read_json,
-    sealed,
-    typed,
-    unsealed,
+    seal,
+    unseal,
+    validate_as,
 )
 
 JSON = st.recursive(
@@ -84,20 +84,20 @@ def test_no_bytes_raise_anything_else(content: bytes) -> None:
 
 @given(JSON)
 def test_what_is_sealed_is_read_back(value: object) -> None:
-    whole = json.dumps(sealed({"value": value}), indent=2)
-    assert unsealed(parse_json(whole.encode())) == {"value": value}
+    whole = json.dumps(seal({"value": value}), indent=2)
+    assert unseal(parse_json(whole.encode())) == {"value": value}
 
 
 def test_no_changed_byte_is_missed() -> None:
     body = {"frechet": 1.25, "samples": 100, "name": "random_conv"}
-    whole = json.dumps(sealed(body), indent=2).encode()
+    whole = json.dumps(seal(body), indent=2).encode()
     silent = 0
     for place in range(len(whole)):
         for flip in (0x01, 0x20, 0x80):
             changed = bytearray(whole)
             changed[place] ^= flip
             try:
-                found = unsealed(parse_json(bytes(changed)))
+                found = unseal(parse_json(bytes(changed)))
             except DocumentError:
                 continue
             assert found == body  # white space
@@ -116,19 +116,19 @@ def test_no_changed_byte_is_missed() -> None:
 )
 def test_a_missing_or_wrong_sum_is_told(values: object, reason: str) -> None:
     with pytest.raises(DocumentError, match=reason):
-        unsealed(values)
+        unseal(values)
 
 
 def test_a_number_that_is_not_finite_is_not_sealed() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        sealed({"a": float("nan")})
+        seal({"a": float("nan")})
     assert canonical({"b": 1, "a": [1.0]}) == b'{"a":[1.0],"b":1}'
 
 
 def test_types_are_taken_as_they_are() -> None:
-    found = typed(Whole, {"size": 2, "parts": [{"name": "a", "share": 1}], "unknown": 3})
+    found = validate_as(Whole, {"size": 2, "parts": [{"name": "a", "share": 1}], "unknown": 3})
     assert found == Whole(size=2, parts=(Part(name="a", share=1.0),))
-    assert typed(Whole, {}) == Whole()
+    assert validate_as(Whole, {}) == Whole()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_types_are_taken_as_they_are() -> None:
 )
 def test_another_type_is_named_with_its_place(values: object, reason: str) -> None:
     with pytest.raises(DocumentError) as caught:
-        typed(Whole, values)
+        validate_as(Whole, values)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.documents import INDEX_SHA256, sealed
+from pipelines.documents import INDEX_SHA256, seal
 from pipelines.errors import InvalidLatentRecordError
 from pipelines.ingest.about import InvalidAboutError, read_about
 from pipelines.ingest.write import Filled, Part, WriteSample, write_shards
@@ -66,14 +66,14 @@ def test_documents_beside_an_index_tell_that_they_were_changed(tmp_path: Path) -
     about = {"plan": "x", "classes": ["cat", "dog"], "images_per_class": [1, 2], "skipped": []}
     (tmp_path / "ingest.json").write_text(json.dumps(about))
     before = read_about(str(tmp_path))  # as versions of before have written it
-    text = json.dumps(sealed(about), indent=1)
+    text = json.dumps(seal(about), indent=1)
     (tmp_path / "ingest.json").write_text(text)
     assert read_about(str(tmp_path)) == before
     (tmp_path / "ingest.json").write_text(text.replace("cat", "cot"))
     with pytest.raises(InvalidAboutError, match="its checksum is wrong"):
         read_about(str(tmp_path))
 
-    latents = json.dumps(sealed(json.loads(content())))
+    latents = json.dumps(seal(json.loads(content())))
     assert parse_latent_record(latents.encode(), prefix="here")
     changed = latents.replace('"std": 2.0', '"std": 4.0', 1)
     assert changed != latents
@@ -88,9 +88,9 @@ def test_a_document_of_another_dataset_is_refused(tmp_path: Path) -> None:
         (tmp_path / name / "index.json").write_bytes(index)
         of = {INDEX_SHA256: hashlib.sha256(index).hexdigest()}
         about = {"plan": "x", "classes": [name], "skipped": [], **of}
-        (tmp_path / name / "ingest.json").write_text(json.dumps(sealed(about)))
+        (tmp_path / name / "ingest.json").write_text(json.dumps(seal(about)))
         record = {**json.loads(content()), **of}
-        (tmp_path / name / "latents.json").write_text(json.dumps(sealed(record)))
+        (tmp_path / name / "latents.json").write_text(json.dumps(seal(record)))
     about = read_about(str(tmp_path / "one"))
     assert about is not None
     assert about.classes == ("one",)

@@ -37,7 +37,7 @@ def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     listing = list_images(root / "pictures")
     # How small an image becomes differs between versions of zlib.
     config = IngestConfig(shard_bytes=4 * max(image.size for image in listing.images))
-    ingest(listing, str(root / "train"), config=config, note=lambda _: None)
+    ingest(listing, str(root / "train"), config=config, report=lambda _: None)
     return root / "train"
 
 
@@ -277,11 +277,11 @@ def test_a_shard_that_its_store_does_not_give_is_listed(
 def test_processes_find_the_same_and_say_how_far_they_are(
     train: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.ingest.verify._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("pipelines.ingest.verify._REPORT_EVERY_S", 0.0)
     cut_short(train / list(shards_of(train))[1])
     notes: list[str] = []
     alone = verify(str(train))
-    assert verify(str(train), config=VerifyConfig(workers=2), note=notes.append) == alone
+    assert verify(str(train), config=VerifyConfig(workers=2), report=notes.append) == alone
     assert len(notes) == len(shards_of(train)) - 1
     assert all(re.fullmatch(r"\d+% read, about \d+ s left", text) for text in notes)
 

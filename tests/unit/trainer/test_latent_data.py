@@ -15,7 +15,7 @@ from models.pyramid import merge
 from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import make_decoder
-from pipelines.documents import sealed, unsealed
+from pipelines.documents import seal, unseal
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import RECORD_NAME
 from pipelines.shards import ShardedDataset
@@ -166,8 +166,8 @@ def test_real_images_are_those_the_latents_were_made_of(place: Path, pristine: P
 
 def edit(place: Path, **changes: object) -> None:
     file = place / "latents" / "train" / RECORD_NAME
-    body = {**unsealed(json.loads(file.read_text())), **changes}
-    file.write_text(json.dumps(sealed(body)))
+    body = {**unseal(json.loads(file.read_text())), **changes}
+    file.write_text(json.dumps(seal(body)))
 
 
 def test_another_autoencoder_is_refused(place: Path) -> None:

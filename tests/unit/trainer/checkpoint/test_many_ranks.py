@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from benchmarks.checkpoints.manifest import announcements, described
+from benchmarks.checkpoints.manifest import announcements, make_manifest
 from tests.unit.trainer.checkpoint.stores import MemoryStore
 from tests.unit.trainer.checkpoint.worlds import (
     KINDS,
@@ -72,7 +72,7 @@ def test_experts_divided_over_neighbours_are_cut_by_arithmetic_too() -> None:
 
 @pytest.mark.parametrize("ranks", [64, 1024, 4096])
 def test_a_manifest_grows_by_its_objects_alone(ranks: int) -> None:
-    manifest = described(planned(MODEL, ranks), ranks)
+    manifest = make_manifest(planned(MODEL, ranks), ranks)
     data = manifest.to_json()
     assert Manifest.from_json(data, run=manifest.run) == manifest
     assert len(data) < 10_000 + 150 * ranks
@@ -87,7 +87,7 @@ def test_xl_by_4096_ranks_can_be_read_again() -> None:
         for block in range(28)
         for name, shape in kinds.items()
     }
-    assert len(described(planned(model, 4096), 4096).to_json()) < MAX_MANIFEST_BYTES / 16
+    assert len(make_manifest(planned(model, 4096), 4096).to_json()) < MAX_MANIFEST_BYTES / 16
 
 
 def parts(state: State, ranks: int) -> list[list[Fragment]]:

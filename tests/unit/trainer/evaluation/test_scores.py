@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipelines.documents import sealed
+from pipelines.documents import seal
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from tests.unit.trainer.measurements import RUN, finished, measured
@@ -74,7 +74,7 @@ def test_what_is_no_measurement_of_what_stands_there_is_left_out(store: MemorySt
         b'{"frechet": 1.0, "samples": "many"}',
         b'{"seed": ' + b"9" * 5000 + b"}",
         b" " * (1 << 21),
-        json.dumps(sealed({"frechet": 1.0})).encode(),
+        json.dumps(seal({"frechet": 1.0})).encode(),
     ],
     ids=lambda data: repr(data[:20]),
 )

@@ -88,7 +88,9 @@ def measure_arm(name: str, runs: Sequence[str], config: CheckpointEvaluationConf
     reports: dict[str, Sequence[CheckpointReport]] = {}
     sciences = []
     for run in runs:
-        found = evaluate_checkpoints(replace(config, checkpoint=run, checkpoints="all"), tell=print)
+        found = evaluate_checkpoints(
+            replace(config, checkpoint=run, checkpoints="all"), report=print
+        )
         reports[run] = found
         sciences.append(open_checkpoint(found[0].checkpoint, config.store)[2].science)
     for run, science in zip(runs, sciences, strict=True):

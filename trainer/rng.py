@@ -65,7 +65,7 @@ def normals(
     return both[:, :size].to(torch.float32)
 
 
-def derived_seed(seed: int, stream: str) -> int:
+def derive_seed(seed: int, stream: str) -> int:
     """Return a 63-bit seed for `torch.manual_seed`, a pure function of seed and stream name."""
     return _key(seed, stream) & (2**63 - 1)
 
@@ -78,16 +78,16 @@ def _key(seed: int, stream: str) -> int:
 def _bits(
     seed: int, stream: str, *, first: int, count: int, size: int, device: torch.device | str
 ) -> Tensor:
-    key = _signed(_key(seed, stream))
+    key = _to_signed(_key(seed, stream))
     images = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    per_image = _mix((images + 1) * _signed(_GOLDEN) + key)
-    elements = torch.arange(1, size + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
+    per_image = _mix((images + 1) * _to_signed(_GOLDEN) + key)
+    elements = torch.arange(1, size + 1, dtype=torch.int64, device=device) * _to_signed(_GOLDEN)
     return _mix(per_image[:, None] + elements[None, :])
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
+    z = (z ^ _shift_right(z, 30)) * _to_signed(_MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _to_signed(_MIX_2)
     return z ^ _shift_right(z, 31)
 
 
@@ -96,5 +96,5 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def _to_signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value

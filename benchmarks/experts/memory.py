@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = variants(scales, ranks=options.ranks, stages=options.stages)
         # Those of several passes are added up in fp32, and with ZeRO-1 whole.
         summed = tuple(stage for stage in options.stages if stage)
-        found += variants(scales, ranks=options.ranks, stages=summed, passes=2)
+        found += variants(scales, ranks=options.ranks, stages=summed, grad_accum_steps=2)
         for variant in found:
             job = variant.job(model=options.model, ranks=options.ranks, images=scales)
             setting.report.add(**measure(variant, shrink_buckets(job)))
@@ -90,7 +90,7 @@ def hold(context: WorkerContext, payload: dict[str, Any]) -> None:
     before = live_bytes()
     training = Training(payload["job"], context)
     training.update()
-    training.backward(last=training.passes == 1)
+    training.backward(last=training.grad_accum_steps == 1)
     context.report({"bytes": live_bytes() - before})
 
 

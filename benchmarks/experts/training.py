@@ -25,14 +25,14 @@ class Training:
         context: This rank.
 
     Attributes:
-        passes: Forward passes of an update.
+        grad_accum_steps: Forward passes of an update.
     """
 
     def __init__(self, job: dict[str, Any], context: WorkerContext) -> None:
         settings = from_dict(JobConfig, job)
         self.engine = engine_of(settings, context)
         shape, images = flow_shape(settings.data, settings.codec), micro_batch(settings)
-        self.passes = settings.train.global_batch // settings.cluster.workers // images
+        self.grad_accum_steps = settings.train.global_batch // settings.cluster.workers // images
         flow = Flow(settings.flow)
         self._objective = Objective(flow)
         device = torch.device(context.device)
@@ -52,8 +52,8 @@ class Training:
 
     def update(self) -> None:
         """Run one whole update."""
-        for number in range(self.passes):
-            self.backward(last=number == self.passes - 1)
+        for number in range(self.grad_accum_steps):
+            self.backward(last=number == self.grad_accum_steps - 1)
         self.engine.update(learning_rate=1e-4, ema_decay=0.999)
 
 

@@ -14,19 +14,20 @@ class Variant:
         scales: Number of scales, K.
         zero_stage: 1 to 3; 0 is the plain engine, which holds everything in fp32.
         placement: As `engine.placement` takes it.
-        passes: Forward passes of an update.
+        grad_accum_steps: Forward passes of an update.
     """
 
     scales: int
     zero_stage: int
     placement: str = "replicated"
-    passes: int = 1
+    grad_accum_steps: int = 1
 
     @property
     def name(self) -> str:
         """The row's name."""
         stage = f"ZeRO-{self.zero_stage}" if self.zero_stage else "no ZeRO"
-        passes = f", {self.passes} passes" if self.passes > 1 else ""
+        steps = self.grad_accum_steps
+        passes = f", {steps} passes" if steps > 1 else ""
         return f"K={self.scales}, {self.placement}, {stage}{passes}"
 
     def job(self, *, model: str, ranks: int, images: int, precision: str = "bf16") -> JobConfig:
@@ -51,7 +52,7 @@ class Variant:
                 "flow.critical_times=null",
                 "data.classes=1000",
                 f"cluster.workers={ranks}",
-                f"train.global_batch={ranks * images * self.passes}",
+                f"train.global_batch={ranks * images * self.grad_accum_steps}",
                 f"engine.micro_batch={images}",
                 f"engine.placement={self.placement}",
                 *engine,
@@ -59,14 +60,16 @@ class Variant:
         )
 
 
-def variants(scales: int, *, ranks: int, stages: tuple[int, ...], passes: int = 1) -> list[Variant]:
+def variants(
+    scales: int, *, ranks: int, stages: tuple[int, ...], grad_accum_steps: int = 1
+) -> list[Variant]:
     """The placements that are compared: replicated, the coarsest or all coarse scales sharded.
 
     Args:
         scales: Number of scales, K.
         ranks: Number of ranks; the size of the expert groups.
         stages: ZeRO stages.
-        passes: Forward passes of an update.
+        grad_accum_steps: Forward passes of an update.
     """
     coarse = range(scales - 1, 0, -1)
     placements = ["replicated"]
@@ -75,7 +78,9 @@ def variants(scales: int, *, ranks: int, stages: tuple[int, ...], passes: int = 
     if ranks > 1 and scales > 2:
         placements.append("{" + ",".join(f"{k}:{ranks}" for k in coarse) + "}")
     return [
-        Variant(scales=scales, zero_stage=stage, placement=placement, passes=passes)
+        Variant(
+            scales=scales, zero_stage=stage, placement=placement, grad_accum_steps=grad_accum_steps
+        )
         for stage in stages
         for placement in placements
     ]

@@ -53,7 +53,7 @@ def replace(store: Store, key: str, data: bytes) -> None:
 
 
 def damage(store: Store, manifest: Manifest) -> dict[str, str]:
-    return damaged_objects(store, manifest, ReadProgress(1, tell=lambda line: None))
+    return damaged_objects(store, manifest, ReadProgress(1, report=lambda line: None))
 
 
 def flipped(data: bytes, position: int) -> bytes:
@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     strike(store)
     left = store.list(layout.checkpoint_key(RUN, NEW) + "/")
     told: list[str] = []
-    found = load_state(store, tell=told.append)
+    found = load_state(store, report=told.append)
     assert found
     images, state, index = found
     assert images == OLD

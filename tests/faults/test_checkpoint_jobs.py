@@ -52,7 +52,7 @@ def newest(remote: RemoteStore) -> Manifest:
     """The newest checkpoint, every byte of which is as it was saved."""
     manifest = CheckpointReader(remote.store, run="digits").newest_valid()
     assert manifest
-    progress = ReadProgress(1, tell=lambda line: None)
+    progress = ReadProgress(1, report=lambda line: None)
     assert damaged_objects(remote.store, manifest, progress) == {}
     return manifest
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (folder / "tries").mkdir()
         if options.material is None:
             (folder / "material").mkdir()
-            material = make_material(folder / "material", tell=say)
+            material = make_material(folder / "material", report=say)
         else:
             material = Material(options.material)
         campaign = Campaign(
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder=folder / "tries",
             seed=seed,
             at_once=options.at_once,
-            tell=say,
+            report=say,
         )
         say("reading what is undamaged, to compare with")
         campaign.learn()

@@ -14,7 +14,7 @@ from tests.fuzz.kinds import KINDS, kind_of
 from tests.fuzz.material import Material
 from tests.fuzz.table import Tally
 
-_TELL_EVERY_S = 10.0
+_REPORT_EVERY_S = 10.0
 
 
 class Campaign:
@@ -25,7 +25,7 @@ class Campaign:
         folder: An empty folder for the tries.
         seed: Decides them all.
         at_once: How many run at a time.
-        tell: Takes lines for the user.
+        report: Takes lines for the user.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Campaign:
         folder: Path,
         seed: int,
         at_once: int,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self._material = material
         self._folder = folder
         self._at_once = at_once
-        self._tell = tell
+        self._report = report
         self.tally = Tally(seed)
 
     def learn(self) -> None:
@@ -68,9 +68,9 @@ class Campaign:
             if not running:
                 return
             self._take(running)
-            if (now := time.monotonic()) - told > _TELL_EVERY_S:
+            if (now := time.monotonic()) - told > _REPORT_EVERY_S:
                 told = now
-                self._tell(self._progress(now - began, seconds))
+                self._report(self._progress(now - began, seconds))
 
     def _begun(self, running: dict[Attempt, float]) -> int:
         return self.tally.tried + len(running)
@@ -90,7 +90,7 @@ class Campaign:
             before = len(self.tally.findings)
             self.tally.add(attempt.task, seen)
             for finding in self.tally.findings[before:]:
-                self._tell(finding.text())
+                self._report(finding.text())
             task = attempt.task
             shutil.rmtree(self._folder / f"{task.kind}-{task.number}", ignore_errors=True)
 

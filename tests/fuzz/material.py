@@ -106,7 +106,7 @@ def evaluate_arguments(home: Path) -> list[str]:
     ]
 
 
-def make_material(folder: Path, *, tell: Callable[[str], None]) -> Material:
+def make_material(folder: Path, *, report: Callable[[str], None]) -> Material:
     """Ingest pictures, train on them to the end, and measure: all by the commands, on real ranks.
 
     Raises:
@@ -126,7 +126,7 @@ def make_material(folder: Path, *, tell: Callable[[str], None]) -> Material:
             ("training", launch, launch_arguments(home)),
             ("measuring", evaluate, evaluate_arguments(home)),
         ):
-            tell(f"{what} what is to be attacked")
+            report(f"{what} what is to be attacked")
             with redirect_stdout(log), redirect_stderr(log):
                 code = main(arguments)
             if code != 0:

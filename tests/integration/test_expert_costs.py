@@ -14,10 +14,10 @@ COARSE = "{2:2,1:2}"
     "variant",
     [
         Variant(scales=3, zero_stage=0, placement=COARSE),
-        Variant(scales=3, zero_stage=1, placement=COARSE, passes=2),
-        Variant(scales=3, zero_stage=2, placement=COARSE, passes=2),
+        Variant(scales=3, zero_stage=1, placement=COARSE, grad_accum_steps=2),
+        Variant(scales=3, zero_stage=2, placement=COARSE, grad_accum_steps=2),
         Variant(scales=3, zero_stage=3, placement=COARSE),
-        Variant(scales=3, zero_stage=3, placement=COARSE, passes=2),
+        Variant(scales=3, zero_stage=3, placement=COARSE, grad_accum_steps=2),
     ],
     ids=lambda variant: variant.name,
 )

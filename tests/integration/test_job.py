@@ -94,7 +94,7 @@ def test_a_run_is_measured_again_to_the_bit(finished, s3, tmp_path, monkeypatch)
         output=str(tmp_path / "results"),
         device="cpu",
     )
-    (again,) = evaluate_checkpoints(config, tell=lambda _text: None)
+    (again,) = evaluate_checkpoints(config, report=lambda _text: None)
     own = json.loads(finished.store.get("digits/evaluation/000000006400/report.json"))
     (distance,) = again.distances
     assert distance.features == own["features"]

@@ -90,6 +90,6 @@ def test_a_checkpoint_is_sampled_and_measured_in_pixels(jobs, whole, capfd):
             home=f"{place}/home",
             data=RealImagesConfig(prefix=f"{place}/digits"),
         ),
-        tell=print,
+        report=print,
     )
     assert report.distances[0].frechet > 0

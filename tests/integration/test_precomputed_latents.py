@@ -102,7 +102,7 @@ def test_a_checkpoint_is_sampled_and_measured_in_pixels(jobs, whole, capfd):
                 output=f"{place}/{name}",
                 data=RealImagesConfig(prefix=f"{place}/latents", **data),
             ),
-            tell=print,
+            report=print,
         )
         assert found.real_images == 359
         return found.distances[0].frechet

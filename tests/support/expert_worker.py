@@ -82,13 +82,13 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
             wholes[name] = whole, [loss.detach() for loss in losses]
         whole, losses = wholes[name]
         shards = ExpertShards(exchanges={k: formed[n] for k, n in case["placement"].items()})
-        divided = network(options, shards.partition)
-        divided.recompute(case.get("recomputed", ()))
-        own = loss_of(divided, rank=context.rank, active=active)
+        partitioned = network(options, shards.partition)
+        partitioned.recompute(case.get("recomputed", ()))
+        own = loss_of(partitioned, rank=context.rank, active=active)
         own.backward()
-        held = shards_of(divided)
+        held = shards_of(partitioned)
         errors, same = [], []
-        for name, parameter in divided.named_parameters():
+        for name, parameter in partitioned.named_parameters():
             shard = held.get(name)
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(gradient, group=None if shard is None else shard.replica_group)

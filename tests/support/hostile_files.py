@@ -120,7 +120,7 @@ def look(target: Target, outcome: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     told: list[str] = []
     try:
-        found = load_state(target.store, tell=told.append)
+        found = load_state(target.store, report=told.append)
         assert found
         images, state, _ = found
         exact = same_bits(state, random_state(images))

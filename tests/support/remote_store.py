@@ -130,14 +130,14 @@ def load_state(
     store: Store,
     *,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
-    tell: Callable[[str], object] = lambda damage: None,
+    report: Callable[[str], object] = lambda damage: None,
 ) -> tuple[int, State, CheckpointIndex] | None:
     """What one process that starts on the store resumes from, past what is damaged.
 
     Args:
         store: The store.
         shapes: Shapes of the parameters.
-        tell: Takes what reading showed to be damaged.
+        report: Takes what reading showed to be damaged.
 
     Returns:
         Images, state, and the process's view of the checkpoints.
@@ -148,7 +148,7 @@ def load_state(
         try:
             counters = reader.restore(manifest, split(state, [], shapes)[0])
         except DamagedCheckpoint as damage:
-            tell(str(damage))
+            report(str(damage))
             continue
         return counters["images"], state, reader.index
     return None

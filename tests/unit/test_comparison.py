@@ -97,7 +97,9 @@ def test_runs_of_an_arm_may_differ_in_their_seed_alone(monkeypatch):
             self.science = science
 
     monkeypatch.setattr(
-        comparison, "evaluate_checkpoints", lambda config, tell: [report(config.checkpoint, 1, 1.0)]
+        comparison,
+        "evaluate_checkpoints",
+        lambda config, **_: [report(config.checkpoint, 1, 1.0)],
     )
     monkeypatch.setattr(
         comparison,

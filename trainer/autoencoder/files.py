@@ -46,12 +46,12 @@ def fetch(store: Store, keys: Mapping[str, str], *, cache: Path, uri: str) -> Pa
     kept, made_of = KeptFiles(cache), _version(store, keys, uri=uri)
     if found := kept.whole(made_of=made_of):
         return found
-    with _explained(cache, uri=uri):
+    with _explain_errors(cache, uri=uri):
         lock = take_lock(cache / f"{group_name(made_of)}.lock")
     with lock:
         if found := kept.whole(made_of=made_of):
             return found
-        with _explained(cache, uri=uri):
+        with _explain_errors(cache, uri=uri):
             kept.put_aside(made_of=made_of)
         data = {name: store.get(key) for name, key in keys.items()}
         if _version(store, keys, uri=uri) != made_of:
@@ -59,7 +59,7 @@ def fetch(store: Store, keys: Mapping[str, str], *, cache: Path, uri: str) -> Pa
                 f"the autoencoder of codec.source={uri} was replaced while it was fetched; start "
                 "again once its files stay as they are"
             )
-        with _explained(cache, uri=uri):
+        with _explain_errors(cache, uri=uri):
             return kept.keep(data, made_of=made_of)
 
 
@@ -68,7 +68,7 @@ def _version(store: Store, keys: Mapping[str, str], *, uri: str) -> str:
 
 
 @contextmanager
-def _explained(cache: Path, *, uri: str) -> Iterator[None]:
+def _explain_errors(cache: Path, *, uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, StoreError) as error:

@@ -99,12 +99,12 @@ class Agreement:
         rank, world_size = self._ranks.rank, self._ranks.world_size
         failed = self._ranks.reduce_min(world_size if own is None else rank)
         if failed < world_size:
-            told = _told(own, rank) if own is not None else b""
+            told = _encode_error(own, rank) if own is not None else b""
             # A fresh copy: a traceback belongs to one raise.
-            raise _heard(self._ranks.broadcast(told, source=failed)) from own
+            raise _decode_error(self._ranks.broadcast(told, source=failed)) from own
         return value
 
-    def collected(self, step: Callable[[], bytes]) -> list[bytes]:
+    def gather(self, step: Callable[[], bytes]) -> list[bytes]:
         """Run `step` on every rank; return all results on the first rank, and on others nothing.
 
         Raises:
@@ -124,14 +124,14 @@ class Agreement:
             try:
                 told = b"+" + step()
             except Exception as error:
-                own, told = error, b"-" + _told(error, 0)
+                own, told = error, b"-" + _encode_error(error, 0)
         heard = self._ranks.broadcast(told, source=0)
         if heard[:1] == b"-":
-            raise _heard(heard[1:]) from own
+            raise _decode_error(heard[1:]) from own
         return heard[1:]
 
 
-def _told(error: Exception, rank: int) -> bytes:
+def _encode_error(error: Exception, rank: int) -> bytes:
     """Put an error into words that travel."""
     for kind in type(error).__mro__:
         if _KINDS.get(kind.__name__) is kind:
@@ -140,6 +140,6 @@ def _told(error: Exception, rank: int) -> bytes:
     return json.dumps([RankFailed.__name__, text]).encode()
 
 
-def _heard(told: bytes) -> CheckpointError:
+def _decode_error(told: bytes) -> CheckpointError:
     kind, text = parse_json(told)
     return _KINDS[kind](text)

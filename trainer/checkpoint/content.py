@@ -79,7 +79,7 @@ def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> Non
         # torch wants memory that it could write to.
         block = bytearray(read_block(store, entry, number, block_bytes=manifest.block_bytes))
         for piece in by_block[rank, number]:
-            if not piece.copied_from(block, start=number * manifest.block_bytes):
+            if not piece.copy_from(block, start=number * manifest.block_bytes):
                 raise DamagedCheckpoint(
                     f"{store.uri(entry.key)} holds values that are not finite. Use an older "
                     "checkpoint."
@@ -163,7 +163,7 @@ class _Piece:
         """Numbers of the blocks that hold the values."""
         return range(self.start // block_bytes, -(-self.stop // block_bytes))
 
-    def copied_from(self, block: bytearray, *, start: int) -> bool:
+    def copy_from(self, block: bytearray, *, start: int) -> bool:
         """Copy those values that a block holds, which begins at byte `start` of the object.
 
         Returns:

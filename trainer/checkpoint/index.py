@@ -63,7 +63,7 @@ class CheckpointIndex:
             StoreError: The store fails, which is no reason to take an older checkpoint.
         """
         sizes = self._store.list(self._prefix)
-        self._known = self._committed(sizes)
+        self._known = self._find_committed(sizes)
         for images in sorted(self._known, reverse=True):
             if before is not None and images >= before:
                 continue
@@ -80,7 +80,7 @@ class CheckpointIndex:
 
     def is_empty(self) -> bool:
         """Tell whether no checkpoint is committed, not even a damaged one."""
-        return not self._committed(self._store.list(self._prefix))
+        return not self._find_committed(self._store.list(self._prefix))
 
     def examine(self, images: int, sizes: Mapping[str, int] | None = None) -> Manifest:
         """Return the manifest of a checkpoint whose objects are all there in the right size.
@@ -131,12 +131,12 @@ class CheckpointIndex:
             CheckpointConflict: A process with another configuration saves this run too, or has
                 saved it here; or there is a checkpoint in a newer format.
         """
-        standing = self._committed_by_one(manifest)
+        standing = self._commit(manifest)
         if self._known is not None:
             self._known.add(manifest.images)
         return standing
 
-    def _committed_by_one(self, manifest: Manifest) -> Manifest:
+    def _commit(self, manifest: Manifest) -> Manifest:
         key = layout.manifest_key(self._run, manifest.images)
         data = manifest.to_json()
         sizes = self._store.list(self._prefix)
@@ -182,7 +182,7 @@ class CheckpointIndex:
         folders = layout.folders(self._run, sizes)
         manifests = {} if saved is None else {saved.images: saved}
         damaged = {}
-        for images in sorted(self._committed(sizes) - manifests.keys()):
+        for images in sorted(self._find_committed(sizes) - manifests.keys()):
             folder, valid = self._valid.get(images, ({}, None))
             if valid is not None and folder == folders[images]:
                 manifests[images] = valid
@@ -243,7 +243,7 @@ class CheckpointIndex:
         """Refuse to save beside a process that trains the run with another configuration."""
         if self._known is None:
             return
-        for images in sorted(self._committed(sizes) - self._known - {manifest.images}):
+        for images in sorted(self._find_committed(sizes) - self._known - {manifest.images}):
             try:
                 other = self.examine(images, sizes)
             except (InvalidManifest, DamagedCheckpoint):
@@ -256,7 +256,7 @@ class CheckpointIndex:
                 )
             self._known.add(images)
 
-    def _committed(self, sizes: Mapping[str, int]) -> set[int]:
+    def _find_committed(self, sizes: Mapping[str, int]) -> set[int]:
         found = {layout.images_of(self._run, key) for key in sizes}
         return {
             images

@@ -29,14 +29,14 @@ MAX_SLICES = 2**28
 BYTES_PER_ELEMENT = 4  # everything is float32
 
 
-def _shown(text: str) -> str:
+def _check_printable(text: str) -> str:
     # Names come to stand in messages, where they shall not move a terminal's cursor.
     if not text.isprintable():
         raise ValueError("it has characters that cannot be shown")
     return text
 
 
-_Text = Annotated[str, AfterValidator(_shown)]
+_Text = Annotated[str, AfterValidator(_check_printable)]
 _Natural = Annotated[int, Field(ge=0, lt=2**63)]
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Images = Annotated[int, Field(ge=0, le=layout.MAX_IMAGES)]
@@ -151,7 +151,7 @@ class ObjectEntry:
         )
 
 
-def upgraded(body: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a manifest of format 3 would hold; the reader of that one checks the rest.
 
     Args:
@@ -327,13 +327,13 @@ def _read(data: bytes, *, run: str, images: int | None) -> Manifest:
             "version of the code that wrote it."
         )
     body = unseal(body)
-    manifest = _parsed(upgraded(body) if version == 2 else body)
+    manifest = _parse(upgrade(body) if version == 2 else body)
     if manifest.run != run or images not in (None, manifest.images):
         raise DocumentError(f"it belongs to run {manifest.run!r} at {manifest.images} images")
     return manifest
 
 
-def _parsed(body: Mapping[str, Any]) -> Manifest:
+def _parse(body: Mapping[str, Any]) -> Manifest:
     # Any JSON value will do in these, so they do not go through the checks of the others.
     science, train_state = (body.get(name) for name in _OPAQUE)
     if not isinstance(science, dict) or not isinstance(train_state, dict):

@@ -53,7 +53,7 @@ class CheckpointReader:
         Raises:
             StoreError: The store failed, which does not mean that there is no checkpoint.
         """
-        return self._shared(lambda: self.index.newest_valid(before=before))
+        return self._share_manifest(lambda: self.index.newest_valid(before=before))
 
     def is_empty(self) -> bool:
         """Tell whether the run has no checkpoint, not even a damaged one."""
@@ -61,7 +61,7 @@ class CheckpointReader:
 
     def manifest(self, images: int) -> Manifest | None:
         """Return the manifest of one checkpoint, or None, with a warning, if it is not whole."""
-        return self._shared(lambda: self._examined(images))
+        return self._share_manifest(lambda: self._examine(images))
 
     def restore(self, manifest: Manifest, fragments: Sequence[Fragment]) -> dict[str, Any]:
         """Fill the live state from a checkpoint of any number of ranks.
@@ -79,8 +79,8 @@ class CheckpointReader:
             CheckpointMismatch: The checkpoint is of another model.
             StoreError: The store failed.
         """
-        held = self._ranks.collected(lambda: self._fitting(manifest, fragments))
-        self._ranks.run_on_rank0(lambda: self._all_wanted(manifest, held))
+        held = self._ranks.gather(lambda: self._check_fit(manifest, fragments))
+        self._ranks.run_on_rank0(lambda: self._check_all_wanted(manifest, held))
         try:
             self._ranks.run_on_all(lambda: content.fill(self._store, manifest, fragments))
         except DamagedCheckpoint:
@@ -92,14 +92,14 @@ class CheckpointReader:
         """Return the address of a checkpoint."""
         return self.index.uri(images)
 
-    def _examined(self, images: int) -> Manifest | None:
+    def _examine(self, images: int) -> Manifest | None:
         try:
             return self.index.examine(images)
         except (InvalidManifest, DamagedCheckpoint) as error:
             logger.warning("checkpoint %s is not valid: %s", self.uri(images), error)
             return None
 
-    def _shared(self, find: Callable[[], Manifest | None]) -> Manifest | None:
+    def _share_manifest(self, find: Callable[[], Manifest | None]) -> Manifest | None:
         """Find a manifest on the first rank, and return it on every rank."""
         found: list[Manifest] = []
 
@@ -115,7 +115,7 @@ class CheckpointReader:
             return None
         return found[0] if found else Manifest.from_json(heard, run=self.index.run)
 
-    def _fitting(self, manifest: Manifest, fragments: Sequence[Fragment]) -> bytes:
+    def _check_fit(self, manifest: Manifest, fragments: Sequence[Fragment]) -> bytes:
         """Check that a rank's fragments fit, and tell for each parameter whether it is one."""
         content.check_fit(manifest, fragments)
         for fragment in fragments:
@@ -127,7 +127,7 @@ class CheckpointReader:
         named = content.by_name(fragments)
         return np.packbits([name in named for name in manifest.parameters]).tobytes()
 
-    def _all_wanted(self, manifest: Manifest, held: Sequence[bytes]) -> bytes:
+    def _check_all_wanted(self, manifest: Manifest, held: Sequence[bytes]) -> bytes:
         masks = np.frombuffer(b"".join(held), np.uint8).reshape(len(held), -1)
         wanted = np.unpackbits(np.bitwise_or.reduce(masks), count=len(manifest.parameters))
         unknown = [

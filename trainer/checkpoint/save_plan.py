@@ -155,7 +155,7 @@ def plan_save(announced: Sequence[bytes], spans: Sequence[bytes]) -> SavePlan:
     kinds = {tuple(kind) for found, _ in tables.values() for kind in found}
     if len(kinds) != 1:
         raise CheckpointMismatch(f"The ranks must save the same kinds of values, got {kinds}.")
-    parameters = _joined([parameters for _, parameters in tables.values()])
+    parameters = _join_tables([parameters for _, parameters in tables.values()])
     numbers = {name: number for number, name in enumerate(parameters)}
     numbered = {
         table: np.array([numbers[name] for name, _ in listed], np.int64)
@@ -163,7 +163,7 @@ def plan_save(announced: Sequence[bytes], spans: Sequence[bytes]) -> SavePlan:
     }
     held = np.concatenate(
         [
-            rows_of(_unpacked(packed), numbered[table], rank)
+            rows_of(_unpack(packed), numbered[table], rank)
             for rank, (table, packed) in enumerate(zip(announced, spans, strict=True))
         ]
     )
@@ -228,11 +228,11 @@ def check_readable(manifest: Manifest, sizes: Mapping[int, int]) -> None:
         ) from error
 
 
-def _unpacked(spans: bytes) -> Rows:
+def _unpack(spans: bytes) -> Rows:
     return np.frombuffer(zlib.decompress(spans), "<i8").reshape(-1, 2)
 
 
-def _joined(tables: Sequence[Sequence[tuple[str, list[int]]]]) -> dict[str, tuple[int, ...]]:
+def _join_tables(tables: Sequence[Sequence[tuple[str, list[int]]]]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter, in an order that agrees with that of every rank."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in (each for table in tables for each in table):

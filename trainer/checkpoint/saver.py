@@ -130,13 +130,13 @@ class CheckpointSaver:
         if self._plan is not None:
             return
         own = self._ranks.run_on_all(lambda: describe_rank(fragments))
-        tables = self._ranks.collected(lambda: own.parameters)
-        spans = self._ranks.collected(lambda: own.spans)
+        tables = self._ranks.gather(lambda: own.parameters)
+        spans = self._ranks.gather(lambda: own.spans)
         plan = SavePlan.from_json(
             self._ranks.run_on_rank0(lambda: plan_save(tables, spans).to_json())
         )
-        sizes = self._ranks.collected(lambda: self._allocate(fragments, plan))
-        self._ranks.run_on_rank0(lambda: self._readable(plan, sizes, science))
+        sizes = self._ranks.gather(lambda: self._allocate(fragments, plan))
+        self._ranks.run_on_rank0(lambda: self._check_readable(plan, sizes, science))
         self._plan = plan
 
     def save(
@@ -172,9 +172,7 @@ class CheckpointSaver:
         self.prepare(fragments, science=science)
         if last or self._config.when_busy == "wait":
             self._wait(for_all_of_it=last)
-        proposals = self._ranks.collected(
-            lambda: self._propose(images, config_fingerprint).to_json()
-        )
+        proposals = self._ranks.gather(lambda: self._propose(images, config_fingerprint).to_json())
         proposal = SaveProposal.from_json(
             self._ranks.run_on_rank0(lambda: agree(proposals).to_json())
         )
@@ -185,7 +183,7 @@ class CheckpointSaver:
         assert self._plan is not None
         self._position = images
         self._upload = Upload(
-            self._described(proposal, self._plan, train_state=train_state, science=science),
+            self._describe(proposal, self._plan, train_state=train_state, science=science),
             rank=self._rank,
             snapshot=self._snapshot,
             to=self._context,
@@ -240,14 +238,14 @@ class CheckpointSaver:
         self._snapshot = Snapshot(spans, kinds=plan.kinds, page_locked=on_gpu)
         return str(len(self._snapshot.data)).encode()
 
-    def _readable(
+    def _check_readable(
         self, plan: SavePlan, sizes: Sequence[bytes], science: Mapping[str, Any]
     ) -> bytes:
         """Refuse to train what could be saved and not be read again."""
         proposal = SaveProposal(
             images=layout.MAX_IMAGES, config_fingerprint="", attempt=_attempt(), busy=False
         )
-        manifest = self._described(proposal, plan, train_state={}, science=science)
+        manifest = self._describe(proposal, plan, train_state={}, science=science)
         check_readable(manifest, sizes={rank: int(size) for rank, size in enumerate(sizes) if size})
         return b""
 
@@ -269,7 +267,7 @@ class CheckpointSaver:
         if self._snapshot is not None:
             self._snapshot.take(fragments)
 
-    def _described(
+    def _describe(
         self,
         proposal: SaveProposal,
         plan: SavePlan,

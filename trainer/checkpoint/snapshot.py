@@ -83,7 +83,7 @@ class Snapshot:
         if on_device:
             torch.cuda.current_stream().synchronize()
 
-    def examined(self) -> tuple[str, ...]:
+    def examine(self) -> tuple[str, ...]:
         """Look at the values, and return the hash of each block of the bytes.
 
         Raises:

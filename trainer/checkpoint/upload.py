@@ -126,13 +126,15 @@ class Upload:
 
     def report_failure(self, error: str) -> None:
         """Report that no checkpoint came of it, unless it was reported how it ended."""
-        self._tell(self._ended(0, error))
+        self._report_once(self._make_report(0, error))
 
     def _run(self) -> None:
         try:
-            standing = self._published()
+            standing = self._publish()
             if standing is not None:
-                self._tell(self._ended(sum(entry.size_bytes for entry in standing.objects)))
+                self._report_once(
+                    self._make_report(sum(entry.size_bytes for entry in standing.objects))
+                )
                 self._prune(standing)
         except (StoreError, NonFiniteState) as error:
             self._failed = True
@@ -141,12 +143,12 @@ class Upload:
             # It is raised where the rank waits for this thread.
             self._failed, self._fatal = True, error
 
-    def _published(self) -> Manifest | None:
+    def _publish(self) -> Manifest | None:
         """Write and commit; return the checkpoint that now stands on the first rank alone."""
         ranks, call = self._to.ranks, self._to.retry.call
         standing: list[Manifest] = []
         try:
-            entries = ranks.collected(lambda: call(self._written))
+            entries = ranks.gather(lambda: call(self._write))
         except CheckpointError:
             self._discard()
             raise
@@ -162,18 +164,18 @@ class Upload:
         except StoreUnreachable:
             raise  # the answer may be what was lost
         except StoreError:
-            if ranks.run_on_rank0(self._told_committed) == b"":
+            if ranks.run_on_rank0(self._ask_committed) == b"":
                 self._discard()
             raise
         return standing[0] if standing else None
 
-    def _written(self) -> bytes:
+    def _write(self) -> bytes:
         """Write this rank's object, if it has one, and return its entry as JSON."""
         snapshot = self._snapshot
         if snapshot is None:
             return b""
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash") as pool:
-            examined = pool.submit(lambda: self._hashes or snapshot.examined())
+            examined = pool.submit(lambda: self._hashes or snapshot.examine())
             try:
                 self._to.store.put(self._key, snapshot.data)
             finally:
@@ -199,7 +201,7 @@ class Upload:
             if entry
         )
 
-    def _told_committed(self) -> bytes:
+    def _ask_committed(self) -> bytes:
         return b"committed" if self._to.index.is_committed(self._manifest.images) else b""
 
     def _prune(self, standing: Manifest) -> None:
@@ -210,7 +212,7 @@ class Upload:
             # The save is done; what could not be deleted goes after the next one.
             logger.warning("old checkpoints are still there: %s: %s", type(error).__name__, error)
 
-    def _tell(self, report: SaveReport) -> None:
+    def _report_once(self, report: SaveReport) -> None:
         """Report once; only a late success corrects that a save was given up."""
         with self._reporting:
             before = self._reported
@@ -226,7 +228,7 @@ class Upload:
         except StoreError as error:
             logger.warning("the remains of a failed save are still there: %s", error)
 
-    def _ended(self, size_bytes: int, error: str | None = None) -> SaveReport:
+    def _make_report(self, size_bytes: int, error: str | None = None) -> SaveReport:
         return SaveReport(
             images=self._manifest.images,
             uri=self._to.index.uri(self._manifest.images),

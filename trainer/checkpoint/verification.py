@@ -12,7 +12,7 @@ from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
 from trainer.storage.store import Store, in_threads
 
-_TELL_EVERY_S = 5.0
+_REPORT_EVERY_S = 5.0
 
 
 class ReadProgress:
@@ -20,14 +20,14 @@ class ReadProgress:
 
     Args:
         total_bytes: What there is to read.
-        tell: Takes a line every few seconds, and one at the end.
+        report: Takes a line every few seconds, and one at the end.
     """
 
-    def __init__(self, total_bytes: int, *, tell: Callable[[str], None]) -> None:
+    def __init__(self, total_bytes: int, *, report: Callable[[str], None]) -> None:
         self._total = total_bytes
-        self._tell = tell
+        self._report = report
         self._done = 0
-        self._began = self._told = time.monotonic()
+        self._began = self._reported = time.monotonic()
         self._lock = threading.Lock()
 
     @property
@@ -40,11 +40,11 @@ class ReadProgress:
         with self._lock:
             self._done += size
             now = time.monotonic()
-            if now - self._told < _TELL_EVERY_S and self._done < self._total:
+            if now - self._reported < _REPORT_EVERY_S and self._done < self._total:
                 return
-            self._told = now
+            self._reported = now
             rate = self._done / max(now - self._began, 1e-9)
-            self._tell(
+            self._report(
                 f"{format_bytes(self._done)} of {format_bytes(self._total)} "
                 f"({self._done / self._total:.0%})  {format_bytes(rate)}/s  "
                 f"ETA {format_duration((self._total - self._done) / rate)}"

@@ -214,7 +214,7 @@ def _damage(handle: RunHandle, listing: CheckpointListing) -> dict[int, list[str
     """Return what is wrong with each checkpoint, oldest first."""
     progress = ReadProgress(
         sum(each.size_bytes for found in listing.manifests.values() for each in found.objects),
-        tell=_say,
+        report=_say,
     )
     damage = {}
     for images in sorted({*listing.manifests, *listing.damaged}):

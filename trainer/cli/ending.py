@@ -19,7 +19,7 @@ from trainer.evaluation.reports import EvaluationReport, evaluation_key
 from trainer.log_lines import was_shown
 from trainer.metrics.mlflow_backend import end_run
 from trainer.storage.errors import StoreError
-from trainer.storage.kept import believed
+from trainer.storage.kept import read_or_set_aside
 from trainer.storage.open import open_store
 from trainer.training.tracking import tracking_ui_hint
 
@@ -115,7 +115,7 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
     if newest is None:
         return None
     key = evaluation_key(job.run, newest.images, "report.json")
-    report = believed(store, key, EvaluationReport)
+    report = read_or_set_aside(store, key, EvaluationReport)
     if report is None or report.settings != to_dict(job.eval):
         return None
     told, held_out = report.origin, open_images(job, "test").digest

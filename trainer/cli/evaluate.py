@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
 
 def _measured(config: CheckpointEvaluationConfig) -> Outcome:
     try:
-        return Outcome(table(evaluate_checkpoints(config, tell=say)))
+        return Outcome(table(evaluate_checkpoints(config, report=say)))
     except UnwrittenReport as error:
         say_error(error)
         return Outcome(table(error.reports), _FAILED)

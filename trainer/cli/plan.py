@@ -16,7 +16,7 @@ from trainer.config.groups import members
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
 from trainer.errors import is_user_error
-from trainer.planning.placing import changed_jobs, configured, workload, zero_stage
+from trainer.planning.placing import changed_jobs, predict_configured, workload, zero_stage
 from trainer.planning.planner import (
     Candidate,
     as_json,
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
     try:
         job = composed(options.overrides)
         found = _candidates(job)
-        own = configured(job)
+        own = predict_configured(job)
         words = _words(job, found, own)
     except ValueError as error:
         if not is_user_error(error):

@@ -14,7 +14,7 @@ from trainer.checkpoint.retention import CheckpointListing, DeletionPlan, Retent
 from trainer.cli.checkpoint_table import Entry, entries
 from trainer.config.evaluation import FeatureName
 from trainer.config.reading import ConfigError
-from trainer.evaluation.measured import measured_scores
+from trainer.evaluation.measured import read_scores
 from trainer.storage.checkpoint_uri import CheckpointUri, parse_checkpoint_uri
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
@@ -202,7 +202,7 @@ def retained_checkpoints(settings: RetentionSettings) -> RetainedCheckpoints:
     if handle.images is not None:
         raise ConfigError(f"{settings.uri} is one checkpoint; give its run, {handle.uri}")
     listing = handle.listing()
-    by_features = measured_scores(handle.store, handle.run)
+    by_features = read_scores(handle.store, handle.run)
     features = settings.features or _most_used(by_features)
     scores = by_features.get(features, {}) if features else {}
     plan = listing.deletion_plan(settings.policy, scores=scores)

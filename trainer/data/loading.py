@@ -28,7 +28,7 @@ def training_loader(
     It splits images, or stored latents, into the flow's bands, or leaves images whole where the
     codec comes before.
     """
-    seed = rng.derived_seed(job.train.seed, "order")
+    seed = rng.derive_seed(job.train.seed, "order")
     decode: DecodeConfig | LatentDecodeConfig
     if split.latents is None:
         scales = 1 if encodes(job) else job.flow.scales

@@ -46,7 +46,7 @@ class ExpertShard(nn.Module):
     def _part(self, whole: Tensor) -> nn.Parameter:
         if whole.shape[0] % self.exchange.ranks:
             raise ValueError(
-                f"an expert's weight of shape {tuple(whole.shape)} cannot be divided over "
+                f"an expert's weight of shape {tuple(whole.shape)} cannot be partitioned over "
                 f"{self.exchange.ranks} ranks"
             )
         part = whole.detach().chunk(self.exchange.ranks)[self.exchange.index]
@@ -153,7 +153,7 @@ def _form_groups(size: int) -> Exchange:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % size:
         raise ValueError(
-            f"experts cannot be divided over groups of {size} ranks: there are {world_size} ranks"
+            f"experts cannot be partitioned over groups of {size} ranks: there are {world_size}"
         )
     experts = [expert_group(first, size) for first in range(0, world_size, size)]
     replicas = [replica_ranks(index, size, world_size) for index in range(size)]
@@ -197,10 +197,10 @@ def draw_initial_weights(
     """
     numbers = count()
 
-    def settle(part: nn.Module) -> None:
+    def on_built(part: nn.Module) -> None:
         shards.partition(part)
         for parameter in part.parameters():
             take(next(numbers), parameter.detach())
             parameter.data = parameter.new_empty(0)
 
-    build_model(settle)
+    build_model(on_built)

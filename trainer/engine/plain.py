@@ -48,12 +48,12 @@ class PlainEngine:
                 "the fp32 reference; use engine.kind=zero or engine.precision=fp32"
             )
 
-        def settle(part: nn.Module) -> None:
+        def on_built(part: nn.Module) -> None:
             shards.partition(part)
             part.to(device)
 
         self._build_model, self._experts = build_model, shards
-        model = build_model(settle)
+        model = build_model(on_built)
         self._model: nn.Module = model
         self._clip_norm = optim.clip_norm
         self._grad_accum_steps = grad_accum_steps

@@ -28,10 +28,10 @@ from trainer.engine.zero_partition import (
     StatePartition,
     WeightPartition,
     ZeroPartition,
-    divide_on_built,
     form_groups,
     group_name,
     mark_expert_groups,
+    partition_on_built,
 )
 from trainer.state import Fragment
 
@@ -78,7 +78,7 @@ class ZeroEngine:
         form_groups(shards.sizes)
         on_built = _on_built(shards, device=device, dtype=self._dtype)
         if stage == 3:
-            on_built = divide_on_built(on_built, shards, settings, self._dtype)
+            on_built = partition_on_built(on_built, shards, settings, self._dtype)
         model = build_model(on_built)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._shards = shards_of(model)

@@ -198,7 +198,7 @@ def mark_expert_groups(model: nn.Module, sizes: Sequence[int]) -> None:
         parameters[name].group_name = group_name(exchange.ranks)  # type: ignore[attr-defined]
 
 
-def divide_on_built(
+def partition_on_built(
     on_built: OnBuilt, shards: ExpertShards, settings: dict[str, Any], dtype: torch.dtype
 ) -> OnBuilt:
     """Let each part of a model settle as ZeRO-3 keeps it: weights partitioned over their ranks."""
@@ -209,7 +209,7 @@ def divide_on_built(
         size: groups._get_expert_data_parallel_group(group_name(size)) for size in shards.sizes
     }
 
-    def on_built_and_divide(part: nn.Module) -> None:
+    def on_built_and_partition(part: nn.Module) -> None:
         on_built(part)
         parameters = dict(part.named_parameters())
         for name, exchange in shards_of(part).items():
@@ -223,4 +223,4 @@ def divide_on_built(
             partitioned: Any = parameters[name]
             assert partitioned.ds_process_group is replica_groups[exchange.ranks], name
 
-    return on_built_and_divide
+    return on_built_and_partition

@@ -29,7 +29,7 @@ from trainer.evaluation.own_settings import SamplerChoice, own_eval
 from trainer.evaluation.reference import reference_of_run
 from trainer.evaluation.reports import CheckpointReport, Measurement, evaluation_key
 from trainer.storage.errors import CheckpointError, StoreError
-from trainer.storage.kept import believed, set_aside
+from trainer.storage.kept import read_or_set_aside, set_aside
 from trainer.storage.open import open_store
 from trainer.storage.store import Store
 
@@ -113,13 +113,13 @@ class UnwrittenReport(CheckpointError):
 
 
 def evaluate_checkpoints(
-    config: CheckpointEvaluationConfig, *, tell: Callable[[str], None]
+    config: CheckpointEvaluationConfig, *, report: Callable[[str], None]
 ) -> list[CheckpointReport]:
     """Measure the checkpoints that the configuration names, oldest first.
 
     Args:
         config: What to measure.
-        tell: Takes a line for the user.
+        report: Takes a line for the user.
 
     Raises:
         ConfigError: If there is no checkpoint there, or the images are not those of the run.
@@ -133,15 +133,15 @@ def evaluate_checkpoints(
     results = store if config.output is None else open_store(config.output, config.store)
     own = own_eval(store, manifests[-1])
     if own is None:
-        tell(
+        report(
             "warning: this checkpoint is of a version that did not record how its run measures; "
             "what is not set here takes its default"
         )
-    evaluation = _Evaluation(config, own or EvalConfig(), manifests[-1], runs=runs, tell=tell)
+    evaluation = _Evaluation(config, own or EvalConfig(), manifests[-1], runs=runs, report=report)
     reports: list[CheckpointReport] = []
     for manifest in manifests:
         try:
-            reports.append(evaluation.report(store, manifest, results=results))
+            reports.append(evaluation.evaluate(store, manifest, results=results))
         except UnwrittenReport as error:
             error.reports = [*reports, *error.reports]
             raise
@@ -158,11 +158,11 @@ class _Evaluation:
         manifest: Manifest,
         *,
         runs: str,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self._config = config
         self._asked = asked = config.over(own)
-        self._tell = tell
+        self._report = report
         record = ModelRecord.of(manifest.science)
         record.check_guidance(asked.sampler)
         self._reference = reference_of_run(
@@ -174,28 +174,30 @@ class _Evaluation:
             batch=asked.batch,
         )
 
-    def report(self, store: Store, manifest: Manifest, *, results: Store) -> CheckpointReport:
+    def evaluate(self, store: Store, manifest: Manifest, *, results: Store) -> CheckpointReport:
         """Measure one checkpoint, or read what an earlier call has measured."""
         measurement = self._measurement(manifest)
 
         def key(name: str) -> str:
             return evaluation_key(manifest.run, manifest.images, f"{measurement.name}/{name}")
 
-        report = believed(results, key("report.json"), CheckpointReport)
+        report = read_or_set_aside(results, key("report.json"), CheckpointReport)
         if report is not None and not report.is_of(manifest.run, manifest.images, measurement):
             set_aside(results, key("report.json"), reason="it tells of another measurement")
             report = None
         if report is None:
-            grid, report = self._measured(store, manifest, measurement)
+            grid, report = self._measure(store, manifest, measurement)
             try:
                 results.put(key("grid.png"), grid)
                 results.put(key("report.json"), report.to_json())
             except StoreError as error:
                 raise UnwrittenReport(report, error) from error
-        self._tell(f"{manifest.run}, {manifest.images:,} images: {results.uri(key('report.json'))}")
+        self._report(
+            f"{manifest.run}, {manifest.images:,} images: {results.uri(key('report.json'))}"
+        )
         return report
 
-    def _measured(
+    def _measure(
         self, store: Store, manifest: Manifest, measurement: Measurement
     ) -> tuple[bytes, CheckpointReport]:
         """Draw and measure in parts, of which only what the grid shows is kept."""

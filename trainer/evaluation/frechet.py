@@ -181,7 +181,7 @@ class DistanceToReal:
 def _between_halves(features: NDArray[np.float32]) -> float | None:
     if len(features) < MIN_IMAGES_IN_HALVES:
         return None
-    generator = torch.Generator().manual_seed(rng.derived_seed(0, "real halves"))
+    generator = torch.Generator().manual_seed(rng.derive_seed(0, "real halves"))
     order = torch.randperm(len(features), generator=generator).numpy()
     half = len(features) // 2
     return frechet_distance(

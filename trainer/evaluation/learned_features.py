@@ -181,7 +181,7 @@ def learned_features(
     images, labels = join_batches(train())
     logger.info("teaching the network whose features measure, on %d images", len(images))
     with one_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.derived_seed(0, "learned features"))
+        torch.manual_seed(rng.derive_seed(0, "learned features"))
         network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)
         _train(network, images, labels)
         accuracy = _accuracy(network.eval(), held_out())

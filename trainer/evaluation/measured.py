@@ -45,7 +45,7 @@ class MeasuredDistance:
     sampler: Mapping[str, Any]
 
 
-def measured_distances(
+def read_distances(
     store: Store, run: str, images: int, *, keys: Iterable[str], attempts: Collection[str]
 ) -> list[MeasuredDistance]:
     """Read the run's own report, of its end, and those of later measurements.
@@ -125,11 +125,11 @@ class _Measured(NamedTuple):
 
 
 def frechet_scores(store: Store, run: str, features: str) -> dict[int, float]:
-    """Read the Fréchet distances of a run's checkpoints by one extractor: see `measured_scores`."""
-    return measured_scores(store, run).get(features, {})
+    """Read the Fréchet distances of a run's checkpoints by one extractor: see `read_scores`."""
+    return read_scores(store, run).get(features, {})
 
 
-def measured_scores(store: Store, run: str) -> dict[str, dict[int, float]]:
+def read_scores(store: Store, run: str) -> dict[str, dict[int, float]]:
     """Read the Fréchet distances of the EMA weights of a run's checkpoints.
 
     Where one was measured several times, the measurement with most samples counts, and of equal
@@ -150,7 +150,7 @@ def measured_scores(store: Store, run: str) -> dict[str, dict[int, float]]:
     keys = store.list(f"{check_key(run)}/")
     found: defaultdict[str, dict[int, _Measured]] = defaultdict(dict)
     for images, attempts in sorted(_attempts(run, keys).items()):
-        for each in measured_distances(store, run, images, keys=keys, attempts=attempts):
+        for each in read_distances(store, run, images, keys=keys, attempts=attempts):
             if each.weights == "ema":
                 measured = _Measured(each.samples, each.report, each.frechet)
                 by_images = found[each.features]

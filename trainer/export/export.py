@@ -18,7 +18,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.safetensors_file import safetensors_header
 from trainer.config.reading import ConfigError, to_dict
 from trainer.evaluation.loading import ModelRecord, Weights
-from trainer.evaluation.measured import MeasuredDistance, measured_distances
+from trainer.evaluation.measured import MeasuredDistance, read_distances
 from trainer.evaluation.reports import evaluation_key
 from trainer.export.model_card import ModelCard, WeightsFile
 from trainer.export.output import check_file, check_folder, write_whole
@@ -171,7 +171,7 @@ def _results(
 ) -> list[MeasuredDistance]:
     """Return what was measured of these weights."""
     run, images = manifest.run, manifest.images
-    found = measured_distances(
+    found = read_distances(
         store,
         run,
         images,

@@ -246,7 +246,7 @@ class ModelCard:
             "images seen": f"{manifest.images:,}",
             "updates": _count(manifest.train_state.get("updates")),
             "images per update": _count(setting("train", "global_batch")),
-            "optimizer": _named(
+            "optimizer": _format_named(
                 "AdamW",
                 {
                     "learning rate": setting("optim", "learning_rate"),
@@ -332,7 +332,7 @@ def _count(value: object) -> str | None:
     return f"{value:,}" if isinstance(value, int) else None
 
 
-def _named(name: str, values: Mapping[str, object]) -> str:
+def _format_named(name: str, values: Mapping[str, object]) -> str:
     known = [f"{key} {value}" for key, value in values.items() if value is not None]
     return f"{name} ({', '.join(known)})" if known else name
 

@@ -188,7 +188,7 @@ class MlflowTracker:
                         f"MLflow at {self._uri}: {error}; trying again in {pause:.1f} s."
                         f"{proxy_hint(self._uri)}"
                     )
-                    if deleted := self._deleted(error):
+                    if deleted := self._explain_deletion(error):
                         message = f"{deleted}. Until then its points are kept"
                     else:
                         # If MLflow answers another question, it is not away: the call is at fault.
@@ -201,7 +201,7 @@ class MlflowTracker:
             else:
                 _log.warning("MLflow at %s refuses a call, which is dropped", self._uri)
 
-    def _deleted(self, error: Exception) -> str:
+    def _explain_deletion(self, error: Exception) -> str:
         """Say what was deleted in MLflow, and how to restore it; "" if nothing was."""
         if isinstance(error, ExperimentDeleted):
             return str(error)

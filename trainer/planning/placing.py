@@ -38,13 +38,13 @@ def resolve_placement(job: JobConfig) -> Placement:
         ConfigError: The placement cannot work or does not fit, nothing fits, or "auto" has no
             memory to go by. The message has the numbers and a fix.
     """
-    found = configured(job)
+    found = predict_configured(job)
     if found is None or not found.fits:
         raise ConfigError(_no_room(job, found))
     return found.placement
 
 
-def configured(job: JobConfig) -> Candidate | None:
+def predict_configured(job: JobConfig) -> Candidate | None:
     """Predict what the job's own placement and ZeRO stage cost.
 
     Returns:
@@ -125,7 +125,7 @@ def workload(job: JobConfig) -> Workload:
             zero.get(f"stage3_max_{name}", Workload.kept_parameters)
             for name in ("live_parameters", "reuse_distance")
         ),
-        **_given(
+        **_pick_given(
             zero,
             bucket_elements="reduce_bucket_size",
             reduces_in_backward="overlap_comm",
@@ -151,7 +151,7 @@ def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
     images, workers, scales = micro_batch(job), job.cluster.workers, job.flow.scales
     stages = scales if job.flow.stage_choice == "stratified" else 1
     every = tuple(reversed(range(scales)))
-    jobs = {f"{2 * images} images of a rank in a pass": _sized(job, images=2 * images)}
+    jobs = {f"{2 * images} images of a rank in a pass": _resize(job, images=2 * images)}
     if images % (2 * stages) == 0:
         jobs[f"{images // 2} images of a rank in a pass (engine.micro_batch)"] = replace(
             job, engine=replace(job.engine, micro_batch=images // 2)
@@ -169,12 +169,12 @@ def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
             job, engine=replace(job.engine, activation_checkpointing=every)
         )
     if workers % 2 == 0:
-        jobs[f"{workers // 2} GPUs and as many images on each"] = _sized(job, workers=workers // 2)
-    jobs[f"{2 * workers} GPUs and as many images on each"] = _sized(job, workers=2 * workers)
+        jobs[f"{workers // 2} GPUs and as many images on each"] = _resize(job, workers=workers // 2)
+    jobs[f"{2 * workers} GPUs and as many images on each"] = _resize(job, workers=2 * workers)
     return jobs
 
 
-def _sized(job: JobConfig, *, images: int | None = None, workers: int | None = None) -> JobConfig:
+def _resize(job: JobConfig, *, images: int | None = None, workers: int | None = None) -> JobConfig:
     """The job with another micro-batch or number of workers, and as many micro-batches."""
     before, ranks = micro_batch(job), workers or job.cluster.workers
     now = images or before
@@ -218,7 +218,7 @@ def _scale_loads(
         )
 
 
-def _given(settings: dict[str, Any], **names: str) -> dict[str, Any]:
+def _pick_given(settings: dict[str, Any], **names: str) -> dict[str, Any]:
     """The settings that are not left to DeepSpeed's defaults."""
     return {
         field: settings[name] for field, name in names.items() if settings.get(name) is not None

@@ -144,10 +144,10 @@ def explain(
         words = [_nothing_fits(found[0])]
     else:
         words = [_decision(chosen), _memory_words(chosen), _time_words(chosen)]
-        words += _passed_over(found, chosen)
+        words += _describe_passed_over(found, chosen)
     for change, (changed, on) in changes.items():
         other = fastest(candidates(changed, on, zero_stages=zero_stages))
-        words.append(f"With {change}: {_changed(chosen, other)}.")
+        words.append(f"With {change}: {_describe_change(chosen, other)}.")
     return words
 
 
@@ -163,7 +163,7 @@ def _decision(chosen: Candidate) -> str:
 
 def _memory_words(chosen: Candidate) -> str:
     memory, limit = chosen.memory, chosen.device_limit
-    words = f"A rank holds {_held(chosen)}, most of it {_largest_part(chosen)}"
+    words = f"A rank holds {_format_held(chosen)}, most of it {_largest_part(chosen)}"
     if limit is not None:
         words += f", and may hold {format_bytes(limit)}: {USABLE:.0%} of its GPU"
     if memory.host:
@@ -183,30 +183,30 @@ def _time_words(chosen: Candidate) -> str:
     return f"A step takes {_ms(chosen.time.total)}, {', '.join(parts)}."
 
 
-def _passed_over(found: Sequence[Candidate], chosen: Candidate) -> list[str]:
+def _describe_passed_over(found: Sequence[Candidate], chosen: Candidate) -> list[str]:
     """What would be faster if it fitted, and the best of the other kind: sharded or replicated."""
     words = []
     faster = [one for one in found if not one.fits and one.time.total < chosen.time.total]
     if faster:
         best = min(faster, key=lambda one: one.time.total)
-        words.append(f"{best} would take {_ms(best.time.total)}, but needs {_held(best)}.")
+        words.append(f"{best} would take {_ms(best.time.total)}, but needs {_format_held(best)}.")
     sharded = bool(chosen.placement.sharded)
     others = [one for one in found if one.fits and bool(one.placement.sharded) != sharded]
     if others:
         kind = "holds all experts on every rank" if sharded else "shards"
         words.append(
             f"The fastest that {kind} is {others[0]}: {_ms(others[0].time.total)} and "
-            f"{_held(others[0])}."
+            f"{_format_held(others[0])}."
         )
     return [each[0].upper() + each[1:] for each in words]
 
 
-def _held(one: Candidate) -> str:
+def _format_held(one: Candidate) -> str:
     return format_bytes(one.memory.total)
 
 
 def _nothing_fits(smallest: Candidate) -> str:
-    words = f"Nothing fits: the smallest, {smallest}, needs {_held(smallest)} a rank"
+    words = f"Nothing fits: the smallest, {smallest}, needs {_format_held(smallest)} a rank"
     if smallest.device_limit is not None:
         words += f" and may have {format_bytes(smallest.device_limit)}"
     if smallest.host_limit is not None and smallest.memory.host > smallest.host_limit:
@@ -217,10 +217,10 @@ def _nothing_fits(smallest: Candidate) -> str:
     return f"{words}. Most of it is {_largest_part(smallest)}."
 
 
-def _changed(before: Candidate | None, after: Candidate | None) -> str:
+def _describe_change(before: Candidate | None, after: Candidate | None) -> str:
     if after is None:
         return "nothing fits" if before else "still nothing fits"
-    figures = f"{after.images_per_second:,.0f} images/s, {_held(after)}"
+    figures = f"{after.images_per_second:,.0f} images/s, {_format_held(after)}"
     if before is None:
         return f"{after} fits ({figures})"
     same = (before.placement, before.zero_stage) == (after.placement, after.zero_stage)

@@ -42,7 +42,7 @@ def read_sealed(store: Store, key: str, *, max_bytes: int = MAX_REPORT_BYTES) ->
     return unseal(parse_json(content, max_bytes=max_bytes))
 
 
-def believed(store: Store, key: str, kind: type[T]) -> T | None:
+def read_or_set_aside(store: Store, key: str, kind: type[T]) -> T | None:
     """Read a document that can be made again.
 
     Args:

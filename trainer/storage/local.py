@@ -42,13 +42,13 @@ class LocalStore:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object by rename."""
-        with self._explained("write", key):
+        with self._explain_errors("write", key):
             write_atomic(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object by a hard link, which fails if the name is taken."""
         path = self._path(key)
-        with self._explained("write", key), draft(path, data) as temporary:
+        with self._explain_errors("write", key), draft(path, data) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -61,7 +61,7 @@ class LocalStore:
 
     def get_range(self, key: str, start: int, size: int) -> bytes:
         """Read a part of a file."""
-        with self._explained("read", key):
+        with self._explain_errors("read", key):
             try:
                 with open(self._path(key), "rb", opener=_opened_to_read) as file:
                     file.seek(start)
@@ -71,7 +71,7 @@ class LocalStore:
 
     def fingerprint(self, key: str) -> str:
         """Join the file's number, size and time; a new file takes an object's place."""
-        with self._explained("read", key):
+        with self._explain_errors("read", key):
             try:
                 status = self._path(key).stat()
             except FileNotFoundError as error:
@@ -80,7 +80,7 @@ class LocalStore:
 
     def move(self, key: str, to: str) -> None:
         """Rename a file, and make both names durable."""
-        with self._explained("move", key):
+        with self._explain_errors("move", key):
             path, target = self._path(key), self._path(to)
             make_folders(target.parent)
             try:
@@ -92,7 +92,7 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         """Remove an object and the folders it leaves empty."""
-        with self._explained("delete", key):
+        with self._explain_errors("delete", key):
             self._remove(self._path(key))
 
     def delete_all(self, keys: Collection[str]) -> None:
@@ -109,7 +109,7 @@ class LocalStore:
         sizes: dict[str, int] = {}
         for path in self._files(prefix):
             if not path.name.startswith(DRAFT):
-                with self._explained("list", self._key(path)):
+                with self._explain_errors("list", self._key(path)):
                     try:
                         status = path.stat()
                     except FileNotFoundError:
@@ -123,7 +123,7 @@ class LocalStore:
         swept = 0
         for path in self._files(prefix):
             if path.name.startswith(DRAFT) and is_dead(self._key(path)):
-                with self._explained("delete", self._key(path)):
+                with self._explain_errors("delete", self._key(path)):
                     self._remove(path)
                 swept += 1
         return swept
@@ -133,7 +133,7 @@ class LocalStore:
         check_prefix(prefix)
         folder, _, _ = prefix.rpartition("/")
         top = self._path(folder) if folder else self._root
-        with self._explained("list", folder):
+        with self._explain_errors("list", folder):
             for parent, _, names in os.walk(top, onerror=_raise_unless_missing):
                 paths = (Path(parent, name) for name in names)
                 yield from (path for path in paths if self._key(path).startswith(prefix))
@@ -152,7 +152,7 @@ class LocalStore:
         return self._root / check_key(key)
 
     @contextmanager
-    def _explained(self, verb: str, key: str) -> Iterator[None]:
+    def _explain_errors(self, verb: str, key: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -22,7 +22,7 @@ from trainer.storage.s3_errors import (
     CAUSES,
     CAUSES_OF_ABORT,
     deletes_one_by_one,
-    explained,
+    explain_errors,
     http_status,
     is_broken_off,
     is_conflict,
@@ -73,7 +73,7 @@ class S3Store:
         if style == "auto" and self._endpoint is not None:
             style = "path"  # a name per bucket is rarely set up outside AWS
         self._tries = config.retries
-        with self._explained("open", ""):
+        with self._explain_errors("open", ""):
             session = boto3.Session(profile_name=config.profile, region_name=config.region)
             self._client: Any = session.client(
                 "s3",
@@ -90,7 +90,7 @@ class S3Store:
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Upload an object, in parts if it is large."""
         name = self._name(key)
-        with self._explained("write", key):
+        with self._explain_errors("write", key):
             self._client.upload_fileobj(_File(data), self._bucket, name, Config=TRANSFER)
 
     def create(self, key: str, data: bytes) -> bool:
@@ -106,14 +106,14 @@ class S3Store:
                 return False
             return True
 
-        with self._explained("write", key):
+        with self._explain_errors("write", key):
             return call_again(put, tries=CONFLICT_TRIES, when=is_conflict, first_pause_s=0.1)
 
     def get(self, key: str) -> bytes:
         """Download an object, in parts if it is large."""
         name = self._name(key)
         data = io.BytesIO()
-        with self._explained("read", key), self._found(key):
+        with self._explain_errors("read", key), self._found(key):
             self._client.download_fileobj(self._bucket, name, data, Config=TRANSFER)
         return data.getvalue()
 
@@ -136,26 +136,26 @@ class S3Store:
                 )
             return bytes(answer["Body"].read())
 
-        with self._explained("read", key), self._found(key):
+        with self._explain_errors("read", key), self._found(key):
             # boto3 tries a request again, but not the reading of its answer.
             return call_again(read, tries=self._tries, when=is_broken_off)
 
     def fingerprint(self, key: str) -> str:
         """Return the object's ETag, a digest of its content or of its parts."""
         name = self._name(key)
-        with self._explained("read", key), self._found(key):
+        with self._explain_errors("read", key), self._found(key):
             return str(self._client.head_object(Bucket=self._bucket, Key=name)["ETag"])
 
     def move(self, key: str, to: str) -> None:
         """Copy an object inside the service, in parts if it is large, and delete it."""
         source = {"Bucket": self._bucket, "Key": self._name(key)}
-        with self._explained("move", key), self._found(key):
+        with self._explain_errors("move", key), self._found(key):
             self._client.copy(source, self._bucket, self._name(to), Config=TRANSFER)
             self._client.delete_object(**source)
 
     def delete(self, key: str) -> None:
         """Delete an object."""
-        with self._explained("delete", key):
+        with self._explain_errors("delete", key):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def delete_all(self, keys: Collection[str]) -> None:
@@ -165,7 +165,7 @@ class S3Store:
             listed[start : start + MAX_DELETES] for start in range(0, len(listed), MAX_DELETES)
         ):
             names = [{"Key": self._name(key)} for key in some]
-            with self._explained("delete", os.path.commonpath(some)):
+            with self._explain_errors("delete", os.path.commonpath(some)):
                 try:
                     answer = self._client.delete_objects(
                         Bucket=self._bucket, Delete={"Objects": names, "Quiet": True}
@@ -185,7 +185,7 @@ class S3Store:
         """List the keys, a thousand a request."""
         check_prefix(prefix)
         sizes: dict[str, int] = {}
-        with self._explained("list", prefix):
+        with self._explain_errors("list", prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
@@ -201,7 +201,7 @@ class S3Store:
         def abort(name: str, upload_id: str) -> None:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload_id)
 
-        with self._explained("remove unfinished uploads of", prefix, CAUSES_OF_ABORT):
+        with self._explain_errors("remove unfinished uploads of", prefix, CAUSES_OF_ABORT):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
@@ -229,12 +229,12 @@ class S3Store:
                 raise
             raise MissingObject(f"There is no object at {self.uri(key)}.") from error
 
-    def _explained(
+    def _explain_errors(
         self, verb: str, key: str, causes: Mapping[str, str] = CAUSES
     ) -> AbstractContextManager[None]:
         at = "" if self._endpoint is None else f" at {self._endpoint}"
         what = f"{verb} s3://{self._bucket}/{self._prefix}{key}{at}"
-        return explained(what, causes, endpoint=self._endpoint)
+        return explain_errors(what, causes, endpoint=self._endpoint)
 
 
 class _File(io.RawIOBase):

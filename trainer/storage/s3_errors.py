@@ -65,7 +65,7 @@ CAUSES_OF_ABORT: Mapping[str, str] = {
 
 
 @contextmanager
-def explained(
+def explain_errors(
     what: str, causes: Mapping[str, str], *, endpoint: str | None = None
 ) -> Iterator[None]:
     """Turn the errors of boto3 into ours; their own text may quote a credential.

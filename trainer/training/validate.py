@@ -72,10 +72,10 @@ def _check_engine(job: JobConfig) -> None:
             "engine.overlap_exchange=true does not go with engine.zero_stage=3, which gathers "
             "weights on one stream; use engine.zero_stage=2 or leave it out"
         )
-    divided = engine.kind == "zero" and engine.zero_stage == 3
+    partitioned = engine.kind == "zero" and engine.zero_stage == 3
     sharded = resolve_placement(job).sharded
-    if (divided or sharded) and job.eval.sampler.adaptive:
-        cause = f"engine.zero_stage={engine.zero_stage}" if divided else "sharded experts"
+    if (partitioned or sharded) and job.eval.sampler.adaptive:
+        cause = f"engine.zero_stage={engine.zero_stage}" if partitioned else "sharded experts"
         raise ConfigError(
             f"eval.sampler.solver={job.eval.sampler.solver} takes another number of steps on every "
             f"rank, but with {cause} all ranks need one another in each; use a solver with fixed "

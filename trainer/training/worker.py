@@ -192,7 +192,7 @@ def initial_model(job: JobConfig, on_built: OnBuilt = no_op) -> LapFlowTransform
         on_built: What is done with each part of the model as soon as it is built.
     """
     shape = flow_shape(job.data, job.codec)
-    torch.manual_seed(rng.derived_seed(job.train.seed, "weights"))
+    torch.manual_seed(rng.derive_seed(job.train.seed, "weights"))
     return LapFlowTransformer(
         job.model,
         scales=job.flow.scales,

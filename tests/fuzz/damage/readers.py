@@ -33,7 +33,7 @@ from trainer.config.job import JobConfig, micro_batch, science
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_split, with_classes
 from trainer.engine.build import build_engine
-from trainer.evaluation.measured import measured_scores
+from trainer.evaluation.measured import read_scores
 from trainer.evaluation.own_settings import own_eval
 from trainer.metrics.buffer import MetricBuffer
 from trainer.planning.placing import resolve_placement
@@ -211,7 +211,7 @@ def _reported(home: Path, _scratch: Path) -> Watched:
 
 def _scored(home: Path, _scratch: Path) -> Watched:
     store = partial(open_store, str(run_of(home).parent), StoreConfig())
-    return watched(lambda: measured_scores(store(), RUN))
+    return watched(lambda: read_scores(store(), RUN))
 
 
 def _own_settings(home: Path, _scratch: Path) -> Watched:

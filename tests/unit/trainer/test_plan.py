@@ -18,7 +18,7 @@ from trainer.config.composition import composed
 from trainer.config.reading import ConfigError, to_dict
 from trainer.engine.protocol import EngineConfig
 from trainer.planning.cost_table import cost_table
-from trainer.planning.placing import configured, model_shape, resolve_placement, workload
+from trainer.planning.placing import model_shape, predict_configured, resolve_placement, workload
 
 WORKERS = {"one_24gb": 1, "eight_24gb": 8, "h100_8": 8, "h100_8x8": 64, "h100_128x8": 1024}
 FLOWS = {2: "two_scales", 3: "three_scales", 4: "four_scales"}
@@ -155,7 +155,7 @@ def test_auto_keeps_the_stage_and_takes_the_fastest_that_fits(xl):
     assert resolve_placement(with_engine(xl, placement="auto")) == Placement((1, 1, 1))
     # Whole weights are 3.8 of 10.5 GiB with ZeRO-1.
     tight = with_engine(with_memory(xl, TIGHT_GIB), placement="auto", zero_stage=1)
-    found = configured(tight)
+    found = predict_configured(tight)
     assert found.zero_stage == 1
     assert found.placement.sharded
     assert resolve_placement(tight) == found.placement

@@ -61,7 +61,7 @@ def test_known_values_never_change():
     # A changed generator would silently break every resumed run.
     values = rng.normals(0, "noise", first=0, count=1, size=2)
     assert values.tolist() == [EXPECTED]
-    assert rng.derived_seed(0, "weights") == EXPECTED_SEED
+    assert rng.derive_seed(0, "weights") == EXPECTED_SEED
 
 
 EXPECTED = [-0.8754438161849976, -0.6657768487930298]

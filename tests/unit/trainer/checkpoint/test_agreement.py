@@ -20,7 +20,7 @@ def test_each_rank_keeps_its_own_result() -> None:
 
 
 def test_the_first_rank_collects_results_in_order() -> None:
-    outcomes = on_ranks(3, lambda rank, ranks: Agreement(ranks).collected(lambda: bytes([rank])))
+    outcomes = on_ranks(3, lambda rank, ranks: Agreement(ranks).gather(lambda: bytes([rank])))
     assert outcomes == [[b"\0", b"\1", b"\2"], [], []]
 
 
@@ -77,7 +77,7 @@ def test_outcomes_take_as_many_bytes_with_many_ranks_as_with_few(world: int) -> 
         agreement = Agreement(ranks)
         agreement.run_on_all(lambda: b"x" * 10_000)
         agreement.run_on_rank0(lambda: b"y" * 99)
-        agreement.collected(lambda: b"z" * 1000)
+        agreement.gather(lambda: b"z" * 1000)
         return ranks.received
 
     first, *others = on_ranks(world, act)

@@ -25,7 +25,7 @@ from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.verification import ReadProgress, damaged_objects
 
-QUIET = ReadProgress(1, tell=lambda _line: None)
+QUIET = ReadProgress(1, report=lambda _line: None)
 BLOCKS = st.sampled_from([4, 8, 12, 64, 100, 1000])
 
 

@@ -65,7 +65,7 @@ def test_each_block_is_hashed() -> None:
     fragments = split(random_state(0), [])[0]
     snapshot = snapshot_of(fragments)
     snapshot.take(fragments)
-    assert snapshot.examined() == (block_hash(snapshot.data),)
+    assert snapshot.examine() == (block_hash(snapshot.data),)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -76,7 +76,7 @@ def test_a_value_that_is_not_finite_is_named(kind: str, value: float) -> None:
     fragments[2].tensors[kind][-1] = value
     snapshot.take(fragments)
     with pytest.raises(NonFiniteState, match=f"The {kind} of {fragments[2].name} holds values"):
-        snapshot.examined()
+        snapshot.examine()
 
 
 def test_other_slices_than_planned_are_refused() -> None:

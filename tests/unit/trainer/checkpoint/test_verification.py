@@ -38,10 +38,10 @@ def checkpoint(store: MemoryStore) -> Manifest:
 def test_every_block_is_read_once() -> None:
     store, lines = MemoryStore(), list[str]()
     manifest = checkpoint(store)
-    progress = ReadProgress(RANKS * SIZE, tell=lines.append)
+    progress = ReadProgress(RANKS * SIZE, report=lines.append)
     read = count_operations(store, lambda watched: damaged_objects(watched, manifest, progress))
     assert read == ["get_range"] * (RANKS * SIZE // BLOCK)
-    assert damaged_objects(store, manifest, ReadProgress(1, tell=lines.append)) == {}
+    assert damaged_objects(store, manifest, ReadProgress(1, report=lines.append)) == {}
     assert progress.done == RANKS * SIZE
     assert lines[0].startswith("48 B of 48 B (100%)  ")
 
@@ -55,7 +55,7 @@ def test_any_changed_byte_is_found_and_the_rest_is_read_on(position: int) -> Non
     data[position] ^= 1
     store.objects[second] = bytes(data)
     del store.objects[third]
-    progress = ReadProgress(RANKS * SIZE, tell=lambda line: None)
+    progress = ReadProgress(RANKS * SIZE, report=lambda line: None)
     damage = damaged_objects(store, manifest, progress)
     start = position // BLOCK * BLOCK
     assert damage.keys() == {second, third}
@@ -71,13 +71,13 @@ def test_a_store_that_fails_damages_nothing() -> None:
 
     manifest = checkpoint(MemoryStore())
     with pytest.raises(StoreUnreachable):
-        damaged_objects(Failing(), manifest, ReadProgress(1, tell=lambda line: None))
+        damaged_objects(Failing(), manifest, ReadProgress(1, report=lambda line: None))
 
 
 def test_progress_is_told_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now, lines = [100.0], list[str]()
     monkeypatch.setattr(verification.time, "monotonic", lambda: now[0])
-    progress = ReadProgress(400 * 2**20, tell=lines.append)
+    progress = ReadProgress(400 * 2**20, report=lines.append)
     for _ in range(8):
         now[0] += 1.0
         progress.add(50 * 2**20)

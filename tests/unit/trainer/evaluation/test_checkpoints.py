@@ -39,7 +39,7 @@ from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.frechet import DistanceToReal, FeatureMoments, FeatureStatistics
 from trainer.evaluation.grid import class_grid
-from trainer.evaluation.measured import measured_scores
+from trainer.evaluation.measured import read_scores
 from trainer.evaluation.own_settings import SamplerChoice, own_eval
 from trainer.evaluation.reference import reference_of_run
 from trainer.evaluation.reports import CheckpointReport, EvaluationReport, Origin, evaluation_key
@@ -166,14 +166,14 @@ def quiet(_text: str) -> None:
 
 
 def test_a_run_is_measured_at_its_newest_checkpoint_or_at_all(place):
-    (newest,) = evaluate_checkpoints(config(place), tell=quiet)
+    (newest,) = evaluate_checkpoints(config(place), report=quiet)
     assert newest.images == 200
     assert newest.real_images == 20
-    both = evaluate_checkpoints(config(place, checkpoints="all"), tell=quiet)
+    both = evaluate_checkpoints(config(place, checkpoints="all"), report=quiet)
     assert [report.images for report in both] == [100, 200]
     assert both[1] == newest
     named = config(place, checkpoint=f"{place}/runs/small/checkpoints/000000000100")
-    assert evaluate_checkpoints(named, tell=quiet) == both[:1]
+    assert evaluate_checkpoints(named, report=quiet) == both[:1]
 
 
 def randomised(on_built: OnBuilt) -> LapFlowTransformer:
@@ -228,24 +228,24 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place):
     )  # fmt: skip
     assert told == []
     own = EvaluationReport.from_json(store.get(evaluation_key("ended", 300, "report.json")))
-    (later,) = evaluate_checkpoints(config(place, checkpoint=f"{place}/runs/ended"), tell=quiet)
+    (later,) = evaluate_checkpoints(config(place, checkpoint=f"{place}/runs/ended"), report=quiet)
     assert own.distances == later.distances
     assert own.measurement == later.measurement
     assert own.network_evaluations == later.network_evaluations
     assert (own.real_images, own.unusable_real_images) == (20, 0)
     # The EMA of a run without an update is where it began.
     assert own.frechet_untrained == own.frechet
-    found = measured_scores(store, "ended")
+    found = read_scores(store, "ended")
     assert found == {"random_conv": {300: own.frechet}}
 
 
 def test_the_runs_own_settings_hold_unless_changed(place, tmp_path):
-    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
+    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), report=quiet)
     assert [each.features for each in report.distances] == ["random_conv"]
     asked = report.measurement
     assert (asked.samples, asked.seed, asked.sampler) == (20, 3, to_dict(OWN.sampler))
     changed = config(place, samples=22, sampler=SamplerChoice(steps=3, guidance_scale=1.0))
-    (other,) = evaluate_checkpoints(changed, tell=quiet)
+    (other,) = evaluate_checkpoints(changed, report=quiet)
     assert other.measurement.samples == 22
     assert other.measurement.seed == 3
     assert other.measurement.sampler == {
@@ -313,21 +313,21 @@ def test_a_choice_has_every_setting_of_a_sampler():
 
 def test_what_is_measured_is_read_and_not_measured_again(place, tmp_path):
     said: list[str] = []
-    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=said.append)
+    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), report=said.append)
     (file,) = tmp_path.rglob("report.json")
     assert str(file) in said[0]
     assert (file.parent / "grid.png").is_file()
     other = dataclasses.replace(report, network_evaluations=-1.0)
     file.write_bytes(other.to_json())
-    assert evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet) == [other]
-    other = evaluate_checkpoints(config(place, output=str(tmp_path), seed=2), tell=quiet)
+    assert evaluate_checkpoints(config(place, output=str(tmp_path)), report=quiet) == [other]
+    other = evaluate_checkpoints(config(place, output=str(tmp_path), seed=2), report=quiet)
     assert other[0].distances != report.distances
     assert CheckpointReport.from_json(report.to_json()) == report
 
 
 @pytest.mark.slow
 def test_a_report_that_cannot_be_believed_is_put_aside_and_measured_again(place, tmp_path, caplog):
-    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
+    (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), report=quiet)
     (file,) = tmp_path.rglob("report.json")
     whole = file.read_bytes()
     distance = f'"frechet": {report.distances[0].frechet}'.encode()
@@ -345,7 +345,7 @@ def test_a_report_that_cannot_be_believed_is_put_aside_and_measured_again(place,
         file.write_bytes(data)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            again = evaluate_checkpoints(config(place, output=str(tmp_path)), tell=quiet)
+            again = evaluate_checkpoints(config(place, output=str(tmp_path)), report=quiet)
         assert again == [report]
         assert file.read_bytes() == whole
         # Trackers of other tests may still be trying, in threads of their own.
@@ -374,7 +374,7 @@ def test_figures_that_cannot_be_written_are_shown(place, tmp_path, capsys):
     assert "output=FOLDER writes reports elsewhere" in written.err
     shown = written.out.splitlines()[-1].split()
     (again,) = evaluate_checkpoints(
-        config(place, output=str(tmp_path / "results"), seed=77), tell=quiet
+        config(place, output=str(tmp_path / "results"), seed=77), report=quiet
     )
     assert f"{again.distances[0].frechet:.4f}" in shown
 
@@ -383,7 +383,7 @@ def test_figures_that_cannot_be_written_are_shown(place, tmp_path, capsys):
 def test_the_figures_do_not_depend_on_the_batch(place, tmp_path):
     places = [tmp_path / name for name in ("whole", "parts")]
     whole, parts = (
-        evaluate_checkpoints(config(place, batch=batch, output=str(folder)), tell=quiet)[0]
+        evaluate_checkpoints(config(place, batch=batch, output=str(folder)), report=quiet)[0]
         for batch, folder in zip((20, 2), places, strict=True)
     )
     assert parts.measurement == whole.measurement
@@ -395,7 +395,7 @@ def test_the_figures_do_not_depend_on_the_batch(place, tmp_path):
 
 def test_average_and_master_weights_are_told_apart(place):
     ema, master = (
-        evaluate_checkpoints(config(place, weights=weights), tell=quiet)[0]
+        evaluate_checkpoints(config(place, weights=weights), report=quiet)[0]
         for weights in ("ema", "master")
     )
     assert ema.distances != master.distances
@@ -403,8 +403,8 @@ def test_average_and_master_weights_are_told_apart(place):
 
 def test_several_extractors_measure_the_same_samples(place):
     both = config(place, features=("random_conv", "learned_conv"))
-    (report,) = evaluate_checkpoints(both, tell=quiet)
-    alone = evaluate_checkpoints(config(place), tell=quiet)[0]
+    (report,) = evaluate_checkpoints(both, report=quiet)
+    alone = evaluate_checkpoints(config(place), report=quiet)[0]
     assert report.distance("random_conv") == alone.distance("random_conv")
     assert report.distance("learned_conv").held_out_accuracy is not None
     assert list((place / "home" / "cache" / "features").iterdir())
@@ -415,10 +415,10 @@ def test_other_images_than_the_runs_own_are_refused(place, tmp_path):
     elsewhere = tmp_path / "copy"
     shutil.copytree(place / "datasets" / "kinds", elsewhere)
     real = dataclasses.replace(config(place).data, prefix=str(elsewhere))
-    assert evaluate_checkpoints(config(place, data=real), tell=quiet)
+    assert evaluate_checkpoints(config(place, data=real), report=quiet)
     wrong = dataclasses.replace(real, prefix=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="other images"):
-        evaluate_checkpoints(config(place, data=wrong), tell=quiet)
+        evaluate_checkpoints(config(place, data=wrong), report=quiet)
 
 
 def test_a_single_held_out_image_is_no_reference(place, tmp_path):
@@ -430,7 +430,7 @@ def test_a_single_held_out_image_is_no_reference(place, tmp_path):
     write_dataset([LabelledImage(as_png(pixels[0]), 0)], str(prefix / "test"))
     real = dataclasses.replace(config(place).data, prefix=str(prefix))
     with pytest.raises(ConfigError, match=r"has 1 held-out image, .*--hold-out"):
-        evaluate_checkpoints(config(place, data=real), tell=quiet)
+        evaluate_checkpoints(config(place, data=real), report=quiet)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_a_single_held_out_image_is_no_reference(place, tmp_path):
 def test_checkpoints_and_devices_that_cannot_be_used_are_named(place, changes, part):
     changes["checkpoint"] = changes["checkpoint"].format(place=place)
     with pytest.raises((ConfigError, InvalidStoreUri), match=part):
-        evaluate_checkpoints(config(place, **changes), tell=quiet)
+        evaluate_checkpoints(config(place, **changes), report=quiet)
 
 
 def test_the_command_prints_a_table_or_one_paragraph(place, capsys):

@@ -14,7 +14,7 @@ from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from tests.unit.trainer.measurements import RUN, finished, measured
 from trainer.checkpoint.index import CheckpointIndex
-from trainer.evaluation.measured import frechet_scores, measured_scores
+from trainer.evaluation.measured import frechet_scores, read_scores
 from trainer.evaluation.reports import evaluation_key
 from trainer.storage.errors import StoreUnreachable
 
@@ -31,7 +31,7 @@ def store() -> MemoryStore:
 def test_both_kinds_of_reports_are_found(store: MemoryStore) -> None:
     measured(store, 10, 3.0, features=("random_conv", "inception"))
     finished(store, 30, 1.5)
-    assert measured_scores(store, RUN) == {
+    assert read_scores(store, RUN) == {
         "inception": {10: 3.0},
         "random_conv": {10: 3.0, 30: 1.5},
     }
@@ -58,7 +58,7 @@ def test_what_is_no_measurement_of_what_stands_there_is_left_out(store: MemorySt
     measured(store, 40, 3.0)  # no such checkpoint
     store.put(evaluation_key(RUN, 30, "grid/of/report.json"), b"not ours")
     store.put("night-12/evaluation/000000000010/report.json", b"another run's")
-    assert measured_scores(store, RUN) == {}
+    assert read_scores(store, RUN) == {}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_changed_distance_steers_nothing(
     assert changed != store.objects[key]
     store.put(key, changed)
     with caplog.at_level(logging.WARNING):
-        assert measured_scores(store, RUN) == {}
+        assert read_scores(store, RUN) == {}
     assert f"memory://{key}" in caplog.text
 
 
@@ -138,7 +138,7 @@ def test_a_distance_that_is_no_number_is_not_written(store: MemoryStore) -> None
 def test_one_listing_and_only_reports_of_checkpoints_are_read(store: MemoryStore) -> None:
     for images in (10, 20, 40, 50):
         measured(store, images, 1.0)
-    read = count_operations(store, lambda watched: measured_scores(watched, RUN))
+    read = count_operations(store, lambda watched: read_scores(watched, RUN))
     assert read == ["list", "get_range", "get_range"]
 
 
@@ -151,4 +151,4 @@ def test_a_store_that_fails_is_not_a_run_without_measurements(store: MemoryStore
     failing = Failing()
     failing.objects = store.objects
     with pytest.raises(StoreUnreachable):
-        measured_scores(failing, RUN)
+        read_scores(failing, RUN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.engine.optimizer import OptimConfig
-from trainer.training.divergence import LossWatch
+from trainer.training.hooks import LossWatch
 
 
 def watch(optim: OptimConfig | None = None, **changes: int | str) -> LossWatch:

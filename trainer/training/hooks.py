@@ -1,26 +1,28 @@
 """Hooks: passive observers of the loop, which get an immutable report and return nothing.
 
-The hook that ends a run which diverges is `trainer.training.divergence.LossWatch`.
+Only `LossWatch` may end the run: one that diverges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.formats import format_duration
 from trainer.clock import due
+from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import Engine
 from trainer.evaluation.grid import grid_png
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import Tracker
-from trainer.training.throughput import Pace, Throughput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,86 @@ class Hook(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Speed over one window.
+
+    Attributes:
+        images_per_s: Images of the global batch per second of training.
+        data_wait_share: Part of the window in which this rank waited for the loader, 0 to 1.
+        remaining_s: Seconds until the run's last image at this speed, with as many interruptions
+            on the way as there were so far.
+    """
+
+    images_per_s: float
+    data_wait_share: float
+    remaining_s: float
+
+
+class Throughput:
+    """Measures the window between two calls of `pace`, interruptions left out.
+
+    Args:
+        images: Images already seen when measuring starts.
+        now: Monotonic clock in seconds.
+    """
+
+    def __init__(self, images: int, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._first_images = images
+        self._images = images
+        self._time = now()
+        self._waited_s = 0.0
+        self._interrupted_s = 0.0
+        self._interrupted_before_s = 0.0
+
+    def restart(self, *, images: int, waited_s: float) -> None:
+        """Begin the window here: what came before was a start, which is slower than training.
+
+        Args:
+            images: Images seen so far.
+            waited_s: Seconds waited for data since the run began.
+        """
+        self._images, self._time, self._waited_s = images, self._now(), waited_s
+        self._interrupted_before_s = self._interrupted_s
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of a `with` block out of the speed."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what was asked of the device before is training
+        began = self._now()
+        yield
+        self._interrupted_s += self._now() - began
+
+    def pace(self, *, images: int, total_images: int, waited_s: float) -> Pace:
+        """Close the window and open the next.
+
+        Args:
+            images: Images seen so far.
+            total_images: Images of the whole run.
+            waited_s: Seconds waited for data since the run began.
+
+        Returns:
+            The pace of the window just closed.
+        """
+        interrupted_s = self._interrupted_s - self._interrupted_before_s
+        elapsed = max(self._now() - self._time - interrupted_s, 1e-9)
+        speed = (images - self._images) / elapsed
+        share = min(1.0, max(0.0, (waited_s - self._waited_s) / elapsed))
+        self.restart(images=images, waited_s=waited_s)
+        remaining_s = float("inf")
+        if speed > 0:
+            interruption = self._interrupted_s / (images - self._first_images)
+            remaining_s = (total_images - images) * (1 / speed + interruption)
+        return Pace(images_per_s=speed, data_wait_share=share, remaining_s=remaining_s)
+
+
+@dataclass(kw_only=True, eq=False)
 class Progress:
     """Every `interval_images`, reduces the metrics over ranks and reports them.
 
-    Args:
+    Attributes:
         metrics: Filled by the step.
         tracker: Takes the values on rank 0.
         report: Takes the progress line on rank 0.
@@ -61,50 +139,39 @@ class Progress:
         rank: This rank.
     """
 
-    def __init__(
-        self,
-        *,
-        metrics: MetricBuffer,
-        tracker: Tracker,
-        report: Callable[[dict[str, object]], None],
-        interval_images: int,
-        total_images: int,
-        throughput: Throughput,
-        rank: int,
-    ) -> None:
-        self._metrics = metrics
-        self._tracker = tracker
-        self._report = report
-        self._interval_images = interval_images
-        self._total_images = total_images
-        self._rank = rank
-        self._throughput = throughput
-        self._begun = False
+    metrics: MetricBuffer
+    tracker: Tracker
+    report: Callable[[dict[str, object]], None]
+    interval_images: int
+    total_images: int
+    throughput: Throughput
+    rank: int
+    _begun: bool = field(default=False, init=False)
 
     def after_update(self, report: UpdateReport) -> None:
         """Report when the interval is due or the run is complete."""
-        last = report.images >= self._total_images
-        if not last and not due(report.images_before, report.images, self._interval_images):
+        last = report.images >= self.total_images
+        if not last and not due(report.images_before, report.images, self.interval_images):
             if not self._begun:
-                self._throughput.restart(images=report.images, waited_s=report.waited_s)
+                self.throughput.restart(images=report.images, waited_s=report.waited_s)
             self._begun = True
             return
         self._begun = True
-        pace = self._throughput.pace(
-            images=report.images, total_images=self._total_images, waited_s=report.waited_s
+        pace = self.throughput.pace(
+            images=report.images, total_images=self.total_images, waited_s=report.waited_s
         )
-        self._metrics.record("data_wait_share", pace.data_wait_share)
-        self._metrics.record("memory_host_gib", _host_gib(), reduction="max")
+        self.metrics.record("data_wait_share", pace.data_wait_share)
+        self.metrics.record("memory_host_gib", _host_gib(), reduction="max")
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**30
-            self._metrics.record("memory_device_gib", peak, reduction="max")
-        values = self._metrics.flush()
-        if self._rank != 0:
+            self.metrics.record("memory_device_gib", peak, reduction="max")
+        values = self.metrics.flush()
+        if self.rank != 0:
             return
         values["images_per_s"] = pace.images_per_s
-        self._tracker.metrics(values, images=report.images)
+        self.tracker.metrics(values, images=report.images)
         line = self._line(report.images, values, pace)
-        self._report({"kind": "progress", "images": report.images, "text": line})
+        self.report({"kind": "progress", "images": report.images, "text": line})
 
     def _line(self, images: int, values: Mapping[str, float], pace: Pace) -> str:
         losses = ", ".join(
@@ -113,7 +180,7 @@ class Progress:
             if name.startswith("loss/")
         )
         return (
-            f"{images:,}/{self._total_images:,} images ({images / self._total_images:.0%})  "
+            f"{images:,}/{self.total_images:,} images ({images / self.total_images:.0%})  "
             f"{pace.images_per_s:,.0f} images/s  loss: {losses}  "
             f"ETA {format_duration(max(0.0, pace.remaining_s))}"
         )
@@ -121,6 +188,107 @@ class Progress:
 
 def _host_gib() -> float:
     return float(psutil.Process().memory_info().rss) / 2**30
+
+
+_STRAY_UPDATES = 1
+"""One update with such a loss may be a stray batch; a second one in a row is a state."""
+
+
+class Diverged(ValueError):
+    """Training has diverged.
+
+    A ValueError, because the settings are at fault: started again, the run would repeat itself to
+    the bit.
+    """
+
+
+class LossWatch:
+    """Counts the updates in a row whose loss was not finite on any rank; ends the run in time.
+
+    Args:
+        device: Where losses are.
+        interval_images: How often the run may be ended; 0 is at its end alone.
+        total_images: Length of the run.
+        patience_updates: So many updates in a row may pass, however short the interval is.
+        optim: The optimizer's settings, for the advice.
+        precision: The engine's precision, for the advice.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        interval_images: int,
+        total_images: int,
+        patience_updates: int,
+        optim: OptimConfig,
+        precision: str,
+    ) -> None:
+        self._interval_images = interval_images
+        self._total_images = total_images
+        self._patience_updates = patience_updates
+        self._optim = optim
+        self._precision = precision
+        self._finite = torch.zeros((), dtype=torch.bool, device=device)
+        self._lost = torch.zeros((), dtype=torch.int64, device=device)
+        self._interval_updates = 0
+
+    def record(self, loss: Tensor) -> None:
+        """Look at the loss of one micro-batch, without waiting for it."""
+        self._finite = self._finite | torch.isfinite(loss.detach())
+
+    def after_update(self, report: UpdateReport) -> None:
+        """Count the update; a collective call when the interval is due or the run complete.
+
+        Raises:
+            Diverged: No loss of the interval was finite.
+        """
+        self._lost = torch.where(self._finite, 0, self._lost + 1)
+        self._finite = torch.zeros_like(self._finite)
+        self._interval_updates += 1
+        last = report.images >= self._total_images
+        if not last and not due(report.images_before, report.images, self._interval_images):
+            return
+        lost, interval = self.nonfinite_updates(), self._interval_updates
+        self._interval_updates = 0
+        whole = lost >= interval and lost > self._patience_updates
+        if whole or (last and lost > _STRAY_UPDATES):
+            raise self.divergence_error(
+                f"the loss was not finite in the last {lost} updates, up to {report.images:,} "
+                "images"
+            )
+
+    def nonfinite_updates(self) -> int:
+        """Return how many updates in a row, up to now, had no finite loss; a collective call."""
+        if dist.is_initialized():
+            dist.all_reduce(self._lost, op=dist.ReduceOp.MIN)
+        return int(self._lost.item())
+
+    def is_diverging(self) -> bool:
+        """Tell whether this is no state to keep; a collective call."""
+        return self.nonfinite_updates() > _STRAY_UPDATES
+
+    def divergence_error(self, what: str) -> Diverged:
+        """Return the error for a run that diverged, with the advice that its settings leave open.
+
+        Args:
+            what: What was seen, as a clause.
+        """
+        optim = self._optim
+        advice = [f"lower optim.learning_rate={optim.learning_rate:g}"]
+        if optim.warmup_images == 0:
+            advice.append("set optim.warmup_images")
+        if optim.clip_norm > 0:
+            advice.append(f"lower optim.clip_norm={optim.clip_norm:g}")
+        else:
+            advice.append("set optim.clip_norm")
+        if self._precision != "fp32":
+            advice.append("use engine.precision=fp32")
+        return Diverged(
+            f"{what}: training has diverged, and would again with these settings; "
+            f"{', '.join(advice[:-1])} or {advice[-1]}. Checkpoints of before the loss rose are "
+            "good: begin another run=NAME from one of them with resume=URI resume_changed=true"
+        )
 
 
 class PeriodicSave:
@@ -141,10 +309,11 @@ class PeriodicSave:
             self._save()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SampleGrids:
     """Draws a grid from the EMA weights.
 
-    Args:
+    Attributes:
         engine: Holds the EMA.
         sample: Samples the grid's images from a model, on all ranks; fixed noise and labels.
         tracker: Takes the picture on rank 0.
@@ -154,32 +323,21 @@ class SampleGrids:
         pause: Leaves the time of a `with` block out of the run's speed.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        sample: Callable[[nn.Module], Tensor],
-        tracker: Tracker,
-        interval_images: int,
-        columns: int,
-        rank: int,
-        pause: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._engine = engine
-        self._sample = sample
-        self._tracker = tracker
-        self._interval_images = interval_images
-        self._columns = columns
-        self._rank = rank
-        self._pause = pause
+    engine: Engine
+    sample: Callable[[nn.Module], Tensor]
+    tracker: Tracker
+    interval_images: int
+    columns: int
+    rank: int
+    pause: Callable[[], AbstractContextManager[None]]
 
     def after_update(self, report: UpdateReport) -> None:
         """Draw when the interval is due; a collective call."""
-        if not due(report.images_before, report.images, self._interval_images):
+        if not due(report.images_before, report.images, self.interval_images):
             return
-        with self._pause():
-            with self._engine.ema_weights() as model:
-                images = self._sample(model)
-            if self._rank == 0:
-                picture = grid_png(images, columns=self._columns)
-                self._tracker.image("samples", picture, images=report.images)
+        with self.pause():
+            with self.engine.ema_weights() as model:
+                images = self.sample(model)
+            if self.rank == 0:
+                picture = grid_png(images, columns=self.columns)
+                self.tracker.image("samples", picture, images=report.images)

@@ -7,6 +7,8 @@ sums, and exactly the same when it is repeated after a crash.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,14 @@ from trainer.engine.optimizer import OptimConfig, learning_rate
 from trainer.engine.protocol import Engine, UpdateOutcome
 from trainer.metrics.buffer import MetricBuffer
 from trainer.state import TrainState
-from trainer.training.divergence import LossWatch
+from trainer.training.hooks import LossWatch
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainStep:
     """Turns batches into updates.
 
-    Args:
+    Attributes:
         engine: Holds the model and its optimizer.
         objective: The flow-matching loss.
         config: Run settings.
@@ -43,33 +46,18 @@ class TrainStep:
             batches come as the flow's bands.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        objective: Objective,
-        config: TrainConfig,
-        optim: OptimConfig,
-        metrics: MetricBuffer,
-        noise_size: int,
-        null_label: int,
-        micro_batch: int,
-        device: torch.device,
-        watch: LossWatch,
-        encoder: Codec | None = None,
-    ) -> None:
-        self._engine = engine
-        self._objective = objective
-        self._config = config
-        self._optim = optim
-        self._metrics = metrics
-        self._noise_size = noise_size
-        self._null_label = null_label
-        self._micro_batch = micro_batch
-        self._device = device
-        self._watch = watch
-        self._encoder = encoder
-        self._skipped_in_a_row = 0
+    engine: Engine
+    objective: Objective
+    config: TrainConfig
+    optim: OptimConfig
+    metrics: MetricBuffer
+    noise_size: int
+    null_label: int
+    micro_batch: int
+    device: torch.device
+    watch: LossWatch
+    encoder: Codec | None = None
+    _skipped_in_a_row: int = field(default=0, init=False)
 
     def __call__(self, batch: Batch, state: TrainState, *, first_image: int) -> UpdateOutcome:
         """Run one update.
@@ -87,48 +75,46 @@ class TrainStep:
         """
         count = len(batch.labels)
         stage = self._stage(state.images)
-        for start in range(0, count, self._micro_batch):
-            stop = start + self._micro_batch
+        for start in range(0, count, self.micro_batch):
+            stop = start + self.micro_batch
             loss = self._loss(
                 batch, slice(start, stop), first_image=first_image + start, stage=stage
             )
-            self._engine.backward(loss, last=stop >= count)
-        rate = learning_rate(
-            self._optim, images=state.images, total_images=self._config.total_images
-        )
-        ema = self._config.ema
-        outcome = self._engine.update(
+            self.engine.backward(loss, last=stop >= count)
+        rate = learning_rate(self.optim, images=state.images, total_images=self.config.total_images)
+        ema = self.config.ema
+        outcome = self.engine.update(
             learning_rate=rate,
             ema_decay=ema_decay(state.updates, decay=ema.decay, warmup=ema.warmup),
         )
-        self._metrics.record("skipped_images", float(batch.skipped), reduction="sum")
+        self.metrics.record("skipped_images", float(batch.skipped), reduction="sum")
         self._record(outcome, rate)
         return outcome
 
     def _stage(self, images: int) -> int | None:
         """The stage of the update at a position of the run, alike on all ranks."""
-        flow = self._objective.flow
+        flow = self.objective.flow
         if flow.config.stage_choice == "stratified":
             return None
-        draw = rng.uniforms(self._config.seed, "stage", first=images, count=1)
+        draw = rng.uniforms(self.config.seed, "stage", first=images, count=1)
         return int(draw.item() * flow.stages.scales)
 
     def _loss(self, batch: Batch, part: slice, *, first_image: int, stage: int | None) -> Tensor:
-        labels = batch.labels[part].to(self._device)
-        seed, count, device = self._config.seed, len(labels), self._device
+        labels = batch.labels[part].to(self.device)
+        seed, count, device = self.config.seed, len(labels), self.device
 
         def uniforms(stream: str) -> Tensor:
             return rng.uniforms(seed, stream, first=first_image, count=count, device=device)
 
         noise = rng.normals(
-            seed, "noise", first=first_image, count=count, size=self._noise_size, device=device
+            seed, "noise", first=first_image, count=count, size=self.noise_size, device=device
         )
-        dropped = uniforms("label dropout") < self._config.label_dropout
+        dropped = uniforms("label dropout") < self.config.label_dropout
         bands = self._bands(batch, part, first_image=first_image)
-        report = self._objective(
-            self._engine,
+        report = self.objective(
+            self.engine,
             bands=bands,
-            labels=torch.where(dropped, self._null_label, labels),
+            labels=torch.where(dropped, self.null_label, labels),
             uniforms=uniforms("time"),
             noise=noise,
             stage=stage,
@@ -138,28 +124,28 @@ class TrainStep:
         return report.total
 
     def _bands(self, batch: Batch, part: slice, *, first_image: int) -> Bands:
-        bands = tuple(band[part].to(self._device) for band in batch.bands)
-        if self._encoder is None:
+        bands = tuple(band[part].to(self.device) for band in batch.bands)
+        if self.encoder is None:
             return bands
         (images,) = bands
         normals = rng.normals(
-            self._config.seed,
+            self.config.seed,
             "posterior",
             first=first_image,
             count=len(images),
-            size=self._encoder.normals_per_image(images.shape[-1]),
-            device=self._device,
+            size=self.encoder.normals_per_image(images.shape[-1]),
+            device=self.device,
         )
-        latents = self._encoder.encode(images, normals)
-        return split(latents, self._objective.flow.stages.scales)
+        latents = self.encoder.encode(images, normals)
+        return split(latents, self.objective.flow.stages.scales)
 
     def _record_loss(self, report: LossReport) -> None:
-        self._watch.record(report.total)
-        self._metrics.record("loss/total", report.total)
+        self.watch.record(report.total)
+        self.metrics.record("loss/total", report.total)
         scales = reversed(range(len(report.per_scale)))
         for k, loss, images in zip(scales, report.per_scale, report.images_per_scale, strict=True):
-            self._metrics.record(f"loss/scale_{k}", loss, weight=images)
-        self._metrics.record_each(
+            self.metrics.record(f"loss/scale_{k}", loss, weight=images)
+        self.metrics.record_each(
             _time_bin_names(len(report.per_scale)),
             (report.time_sums / report.time_counts.clamp(min=1)).flatten(),
             weights=report.time_counts.flatten(),
@@ -169,23 +155,23 @@ class TrainStep:
         # Means over batches, so a deviation is the one within a batch.
         statistics = band_statistics(bands)
         scales = list(reversed(range(len(bands))))
-        ones = torch.ones(len(bands), device=self._device)
+        ones = torch.ones(len(bands), device=self.device)
         for kind, values in (("mean", statistics.mean), ("std", statistics.std)):
             names = [f"band/scale_{k}_{kind}" for k in scales]
-            self._metrics.record_each(names, values, weights=ones)
+            self.metrics.record_each(names, values, weights=ones)
 
     def _record(self, outcome: UpdateOutcome, rate: float) -> None:
-        self._metrics.record("learning_rate", rate)
-        self._metrics.record("skipped_updates", float(not outcome.applied), reduction="max")
+        self.metrics.record("learning_rate", rate)
+        self.metrics.record("skipped_updates", float(not outcome.applied), reduction="max")
         if outcome.applied:
-            self._metrics.record("gradient_norm", outcome.gradient_norm)
+            self.metrics.record("gradient_norm", outcome.gradient_norm)
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self._config.max_skipped_updates:
-            raise self._watch.divergence_error(
+        if self._skipped_in_a_row > self.config.max_skipped_updates:
+            raise self.watch.divergence_error(
                 f"the gradient was not finite in {self._skipped_in_a_row} updates in a row "
-                f"(train.max_skipped_updates={self._config.max_skipped_updates})"
+                f"(train.max_skipped_updates={self.config.max_skipped_updates})"
             )
 
 

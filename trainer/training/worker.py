@@ -47,12 +47,10 @@ from trainer.planning.placing import resolve_placement
 from trainer.state import TrainState
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
-from trainer.training.divergence import LossWatch
-from trainer.training.hooks import Hook, PeriodicSave, Progress, SampleGrids
+from trainer.training.hooks import Hook, LossWatch, PeriodicSave, Progress, SampleGrids, Throughput
 from trainer.training.loop import LoopEnd, StopVote, train
 from trainer.training.resume import Restored, restore
 from trainer.training.step import TrainStep
-from trainer.training.throughput import Throughput
 from trainer.training.tracking import CheckpointReporter, track_run
 
 logger = logging.getLogger(__name__)

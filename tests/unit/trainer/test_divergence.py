@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.loss_watch import watch
 from trainer.engine.optimizer import OptimConfig
-from trainer.training.divergence import Diverged
-from trainer.training.hooks import UpdateReport
+from trainer.training.hooks import Diverged, UpdateReport
 
 BATCH = 10
 

@@ -17,8 +17,7 @@ from trainer.metrics.tracker import (
     TrackingConfig,
     UnsentPoints,
 )
-from trainer.training.hooks import Progress, UpdateReport
-from trainer.training.throughput import Throughput
+from trainer.training.hooks import Progress, Throughput, UpdateReport
 
 
 def test_values_are_reduced_as_declared_and_forgotten_by_the_flush():

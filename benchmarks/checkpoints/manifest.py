@@ -20,8 +20,8 @@ from benchmarks.checkpoints.memory import resident_bytes, watch_peak
 from benchmarks.checkpoints.state import KINDS, MIB, RUN, parameter_shapes
 from benchmarks.report import Cell
 from trainer.checkpoint import layout
-from trainer.checkpoint.blocks import BLOCK_BYTES
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest, ObjectEntry
+from trainer.checkpoint.objects import BLOCK_BYTES
 from trainer.checkpoint.save_plan import RankState, SavePlan, plan_save
 from trainer.checkpoint.saver import versions
 from trainer.checkpoint.slices import slices_of

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks import command
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.saver import CheckpointSaver
+from trainer.host_group import HostGroup
 from trainer.state import Fragment
 from trainer.storage.store import Store
 
@@ -104,8 +104,8 @@ class Saves:
             store,
             index=CheckpointIndex(store, run=RUN),
             config=CheckpointConfig(keep_last=1),
-            ranks=Alone(),
-            aside=Alone(),
+            ranks=HostGroup(alone=True),
+            aside=HostGroup(alone=True),
             report=lambda _report: self._ended.set(),
         )
         self.saver.prepare(state.fragments, science={})

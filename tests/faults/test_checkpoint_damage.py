@@ -20,10 +20,10 @@ from tests.unit.trainer.checkpoint.worlds import (
     split,
 )
 from trainer.checkpoint import layout
+from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.errors import DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.verification import ReadProgress, damaged_objects
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
 

@@ -20,9 +20,9 @@ from tests.support.faulty_proxy import Request
 from tests.support.http_faults import Answer
 from tests.support.job import SMALL, job
 from tests.support.remote_store import RemoteStore
+from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.verification import ReadProgress, damaged_objects
 from trainer.cli.launch import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.snapshot import host_buffer
+from trainer.host_group import HostGroup
 from trainer.state import Fragment
 from trainer.storage.local import LocalStore
 
@@ -41,8 +41,8 @@ def test_a_save_takes_the_state_as_the_queued_work_leaves_it_and_before_any_late
         store,
         index=CheckpointIndex(store, run="run"),
         config=CheckpointConfig(keep_last=1),
-        ranks=Alone(),
-        aside=Alone(),
+        ranks=HostGroup(alone=True),
+        aside=HostGroup(alone=True),
     )
     live = state(lambda numel: torch.zeros(numel, device="cuda"))
     work = torch.randn(4096, 4096, device="cuda")

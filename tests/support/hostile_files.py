@@ -22,8 +22,8 @@ import torch
 from tests.support.remote_store import in_forks, load_state, save_state
 from tests.unit.trainer.checkpoint.worlds import RUN, SHAPES, random_state, same_bits
 from trainer.checkpoint import layout
-from trainer.checkpoint.blocks import block_hash
 from trainer.checkpoint.content import load_weights
+from trainer.checkpoint.objects import block_hash
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import Store

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.saver import CheckpointSaver
+from trainer.host_group import HostGroup
 from trainer.state import Fragment
 from trainer.storage.store import Store
 
@@ -28,8 +28,8 @@ def save_now(
         store,
         index=CheckpointIndex(store, run=run),
         config=CheckpointConfig(keep_last=100),
-        ranks=Alone(),
-        aside=Alone(),
+        ranks=HostGroup(alone=True),
+        aside=HostGroup(alone=True),
     )
     saver.save(
         images=images,

@@ -51,26 +51,6 @@ class Ranks(Protocol):
         ...
 
 
-class Alone:
-    """The only rank there is."""
-
-    rank = 0
-    world_size = 1
-
-    def reduce_min(self, value: int) -> int:
-        """Return the value."""
-        return value
-
-    def broadcast(self, data: bytes, *, source: int) -> bytes:
-        """Return the data."""
-        assert source == 0
-        return data
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Return the data, of one rank."""
-        return [data]
-
-
 class Agreement:
     """Runs a step on the ranks and ends it the same way on all of them.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +26,10 @@ class CheckpointConfig:
         grace_s: Seconds that a run which was asked to stop may take to save its last state.
     """
 
-    interval_images: int = 500_000
-    keep_last: int = 3
-    keep_every_images: int = 0
-    keep_best: int = 0
+    interval_images: Annotated[int, Field(ge=0)] = 500_000
+    keep_last: Annotated[int, Field(ge=1)] = 3
+    keep_every_images: Annotated[int, Field(ge=0)] = 0
+    keep_best: Annotated[int, Field(ge=0)] = 0
     when_busy: Literal["wait", "skip"] = "wait"
-    patience_s: float = 900.0
-    grace_s: float = 120.0
-
-    def __post_init__(self) -> None:
-        for name, meaning in (
-            ("interval_images", "0 (never) or more"),
-            ("keep_every_images", "0 (none) or more"),
-            ("keep_best", "0 (none) or more"),
-            ("patience_s", "0 (one try) or more seconds"),
-            ("grace_s", "0 or more seconds"),
-        ):
-            value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"checkpoint.{name}={value} must be {meaning}")
-        if self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last={self.keep_last} must be at least 1")
+    patience_s: Annotated[float, Field(ge=0)] = 900.0
+    grace_s: Annotated[float, Field(ge=0)] = 120.0

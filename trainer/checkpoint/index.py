@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.blocks import ADVICE
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.errors import (
     CheckpointConflict,
     DamagedCheckpoint,
@@ -14,7 +14,8 @@ from trainer.checkpoint.errors import (
     NewerManifest,
 )
 from trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
-from trainer.checkpoint.retention import CheckpointListing, DeletionPlan, RetentionPolicy, is_stale
+from trainer.checkpoint.objects import ADVICE
+from trainer.checkpoint.retention import CheckpointListing, DeletionPlan, is_stale
 from trainer.storage.errors import MissingObject, VanishedObject
 from trainer.storage.store import Store
 
@@ -195,7 +196,7 @@ class CheckpointIndex:
         return CheckpointListing(run=self._run, sizes=sizes, manifests=manifests, damaged=damaged)
 
     def prune(
-        self, saved: Manifest, *, policy: RetentionPolicy, scores: Mapping[int, float]
+        self, saved: Manifest, *, policy: CheckpointConfig, scores: Mapping[int, float]
     ) -> None:
         """Delete what the policy does not keep, after a save.
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from trainer.checkpoint import content
-from trainer.checkpoint.agreement import Agreement, Alone, Ranks
+from trainer.checkpoint.agreement import Agreement, Ranks
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest
+from trainer.host_group import HostGroup
 from trainer.state import Fragment
 from trainer.storage.store import Store
 
@@ -37,7 +38,7 @@ class CheckpointReader:
 
     def __init__(self, store: Store, *, run: str, ranks: Ranks | None = None) -> None:
         self._store = store
-        self._ranks = Agreement(ranks or Alone())
+        self._ranks = Agreement(ranks or HostGroup(alone=True))
         self.index = CheckpointIndex(store, run=run)
 
     def newest_valid(self, *, before: int | None = None) -> Manifest | None:

@@ -15,33 +15,9 @@ NEWEST, LAST, SAVED = "newest valid", "last", "just saved"
 DAMAGED = "damaged, to be looked at"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetentionPolicy:
-    """Which checkpoints stay.
-
-    Attributes:
-        keep_last: Newest valid ones, at least 1.
-        keep_every_images: The first valid one at or after each multiple of this; 0 is none.
-        keep_best: Valid ones of the lowest measured distance.
-    """
-
-    keep_last: int = 3
-    keep_every_images: int = 0
-    keep_best: int = 0
-
-    @classmethod
-    def of(cls, config: CheckpointConfig) -> RetentionPolicy:
-        """Return the policy of a run."""
-        return cls(
-            keep_last=config.keep_last,
-            keep_every_images=config.keep_every_images,
-            keep_best=config.keep_best,
-        )
-
-
 def reasons_to_keep(
     checkpoints: Mapping[int, bool],
-    policy: RetentionPolicy,
+    policy: CheckpointConfig,
     *,
     scores: Mapping[int, float],
     saved: int | None = None,
@@ -176,7 +152,11 @@ class CheckpointListing:
         return self.manifests[max(self.manifests)] if self.manifests else None
 
     def deletion_plan(
-        self, policy: RetentionPolicy, *, scores: Mapping[int, float], saved: Manifest | None = None
+        self,
+        policy: CheckpointConfig,
+        *,
+        scores: Mapping[int, float],
+        saved: Manifest | None = None,
     ) -> DeletionPlan:
         """Decide what can go.
 

@@ -19,11 +19,10 @@ from typing import Any
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Agreement, Ranks
-from trainer.checkpoint.blocks import BLOCK_BYTES
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.retention import RetentionPolicy
+from trainer.checkpoint.objects import BLOCK_BYTES
 from trainer.checkpoint.save_plan import (
     SavePlan,
     SaveProposal,
@@ -104,7 +103,7 @@ class CheckpointSaver:
             index=index,
             ranks=Agreement(aside),
             retry=self._retry,
-            policy=RetentionPolicy.of(config),
+            policy=config,
             scores=scores,
         )
         self._report = report if self._rank == 0 else _keep_quiet

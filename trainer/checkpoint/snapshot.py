@@ -13,10 +13,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.blocks import block_hash, blocks_of
 from trainer.checkpoint.errors import CheckpointMismatch, NonFiniteState
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
-from trainer.checkpoint.safetensors_file import header
+from trainer.checkpoint.objects import block_hash, blocks_of, header
 from trainer.checkpoint.slices import Span
 from trainer.finite import all_finite
 from trainer.state import Fragment

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pipelines.documents import parse_json
 from trainer.checkpoint import layout
 from trainer.checkpoint.agreement import Agreement
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.errors import NonFiniteState
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
-from trainer.checkpoint.retention import RetentionPolicy
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.storage.errors import CheckpointError, StoreError, StoreUnreachable
 from trainer.storage.retry import RetryPolicy
@@ -63,7 +63,7 @@ class UploadContext:
     index: CheckpointIndex
     ranks: Agreement
     retry: RetryPolicy
-    policy: RetentionPolicy
+    policy: CheckpointConfig
     scores: Callable[[], Mapping[int, float]]
 
 

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from pipelines.console import say, visible
 from pipelines.formats import format_bytes, format_count
+from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
-from trainer.checkpoint.verification import ReadProgress, damaged_objects
 from trainer.cli.checkpoint_table import STATES, Entry, table
 from trainer.cli.command import Outcome, Subcommand, run_subcommands
 from trainer.cli.run_handle import RetentionSettings, RunHandle, open_run, retained_checkpoints

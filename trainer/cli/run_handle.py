@@ -6,11 +6,13 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
-from trainer.checkpoint.retention import CheckpointListing, DeletionPlan, RetentionPolicy
+from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
 from trainer.cli.checkpoint_table import Entry, entries
 from trainer.config.evaluation import FeatureName
 from trainer.config.reading import ConfigError
@@ -148,27 +150,20 @@ class RetentionSettings:
     """
 
     uri: str = field(metadata={"place": "run"})
-    keep_last: int = CheckpointConfig.keep_last
-    keep_every_images: int = CheckpointConfig.keep_every_images
-    keep_best: int = CheckpointConfig.keep_best
+    keep_last: Annotated[int, Field(ge=1)] = CheckpointConfig.keep_last
+    keep_every_images: Annotated[int, Field(ge=0)] = CheckpointConfig.keep_every_images
+    keep_best: Annotated[int, Field(ge=0)] = CheckpointConfig.keep_best
     features: FeatureName | None = None
     store: StoreConfig = field(default_factory=StoreConfig)
 
-    def __post_init__(self) -> None:
-        try:
-            _ = self.policy
-        except ValueError as error:
-            raise ConfigError(str(error).removeprefix("checkpoint.")) from error
-
     @property
-    def policy(self) -> RetentionPolicy:
+    def policy(self) -> CheckpointConfig:
         """What is kept."""
-        config = CheckpointConfig(
+        return CheckpointConfig(
             keep_last=self.keep_last,
             keep_every_images=self.keep_every_images,
             keep_best=self.keep_best,
         )
-        return RetentionPolicy.of(config)
 
 
 class RetainedCheckpoints(NamedTuple):

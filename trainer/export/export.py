@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.safetensors_file import safetensors_header
+from trainer.checkpoint.objects import safetensors_header
 from trainer.config.reading import ConfigError, to_dict
 from trainer.evaluation.loading import ModelRecord, Weights
 from trainer.evaluation.measured import MeasuredDistance, read_distances

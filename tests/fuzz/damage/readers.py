@@ -22,7 +22,6 @@ from tests.fuzz.material import RUN, data_of, evaluate_arguments, launch_argumen
 from tests.fuzz.watched import Watched, commanded, watched
 from tests.support.forked import ranks_by_fork
 from tests.support.job import final_state
-from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.cli.checkpoints import main as checkpoints
 from trainer.cli.ending import final_report
@@ -35,6 +34,7 @@ from trainer.data.splits import open_split, with_classes
 from trainer.engine.build import build_engine
 from trainer.evaluation.measured import read_scores
 from trainer.evaluation.own_settings import own_eval
+from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 from trainer.planning.placing import resolve_placement
 from trainer.storage.errors import CheckpointError
@@ -121,7 +121,7 @@ def restored(home: Path, *, before: int | None = None) -> dict[str, Any]:
         engine=engine,
         metrics=MetricBuffer(CPU),
         checkpoints=reader,
-        ranks=Alone(),
+        ranks=HostGroup(alone=True),
         report=told,
     )
     for line in told.lines:

@@ -295,7 +295,7 @@ def test_a_checkpoint_that_is_not_there_is_told(
             f"is one checkpoint; give its run, {Path.cwd()}/runs/a",
         ),
         (["prune", "runs/a", "keep_last=0"], "keep_last=0 must be at least 1"),
-        (["prune", "runs/a", "keep_best=-1"], "keep_best=-1 must be 0 (none) or more"),
+        (["prune", "runs/a", "keep_best=-1"], "keep_best=-1 must be at least 0"),
         (["prune", "runs/a", "keep=1"], "there is no setting keep; did you mean keep_"),
         (["list", "runs/a", "features=fid"], "features='fid' cannot be used"),
         (["export", "runs/a"], "output must be given, for example: python -m trainer.checkpoints"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.blocks import BLOCK_BYTES, block_hash
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
+from trainer.checkpoint.objects import BLOCK_BYTES, block_hash
 from trainer.checkpoint.slices import Run
 from trainer.storage.store import Store
 

@@ -18,12 +18,11 @@ from tests.unit.trainer.checkpoint.worlds import (
     save,
     split,
 )
-from trainer.checkpoint import blocks, saver
-from trainer.checkpoint.blocks import blocks_of
-from trainer.checkpoint.content import fill
+from trainer.checkpoint import objects, saver
+from trainer.checkpoint.content import ReadProgress, damaged_objects, fill
 from trainer.checkpoint.errors import DamagedCheckpoint
+from trainer.checkpoint.objects import blocks_of
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.verification import ReadProgress, damaged_objects
 
 QUIET = ReadProgress(1, report=lambda _line: None)
 BLOCKS = st.sampled_from([4, 8, 12, 64, 100, 1000])
@@ -32,7 +31,7 @@ BLOCKS = st.sampled_from([4, 8, 12, 64, 100, 1000])
 def saved(block_bytes: int, *, world: int) -> MemoryStore:
     store = MemoryStore()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+        patch.setattr(objects, "BLOCK_BYTES", block_bytes)
         patch.setattr(saver, "BLOCK_BYTES", block_bytes)
         save(store, random_state(1), images=64, world=world)
     return store
@@ -107,6 +106,6 @@ def test_any_flipped_bit_is_noticed_by_all_who_read_it(data: st.DataObject) -> N
 def test_blocks_make_up_the_whole() -> None:
     data = memoryview(bytes(range(256)) * 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", 1000)
+        patch.setattr(objects, "BLOCK_BYTES", 1000)
         assert [len(block) for block in blocks_of(data)] == [1000, 1000, 560]
         assert b"".join(blocks_of(data)) == data

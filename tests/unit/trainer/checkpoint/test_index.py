@@ -10,14 +10,14 @@ import pytest
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, WatchedStore, count_operations
 from trainer.checkpoint import layout
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
-from trainer.checkpoint.retention import RetentionPolicy
 from trainer.storage.errors import StoreError
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
 
 RUN = "night-1"
-POLICY = RetentionPolicy(keep_last=2)
+POLICY = CheckpointConfig(keep_last=2)
 
 
 def commit(store: Store, images: int, *, attempt: str = "good") -> None:

@@ -14,7 +14,8 @@ from tests.unit.trainer.checkpoint.stores import MemoryStore
 from trainer.checkpoint import layout
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
-from trainer.checkpoint.retention import RetentionPolicy, orphans, reasons_to_keep
+from trainer.checkpoint.retention import orphans, reasons_to_keep
+from trainer.config.reading import ConfigError, from_dict
 
 MANY = settings(max_examples=500, deadline=None)
 CHECKPOINTS = st.dictionaries(st.integers(0, 40), st.booleans(), max_size=14)
@@ -22,7 +23,7 @@ CHECKPOINTS = st.dictionaries(st.integers(0, 40), st.booleans(), max_size=14)
 SCORE = st.sampled_from([0.5, 1.0, 2.0, math.nan, math.inf])
 SCORES = st.dictionaries(st.integers(0, 40), SCORE, max_size=14)
 POLICIES = st.builds(
-    RetentionPolicy,
+    CheckpointConfig,
     keep_last=st.integers(1, 4),
     keep_every_images=st.integers(0, 20),
     keep_best=st.integers(0, 3),
@@ -31,7 +32,7 @@ POLICIES = st.builds(
 
 def kept(
     found: dict[int, bool],
-    policy: RetentionPolicy,
+    policy: CheckpointConfig,
     scores: dict[int, float],
     saved: int | None = None,
 ) -> set[int]:
@@ -43,7 +44,7 @@ def kept(
 @MANY
 @given(CHECKPOINTS, POLICIES, SCORES, st.integers(0, 40))
 def test_exactly_what_the_clauses_say_is_kept(
-    found: dict[int, bool], policy: RetentionPolicy, scores: dict[int, float], saved: int
+    found: dict[int, bool], policy: CheckpointConfig, scores: dict[int, float], saved: int
 ) -> None:
     valid = sorted(images for images, good in found.items() if good)
     last = set(valid[-policy.keep_last :])
@@ -71,7 +72,7 @@ def test_exactly_what_the_clauses_say_is_kept(
 @MANY
 @given(CHECKPOINTS, POLICIES, SCORES)
 def test_applied_again_it_deletes_nothing_more(
-    found: dict[int, bool], policy: RetentionPolicy, scores: dict[int, float]
+    found: dict[int, bool], policy: CheckpointConfig, scores: dict[int, float]
 ) -> None:
     once = kept(found, policy, scores)
     left = {images: good for images, good in found.items() if images in once}
@@ -82,14 +83,14 @@ def test_applied_again_it_deletes_nothing_more(
 @given(CHECKPOINTS, POLICIES, SCORES, st.integers(0, 2), st.integers(0, 2), st.integers(1, 3))
 def test_asking_for_more_never_deletes_more(
     found: dict[int, bool],
-    policy: RetentionPolicy,
+    policy: CheckpointConfig,
     scores: dict[int, float],
     last: int,
     best: int,
     parts: int,
 ) -> None:
     every = policy.keep_every_images
-    more = RetentionPolicy(
+    more = CheckpointConfig(
         keep_last=policy.keep_last + last,
         keep_every_images=every // parts if every % parts == 0 else every,
         keep_best=policy.keep_best + best,
@@ -101,7 +102,7 @@ def test_asking_for_more_never_deletes_more(
 @given(CHECKPOINTS, POLICIES, SCORES, st.integers(0, 40), SCORE)
 def test_a_measurement_costs_at_most_the_best_one_whose_place_it_takes(
     found: dict[int, bool],
-    policy: RetentionPolicy,
+    policy: CheckpointConfig,
     scores: dict[int, float],
     images: int,
     score: float,
@@ -117,12 +118,12 @@ def test_a_measurement_costs_at_most_the_best_one_whose_place_it_takes(
 @pytest.mark.parametrize("saved", [None, 3])
 def test_nothing_goes_before_there_is_something_valid(saved: int | None) -> None:
     found = dict.fromkeys(range(9), False)
-    assert kept(found, RetentionPolicy(keep_last=1), {}, saved) == set(found)
+    assert kept(found, CheckpointConfig(keep_last=1), {}, saved) == set(found)
 
 
 def test_reasons_are_for_people() -> None:
     found = dict.fromkeys((500_000, 1_000_000, 1_500_000, 2_500_000, 3_000_000), True)
-    policy = RetentionPolicy(keep_last=2, keep_every_images=1_000_000, keep_best=1)
+    policy = CheckpointConfig(keep_last=2, keep_every_images=1_000_000, keep_best=1)
     scores = {500_000: math.nan, 1_000_000: 12.3149, 2_500_000: 12.5, 7_000_000: 1.0}
     assert reasons_to_keep({**found, 2_750_000: False}, policy, scores=scores, saved=2_500_000) == {
         500_000: (),
@@ -136,14 +137,8 @@ def test_reasons_are_for_people() -> None:
 
 def test_damaged_ones_go_when_they_are_older_than_all_of_the_last() -> None:
     found = {10: False, 20: True, 30: False, 40: True, 50: False}
-    assert kept(found, RetentionPolicy(keep_last=2), {}) == {20, 30, 40, 50}
-    assert kept(found, RetentionPolicy(keep_last=1), {}) == {40, 50}
-
-
-def test_a_run_has_a_policy() -> None:
-    config = CheckpointConfig(keep_last=4, keep_every_images=5, keep_best=6)
-    policy = RetentionPolicy(keep_last=4, keep_every_images=5, keep_best=6)
-    assert RetentionPolicy.of(config) == policy
+    assert kept(found, CheckpointConfig(keep_last=2), {}) == {20, 30, 40, 50}
+    assert kept(found, CheckpointConfig(keep_last=1), {}) == {40, 50}
 
 
 def test_remains_are_older_unused_content_of_this_run() -> None:
@@ -170,13 +165,13 @@ def test_remains_are_older_unused_content_of_this_run() -> None:
     [{"keep_last": 0}, {"interval_images": -1}, {"keep_every_images": -1}, {"keep_best": -1}],
 )
 def test_settings_that_would_lose_the_run_are_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint\."):
-        CheckpointConfig(**settings)
+    with pytest.raises(ConfigError, match=r"checkpoint\."):
+        from_dict(CheckpointConfig, settings, path="checkpoint.")
 
 
 RUN = "run"
 EVERY = 50
-POLICY = RetentionPolicy(keep_last=2, keep_every_images=EVERY, keep_best=1)
+POLICY = CheckpointConfig(keep_last=2, keep_every_images=EVERY, keep_best=1)
 
 
 class History(RuleBasedStateMachine):
@@ -244,8 +239,8 @@ class History(RuleBasedStateMachine):
     def is_measured(self, data: st.DataObject, score: float) -> None:
         self.scores[data.draw(st.sampled_from(sorted(self.saved)))] = score
 
-    @rule(policy=POLICIES.map(lambda policy: RetentionPolicy(**{**vars(policy), "keep_last": 1})))
-    def is_pruned(self, policy: RetentionPolicy) -> None:
+    @rule(policy=POLICIES.map(lambda policy: CheckpointConfig(**{**vars(policy), "keep_last": 1})))
+    def is_pruned(self, policy: CheckpointConfig) -> None:
         before = self.whole()
         index = CheckpointIndex(self.store, run=RUN)
         plan = index.listing().deletion_plan(policy, scores=self.scores)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from trainer.checkpoint.safetensors_file import safetensors_header
+from trainer.checkpoint.objects import safetensors_header
 
 SHAPES = st.dictionaries(
     st.text(min_size=1, max_size=5).filter(lambda name: name != "__metadata__"),

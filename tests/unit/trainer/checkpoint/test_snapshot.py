@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors import torch as safetensors
 
 from tests.unit.trainer.checkpoint.worlds import KINDS, even_cuts, random_state, split
-from trainer.checkpoint.blocks import block_hash
 from trainer.checkpoint.content import span_of
 from trainer.checkpoint.errors import CheckpointMismatch, NonFiniteState
 from trainer.checkpoint.layout import tensor_key
+from trainer.checkpoint.objects import block_hash
 from trainer.checkpoint.snapshot import Snapshot, host_buffer
 from trainer.state import Fragment
 

@@ -10,10 +10,10 @@ import pytest
 from pipelines.formats import format_bytes
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
-from trainer.checkpoint import verification
-from trainer.checkpoint.blocks import block_hash
+from trainer.checkpoint import content
+from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.verification import ReadProgress, damaged_objects
+from trainer.checkpoint.objects import block_hash
 from trainer.storage.errors import StoreUnreachable
 
 RANKS, SIZE, BLOCK = 3, 16, 4
@@ -76,7 +76,7 @@ def test_a_store_that_fails_damages_nothing() -> None:
 
 def test_progress_is_told_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now, lines = [100.0], list[str]()
-    monkeypatch.setattr(verification.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(content.time, "monotonic", lambda: now[0])
     progress = ReadProgress(400 * 2**20, report=lines.append)
     for _ in range(8):
         now[0] += 1.0

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.agreement import Alone
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.upload import SaveReport
+from trainer.host_group import HostGroup
 from trainer.state import Fragment
 from trainer.storage.store import Store
 
@@ -216,8 +216,8 @@ class Savings:
             store,
             index=index or CheckpointIndex(store, run=RUN),
             config=CheckpointConfig(**{"keep_last": 2, "patience_s": 0.0, **changes}),
-            ranks=ranks or Alone(),
-            aside=ranks.aside if ranks else Alone(),
+            ranks=ranks or HostGroup(alone=True),
+            aside=ranks.aside if ranks else HostGroup(alone=True),
             report=self._keep,
             stop_requested=stop_requested,
         )

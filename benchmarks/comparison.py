@@ -35,8 +35,7 @@ from trainer.evaluation.checkpoints import (
     evaluate_checkpoints,
 )
 from trainer.evaluation.choice import open_checkpoint
-from trainer.evaluation.loading import ModelRecord
-from trainer.evaluation.own_settings import SamplerChoice
+from trainer.evaluation.loading import ModelRecord, SamplerChoice
 from trainer.evaluation.reports import CheckpointReport
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import StoreConfig

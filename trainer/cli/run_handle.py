@@ -16,7 +16,7 @@ from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
 from trainer.cli.checkpoint_table import Entry, entries
 from trainer.config.evaluation import FeatureName
 from trainer.config.reading import ConfigError
-from trainer.evaluation.measured import read_scores
+from trainer.evaluation.reports import read_scores
 from trainer.storage.checkpoint_uri import CheckpointUri, parse_checkpoint_uri
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig

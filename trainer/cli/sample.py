@@ -15,8 +15,7 @@ from trainer.cli.command import run_command
 from trainer.cli.pictures import write_picture
 from trainer.config.reading import ConfigError
 from trainer.evaluation.grid import grid_png
-from trainer.evaluation.loading import ModelSource
-from trainer.evaluation.own_settings import SamplerChoice
+from trainer.evaluation.loading import ModelSource, SamplerChoice
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,13 @@ from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.grid import TakenSamples, class_grid, grid_png
-from trainer.evaluation.loading import ModelRecord, ModelSource, usable_device
-from trainer.evaluation.own_settings import SamplerChoice, own_eval
+from trainer.evaluation.loading import (
+    ModelRecord,
+    ModelSource,
+    SamplerChoice,
+    own_eval,
+    usable_device,
+)
 from trainer.evaluation.reference import reference_of_run
 from trainer.evaluation.reports import CheckpointReport, Measurement, evaluation_key
 from trainer.storage.errors import CheckpointError, StoreError

@@ -12,22 +12,16 @@ import hashlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config.evaluation import FeatureConfig, FeatureName
-from trainer.evaluation.learned_features import (
-    KeptFeatures,
-    LabelledImages,
-    learned_features,
-    one_thread,
-)
+from trainer.config.evaluation import FeatureConfig
+from trainer.evaluation.learned_features import one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +141,6 @@ class FeatureExtractor(Protocol):
         ...
 
 
-class UnknownFeatures(ValueError):
-    """There is no extractor of that name."""
-
-
 class RandomConvFeatures:
     """A fixed random convolutional network: 64 features, the same on every machine.
 
@@ -184,39 +174,6 @@ class RandomConvFeatures:
                     F.conv2d(x, weight.to(x.device), padding=1, stride=2 if layer == 1 else 1), 0.2
                 )
         return torch.cat((x.mean(dim=(2, 3)), x.std(dim=(2, 3))), dim=1)
-
-
-def feature_extractor(
-    config: FeatureConfig,
-    *,
-    channels: int,
-    train: Callable[[], LabelledImages],
-    held_out: Callable[[], LabelledImages],
-    kept: KeptFeatures | None = None,
-) -> FeatureExtractor:
-    """Build the extractor that the configuration names.
-
-    Args:
-        config: Which one.
-        channels: Channels of the images.
-        train: Gives the training images and labels that "learned_conv" learns from.
-        held_out: Gives held-out images and labels, which it is examined on.
-        kept: Keeps the weights of "learned_conv"; None trains it anew.
-
-    Raises:
-        MissingWeights: If Inception's weights cannot be had.
-        UnknownFeatures: If there is no such extractor.
-    """
-    if config.name == "inception":
-        return InceptionFeatures(config.inception_weights)
-    if config.name == "learned_conv":
-        return learned_features(train=train, held_out=held_out, kept=kept)
-    if config.name == "random_conv":
-        return RandomConvFeatures(channels)
-    raise UnknownFeatures(
-        f"there is no feature extractor {config.name!r}; choose one of "
-        f"{', '.join(get_args(FeatureName))}"
-    )
 
 
 def check_features(config: FeatureConfig) -> None:

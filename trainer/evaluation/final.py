@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -15,13 +14,7 @@ from trainer.config.evaluation import EvalConfig
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.grid import TakenSamples, grid_png
-from trainer.evaluation.learned_features import (
-    LabelAgreement,
-    LabelledImages,
-    StoredImages,
-    join_batches,
-    label_agreement,
-)
+from trainer.evaluation.learned_features import LabelAgreement, join_batches, label_agreement
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import Distance, EvaluationReport, Origin, evaluation_key
 from trainer.evaluation.samples import ImageSampler, SampleBlock
@@ -89,15 +82,13 @@ class FinalEvaluation:
         config: What to draw and measure.
         image_sampler: Decides the samples.
         ranks: Those that draw, which wait however long the first one measures.
-        held_out: Batches of held-out real images and labels.
-        train: Batches of the training images and labels.
+        reference: Real images and extractor.
     """
 
     config: EvalConfig
     image_sampler: ImageSampler
     ranks: HostGroup
-    held_out: StoredImages
-    train: LabelledImages
+    reference: EvalReference
 
     def run(self, engine: Engine, results: Publisher) -> None:
         """Evaluate the EMA weights against the initial ones; a collective call.
@@ -116,7 +107,7 @@ class FinalEvaluation:
     def _run(self, engine: Engine, results: Publisher) -> None:
         labels = torch.arange(self.config.samples) % self.image_sampler.shape.classes
         logger.info("evaluating the EMA weights")
-        self._run_on_rank0(lambda: self._reference.distances)
+        self._run_on_rank0(lambda: self.reference.distances)
         taken = TakenSamples(whole=self.config.classifier)
         logger.info("drawing and measuring %d images with them", len(labels))
         with engine.ema_weights() as model:
@@ -135,15 +126,15 @@ class FinalEvaluation:
                 origin=Origin(
                     run=results.run,
                     attempt="",
-                    held_out_index=self.held_out.digest,
-                    extractor=self._reference.digests[after.features],
+                    held_out_index=self.reference.held_out.digest,
+                    extractor=self.reference.digests[after.features],
                 ),
                 reached=after,
                 frechet_untrained=before.frechet,
                 nfe=taken.nfe,
                 labels=self._label_agreement(taken) if self.config.classifier else None,
-                real_images=self._reference.real_images,
-                unusable_real_images=self._reference.unusable_real_images,
+                real_images=self.reference.real_images,
+                unusable_real_images=self.reference.unusable_real_images,
             )
             picture = grid_png(grid, columns=self.config.grid_columns)
             results.publish(report, samples=taken.npz(), grid=picture)
@@ -164,32 +155,19 @@ class FinalEvaluation:
         sampler = replace(self.image_sampler, batch=batch)
         return sampler.all(model, labels, ranks=self.ranks).images
 
-    @cached_property
-    def _reference(self) -> EvalReference:
-        sampler, features = self.image_sampler, self.config.features
-        return EvalReference(
-            held_out=self.held_out,
-            train=self.train,
-            channels=sampler.codec.image_channels(sampler.shape.channels),
-            features=(features.name,),
-            inception_weights=features.inception_weights,
-            device=sampler.device,
-            batch=self.config.batch,
-        )
-
     def _measure(
         self, model: nn.Module, labels: Tensor, *, keep: Callable[[SampleBlock], None] | None = None
     ) -> tuple[Distance, ...]:
         return self._run_on_all(
-            lambda: self._reference.measure(
+            lambda: self.reference.measure(
                 self.image_sampler, model, labels, ranks=self.ranks, keep=keep
             )
         )
 
     def _label_agreement(self, taken: TakenSamples) -> LabelAgreement:
         return label_agreement(
-            train=join_batches(self.train),
-            held_out=join_batches(self.held_out),
+            train=join_batches(self.reference.train),
+            held_out=join_batches(self.reference.held_out),
             samples=join_batches(taken.whole),
         )
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +31,6 @@ RECIPE = 1
 
 LabelledImages = Iterable[tuple[Tensor, Tensor]]
 """Batches of images [b, c, h, w] in [-1, 1] and labels [b]."""
-
-
-class StoredImages(Protocol):
-    """Labelled images, and how many are stored, those that cannot be used among them.
-
-    Attributes:
-        digest: SHA-256 of their index.
-    """
-
-    @property
-    def digest(self) -> str:
-        """Which images they are."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give batches of those that can be used."""
-        ...
-
-    def __len__(self) -> int:
-        """Count them."""
-        ...
 
 
 _FEATURES = 128
@@ -162,8 +140,8 @@ class KeptFeatures:
 
 def learned_features(
     *,
-    train: Callable[[], LabelledImages],
-    held_out: Callable[[], LabelledImages],
+    train: LabelledImages,
+    held_out: LabelledImages,
     kept: KeptFeatures | None = None,
 ) -> LearnedConvFeatures:
     """Train the classifier, or read its weights where an earlier call has left them.
@@ -172,19 +150,19 @@ def learned_features(
     and torch get the same weights; others may differ in rounding, and so in `digest`.
 
     Args:
-        train: Gives batches of training images [b, c, h, w] in [-1, 1] and labels [b].
-        held_out: Gives batches of held-out images and labels, for the accuracy.
+        train: Training images and labels; read only where the weights are not kept.
+        held_out: Held-out images and labels, for the accuracy.
         kept: Where the weights are kept; None keeps them nowhere.
     """
     if kept is not None and (found := kept.read()) is not None:
         return found
-    images, labels = join_batches(train())
+    images, labels = join_batches(train)
     logger.info("teaching the network whose features measure, on %d images", len(images))
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive_seed(0, "learned features"))
         network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)
         _train(network, images, labels)
-        accuracy = _accuracy(network.eval(), held_out())
+        accuracy = _accuracy(network.eval(), held_out)
     if kept is not None:
         kept.write(network, accuracy)
     return LearnedConvFeatures(network, held_out_accuracy=accuracy)

@@ -5,10 +5,9 @@ The checkpoint's own manifest says what model it is, so nothing else has to be c
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,10 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
+from pipelines.documents import validate_as
 from trainer.autoencoder.codec import CodecConfig, load_codec
 from trainer.checkpoint.content import load_weights
+from trainer.checkpoint.manifest import Manifest
 from trainer.config import paths
 from trainer.config.evaluation import EvalConfig, check_guidance
 from trainer.config.job import DataConfig
@@ -30,9 +31,11 @@ from trainer.config.shapes import ImageShape, flow_shape
 from trainer.config.train import TrainConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluation.choice import choose_checkpoints
-from trainer.evaluation.own_settings import own_eval
+from trainer.evaluation.reports import EvaluationReport, evaluation_key
 from trainer.evaluation.samples import ImageSampler
-from trainer.storage.store import StoreConfig
+from trainer.storage.errors import MissingObject
+from trainer.storage.kept import read_sealed
+from trainer.storage.store import Store, StoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,56 @@ def usable_device(name: str) -> torch.device:
             "a GPU when there is one"
         ) from error
     return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerChoice:
+    """What a command changes of the run's own sampler, `eval.sampler`; None changes nothing.
+
+    Attributes:
+        solver: "euler", "midpoint", "heun" or "ab2" with fixed steps, or "dopri5".
+        steps: Steps over the whole time axis; dopri5 does not use them.
+        absolute_tolerance: Error that dopri5 allows in one step, whatever the state.
+        relative_tolerance: Error that dopri5 allows in one step, in proportion to the state.
+        adaptive_group: Images that dopri5 integrates together, with common steps.
+        guidance_scale: Classifier-free guidance scale; 1 is no guidance.
+        guidance_interval: First and last time at which guidance acts; [0,1] is always.
+    """
+
+    solver: Literal["euler", "midpoint", "heun", "ab2", "dopri5"] | None = None
+    steps: int | None = None
+    absolute_tolerance: float | None = None
+    relative_tolerance: float | None = None
+    adaptive_group: int | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.over(SamplerConfig())  # refuses values that no sampler takes
+
+    def over(self, own: SamplerConfig) -> SamplerConfig:
+        """Return a run's own sampler with the changes."""
+        changes = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(own, **changes)
+
+
+def own_eval(store: Store, manifest: Manifest) -> EvalConfig | None:
+    """Return the settings by which a run measures a checkpoint at its end.
+
+    Those of its report come first, which a later launch may have measured anew; without a report
+    that can be believed it is those that the checkpoint records. None for older checkpoints, which
+    record none.
+    """
+    key = evaluation_key(manifest.run, manifest.images, "report.json")
+    try:
+        report = validate_as(EvaluationReport, read_sealed(store, key))
+        return from_dict(EvalConfig, report.settings, path="eval.")
+    except MissingObject:
+        pass
+    except ValueError as error:  # damaged, or of a version that measured otherwise
+        logger.warning("passing over the report %s: %s", store.uri(key), error)
+    recorded = manifest.science.get("eval")
+    return None if recorded is None else from_dict(EvalConfig, recorded, path="eval.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +203,7 @@ class ModelRecord:
                     f"codec_source={source}: this checkpoint works on pixels; leave codec_source "
                     "out"
                 )
-            config = dataclasses.replace(config, source=source)
+            config = replace(config, source=source)
         codec, sha256 = load_codec(config, cache=cache, store=store, device=device)
         trained_with = self.autoencoder_sha256
         if sha256 != trained_with:

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 
 from cluster.contract import WorkerContext
 from trainer.config import paths
-from trainer.config.evaluation import FeatureConfig, FeatureName
+from trainer.config.evaluation import FeatureName
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
 from trainer.data.splits import open_split
-from trainer.evaluation.features import FeatureExtractor, feature_extractor
+from trainer.evaluation.features import FeatureExtractor, InceptionFeatures, RandomConvFeatures
 from trainer.evaluation.frechet import DistanceToReal
 from trainer.evaluation.learned_features import (
     KeptFeatures,
-    LabelledImages,
     LearnedConvFeatures,
-    StoredImages,
+    learned_features,
 )
 from trainer.evaluation.real_images import RealImages, check_held, check_held_out
 from trainer.evaluation.reports import Distance
@@ -41,24 +40,30 @@ class EvalReference:
     """Real images and extractors, which serve all sets of samples; both are read at first use.
 
     Attributes:
-        held_out: Batches of held-out real images and labels.
-        train: Batches of the training images and labels, from which "learned_conv" learns.
-        channels: Channels of the images.
+        job: The job whose data set it is.
+        context: Says where images are decoded, and features extracted.
+        trained_on: SHA-256 of the index of what the run was trained on.
         features: Names of the extractors.
         inception_weights: Local file for "inception"; None downloads it when online.
-        device: Where features are extracted.
         batch: Images whose features are extracted at a time.
-        kept: Keeps the weights of "learned_conv"; None trains it anew.
     """
 
-    held_out: StoredImages
-    train: LabelledImages
-    channels: int
+    job: JobConfig
+    context: WorkerContext
+    trained_on: str
     features: Sequence[FeatureName]
     inception_weights: str | None
-    device: torch.device
     batch: int
-    kept: KeptFeatures | None = None
+
+    @cached_property
+    def held_out(self) -> RealImages:
+        """Batches of held-out images and labels."""
+        return RealImages(self.job, "test", self.context)
+
+    @cached_property
+    def train(self) -> RealImages:
+        """Batches of the training images and labels, from which "learned_conv" learns."""
+        return RealImages(self.job, "train", self.context)
 
     @cached_property
     def extractors(self) -> dict[str, FeatureExtractor]:
@@ -67,16 +72,26 @@ class EvalReference:
         Raises:
             MissingWeights: Inception's weights cannot be had.
         """
-        return {
-            name: feature_extractor(
-                FeatureConfig(name=name, inception_weights=self.inception_weights),
-                channels=self.channels,
-                train=lambda: self.train,
-                held_out=lambda: self.held_out,
-                kept=self.kept,
-            )
-            for name in self.features
+        return {name: self._build_extractor(name) for name in self.features}
+
+    def _build_extractor(self, name: FeatureName) -> FeatureExtractor:
+        shape = picture_shape(self.job.data, self.job.codec)
+        if name == "inception":
+            return InceptionFeatures(self.inception_weights)
+        if name == "random_conv":
+            return RandomConvFeatures(shape.channels)
+        made_of = {
+            "train_index": self.trained_on,
+            "held_out_index": self.held_out.digest,
+            "picture": f"{shape.channels}x{shape.size}",
+            "decoder": self.job.loader.decoder,
         }
+        files = KeptFiles(paths.cache(self.job) / "features")
+        return learned_features(
+            train=self.train,
+            held_out=self.held_out,
+            kept=KeptFeatures(files=files, made_of=made_of),
+        )
 
     @property
     def digests(self) -> dict[str, str]:
@@ -91,7 +106,7 @@ class EvalReference:
             name: DistanceToReal(
                 extractor,
                 (images for images, _ in self.held_out),
-                device=self.device,
+                device=torch.device(self.context.device),
                 batch=self.batch,
             )
             for name, extractor in self.extractors.items()
@@ -193,23 +208,13 @@ def reference_of_run(
         stop_requested=lambda: False,
         report=lambda _: None,
     )
-    shape = picture_shape(job.data, job.codec)
-    held_out = RealImages(job, "test", context)
-    made_of = {
-        "train_index": trained_on,
-        "held_out_index": held_out.digest,
-        "picture": f"{shape.channels}x{shape.size}",
-        "decoder": job.loader.decoder,
-    }
     check_held_out(job)
     check_held(job, features, classifier=False)
     return EvalReference(
-        held_out=held_out,
-        train=RealImages(job, "train", context),
-        channels=shape.channels,
+        job=job,
+        context=context,
+        trained_on=trained_on,
         features=features,
         inception_weights=inception_weights,
-        device=device,
         batch=batch,
-        kept=KeptFeatures(files=KeptFiles(paths.cache(job) / "features"), made_of=made_of),
     )

@@ -1,16 +1,25 @@
-"""Reports of evaluations: what a run writes at its end, and what a later measurement does."""
+"""Reports of evaluations, written at a run's end or by a later measurement; and read again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from pipelines.documents import parse_json, seal, unseal, validate_as
+from pipelines.documents import DocumentError, parse_json, seal, unseal, validate_as
+from trainer.checkpoint import layout
 from trainer.config.evaluation import EvalConfig
 from trainer.evaluation.learned_features import LabelAgreement
+from trainer.storage.errors import MissingObject
+from trainer.storage.kept import read_sealed
+from trainer.storage.keys import check_key
+from trainer.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 def evaluation_key(run: str, images: int, name: str) -> str:
@@ -262,3 +271,121 @@ class EvaluationReport(_Report):
             values["eval/label_agreement"] = self.labels.samples
             values["eval/classifier_held_out_accuracy"] = self.labels.held_out
         return values
+
+
+class MeasuredDistance(NamedTuple):
+    """One Fréchet distance of a checkpoint."""
+
+    report: str
+    """Key of the report that tells it."""
+    measurement: Measurement
+    """How it was measured."""
+    distance: Distance
+    """What was."""
+
+
+def read_distances(
+    store: Store, run: str, images: int, *, keys: Iterable[str], attempts: Collection[str]
+) -> list[MeasuredDistance]:
+    """Read the run's own report, of its end, and those of later measurements.
+
+    Args:
+        store: Where runs are kept.
+        run: Name of the run.
+        images: Images of the checkpoint.
+        keys: Keys of the store, at least those of the checkpoint's evaluations.
+        attempts: The checkpoint's own attempts; others' reports are of one that it has replaced.
+
+    Returns:
+        The distances, in the order of the keys. A report that is damaged is passed over with a
+        warning that names it.
+
+    Raises:
+        StoreError: The store fails, which does not mean that nothing was measured.
+    """
+    found: list[MeasuredDistance] = []
+    for key in _reports(run, images, keys):
+        try:
+            found += _distances(key, read_sealed(store, key), attempts)
+        except MissingObject:
+            continue  # deleted since the listing
+        except DocumentError as error:
+            logger.warning(
+                "passing over the report %s, which cannot be believed: %s; measure that "
+                "checkpoint again, with the command that did",
+                store.uri(key),
+                error,
+            )
+    return found
+
+
+def _reports(run: str, images: int, keys: Iterable[str]) -> list[str]:
+    """Return the keys of what the run, and what `python -m trainer.evaluate`, has written."""
+    folder = evaluation_key(run, images, "")
+    return [
+        key
+        for key in keys
+        if key.startswith(folder)
+        and key.endswith("/report.json")
+        and key.removeprefix(folder).count("/") <= 1
+    ]
+
+
+def _distances(
+    key: str, values: Mapping[str, Any], attempts: Collection[str]
+) -> list[MeasuredDistance]:
+    later = "measurement" in values
+    report = validate_as(CheckpointReport, values) if later else validate_as(EvaluationReport, values)
+    measurement = report.measurement
+    if measurement.attempt not in attempts:
+        return []
+    return [MeasuredDistance(key, measurement, each) for each in report.distances]
+
+
+def frechet_scores(store: Store, run: str, features: str) -> dict[int, float]:
+    """Read the Fréchet distances of a run's checkpoints by one extractor: see `read_scores`."""
+    return read_scores(store, run).get(features, {})
+
+
+def read_scores(store: Store, run: str) -> dict[str, dict[int, float]]:
+    """Read the Fréchet distances of the EMA weights of a run's checkpoints.
+
+    Where one was measured several times, the measurement with most samples counts, and of equal
+    ones the last by name. Distances fall with the number of samples, so checkpoints compare only
+    where they were measured alike, which is the user's to see to.
+
+    Args:
+        store: Where runs are kept.
+        run: Name of the run.
+
+    Returns:
+        For each extractor the distances by images, of checkpoints that exist. A report that makes
+        no sense is passed over with a warning that names it.
+
+    Raises:
+        StoreError: The store fails, which does not mean that nothing was measured.
+    """
+    keys = store.list(f"{check_key(run)}/")
+    found: defaultdict[str, dict[int, tuple[int, str, float]]] = defaultdict(dict)
+    for images, attempts in sorted(_attempts(run, keys).items()):
+        for report, measurement, distance in read_distances(
+            store, run, images, keys=keys, attempts=attempts
+        ):
+            if measurement.weights == "ema":
+                by_images = found[distance.features]
+                measured = (measurement.samples, report, distance.frechet)
+                by_images[images] = max(by_images.get(images, measured), measured)
+    return {
+        features: {images: frechet for images, (_, _, frechet) in by_images.items()}
+        for features, by_images in sorted(found.items())
+    }
+
+
+def _attempts(run: str, keys: Mapping[str, int]) -> dict[int, set[str]]:
+    """Return the attempts that lie in the folder of each committed checkpoint."""
+    attempts: defaultdict[int, set[str]] = defaultdict(set)
+    for key in keys:
+        images = layout.images_of(run, key)
+        if images is not None and layout.manifest_key(run, images) in keys:
+            attempts[images].add(key.removeprefix(layout.checkpoint_key(run, images)).split("/")[1])
+    return attempts

@@ -18,8 +18,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.objects import safetensors_header
 from trainer.config.reading import ConfigError, to_dict
 from trainer.evaluation.loading import ModelRecord, Weights
-from trainer.evaluation.measured import MeasuredDistance, read_distances
-from trainer.evaluation.reports import evaluation_key
+from trainer.evaluation.reports import MeasuredDistance, evaluation_key, read_distances
 from trainer.export.model_card import ModelCard, WeightsFile
 from trainer.export.output import check_file, check_folder, write_whole
 from trainer.storage.store import Store
@@ -178,7 +177,7 @@ def _results(
         keys=store.list(evaluation_key(run, images, "")),
         attempts=(manifest.attempt,),
     )
-    return [each for each in found if each.weights in weights]
+    return [each for each in found if each.measurement.weights in weights]
 
 
 @dataclass(frozen=True, kw_only=True)

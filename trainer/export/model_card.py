@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.console import visible
 from trainer.checkpoint.manifest import Manifest
 from trainer.evaluation.loading import ModelRecord
-from trainer.evaluation.measured import MeasuredDistance
+from trainer.evaluation.reports import MeasuredDistance
 
 NEEDED = (
     "torch>=2.13.0,<2.14",
@@ -161,7 +161,7 @@ class ModelCard:
         tags += ["class-conditional"] if self._by_class else []
         lines = ["library_name: diffusers", *task, "tags:", *(f"- {tag}" for tag in tags)]
         # "fid" is the distance of Inception's features alone.
-        names = sorted({_metric(result.features) for result in self.results})
+        names = sorted({_metric(result.distance.features) for result in self.results})
         lines += ["metrics:", *(f"- {json.dumps(name)}" for name in names)] if names else []
         return "\n".join(("---", *lines, "---", ""))
 
@@ -278,14 +278,15 @@ class ModelCard:
         head = ("weights", "features", "Fréchet distance", "real halves", "samples", "sampler")
         rows = [
             (
-                _cell(result.weights),
-                _code(result.features),
-                f"{result.frechet:.4g}",
-                "" if result.frechet_real_halves is None else f"{result.frechet_real_halves:.4g}",
-                f"{result.samples:,}",
-                _code(_sampler(result.sampler)),
+                _cell(measurement.weights),
+                _code(distance.features),
+                f"{distance.frechet:.4g}",
+                "" if halves is None else f"{halves:.4g}",
+                f"{measurement.samples:,}",
+                _code(_sampler(measurement.sampler)),
             )
-            for result in self.results
+            for _, measurement, distance in self.results
+            for halves in [distance.frechet_real_halves]
         ]
         lines = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
         return (

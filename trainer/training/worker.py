@@ -36,8 +36,8 @@ from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.final import FinalEvaluation, Publisher
-from trainer.evaluation.measured import frechet_scores
-from trainer.evaluation.real_images import RealImages
+from trainer.evaluation.reference import EvalReference
+from trainer.evaluation.reports import frechet_scores
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.log_lines import forward_logs
@@ -265,8 +265,14 @@ def _final_evaluation(run: Run) -> FinalEvaluation:
             device=run.device,
         ),
         ranks=HostGroup(),
-        held_out=RealImages(run.job, "test", run.context),
-        train=RealImages(run.job, "train", run.context),
+        reference=EvalReference(
+            job=run.job,
+            context=run.context,
+            trained_on=run.images.digest,
+            features=(config.features.name,),
+            inception_weights=config.features.inception_weights,
+            batch=config.batch,
+        ),
     )
 
 

@@ -32,8 +32,8 @@ from trainer.config.job import JobConfig, micro_batch, science
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_split, with_classes
 from trainer.engine.build import build_engine
-from trainer.evaluation.measured import read_scores
-from trainer.evaluation.own_settings import own_eval
+from trainer.evaluation.loading import own_eval
+from trainer.evaluation.reports import read_scores
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 from trainer.planning.placing import resolve_placement

@@ -33,16 +33,22 @@ from trainer.config.shapes import ImageShape
 from trainer.engine.build import build_engine
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import EngineConfig
+from trainer.evaluation import learned_features
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.frechet import DistanceToReal, FeatureMoments, FeatureStatistics
 from trainer.evaluation.grid import class_grid
-from trainer.evaluation.measured import read_scores
-from trainer.evaluation.own_settings import SamplerChoice, own_eval
+from trainer.evaluation.loading import SamplerChoice, own_eval
 from trainer.evaluation.reference import reference_of_run
-from trainer.evaluation.reports import CheckpointReport, EvaluationReport, Origin, evaluation_key
+from trainer.evaluation.reports import (
+    CheckpointReport,
+    EvaluationReport,
+    Origin,
+    evaluation_key,
+    read_scores,
+)
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.metrics.tracker import SilentTracker
@@ -187,16 +193,19 @@ def randomised(on_built: OnBuilt) -> LapFlowTransformer:
     return LapFlowTransformer(MODEL, scales=2, channels=1, image_size=8, classes=2, on_built=redraw)
 
 
-def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place):
+@pytest.mark.parametrize("features", ["random_conv", "learned_conv"])
+def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypatch, features):
     """To the bit, by the code that a worker runs, with an engine of one rank."""
+    run = f"ended-{features}"
+    eval_config = dataclasses.replace(OWN, features=FeatureConfig(name=features))
     job = JobConfig(
-        run="ended", data=DATA, model=MODEL, eval=OWN,
+        run=run, data=DATA, model=MODEL, eval=eval_config,
         store=StoreConfig(uri=str(place)), home=str(place / "home"),
     )  # fmt: skip
     reference = reference_of_run(
         job,
         trained_on=ShardedDataset(f"{place}/datasets/kinds/train", config=ShardsConfig()).digest,
-        features=("random_conv",),
+        features=(features,),
         inception_weights=None,
         device=CPU,
         batch=OWN.batch,
@@ -206,37 +215,41 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place):
         optim=OptimConfig(), micro_batch=4, rank_batch=8, world_size=1, device=CPU,
     )  # fmt: skip
     store = open_store(f"{place}/runs", StoreConfig())
-    science = science_of(place)
-    save_now(store, run="ended", images=300, fragments=engine.fragments(), science=science)
+    science = {**science_of(place), "eval": to_dict(eval_config)}
+    save_now(store, run=run, images=300, fragments=engine.fragments(), science=science)
     told: list[dict[str, object]] = []
     image_sampler = ImageSampler(
         flow=Flow(FlowConfig()), sampler=OWN.sampler, codec=IdentityCodec(), seed=OWN.seed,
         shape=ImageShape(channels=1, size=8, classes=2), batch=OWN.batch, device=CPU,
     )  # fmt: skip
     final = FinalEvaluation(
-        config=OWN, image_sampler=image_sampler, ranks=HostGroup(alone=True),
-        held_out=reference.held_out, train=reference.train,
+        config=eval_config, image_sampler=image_sampler, ranks=HostGroup(alone=True),
+        reference=reference,
     )  # fmt: skip
-    manifest = CheckpointReader(store, run="ended").manifest(300)
+    manifest = CheckpointReader(store, run=run).manifest(300)
     assert manifest is not None
     final.run(
         engine,
         Publisher(
-            store=store, run="ended", images=300, attempt=lambda: manifest.attempt,
+            store=store, run=run, images=300, attempt=lambda: manifest.attempt,
             tracker=SilentTracker(), report=told.append,
         ),
     )  # fmt: skip
     assert told == []
-    own = EvaluationReport.from_json(store.get(evaluation_key("ended", 300, "report.json")))
-    (later,) = evaluate_checkpoints(config(place, checkpoint=f"{place}/runs/ended"), report=quiet)
-    assert own.distances == later.distances
+    own = EvaluationReport.from_json(store.get(evaluation_key(run, 300, "report.json")))
+    # What it has learned is kept, and not learned again.
+    monkeypatch.setattr(learned_features, "_train", None)
+    (later,) = evaluate_checkpoints(config(place, checkpoint=f"{place}/runs/{run}"), report=quiet)
+    # The run's own report has no place for what the classifier reads right.
+    distances = [dataclasses.replace(each, held_out_accuracy=None) for each in later.distances]
+    assert list(own.distances) == distances
     assert own.measurement == later.measurement
     assert own.network_evaluations == later.network_evaluations
     assert (own.real_images, own.unusable_real_images) == (20, 0)
     # The EMA of a run without an update is where it began.
     assert own.frechet_untrained == own.frechet
-    found = read_scores(store, "ended")
-    assert found == {"random_conv": {300: own.frechet}}
+    found = read_scores(store, run)
+    assert found == {features: {300: own.frechet}}
 
 
 def test_the_runs_own_settings_hold_unless_changed(place, tmp_path):

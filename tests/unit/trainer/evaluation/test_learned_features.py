@@ -17,7 +17,7 @@ def kept(folder, **made_of) -> KeptFeatures:
 
 def learn(**options):
     train, held_out = two_kinds(512, 0), two_kinds(64, 1)
-    return learned_features(train=lambda: [train], held_out=lambda: [held_out], **options)
+    return learned_features(train=[train], held_out=[held_out], **options)
 
 
 def test_learned_features_know_the_classes_and_are_the_same_again(tmp_path):
@@ -39,16 +39,19 @@ def test_learned_features_know_the_classes_and_are_the_same_again(tmp_path):
 
 def never():
     raise AssertionError("trained again")
+    yield
 
 
 def test_learned_features_are_read_back_without_training(tmp_path):
     learned = learn(kept=kept(tmp_path))
-    read = learned_features(train=never, held_out=never, kept=kept(tmp_path))
+    read = learned_features(train=never(), held_out=never(), kept=kept(tmp_path))
     images, _ = two_kinds(8, 3)
     assert torch.equal(read(images), learned(images))
     assert (read.digest, read.held_out_accuracy) == (learned.digest, learned.held_out_accuracy)
     with pytest.raises(AssertionError, match="trained again"):
-        learned_features(train=never, held_out=never, kept=kept(tmp_path, held_out_index="other"))
+        learned_features(
+            train=never(), held_out=never(), kept=kept(tmp_path, held_out_index="other")
+        )
 
 
 def test_no_changed_byte_of_kept_features_moves_a_distance(tmp_path, caplog):
@@ -73,7 +76,7 @@ def test_no_changed_byte_of_kept_features_moves_a_distance(tmp_path, caplog):
         (line,) = (each.getMessage() for each in caplog.records)
         assert line.startswith(f"{file} cannot be believed: ")
         assert file.with_name(f"{file.name}.damaged").read_bytes() == whole[: len(whole) // 2]
-        assert learned_features(train=never, held_out=never, kept=kept(tmp_path)).digest
+        assert learned_features(train=never(), held_out=never(), kept=kept(tmp_path)).digest
 
 
 def test_features_that_cannot_be_kept_are_used_all_the_same(tmp_path, caplog):

@@ -22,10 +22,10 @@ from models.transformer.lapflow import LapFlowTransformer
 from trainer.config.evaluation import EvalConfig, FeatureConfig
 from trainer.config.shapes import ImageShape
 from trainer.evaluation.features import (
+    InceptionFeatures,
     MissingWeights,
     RandomConvFeatures,
     check_features,
-    feature_extractor,
 )
 from trainer.evaluation.frechet import (
     DistanceToReal,
@@ -135,7 +135,7 @@ def test_features_do_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            learned = learned_features(train=lambda: [train], held_out=lambda: [train])
+            learned = learned_features(train=[train], held_out=[train])
             found.append((RandomConvFeatures(1)(images), learned(images)))
             assert torch.get_num_threads() == threads
     finally:
@@ -157,12 +157,7 @@ def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monk
     weights = str(tmp_path / "inception.pth")
     torch.save(built, weights)
 
-    extract = feature_extractor(
-        FeatureConfig(name="inception", inception_weights=weights),
-        channels=1,
-        train=list,
-        held_out=list,
-    )
+    extract = InceptionFeatures(weights)
     features = extract(torch.rand(2, 1, 16, 16) * 2 - 1)
     assert features.shape == (2, 2048)
     assert torch.isfinite(features).all()

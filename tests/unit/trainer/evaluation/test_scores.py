@@ -14,8 +14,7 @@ from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from tests.unit.trainer.measurements import RUN, finished, measured
 from trainer.checkpoint.index import CheckpointIndex
-from trainer.evaluation.measured import frechet_scores, read_scores
-from trainer.evaluation.reports import evaluation_key
+from trainer.evaluation.reports import evaluation_key, frechet_scores, read_scores
 from trainer.storage.errors import StoreUnreachable
 
 

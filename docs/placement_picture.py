@@ -17,8 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from cluster.placement import Placement, replica_ranks
 from trainer.config.composition import composed
 from trainer.planning.placing import workload
-from trainer.planning.prediction import RankMemory, rank_memory
-from trainer.planning.workload import Workload
+from trainer.planning.prediction import RankMemory, Workload, rank_memory
 
 FOLDER = Path(__file__).parent / "images"
 _JOB = ("+exp=imagenet_xl", "flow=three_scales", "cluster=h100_8", "train.global_batch=264")

@@ -24,7 +24,7 @@ from cluster.launcher import run
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import to_dict
 from trainer.planning.placing import resolve_placement, workload, zero_stage
-from trainer.planning.workload import exchange_bytes
+from trainer.planning.prediction import exchange_bytes
 
 _KIB = 2**10
 _KINDS = {

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from cluster.hardware import HardwareConfig
 from cluster.placement import Placement, expert_group, replica_ranks
 from trainer.planning.planner import candidates, fastest
-from trainer.planning.prediction import rank_memory
-from trainer.planning.workload import KINDS, ScaleLoad, Workload, exchange_bytes
+from trainer.planning.prediction import KINDS, ScaleLoad, Workload, exchange_bytes, rank_memory
 
 QUICK = settings(max_examples=60, deadline=None)
 STAGES = st.integers(0, 3)

@@ -111,7 +111,7 @@ def described(job: JobConfig, *, explained: bool = False) -> str:
     import yaml
 
     from trainer.config.reading import to_dict
-    from trainer.planning.cost_table import cost_table
+    from trainer.planning.placing import cost_table
 
     table = "\n".join(f"# {line}" for line in cost_table(job).splitlines())
     values = to_dict(job)

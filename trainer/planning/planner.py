@@ -9,8 +9,7 @@ from typing import Any
 from cluster.hardware import HardwareConfig, HardwareError
 from cluster.placement import Placement, possible_placements, possible_ranks
 from pipelines.formats import format_bytes, format_table
-from trainer.planning.prediction import RankMemory, StepTime, rank_memory, step_time
-from trainer.planning.workload import Workload
+from trainer.planning.prediction import RankMemory, StepTime, Workload, rank_memory, step_time
 
 _GIB = 2**30
 # The rest is for the device's context, its libraries' buffers and what the allocator wastes.
@@ -143,8 +142,7 @@ def explain(
     if chosen is None:
         words = [_nothing_fits(found[0])]
     else:
-        words = [_decision(chosen), _memory_words(chosen), _time_words(chosen)]
-        words += _describe_passed_over(found, chosen)
+        words = [_decision(chosen), *_describe_passed_over(found, chosen)]
     for change, (changed, on) in changes.items():
         other = fastest(candidates(changed, on, zero_stages=zero_stages))
         words.append(f"With {change}: {_describe_change(chosen, other)}.")
@@ -153,34 +151,18 @@ def explain(
 
 def _decision(chosen: Candidate) -> str:
     stage = f"with ZeRO-{chosen.zero_stage}" if chosen.zero_stage else "without ZeRO"
-    if not chosen.placement.sharded:
-        return f"No sharding is needed: every rank holds all experts, {stage}."
     parts = [
         f"scale {k}'s experts over {ranks} ranks" for k, ranks in chosen.placement.sharded.items()
     ]
-    return f"Shard {' and '.join(parts)}, {stage}."
-
-
-def _memory_words(chosen: Candidate) -> str:
-    memory, limit = chosen.memory, chosen.device_limit
-    words = f"A rank holds {_format_held(chosen)}, most of it {_largest_part(chosen)}"
-    if limit is not None:
-        words += f", and may hold {format_bytes(limit)}: {USABLE:.0%} of its GPU"
-    if memory.host:
-        words += f"; {format_bytes(memory.host)} more are in host memory"
-    return f"{words}."
-
-
-def _largest_part(one: Candidate) -> str:
-    largest = max(one.memory.parts, key=one.memory.parts.__getitem__)
-    return f"{largest} ({format_bytes(one.memory.parts[largest])})"
-
-
-def _time_words(chosen: Candidate) -> str:
-    (largest, seconds), *rest = sorted(chosen.time.parts.items(), key=lambda part: -part[1])
-    parts = [f"most of it {largest} ({_ms(seconds)})"]
-    parts += [f"{name} {_ms(seconds)}" for name, seconds in rest if seconds]
-    return f"A step takes {_ms(chosen.time.total)}, {', '.join(parts)}."
+    words = f"Shard {' and '.join(parts)}, {stage}."
+    if not parts:
+        words = f"No sharding is needed: every rank holds all experts, {stage}."
+    if chosen.device_limit is not None:
+        words += (
+            f" A rank holds {_format_held(chosen)}, and may hold "
+            f"{format_bytes(chosen.device_limit)}: {USABLE:.0%} of its GPU."
+        )
+    return words
 
 
 def _describe_passed_over(found: Sequence[Candidate], chosen: Candidate) -> list[str]:
@@ -214,7 +196,7 @@ def _nothing_fits(smallest: Candidate) -> str:
             f"; {format_bytes(smallest.memory.host)} of host memory, of which there are "
             f"{format_bytes(smallest.host_limit)}"
         )
-    return f"{words}. Most of it is {_largest_part(smallest)}."
+    return f"{words}."
 
 
 def _describe_change(before: Candidate | None, after: Candidate | None) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cluster.hardware import HardwareConfig
-from trainer.planning.workload import ScaleLoad, Workload
+from trainer.planning.prediction import ScaleLoad, Workload
 
 NODE = HardwareConfig(
     gpus_per_node=8,

@@ -61,11 +61,10 @@ def test_unknown_memory_is_refused_with_a_fix():
 
 def test_no_sharding_is_said_when_none_is_needed():
     words = explain(xl(), NODE, zero_stages=[2], changes={})
-    assert words[0] == "No sharding is needed: every rank holds all experts, with ZeRO-2."
-    assert "most of it activations" in words[1]
-    assert "may hold 72.0 GiB: 90% of its GPU" in words[1]
-    assert words[2].startswith("A step takes")
-    assert words[3].startswith("The fastest that shards is")
+    decision = "No sharding is needed: every rank holds all experts, with ZeRO-2. A rank holds "
+    assert words[0].startswith(decision)
+    assert words[0].endswith(", and may hold 72.0 GiB: 90% of its GPU.")
+    assert words[1].startswith("The fastest that shards is")
 
 
 def test_changes_are_planned_anew():

@@ -6,8 +6,7 @@ import pytest
 
 from cluster.placement import Placement
 from tests.unit.cluster.loads import NODE, TINY, tiny, xl
-from trainer.planning.prediction import rank_memory, step_time
-from trainer.planning.workload import exchange, exchange_bytes
+from trainer.planning.prediction import exchange, exchange_bytes, rank_memory, step_time
 
 ONE, TWO = Placement((1,)), Placement((2,))
 REPLICATED = Placement((1, 1, 1))

@@ -17,8 +17,13 @@ from trainer.cli.plan import main
 from trainer.config.composition import composed
 from trainer.config.reading import ConfigError, to_dict
 from trainer.engine.protocol import EngineConfig
-from trainer.planning.cost_table import cost_table
-from trainer.planning.placing import model_shape, predict_configured, resolve_placement, workload
+from trainer.planning.placing import (
+    cost_table,
+    model_shape,
+    predict_configured,
+    resolve_placement,
+    workload,
+)
 
 WORKERS = {"one_24gb": 1, "eight_24gb": 8, "h100_8": 8, "h100_8x8": 64, "h100_128x8": 1024}
 FLOWS = {2: "two_scales", 3: "three_scales", 4: "four_scales"}

@@ -18,8 +18,7 @@ from trainer.engine.exchange import Exchange
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.protocol import EngineConfig
 from trainer.planning.placing import workload
-from trainer.planning.prediction import rank_memory
-from trainer.planning.workload import KINDS, exchange, exchange_bytes
+from trainer.planning.prediction import KINDS, exchange, exchange_bytes, rank_memory
 
 SCALES, SIZE, CHANNELS, WORKERS, IMAGES = 3, 16, 2, 4, 6
 MODELS: tuple[dict[str, Any], ...] = (

@@ -94,12 +94,7 @@ def build_engine(
 
     if config.kind == "plain":
         return PlainEngine(
-            build,
-            config=config,
-            shards=shards,
-            optim=optim,
-            grad_accum_steps=grad_accum_steps,
-            device=device,
+            build, shards=shards, optim=optim, grad_accum_steps=grad_accum_steps, device=device
         )
     return ZeroEngine(
         build,

@@ -32,9 +32,6 @@ class ExpertShard(nn.Module):
     Args:
         layer: The whole layer; its weight and bias are partitioned along their first dimension.
         exchange: The group that holds its parts.
-
-    Raises:
-        ValueError: The group's size does not divide them.
     """
 
     def __init__(self, layer: nn.Linear | InputMajorLinear, exchange: Exchange) -> None:
@@ -44,11 +41,7 @@ class ExpertShard(nn.Module):
         self.bias = self._part(layer.bias)
 
     def _part(self, whole: Tensor) -> nn.Parameter:
-        if whole.shape[0] % self.exchange.ranks:
-            raise ValueError(
-                f"an expert's weight of shape {tuple(whole.shape)} cannot be partitioned over "
-                f"{self.exchange.ranks} ranks"
-            )
+        assert whole.shape[0] % self.exchange.ranks == 0  # `check_placement` has seen to it
         part = whole.detach().chunk(self.exchange.ranks)[self.exchange.index]
         return nn.Parameter(part.clone())
 
@@ -104,11 +97,7 @@ class ExpertShards:
 
     @classmethod
     def of(cls, placement: Placement) -> ExpertShards:
-        """Form the expert groups of a placement; a collective call of all ranks.
-
-        Raises:
-            ValueError: If a group's size does not divide the number of ranks.
-        """
+        """Form the expert groups of a placement; a collective call of all ranks."""
         formed = {size: _form_groups(size) for size in sorted(set(placement.sharded.values()))}
         return cls(exchanges={k: formed[size] for k, size in placement.sharded.items()})
 
@@ -151,10 +140,6 @@ def _replace(expert: nn.Module, name: str, shard: ExpertShard) -> None:
 
 def _form_groups(size: int) -> Exchange:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size % size:
-        raise ValueError(
-            f"experts cannot be partitioned over groups of {size} ranks: there are {world_size}"
-        )
     experts = [expert_group(first, size) for first in range(0, world_size, size)]
     replicas = [replica_ranks(index, size, world_size) for index in range(size)]
     return Exchange(

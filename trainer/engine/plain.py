@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.engine.expert_shards import ExpertShards, draw_initial_weights, shards_of, whole_shape
 from trainer.engine.optimizer import OptimConfig, adamw, moments_of
-from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
+from trainer.engine.protocol import BuildModel, UpdateOutcome
 from trainer.state import Fragment
 
 
@@ -24,30 +24,19 @@ class PlainEngine:
         build_model: Builds the model with the same initial weights on every rank.
         shards: Partitions the experts.
         device: Where the model is computed.
-        config: Engine settings; only fp32 is supported here.
         optim: Optimizer settings.
         grad_accum_steps: Forward passes per update.
-
-    Raises:
-        ValueError: If a precision other than fp32 is asked for.
     """
 
     def __init__(
         self,
         build_model: BuildModel,
         *,
-        config: EngineConfig,
         shards: ExpertShards,
         optim: OptimConfig,
         grad_accum_steps: int,
         device: torch.device,
     ) -> None:
-        if config.precision != "fp32":
-            raise ValueError(
-                f"engine.precision={config.precision} is not available with engine.kind=plain, "
-                "the fp32 reference; use engine.kind=zero or engine.precision=fp32"
-            )
-
         def on_built(part: nn.Module) -> None:
             shards.partition(part)
             part.to(device)

@@ -26,7 +26,7 @@ from trainer.metrics.mlflow_backend import (
     experiment_id,
     tracking_uri,
 )
-from trainer.metrics.tracker import Point, TrackingConfig, UnsentPoints
+from trainer.metrics.tracker import Point, Tracker, TrackingConfig, UnsentPoints
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _TRIES_OF_A_CALL_AT_FAULT = 3
 _MAX_PAUSE_S = 15.0
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One MLflow run per training run, found again by name when the run is resumed.
 
     Args:

@@ -1,7 +1,7 @@
-"""What training needs of an experiment tracker; one that keeps nothing serves every other rank.
+"""What training needs of an experiment tracker, and the points that are still on their way to it.
 
-Else a kill would lose them for good: the resumed run does not train again what came before its
-checkpoint, and the process that would have sent them is gone.
+Checkpoints take those along. Else a kill would lose them for good: the resumed run does not train
+again what came before its checkpoint, and the process that would have sent them is gone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -92,8 +92,11 @@ class TrackingConfig:
             )
 
 
-class Tracker(Protocol):
-    """Takes what a run reports. No method raises for a tracker that is away."""
+class Tracker:
+    """Takes what a run reports. No method raises for a tracker that is away.
+
+    This one keeps nothing: it is that of every rank but the first.
+    """
 
     def config(
         self,
@@ -109,53 +112,19 @@ class Tracker(Protocol):
             lasting: What no launch of the run may change.
             present: What else is worth a look, as this launch has it.
         """
-        ...
 
     def metrics(self, values: Mapping[str, float], *, images: int) -> None:
         """Record values at a position of the run."""
-        ...
 
     def unsent(self) -> list[Point]:
         """Return the recorded values that are not safe yet, oldest first."""
-        ...
-
-    def image(self, name: str, png: bytes, *, images: int) -> None:
-        """Record a picture at a position of the run."""
-        ...
-
-    def tag(self, name: str, value: str) -> None:
-        """Attach or replace a named text."""
-        ...
-
-    def close(self, status: str) -> None:
-        """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""
-        ...
-
-
-class SilentTracker:
-    """Keeps nothing: the tracker of every rank but the first."""
-
-    def config(
-        self,
-        resolved: Mapping[str, Any],
-        *,
-        lasting: Mapping[str, Any],
-        present: Mapping[str, Any],
-    ) -> None:
-        """Ignore."""
-
-    def metrics(self, values: Mapping[str, float], *, images: int) -> None:
-        """Ignore."""
-
-    def unsent(self) -> list[Point]:
-        """There are none."""
         return []
 
     def image(self, name: str, png: bytes, *, images: int) -> None:
-        """Ignore."""
+        """Record a picture at a position of the run."""
 
     def tag(self, name: str, value: str) -> None:
-        """Ignore."""
+        """Attach or replace a named text."""
 
     def close(self, status: str) -> None:
-        """Ignore."""
+        """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""

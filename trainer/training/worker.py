@@ -42,7 +42,7 @@ from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
-from trainer.metrics.tracker import SilentTracker, Tracker
+from trainer.metrics.tracker import Tracker
 from trainer.planning.placing import resolve_placement
 from trainer.state import TrainState
 from trainer.storage.open import open_store, set_environment
@@ -219,7 +219,7 @@ def _restore(run: Run) -> Restored:
 
 def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracker]:
     if run.context.rank > 0:
-        return nullcontext(SilentTracker())
+        return nullcontext(Tracker())
     return track_run(run.job, run.science, unsent=restored.unsent, report=run.report)
 
 

@@ -23,7 +23,6 @@ from trainer.config.train import TrainConfig
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.plain import PlainEngine
-from trainer.engine.protocol import EngineConfig
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.curves import Curves, curves_as_json
 from trainer.state import TrainState
@@ -76,7 +75,6 @@ def _trained() -> Curves:
     step = TrainStep(
         engine=PlainEngine(
             _model,
-            config=EngineConfig(kind="plain"),
             shards=ExpertShards(exchanges={}),
             optim=optim,
             grad_accum_steps=2,

@@ -1,11 +1,11 @@
 """How saves ended is told to the user and kept with the run."""
 
 from trainer.checkpoint.upload import SaveReport
-from trainer.metrics.tracker import SilentTracker
+from trainer.metrics.tracker import Tracker
 from trainer.training.tracking import CheckpointReporter
 
 
-class KeepingTracker(SilentTracker):
+class KeepingTracker(Tracker):
     def __init__(self):
         self.tags = {}
         self.points = []

@@ -13,7 +13,7 @@ from trainer.metrics.tracker import (
     MAX_POINTS,
     InvalidTrackingUri,
     Point,
-    SilentTracker,
+    Tracker,
     TrackingConfig,
     UnsentPoints,
 )
@@ -191,7 +191,7 @@ def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
         metrics = MetricBuffer("cpu")
         progress = Progress(
             metrics=metrics,
-            tracker=SilentTracker(),
+            tracker=Tracker(),
             report=messages.append,
             interval_images=100,
             total_images=260,

@@ -51,7 +51,7 @@ from trainer.evaluation.reports import (
 )
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
-from trainer.metrics.tracker import SilentTracker
+from trainer.metrics.tracker import Tracker
 from trainer.state import Fragment
 from trainer.storage.errors import InvalidStoreUri
 from trainer.storage.open import open_store
@@ -232,7 +232,7 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypa
         engine,
         Publisher(
             store=store, run=run, images=300, attempt=lambda: manifest.attempt,
-            tracker=SilentTracker(), report=told.append,
+            tracker=Tracker(), report=told.append,
         ),
     )  # fmt: skip
     assert told == []

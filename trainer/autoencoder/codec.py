@@ -156,13 +156,7 @@ def open_encoder(
 def codec_digest(
     config: CodecConfig, *, cache: Path, store: StoreConfig, image_channels: int | None = None
 ) -> str | None:
-    """Find and check the autoencoder without loading it.
-
-    Args:
-        config: Which one.
-        cache: Folder on this machine for what has to be fetched.
-        store: How to reach an object store.
-        image_channels: Channels of the images that people see; None takes those it has.
+    """Find and check the autoencoder without loading it; the arguments are those of `load_codec`.
 
     Returns:
         Its digest; None in pixel space.

@@ -259,7 +259,7 @@ def _pieces(
     slices = manifest.slices(entry)
     first = first_elements(slices)
     per_kind = sum(span.numel for span in slices.values())
-    values_start = entry.size_bytes - BYTES_PER_ELEMENT * len(manifest.kinds) * per_kind
+    values_start = entry.size_bytes - manifest.content_bytes(entry)
     for read in reads:
         target = targets[read.name]
         for number, kind in enumerate(manifest.kinds):

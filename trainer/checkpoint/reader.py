@@ -104,14 +104,14 @@ class CheckpointReader:
         """Find a manifest on the first rank, and return it on every rank."""
         found: list[Manifest] = []
 
-        def told() -> bytes:
+        def encode() -> bytes:
             manifest = find()
             if manifest is None:
                 return b""
             found.append(manifest)
             return manifest.to_json()
 
-        heard = self._ranks.run_on_rank0(told)
+        heard = self._ranks.run_on_rank0(encode)
         if not heard:
             return None
         return found[0] if found else Manifest.from_json(heard, run=self.index.run)

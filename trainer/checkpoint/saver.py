@@ -106,7 +106,7 @@ class CheckpointSaver:
             policy=config,
             scores=scores,
         )
-        self._report = report if self._rank == 0 else _keep_quiet
+        self._report = report if self._rank == 0 else lambda _report: None
         self._plan: SavePlan | None = None
         self._snapshot: Snapshot | None = None
         self._upload: Upload | None = None
@@ -311,7 +311,3 @@ class CheckpointSaver:
 
 def _attempt() -> str:
     return uuid.uuid4().hex[:12]
-
-
-def _keep_quiet(_report: SaveReport) -> None:
-    """Stand in for the report on every rank but the first."""

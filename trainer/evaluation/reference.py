@@ -180,13 +180,7 @@ def reference_of_run(
 ) -> EvalReference:
     """Open the real images of a run's data set, outside of the run.
 
-    Args:
-        job: The job whose data set it is.
-        trained_on: SHA-256 of the index of the images that the run was trained on.
-        features: Names of the extractors.
-        inception_weights: Local file for "inception"; None downloads it when online.
-        device: Where features are extracted.
-        batch: Images whose features are extracted at a time.
+    Features are extracted on `device`; the other arguments are those of `EvalReference`.
 
     Raises:
         ConfigError: The images are not those of the run.

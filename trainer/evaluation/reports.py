@@ -197,16 +197,9 @@ class EvaluationReport(_Report):
     ) -> EvaluationReport:
         """Put figures beside the references they need.
 
-        Args:
-            config: What was measured.
-            images: Images the weights had been trained on.
-            origin: What else decides the figures.
-            reached: Distance of the samples.
-            frechet_untrained: Distance of those sampled the same way from the initial weights.
-            nfe: Network evaluations per sample in each segment.
-            labels: What a classifier of real images reads in the samples.
-            real_images: Held-out real images measured.
-            unusable_real_images: Held-out real images that could not be read or decoded.
+        `reached` is the distance of the samples, `frechet_untrained` that of those sampled the same
+        way from the initial weights, and `nfe` has the network evaluations per sample in each
+        segment. The others go into the report as they are.
         """
         halves = reached.frechet_real_halves
         gap = None

@@ -168,7 +168,7 @@ def _build_run(context: WorkerContext, job: JobConfig) -> Run:
     return Run(
         context=context,
         job=job,
-        report=context.report if context.rank == 0 else _report_nothing,
+        report=context.report if context.rank == 0 else lambda _message: None,
         device=device,
         flow=flow,
         engine=engine,
@@ -199,10 +199,6 @@ def initial_model(job: JobConfig, on_built: OnBuilt = no_op) -> LapFlowTransform
         classes=shape.classes,
         on_built=on_built,
     )
-
-
-def _report_nothing(_message: dict[str, Any]) -> None:
-    """Stand in for the line to the driver on every rank but the first."""
 
 
 def _restore(run: Run) -> Restored:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pipelines.documents import parse_json
 from trainer.checkpoint import errors as checkpoint_errors
 from trainer.checkpoint.errors import RankFailed
+from trainer.host_group import HostGroup
 from trainer.storage import errors as storage_errors
 from trainer.storage.errors import CheckpointError
 
@@ -25,32 +26,6 @@ _KINDS = {
 }
 
 
-class Ranks(Protocol):
-    """How ranks send each other bytes. Every method is a collective call of all of them."""
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        ...
-
-    def reduce_min(self, value: int) -> int:
-        """Return the least of all ranks' values."""
-        ...
-
-    def broadcast(self, data: bytes, *, source: int) -> bytes:
-        """Return what one rank gives; the others' data is not looked at."""
-        ...
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Return every rank's data, in rank order, on the first rank, and nothing on the others."""
-        ...
-
-
 class Agreement:
     """Runs a step on the ranks and ends it the same way on all of them.
 
@@ -60,7 +35,7 @@ class Agreement:
         ranks: What the ranks agree over.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: HostGroup) -> None:
         self._ranks = ranks
 
     def run_on_all(self, step: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.checkpoint import content
-from trainer.checkpoint.agreement import Agreement, Ranks
+from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest
@@ -36,7 +36,7 @@ class CheckpointReader:
         index: The checkpoints as this process knows them.
     """
 
-    def __init__(self, store: Store, *, run: str, ranks: Ranks | None = None) -> None:
+    def __init__(self, store: Store, *, run: str, ranks: HostGroup | None = None) -> None:
         self._store = store
         self._ranks = Agreement(ranks or HostGroup(alone=True))
         self.index = CheckpointIndex(store, run=run)

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from trainer.checkpoint import layout
-from trainer.checkpoint.agreement import Agreement, Ranks
+from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest
@@ -34,6 +34,7 @@ from trainer.checkpoint.save_plan import (
 from trainer.checkpoint.slices import slices_of
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.upload import SaveReport, Upload, UploadContext
+from trainer.host_group import HostGroup
 from trainer.state import Fragment
 from trainer.storage.retry import RetryPolicy
 from trainer.storage.store import Store
@@ -83,8 +84,8 @@ class CheckpointSaver:
         *,
         index: CheckpointIndex,
         config: CheckpointConfig,
-        ranks: Ranks,
-        aside: Ranks,
+        ranks: HostGroup,
+        aside: HostGroup,
         report: Callable[[SaveReport], None] = lambda _report: None,
         scores: Callable[[], Mapping[int, float]] = dict,
         position: int | None = None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config.reading import ConfigError
+from trainer.host_group import HostGroup
 from trainer.storage.checkpoint_uri import check_no_credentials, parse_checkpoint_uri
 from trainer.storage.errors import InvalidStoreUri
 from trainer.storage.open import open_store
@@ -87,7 +87,7 @@ def parse_uri(uri: str) -> tuple[str, str, int]:
 
 
 def open_checkpoint(
-    uri: str, config: StoreConfig, *, ranks: Ranks | None = None
+    uri: str, config: StoreConfig, *, ranks: HostGroup | None = None
 ) -> tuple[Store, CheckpointReader, Manifest]:
     """Open a checkpoint by its URI; a collective call where there are several ranks.
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from trainer.checkpoint.agreement import Ranks
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
@@ -16,6 +15,7 @@ from trainer.config.reading import ConfigError, defaults
 from trainer.config.renamed import with_current_names
 from trainer.engine.protocol import Engine
 from trainer.evaluation.choice import open_checkpoint, parse_uri
+from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import Point
 from trainer.state import TrainState
@@ -96,7 +96,7 @@ def restore(
     engine: Engine,
     metrics: MetricBuffer,
     checkpoints: CheckpointReader,
-    ranks: Ranks,
+    ranks: HostGroup,
     report: Callable[[dict[str, object]], None],
 ) -> Restored:
     """Bring the engine to where the run left off; a collective call.

@@ -20,7 +20,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks import command
 from benchmarks.experts.live import live_bytes
-from benchmarks.experts.training import engine_of
 from benchmarks.experts.variant import Variant
 from benchmarks.report import Cell
 from cluster.contract import WorkerContext
@@ -28,6 +27,7 @@ from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
 from trainer.planning.placing import resolve_placement, workload, zero_stage
 from trainer.planning.prediction import rank_memory
+from trainer.training.worker import build_run_engine
 
 _GIB = 2**30
 
@@ -82,7 +82,9 @@ def count(values: dict[str, Any]) -> int:
     job = from_dict(JobConfig, values)
     context = join_alone(job)
     with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "to", _stay):
-        engine = engine_of(job, context)
+        engine = build_run_engine(
+            job, world_size=context.world_size, device=torch.device(context.device)
+        )
         # Moments are made when they are first asked for.
         engine.fragments()
         return live_bytes()

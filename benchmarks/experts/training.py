@@ -11,10 +11,7 @@ from models.pyramid import split
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import from_dict
 from trainer.config.shapes import flow_shape
-from trainer.engine.build import build_engine
-from trainer.engine.protocol import Engine
-from trainer.planning.placing import resolve_placement
-from trainer.training.worker import initial_model
+from trainer.training.worker import build_run_engine
 
 
 class Training:
@@ -30,7 +27,9 @@ class Training:
 
     def __init__(self, job: dict[str, Any], context: WorkerContext) -> None:
         settings = from_dict(JobConfig, job)
-        self.engine = engine_of(settings, context)
+        self.engine = build_run_engine(
+            settings, world_size=context.world_size, device=torch.device(context.device)
+        )
         shape, images = flow_shape(settings.data, settings.codec), micro_batch(settings)
         self.grad_accum_steps = settings.train.global_batch // settings.cluster.workers // images
         flow = Flow(settings.flow)
@@ -55,17 +54,3 @@ class Training:
         for number in range(self.grad_accum_steps):
             self.backward(last=number == self.grad_accum_steps - 1)
         self.engine.update(learning_rate=1e-4, ema_decay=0.999)
-
-
-def engine_of(job: JobConfig, context: WorkerContext) -> Engine:
-    """Build the engine of a job as its workers do."""
-    return build_engine(
-        lambda on_built: initial_model(job, on_built),
-        config=job.engine,
-        placement=resolve_placement(job),
-        optim=job.optim,
-        micro_batch=micro_batch(job),
-        rank_batch=job.train.global_batch // context.world_size,
-        world_size=context.world_size,
-        device=torch.device(context.device),
-    )

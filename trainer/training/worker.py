@@ -143,16 +143,7 @@ def _build_run(context: WorkerContext, job: JobConfig) -> Run:
     if device.type == "cpu":
         return_large_blocks()
     flow = Flow(job.flow)
-    engine = build_engine(
-        lambda on_built: initial_model(job, on_built),
-        config=job.engine,
-        placement=resolve_placement(job),
-        optim=job.optim,
-        micro_batch=micro_batch(job),
-        rank_batch=job.train.global_batch // context.world_size,
-        world_size=context.world_size,
-        device=device,
-    )
+    engine = build_run_engine(job, world_size=context.world_size, device=device)
     logger.info("the model is there")
     store = open_store(paths.runs_uri(job), job.store)
     ranks = HostGroup()
@@ -179,6 +170,20 @@ def _build_run(context: WorkerContext, job: JobConfig) -> Run:
         codec=codec,
         science=science(job, data_digest=images.digest, codec_digest=codec_digest),
         metrics=MetricBuffer(device),
+    )
+
+
+def build_run_engine(job: JobConfig, *, world_size: int, device: torch.device) -> Engine:
+    """Build the engine of a run with its initial weights; a collective call."""
+    return build_engine(
+        lambda on_built: initial_model(job, on_built),
+        config=job.engine,
+        placement=resolve_placement(job),
+        optim=job.optim,
+        micro_batch=micro_batch(job),
+        rank_batch=job.train.global_batch // world_size,
+        world_size=world_size,
+        device=device,
     )
 
 

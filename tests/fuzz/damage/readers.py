@@ -28,20 +28,18 @@ from trainer.cli.ending import final_report
 from trainer.cli.evaluate import main as evaluate
 from trainer.cli.launch import main as launch
 from trainer.config.composition import composed
-from trainer.config.job import JobConfig, micro_batch, science
+from trainer.config.job import JobConfig, science
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_split, with_classes
-from trainer.engine.build import build_engine
 from trainer.evaluation.loading import own_eval
 from trainer.evaluation.reports import read_scores
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
-from trainer.planning.placing import resolve_placement
 from trainer.storage.errors import CheckpointError
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
 from trainer.training.resume import restore
-from trainer.training.worker import initial_model
+from trainer.training.worker import build_run_engine
 
 DAMAGED = "damaged"
 """In the place of a checkpoint's state."""
@@ -101,16 +99,7 @@ def restored(home: Path, *, before: int | None = None) -> dict[str, Any]:
     job = job_of(home)
     images = open_split(job, "train")
     told = _Told()
-    engine = build_engine(
-        lambda on_built: initial_model(job, on_built),
-        config=job.engine,
-        placement=resolve_placement(job),
-        optim=job.optim,
-        micro_batch=micro_batch(job),
-        rank_batch=job.train.global_batch,
-        world_size=1,
-        device=CPU,
-    )
+    engine = build_run_engine(job, world_size=1, device=CPU)
     reader = CheckpointReader(open_store(str(run_of(home).parent), StoreConfig()), run=RUN)
     if before is not None:
         last, newest = before, reader.newest_valid

@@ -328,7 +328,9 @@ def _distances(
     key: str, values: Mapping[str, Any], attempts: Collection[str]
 ) -> list[MeasuredDistance]:
     later = "measurement" in values
-    report = validate_as(CheckpointReport, values) if later else validate_as(EvaluationReport, values)
+    report = (
+        validate_as(CheckpointReport, values) if later else validate_as(EvaluationReport, values)
+    )
     measurement = report.measurement
     if measurement.attempt not in attempts:
         return []

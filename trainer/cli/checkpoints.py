@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -96,7 +96,7 @@ def list_checkpoints(config: ListConfig) -> Outcome:
             "resume_from": resume_from,
             "size_bytes": total,
             "features": shown.features,
-            "policy": asdict(config.policy),
+            "policy": config.kept,
             "checkpoints": [each.to_dict() for each in shown.entries],
         }
         return Outcome(json.dumps(values, indent=2))
@@ -144,7 +144,7 @@ def prune_checkpoints(config: PruneConfig) -> Outcome:
     what = format_count(len(plan.expired), "checkpoint")
     if left := _left_behind(shown.listing, plan):
         what += f" and {format_count(left, 'object')} that no checkpoint uses"
-    policy = " ".join(f"{key}={value}" for key, value in asdict(config.policy).items())
+    policy = " ".join(f"{key}={value}" for key, value in config.kept.items())
     lines = [shown_table, "", f"kept by {policy}", *shown.notes]
     if config.yes:
         aborted = shown.handle.index.clear(plan)

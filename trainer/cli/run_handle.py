@@ -157,8 +157,14 @@ class RetentionSettings:
     store: StoreConfig = field(default_factory=StoreConfig)
 
     @property
+    def kept(self) -> dict[str, int]:
+        """What is kept, by the names of the settings."""
+        names = ("keep_last", "keep_every_images", "keep_best")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def policy(self) -> CheckpointConfig:
-        """What is kept."""
+        """The same as a run has it."""
         return CheckpointConfig(
             keep_last=self.keep_last,
             keep_every_images=self.keep_every_images,

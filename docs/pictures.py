@@ -24,7 +24,7 @@ from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from models.pyramid import merge, split, up
 from models.transformer.config import preset
-from models.transformer.cost import ModelShape, attention_pairs
+from models.transformer.cost import ModelShape
 
 FOLDER = Path(__file__).parent / "images"
 _COLOURS = {0: "#4C72B0", 1: "#DD8452", 2: "#55A868", 3: "#8172B3"}
@@ -133,8 +133,9 @@ def attention() -> Figure:
         panel.set_aspect("equal")
         panel.set_xlabel("keys of scale")
         panel.set_ylabel("queries of")
-        prefix = attention_pairs(shape)
-        dense = attention_pairs(shape, dense=True)
+        keys = shape.keys(scales)
+        prefix = sum(own * seen for own, seen in zip(shape.tokens, keys, strict=True))
+        dense = sum(shape.tokens) ** 2
         panel.set_title(
             f"K = {scales}: {prefix:,} of {dense:,} pairs ({prefix / dense:.0%})",
             fontsize="medium",

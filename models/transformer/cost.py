@@ -189,24 +189,6 @@ def training_multiply_adds(shape: ModelShape) -> float:
     return sum(multiply_adds(shape, active=a) for a in range(1, shape.scales + 1)) / shape.scales
 
 
-def attention_pairs(shape: ModelShape, *, active: int | None = None, dense: bool = False) -> int:
-    """Count the query-key pairs that one attention layer computes for one image.
-
-    Args:
-        shape: The model.
-        active: Number of active scales, the coarsest ones; None means all.
-        dense: Count what a masked attention over all tokens computes, instead of the keys seen.
-
-    Raises:
-        CostError: ``active`` is not between 1 and the number of scales.
-    """
-    active = check_active(shape, active)
-    tokens = shape.tokens[:active]
-    if dense:
-        return sum(tokens) ** 2
-    return sum(n * keys for n, keys in zip(tokens, shape.keys(active), strict=True))
-
-
 def check_active(shape: ModelShape, active: int | None) -> int:
     """Return the number of active scales, all by default.
 

@@ -12,7 +12,6 @@ from models.transformer.config import PRESETS, Ties, TransformerConfig, preset
 from models.transformer.cost import (
     CostError,
     ModelShape,
-    attention_pairs,
     average_multiply_adds,
     multiply_adds,
     parameters,
@@ -123,14 +122,17 @@ def test_formula_counts_the_executed_multiply_adds(scales: int, active: int, opt
 
 
 def test_attention_and_token_ratios_of_equal_thirds() -> None:
-    single = attention_pairs(latent_shape("XL", 1))
+    def pairs(shape: ModelShape, active: int) -> int:
+        return sum(n * k for n, k in zip(shape.tokens, shape.keys(active), strict=False))
+
+    single = pairs(latent_shape("XL", 1), 1)
     three = latent_shape("XL", 3)
-    dense = sum(attention_pairs(three, active=a, dense=True) for a in (1, 2, 3)) / 3
-    prefix = sum(attention_pairs(three, active=a) for a in (1, 2, 3)) / 3
+    dense = sum(sum(three.tokens[:active]) ** 2 for active in (1, 2, 3)) / 3
+    prefix = sum(pairs(three, active) for active in (1, 2, 3)) / 3
     assert f"{dense / single:.3f}" == "0.608"
     assert prefix == (3 * 16 * 16 + 2 * 64 * 80 + 256 * 336) / 3
     assert f"{prefix / single:.4f}" == "0.4935"
-    assert attention_pairs(three) == 91_392
+    assert pairs(three, 3) == 91_392
     assert Fraction(int(3 * prefix), 3 * single) == Fraction(379, 768)
     two = latent_shape("XL", 2)
     assert sum(sum(two.tokens[:active]) for active in (1, 2)) / 2 / 256 == 0.75
@@ -162,6 +164,6 @@ def test_questions_without_an_answer_are_refused() -> None:
     with pytest.raises(CostError, match="active=3"):
         multiply_adds(shape, active=3)
     with pytest.raises(CostError, match="active=0"):
-        attention_pairs(shape, active=0)
+        multiply_adds(shape, active=0)
     with pytest.raises(CostError, match="give 1 times"):
         average_multiply_adds(shape, critical_times=(0.6, 0.3))

@@ -18,7 +18,7 @@ from benchmarks.interleaved import interleave
 from pipelines.augment import AugmentConfig, SampleKey
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.cpu import split_bands
-from pipelines.decode.dali_images import DaliDecoder
+from pipelines.decode.dali import DaliDecoder
 
 _DESCRIPTION = """\
 Decode, crop the central square, resize to --image-size, mirror half, normalise and split into

@@ -19,8 +19,7 @@ def make_decoder(
         device: "cpu" or "cuda:N".
     """
     if name == "dali":
-        from pipelines.decode.dali_images import DaliDecoder
-        from pipelines.decode.dali_latents import DaliLatentDecoder
+        from pipelines.decode.dali import DaliDecoder, DaliLatentDecoder
 
         if isinstance(config, LatentDecodeConfig):
             return DaliLatentDecoder(config, device=device)

@@ -9,8 +9,7 @@ from pipelines.augment import AugmentConfig, SampleKey
 from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig, LatentDecodeConfig
 from pipelines.decode.cpu import LatentDecoder, PillowDecoder
-from pipelines.decode.dali_images import DaliDecoder
-from pipelines.decode.dali_latents import DaliLatentDecoder
+from pipelines.decode.dali import DaliDecoder, DaliLatentDecoder
 from pipelines.errors import UndecodableImageError
 from pipelines.latent_format import LatentFormat
 from pipelines.loading.loader import Loader, LoaderConfig

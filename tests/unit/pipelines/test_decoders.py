@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from models.pyramid import merge, split
 from pipelines.augment import AugmentConfig, SampleKey
 from pipelines.decode.contract import DecodeConfig, Decoder
-from pipelines.decode.dali_images import DaliDecoder
+from pipelines.decode.dali import DaliDecoder
 from pipelines.decode.make import make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
 from tests.unit.pipelines import pictures

@@ -6,6 +6,7 @@ A worker is a plain function `worker(context, payload)`. When it is called, the 
 run is finished. The callable must be importable by name, and the payload is plain data.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -114,6 +115,21 @@ class WorkerContext:
 
 
 Worker: TypeAlias = Callable[[WorkerContext, Payload], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """How a run and who started it reach each other; all of it in the caller's thread.
+
+    Attributes:
+        on_message: Takes each message that a worker tells. What it raises ends the run.
+        stop: Asks the workers to stop once it is set.
+        report: Takes lines for a person.
+    """
+
+    on_message: Callable[[Message], None]
+    stop: threading.Event
+    report: Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from cluster.assignment import require_whole_groups
-from cluster.contract import ClusterConfig, Message, Outcome, Payload, Worker
+from cluster.contract import Caller, ClusterConfig, Message, Outcome, Payload, Worker
 from cluster.tested import TESTED_RAY, require_tested
 
 
@@ -51,20 +51,13 @@ def run(
         UntestedVersion: Ray is to be used, in a version that its use was not tested with.
     """
     require_whole_groups(config.workers, group_size)
+    caller = Caller(on_message=on_message, stop=stop, report=report)
     if config.backend == "local":
         # One machine: everything shares a node.
         from cluster import local
 
-        return local.run(config, worker, payload, on_message=on_message, stop=stop, report=report)
+        return local.run(config, worker, payload, caller)
     require_tested("ray", TESTED_RAY)  # before its private parts are imported
     from cluster import ray_train
 
-    return ray_train.run(
-        config,
-        worker,
-        payload,
-        on_message=on_message,
-        stop=stop,
-        report=report,
-        group_size=group_size,
-    )
+    return ray_train.run(config, worker, payload, caller, group_size=group_size)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -19,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 
 from cluster.assignment import oversubscription_warning
 from cluster.contract import (
+    Caller,
     ClusterConfig,
     ClusterTooSmall,
     Message,
@@ -38,30 +39,17 @@ _EXIT_GRACE_S = 10.0
 """How long a worker that returned may take to end its process."""
 
 
-def run(
-    config: ClusterConfig,
-    worker: Worker,
-    payload: Payload,
-    *,
-    on_message: Callable[[Message], None],
-    stop: threading.Event,
-    report: Callable[[str], None],
-) -> Outcome:
+def run(config: ClusterConfig, worker: Worker, payload: Payload, caller: Caller) -> Outcome:
     """Runs the worker in `config.workers` processes; see `cluster.launcher.run`."""
     devices = _devices(config)
     if "cpu" in devices and (word := oversubscription_warning(config, cores=os.cpu_count() or 1)):
-        report(word)
+        caller.report(word)
     with _processes(config, devices, worker, payload) as processes:
-        stopped = _monitor(processes, on_message=on_message, stop=stop)
+        stopped = _monitor(processes, caller)
     return Outcome(status="stopped" if stopped else "finished")
 
 
-def _monitor(
-    processes: dict[Connection, SpawnProcess],
-    *,
-    on_message: Callable[[Message], None],
-    stop: threading.Event,
-) -> bool:
+def _monitor(processes: dict[Connection, SpawnProcess], caller: Caller) -> bool:
     """Passes messages and the stop on until every worker returned; True if a stop was asked."""
     running = dict(zip(processes, range(len(processes)), strict=True))
     failures: list[Failure] = []
@@ -70,7 +58,7 @@ def _monitor(
     while running and time.monotonic() < deadline:
         # Not stop.wait(): the event may be set by a signal handler that interrupts this very
         # thread, and would then wait for the lock that wait() holds.
-        if stop.is_set() and not stopped:
+        if caller.stop.is_set() and not stopped:
             stopped = True
             for channel in running:
                 _ask_to_stop(channel)
@@ -83,7 +71,7 @@ def _monitor(
                 processes[channel].join(_PEER_GRACE_S)
                 event = exit_failure(rank, 0, processes[channel].exitcode)
             if isinstance(event, dict):
-                on_message(event)
+                caller.on_message(event)
                 continue
             del running[channel]
             if event is not None:

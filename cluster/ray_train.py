@@ -30,10 +30,10 @@ from cluster.assignment import (
     require_room,
 )
 from cluster.contract import (
+    Caller,
     ClusterConfig,
     ClusterTooSmall,
     ClusterUnavailable,
-    Message,
     Outcome,
     Payload,
     Worker,
@@ -59,16 +59,14 @@ def run(
     config: ClusterConfig,
     worker: Worker,
     payload: Payload,
+    caller: Caller,
     *,
-    on_message: Callable[[Message], None],
-    stop: threading.Event,
-    report: Callable[[str], None],
     group_size: int,
 ) -> Outcome:
     """Runs the worker on `config.workers` Ray Train workers; see `cluster.launcher.run`."""
     with (
         contextlib.ExitStack() as at_last,
-        session(config, report) as connected,
+        session(config, caller.report) as connected,
         _environment(config, connected),
     ):
         gpus = gpus_per_worker(config, connected.nodes)
@@ -78,7 +76,7 @@ def run(
             and gpus == 0
             and (word := oversubscription_warning(config, cores=os.cpu_count() or 1))
         ):
-            report(word)
+            caller.report(word)
         spec = WorkerGroupSpec(
             workers=config.workers,
             group_size=group_size,
@@ -87,18 +85,16 @@ def run(
         )
         # Only to refuse groups that even the idle cluster could not hold: each start assigns anew.
         assign_nodes(spec, connected.nodes)
-        if not _wait_for_room(config, spec, stop, report):
+        if not _wait_for_room(config, spec, caller):
             return Outcome(status="stopped")
         mailbox = open_mailbox(config)
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
         fit = TrainThread(_trainer(config, spec, loop, mailbox, connected))
         fit.start()
-        report(f"workers: waiting for {config.workers} of them to load and to meet")
+        caller.report(f"workers: waiting for {config.workers} of them to load and to meet")
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
         at_last.callback(fit.join, _CLOSE_S)
-        return RunMonitor(
-            config, mailbox, fit, on_message=on_message, stop=stop, report=report
-        ).run()
+        return RunMonitor(config, mailbox, fit, caller).run()
 
 
 def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> Callable[[], None]:
@@ -148,17 +144,12 @@ def _trainer(
     )
 
 
-def _wait_for_room(
-    config: ClusterConfig,
-    spec: WorkerGroupSpec,
-    stop: threading.Event,
-    report: Callable[[str], None],
-) -> bool:
+def _wait_for_room(config: ClusterConfig, spec: WorkerGroupSpec, caller: Caller) -> bool:
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
     cpus, gpus = spec.workers * spec.cpus, spec.workers * spec.gpus
     deadline = time.monotonic() + config.start_timeout_s
     last = ""
-    while not stop.is_set():
+    while not caller.stop.is_set():
         free = ray.available_resources()
         enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
         now = f"{format_resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
@@ -176,7 +167,7 @@ def _wait_for_room(
                 "cluster.cpus_per_worker), or raise cluster.start_timeout_s."
             )
         if now != last:
-            report(
+            caller.report(
                 f"waiting up to {config.start_timeout_s:g} s (cluster.start_timeout_s) for "
                 f"{format_resources(cpus, gpus)}: {now}, other jobs hold the rest of the cluster"
             )
@@ -236,9 +227,7 @@ class RunMonitor:
         config: The run's.
         mailbox: What lies between the driver and the workers.
         fit: Ray Train, started.
-        on_message: The caller's.
-        stop: The caller's.
-        report: The caller's.
+        caller: Who started the run.
     """
 
     def __init__(
@@ -246,17 +235,12 @@ class RunMonitor:
         config: ClusterConfig,
         mailbox: Mailbox,
         fit: TrainThread,
-        *,
-        on_message: Callable[[Message], None],
-        stop: threading.Event,
-        report: Callable[[str], None],
+        caller: Caller,
     ) -> None:
         self._config = config
         self._mailbox = mailbox
         self._fit = fit
-        self._on_message = on_message
-        self._stop = stop
-        self._report = report
+        self._caller = caller
         self._attempt = -1
         self._ended: set[int] = set()
         self._failures: list[Failure] = []
@@ -277,7 +261,7 @@ class RunMonitor:
             while self._fit.is_alive() and len(self._ended) < self._config.workers:
                 # Not stop.wait(): the event may be set by a signal handler that interrupts this
                 # very thread, and would then wait for the lock that wait() holds.
-                if self._stop.is_set() and not stopped:
+                if self._caller.stop.is_set() and not stopped:
                     stopped = True
                     self._mailbox.ask_to_stop()
                 self._handle_events()
@@ -310,7 +294,7 @@ class RunMonitor:
                             self._config.max_failures,
                         )
                 case Note(text):
-                    self._report(text)
+                    self._caller.report(text)
                 case Finished(attempt, rank):
                     if attempt == self._attempt:
                         self._ended.add(rank)
@@ -320,7 +304,7 @@ class RunMonitor:
                     self._failures.append(event)
                     _log.warning("Worker %d failed: %s", event.rank, event.text)
                 case _:
-                    self._on_message(event)
+                    self._caller.on_message(event)
 
     def _error(self, error: BaseException) -> Exception:
         """What to raise for the error that Ray Train ended with."""

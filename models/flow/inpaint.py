@@ -20,9 +20,8 @@ from torch import Tensor
 
 from models.axes import Band, Bands, VelocityModel
 from models.flow.flow import Flow
-from models.flow.guidance import NfeCounter, guide
 from models.flow.path import Coefficients
-from models.flow.sampler import Samples
+from models.flow.sampler import NfeCounter, Samples, guide
 from models.flow.sampler_config import Piece, SamplerConfig
 from models.flow.solver import SOLVERS, VelocityFunction, integrate
 from models.pyramid import down, merge, split, up

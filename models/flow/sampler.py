@@ -7,12 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.axes import Bands, VelocityModel
-from models.flow.dopri5 import integrate_adaptive
 from models.flow.flow import Flow
-from models.flow.guidance import NfeCounter, guide
 from models.flow.sampler_config import Piece, SamplerConfig, SamplerConfigError
-from models.flow.solver import SOLVERS, integrate
+from models.flow.solver import SOLVERS, VelocityFunction, integrate
 from models.pyramid import merge
+
+_FIRST_STEP = 0.05
+"""Share of the interval that is tried first; a step that is too long is made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,3 +131,90 @@ def _integrate(
         steps=piece.steps,
         solver=SOLVERS[config.solver],
     )
+
+
+def integrate_adaptive(
+    velocity: VelocityFunction,
+    states: Bands,
+    *,
+    start: float,
+    end: float,
+    absolute_tolerance: float,
+    relative_tolerance: float,
+) -> Bands:
+    """Integrate d states / d time = velocity(states, time) with steps that follow the error.
+
+    A step is taken when, on every scale, the root mean square of the estimated error over all
+    images and elements, each divided by its tolerance, is at most 1. All images share the steps.
+
+    Args:
+        velocity: Right-hand side; smooth in time between ``start`` and ``end``.
+        states: States at ``start``.
+        start: First time.
+        end: Last time.
+        absolute_tolerance: Part of the tolerance that does not depend on the state.
+        relative_tolerance: Part of the tolerance in proportion to the state's size.
+
+    Returns:
+        The states at ``end``.
+    """
+    # It imports scipy, for half a second.
+    from torchdiffeq import odeint
+
+    def slope(time: Tensor, current: Bands) -> Bands:
+        return velocity(current, time.item())
+
+    times = torch.tensor([start, end], dtype=torch.float64, device=states[0].device)
+    trajectory = odeint(
+        slope,
+        states,
+        times,
+        atol=absolute_tolerance,
+        rtol=relative_tolerance,
+        method="dopri5",
+        # Land on the end: by default the last step goes beyond, where nothing was trained, and the
+        # result is interpolated. The first step is given, because its own choice looks beyond too.
+        options={"step_t": times[1:], "first_step": (end - start) * _FIRST_STEP},
+    )
+    return tuple(points[-1] for points in trajectory)
+
+
+def guide(velocity_model: VelocityModel, *, scale: float, null_label: int) -> VelocityModel:
+    """Wrap a velocity model so that it returns ``v_null + scale * (v_label - v_null)``.
+
+    Both velocities come from one call on a batch of twice the size.
+
+    Args:
+        velocity_model: Network that was trained with some labels replaced by ``null_label``.
+        scale: Guidance scale w; 1 leaves the velocity as it is.
+        null_label: Label that stands for "no class".
+
+    Returns:
+        A velocity model for states that all hold the whole batch.
+    """
+
+    def velocity(states: Bands, time: Float[Tensor, "b"], labels: Int[Tensor, "b"]) -> Bands:
+        doubled = tuple(torch.cat([state, state]) for state in states)
+        pair_labels = torch.cat([labels, torch.full_like(labels, null_label)])
+        pairs = (v.chunk(2) for v in velocity_model(doubled, torch.cat([time, time]), pair_labels))
+        return tuple(null + scale * (labelled - null) for labelled, null in pairs)
+
+    return velocity
+
+
+class NfeCounter:
+    """A velocity model that counts the images it is called with; a guided pair counts as two."""
+
+    def __init__(self, model: VelocityModel) -> None:
+        self._model = model
+        self._images = 0
+
+    def __call__(self, states: Bands, time: Tensor, labels: Tensor) -> Bands:
+        """Call the model."""
+        self._images += time.shape[0]
+        return self._model(states, time, labels)
+
+    def take(self) -> int:
+        """Return the count and begin again at zero."""
+        images, self._images = self._images, 0
+        return images

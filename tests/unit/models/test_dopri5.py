@@ -5,9 +5,8 @@ import torch
 from torchdiffeq import odeint
 
 from models.axes import Bands
-from models.flow.dopri5 import integrate_adaptive
 from models.flow.flow import Flow, FlowConfig
-from models.flow.sampler import sample
+from models.flow.sampler import integrate_adaptive, sample
 from models.flow.sampler_config import SamplerConfig
 
 TOLERANCES = {"absolute_tolerance": 1e-5, "relative_tolerance": 1e-5}

@@ -5,8 +5,7 @@ import torch
 
 from models.axes import Bands
 from models.flow.flow import Flow, FlowConfig
-from models.flow.guidance import guide
-from models.flow.sampler import Samples, images_per_call, sample
+from models.flow.sampler import Samples, guide, images_per_call, sample
 from models.flow.sampler_config import (
     SamplerConfig,
     SamplerConfigError,

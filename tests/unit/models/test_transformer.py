@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from models.transformer.config import Ties, TransformerConfig, TransformerConfigError
-from models.transformer.embed import TimeEmbed, sincos_positions
-from models.transformer.lapflow import LapFlowTransformer
+from models.transformer.lapflow import LapFlowTransformer, TimeEmbed, sincos_positions
 from tests.unit.models.reference import (
     reference_forward,
     reference_positions,

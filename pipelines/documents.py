@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from pipelines.console import visible
 
@@ -102,11 +103,14 @@ def validate_as(kind: type[T], values: Any) -> T:
         # As JSON, in which alone a list may be a tuple while a text is still no number.
         return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        reasons = [
-            f"{visible('.'.join(map(str, each['loc'])))[:80] or 'it'}: {visible(each['msg'])[:120]}"
-            for each in error.errors(include_url=False, include_context=False)[:_MAX_REASONS]
-        ]
+        reasons = [_say_why(each) for each in error.errors(include_url=False)[:_MAX_REASONS]]
         raise DocumentError(f"it does not hold what it should ({'; '.join(reasons)})") from None
+
+
+def _say_why(error: ErrorDetails) -> str:
+    name = visible(".".join(map(str, error["loc"])))[:80] or "it"
+    found = "" if error["type"] == "missing" else f", not {visible(repr(error['input']))[:40]}"
+    return f"{name}: {visible(error['msg'])[:120]}{found}"
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -3,13 +3,13 @@
 It lies beside the index of a dataset of latents. A training run compares it with its own settings.
 """
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pipelines.documents import DocumentError, belongs, parse_json, unseal
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from pipelines.documents import DocumentError, belongs, parse_json, unseal, validate_as
 from pipelines.errors import InvalidLatentRecordError, MissingLatentRecordError
 from pipelines.latent_format import LatentFormat
 from pipelines.source import Source, SourceConfig
@@ -21,9 +21,24 @@ MAX_SCALES = 4
 _VERSION = 1
 _MAX_BYTES = 1 << 26
 _MAX_TEXT = 4096
-_MAX_NUMBER = 1 << 32
-_ABSENT = "nothing"
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _check_line(text: str) -> str:
+    if not 0 < len(text) <= _MAX_TEXT or not text.isprintable():
+        raise ValueError("it is no line of text")
+    return text
+
+
+def _check_whole(value: object) -> object:
+    if type(value) is not int:  # True == 1
+        raise ValueError("it is no whole number")
+    return value
+
+
+_Line = Annotated[str, AfterValidator(_check_line)]
+_Views = Annotated[Literal[1, 2], BeforeValidator(_check_whole)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Whole = Annotated[int, Field(ge=1, le=1 << 32)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +51,7 @@ class BandStatistics:
     """
 
     mean: float
-    std: float
+    std: Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +78,21 @@ class LatentRecord:
             can be split into, up to `MAX_SCALES`.
     """
 
-    autoencoder: str
-    autoencoder_sha256: str
+    autoencoder: _Line
+    autoencoder_sha256: _Digest
     encode_precision: Literal["fp32", "bf16"] | None
-    factor: int
-    channels: int
+    factor: _Whole
+    channels: _Whole
     scale: float
     shift: float
-    image_size: int
-    views: Literal[1, 2]
+    image_size: _Whole
+    views: _Views
     dtype: Literal["float16", "float32"]
-    source: str
-    source_sha256: str | None
-    samples: int
+    source: _Line
+    source_sha256: _Digest | None
+    samples: _Whole
     skipped: tuple[int, ...]
-    bands: Mapping[int, tuple[BandStatistics, ...]]
+    bands: Annotated[Mapping[int, tuple[BandStatistics, ...]], Field(max_length=MAX_SCALES)]
 
     @property
     def format(self) -> LatentFormat:
@@ -110,7 +125,7 @@ def read_latent_record(prefix: str, *, config: SourceConfig | None = None) -> La
         InvalidLatentRecordError: It cannot be used, or must not be trusted.
         StoreUnreachableError: The store refuses, or does not answer.
     """
-    source = Source(prefix, config=config or SourceConfig())
+    source = Source(prefix, config=config)
     try:
         content = source.read(RECORD_NAME)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -151,100 +166,17 @@ def _record(content: bytes) -> LatentRecord:
     try:
         # Records of before have no checksum.
         values = unseal(parse_json(content, max_bytes=_MAX_BYTES), required=False)
+        if values.get("version") != _VERSION:
+            raise _Problem(f"it is not a record of latents of version {_VERSION}")
+        record = validate_as(LatentRecord, values)
     except DocumentError as error:
         raise _Problem(str(error)) from None
-    if values.get("version") != _VERSION:
-        raise _Problem(f"it is not a record of latents of version {_VERSION}")
-    samples = _whole(values, "samples")
-    record = LatentRecord(
-        autoencoder=_text(values, "autoencoder"),
-        autoencoder_sha256=_digest(values, "autoencoder_sha256"),
-        encode_precision=_one_of(values, "encode_precision", ("fp32", "bf16", None)),
-        factor=_whole(values, "factor"),
-        channels=_whole(values, "channels"),
-        scale=_number(values, "scale"),
-        shift=_number(values, "shift"),
-        image_size=_whole(values, "image_size"),
-        views=_one_of(values, "views", (1, 2)),
-        dtype=_one_of(values, "dtype", ("float16", "float32")),
-        source=_text(values, "source"),
-        source_sha256=_digest_or_null(values, "source_sha256"),
-        samples=samples,
-        skipped=_parse_skipped(values, samples=samples),
-        bands=_bands(values),
-    )
     if record.image_size % record.factor:
         raise _Problem(f"image_size={record.image_size} is no multiple of factor={record.factor}")
-    return record
-
-
-def _text(values: dict[str, Any], name: str) -> str:
-    value = values.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or not value.isprintable():
-        raise _Problem(f"{name} is {str(value)[:40]!r}, not a line of text")
-    return value
-
-
-def _digest(values: dict[str, Any], name: str) -> str:
-    value = values.get(name)
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise _Problem(f"{name} is {str(value)[:80]!r}, not a SHA-256 digest")
-    return value
-
-
-def _digest_or_null(values: dict[str, Any], name: str) -> str | None:
-    # What is left out is no confession that nobody knows it.
-    return None if values.get(name, _ABSENT) is None else _digest(values, name)
-
-
-def _one_of(values: dict[str, Any], name: str, choices: tuple[Any, ...]) -> Any:
-    value = values.get(name, _ABSENT)
-    # Types count, for True == 1.
-    if (type(value), value) not in [(type(choice), choice) for choice in choices]:
-        raise _Problem(f"{name} is {str(value)[:40]!r}, not one of {list(choices)}")
-    return value
-
-
-def _whole(values: dict[str, Any], name: str) -> int:
-    value = values.get(name)
-    if type(value) is not int or not 1 <= value <= _MAX_NUMBER:
-        raise _Problem(f"{name} is {str(value)[:40]!r}, not a whole number from 1")
-    return value
-
-
-def _number(values: dict[str, Any], name: str) -> float:
-    value: Any = values.get(name)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise _Problem(f"{name} is {str(value)[:40]!r}, not a number")
-    return float(value)
-
-
-def _parse_skipped(values: dict[str, Any], *, samples: int) -> tuple[int, ...]:
-    ids = values.get("skipped")
-    if not isinstance(ids, list) or any(type(place) is not int for place in ids):
-        raise _Problem("skipped is not a list of ids")
-    if sorted(set(ids)) != ids or (ids and not 0 <= ids[0] <= ids[-1] < samples + len(ids)):
+    ids = list(record.skipped)
+    if sorted(set(ids)) != ids or (ids and not 0 <= ids[0] <= ids[-1] < record.samples + len(ids)):
         raise _Problem("the ids in skipped do not ascend within those of the source")
-    return tuple(ids)
-
-
-def _bands(values: dict[str, Any]) -> dict[int, tuple[BandStatistics, ...]]:
-    bands = values.get("bands")
-    if not isinstance(bands, dict) or not 1 <= len(bands) <= MAX_SCALES:
-        raise _Problem(f"bands does not hold statistics for 1 to {MAX_SCALES} scales")
-    result = {}
-    for scales in range(1, len(bands) + 1):
-        entries = bands.get(str(scales))
-        if not isinstance(entries, list) or len(entries) != scales:
+    for scales in range(1, max(1, len(record.bands)) + 1):
+        if len(record.bands.get(scales, ())) != scales:
             raise _Problem(f"bands does not hold {scales} bands for {scales} scales")
-        statistics = []
-        for entry in entries:
-            if not isinstance(entry, dict):
-                raise _Problem("a band's statistics are not an object")
-            statistics.append(
-                BandStatistics(mean=_number(entry, "mean"), std=_number(entry, "std"))
-            )
-        if any(band.std < 0 for band in statistics):
-            raise _Problem("a band's deviation is below 0")
-        result[scales] = tuple(statistics)
-    return result
+    return record

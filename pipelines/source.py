@@ -127,12 +127,12 @@ class Source:
             would read it differently.
     """
 
-    def __init__(self, prefix: str, *, config: SourceConfig) -> None:
+    def __init__(self, prefix: str, *, config: SourceConfig | None = None) -> None:
         self.is_local = not is_url(prefix)
         if self.is_local:
             prefix = os.path.expanduser(prefix)  # not every shell reads a ~ behind a =
         self.prefix = prefix.rstrip("/") or prefix
-        self._config = config
+        self._config = config or SourceConfig()
         if not self.is_local and "@" in urlsplit(prefix).netloc:
             raise DataError(
                 "A dataset's URL must not carry a user name or password. Use the AWS credential "

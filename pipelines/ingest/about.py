@@ -1,10 +1,10 @@
 """What a dataset says of itself: ingest.json, which an ingest writes beside the index."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.console import visible
-from pipelines.documents import DocumentError, belongs, parse_json, unseal
+from pipelines.documents import DocumentError, belongs, parse_json, unseal, validate_as
 from pipelines.errors import DataError
 from pipelines.ingest.source_files import PassedOver
 from pipelines.source import Source, SourceConfig
@@ -31,7 +31,7 @@ class About:
 
     plan: str
     classes: tuple[str, ...]
-    images_per_class: tuple[int, ...] | None
+    images_per_class: tuple[int, ...] | None = None
     skipped: tuple[tuple[str, str], ...]
     passed_over: PassedOver = ()
 
@@ -51,7 +51,7 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
         MissingDatasetError: There is one, and no index beside it.
         StoreUnreachableError: The store refuses, or does not answer.
     """
-    source = Source(prefix, config=config or SourceConfig())
+    source = Source(prefix, config=config)
     try:
         content = source.read(ABOUT_NAME)
     except (FileNotFoundError, NotADirectoryError):
@@ -62,30 +62,23 @@ def read_about(prefix: str, *, config: SourceConfig | None = None) -> About | No
         if not belongs(values, source.read_index):
             raise DocumentError("it is of another dataset than the index beside it")
         return about
-    except DataError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
+    except DocumentError as error:
         raise InvalidAboutError(
-            f"{source.prefix}/{ABOUT_NAME} is not what pipelines.ingest writes "
-            f"({type(error).__name__}: {error}). Restore the file, or remove it to do without the "
-            "names of the classes; if you changed it yourself, remove its field sha256."
+            f"{source.prefix}/{ABOUT_NAME} is not what pipelines.ingest writes ({error}). Restore "
+            "the file, or remove it to do without the names of the classes; if you changed it "
+            "yourself, remove its field sha256."
         ) from error
 
 
 def _parse(values: Any) -> About:
     # Datasets of before have no checksum.
-    values = unseal(values, required=False)
-    classes, counts = values["classes"], values.get("images_per_class")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError("classes is not a list of names")
-    if counts is not None and [type(count) for count in counts] != [int] * len(classes):
-        raise ValueError("images_per_class is not a number for each class")
-    return About(
-        plan=str(values["plan"]),
-        classes=tuple(map(visible, classes)),
-        images_per_class=None if counts is None else tuple(counts),
-        skipped=tuple((visible(name), visible(reason)) for name, reason in values["skipped"]),
-        passed_over=tuple(
-            (visible(kind), int(number)) for kind, number in values.get("passed_over", ())
-        ),
+    about = validate_as(About, unseal(values, required=False))
+    counts = about.images_per_class
+    if counts is not None and len(counts) != len(about.classes):
+        raise DocumentError("images_per_class is not a number for each class")
+    return replace(
+        about,
+        classes=tuple(map(visible, about.classes)),
+        skipped=tuple((visible(name), visible(reason)) for name, reason in about.skipped),
+        passed_over=tuple((visible(kind), number) for kind, number in about.passed_over),
     )

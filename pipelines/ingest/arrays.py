@@ -1,44 +1,281 @@
-"""Datasets of latents that are taken in from arrays of another program."""
+"""Datasets of latents that are taken in from arrays of another program.
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+The arrays lie in one folder for each class, or all in one folder, which is one class. Where there
+is a dataset.json beside them, as EDM2's tools write it, classes are taken from there: the folders
+that those tools make only keep the files apart. Nobody vouches for the files.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.augment import SampleKey
-from pipelines.decode.contract import DrawnLatent, LatentDecodeConfig
-from pipelines.decode.cpu import LatentDecoder
-from pipelines.errors import BadLatentError, EmptyDatasetError
+from pipelines.documents import read_json
+from pipelines.errors import BadLatentError, DataError, EmptyDatasetError, UnreadableSourceError
 from pipelines.index import LABEL_COLUMN
-from pipelines.ingest.array_files import ArrayLayout, BadArrayError, MisfitArrayError, read_array
-from pipelines.ingest.latent_origin import (
-    RECIPE,
-    BandSums,
-    Encoder,
-    Origin,
-    check_shard_bytes,
-)
-from pipelines.ingest.listing import Listing, SourceImage
-from pipelines.ingest.plan import Plan, WriteConfig, check_seed, cut, plan_digest
-from pipelines.ingest.source_files import in_words
+from pipelines.ingest.latent_origin import RECIPE, Encoder, LatentPart, LatentsConfig, Origin
+from pipelines.ingest.listing import Listing, SourceImage, class_names, number_classes
+from pipelines.ingest.plan import Plan, check_seed, cut, plan_digest
+from pipelines.ingest.source_files import Entry, Wanted, count, in_words, walk
 from pipelines.ingest.write import Filled, Part, WriteSample
-from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat, Moments
+from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
 from pipelines.order import permutation
 
 _BATCH = 32  # latents whose statistics are summed at a time
+MAX_BYTES = 1 << 28
+"""Larger files are not read: moments of two views of 32 x 256 x 256 numbers in float64 fit."""
+_ARRAYS = Wanted(suffixes=(".npy",), max_bytes=MAX_BYTES, archives=False)
+_LABELS = "dataset.json"
+_MAX_LABEL_BYTES = 1 << 30
+_MAX_CLASSES = 1 << 20
+
+Holds = Literal["mean-std", "latents"]
+
+
+class BadArrayError(Exception):
+    """A file holds no array that can be used; others may."""
+
+
+def parse_npy(data: bytes) -> NDArray[Any]:
+    """Look at the bytes of a .npy file as an array of floating-point numbers.
+
+    Unlike `numpy.load` it takes no memory for what a header only promises, and knows no other
+    kinds of files.
+
+    Raises:
+        BadArrayError: It is damaged, or holds something else.
+    """
+    file = io.BytesIO(data)
+    form: Any = np.lib.format
+    try:
+        version = form.read_magic(file)
+        read = {
+            (1, 0): form.read_array_header_1_0,
+            (2, 0): form.read_array_header_2_0,
+        }[version]
+        shape, in_columns, dtype = read(file)
+    except KeyError:
+        raise BadArrayError("its version of the format .npy is unknown") from None
+    except Exception as error:  # NumPy's parser raises what it comes upon, also of tokens
+        reason = " ".join(str(error).split())[:100]
+        raise BadArrayError(f"it is no .npy file ({reason})") from None
+    if dtype.hasobject:
+        raise BadArrayError("it holds pickled objects, which are not loaded")
+    if dtype.kind != "f":
+        raise BadArrayError(f"it holds {dtype}, not floating-point numbers")
+    if min(shape, default=1) < 1:
+        raise BadArrayError(f"its shape is {list(shape)}")
+    promised, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if promised != found:
+        raise BadArrayError(f"it holds {found} bytes of numbers instead of {promised}")
+    numbers = np.frombuffer(data, dtype=dtype, offset=file.tell())
+    return numbers.reshape(shape, order="F" if in_columns else "C")
+
+
+class MisfitArrayError(DataError):
+    """An array has another shape than it should have."""
+
+    @classmethod
+    def of_two(
+        cls, name: str, shape: tuple[int, ...], example: str, wanted: tuple[int, ...]
+    ) -> "MisfitArrayError":
+        """Say that an array differs from another one of its data set."""
+        return cls(
+            f"{name} has the shape {list(shape)}, and {example} has {list(wanted)}; the arrays of "
+            "one data set have one shape. Remove those of the other, or give each shape a data set "
+            "of its own."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArraysConfig(WriteConfig):
+class ArrayLayout:
+    """What the arrays of a data set hold.
+
+    Attributes:
+        holds: Means, then standard deviations; or latents alone, whose deviation is 0.
+        views: 2 where the mirrored image follows the image along the first axis, else 1.
+        channels: Channels of a latent.
+        scale: What latents were multiplied by, after the shift; 1 where they were not.
+        shift: What was subtracted from them before; 0 where nothing was.
+    """
+
+    holds: Holds
+    views: Literal[1, 2]
+    channels: int
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def check(self, shape: tuple[int, ...], *, name: str) -> None:
+        """Refuse a shape that does not fit.
+
+        Args:
+            shape: Shape of an array.
+            name: What to call the array.
+
+        Raises:
+            MisfitArrayError: It is none of those that the layout allows.
+        """
+        accepted = [(*leading, *shape[-2:]) for leading in self._leading]
+        if shape in accepted and shape[-1] == shape[-2]:
+            return
+        wanted = " or ".join(
+            f"[{', '.join(map(str, leading))}, size, size]" for leading in self._leading
+        )
+        raise MisfitArrayError(
+            f"{name} has the shape {list(shape)}; --arrays {self.holds} with --views {self.views} "
+            f"and an autoencoder of {self.channels} channels needs {wanted}. Choose --arrays and "
+            "--views as the files were written, or the --autoencoder that made them."
+        )
+
+    def moments(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Arrange an array that fits as [views, mean and deviation, channels, size, size].
+
+        Values are the autoencoder's own, before shift and scale.
+
+        Raises:
+            BadArrayError: It holds numbers that no encoder gives.
+        """
+        size = array.shape[-1]
+        if not np.isfinite(array).all():
+            raise BadArrayError("it holds numbers that are not finite")
+        kinds = 2 if self.holds == "mean-std" else 1
+        found = array.reshape(self.views, kinds, self.channels, size, size).astype(np.float64)
+        result = np.zeros((self.views, 2, self.channels, size, size))
+        result[:, 0] = found[:, 0] / self.scale + self.shift
+        if kinds == 2:
+            if (found[:, 1] < 0).any():
+                raise BadArrayError("it holds standard deviations below 0")
+            result[:, 1] = found[:, 1] / abs(self.scale)
+        return result
+
+    @property
+    def _leading(self) -> tuple[tuple[int, ...], ...]:
+        """Accepted shapes, without height and width."""
+        views = (2,) if self.views == 2 else ()
+        if self.holds == "latents":
+            return ((*views, self.channels),)
+        return ((*views, 2 * self.channels), (*views, 2, self.channels))
+
+
+def read_array(file: SourceImage) -> NDArray[Any]:
+    """Read one array.
+
+    Raises:
+        BadArrayError: It is gone, damaged, or no array.
+        UnreadableSourceError: It is there and cannot be read.
+    """
+    if file.size > MAX_BYTES:
+        raise BadArrayError(f"it is {file.size} bytes long, more than {MAX_BYTES}")
+    try:
+        data = file.read()
+    except FileNotFoundError:
+        raise BadArrayError("it is gone") from None
+    except OSError as error:  # of the disk, not of the array: the next start may read it
+        raise UnreadableSourceError(
+            f"{file.name} cannot be read ({error}). Let this user read it, or remove it, and run "
+            "the same command again; finished shards are kept."
+        ) from error
+    return parse_npy(data)
+
+
+def list_arrays(source: Path, *, classes: tuple[str, ...] | None = None) -> Listing:
+    """Find the arrays under a folder.
+
+    Args:
+        source: A folder with one folder for each class, or with nothing but arrays, or with a
+            dataset.json.
+        classes: Names of the classes in the order of their labels; None numbers those found, in
+            alphabetical order, or calls those of dataset.json by their numbers.
+
+    Raises:
+        UnreadableSourceError: The folder is missing, has another layout, or has a class that
+            ``classes`` does not list.
+        EmptyDatasetError: There are no arrays.
+    """
+    try:
+        entries = list(walk(source, wanted=_ARRAYS))
+        labelled = (source / _LABELS).is_file()
+    except OSError as error:
+        raise UnreadableSourceError(
+            f"{source} cannot be read ({error}). Give a folder with one sub-folder of .npy files "
+            "for each class."
+        ) from error
+    arrays = [entry for entry in entries if not entry.passed_over]
+    passed_over = count(entry.passed_over for entry in entries if entry.passed_over)
+    if not arrays:
+        raise EmptyDatasetError(
+            f"{source} holds no arrays{f', only {in_words(passed_over)}' if passed_over else ''}: "
+            "there must be files that end in .npy, in one sub-folder for each class, or in the "
+            "folder itself."
+        )
+    if labelled:
+        names, classes = _look_up_classes(arrays, source, classes)
+    else:
+        names = class_names(
+            arrays, source=source, what="array", instead="give a folder of nothing but arrays"
+        )
+    listing = number_classes(dict(zip(arrays, names, strict=True)), classes=classes, source=source)
+    return replace(listing, passed_over=passed_over)
+
+
+def _look_up_classes(
+    arrays: Sequence[Entry], source: Path, classes: tuple[str, ...] | None
+) -> tuple[list[str], tuple[str, ...]]:
+    """Take the class of each array from dataset.json; give all classes too."""
+    labels = _read_labels(source / _LABELS)
+    files = ["/".join(array.parts) for array in arrays]
+    missing = sorted(set(files) - labels.keys())
+    if missing:
+        raise UnreadableSourceError(
+            f"{source / _LABELS} does not say of which class {missing[0]!r} is. Add it, or remove "
+            f"{_LABELS} to take each folder for a class."
+        )
+    most = max(labels[file] for file in files)
+    known = classes or tuple(str(label) for label in range(most + 1))
+    if most >= len(known):
+        raise UnreadableSourceError(
+            f"{source / _LABELS} has the label {most}, and the class list names "
+            f"{len(known)} classes. Name all of them, in the order of their labels."
+        )
+    return [known[labels[file]] for file in files], known
+
+
+def _read_labels(file: Path) -> dict[str, int]:
+    """Read {"labels": [[name, label], ...]}."""
+    try:
+        content: Any = read_json(file, max_bytes=_MAX_LABEL_BYTES)
+        pairs = [(name, label) for name, label in content["labels"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _labels_error(file, f"{type(error).__name__}: {error}") from None
+    labels: dict[str, int] = {}
+    for name, label in pairs:
+        if not isinstance(name, str) or type(label) is not int or not 0 <= label < _MAX_CLASSES:
+            raise _labels_error(file, f"{str(name)[:80]!r} has the label {str(label)[:40]!r}")
+        if labels.setdefault(name, label) != label:
+            raise _labels_error(file, f"{name[:80]!r} has the labels {labels[name]} and {label}")
+    return labels
+
+
+def _labels_error(file: Path, reason: str) -> UnreadableSourceError:
+    return UnreadableSourceError(
+        f'{file} does not hold {{"labels": [[name, label], ...]}} with labels from 0 ({reason}). '
+        "Restore the file, or remove it to take each folder for a class."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraysConfig(LatentsConfig):
     """How arrays are taken in.
 
     Attributes:
         layout: What they hold.
-        dtype: Type of the stored numbers.
         seed: Seed of the order of storage, which mixes the classes.
 
     Raises:
@@ -46,36 +283,23 @@ class ArraysConfig(WriteConfig):
     """
 
     layout: ArrayLayout
-    dtype: Literal["float16", "float32"] = "float16"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
-        check_shard_bytes(self.shard_bytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArraySource:
-    """Arrays, and what made them.
-
-    Attributes:
-        folder: Where they are.
-        listing: All of them, or those of one split.
-        encoder: The autoencoder.
-    """
-
-    folder: str
-    listing: Listing
-    encoder: Encoder
-
-
-def plan_arrays(source: ArraySource, prefix: str, *, config: ArraysConfig) -> Plan:
+def plan_arrays(
+    listing: Listing, prefix: str, *, folder: Path, encoder: Encoder, config: ArraysConfig
+) -> Plan:
     """Plan to take in arrays, and refuse a place that cannot take the latents.
 
     Args:
-        source: The arrays of one split.
+        listing: The arrays of one split.
         prefix: Prefix of the latents.
+        folder: Where the arrays are.
+        encoder: The autoencoder.
         config: How to take them in.
 
     Raises:
@@ -84,10 +308,9 @@ def plan_arrays(source: ArraySource, prefix: str, *, config: ArraysConfig) -> Pl
         EmptyDatasetError: None of them can be used.
         DataError: The source cannot be read, or the prefix not be looked into.
     """
-    listing, encoder = source.listing, source.encoder
     order = permutation(len(listing.images), config.seed)
     arrays = tuple(listing.images[place] for place in order)
-    shape, example = _common_shape(source, config.layout)
+    example, shape = _common_shape(listing, folder, config.layout)
     form = LatentFormat(
         dtype=config.dtype,
         views=config.layout.views,
@@ -103,8 +326,10 @@ def plan_arrays(source: ArraySource, prefix: str, *, config: ArraysConfig) -> Pl
         "format": form.encoding,
         "classes": listing.classes,
     }
+    told = in_words(listing.passed_over)
+    passed_over = (f"passed over: {told}",) if told else ()
     origin = Origin(
-        source=source.folder,
+        source=str(folder),
         source_sha256=None,
         count=len(arrays),
         encoder=encoder,
@@ -114,39 +339,30 @@ def plan_arrays(source: ArraySource, prefix: str, *, config: ArraysConfig) -> Pl
     return Plan(
         prefix=prefix,
         parts=parts,
-        open_filler=OpenArrayFiller(
-            layout=config.layout,
-            shape=shape,
-            example=example,
-            format=form,
-            scale=encoder.scale,
-            shift=encoder.shift,
+        open_filler=partial(
+            ArrayFiller, layout=config.layout, example=(example, shape), form=form, encoder=encoder
         ),
         config=config,
         digest=plan_digest(decisive, parts),
         classes=listing.classes,
         passed_over=listing.passed_over,
-        opening=_opening(listing),
+        opening=(f"{len(listing.images):,} arrays to take in", *passed_over),
         fault="arrays cannot be used",
         documents=origin.documents,
     )
 
 
-def _opening(listing: Listing) -> tuple[str, ...]:
-    passed = in_words(listing.passed_over)
-    told = (f"passed over: {passed}",) if passed else ()
-    return (f"{len(listing.images):,} arrays to take in", *told)
-
-
-def _common_shape(source: ArraySource, layout: ArrayLayout) -> tuple[tuple[int, ...], str]:
-    """Find the common shape, and an array that has it.
+def _common_shape(
+    listing: Listing, folder: Path, layout: ArrayLayout
+) -> tuple[str, tuple[int, ...]]:
+    """Find an array, and its shape, which is that of the others.
 
     One array of each size in bytes is looked at, so that a mixture of shapes is found before hours
     are spent on it; the others are checked as they are read.
     """
-    common: tuple[tuple[int, ...], str] | None = None
+    common: tuple[str, tuple[int, ...]] | None = None
     seen: set[int] = set()
-    for file in source.listing.images:
+    for file in listing.images:
         if file.size in seen:
             continue
         try:
@@ -155,106 +371,70 @@ def _common_shape(source: ArraySource, layout: ArrayLayout) -> tuple[tuple[int, 
             continue  # counted and named when its turn comes
         seen.add(file.size)
         layout.check(shape, name=file.name)
-        common = common or (shape, file.name)
-        if shape != common[0]:
-            raise MisfitArrayError.of_two(file.name, shape, common[1], common[0])
+        common = common or (file.name, shape)
+        if shape != common[1]:
+            raise MisfitArrayError.of_two(file.name, shape, *common)
     if common is None:
         raise EmptyDatasetError(
-            f"None of the {len(source.listing.images)} arrays in {source.folder} can be used; "
+            f"None of the {len(listing.images)} arrays in {folder} can be used; "
             "check that they were written by numpy.save as floating-point numbers."
         )
     return common
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenArrayFiller:
-    """Makes fillers.
-
-    Attributes:
-        layout: What the arrays hold.
-        shape: Shape of all of them.
-        example: Name of an array that has it.
-        format: How latents are stored.
-        scale: The autoencoder's own factor, for statistics.
-        shift: What it subtracts before.
-    """
-
-    layout: ArrayLayout
-    shape: tuple[int, ...]
-    example: str
-    format: LatentFormat
-    scale: float
-    shift: float
-
-    def __call__(self, number: int) -> "ArrayFiller":
-        """Make that of one process; all are alike."""
-        return ArrayFiller(self)
 
 
 class ArrayFiller:
     """Fills shards with the moments that arrays hold.
 
     Args:
-        settings: What to make of which arrays.
+        _process: Number of the process that it works for; all are alike.
+        layout: What the arrays hold.
+        example: Name of an array, and its shape, which all have.
+        form: How latents are stored.
+        encoder: What made them.
     """
 
-    def __init__(self, settings: OpenArrayFiller) -> None:
+    def __init__(
+        self,
+        _process: int,
+        *,
+        layout: ArrayLayout,
+        example: tuple[str, tuple[int, ...]],
+        form: LatentFormat,
+        encoder: Encoder,
+    ) -> None:
         # Sums over several threads end in other bits than those of one.
         torch.set_num_threads(1)
-        self._settings = settings
-        self._decoder = LatentDecoder(
-            LatentDecodeConfig(
-                format=settings.format, scales=1, scale=settings.scale, shift=settings.shift
-            ),
-            device="cpu",
-        )
-        self.columns: Mapping[str, str] = {
-            MOMENTS_COLUMN: settings.format.encoding,
-            LABEL_COLUMN: "int",
-        }
+        self._layout, self._example, self._form, self._encoder = layout, example, form, encoder
+        self.columns: Mapping[str, str] = {MOMENTS_COLUMN: form.encoding, LABEL_COLUMN: "int"}
 
     def fill(self, part: Part[SourceImage], write: WriteSample) -> Filled:
         """Write the moments of one part, but for arrays that cannot be used."""
-        sums = BandSums(self._settings.format.size)
-        labels: Counter[int] = Counter()
-        skipped: dict[int, tuple[str, str]] = {}
+        latents = LatentPart(write, form=self._form, encoder=self._encoder)
         for first in range(0, len(part.samples), _BATCH):
-            drawn: list[DrawnLatent] = []
+            views: list[tuple[int, int, NDArray[Any]]] = []
             for place, file in enumerate(part.samples[first : first + _BATCH], part.first + first):
                 try:
                     stored = self._make_stored(file)
                 except BadArrayError as error:
-                    skipped[place] = (file.name, str(error))
+                    latents.skip(place, file.name, str(error))
                     continue
-                write({MOMENTS_COLUMN: stored, LABEL_COLUMN: file.label})
-                labels[file.label] += 1
-                drawn += _draw(stored, place=place)
-            if drawn:
-                sums.add(*self._decoder.decode(drawn))
-        return Filled(
-            skipped=tuple(skipped.values()),
-            labels=tuple(sorted(labels.items())),
-            noted={"skipped": list(skipped), "sums": sums.as_json()},
-        )
+                latents.add(stored, file.label)
+                views += [(place, view, moments) for view, moments in enumerate(stored)]
+            if views:
+                latents.sum(views)
+        return latents.filled()
 
     def _make_stored(self, file: SourceImage) -> NDArray[Any]:
         """Make one array into what is stored of it."""
-        settings = self._settings
         array = read_array(file)
-        if array.shape != settings.shape:
-            raise MisfitArrayError.of_two(file.name, array.shape, settings.example, settings.shape)
+        example, shape = self._example
+        if array.shape != shape:
+            raise MisfitArrayError.of_two(file.name, array.shape, example, shape)
         with np.errstate(over="ignore"):  # looked for below
-            stored = settings.layout.moments(array).astype(settings.format.dtype)
+            stored = self._layout.moments(array).astype(self._form.dtype)
         if not np.isfinite(stored).all():
             raise BadLatentError(
-                f"The array {file.name} is finite, but not in {settings.format.dtype}. Use --dtype "
+                f"The array {file.name} is finite, but not in {self._form.dtype}. Use --dtype "
                 "float32, or remove the file if its numbers are wrong."
             )
         return stored
-
-
-def _draw(stored: NDArray[Any], *, place: int) -> Iterator[DrawnLatent]:
-    """Draw from each view of what was stored."""
-    for view, (mean, std) in enumerate(stored):
-        normals = SampleKey(seed=0, epoch=view, sample_id=place).normals(mean.size)
-        yield DrawnLatent(Moments(mean, std), normals.reshape(mean.shape))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.encoded import as_png
-from pipelines.errors import IngestSettingError
+from pipelines.ingest.plan import check_seed
 from pipelines.ingest.target import has_dataset
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.order import permutation
@@ -34,8 +34,7 @@ def ensure_digits(prefix: str, *, test_fraction: float = 0.2, seed: int = 0) -> 
     Raises:
         IngestSettingError: The seed is negative.
     """
-    if seed < 0:
-        raise IngestSettingError(f"seed={seed} must be 0 or more.")
+    check_seed(seed)
     prefix = prefix.rstrip("/")
     missing = [split for split in ("train", "test") if not has_dataset(f"{prefix}/{split}")]
     if not missing:

@@ -4,32 +4,25 @@ A part is encoded in batches that depend on nothing but the part, and on a CPU b
 which process of a machine encodes it, and after how many interruptions, changes no bit of it.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import SampleKey
 from pipelines.dataset import RawSample
 from pipelines.decode.contract import DecodeConfig, decode_threads
 from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.errors import BadLatentError, IngestSettingError, UndecodableImageError
 from pipelines.index import LABEL_COLUMN
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latent_origin import (
-    RECIPE,
-    BandSums,
-    Encoder,
-    Origin,
-    check_shard_bytes,
-)
-from pipelines.ingest.plan import Plan, WriteConfig, cut, plan_digest
+from pipelines.ingest.latent_origin import RECIPE, Encoder, LatentPart, LatentsConfig, Origin
+from pipelines.ingest.plan import Plan, cut, plan_digest
 from pipelines.ingest.write import Filled, Part, WriteSample
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
 from pipelines.shards import ShardedDataset, ShardsConfig
@@ -39,12 +32,11 @@ _RGB = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(WriteConfig):
+class EncodeConfig(LatentsConfig):
     """How images are encoded.
 
     Attributes:
         image_size: Height and width that images are cropped and resized to first, in pixels.
-        dtype: Type of the stored numbers.
         flips: Encode the mirrored images too.
         decoder: What decodes the images.
         batch: Images encoded at a time.
@@ -56,7 +48,6 @@ class EncodeConfig(WriteConfig):
     """
 
     image_size: int
-    dtype: Literal["float16", "float32"] = "float16"
     flips: bool = True
     decoder: DecoderName = "dali"
     batch: int = 32
@@ -65,7 +56,6 @@ class EncodeConfig(WriteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_shard_bytes(self.shard_bytes)
         if self.batch < 1:
             raise IngestSettingError(f"batch={self.batch} must be at least 1.")
         if not self.devices:
@@ -149,7 +139,7 @@ def plan_encoding(source: str, prefix: str, *, encoder: Encoder, config: EncodeC
     return Plan(
         prefix=prefix,
         parts=parts,
-        open_filler=OpenLatentFiller(source=source, encoder=encoder, format=form, config=config),
+        open_filler=partial(LatentFiller, source=source, encoder=encoder, form=form, config=config),
         config=config,
         digest=plan_digest(decisive),
         classes=about.classes if about else (),
@@ -159,106 +149,80 @@ def plan_encoding(source: str, prefix: str, *, encoder: Encoder, config: EncodeC
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenLatentFiller:
-    """Makes fillers.
-
-    Attributes:
-        source: Prefix of the images.
-        encoder: The autoencoder.
-        format: How latents are stored.
-        config: How to encode.
-    """
-
-    source: str
-    encoder: Encoder
-    format: LatentFormat
-    config: EncodeConfig
-
-    def __call__(self, number: int) -> "LatentFiller":
-        """Make that of one process."""
-        return LatentFiller(self, device=self.config.device(number))
-
-
 class LatentFiller:
     """Fills shards with the latents of images.
 
     Args:
-        settings: What to encode how.
-        device: "cpu" or "cuda:N".
+        process: Number of the process that it works for.
+        source: Prefix of the images.
+        encoder: The autoencoder.
+        form: How latents are stored.
+        config: How to encode.
 
     Raises:
         DataError: The source cannot be read, or its images not be decoded on the device.
         IngestSettingError: The autoencoder does not fit the device's memory.
     """
 
-    def __init__(self, settings: OpenLatentFiller, *, device: str) -> None:
-        threads = decode_threads(settings.config.workers)
+    def __init__(
+        self,
+        process: int,
+        *,
+        source: str,
+        encoder: Encoder,
+        form: LatentFormat,
+        config: EncodeConfig,
+    ) -> None:
+        self._device = device = config.device(process)
+        threads = decode_threads(config.workers)
         if device == "cpu":
             # Sums over several threads end in other bits than those of one.
             threads = 1
             torch.set_num_threads(threads)
-        self._settings = settings
-        self._device = device
+        self._source, self._encoder, self._form, self._batch = source, encoder, form, config.batch
         # Images are read one after the other.
-        self._images = ShardedDataset(
-            settings.source, config=replace(settings.config.shards, open_files=1)
-        )
+        self._images = ShardedDataset(source, config=replace(config.shards, open_files=1))
         self._decode = make_decoder(
-            settings.config.decoder,
+            config.decoder,
             DecodeConfig(
-                image_size=settings.config.image_size,
-                channels=3,
-                scales=1,
-                decode_threads=threads,
+                image_size=config.image_size, channels=_RGB, scales=1, decode_threads=threads
             ),
             device=device,
         )
         try:
-            self._encode = settings.encoder.load(device)
+            self._encode = encoder.load(device)
         except torch.OutOfMemoryError as error:
             raise IngestSettingError(
-                f"The autoencoder at {settings.encoder.place} takes more memory than {device} has "
-                "left. Use fewer --workers for each device, or other --devices."
+                f"The autoencoder at {encoder.place} takes more memory than {device} has left. Use "
+                "fewer --workers for each device, or other --devices."
             ) from error
-        self.columns: Mapping[str, str] = {
-            MOMENTS_COLUMN: settings.format.encoding,
-            LABEL_COLUMN: "int",
-        }
+        self.columns: Mapping[str, str] = {MOMENTS_COLUMN: form.encoding, LABEL_COLUMN: "int"}
 
     def fill(self, part: Part[int], write: WriteSample) -> Filled:
         """Write the latents of one part, but for images that cannot be decoded."""
         self._images.prepare(np.array(part.samples))
-        sums = BandSums(self._settings.format.size)
-        labels: Counter[int] = Counter()
-        skipped: dict[int, str] = {}
-        batch = self._settings.config.batch
-        for first in range(0, len(part.samples), batch):
-            ids = part.samples[first : first + batch]
-            samples, images = self._decode_sound(
-                [self._images.read(place) for place in ids], skipped
-            )
+        latents = LatentPart(write, form=self._form, encoder=self._encoder)
+        for first in range(0, len(part.samples), self._batch):
+            read = [self._images.read(place) for place in part.samples[first : first + self._batch]]
+            samples, images = self._decode_sound(read, latents)
             if not samples:
                 continue
             moments = self._moments(images, samples)
             for sample, stored in zip(samples, moments, strict=True):
-                write({MOMENTS_COLUMN: stored, LABEL_COLUMN: sample.label})
-                labels[sample.label] += 1
-            for view in range(moments.shape[1]):
-                sums.add(self._latents(moments[:, view], samples, view=view))
-        names = {
-            place: f"sample {place} in shard {self._images.shard_of(place)}" for place in skipped
-        }
-        return Filled(
-            skipped=tuple((names[place], reason) for place, reason in sorted(skipped.items())),
-            labels=tuple(sorted(labels.items())),
-            noted={"skipped": sorted(skipped), "sums": sums.as_json()},
-        )
+                latents.add(stored, sample.label)
+            for view in range(self._form.views):
+                latents.sum(
+                    [
+                        (sample.sample_id, view, stored[view])
+                        for sample, stored in zip(samples, moments, strict=True)
+                    ]
+                )
+        return latents.filled()
 
     def _decode_sound(
-        self, samples: Sequence[RawSample], skipped: dict[int, str]
+        self, samples: Sequence[RawSample], latents: LatentPart
     ) -> tuple[Sequence[RawSample], Tensor]:
-        """Decode what can be decoded, and note the rest."""
+        """Decode what can be decoded, and leave out the rest."""
         while samples:
             try:
                 (images,) = self._decode([sample.data for sample in samples])
@@ -266,37 +230,31 @@ class LatentFiller:
             except UndecodableImageError as error:
                 # Only the first of the reasons is known, and the others are alike.
                 bad = {samples[place].sample_id for place in error.indices}
-                skipped.update(dict.fromkeys(bad, error.reason))
+                for place in bad:
+                    name = f"sample {place} in shard {self._images.shard_of(place)}"
+                    latents.skip(place, name, error.reason)
                 samples = [sample for sample in samples if sample.sample_id not in bad]
         return samples, torch.empty(0)
 
     def _moments(self, images: Tensor, samples: Sequence[RawSample]) -> NDArray[Any]:
         """Encode images as [b, views, mean and deviation, channels, height, width]."""
-        views = [images, images.flip(-1)][: self._settings.format.views]
+        views = [images, images.flip(-1)][: self._form.views]
         try:
             # One view after the other, so that the first is the same with and without the second.
             moments = torch.stack([torch.stack(self._encode(view), 1) for view in views], 1)
         except torch.OutOfMemoryError as error:
             raise IngestSettingError(
                 f"Encoding {len(images)} images at a time takes more memory than {self._device} "
-                f"has left. Lower --batch {self._settings.config.batch}; finished shards are kept."
+                f"has left. Lower --batch {self._batch}; finished shards are kept."
             ) from error
         with np.errstate(over="ignore"):  # looked for below
-            stored = moments.cpu().numpy().astype(self._settings.format.dtype)
+            stored = moments.cpu().numpy().astype(self._form.dtype)
         finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
         if not finite.all():
             raise BadLatentError(
                 f"The latent of sample {samples[int(finite.argmin())].sample_id} of "
-                f"{self._settings.source} is not finite in {self._settings.format.dtype}. Use "
+                f"{self._source} is not finite in {self._form.dtype}. Use "
                 "--dtype float32 or --precision fp32; if that does not help, the autoencoder or "
                 "the image is at fault."
             )
         return stored
-
-    def _latents(self, moments: NDArray[Any], samples: Sequence[RawSample], *, view: int) -> Tensor:
-        """Draw latents from what was stored, [b, channels, height, width], shifted and scaled."""
-        mean, std = moments[:, 0].astype(np.float32), moments[:, 1].astype(np.float32)
-        keys = [SampleKey(seed=0, epoch=view, sample_id=sample.sample_id) for sample in samples]
-        normals = np.stack([key.normals(mean[0].size) for key in keys]).reshape(mean.shape)
-        encoder = self._settings.encoder
-        return torch.from_numpy((mean + std * normals - encoder.shift) * encoder.scale)

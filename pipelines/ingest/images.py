@@ -3,8 +3,9 @@
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 from PIL import Image
@@ -126,7 +127,7 @@ def plan_images(listing: Listing, prefix: str, *, config: IngestConfig) -> Plan:
     return Plan(
         prefix=prefix,
         parts=parts,
-        open_filler=OpenImageFiller(config.resize),
+        open_filler=partial(ImageFiller, resize=config.resize),
         config=config,
         digest=plan_digest(asdict(config.resize) if config.resize else None, parts),
         classes=listing.classes,
@@ -136,41 +137,17 @@ def plan_images(listing: Listing, prefix: str, *, config: IngestConfig) -> Plan:
     )
 
 
-def ingest(
-    listing: Listing, prefix: str, *, config: IngestConfig, report: Callable[[str], None]
-) -> None:
-    """Write the images of a listing as a dataset, or go on with one that was interrupted.
-
-    For arguments and errors see `plan_images` and `Plan.carry_out`.
-    """
-    plan_images(listing, prefix, config=config).carry_out(report)
-
-
-@dataclass(frozen=True)
-class OpenImageFiller:
-    """Makes fillers.
-
-    Attributes:
-        resize: How to rewrite the images; None keeps their bytes.
-    """
-
-    resize: Resize | None
-
-    def __call__(self, number: int) -> "ImageFiller":
-        """Make that of one process; all are alike."""
-        return ImageFiller(self.resize)
-
-
 class ImageFiller:
     """Fills shards with encoded images.
 
     Args:
+        _process: Number of the process that it works for; all are alike.
         resize: How to rewrite the images; None keeps their bytes.
     """
 
     columns: Mapping[str, str] = IMAGE_COLUMNS
 
-    def __init__(self, resize: Resize | None) -> None:
+    def __init__(self, _process: int, *, resize: Resize | None) -> None:
         self._resize = resize
         # What is rewritten has been decoded.
         self._check = None if resize else DamageCheck()

@@ -6,18 +6,23 @@ cut into parts only by the rounding within each, and not at all on who sums them
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.decode.cpu import split_bands
+from pipelines.augment import SampleKey
+from pipelines.decode.contract import DrawnLatent, LatentDecodeConfig
+from pipelines.decode.cpu import LatentDecoder, split_bands
 from pipelines.errors import EmptyDatasetError, IngestSettingError
-from pipelines.ingest.plan import Documents
-from pipelines.ingest.write import FinishedShard
-from pipelines.latent_format import LatentFormat
+from pipelines.index import LABEL_COLUMN
+from pipelines.ingest.plan import Documents, WriteConfig
+from pipelines.ingest.write import Filled, FinishedShard, WriteSample
+from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat, Moments
 from pipelines.latent_record import MAX_SCALES, RECORD_NAME, BandStatistics, LatentRecord
 
 RECIPE = 1
@@ -29,16 +34,25 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps images [b, c, h, w] in [-1, 1] to means and standard deviations of latents, in float32."""
 
 
-def check_shard_bytes(shard_bytes: int) -> None:
-    """Refuse shards of latents that are too large.
+@dataclass(frozen=True, kw_only=True)
+class LatentsConfig(WriteConfig):
+    """How latents are written, wherever they come from.
+
+    Attributes:
+        dtype: Type of the stored numbers.
 
     Raises:
-        IngestSettingError: They are.
+        IngestSettingError: A number is out of its range.
     """
-    if shard_bytes > _MAX_SHARD_BYTES:
-        raise IngestSettingError(
-            f"shard_bytes={shard_bytes} must lie between 1 and {_MAX_SHARD_BYTES}."
-        )
+
+    dtype: Literal["float16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard_bytes > _MAX_SHARD_BYTES:
+            raise IngestSettingError(
+                f"shard_bytes={self.shard_bytes} must lie between 1 and {_MAX_SHARD_BYTES}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,25 +141,49 @@ Sums = Mapping[str, Sequence[Sequence[float]]]
 """For each number of scales, for each band: elements, their sum and the sum of their squares."""
 
 
-def possible_scales(size: int) -> range:
-    """Numbers of scales that latents of this height and width can be split into."""
-    return range(1, 1 + max(k for k in range(1, MAX_SCALES + 1) if size % 2 ** (k - 1) == 0))
-
-
-class BandSums:
-    """Sums over the latents of one part.
+class LatentPart:
+    """The latents of one part: written, counted, and summed up band by band.
 
     Args:
-        size: Height and width of the latents.
+        write: Takes each sample.
+        form: How latents are stored.
+        encoder: What made them.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, write: WriteSample, *, form: LatentFormat, encoder: Encoder) -> None:
+        self._write = write
+        self._labels: Counter[int] = Counter()
+        self._skipped: dict[int, tuple[str, str]] = {}
+        self._decoder = LatentDecoder(
+            LatentDecodeConfig(format=form, scales=1, scale=encoder.scale, shift=encoder.shift),
+            device="cpu",
+        )
         self._sums = {
-            scales: torch.zeros(scales, 3, dtype=torch.float64) for scales in possible_scales(size)
+            scales: torch.zeros(scales, 3, dtype=torch.float64)
+            for scales in range(1, MAX_SCALES + 1)
+            if form.size % 2 ** (scales - 1) == 0
         }
 
-    def add(self, latents: Tensor) -> None:
-        """Add latents [b, c, h, w], shifted and scaled."""
+    def add(self, stored: NDArray[Any], label: int) -> None:
+        """Write what is stored of one latent."""
+        self._write({MOMENTS_COLUMN: stored, LABEL_COLUMN: label})
+        self._labels[label] += 1
+
+    def skip(self, place: int, name: str, reason: str) -> None:
+        """Leave one out, by its place in the source."""
+        self._skipped[place] = (name, reason)
+
+    def sum(self, views: Sequence[tuple[int, int, NDArray[Any]]]) -> None:
+        """Draw latents, and add up their bands.
+
+        Args:
+            views: Place in the source, number of the view, and its moments as they are stored.
+        """
+        drawn = []
+        for place, view, (mean, std) in views:
+            normals = SampleKey(seed=0, epoch=view, sample_id=place).normals(mean.size)
+            drawn.append(DrawnLatent(Moments(mean, std), normals.reshape(mean.shape)))
+        (latents,) = self._decoder.decode(drawn)
         for scales, sums in self._sums.items():
             for number, band in enumerate(split_bands(latents, scales=scales)):
                 exact = band.double()
@@ -153,9 +191,15 @@ class BandSums:
                     (torch.tensor(band.numel()), exact.sum(), exact.square().sum())
                 )
 
-    def as_json(self) -> Sums:
-        """Give the sums in a form that a file can hold."""
-        return {str(scales): sums.tolist() for scales, sums in self._sums.items()}
+    def filled(self) -> Filled:
+        """Say what there is to say of the part."""
+        skipped = sorted(self._skipped.items())
+        sums = {str(scales): sums.tolist() for scales, sums in self._sums.items()}
+        return Filled(
+            skipped=tuple(named for _, named in skipped),
+            labels=tuple(sorted(self._labels.items())),
+            noted={"skipped": [place for place, _ in skipped], "sums": sums},
+        )
 
 
 def _merge(parts: Iterable[Sums]) -> dict[int, tuple[BandStatistics, ...]]:

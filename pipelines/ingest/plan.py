@@ -25,7 +25,7 @@ from pipelines.ingest.listing import SourceImage
 from pipelines.ingest.source_files import PassedOver
 from pipelines.ingest.target import Upload, explain_full_disk, is_complete, lock
 from pipelines.ingest.write import FinishedShard, Part, ShardFiller, discard_records, write_shards
-from pipelines.source import Source, SourceConfig
+from pipelines.source import Source
 
 S = TypeVar("S")
 Documents = Mapping[str, Mapping[str, Any]]
@@ -164,7 +164,7 @@ class Plan:
             StoreUnreachableError: The store refuses, or does not answer.
             DataError: What the fillers raise.
         """
-        source = Source(self.prefix, config=SourceConfig())
+        source = Source(self.prefix)
         target = source.folder
         if target is not None:
             work = target.with_name(f".{target.name}.building")

@@ -19,7 +19,7 @@ from pipelines.files import take_lock
 from pipelines.index import Shard, parse_index
 from pipelines.ingest.about import read_about
 from pipelines.proxies import proxy_hint
-from pipelines.source import DISK_ERRORS, Source, SourceConfig, describe_failure, prepare_streaming
+from pipelines.source import DISK_ERRORS, Source, describe_failure, prepare_streaming
 
 _UPLOAD_ATTEMPTS = 5
 
@@ -34,7 +34,7 @@ def find_shards(source: Source) -> tuple[Shard, ...] | None:
 
 def has_dataset(prefix: str) -> bool:
     """Tell whether there is a finished dataset at a prefix."""
-    return find_shards(Source(prefix, config=SourceConfig())) is not None
+    return find_shards(Source(prefix)) is not None
 
 
 def is_complete(prefix: str, *, plan: str) -> bool:
@@ -49,7 +49,7 @@ def is_complete(prefix: str, *, plan: str) -> bool:
         UnwritableTargetError: A local folder cannot be looked into.
         StoreUnreachableError: The store refuses, or does not answer.
     """
-    source = Source(prefix, config=SourceConfig())
+    source = Source(prefix)
     complete = find_shards(source) is not None
     about = read_about(prefix) if complete else None
     if complete and (about is None or about.plan != plan):

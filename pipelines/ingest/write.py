@@ -24,7 +24,7 @@ from pipelines.errors import EmptyDatasetError, OccupiedPrefixError
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard
 from pipelines.ingest.processes import spawn
 from pipelines.ingest.target import Upload, explain_full_disk, find_shards, lock, refuse_occupied
-from pipelines.source import Source, SourceConfig, prepare_streaming
+from pipelines.source import Source, prepare_streaming
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def write_dataset(
         UnwritableTargetError: The local folder cannot be made or written.
         StoreUnreachableError: The store refuses, or does not answer.
     """
-    source = Source(prefix, config=SourceConfig())
+    source = Source(prefix)
     target = source.folder
     if target is None:
         _write_remote(images, source, shard_bytes=shard_bytes)

@@ -9,8 +9,7 @@ import torch
 
 from pipelines.console import command_parser, say, say_error
 from pipelines.errors import IngestSettingError, MissingDatasetError
-from pipelines.ingest.array_files import ArrayLayout, list_arrays
-from pipelines.ingest.arrays import ArraysConfig, ArraySource, plan_arrays
+from pipelines.ingest.arrays import ArrayLayout, ArraysConfig, list_arrays, plan_arrays
 from pipelines.ingest.encode import EncodeConfig, plan_encoding
 from pipelines.ingest.latent_origin import Encoder
 from pipelines.ingest.listing import read_class_names
@@ -251,9 +250,7 @@ def _plan_arrays(options: argparse.Namespace, cache: Path) -> list[Plan]:
     classes = read_class_names(options.classes) if options.classes else None
     listing = list_arrays(folder, classes=classes)
     return [
-        plan_arrays(
-            ArraySource(folder=str(folder), listing=part, encoder=encoder), place, config=config
-        )
+        plan_arrays(part, place, folder=folder, encoder=encoder, config=config)
         for place, part in splits.divide(listing).items()
     ]
 

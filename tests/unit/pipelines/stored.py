@@ -1,10 +1,20 @@
 """Datasets on disk: reading them whole, and doing them harm."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines.ingest.images import IngestConfig, plan_images
+from pipelines.ingest.listing import Listing
 from pipelines.ingest.write import LabelledImage
 from pipelines.shards import ShardedDataset, ShardsConfig
+
+
+def ingest(
+    listing: Listing, prefix: str, *, config: IngestConfig, report: Callable[[str], None]
+) -> None:
+    """Write the images of a listing, or go on with what was interrupted."""
+    plan_images(listing, prefix, config=config).carry_out(report)
 
 
 def cached(prefix: Path, cache: Path, **config: Any) -> ShardedDataset:

@@ -13,9 +13,10 @@ from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.about import read_about
 from pipelines.ingest.huggingface import list_split, load
-from pipelines.ingest.images import IngestConfig, ingest
+from pipelines.ingest.images import IngestConfig
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
+from tests.unit.pipelines.stored import ingest
 
 NAMES = ["ant", "bee", "cow"]
 IMAGES = [pictures.png(9, 7, seed=seed) for seed in range(12)]

@@ -24,12 +24,13 @@ from pipelines.errors import (
     UnreadableSourceError,
 )
 from pipelines.ingest.__main__ import main
-from pipelines.ingest.images import IngestConfig, Resize, ingest
+from pipelines.ingest.images import IngestConfig, Resize
 from pipelines.ingest.listing import Listing, hold_out, list_images
 from pipelines.ingest.verify import verify
 from pipelines.shards import ShardedDataset
 from tests.support.s3_server import S3Server
 from tests.unit.pipelines import pictures
+from tests.unit.pipelines.stored import ingest
 
 CLASSES = {"bee": 9, "ant": 7, "cow": 4}
 SMALL = IngestConfig(shard_bytes=1500)

@@ -13,11 +13,12 @@ import pytest
 
 from pipelines.errors import BadDataError, UnreadableSourceError
 from pipelines.ingest.__main__ import main
-from pipelines.ingest.images import IngestConfig, ingest
+from pipelines.ingest.images import IngestConfig
 from pipelines.ingest.listing import ListedImage, list_images, read_class_names
 from pipelines.ingest.plan import refuse_too_many
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines import pictures
+from tests.unit.pipelines.stored import ingest
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pipelines.errors import MissingDatasetError, StoreUnreachableError
 from pipelines.index import parse_index
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.about import ABOUT_NAME
-from pipelines.ingest.images import IngestConfig, ingest
+from pipelines.ingest.images import IngestConfig
 from pipelines.ingest.listing import list_images
 from pipelines.ingest.verify import VerifyConfig, verify
 from pipelines.ingest.write import LabelledImage, write_dataset
@@ -21,6 +21,7 @@ from pipelines.shards import ShardedDataset
 from pipelines.source import Source
 from tests.support.s3_server import S3Server
 from tests.unit.pipelines import pictures
+from tests.unit.pipelines.stored import ingest
 
 CLASSES = {"ant": 7, "bee": 9, "cow": 4}
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.ingest import array_files
 from pipelines.ingest.about import read_about
-from pipelines.ingest.array_files import BadArrayError, parse_npy
+from pipelines.ingest.arrays import BadArrayError, parse_npy
 from pipelines.latent_record import read_latent_record
 from tests.unit.pipelines.latents.arrays import moments, same, save, take_in
 from tests.unit.pipelines.latents.encoding import files_in
@@ -250,7 +249,7 @@ def test_files_that_are_too_long_are_not_read(
 ) -> None:
     arrays = list(moments(4)[:, 0])
     folder = save(tmp_path / "arrays", [*arrays, np.ones((8, 64, 64), np.float32)])
-    monkeypatch.setattr(array_files, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(arrays, "MAX_BYTES", 10_000)
     assert take_in(place, folder, tmp_path / "out", "--max-skipped-share", "0.2") == 0
     about = read_about(str(tmp_path / "out" / "train"))
     assert about is not None

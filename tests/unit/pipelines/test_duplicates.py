@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.ingest.report import find_duplicates
+from pipelines.ingest.verify import find_duplicates
 
 
 def test_duplicates_agree_with_a_dictionary() -> None:

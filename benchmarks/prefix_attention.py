@@ -9,7 +9,6 @@ from torch import Tensor
 
 from benchmarks import command
 from benchmarks.interleaved import interleave, stopwatch_of
-from benchmarks.kept import kept_bytes
 from models.transformer.attention import prefix_attention
 
 _TOKENS = {256: (64, 256), 512: (64, 256, 1024), 1024: (256, 1024, 4096)}
@@ -167,6 +166,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if setting.device.type != "cuda":
         print("\nFlexAttention and peak memory: not measured, there is no CUDA device.")
     return 0
+
+
+def kept_bytes(forward: Callable[[], object]) -> int:
+    """Sum the storages that a forward pass saves for its backward pass, each once.
+
+    Inputs that are saved count too, so a forward pass that saves nothing but its inputs keeps
+    exactly their size.
+
+    Args:
+        forward: Forward pass; gradients must be enabled.
+    """
+    storages: dict[int, int] = {}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        # Held until the end, or a later tensor could get the same address.
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storages.values())
 
 
 def _peak_mib(work: Callable[[], object], device: torch.device) -> float | None:

@@ -5,7 +5,6 @@ page-locked): the least a save that takes a snapshot can do. Between rounds ever
 the upload, to a folder, is waited for outside the clock.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -74,7 +73,3 @@ def _between_updates(
         return taken
 
     return seconds
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

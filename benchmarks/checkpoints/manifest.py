@@ -9,7 +9,6 @@ well. The peak is of the first rank's planning.
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,7 +17,7 @@ import numpy as np
 from benchmarks import command
 from benchmarks.checkpoints.memory import resident_bytes, watch_peak
 from benchmarks.checkpoints.state import KINDS, MIB, RUN, parameter_shapes
-from benchmarks.report import Cell
+from benchmarks.command import Cell
 from trainer.checkpoint import layout
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest, ObjectEntry
 from trainer.checkpoint.objects import BLOCK_BYTES
@@ -130,7 +129,3 @@ def _row(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, Cell]:
         "others KiB begin": len(plan.to_json()) / 1024,
         "others MiB resume": len(data) / MIB,
     }
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

@@ -4,7 +4,6 @@ One copy of what the rank writes is unavoidable if training is to go on; the tab
 the process grew with it, at most, and how much more an upload to an S3 server took on top.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -72,7 +71,3 @@ def watch_peak() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

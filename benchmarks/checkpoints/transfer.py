@@ -10,7 +10,6 @@ timed from the look for the newest checkpoint to the last verified value in plac
 import argparse
 import io
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +112,3 @@ def place(options: argparse.Namespace) -> Iterator[str]:
         finally:
             os.environ.clear()
             os.environ.update(before)
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

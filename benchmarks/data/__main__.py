@@ -6,27 +6,12 @@ from collections.abc import Sequence
 from benchmarks import command
 from benchmarks.data import decoding, starting, streaming, waiting
 
-_BENCHMARKS = {
-    "decoding": decoding.main,
-    "streaming": streaming.main,
-    "starting": starting.main,
-    "waiting": waiting.main,
-}
-_USAGE = """\
-usage: python -m benchmarks.data NAME [options]
-
-  decoding   encoded images to bands, against Pillow + torch and the fastest decoder there is
-  streaming  an epoch from an S3 server against the same from local files; memory along the way
-  starting   time to the first batch, at the start and amid an epoch
-  waiting    share of a training step that is spent waiting for data
-
-Each takes --help.
-"""
+_BENCHMARKS = (decoding, streaming, starting, waiting)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that the first argument names."""
-    return command.dispatch(_BENCHMARKS, _USAGE, arguments)
+    return command.dispatch("benchmarks.data", _BENCHMARKS, arguments)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -140,7 +139,3 @@ def _turbo(data: bytes, size: int) -> NDArray[np.uint8]:
         ),
         dtype=np.uint8,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

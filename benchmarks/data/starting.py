@@ -1,7 +1,6 @@
 """Time to the first batch, at the start of a run and amid an epoch."""
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 
@@ -51,7 +50,3 @@ def _first_batch_s(places: Places, prefix: str, reading: Reading, start: int) ->
         taken = time.perf_counter() - began
     shutil.rmtree(cache, ignore_errors=True)
     return taken
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

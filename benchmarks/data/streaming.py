@@ -1,7 +1,6 @@
 """An epoch from an S3 server against the same from local files, and the memory along the way."""
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from itertools import count
@@ -93,7 +92,3 @@ class _Epochs:
         assert began is not None
         self.later_s = min(self.later_s, time.perf_counter() - began)
         shutil.rmtree(cache, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

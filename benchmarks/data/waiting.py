@@ -1,7 +1,6 @@
 """The share of a training step that is spent waiting for data."""
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,7 +135,3 @@ def _sd_sized_encoder(device: torch.device) -> Callable[[Tensor], Tensor]:
     ).to(device)
     codec = AutoencoderKlCodec(autoencoder, posterior="mean", encode_precision="bf16")
     return lambda images: codec.encode(images, images.new_empty(len(images), 0))
-
-
-if __name__ == "__main__":
-    sys.exit(command.run_guarded(main))

@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks import command
 from benchmarks.experts.full_size import join_alone
+from benchmarks.experts.training import add_ranks
 from benchmarks.experts.variant import Variant
 from models.transformer.cost import parameters
 from trainer.config.job import JobConfig
@@ -28,14 +29,9 @@ _MIB = 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark.
-
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-    """
+    """Run the benchmark."""
     parser = command.parser("experts building", description=__doc__ or "", rounds=1)
-    parser.add_argument("--model", default="xl_2", help="of configs/model; default xl_2")
-    parser.add_argument("--ranks", type=command.positive, default=8, help="default 8")
+    add_ranks(parser, model="xl_2", ranks=8)
     options = parser.parse_args(arguments)
     setting = command.setting("experts building", options)
     ranks = options.ranks

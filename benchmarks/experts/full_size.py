@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks import command
-from benchmarks.experts.live import live_bytes
+from benchmarks.command import Cell
+from benchmarks.experts.training import add_ranks, live_bytes
 from benchmarks.experts.variant import Variant
-from benchmarks.report import Cell
 from cluster.contract import WorkerContext
 from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
@@ -34,14 +34,9 @@ _GIB = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark.
-
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-    """
+    """Run the benchmark."""
     parser = command.parser("experts full_size", description=__doc__ or "", rounds=1)
-    parser.add_argument("--model", default="xl_2", help="of configs/model; default xl_2")
-    parser.add_argument("--ranks", type=command.positive, default=8, help="default 8")
+    add_ranks(parser, model="xl_2", ranks=8)
     options = parser.parse_args(arguments)
     setting = command.setting("experts full_size", options)
     ranks = options.ranks

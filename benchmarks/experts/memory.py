@@ -6,16 +6,13 @@ small, so that they do not hide what is measured. Activations are not in it.
 """
 
 import argparse
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import command
-from benchmarks.experts.live import live_bytes
-from benchmarks.experts.training import Training
+from benchmarks.experts.training import Training, add_ranks, live_bytes, run_on_ranks
 from benchmarks.experts.variant import Variant, variants
-from cluster.contract import ClusterConfig, WorkerContext
-from cluster.launcher import run
+from cluster.contract import WorkerContext
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.planning.placing import resolve_placement, workload, zero_stage
@@ -26,15 +23,10 @@ _BUCKET = 100_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark.
-
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-    """
+    """Run the benchmark."""
     parser = command.parser("experts memory", description=__doc__ or "", rounds=1)
-    parser.add_argument("--model", default="s_2", help="of configs/model; default s_2")
+    add_ranks(parser, model="s_2", ranks=2)
     parser.add_argument("--scales", type=command.whole_numbers, default=(2, 3), help="default 2,3")
-    parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
     parser.add_argument(
         "--stages", type=stages, default=(0, 1, 2, 3), help="ZeRO stages; default 0,1,2,3"
     )
@@ -62,14 +54,7 @@ def stages(text: str) -> tuple[int, ...]:
 
 def measure(variant: Variant, job: JobConfig) -> dict[str, Any]:
     """Measure one variant; the row of the table."""
-    told: list[dict[str, Any]] = []
-    run(
-        ClusterConfig(backend="local", workers=job.cluster.workers, gpus_per_worker=0),
-        hold,
-        {"job": to_dict(job)},
-        on_message=told.append,
-        stop=threading.Event(),
-    )
+    told = run_on_ranks(hold, {"job": to_dict(job)}, ranks=job.cluster.workers)
     most = max(each["bytes"] for each in told)
     memory = rank_memory(workload(job), resolve_placement(job), zero_stage=zero_stage(job))
     predicted = memory.weights + memory.gradients + memory.optimizer + memory.ema

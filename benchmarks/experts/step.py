@@ -5,7 +5,6 @@ ranks share cores and memory and talk through the loopback interface: what a pla
 says little about GPUs with links of their own, for which `python -m trainer.plan` predicts it.
 """
 
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,24 +14,18 @@ import torch.distributed as dist
 
 from benchmarks import command
 from benchmarks.experts.memory import stages
-from benchmarks.experts.training import Training
+from benchmarks.experts.training import Training, add_ranks, run_on_ranks
 from benchmarks.experts.variant import variants
 from benchmarks.interleaved import interleave
-from cluster.contract import ClusterConfig, WorkerContext
-from cluster.launcher import run
+from cluster.contract import WorkerContext
 from trainer.config.reading import to_dict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark.
-
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-    """
+    """Run the benchmark."""
     parser = command.parser("experts step", description=__doc__ or "", rounds=5)
-    parser.add_argument("--model", default="s_2", help="of configs/model; default s_2")
+    add_ranks(parser, model="s_2", ranks=2)
     parser.add_argument("--scales", type=command.positive, default=3, help="default 3")
-    parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
     parser.add_argument("--images", type=command.positive, default=6, help="of a rank; default 6")
     parser.add_argument(
         "--stages", type=stages, default=(1, 2), help="ZeRO stages, 0 for none; default 1,2"
@@ -52,16 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             for each in found
         }
-        gpu = int(setting.device.type == "cuda")
-        told: list[dict[str, Any]] = []
-        run(
-            ClusterConfig(backend="local", workers=options.ranks, gpus_per_worker=gpu),
-            take_turns,
-            {"jobs": jobs, "rounds": options.rounds},
-            on_message=told.append,
-            stop=threading.Event(),
-        )
-        for row in told:
+        payload = {"jobs": jobs, "rounds": options.rounds}
+        gpus = int(setting.device.type == "cuda")
+        for row in run_on_ranks(take_turns, payload, ranks=options.ranks, gpus=gpus):
             setting.report.add(**row)
     setting.deliver()
     return 0

@@ -1,10 +1,16 @@
-"""A job's engine on one rank, trained on random latents."""
+"""A job's engine on one rank, trained on random latents; and ranks to run it on."""
 
+import argparse
+import gc
+import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cluster.contract import WorkerContext
+from benchmarks import command
+from cluster.contract import ClusterConfig, Worker, WorkerContext
+from cluster.launcher import run
 from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.pyramid import split
@@ -12,6 +18,22 @@ from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import from_dict
 from trainer.config.shapes import flow_shape
 from trainer.training.worker import build_run_engine
+
+
+def add_ranks(parser: argparse.ArgumentParser, *, model: str, ranks: int) -> None:
+    """Add the options that choose a model and its ranks."""
+    parser.add_argument("--model", default=model, help=f"of configs/model; default {model}")
+    parser.add_argument("--ranks", type=command.positive, default=ranks, help=f"default {ranks}")
+
+
+def run_on_ranks(
+    worker: Worker, payload: dict[str, Any], *, ranks: int, gpus: int = 0
+) -> list[dict[str, Any]]:
+    """Run a worker on ranks of this machine, each with so many GPUs; return what they tell."""
+    messages: list[dict[str, Any]] = []
+    config = ClusterConfig(backend="local", workers=ranks, gpus_per_worker=gpus)
+    run(config, worker, payload, on_message=messages.append, stop=threading.Event())
+    return messages
 
 
 class Training:
@@ -54,3 +76,21 @@ class Training:
         for number in range(self.grad_accum_steps):
             self.backward(last=number == self.grad_accum_steps - 1)
         self.engine.update(learning_rate=1e-4, ema_decay=0.999)
+
+
+def live_bytes() -> int:
+    """Add up the memory of all tensors that Python refers to, each piece of it once.
+
+    What autograd keeps for a backward pass under way is not seen, and there should be none.
+    """
+    gc.collect()
+    found: dict[int, int] = {}
+    for tensor in [each for each in gc.get_objects() if isinstance(each, Tensor)]:
+        held = (tensor, tensor.grad) if tensor.is_leaf else (tensor,)
+        for one in held:
+            # On the meta device a tensor is a shape and no memory.
+            if one is None or one.device.type == "meta" or one.layout != torch.strided:
+                continue
+            storage = one.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return sum(found.values())

@@ -6,7 +6,6 @@ ranks, (n - 1)/n of a buffer leaves each of them in an all-gather or reduce-scat
 in an all-reduce.
 """
 
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import command
-from benchmarks.experts.training import Training
+from benchmarks.experts.training import Training, add_ranks, run_on_ranks
 from benchmarks.experts.variant import Variant, variants
-from cluster.contract import ClusterConfig, WorkerContext
-from cluster.launcher import run
+from cluster.contract import WorkerContext
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import to_dict
 from trainer.planning.placing import resolve_placement, workload, zero_stage
@@ -84,15 +82,10 @@ def _buffer_bytes(name: str, args: tuple[Any, ...]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark.
-
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-    """
+    """Run the benchmark."""
     parser = command.parser("experts wire", description=__doc__ or "", rounds=1)
-    parser.add_argument("--model", default="s_2", help="of configs/model; default s_2")
+    add_ranks(parser, model="s_2", ranks=2)
     parser.add_argument("--scales", type=command.whole_numbers, default=(3,), help="default 3")
-    parser.add_argument("--ranks", type=command.positive, default=2, help="default 2")
     parser.add_argument("--images", type=command.positive, default=6, help="of a rank; default 6")
     options = parser.parse_args(arguments)
     setting = command.setting("experts wire", options)
@@ -107,16 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(variant: Variant, job: JobConfig) -> list[dict[str, Any]]:
     """Count one variant; a row for each kind of collective."""
-    told: list[dict[str, Any]] = []
-    run(
-        ClusterConfig(backend="local", workers=job.cluster.workers, gpus_per_worker=0),
-        send,
-        {"job": to_dict(job)},
-        on_message=told.append,
-        stop=threading.Event(),
-    )
+    (counted,) = run_on_ranks(send, {"job": to_dict(job)}, ranks=job.cluster.workers)
     expected = predict_bytes(job)
-    (counted,) = told
     return [
         {
             "held as": variant.name,

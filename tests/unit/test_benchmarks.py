@@ -11,9 +11,8 @@ from benchmarks.checkpoints import memory as save_memory
 from benchmarks.data import decoding, starting, streaming, waiting
 from benchmarks.data.__main__ import main as data_main
 from benchmarks.data.photographs import photographs
-from benchmarks.kept import kept_bytes
-from benchmarks.kinds import kind_of, shares_by_kind
-from benchmarks.prefix_attention import Attention
+from benchmarks.gpu_training import kind_of, shares_by_kind
+from benchmarks.prefix_attention import Attention, kept_bytes
 from benchmarks.workload import Latents, TrainingWork
 from models.transformer.config import TransformerConfig
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from benchmarks.command import Report
 from benchmarks.interleaved import TimingError, interleave, stopwatch_of
-from benchmarks.kept import kept_bytes
-from benchmarks.report import Report
+from benchmarks.prefix_attention import kept_bytes
 
 
 class FakeClock:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.encoded import as_png
+from pipelines.ingest.listing import choose_fraction
 from pipelines.ingest.plan import check_seed
 from pipelines.ingest.target import has_dataset
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.order import permutation
 
 IMAGE_SIZE = 8
 CHANNELS = 1
@@ -40,7 +40,7 @@ def ensure_digits(prefix: str, *, test_fraction: float = 0.2, seed: int = 0) -> 
     if not missing:
         return
     images, labels = _load()
-    in_test = _choose_test(labels, fraction=test_fraction, seed=seed)
+    in_test = choose_fraction(labels, fraction=test_fraction, seed=seed)
     for split in missing:
         chosen = np.flatnonzero(in_test == (split == "test"))
         write_dataset(_encode(images[chosen], labels[chosen]), f"{prefix}/{split}")
@@ -52,16 +52,6 @@ def _load() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     digits = load_digits()
     images = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)
     return images, digits.target.astype(np.int64)
-
-
-def _choose_test(labels: NDArray[np.int64], *, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Mark the same fraction of each class, chosen at random."""
-    in_test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        shuffled = members[permutation(len(members), seed, int(label))]
-        in_test[shuffled[: round(fraction * len(members))]] = True
-    return in_test
 
 
 def _encode(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterable[LabelledImage]:

@@ -14,6 +14,9 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.console import visible
 from pipelines.documents import DocumentError, read_bounded
 from pipelines.errors import EmptyDatasetError, UnreadableSourceError
@@ -291,17 +294,26 @@ def hold_out(listing: Listing, *, fraction: float, seed: int) -> tuple[Listing, 
 
     It is rounded to whole images in each class, so either may be empty.
     """
-    kept: list[SourceImage] = []
-    held: list[SourceImage] = []
-    by_label: dict[int, list[SourceImage]] = {}
-    for image in listing.images:
-        by_label.setdefault(image.label, []).append(image)
-    for label, members in sorted(by_label.items()):
-        order = permutation(len(members), seed, label)
-        chosen = set(order[: round(fraction * len(members))].tolist())
-        for place, image in enumerate(members):
-            (held if place in chosen else kept).append(image)
-    return replace(listing, images=tuple(kept)), replace(listing, images=tuple(held))
+    labels = np.array([image.label for image in listing.images], dtype=np.int64)
+    chosen = choose_fraction(labels, fraction=fraction, seed=seed)
+    by_label = np.argsort(labels, kind="stable")
+    kept, held = (
+        tuple(listing.images[place] for place in by_label if chosen[place] == wanted)
+        for wanted in (False, True)
+    )
+    return replace(listing, images=kept), replace(listing, images=held)
+
+
+def choose_fraction(labels: NDArray[np.int64], *, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Mark the same fraction of each class, chosen at random."""
+    chosen = np.zeros(len(labels), dtype=bool)
+    by_label = np.argsort(labels, kind="stable")
+    found, starts = np.unique(labels[by_label], return_index=True)
+    # Without any label there is one part all the same, an empty one.
+    for label, members in zip(found.tolist(), np.split(by_label, starts[1:]), strict=False):
+        shuffled = members[permutation(len(members), seed, label)]
+        chosen[shuffled[: round(fraction * len(members))]] = True
+    return chosen
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

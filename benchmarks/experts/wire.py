@@ -123,9 +123,9 @@ def predict_bytes(job: JobConfig) -> Counter[str]:
     images = [micro_batch(job) * (k + 1) // scales for k in reversed(range(scales))]
     bytes_by_kind = Counter(exchange_bytes(work, placement, images=images))
     ring = sum(
-        (holders - 1) * weights * work.element_bytes // holders
+        (replicas - 1) * weights * work.element_bytes // replicas
         for weights, ranks in work.shards(placement)
-        for holders in [work.world_size // ranks]
+        for replicas in [work.world_size // ranks]
     )
     if stage == 3:
         bytes_by_kind["all_gather"] += round(work.gathers(placement) * ring)

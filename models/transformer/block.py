@@ -54,12 +54,12 @@ class Block(nn.Module):
     """Mixture-of-Transformers block with adaLN-Zero conditioning.
 
     Attributes:
-        recomputed: Scales, in the paper's numbering, whose experts compute again in the backward
+        checkpointed: Scales, in the paper's numbering, whose experts compute again in the backward
             pass what they would otherwise keep from the forward pass.
         streams: Where work is queued.
     """
 
-    recomputed: Collection[int] = ()
+    checkpointed: Collection[int] = ()
     streams = Streams()
 
     def __init__(self, config: TransformerConfig, *, scales: int) -> None:
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
     def _compute(self, scale: int, compute: Callable[..., T], *inputs: object) -> T:
         """Call an expert, keeping for the backward pass what it needs or only its inputs."""
-        if scale not in self.recomputed or not torch.is_grad_enabled():
+        if scale not in self.checkpointed or not torch.is_grad_enabled():
             return compute(*inputs)
         # Nothing here draws random numbers.
         outputs = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)

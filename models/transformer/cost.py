@@ -221,7 +221,7 @@ def _part_parameters(shape: ModelShape) -> Mapping[Part, int]:
 
 
 def activation_elements(
-    shape: ModelShape, *, active: int | None = None, recomputed: Collection[int] = ()
+    shape: ModelShape, *, active: int | None = None, checkpointed: Collection[int] = ()
 ) -> tuple[int, ...]:
     """Estimate the numbers that one image's forward pass keeps on each scale.
 
@@ -235,7 +235,7 @@ def activation_elements(
     Args:
         shape: The model.
         active: Number of active scales, the coarsest ones; None means all.
-        recomputed: Scales, in the paper's numbering, whose experts are recomputed.
+        checkpointed: Scales, in the paper's numbering, whose experts are recomputed.
 
     Returns:
         Numbers by active scale, coarse to fine.
@@ -248,7 +248,7 @@ def activation_elements(
     for position, (tokens, keys) in enumerate(
         zip(shape.tokens[:active], shape.keys(active), strict=True)
     ):
-        again = shape.scales - 1 - position in recomputed
+        again = shape.scales - 1 - position in checkpointed
         block = tokens * (5 * shape.width if again else 12 * shape.width + 2 * shape.mlp_width)
         if shape.attention == "causal" and position:
             block += 2 * keys * shape.width

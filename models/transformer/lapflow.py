@@ -106,14 +106,14 @@ class LapFlowTransformer(nn.Module):
             )
             on_built(self.modulation)
 
-    def recompute(self, scales: Collection[int]) -> None:
+    def checkpoint_activations(self, scales: Collection[int]) -> None:
         """Let the experts of some scales recompute in the backward pass, to save memory.
 
         Args:
             scales: The scales, in the paper's numbering.
         """
         for block in self.blocks:
-            cast(Block, block).recomputed = frozenset(scales)
+            cast(Block, block).checkpointed = frozenset(scales)
 
     def queue(self, streams: Streams) -> None:
         """Queue the blocks' work on streams; by default all of it is in one.

@@ -166,7 +166,7 @@ def _add_image_folder(parser: argparse.ArgumentParser) -> None:
 
 def _ingest_image_folder(options: argparse.Namespace) -> None:
     if options.strict:
-        options.max_skipped_share = 0.0
+        options.max_skipped_fraction = 0.0
     config = _config(options)
     splits = Splits.from_options(
         options,

@@ -1,11 +1,13 @@
 """Options that the commands share which write datasets, and what becomes of them."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.console import say
 from pipelines.errors import IngestSettingError
 from pipelines.ingest.listing import Listing, hold_out
 from pipelines.ingest.plan import WriteConfig, check_seed
@@ -15,6 +17,21 @@ from pipelines.source import is_url
 def add_target(parser: argparse.ArgumentParser) -> None:
     """Declare the place that is written to, which comes after the source."""
     parser.add_argument("prefix", help="local folder or s3:// URL; /train and /test are added")
+
+
+class _Renamed(argparse.Action):
+    """An option's old name, which is understood for one release."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        new = f"--{self.dest.replace('_', '-')}"
+        say(f"note: {option_string} is called {new} now", to=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def add_writing_options(
@@ -30,10 +47,18 @@ def add_writing_options(
         "--shard-mib", type=int, default=default.shard_bytes >> 20, help="(%(default)s)"
     )
     parser.add_argument(
+        "--max-skipped-fraction",
+        type=float,
+        default=default.max_skipped_fraction,
+        help="fraction of the images or arrays that may be damaged (%(default)s)",
+    )
+    parser.add_argument(
         "--max-skipped-share",
         type=float,
-        default=default.max_skipped_share,
-        help="share of the images or arrays that may be damaged (%(default)s)",
+        dest="max_skipped_fraction",
+        action=_Renamed,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
     )
     parser.add_argument(
         "--work-dir",
@@ -47,7 +72,7 @@ def writing_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Take the fields of `WriteConfig`, but for the processes, from a parsed command line."""
     return {
         "shard_bytes": options.shard_mib << 20,
-        "max_skipped_share": options.max_skipped_share,
+        "max_skipped_fraction": options.max_skipped_fraction,
         "work_dir": options.work_dir,
     }
 

@@ -41,7 +41,7 @@ class WriteConfig:
     Attributes:
         shard_bytes: Size at which a shard is closed.
         workers: Processes.
-        max_skipped_share: Share of the samples that may be left out for being damaged.
+        max_skipped_fraction: Fraction of the samples that may be left out for being damaged.
         work_dir: Folder for unfinished shards of a remote dataset.
 
     Raises:
@@ -50,16 +50,16 @@ class WriteConfig:
 
     shard_bytes: int = 1 << 26
     workers: int = 1
-    max_skipped_share: float = 0.01
+    max_skipped_fraction: float = 0.01
     work_dir: Path = Path("~/.cache/lapflow/ingest")
 
     def __post_init__(self) -> None:
         for name in ("shard_bytes", "workers"):
             if (value := getattr(self, name)) < 1:
                 raise IngestSettingError(f"{name}={value} must be at least 1.")
-        if not 0 <= self.max_skipped_share <= 1:
+        if not 0 <= self.max_skipped_fraction <= 1:
             raise IngestSettingError(
-                f"max_skipped_share={self.max_skipped_share} must lie in [0, 1]."
+                f"max_skipped_fraction={self.max_skipped_fraction} must lie in [0, 1]."
             )
 
 
@@ -248,7 +248,7 @@ class Plan:
         refuse_too_many(
             skipped,
             samples=self.parts[-1].first + len(self.parts[-1].samples),
-            max_skipped_share=self.config.max_skipped_share,
+            max_skipped_fraction=self.config.max_skipped_fraction,
             fault=self.fault,
         )
 
@@ -306,7 +306,7 @@ def refuse_too_many(
     skipped: Sequence[tuple[str, str]],
     *,
     samples: int,
-    max_skipped_share: float,
+    max_skipped_fraction: float,
     fault: str = "images cannot be decoded",
 ) -> None:
     """Stop an ingest that leaves out too much.
@@ -314,16 +314,17 @@ def refuse_too_many(
     Args:
         skipped: Name and reason of each sample that is left out.
         samples: How many there are in all.
-        max_skipped_share: Share of them that may be left out.
+        max_skipped_fraction: Fraction of them that may be left out.
         fault: What is wrong with those, in words.
 
     Raises:
         BadDataError: There are more.
     """
-    if len(skipped) > Decimal(str(max_skipped_share)) * samples:  # 0.29 of 100 are 29, not 28.99…
+    # As they are written: 0.29 of 100 are 29, not 28.99…
+    if len(skipped) > Decimal(str(max_skipped_fraction)) * samples:
         name, reason = skipped[0]
         raise BadDataError(
             f"{len(skipped)} of {samples} {fault}, more than "
-            f"max_skipped_share={max_skipped_share}; the first is {name} ({reason}). Remove or "
-            "repair them, or raise --max-skipped-share."
+            f"max_skipped_fraction={max_skipped_fraction}; the first is {name} ({reason}). Remove "
+            "or repair them, or raise --max-skipped-fraction."
         )

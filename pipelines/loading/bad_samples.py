@@ -19,12 +19,12 @@ class BadSamples:
 
     Args:
         dataset: Names the shards.
-        max_share: Share of the samples that is tolerated.
+        max_fraction: Fraction of the samples that is tolerated.
     """
 
-    def __init__(self, dataset: SampleDataset, *, max_share: float) -> None:
+    def __init__(self, dataset: SampleDataset, *, max_fraction: float) -> None:
         self._dataset = dataset
-        self._max_share = max_share
+        self._max_fraction = max_fraction
         self._lock = Lock()
         self._read = 0
         self._bad = 0
@@ -53,12 +53,12 @@ class BadSamples:
             "skipping sample %d in shard %s, which cannot be used (%s)", sample_id, shard, reason
         )
         # As a decimal, the way it was written: 0.0006 of 10 000 are 6, and in floats a little less.
-        allowed = Decimal(str(self._max_share)) * max(read, _JUDGED_SAMPLES)
+        allowed = Decimal(str(self._max_fraction)) * max(read, _JUDGED_SAMPLES)
         if bad > allowed or attempt >= _REPLACEMENTS:
             raise BadDataError(
                 f"{bad} of {read} samples read cannot be used, more than "
-                f"max_bad_fraction={self._max_share} allows. The last one is sample {sample_id} in "
-                f"shard {shard} ({reason}); the log names the others. Check the dataset with "
+                f"max_bad_fraction={self._max_fraction} allows. The last one is sample {sample_id} "
+                f"in shard {shard} ({reason}); the log names the others. Check the dataset with "
                 "python -m pipelines.ingest verify and write it again without them, or raise "
                 "max_bad_fraction if you can do without that many."
             )

@@ -210,7 +210,7 @@ class Loader:
         self._slice_start = rank * self._slice_images
         self._device = device
         self._classes = classes
-        self._bad = BadSamples(dataset, max_share=config.max_bad_fraction)
+        self._bad = BadSamples(dataset, max_fraction=config.max_bad_fraction)
         self._threads: list[Prefetched[Any]] = []
         self.data_wait_s = 0.0
         """Seconds that the consumer of batches has waited for them, in all."""

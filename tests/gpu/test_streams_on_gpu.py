@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-def network(*, own_stream: bool, recomputed: tuple[int, ...]) -> LapFlowTransformer:
+def network(*, own_stream: bool, checkpointed: tuple[int, ...]) -> LapFlowTransformer:
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = LapFlowTransformer(
@@ -25,15 +25,15 @@ def network(*, own_stream: bool, recomputed: tuple[int, ...]) -> LapFlowTransfor
     ).to(device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    model.recompute(recomputed)
+    model.checkpoint_activations(checkpointed)
     if own_stream:
         model.queue(CudaStreams(device))
     return model
 
 
-@pytest.mark.parametrize("recomputed", [(), (0, 2)])
-def test_outputs_and_gradients_are_the_same_on_two_streams(recomputed):
-    one, two = (network(own_stream=own, recomputed=recomputed) for own in (False, True))
+@pytest.mark.parametrize("checkpointed", [(), (0, 2)])
+def test_outputs_and_gradients_are_the_same_on_two_streams(checkpointed):
+    one, two = (network(own_stream=own, checkpointed=checkpointed) for own in (False, True))
     # Often, and with other sizes in between, so that freed memory is used again at once.
     for turn in range(20):
         images = 6 + 3 * (turn % 4)

@@ -42,7 +42,7 @@ def test_gradients_are_those_of_the_replicated_model(ranks):
     everywhere = {0: 2, 1: ranks, 2: ranks}
     cases += [{"placement": everywhere, "options": options} for options in OPTIONS]
     cases += [{"placement": everywhere, "active": active} for active in (1, 2)]
-    cases += [{"placement": everywhere, "recomputed": (0, 2)}]
+    cases += [{"placement": everywhere, "checkpointed": (0, 2)}]
     told = on_ranks(expert_worker.gradients, ranks, {"cases": cases})
     assert len(told) == len(cases)
     for case, result in zip(cases, told, strict=True):

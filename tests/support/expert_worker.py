@@ -83,7 +83,7 @@ def gradients(context: WorkerContext, payload: dict[str, Any]) -> None:
         whole, losses = wholes[name]
         shards = ExpertShards(exchanges={k: formed[n] for k, n in case["placement"].items()})
         partitioned = network(options, shards.partition)
-        partitioned.recompute(case.get("recomputed", ()))
+        partitioned.checkpoint_activations(case.get("checkpointed", ()))
         own = loss_of(partitioned, rank=context.rank, active=active)
         own.backward()
         held = shards_of(partitioned)

@@ -87,7 +87,7 @@ def build_engine(
 
     def build(on_built: OnBuilt) -> LapFlowTransformer:
         model = build_model(on_built)
-        model.recompute(config.activation_checkpointing)
+        model.checkpoint_activations(config.activation_checkpointing)
         if config.overlap_exchange and device.type == "cuda":
             model.queue(CudaStreams(device))
         return model

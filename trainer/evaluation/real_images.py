@@ -75,7 +75,7 @@ class RealImages:
         config = decoding(self._job, self._context, scales=1)
         decoder = make_decoder(self._job.loader.decoder, config, device=device)
         for images in self._opened.streams:
-            bad = BadSamples(images, max_share=self._job.loader.max_bad_fraction)
+            bad = BadSamples(images, max_fraction=self._job.loader.max_bad_fraction)
             for start in range(0, len(images), _AT_ONCE):
                 ids = range(start, min(start + _AT_ONCE, len(images)))
                 for batch in _usable(images, ids, decoder=decoder, bad=bad):

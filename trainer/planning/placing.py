@@ -196,7 +196,7 @@ def _scale_loads(
     job: JobConfig, shape: ModelShape, *, images: int, stratified: bool
 ) -> Iterator[ScaleLoad]:
     again = job.engine.activation_checkpointing
-    activations = activation_elements(shape, recomputed=again)
+    activations = activation_elements(shape, checkpointed=again)
     block = activation_elements(replace(shape, depth=1))
     unpartitioned, last = unpartitioned_parameters(shape), last_projection_parameters(shape)
     total = [0, *(multiply_adds(shape, active=a) for a in range(1, shape.scales + 1))]

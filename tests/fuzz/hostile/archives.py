@@ -53,7 +53,15 @@ def archives(attempt: Try) -> Seen:
     attack = "; ".join(attacks) or "none"
     announce("hostile: archives", attack)
     target = attempt.sandbox.inside / "out"
-    words = ["image-folder", str(path), str(target), "--workers", "1", "--max-skipped-share", "1"]
+    words = [
+        "image-folder",
+        str(path),
+        str(target),
+        "--workers",
+        "1",
+        "--max-skipped-fraction",
+        "1",
+    ]
     return judged(
         attempt,
         "archives",

@@ -45,7 +45,7 @@ def arrays(attempt: Try) -> Seen:
     target = attempt.sandbox.inside / "out"
     words = [str(source), str(target), "--autoencoder", str(attempt.material.autoencoder)]
     words += ["--arrays", "mean-std", "--dtype", "float32", "--workers", "1"]
-    words += ["--max-skipped-share", "1"]
+    words += ["--max-skipped-fraction", "1"]
     done = commanded(latents, words)
     complaint = partial(_complaint, attempt, good)
     return judged(attempt, "arrays", attack, done, complaint, told=LEFT_OUT)

@@ -42,7 +42,7 @@ def images(attempt: Try) -> Seen:
     attack = "; ".join(attacks)
     announce("hostile: images", attack)
     words = ["image-folder", str(source), str(attempt.sandbox.inside / "out"), "--workers", "1"]
-    words += ["--max-skipped-share", "1"]
+    words += ["--max-skipped-fraction", "1"]
     if chance.random() < 0.3:
         words += ["--follow-links"] if "link" not in attack else []
     target = attempt.sandbox.inside / "out"

@@ -64,7 +64,7 @@ def rows(attempt: Try) -> Seen:
     attack = "; ".join(attacks) or "none"
     announce("hostile: rows of parquet", attack)
     words = ["huggingface", str(path), str(attempt.sandbox.inside / "out"), "--workers", "1"]
-    words += ["--max-skipped-share", "1"]
+    words += ["--max-skipped-fraction", "1"]
     target = attempt.sandbox.inside / "out"
     return judged(
         attempt,

@@ -39,16 +39,16 @@ def test_estimate_is_near_what_autograd_keeps(scales: int, attention: AttentionK
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recomputed", [(0,), (2, 1), (2, 1, 0)])
+@pytest.mark.parametrize("checkpointed", [(0,), (2, 1), (2, 1, 0)])
 @pytest.mark.parametrize("attention", ["causal", "own_scale"])
 def test_recomputed_scales_keep_what_is_estimated(
-    recomputed: tuple[int, ...], attention: AttentionKind
+    checkpointed: tuple[int, ...], attention: AttentionKind
 ) -> None:
     config = TransformerConfig(depth=6, width=64, heads=2, attention=attention)
     model = LapFlowTransformer(config, **sizes_of(3))
-    model.recompute(recomputed)
+    model.checkpoint_activations(checkpointed)
     shape = ModelShape.of(config, **sizes_of(3))
-    kept = 4 * IMAGES * sum(activation_elements(shape, recomputed=recomputed))
+    kept = 4 * IMAGES * sum(activation_elements(shape, checkpointed=checkpointed))
     assert kept == pytest.approx(kept_bytes(model, [IMAGES] * 3), rel=0.04)
     assert kept < 4 * IMAGES * sum(activation_elements(shape))
 

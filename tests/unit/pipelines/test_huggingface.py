@@ -121,7 +121,7 @@ def test_rows_without_an_image_are_left_out_and_named(tmp_path: Path) -> None:
     command = ["huggingface", name, str(tmp_path / "out"), "--workers", "1"]
     assert main(command) == 2
     assert not (tmp_path / "out" / "train").exists()
-    assert main([*command, "--max-skipped-share", "0.2"]) == 0
+    assert main([*command, "--max-skipped-fraction", "0.2"]) == 0
     about = read_about(str(tmp_path / "out" / "train"))
     assert about is not None
     assert [row for row, _ in about.skipped] == ["row 3", "row 7 (holiday.jpg)"]
@@ -265,7 +265,7 @@ def test_rows_reach_no_file_outside_of_the_dataset(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, copy / "data.parquet")
     name = str(copy / "data.parquet")
     out = tmp_path / "out"
-    command = ["huggingface", name, str(out), "--workers", "1", "--max-skipped-share", "0.9"]
+    command = ["huggingface", name, str(out), "--workers", "1", "--max-skipped-fraction", "0.9"]
     assert main(command) == 0
     assert [data for data, _ in contents(out / "train")] == [IMAGES[1]] * 2
     about = read_about(str(out / "train"))

@@ -182,7 +182,7 @@ def test_truncated_images_are_left_out(folder: Path, tmp_path: Path, resize: Res
     written(
         list_images(folder),
         tmp_path / "out",
-        config=replace(SMALL, resize=resize, max_skipped_share=0.2),
+        config=replace(SMALL, resize=resize, max_skipped_fraction=0.2),
     )
     about = json.loads((tmp_path / "out" / "ingest.json").read_text())
     named = [Path(name).name for name, _ in about["skipped"]]
@@ -199,7 +199,7 @@ def test_bad_images_are_left_out_and_named_up_to_a_share(folder: Path, tmp_path:
     with pytest.raises(BadDataError, match=r"2 of 22 images .*cow/bad.jpg .the file is empty"):
         written(listing, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    written(listing, tmp_path / "out", IngestConfig(shard_bytes=1500, max_skipped_share=0.1))
+    written(listing, tmp_path / "out", IngestConfig(shard_bytes=1500, max_skipped_fraction=0.1))
     assert len(contents(tmp_path / "out")) == 20
     about = json.loads((tmp_path / "out" / "ingest.json").read_text())
     assert sorted(name for name, _ in about["skipped"]) == ["cow/bad.jpg", "cow/text.png"]

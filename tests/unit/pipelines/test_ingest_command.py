@@ -54,6 +54,16 @@ def test_words_that_are_no_command_are_a_usage_error(
     assert "usage: python -m pipelines.ingest" in capsys.readouterr().err
 
 
+def test_the_old_name_of_an_option_is_understood_and_the_new_one_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["image-folder", str(tmp_path), str(tmp_path / "out"), "--max-skipped-share", "2"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "note: --max-skipped-share is called --max-skipped-fraction now" in said
+    assert "max_skipped_fraction=2.0 must lie in [0, 1]" in said
+
+
 def test_progress_is_told_with_the_time_that_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,8 +50,8 @@ def folder(tmp_path: Path) -> Path:
         ("--image-size -8", "image_size=-8 must be at least 1 pixel"),
         ("--workers 0", "workers=0 must be at least 1"),
         ("--shard-mib 0", "shard_bytes=0 must be at least 1"),
-        ("--max-skipped-share 1.5", r"max_skipped_share=1.5 must lie in \[0, 1\]"),
-        ("--max-skipped-share nan", "max_skipped_share=nan must lie"),
+        ("--max-skipped-fraction 1.5", r"max_skipped_fraction=1.5 must lie in \[0, 1\]"),
+        ("--max-skipped-fraction nan", "max_skipped_fraction=nan must lie"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named_and_nothing_is_written(
@@ -110,9 +110,9 @@ def test_both_splits_are_checked_before_one_is_written(
 def test_a_share_means_what_is_written() -> None:
     """In floats 0.29 of 100 are less than 29."""
     skipped = [(f"{number}.png", "damaged") for number in range(30)]
-    refuse_too_many(skipped[:29], samples=100, max_skipped_share=0.29)
+    refuse_too_many(skipped[:29], samples=100, max_skipped_fraction=0.29)
     with pytest.raises(BadDataError, match="30 of 100 images"):
-        refuse_too_many(skipped, samples=100, max_skipped_share=0.29)
+        refuse_too_many(skipped, samples=100, max_skipped_fraction=0.29)
 
 
 def test_images_that_are_repaired_after_a_refusal_are_read_again(tmp_path: Path) -> None:

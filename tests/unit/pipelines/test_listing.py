@@ -279,7 +279,7 @@ def test_names_that_are_no_text_or_that_terminals_obey_are_escaped(tmp_path: Pat
         file.write(b"no image")
     words = ["image-folder", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
     environment = {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": ":".join(sys.path)}
-    for command in ([*words, "--max-skipped-share", "0.5"], ["verify", f"{words[2]}/train"]):
+    for command in ([*words, "--max-skipped-fraction", "0.5"], ["verify", f"{words[2]}/train"]):
         done = subprocess.run(
             [sys.executable, "-m", "pipelines.ingest", *command],
             capture_output=True,

@@ -54,7 +54,7 @@ class CountedExchange(Exchange):
         self.calls[kind] += 1
 
 
-def job(model: dict[str, Any], recomputed: tuple[int, ...]) -> JobConfig:
+def job(model: dict[str, Any], checkpointed: tuple[int, ...]) -> JobConfig:
     values = {
         "model": {"depth": 2, "width": 16, "heads": 4, "patch_size": 2, **model},
         "flow": {"scales": SCALES, "critical_times": (0.67, 0.33)},
@@ -64,7 +64,7 @@ def job(model: dict[str, Any], recomputed: tuple[int, ...]) -> JobConfig:
     }
     made = from_dict(JobConfig, values)
     assert made.engine == EngineConfig()
-    return from_dict(JobConfig, {**values, "engine": {"activation_checkpointing": recomputed}})
+    return from_dict(JobConfig, {**values, "engine": {"activation_checkpointing": checkpointed}})
 
 
 def sharded(
@@ -82,11 +82,11 @@ def sharded(
         classes=5,
         on_built=ExpertShards(exchanges=exchanges).partition,
     )
-    network.recompute(made.engine.activation_checkpointing)
+    network.checkpoint_activations(made.engine.activation_checkpointing)
     return network, exchanges
 
 
-@pytest.mark.parametrize("recomputed", [(), (2, 0)])
+@pytest.mark.parametrize("checkpointed", [(), (2, 0)])
 @pytest.mark.parametrize(
     ("model", "ranks"),
     [
@@ -97,9 +97,9 @@ def sharded(
     ids=str,
 )
 def test_planned_bytes_are_the_bytes_that_are_sent(
-    model: dict[str, Any], ranks: tuple[int, ...], recomputed: tuple[int, ...]
+    model: dict[str, Any], ranks: tuple[int, ...], checkpointed: tuple[int, ...]
 ) -> None:
-    made, placement = job(model, recomputed), Placement(ranks)
+    made, placement = job(model, checkpointed), Placement(ranks)
     network, exchanges = sharded(made, placement)
     images = [IMAGES * (k + 1) // SCALES for k in (2, 1, 0)]
     states = tuple(

@@ -57,7 +57,7 @@ def test_damaged_files_are_left_out_and_named(place: Path, tmp_path: Path) -> No
     bad = {f"class{number % 2}/{number:03d}.npy": name for number, name in enumerate(WORDS)}
     for path, name in bad.items():
         spoil(name)(folder / path)
-    assert take_in(place, folder, tmp_path / "out", "--max-skipped-share", "0.35") == 0
+    assert take_in(place, folder, tmp_path / "out", "--max-skipped-fraction", "0.35") == 0
     assert same(tmp_path / "out" / "train", wanted[len(WORDS) :])
     record = read_latent_record(str(tmp_path / "out" / "train"))
     assert (record.samples, len(record.skipped)) == (20 - len(WORDS), len(WORDS))
@@ -80,7 +80,7 @@ def test_too_many_damaged_files_stop_it_and_may_be_removed(
     assert re.search(r"1 of 6 .*class0/003\.npy .*--max-skipped", capfd.readouterr().err)
     assert not (tmp_path / "out" / "train").exists()
     left = np.delete(wanted, 3, axis=0)
-    assert take_in(place, folder, tmp_path / "raised", "--max-skipped-share", "0.2") == 0
+    assert take_in(place, folder, tmp_path / "raised", "--max-skipped-fraction", "0.2") == 0
     (folder / "class0" / "003.npy").unlink()
     assert take_in(place, folder, tmp_path / "out") == 0
     for name in ("raised", "out"):
@@ -159,7 +159,7 @@ def test_numbers_too_large_for_float16_are_refused(
         (["--workers", "0"], ["workers=0"]),
         (["--seed", "-1"], ["seed=-1"]),
         (["--shard-mib", "0"], ["shard_bytes=0"]),
-        (["--max-skipped-share", "2"], ["max_skipped_share=2.0"]),
+        (["--max-skipped-fraction", "2"], ["max_skipped_fraction=2.0"]),
         (["--classes", "nowhere"], ["class list nowhere"]),
         (["--autoencoder", "nowhere"], ["--autoencoder nowhere"]),
     ],
@@ -250,7 +250,7 @@ def test_files_that_are_too_long_are_not_read(
     arrays = list(moments(4)[:, 0])
     folder = save(tmp_path / "arrays", [*arrays, np.ones((8, 64, 64), np.float32)])
     monkeypatch.setattr(arrays, "MAX_BYTES", 10_000)
-    assert take_in(place, folder, tmp_path / "out", "--max-skipped-share", "0.2") == 0
+    assert take_in(place, folder, tmp_path / "out", "--max-skipped-fraction", "0.2") == 0
     about = read_about(str(tmp_path / "out" / "train"))
     assert about is not None
     assert "bytes long, more than 10000" in about.skipped[0][1]

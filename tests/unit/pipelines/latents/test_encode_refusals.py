@@ -46,7 +46,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(
     tmp_path: Path, encoder: Encoder
 ) -> None:
     source = with_bad_images(tmp_path / "images", (1, 5, 6, 7, 8, 9))
-    config = dataclasses.replace(SMALL, max_skipped_share=0.5)
+    config = dataclasses.replace(SMALL, max_skipped_fraction=0.5)
     notes = encode(source, tmp_path / "latents", encoder, config)
     assert "12 images (100%), 6 skipped" in notes[-1]
     record = read_latent_record(str(tmp_path / "latents"))
@@ -77,11 +77,13 @@ def test_too_many_undecodable_images_stop_it_early_and_the_limit_may_be_raised(
         encode(source, tmp_path / "latents", encoder)
     work = tmp_path / ".latents.building"
     assert [path.stem for path in work.glob("*.record")] == ["shard.00000"]
-    encode(source, tmp_path / "latents", encoder, dataclasses.replace(SMALL, max_skipped_share=0.1))
+    encode(
+        source, tmp_path / "latents", encoder, dataclasses.replace(SMALL, max_skipped_fraction=0.1)
+    )
     assert len(ShardedDataset(str(tmp_path / "latents"))) == 11
     none = with_bad_images(tmp_path / "none", range(12))
     with pytest.raises(EmptyDatasetError, match="None of the images"):
-        encode(none, tmp_path / "no", encoder, dataclasses.replace(SMALL, max_skipped_share=1.0))
+        encode(none, tmp_path / "no", encoder, dataclasses.replace(SMALL, max_skipped_fraction=1.0))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_too_many_undecodable_images_stop_it_early_and_the_limit_may_be_raised(
         (["--batch", "0"], ["batch=0"]),
         (["--shard-mib", "0"], ["shard_bytes=0"]),
         (["--shard-mib", "4096"], ["shard_bytes=4294967296"]),
-        (["--max-skipped-share", "2"], ["max_skipped_share=2.0"]),
+        (["--max-skipped-fraction", "2"], ["max_skipped_fraction=2.0"]),
         (["--splits", "train,train"], ["--splits train,train"]),
         (["--splits", "valid"], ["no dataset at", "images/valid"]),
     ],

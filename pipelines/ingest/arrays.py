@@ -422,7 +422,7 @@ class ArrayFiller:
                 views += [(place, view, moments) for view, moments in enumerate(stored)]
             if views:
                 latents.sum(views)
-        return latents.filled()
+        return latents.finish()
 
     def _make_stored(self, file: SourceImage) -> NDArray[Any]:
         """Make one array into what is stored of it."""

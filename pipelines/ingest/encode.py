@@ -217,7 +217,7 @@ class LatentFiller:
                         for sample, stored in zip(samples, moments, strict=True)
                     ]
                 )
-        return latents.filled()
+        return latents.finish()
 
     def _decode_sound(
         self, samples: Sequence[RawSample], latents: LatentPart

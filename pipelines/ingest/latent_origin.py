@@ -191,7 +191,7 @@ class LatentPart:
                     (torch.tensor(band.numel()), exact.sum(), exact.square().sum())
                 )
 
-    def filled(self) -> Filled:
+    def finish(self) -> Filled:
         """Say what there is to say of the part."""
         skipped = sorted(self._skipped.items())
         sums = {str(scales): sums.tolist() for scales, sums in self._sums.items()}

@@ -184,9 +184,7 @@ class LatentFiller:
         self._images = ShardedDataset(source, config=replace(config.shards, open_files=1))
         self._decode = make_decoder(
             config.decoder,
-            DecodeConfig(
-                image_size=config.image_size, channels=_RGB, scales=1, decode_threads=threads
-            ),
+            DecodeConfig(image_size=config.image_size, scales=1, decode_threads=threads),
             device=device,
         )
         try:

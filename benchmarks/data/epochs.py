@@ -11,10 +11,9 @@ import torch
 
 from benchmarks.data.photographs import label_files
 from pipelines.augment import AugmentConfig
-from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig
 from pipelines.ingest.write import write_dataset
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Cursor, Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from trainer.data.loading import return_large_blocks
 

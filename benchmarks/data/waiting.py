@@ -18,8 +18,8 @@ from benchmarks.data.photographs import add_images, photographs
 from benchmarks.workload import Latents, TrainingWork
 from models.codec import AutoencoderKlCodec
 from models.pyramid import split
-from pipelines.batch import Batch, Cursor
 from pipelines.ingest.digits import CHANNELS, IMAGE_SIZE, ensure_digits
+from pipelines.loading.loader import Batch, Cursor
 
 _DESCRIPTION = """\
 Train on real batches: loader, forward, backward and AdamW, and how long each update had to wait for

@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipelines.augment import AugmentConfig, CropParams, SampleKey, crop_of
-from pipelines.batch import Bands
 from pipelines.errors import (
     BadSampleError,
     DataError,
@@ -24,6 +24,8 @@ from pipelines.errors import (
 )
 from pipelines.latent_format import LatentFormat, Moments
 
+Bands = tuple[Tensor, ...]
+"""Laplacian bands of a batch of images, coarse to fine."""
 Prepared = TypeVar("Prepared")
 
 

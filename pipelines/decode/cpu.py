@@ -10,13 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from pipelines.augment import SampleKey
-from pipelines.batch import Bands
-from pipelines.decode.contract import (
-    DecodeConfig,
-    Decoder,
-    DrawnLatent,
-    LatentDecodeConfig,
-)
+from pipelines.decode.contract import Bands, DecodeConfig, Decoder, DrawnLatent, LatentDecodeConfig
 from pipelines.encoded import pixels, read_image
 
 

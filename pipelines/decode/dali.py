@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.augment import CropParams, SampleKey
-from pipelines.batch import Bands
-from pipelines.decode.contract import DecodeConfig, Decoder, DrawnLatent, LatentDecodeConfig
+from pipelines.decode.contract import Bands, DecodeConfig, Decoder, DrawnLatent, LatentDecodeConfig
 from pipelines.encoded import as_png, pixels, read_image
 from pipelines.errors import DataError, UndecodableImageError
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import SampleKey
-from pipelines.batch import Batch, Cursor
 from pipelines.dataset import RawSample, SampleDataset
-from pipelines.decode.contract import DecodeConfig, LatentDecodeConfig, decode_threads
+from pipelines.decode.contract import Bands, DecodeConfig, LatentDecodeConfig, decode_threads
 from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.errors import (
     BadSampleError,
@@ -39,6 +38,39 @@ Item = TypeVar("Item")
 
 _POLL_S = 0.1
 _JOIN_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's slice of a global batch.
+
+    Attributes:
+        bands: Laplacian bands of the images, coarse to fine, each float32 [b, c, h, w]; their
+            merged image lies in [-1, 1].
+        labels: int64 [b], on the device of the bands.
+        sample_ids: int64 [b], in host memory: which sample of the dataset each image is.
+        skipped: How many undecodable images were replaced in this slice.
+    """
+
+    bands: Bands
+    labels: Tensor
+    sample_ids: Tensor
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the run's stream of images: all that is needed to go on reading from there.
+
+    Attributes:
+        images: Images handed out so far, over all ranks.
+    """
+
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise ValueError(f"A cursor counts images from 0, got {self.images}.")
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ import torch
 
 from models.pyramid import merge, split
 from pipelines.augment import AugmentConfig, SampleKey
-from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig, LatentDecodeConfig
 from pipelines.decode.cpu import LatentDecoder, PillowDecoder
 from pipelines.decode.dali import DaliDecoder, DaliLatentDecoder
 from pipelines.errors import UndecodableImageError
 from pipelines.latent_format import LatentFormat
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Cursor, Loader, LoaderConfig
 from tests.support.synthetic import SyntheticImages
 from tests.unit.pipelines import pictures
 

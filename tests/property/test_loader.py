@@ -17,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.augment import AugmentConfig, SampleKey
-from pipelines.batch import Batch, Cursor
 from pipelines.dataset import SampleDataset
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Batch, Cursor, Loader, LoaderConfig
 from pipelines.order import ConcatenatedDataset, MixedOrder, SampleOrder
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.unit.pipelines import pictures

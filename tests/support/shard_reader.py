@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from pipelines.batch import Batch, Cursor
 from pipelines.decode.contract import DecodeConfig
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Batch, Cursor, Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.forked import forked
 

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.process_group import prove_peers
-from pipelines.batch import Batch, Cursor
-from pipelines.loading.loader import Loader
+from pipelines.loading.loader import Batch, Cursor, Loader
 from trainer.state import TrainState
 from trainer.training.hooks import Hook, UpdateReport
 from trainer.training.step import TrainStep

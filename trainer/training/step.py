@@ -17,7 +17,7 @@ from models.codec import Codec
 from models.ema import ema_decay
 from models.flow.objective import TIME_BINS, LossReport, Objective
 from models.pyramid import band_statistics, split
-from pipelines.batch import Batch
+from pipelines.loading.loader import Batch
 from trainer import rng
 from trainer.config.train import TrainConfig
 from trainer.engine.optimizer import OptimConfig, learning_rate

@@ -17,7 +17,7 @@ from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, OnBuilt
-from pipelines.batch import Batch
+from pipelines.loading.loader import Batch
 from tests.support.loss_watch import watch
 from trainer.config.train import TrainConfig
 from trainer.engine.expert_shards import ExpertShards

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import DecoderName
 from pipelines.errors import BadDataError
 from pipelines.index import parse_index
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Cursor, Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.unit.pipelines import pictures
 

@@ -183,7 +183,7 @@ def test_digits_are_written_once(
 def test_light_modules_do_not_load_heavy_packages() -> None:
     """`streaming` and DALI take seconds to import; settings must not."""
     script = (
-        "import sys, pipelines.batch, pipelines.order, pipelines.loading.loader, pipelines.decode, "
+        "import sys, pipelines.order, pipelines.loading.loader, pipelines.decode, "
         "pipelines.source, pipelines.shards, pipelines.ingest.digits\n"
         "heavy = {'streaming', 'nvidia.dali', 'torchvision', 'sklearn', 'boto3', 'transformers'}\n"
         "print(sorted(heavy & set(sys.modules)))"

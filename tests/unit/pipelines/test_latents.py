@@ -9,12 +9,11 @@ import torch
 
 from models.pyramid import split
 from pipelines.augment import SampleKey
-from pipelines.batch import Cursor
 from pipelines.decode.contract import LatentDecodeConfig
 from pipelines.decode.make import make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
 from pipelines.latent_format import LatentFormat
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Cursor, Loader, LoaderConfig
 from pipelines.shards import ShardedDataset
 
 DECODERS = ("dali", "pillow")

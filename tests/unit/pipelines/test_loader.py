@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.augment import AugmentConfig
-from pipelines.batch import Batch, Cursor
 from pipelines.dataset import RawSample, SampleDataset
 from pipelines.decode.contract import DecodeConfig
 from pipelines.errors import (
@@ -24,7 +23,7 @@ from pipelines.errors import (
     IndivisibleBatchError,
     LabelOutOfRangeError,
 )
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Batch, Cursor, Loader, LoaderConfig
 from pipelines.order import SampleOrder, replacement
 from pipelines.shards import ShardedDataset
 from tests.support.synthetic import SyntheticImages

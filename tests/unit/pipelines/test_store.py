@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig
 from pipelines.errors import (
     CorruptShardError,
@@ -19,7 +18,7 @@ from pipelines.ingest.__main__ import main
 from pipelines.ingest.target import has_dataset
 from pipelines.ingest.verify import verify
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.loading.loader import Loader, LoaderConfig
+from pipelines.loading.loader import Cursor, Loader, LoaderConfig
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.clock import Clock
 from tests.support.s3_server import S3Server

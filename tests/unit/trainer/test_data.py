@@ -11,11 +11,11 @@ from cluster.contract import WorkerContext
 from models.codec import IdentityCodec
 from models.pyramid import merge
 from pipelines.augment import AugmentConfig
-from pipelines.batch import Cursor
 from pipelines.encoded import as_png
 from pipelines.errors import BadDataError
 from pipelines.ingest.digits import ensure_digits
 from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.loading.loader import Cursor
 from tests.support.configuration import configuration
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError

@@ -12,12 +12,12 @@ import torch
 from cluster.contract import WorkerContext
 from models.codec import AutoencoderKlCodec
 from models.pyramid import merge
-from pipelines.batch import Cursor
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import make_decoder
 from pipelines.documents import seal, unseal
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import RECORD_NAME
+from pipelines.loading.loader import Cursor
 from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.configuration import configuration

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.batch import Cursor
 from pipelines.ingest.write import LabelledImage, write_dataset
+from pipelines.loading.loader import Cursor
 from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.unit.pipelines import pictures

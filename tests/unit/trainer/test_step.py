@@ -10,7 +10,7 @@ from models.flow.objective import Objective
 from models.pyramid import band_statistics, split
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, OnBuilt
-from pipelines.batch import Batch
+from pipelines.loading.loader import Batch
 from tests.support.autoencoder import tiny_autoencoder
 from tests.support.loss_watch import watch
 from trainer import rng

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
-from pipelines.batch import Batch
+from pipelines.loading.loader import Batch
 from tests.support.loss_watch import watch
 from trainer import rng
 from trainer.config.train import TrainConfig

@@ -249,7 +249,7 @@ def test_files_that_are_too_long_are_not_read(
 ) -> None:
     arrays = list(moments(4)[:, 0])
     folder = save(tmp_path / "arrays", [*arrays, np.ones((8, 64, 64), np.float32)])
-    monkeypatch.setattr(arrays, "MAX_BYTES", 10_000)
+    monkeypatch.setattr("pipelines.ingest.arrays.MAX_BYTES", 10_000)
     assert take_in(place, folder, tmp_path / "out", "--max-skipped-fraction", "0.2") == 0
     about = read_about(str(tmp_path / "out" / "train"))
     assert about is not None

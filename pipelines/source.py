@@ -10,7 +10,6 @@ training run wants a log line for each and an error that names the cause at the 
 import errno
 import logging
 import os
-import random
 import re
 import sys
 import threading
@@ -18,13 +17,20 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from packaging.specifiers import SpecifierSet
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_result,
+    stop_after_delay,
+    wait_exponential,
+    wait_random,
+)
 
 from pipelines.cache import scratch_folder, warn_when_slow
 from pipelines.documents import MAX_DOCUMENT_BYTES, DocumentError, read_bounded
@@ -160,40 +166,45 @@ class Source:
             StoreUnreachableError: It refuses, or does not answer.
             CacheUnusableError: The local path cannot be written.
         """
-        downloader = getattr(self._downloaders, "own", None) or self._connect()
-        self._downloaders.own = downloader
+        self._downloaders.own = getattr(self._downloaders, "own", None) or self._connect()
         url = f"{self._root}/{name}"
-        started_s = time.monotonic()
-        for attempt in count(1):
-            try:
-                if not urlsplit(url).scheme and Path(url).exists() and not Path(url).is_file():
-                    raise FileNotFoundError(url)  # but something else, which may have no end
-                with warn_when_slow(f"fetching {url}"):
-                    if max_bytes is not None:
-                        self._check_size(downloader, url, max_bytes)
-                    downloader.download(url, str(path), self._config.download_timeout_s)
-                return
-            except DocumentError:
-                raise
-            except Exception as error:
-                path.unlink(missing_ok=True)
-                self._raise_if_final(error, url=url, path=path)
-                tried_s = time.monotonic() - started_s
-                if tried_s >= self._config.download_patience_s:
-                    raise StoreUnreachableError(
-                        f"{url} could not be fetched in {tried_s:.0f} s (attempts: {attempt}); the "
-                        f"last one gave {describe_failure(error)}. Check that the store is up and, "
-                        f"if it is not AWS, that S3_ENDPOINT_URL names it.{proxy_hint(None)}"
-                    ) from error
-                wait_s = min(2.0 ** (attempt - 1), _MAX_WAIT_S) + random.random() / 2
-                logger.warning(
-                    "fetching %s failed (attempt %d, after %.0f of %.0f s), trying again in %.0f s:"
-                    " %s",
-                    *(url, attempt, tried_s, self._config.download_patience_s, wait_s),
-                    describe_failure(error),
-                )
-                downloader.clean_up()
-                time.sleep(wait_s)
+        transfers = Retrying(
+            retry=retry_if_result(lambda failure: failure is not None),
+            stop=stop_after_delay(self._config.download_patience_s),
+            wait=wait_exponential(max=_MAX_WAIT_S) + wait_random(0, 0.5),
+            sleep=time.sleep,
+            before_sleep=self._tell_and_clean_up,
+            retry_error_callback=_give_up,
+        )
+        transfers(self._transfer, url, path, max_bytes=max_bytes)
+
+    def _transfer(self, url: str, path: Path, *, max_bytes: int | None) -> Exception | None:
+        """Copy a file; return a failure that another attempt may mend, and raise others."""
+        downloader = self._downloaders.own
+        try:
+            if not urlsplit(url).scheme and Path(url).exists() and not Path(url).is_file():
+                raise FileNotFoundError(url)  # but something else, which may have no end
+            with warn_when_slow(f"fetching {url}"):
+                if max_bytes is not None:
+                    self._check_size(downloader, url, max_bytes)
+                downloader.download(url, str(path), self._config.download_timeout_s)
+        except DocumentError:
+            raise
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            self._raise_if_final(error, url=url, path=path)
+            return error
+        return None
+
+    def _tell_and_clean_up(self, state: RetryCallState) -> None:
+        assert state.outcome is not None
+        logger.warning(
+            "fetching %s failed (attempt %d, after %.0f of %.0f s), trying again in %.0f s: %s",
+            *(state.args[0], state.attempt_number, state.seconds_since_start),
+            *(self._config.download_patience_s, state.upcoming_sleep),
+            describe_failure(state.outcome.result()),
+        )
+        self._downloaders.own.clean_up()
 
     def read(self, name: str) -> bytes:
         """Fetch the content of one small file.
@@ -298,6 +309,18 @@ class Source:
                 f"{url} cannot be copied to {path.parent} ({error}). Free some space, or set "
                 "cache_dir to a folder on a local disk that this user may write."
             ) from error
+
+
+def _give_up(state: RetryCallState) -> NoReturn:
+    """Raise when all attempts at a transfer have failed, with the last failure as the cause."""
+    assert state.outcome is not None
+    error = state.outcome.result()
+    raise StoreUnreachableError(
+        f"{state.args[0]} could not be fetched in {state.seconds_since_start:.0f} s (attempts: "
+        f"{state.attempt_number}); the last one gave {describe_failure(error)}. Check that the "
+        "store is up and, if it is not AWS, that S3_ENDPOINT_URL names it."
+        f"{proxy_hint(None)}"
+    ) from error
 
 
 def prepare_streaming() -> None:

@@ -35,5 +35,6 @@ class Clock:
 def source_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock by which the sources of data sets in this process are patient."""
     clock = Clock()
-    monkeypatch.setattr("pipelines.source.time", clock)
+    for module in ("pipelines.source", "tenacity"):
+        monkeypatch.setattr(f"{module}.time", clock)
     return clock

@@ -44,6 +44,7 @@ IMPORTS = {
     "mlflow": "import mlflow",
     "boto3": "import boto3",
     "filelock": "import filelock",
+    "tenacity": "import tenacity",
     "psutil": "import psutil",
     "xxhash": "import xxhash",
     "scikit-learn": "import sklearn.datasets",

@@ -22,6 +22,7 @@ NEEDED = (
     "torchdiffeq>=0.2.5",
     "psutil>=7.2.2",
     "pydantic>=2.14.3",
+    "tenacity>=9.2.1",
     "xxhash>=3.8.2",
 )
 """What drawing needs of what the project needs, as pip knows it."""

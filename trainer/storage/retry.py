@@ -1,4 +1,4 @@
-"""Trying again what failed: a number of times, or for as long as there is time."""
+"""Trying a store again for as long as there is time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    retry_if_not_exception_type,
+    wait_exponential,
+)
+
 from trainer.storage.errors import StoreError, VanishedObject
 
 logger = logging.getLogger(__name__)
@@ -16,34 +24,6 @@ Result = TypeVar("Result")
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
-
-
-def call_again(
-    step: Callable[[], Result],
-    *,
-    tries: int,
-    when: Callable[[Exception], bool],
-    first_pause_s: float = 0.0,
-) -> Result:
-    """Run a step up to so many times.
-
-    Args:
-        step: The step.
-        tries: How often at most.
-        when: Tells of an error whether it is worth another try.
-        first_pause_s: Pause before the second try, in seconds; each later one is twice as long.
-
-    Raises:
-        Exception: That of the last try.
-    """
-    for attempt in range(tries - 1):
-        try:
-            return step()
-        except Exception as error:
-            if not when(error):
-                raise
-        time.sleep(first_pause_s * 2**attempt)
-    return step()
 
 
 class RetryPolicy:
@@ -73,24 +53,36 @@ class RetryPolicy:
         Raises:
             StoreError: The last failure, or one that no time cures.
         """
-        began: float | None = None
-        pause = FIRST_PAUSE_S
-        while True:
-            try:
-                return step()
-            except VanishedObject:
-                raise
-            except StoreError as error:
-                now = time.monotonic()
-                began = now if began is None else began
-                left = min(began + self._seconds, self._end) - now
-                if left <= 0:
-                    raise
-                wait = min(pause, left)
-                logger.warning("%s Trying again in %.0f s.", error, wait)
-            if self._hurried.wait(wait) and self._end > time.monotonic():
-                # A pause begun in calm ends at once; in a hurry pauses stay short.
-                time.sleep(min(FIRST_PAUSE_S, max(0.0, self._end - time.monotonic())))
-                pause = FIRST_PAUSE_S
-                continue
-            pause = min(2 * pause, MAX_PAUSE_S)
+        attempts = Retrying(
+            retry=retry_if_exception_type(StoreError) & retry_if_not_exception_type(VanishedObject),
+            after=_count_from_first_failure,
+            stop=lambda state: self._left_s(state) <= 0,
+            wait=self._pause_s,
+            before_sleep=_tell,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        return attempts(step)
+
+    def _left_s(self, state: RetryCallState) -> float:
+        return min(state.start_time + self._seconds, self._end) - time.monotonic()
+
+    def _pause_s(self, state: RetryCallState) -> float:
+        calm = wait_exponential(FIRST_PAUSE_S, max=MAX_PAUSE_S)
+        pause_s = FIRST_PAUSE_S if self._hurried.is_set() else calm(state)
+        return max(0.0, min(pause_s, self._left_s(state)))
+
+    def _sleep(self, seconds: float) -> None:
+        """Pause; one begun in calm ends soon after somebody hurries."""
+        if self._hurried.wait(seconds):
+            time.sleep(min(seconds, FIRST_PAUSE_S, max(0.0, self._end - time.monotonic())))
+
+
+def _count_from_first_failure(state: RetryCallState) -> None:
+    if state.attempt_number == 1:
+        state.start_time = time.monotonic()
+
+
+def _tell(state: RetryCallState) -> None:
+    assert state.outcome is not None
+    logger.warning("%s Trying again in %.0f s.", state.outcome.exception(), state.upcoming_sleep)

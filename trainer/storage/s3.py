@@ -14,10 +14,10 @@ from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
 from botocore import exceptions as aws
 from botocore.config import Config
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from trainer.storage.errors import InvalidStoreUri, MissingObject, StoreError
 from trainer.storage.keys import check_key, check_prefix
-from trainer.storage.retry import call_again
 from trainer.storage.s3_errors import (
     CAUSES,
     CAUSES_OF_ABORT,
@@ -38,7 +38,12 @@ TRANSFER = TransferConfig(
 )
 # Parts in memory at a time: ten unless told, for which boto3's own class has no argument.
 TRANSFER.max_in_memory_upload_chunks = 6
-CONFLICT_TRIES = 8
+AFTER_CONFLICTS = Retrying(
+    retry=retry_if_exception(is_conflict),
+    stop=stop_after_attempt(8),
+    wait=wait_exponential(0.1),
+    reraise=True,
+)
 MAX_DELETES = 1000  # in one request, by S3's rules
 
 
@@ -72,7 +77,11 @@ class S3Store:
         style = config.addressing_style
         if style == "auto" and self._endpoint is not None:
             style = "path"  # a name per bucket is rarely set up outside AWS
-        self._tries = config.retries
+        self._whole_answers = Retrying(
+            retry=retry_if_exception(is_broken_off),
+            stop=stop_after_attempt(config.retries),
+            reraise=True,
+        )
         with self._explain_errors("open", ""):
             session = boto3.Session(profile_name=config.profile, region_name=config.region)
             self._client: Any = session.client(
@@ -107,7 +116,7 @@ class S3Store:
             return True
 
         with self._explain_errors("write", key):
-            return call_again(put, tries=CONFLICT_TRIES, when=is_conflict, first_pause_s=0.1)
+            return AFTER_CONFLICTS(put)
 
     def get(self, key: str) -> bytes:
         """Download an object, in parts if it is large."""
@@ -138,7 +147,7 @@ class S3Store:
 
         with self._explain_errors("read", key), self._found(key):
             # boto3 tries a request again, but not the reading of its answer.
-            return call_again(read, tries=self._tries, when=is_broken_off)
+            return self._whole_answers(read)
 
     def fingerprint(self, key: str) -> str:
         """Return the object's ETag, a digest of its content or of its parts."""

@@ -122,12 +122,12 @@ def http_status(error: aws.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def is_conflict(error: Exception) -> bool:
+def is_conflict(error: BaseException) -> bool:
     """Tell whether another write of the same key is under way, and which one wins is open."""
     return isinstance(error, aws.ClientError) and http_status(error) == 409
 
 
-def is_broken_off(error: Exception) -> bool:
+def is_broken_off(error: BaseException) -> bool:
     """Tell whether an answer broke off."""
     return isinstance(
         error, aws.IncompleteReadError | aws.ResponseStreamingError | aws.ReadTimeoutError

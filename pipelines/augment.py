@@ -7,12 +7,13 @@ resumed run sees the same.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from pipelines.errors import DataError
+from pipelines.domains import Checked
 
 # These keep the numbers apart from each other and from those of the sample order.
 _CROP, _POSTERIOR = 3, 5
@@ -54,7 +55,7 @@ DRAWS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(Checked):
     """How crops vary from epoch to epoch.
 
     Attributes:
@@ -64,23 +65,12 @@ class AugmentConfig:
         min_area: Smallest area of a random part, as a share of the image.
         max_aspect: Largest ratio of the sides of a random part; 1 keeps it square.
 
-    Raises:
-        DataError: A value is out of range.
     """
 
     flip: bool = False
     crop: Literal["center", "random_resized"] = "center"
-    min_area: float = 0.5
-    max_aspect: float = 4 / 3
-
-    def __post_init__(self) -> None:
-        if self.crop not in ("center", "random_resized"):
-            raise DataError(f"There is no crop {self.crop!r}; choose 'center' or 'random_resized'.")
-        if not 0 < self.min_area <= 1 or self.max_aspect < 1:
-            raise DataError(
-                f"min_area={self.min_area} must lie in (0, 1] and max_aspect={self.max_aspect} be "
-                "at least 1."
-            )
+    min_area: Annotated[float, Field(gt=0, le=1)] = 0.5
+    max_aspect: Annotated[float, Field(ge=1)] = 4 / 3
 
     @property
     def random(self) -> bool:

@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pipelines.dataset import RawSample, SampleDataset
+from pipelines.domains import Checked
 from pipelines.errors import DataError, EmptyDatasetError
 
 SampleIds = NDArray[np.int64]
@@ -183,7 +185,7 @@ _DEALING, _STREAM = 7, 11  # keep these random numbers apart from those of the o
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamConfig:
+class StreamConfig(Checked):
     """One of several datasets that a run reads.
 
     Attributes:
@@ -196,11 +198,7 @@ class StreamConfig:
     """
 
     prefix: str = field(metadata={"place": "uri"})
-    weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise DataError(f"The weight of {self.prefix} must be above 0, got {self.weight}.")
+    weight: Annotated[float, Field(gt=0)] | None = None
 
 
 class ConcatenatedDataset:

@@ -25,14 +25,16 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Thread
+from typing import Annotated
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pipelines.cache import ShardCache, default_cache_dir
 from pipelines.dataset import RawSample
-from pipelines.errors import CacheUnusableError, CorruptShardError, DataError, MissingShardError
+from pipelines.errors import CacheUnusableError, CorruptShardError, MissingShardError
 from pipelines.index import IMAGE_COLUMN, LABEL_COLUMN, Shard, parse_index
 from pipelines.latent_format import MOMENTS_COLUMN
 from pipelines.source import Source, SourceConfig
@@ -151,17 +153,9 @@ class ShardsConfig(SourceConfig):
     """
 
     cache_dir: str | None = field(default=None, metadata={"place": "path"})
-    cache_limit_gib: float | None = None
-    download_threads: int = 4
-    open_files: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("download_threads", "open_files"):
-            if (number := getattr(self, name)) < 1:
-                raise DataError(f"{name} must be at least 1, got {number}.")
-        if self.cache_limit_gib is not None and self.cache_limit_gib <= 0:
-            raise DataError(f"cache_limit_gib must be above 0, got {self.cache_limit_gib}.")
+    cache_limit_gib: Annotated[float, Field(gt=0)] | None = None
+    download_threads: Annotated[int, Field(ge=1)] = 4
+    open_files: Annotated[int, Field(ge=1)] = 32
 
 
 class ShardedDataset:

@@ -19,10 +19,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
 from packaging.specifiers import SpecifierSet
+from pydantic import Field
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -34,6 +35,7 @@ from tenacity import (
 
 from pipelines.cache import scratch_folder, warn_when_slow
 from pipelines.documents import MAX_DOCUMENT_BYTES, DocumentError, read_bounded
+from pipelines.domains import Checked
 from pipelines.errors import (
     CacheUnusableError,
     DataError,
@@ -93,7 +95,7 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotF
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class SourceConfig(Checked):
     """How patient a source is.
 
     Attributes:
@@ -105,16 +107,9 @@ class SourceConfig:
         anonymous: Ask an S3 store without credentials, as public buckets want it.
     """
 
-    download_patience_s: float = 120.0
-    download_timeout_s: float = 20.0
+    download_patience_s: Annotated[float, Field(ge=0)] = 120.0
+    download_timeout_s: Annotated[float, Field(gt=0)] = 20.0
     anonymous: bool = False
-
-    def __post_init__(self) -> None:
-        if self.download_patience_s < 0 or self.download_timeout_s <= 0:
-            raise DataError(
-                "download_patience_s must be at least 0 and download_timeout_s above 0, got "
-                f"{self.download_patience_s} and {self.download_timeout_s}."
-            )
 
 
 class Source:

@@ -13,15 +13,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pipelines.augment import SampleKey
 from pipelines.dataset import RawSample, SampleDataset
 from pipelines.decode.contract import Bands, DecodeConfig, LatentDecodeConfig, decode_threads
 from pipelines.decode.make import DecoderName, make_decoder
+from pipelines.domains import Checked
 from pipelines.errors import (
     BadSampleError,
     CorruptShardError,
@@ -137,7 +139,7 @@ class Prefetched(Iterator[Item], Generic[Item]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
+class LoaderConfig(Checked):
     """How batches are made.
 
     Attributes:
@@ -154,22 +156,10 @@ class LoaderConfig:
     """
 
     decoder: DecoderName = "dali"
-    prefetch_batches: int = 2
-    decode_threads: int | None = None
-    max_bad_fraction: float = 0.001
-    shuffle_block_samples: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.prefetch_batches < 1:
-            raise DataError(f"prefetch_batches must be at least 1, got {self.prefetch_batches}.")
-        if self.decode_threads is not None and self.decode_threads < 1:
-            raise DataError(f"decode_threads must be at least 1, got {self.decode_threads}.")
-        if self.shuffle_block_samples is not None and self.shuffle_block_samples < 1:
-            raise DataError(
-                f"shuffle_block_samples must be at least 1, got {self.shuffle_block_samples}."
-            )
-        if not 0 <= self.max_bad_fraction < 1:
-            raise DataError(f"max_bad_fraction must be in [0, 1), got {self.max_bad_fraction}.")
+    prefetch_batches: Annotated[int, Field(ge=1)] = 2
+    decode_threads: Annotated[int, Field(ge=1)] | None = None
+    max_bad_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    shuffle_block_samples: Annotated[int, Field(ge=1)] | None = None
 
     def threads_for(self, ranks: int) -> int:
         """Choose the threads that decode in each of so many ranks of a machine."""

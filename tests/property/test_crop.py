@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.augment import DRAWS, AugmentConfig, SampleKey, sample_crop
-from pipelines.errors import DataError
+from pipelines.domains import SettingError
 
 QUICK = settings(max_examples=300, deadline=None)
 SIDES = st.integers(1, 3000)
@@ -66,5 +66,5 @@ def test_numbers_belong_to_seed_epoch_and_sample_and_are_uniform() -> None:
     "choices", [{"crop": "left"}, {"min_area": 0.0}, {"min_area": 1.5}, {"max_aspect": 0.5}]
 )
 def test_impossible_augmentations_are_refused(choices: dict[str, float]) -> None:
-    with pytest.raises(DataError):
+    with pytest.raises(SettingError, match=f"{next(iter(choices))}=.* must"):
         AugmentConfig(**choices)

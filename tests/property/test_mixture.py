@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.domains import SettingError
 from pipelines.errors import DataError
 from pipelines.order import ConcatenatedDataset, MixedOrder, StreamConfig, Turns
 from tests.support.synthetic import SyntheticImages
@@ -105,7 +106,7 @@ def test_equal_streams_are_not_read_in_step() -> None:
 def test_too_small_a_fraction_is_refused() -> None:
     with pytest.raises(DataError, match=r"weight 0\.01, of 1\.01 in all.*shuffle_block_samples"):
         make([[5], [5]], [1.0, 0.01])
-    with pytest.raises(DataError, match=r"weight of s3://b/x must be above 0, got -1"):
+    with pytest.raises(SettingError, match="weight=-1 must be above 0"):
         StreamConfig(prefix="s3://b/x", weight=-1)
 
 

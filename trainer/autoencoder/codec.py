@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from models.codec import (
@@ -21,6 +22,7 @@ from models.codec import (
     Moments,
     Posterior,
 )
+from pipelines.domains import Checked
 from trainer.autoencoder.files import WEIGHTS_NAME, AutoencoderFiles, find_autoencoder
 from trainer.autoencoder.settings import AutoencoderError
 from trainer.finite import all_finite
@@ -28,7 +30,7 @@ from trainer.storage.store import StoreConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecConfig:
+class CodecConfig(Checked):
     """Between the pictures that people see and the space that the flow works in.
 
     Attributes:
@@ -47,14 +49,15 @@ class CodecConfig:
 
     kind: Literal["identity", "autoencoder_kl"] = "identity"
     source: str | None = field(default=None, metadata={"place": "hub"})
-    factor: int = 8
-    channels: int = 4
-    scale: float | None = None
+    factor: Annotated[int, Field(ge=1)] = 8
+    channels: Annotated[int, Field(ge=1)] = 4
+    scale: Annotated[float, Field(gt=0)] | None = None
     shift: float | None = None
     posterior: Posterior = "sample"
     encode_precision: EncodePrecision = "fp32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.kind == "identity") != (self.source is None):
             raise AutoencoderError(
                 f"codec.kind={self.kind} does not go with codec.source={self.source}: "
@@ -64,13 +67,8 @@ class CodecConfig:
                     else "set it to the autoencoder's folder, s3:// prefix or name on the hub"
                 )
             )
-        if self.factor < 1 or self.factor & (self.factor - 1) or self.channels < 1:
-            raise AutoencoderError(
-                f"codec.factor={self.factor} must be a power of 2, and codec.channels="
-                f"{self.channels} at least 1"
-            )
-        if self.scale is not None and not self.scale > 0:
-            raise AutoencoderError(f"codec.scale={self.scale} must be above 0")
+        if self.factor & (self.factor - 1):
+            raise AutoencoderError(f"codec.factor={self.factor} must be a power of 2")
 
 
 class LoadedCodec(NamedTuple):

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipelines.domains import Checked
+
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
     """How often a run is saved, how it waits for its store, and how much of it is kept.
 
     Attributes:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipelines.console import say, visible
+from pipelines.domains import Checked
 from pipelines.formats import format_bytes, format_count
 from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.errors import DamagedCheckpoint
@@ -173,7 +174,7 @@ _DAMAGED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(Checked):
     """What to verify.
 
     Attributes:

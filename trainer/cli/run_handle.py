@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
+from pipelines.domains import Checked
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
@@ -137,7 +138,7 @@ def _joined(names: list[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetentionSettings:
+class RetentionSettings(Checked):
     """A run, and what of it is kept.
 
     Attributes:

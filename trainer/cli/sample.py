@@ -49,6 +49,7 @@ class SampleConfig(ModelSource):
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.classes is not None and not self.classes:
             raise ConfigError(
                 "classes=[] names no class; name some, as in classes=[3,5], or leave it away to "

@@ -14,6 +14,7 @@ from pipelines.console import say, say_error
 from trainer.config.settings import MISSING, Setting, closest, leaf_types, listed, settings_of
 
 _WIDTH = 100
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 _KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
@@ -116,9 +117,22 @@ def kind_of(wanted: Any) -> str:
         return f"list of groups of {names}"
     words = [leaf for leaf in leaf_types(wanted) if isinstance(leaf, str)]
     kinds = [_KINDS.get(leaf, "any") for leaf in leaf_types(wanted) if not isinstance(leaf, str)]
+    bounds = " and ".join(_bounds(wanted))
+    domain = f", {bounds}" if bounds else ""
     if _is_list(wanted):
-        return f"list of {' | '.join([*words, *(f'{kind}s' for kind in kinds)])}"
-    return " | ".join(dict.fromkeys([*words, *kinds]))
+        return f"list of {' | '.join([*words, *(f'{kind}s' for kind in kinds)])}{domain}"
+    return f"{' | '.join(dict.fromkeys([*words, *kinds]))}{domain}"
+
+
+def _bounds(wanted: Any) -> Iterator[str]:
+    """Yield the bounds of numbers that a type declares, as in `Annotated[int, Field(ge=1)]`."""
+    for constraint in getattr(wanted, "__metadata__", ()):
+        for each in getattr(constraint, "metadata", ()):
+            for name, words in _BOUNDS.items():
+                if (bound := getattr(each, name, None)) is not None:
+                    yield f"{words} {bound:g}"
+    for argument in typing.get_args(wanted):
+        yield from _bounds(argument)
 
 
 def _is_list(wanted: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipelines.console import say
+from pipelines.domains import Checked
 from trainer.cli.command import run_command
 from trainer.config import paths
 from trainer.config.reading import ConfigError
@@ -32,7 +33,7 @@ The pages are served to this machine alone, until Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class UiConfig:
+class UiConfig(Checked):
     """What to show.
 
     Attributes:

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from models.flow.sampler_config import SamplerConfig
+from pipelines.domains import Checked
 from trainer.config.reading import ConfigError
 
 FeatureName = Literal["random_conv", "learned_conv", "inception"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
+class FeatureConfig(Checked):
     """Which features measure distance.
 
     Attributes:
@@ -28,7 +29,7 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """What is sampled and measured.
 
     Attributes:
@@ -42,7 +43,7 @@ class EvalConfig:
             small images, which it holds in memory.
         grid_interval_images: How often a sample grid is drawn during training; 0 is never.
         grid_columns: Images per class in a grid.
-        grid_classes: Classes shown in a grid, from the first.
+        grid_classes: Classes shown in a grid, from the first; at most all that there are.
     """
 
     samples: Annotated[int, Field(ge=2)] = 1000

@@ -19,6 +19,7 @@ from cluster.contract import ClusterConfig
 from models.flow.flow import FlowConfig
 from models.transformer.config import TransformerConfig
 from pipelines.augment import AugmentConfig
+from pipelines.domains import Checked
 from pipelines.loading.loader import LoaderConfig
 from pipelines.order import StreamConfig
 from pipelines.shards import ShardsConfig
@@ -34,7 +35,7 @@ from trainer.storage.store import StoreConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """The images a run is trained on.
 
     Attributes:
@@ -66,7 +67,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeConfig:
+class RuntimeConfig(Checked):
     """What a run prints and writes along the way; it cannot change the result.
 
     Attributes:
@@ -78,7 +79,7 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(Checked):
     """Everything one job needs.
 
     Attributes:

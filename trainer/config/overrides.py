@@ -14,7 +14,7 @@ from trainer.config.groups import groups
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, unknown_key
 from trainer.config.renamed import current_key
-from trainer.config.settings import Setting, closest, settings_of
+from trainer.config.settings import MISSING, Setting, closest, settings_of
 
 _FREE = "engine.deepspeed."
 """Settings of DeepSpeed's own, which it checks itself: +engine.deepspeed.KEY=VALUE."""
@@ -67,6 +67,12 @@ def parse_override(word: str, kind: type[Any]) -> Override:
         shown = "…" if setting.place else text
         raise ConfigError(
             f"{marked}={shown}: this setting exists, so write it without {mark}: {key}={shown}"
+        )
+    if text.strip("\"' ") == MISSING:
+        known = setting.is_single and setting.default not in (MISSING, None)
+        example = f", as in {key}={setting.default}" if known else ""
+        raise ConfigError(
+            f"{key}={MISSING} marks a value that is still to be given; type it{example}"
         )
     plain = _NO_PLAIN_TEXT.fullmatch(text) is None
     if setting.is_text and plain:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import operator
+import re
 import typing
 from collections.abc import Mapping
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.domains import reason, shown
 from trainer.config.renamed import with_current_names
-from trainer.config.settings import closest, listed, settings_of
-from trainer.config.values import UnfitValue, fitted, shown
+from trainer.config.settings import Setting, closest, leaf_types, listed, settings_of
 from trainer.storage.credentials import check_no_credentials
 
 T = TypeVar("T")
+
+_LARGEST = 2**63 - 1
+_NUMBERS = re.compile(r"\.\d+(?=\.|$)")
+"""Places in a list, within a key."""
+_UNKNOWN = "unexpected_keyword_argument"
 
 
 class ConfigError(ValueError):
@@ -47,45 +57,83 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         ConfigError: For an unknown key, a missing one, or a value that it cannot have.
         CredentialsInAddress: For an address that may carry credentials.
     """
-    values = with_current_names(values, path)
-    types = typing.get_type_hints(kind, include_extras=True)
-    unknown = sorted(set(values) - set(types))
-    if unknown:
-        raise ConfigError(unknown_key(f"{path}{unknown[0]}", [f"{path}{name}" for name in types]))
-    places = {
-        spec.name for spec in dataclasses.fields(typing.cast(Any, kind)) if "place" in spec.metadata
-    }
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        key, wanted = f"{path}{name}", types[name]
-        if isinstance(value, str) and name in places:
-            check_no_credentials(key, value)
-        if dataclasses.is_dataclass(wanted):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{key}={shown(value)} must be a group of settings, not a value")
-            arguments[name] = from_dict(typing.cast(type[Any], wanted), value, path=f"{key}.")
-            continue
-        if (part := listed(wanted)) is not None:
-            if not isinstance(value, list | tuple) or not all(
-                isinstance(v, Mapping) for v in value
-            ):
-                raise ConfigError(f"{key}={shown(value)} must be a list of groups of settings")
-            arguments[name] = tuple(
-                from_dict(part, entry, path=f"{key}.{number}.")
-                for number, entry in enumerate(value)
-            )
-            continue
-        try:
-            arguments[name] = fitted(wanted, value)
-        except UnfitValue as error:
-            raise ConfigError(f"{key}={shown(value)} {error}") from error
+    settings = _settings(kind, path)
+    plain = _checked(with_current_names(values, path), path.rstrip("."), settings)
     try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{path or 'the configuration '}: {error}") from error
-    except ValueError as error:
-        # A component names its own field; the user needs to know whose.
-        raise ConfigError(f"{path.rstrip('.')}: {error}" if path else str(error)) from error
+        # As JSON, in which alone a list may be a tuple while a text is still no number.
+        read = _adapter(kind).validate_json(json.dumps(plain), strict=True, extra="forbid")
+    except ValidationError as error:
+        raise _refusal(error, plain, path, settings) from error
+    return typing.cast(T, read)
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+@cache
+def _settings(kind: type[Any], path: str) -> Mapping[str, Setting]:
+    """Return all settings by their keys; those of a list of groups have no number in them."""
+    found: dict[str, Setting] = {}
+    for setting in settings_of(kind, path):
+        found[setting.key] = setting
+        if (part := listed(setting.wanted)) is not None:
+            found |= _settings(part, f"{setting.key}.")
+    return found
+
+
+def _checked(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
+    """Refuse what no setting can be, and make 1e3 an int and 123 a name where these are wanted."""
+    if isinstance(value, Mapping):
+        prefix = f"{key}." if key else ""
+        return {str(name): _checked(v, f"{prefix}{name}", settings) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_checked(each, f"{key}.{place}", settings) for place, each in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} must be a finite number")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ConfigError(f"{key}={shown(value)} must lie between -{_LARGEST} and {_LARGEST}")
+    setting = settings.get(_NUMBERS.sub("", key))
+    if setting is None:
+        return value
+    if setting.place and isinstance(value, str):
+        check_no_credentials(key, value)
+    if isinstance(value, float) and value.is_integer() and int in leaf_types(setting.wanted):
+        return int(value)
+    if setting.is_text and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _refusal(
+    error: ValidationError, values: Any, path: str, settings: Mapping[str, Setting]
+) -> ConfigError:
+    """Say which setting cannot be so, and why."""
+    details = error.errors(include_url=False)
+    first = next((each for each in details if each["type"] == _UNKNOWN), details[0])
+    key, value, depth = path.rstrip("."), values, 0
+    for part in first["loc"]:
+        inner = f"{key}.{part}" if key else str(part)
+        if _NUMBERS.sub("", inner) not in settings:
+            break
+        key, depth = inner, depth + 1
+        if first["type"] == "missing" and depth == len(first["loc"]):
+            return ConfigError(f"{key} must be given")
+        value = value[part]
+    if first["type"] == _UNKNOWN:
+        group = f"{key}." if key else ""
+        beside = _NUMBERS.sub("", group)
+        names = [each.removeprefix(beside) for each in settings if each.startswith(beside)]
+        known = [f"{group}{name}" for name in names if "." not in name]
+        return ConfigError(unknown_key(f"{group}{first['loc'][-1]}", known))
+    if first["type"] == "value_error":  # a component's own; most name their field, not themselves
+        own = str(first["ctx"]["error"])
+        field = f"{key}.{own.partition('=')[0]}"
+        is_full = not key or own.startswith(f"{key}.")
+        return ConfigError(own if is_full else f"{key}{'.' if field in settings else ': '}{own}")
+    same = [each for each in details if each["loc"][:depth] == first["loc"][:depth]]
+    return ConfigError(f"{key}={shown(value)} {reason(same)}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Annotated
 from pydantic import Field
 
 from models.ema import EmaConfig
+from pipelines.domains import Checked
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """What one training run is, apart from model, data and optimizer.
 
     Attributes:

@@ -11,9 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pipelines.domains import Checked
+
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """AdamW as DiT and SiT use it; constant learning rate by default.
 
     Attributes:

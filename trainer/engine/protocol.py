@@ -12,14 +12,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.transformer.lapflow import LapFlowTransformer, OnBuilt
+from pipelines.domains import Checked
 from trainer.state import Fragment
 
 BuildModel: TypeAlias = Callable[[OnBuilt], LapFlowTransformer]
 """Builds a model with its initial weights, letting each part settle as soon as it is built."""
 
 
+class EngineConfigError(ValueError):
+    """An engine setting that cannot work, with the value and the fix."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Checked):
     """How weights, gradients and optimizer state are held and updated.
 
     Attributes:
@@ -48,10 +53,24 @@ class EngineConfig:
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     placement: Literal["auto", "replicated"] | dict[int, int] = "replicated"
-    activation_checkpointing: tuple[int, ...] = ()
+    activation_checkpointing: tuple[Annotated[int, Field(ge=0)], ...] = ()
     overlap_exchange: bool = False
     offload_optimizer: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_stage not in (1, 2, 3):
+            raise EngineConfigError(
+                f"zero_stage={self.zero_stage} does not exist; use 1 (optimizer state sharded), "
+                "2 (gradients too) or 3 (weights too)"
+            )
+        scales = self.activation_checkpointing
+        if len(set(scales)) < len(scales):
+            raise EngineConfigError(
+                f"activation_checkpointing={list(scales)} names a scale twice; name each once, as "
+                f"in {sorted(set(scales))}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from pipelines.domains import Checked
 from pipelines.loading.loader import LoaderConfig
 from pipelines.order import StreamConfig
 from trainer.checkpoint.manifest import Manifest
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealImagesConfig:
+class RealImagesConfig(Checked):
     """Where the real images are.
 
     Attributes:
@@ -88,6 +89,7 @@ class CheckpointEvaluationConfig(ModelSource):
     output: str | None = field(default=None, metadata={"place": "uri"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.features is not None and not self.features:
             raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
 

@@ -20,6 +20,7 @@ from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from pipelines.documents import validate_as
+from pipelines.domains import Checked
 from trainer.autoencoder.codec import CodecConfig, load_codec
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.manifest import Manifest
@@ -67,7 +68,7 @@ def usable_device(name: str) -> torch.device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerChoice:
+class SamplerChoice(Checked):
     """What a command changes of the run's own sampler, `eval.sampler`; None changes nothing.
 
     Attributes:
@@ -89,6 +90,7 @@ class SamplerChoice:
     guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.over(SamplerConfig())  # refuses values that no sampler takes
 
     def over(self, own: SamplerConfig) -> SamplerConfig:
@@ -276,7 +278,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSource:
+class ModelSource(Checked):
     """Which checkpoint a model is loaded from, and how.
 
     Attributes:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pipelines.domains import Checked
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.manifest import Manifest
@@ -181,7 +182,7 @@ def _results(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings:
+class ExportSettings(Checked):
     """What to export, and where to.
 
     Attributes:
@@ -198,6 +199,7 @@ class ExportSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.file == "safetensors" and self.weights == "both":
             raise ConfigError(
                 "weights=both does not fit into file=safetensors, one set of weights; export twice "

@@ -14,6 +14,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
+from pipelines.domains import Checked
+
 MAX_POINTS = 1000
 
 
@@ -67,7 +69,7 @@ class InvalidTrackingUri(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
+class TrackingConfig(Checked):
     """Where runs are tracked.
 
     Attributes:
@@ -85,6 +87,7 @@ class TrackingConfig:
     flush_timeout_s: Annotated[float, Field(ge=0)] = 30.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.uri is not None and "@" in self.uri:
             raise InvalidTrackingUri(
                 "tracking.uri contains '@': leave credentials out of it and set "

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVarTuple
+from typing import Annotated, Literal, Protocol, TypeVarTuple
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
+from pipelines.domains import Checked
 from trainer.storage.checkpoint_uri import check_no_credentials, check_scheme
 from trainer.storage.errors import InvalidStoreUri
 
@@ -77,7 +80,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreConfig:
+class StoreConfig(Checked):
     """Where things are kept and how to reach it; a local folder needs no more than `uri`.
 
     Credentials are not settings: they come from the environment, `profile`, or the machine's role.
@@ -99,22 +102,18 @@ class StoreConfig:
     region: str | None = None
     profile: str | None = None
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
-    retries: int = 5
-    connect_timeout_s: float = 10.0
-    read_timeout_s: float = 60.0
+    retries: Annotated[int, Field(ge=1)] = 5
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    read_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     anonymous: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.endpoint_url is not None:
             check_endpoint(self.endpoint_url)
         if self.uri is not None:
             check_no_credentials(self.uri)
             check_scheme(self.uri)
-        if self.retries < 1 or self.connect_timeout_s <= 0 or self.read_timeout_s <= 0:
-            raise ValueError(
-                f"store.retries={self.retries}, store.connect_timeout_s={self.connect_timeout_s} "
-                f"and store.read_timeout_s={self.read_timeout_s} must all be above 0"
-            )
 
 
 def check_endpoint(url: str) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipelines.augment import AugmentConfig
 from pipelines.dataset import RawSample, SampleDataset
 from pipelines.decode.contract import DecodeConfig
+from pipelines.domains import SettingError
 from pipelines.errors import (
     BadDataError,
     DataError,
@@ -285,7 +286,7 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="got -1"):
         Cursor(-1)
     for wrong in ({"prefetch_batches": 0}, {"max_bad_fraction": 1.0}, {"max_bad_fraction": -0.1}):
-        with pytest.raises(DataError, match="must be"):
+        with pytest.raises(SettingError, match=f"{next(iter(wrong))}=.* must be"):
             LoaderConfig(**wrong)  # type: ignore[arg-type]
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.domains import SettingError
 from pipelines.errors import (
     CorruptShardError,
-    DataError,
     EmptyDatasetError,
     InvalidIndexError,
     MissingDatasetError,
@@ -118,5 +118,5 @@ def test_a_shard_whose_table_lies(prefix: Path, count: int) -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(DataError, match="download_threads must be at least 1"):
+    with pytest.raises(SettingError, match="download_threads=0 must be at least 1"):
         ShardsConfig(download_threads=0)

@@ -392,7 +392,6 @@ def test_settings_that_contradict_themselves():
         ({"source": "folder"}, "only kind=autoencoder_kl has a source"),
         ({"kind": "autoencoder_kl"}, "name on the hub"),
         ({"kind": "autoencoder_kl", "source": "x", "factor": 6}, "codec.factor=6"),
-        ({"kind": "autoencoder_kl", "source": "x", "scale": 0.0}, "codec.scale=0.0"),
     ]:
         with pytest.raises(AutoencoderError, match=part):
             CodecConfig(**settings)

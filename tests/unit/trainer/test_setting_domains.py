@@ -1,10 +1,13 @@
 """No number is taken that means nothing: each setting of each command against its domain."""
 
+import dataclasses
 import math
+from functools import reduce
 from typing import Any
 
 import pytest
 
+from pipelines.domains import Checked
 from tests.support.commands import GIVEN, leaves, refusal
 from tests.support.configuration import configuration
 from trainer.cli.sample import SampleConfig
@@ -102,6 +105,24 @@ def test_no_number_is_taken_outside_of_its_domain(kind, setting):
 
 
 @pytest.mark.parametrize(
+    ("kind", "setting"), NUMBERS, ids=[f"{kind.__name__}-{each.key}" for kind, each in NUMBERS]
+)
+def test_a_component_refuses_such_a_number_also_where_it_is_made_in_python(kind, setting):
+    config: Any = configuration(DIGITS) if kind is JobConfig else from_dict(kind, GIVEN[kind])
+    *groups, name = setting.key.split(".")
+    component = reduce(getattr, groups, config)
+    whole = float not in leaf_types(setting.wanted)
+    numbers = [each for each in NONSENSE if math.isfinite(each) and abs(each) <= LARGEST]
+    wrong: list[Any] = [int(each) if whole else float(each) for each in numbers]
+    wrong = [each for each in wrong if not domain(setting)(each)]
+    if isinstance(component, Checked):  # those of the method and the cluster know no pydantic
+        wrong += [math.inf, math.nan, True, "7", *([1.5] if whole else [])]
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            dataclasses.replace(component, **{name: value})
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         *(("flow.critical_times", [each]) for each in (0, 1, -1, 2, math.nan, math.inf)),
@@ -109,6 +130,7 @@ def test_no_number_is_taken_outside_of_its_domain(kind, setting):
         *(("eval.sampler.guidance_interval", [0.5, each]) for each in (0, 2, math.nan, math.inf)),
         *(("model.ties.scales", each) for each in ([-1, 0], [1], [0, 0], [0, 7], [0, 0.5])),
         *(("engine.activation_checkpointing", [each]) for each in (-1, 7, 0.5, math.inf)),
+        ("engine.activation_checkpointing", [0, 0]),
         *(("engine.placement", {1: each}) for each in (-2, 0, 0.5, math.inf, math.nan)),
         *(("data.streams.weight", each) for each in (0, -1, math.nan, math.inf)),
         ("engine.zero_stage", 0),
@@ -118,6 +140,13 @@ def test_no_number_is_taken_outside_of_its_domain(kind, setting):
         ("model.mlp_ratio", 1e-9),
         ("train.seed", True),
         ("optim.warmup_images", False),
+        ("optim.warmup_images", 10**9),
+        *((f"engine.deepspeed.{key}", each) for key in "ab" for each in (math.inf, math.nan)),
+        *(("train.global_batch", each) for each in ("128", "64", "1e2", "")),
+        *(("optim.learning_rate", each) for each in ("1e-4", "0.1", "fast")),
+        ("flow.scale_weights", ["1", "1"]),
+        ("eval.sampler.guidance_interval", [0.5]),
+        ("eval.sampler.guidance_interval", [0.1, 0.2, 0.3]),
         ("flow.scale_weights", [True, 1]),
     ],
 )

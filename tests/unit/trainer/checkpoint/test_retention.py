@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pipelines.domains import SettingError
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore
 from trainer.checkpoint import layout
@@ -165,8 +166,10 @@ def test_remains_are_older_unused_content_of_this_run() -> None:
     [{"keep_last": 0}, {"interval_images": -1}, {"keep_every_images": -1}, {"keep_best": -1}],
 )
 def test_settings_that_would_lose_the_run_are_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint\."):
+    with pytest.raises(ConfigError, match=f"checkpoint.{next(iter(settings))}=.* must be at least"):
         from_dict(CheckpointConfig, settings, path="checkpoint.")
+    with pytest.raises(SettingError, match=f"{next(iter(settings))}=.* must be at least"):
+        CheckpointConfig(**settings)
 
 
 RUN = "run"

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from trainer.storage.errors import InvalidKey
-from trainer.storage.keys import _SEGMENT, check_key
+from trainer.storage.store import _SEGMENT, check_key
 
 IMAGES_DIGITS = 12
 MAX_IMAGES = 10**IMAGES_DIGITS - 1

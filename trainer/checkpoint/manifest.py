@@ -18,7 +18,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.errors import InvalidManifest, NewerManifest
 from trainer.checkpoint.slices import Cuts, Run, Span, common_order, runs_of, slices_of
 from trainer.storage.errors import InvalidKey
-from trainer.storage.keys import check_key
+from trainer.storage.store import check_key
 
 FORMAT_VERSION = 3
 MAX_MANIFEST_BYTES = 32 * 1024**2

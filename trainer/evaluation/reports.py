@@ -16,8 +16,7 @@ from trainer.config.evaluation import EvalConfig
 from trainer.evaluation.learned_features import LabelAgreement
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
-from trainer.storage.keys import check_key
-from trainer.storage.store import Store
+from trainer.storage.store import Store, check_key
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelines.files import DRAFT, draft, make_folders, sync, write_atomic
 from trainer.storage.errors import MissingObject, StoreError
-from trainer.storage.keys import check_key, check_prefix
+from trainer.storage.store import check_key, check_prefix
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free space or keep the checkpoints elsewhere",

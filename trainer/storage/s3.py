@@ -17,7 +17,6 @@ from botocore.config import Config
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from trainer.storage.errors import InvalidStoreUri, MissingObject, StoreError
-from trainer.storage.keys import check_key, check_prefix
 from trainer.storage.s3_errors import (
     CAUSES,
     CAUSES_OF_ABORT,
@@ -28,7 +27,7 @@ from trainer.storage.s3_errors import (
     is_conflict,
     raise_refused,
 )
-from trainer.storage.store import StoreConfig, check_endpoint, in_threads
+from trainer.storage.store import StoreConfig, check_endpoint, check_key, check_prefix, in_threads
 
 MIB = 1024**2
 # Few large parts cost a service less than many small ones. For objects beyond 156 GiB boto3 makes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +13,12 @@ from pydantic import Field
 
 from pipelines.domains import Checked
 from trainer.storage.checkpoint_uri import check_no_credentials, check_scheme
-from trainer.storage.errors import InvalidStoreUri
+from trainer.storage.errors import InvalidKey, InvalidStoreUri
+
+MAX_KEY_LENGTH = 900  # S3 allows 1024 bytes, and the store's own prefix comes on top
+
+# No segment begins with a dot: that rules out "..", and keeps a store's temporary files apart.
+_SEGMENT = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9_=+@.-]*")
 
 
 class Store(Protocol):
@@ -114,6 +120,32 @@ class StoreConfig(Checked):
         if self.uri is not None:
             check_no_credentials(self.uri)
             check_scheme(self.uri)
+
+
+def check_key(key: str) -> str:
+    """Return the key if it is safe on every store.
+
+    Raises:
+        InvalidKey: It is empty, absolute, too long, climbs out with "..", has a part that begins
+            with a dot, or uses other characters than letters, digits and `_ = + @ . -`.
+    """
+    if len(key) > MAX_KEY_LENGTH or not all(map(_SEGMENT.fullmatch, key.split("/"))):
+        shown = key if len(key) <= 100 else key[:100] + "…"
+        raise InvalidKey(
+            f"{shown!r} cannot name an object: use up to {MAX_KEY_LENGTH} letters, digits and "
+            "_ = + @ . - in parts separated by single slashes, no part beginning with a dot."
+        )
+    return key
+
+
+def check_prefix(prefix: str) -> None:
+    """Check that safe keys can begin so: with nothing, a key, or a key and a slash.
+
+    Raises:
+        InvalidKey: They cannot.
+    """
+    if prefix:
+        check_key(prefix.removesuffix("/"))
 
 
 def check_endpoint(url: str) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from trainer.storage.errors import MissingObject
-from trainer.storage.keys import check_key, check_prefix
-from trainer.storage.store import Store
+from trainer.storage.store import Store, check_key, check_prefix
 
 Result = TypeVar("Result")
 

@@ -47,7 +47,8 @@ class Checked:
     """
 
     def __post_init__(self) -> None:
-        for name, adapter in _adapters(type(self)).items():
+        kind: Any = type(self)  # hashable, whatever mypy thinks of the classes of dataclasses
+        for name, adapter in _adapters(kind).items():
             value = getattr(self, name)
             try:
                 adapter.validate_python(value, strict=True)

@@ -57,11 +57,12 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
         ConfigError: For an unknown key, a missing one, or a value that it cannot have.
         CredentialsInAddress: For an address that may carry credentials.
     """
-    settings = _settings(kind, path)
+    hashable: Any = kind  # whatever mypy thinks of the classes of dataclasses
+    settings = _settings(hashable, path)
     plain = _checked(with_current_names(values, path), path.rstrip("."), settings)
     try:
         # As JSON, in which alone a list may be a tuple while a text is still no number.
-        read = _adapter(kind).validate_json(json.dumps(plain), strict=True, extra="forbid")
+        read = _adapter(hashable).validate_json(json.dumps(plain), strict=True, extra="forbid")
     except ValidationError as error:
         raise _refusal(error, plain, path, settings) from error
     return typing.cast(T, read)
@@ -78,7 +79,8 @@ def _settings(kind: type[Any], path: str) -> Mapping[str, Setting]:
     found: dict[str, Setting] = {}
     for setting in settings_of(kind, path):
         found[setting.key] = setting
-        if (part := listed(setting.wanted)) is not None:
+        part: Any = listed(setting.wanted)
+        if part is not None:
             found |= _settings(part, f"{setting.key}.")
     return found
 
@@ -90,6 +92,8 @@ def _checked(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
         return {str(name): _checked(v, f"{prefix}{name}", settings) for name, v in value.items()}
     if isinstance(value, list | tuple):
         return [_checked(each, f"{key}.{place}", settings) for place, each in enumerate(value)]
+    if not (value is None or isinstance(value, int | float) or _is_text(value)):
+        raise ConfigError(f"{key}={shown(value)} must be a text, a number, true, false or null")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value} must be a finite number")
     if isinstance(value, int) and abs(value) > _LARGEST:
@@ -104,6 +108,11 @@ def _checked(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
     if setting.is_text and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Tell whether it is a text, of characters alone: other bytes of a command line are none."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _refusal(

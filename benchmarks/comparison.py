@@ -26,8 +26,7 @@ from benchmarks.command import positive
 from benchmarks.comparison_picture import draw_picture
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.cost import ModelShape, training_multiply_adds
-from trainer.config.evaluation import FeatureName
-from trainer.config.job import difference, fingerprinted
+from trainer.config.job import FeatureName, difference, fingerprinted
 from trainer.errors import is_user_error
 from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,

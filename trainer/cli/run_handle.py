@@ -15,7 +15,7 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
 from trainer.cli.checkpoint_table import Entry, entries
-from trainer.config.evaluation import FeatureName
+from trainer.config.job import FeatureName
 from trainer.config.reading import ConfigError
 from trainer.evaluation.reports import read_scores
 from trainer.storage.checkpoint_uri import CheckpointUri, parse_checkpoint_uri

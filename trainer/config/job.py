@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cluster.contract import ClusterConfig
+from models.ema import EmaConfig
 from models.flow.flow import FlowConfig
+from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from pipelines.augment import AugmentConfig
 from pipelines.domains import Checked
@@ -25,13 +27,13 @@ from pipelines.order import StreamConfig
 from pipelines.shards import ShardsConfig
 from trainer.autoencoder.codec import CodecConfig
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.config.evaluation import EvalConfig
-from trainer.config.reading import to_dict
-from trainer.config.train import TrainConfig
+from trainer.config.reading import ConfigError, to_dict
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.metrics.tracker import TrackingConfig
 from trainer.storage.store import StoreConfig
+
+FeatureName = Literal["random_conv", "learned_conv", "inception"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,71 @@ class DataConfig(Checked):
     channels: Annotated[int, Field(ge=1)] = 1
     classes: Annotated[int, Field(ge=0)] = 10
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
+    """What one training run is, apart from model, data and optimizer.
+
+    Attributes:
+        seed: Seed of every random stream and of the initial weights.
+        total_images: Length of the run; an image seen twice counts twice.
+        global_batch: Images per update over all ranks.
+        label_dropout: Share of labels replaced by the null label, which guidance needs.
+        ema: The weights' moving average.
+        max_skipped_updates: Updates in a row that may be skipped for a non-finite gradient before
+            the run stops.
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    total_images: Annotated[int, Field(ge=1)] = 1_000_000
+    global_batch: Annotated[int, Field(ge=1)] = 256
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    max_skipped_updates: Annotated[int, Field(ge=0)] = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig(Checked):
+    """Which features measure distance.
+
+    Attributes:
+        name: "random_conv", "learned_conv" or "inception".
+        inception_weights: Local file of the FID Inception weights
+            (pt_inception-2015-12-05-6726825d.pth); None downloads them when online.
+    """
+
+    name: FeatureName = "random_conv"
+    inception_weights: str | None = field(default=None, metadata={"place": "path"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Checked):
+    """What is sampled and measured.
+
+    Attributes:
+        samples: Images drawn for the final figures; classes in equal parts.
+        batch: Most images in one network call on one rank. Ranks draw whole batches, so as many
+            batches as ranks, or a multiple, keep all of them busy.
+        seed: Seed of the samples' noise.
+        sampler: Solver, steps and guidance.
+        features: Feature extractor of the Fréchet distance.
+        classifier: Train a classifier on the real images and let it read the samples; meant for
+            small images, which it holds in memory.
+        grid_interval_images: How often a sample grid is drawn during training; 0 is never.
+        grid_columns: Images per class in a grid.
+        grid_classes: Classes shown in a grid, from the first; at most all that there are.
+    """
+
+    samples: Annotated[int, Field(ge=2)] = 1000
+    batch: Annotated[int, Field(ge=1)] = 125
+    seed: Annotated[int, Field(ge=0)] = 1
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    classifier: bool = False
+    grid_interval_images: Annotated[int, Field(ge=0)] = 0
+    grid_columns: Annotated[int, Field(ge=1)] = 10
+    grid_classes: Annotated[int, Field(ge=1)] = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,3 +264,21 @@ def micro_batch(job: JobConfig) -> int:
     """Return images per rank and forward pass."""
     images = job.engine.micro_batch
     return job.train.global_batch // job.cluster.workers if images is None else images
+
+
+def check_guidance(scale: float, *, label_dropout: float, key: str) -> None:
+    """Refuse guidance by a null label that was never trained, whose row is as it was drawn.
+
+    Args:
+        scale: Guidance scale.
+        label_dropout: Share of the labels that training replaces by the null label.
+        key: What the scale is called where it was asked for.
+
+    Raises:
+        ConfigError: If the scale is not 1 and no label is ever replaced.
+    """
+    if scale != 1.0 and label_dropout == 0.0:
+        raise ConfigError(
+            f"{key}={scale} needs a null label, which train.label_dropout=0 never trains; set "
+            f"{key}=1, or train with train.label_dropout=0.1"
+        )

@@ -20,8 +20,7 @@ from pipelines.order import StreamConfig
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
-from trainer.config.evaluation import EvalConfig, FeatureName
-from trainer.config.job import JobConfig
+from trainer.config.job import EvalConfig, FeatureName, JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.grid import TakenSamples, class_grid, grid_png

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config.evaluation import FeatureConfig
+from trainer.config.job import FeatureConfig
 from trainer.evaluation.learned_features import one_thread
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer.config.evaluation import EvalConfig
+from trainer.config.job import EvalConfig
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.grid import TakenSamples, grid_png

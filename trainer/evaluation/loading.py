@@ -25,11 +25,9 @@ from trainer.autoencoder.codec import CodecConfig, load_codec
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.manifest import Manifest
 from trainer.config import paths
-from trainer.config.evaluation import EvalConfig, check_guidance
-from trainer.config.job import DataConfig
+from trainer.config.job import DataConfig, EvalConfig, TrainConfig, check_guidance
 from trainer.config.reading import ConfigError, from_dict
 from trainer.config.shapes import ImageShape, flow_shape
-from trainer.config.train import TrainConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.reports import EvaluationReport, evaluation_key

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from cluster.contract import WorkerContext
 from trainer.config import paths
-from trainer.config.evaluation import FeatureName
-from trainer.config.job import JobConfig
+from trainer.config.job import FeatureName, JobConfig
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
 from trainer.data.splits import open_split

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 from pipelines.documents import DocumentError, parse_json, seal, unseal, validate_as
 from trainer.checkpoint import layout
-from trainer.config.evaluation import EvalConfig
+from trainer.config.job import EvalConfig
 from trainer.evaluation.learned_features import LabelAgreement
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed

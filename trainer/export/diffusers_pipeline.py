@@ -17,7 +17,7 @@ from models.codec import AutoencoderKlCodec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
-from trainer.config.evaluation import check_guidance
+from trainer.config.job import check_guidance
 from trainer.config.reading import ConfigError, from_dict
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
 

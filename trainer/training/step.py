@@ -19,7 +19,7 @@ from models.flow.objective import TIME_BINS, LossReport, Objective
 from models.pyramid import band_statistics, split
 from pipelines.loading.loader import Batch
 from trainer import rng
-from trainer.config.train import TrainConfig
+from trainer.config.job import TrainConfig
 from trainer.engine.optimizer import OptimConfig, learning_rate
 from trainer.engine.protocol import Engine, UpdateOutcome
 from trainer.metrics.buffer import MetricBuffer

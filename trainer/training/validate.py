@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trainer.config.evaluation import check_guidance
-from trainer.config.job import JobConfig, micro_batch
+from trainer.config.job import JobConfig, check_guidance, micro_batch
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import encodes, flow_shape
 from trainer.engine.zero_config import zero_config

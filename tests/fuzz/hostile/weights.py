@@ -14,7 +14,7 @@ from tests.fuzz.hostile.judging import judged
 from tests.fuzz.verdict import Seen
 from tests.fuzz.watched import watched
 from tests.support.hostile_files import Payload
-from trainer.config.evaluation import FeatureConfig
+from trainer.config.job import FeatureConfig
 from trainer.evaluation.features import check_features
 
 

@@ -19,7 +19,7 @@ from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from pipelines.loading.loader import Batch
 from tests.support.loss_watch import watch
-from trainer.config.train import TrainConfig
+from trainer.config.job import TrainConfig
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.plain import PlainEngine

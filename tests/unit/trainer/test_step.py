@@ -14,7 +14,7 @@ from pipelines.loading.loader import Batch
 from tests.support.autoencoder import tiny_autoencoder
 from tests.support.loss_watch import watch
 from trainer import rng
-from trainer.config.train import TrainConfig
+from trainer.config.job import TrainConfig
 from trainer.engine.build import build_engine
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import EngineConfig

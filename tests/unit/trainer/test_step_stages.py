@@ -14,7 +14,7 @@ from models.pyramid import split
 from pipelines.loading.loader import Batch
 from tests.support.loss_watch import watch
 from trainer import rng
-from trainer.config.train import TrainConfig
+from trainer.config.job import TrainConfig
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import UpdateOutcome
 from trainer.metrics.buffer import MetricBuffer

@@ -26,8 +26,7 @@ from tests.support.saved import save_now
 from tests.unit.trainer.evaluation.two_kinds import two_kinds
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.cli.evaluate import main
-from trainer.config.evaluation import EvalConfig, FeatureConfig
-from trainer.config.job import DataConfig, JobConfig
+from trainer.config.job import DataConfig, EvalConfig, FeatureConfig, JobConfig
 from trainer.config.reading import ConfigError, to_dict
 from trainer.config.shapes import ImageShape
 from trainer.engine.build import build_engine

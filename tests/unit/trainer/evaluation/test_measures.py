@@ -19,7 +19,7 @@ from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.pyramid import up
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.config.evaluation import EvalConfig, FeatureConfig
+from trainer.config.job import EvalConfig, FeatureConfig
 from trainer.config.shapes import ImageShape
 from trainer.evaluation.features import (
     InceptionFeatures,

@@ -23,8 +23,12 @@ from models.codec import (
     Posterior,
 )
 from pipelines.domains import Checked
-from trainer.autoencoder.files import WEIGHTS_NAME, AutoencoderFiles, find_autoencoder
-from trainer.autoencoder.settings import AutoencoderError
+from trainer.autoencoder.files import (
+    WEIGHTS_NAME,
+    AutoencoderError,
+    AutoencoderFiles,
+    find_autoencoder,
+)
 from trainer.finite import all_finite
 from trainer.storage.store import StoreConfig
 

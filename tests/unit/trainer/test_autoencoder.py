@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from models.codec import AutoencoderKlCodec, IdentityCodec
 from tests.support.autoencoder import saved_autoencoder, tiny_autoencoder
 from trainer.autoencoder.codec import CodecConfig, codec_digest, load_codec, open_codec
-from trainer.autoencoder.files import find_autoencoder
-from trainer.autoencoder.settings import AutoencoderError, AutoencoderSettings
+from trainer.autoencoder.files import AutoencoderError, AutoencoderSettings, find_autoencoder
 from trainer.config.reading import ConfigError
 from trainer.evaluation.loading import ModelRecord
 from trainer.storage.store import StoreConfig

@@ -23,7 +23,7 @@ from tests.support.autoencoder import saved_autoencoder
 from tests.support.configuration import configuration
 from tests.unit.pipelines import pictures
 from trainer.autoencoder.codec import codec_digest, load_codec
-from trainer.autoencoder.settings import AutoencoderError
+from trainer.autoencoder.files import AutoencoderError
 from trainer.cli.latents import main as encode
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError

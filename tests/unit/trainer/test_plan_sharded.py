@@ -14,8 +14,7 @@ from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.models.kept import kept_bytes
 from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict
-from trainer.engine.exchange import Exchange
-from trainer.engine.expert_shards import ExpertShards
+from trainer.engine.expert_shards import Exchange, ExpertShards
 from trainer.engine.protocol import EngineConfig
 from trainer.planning.placing import workload
 from trainer.planning.prediction import KINDS, exchange, exchange_bytes, rank_memory

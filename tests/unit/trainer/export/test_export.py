@@ -21,8 +21,7 @@ from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.config.reading import ConfigError
 from trainer.export.diffusers_model import LapFlowTransformer2DModel
-from trainer.export.export import ExportSettings
-from trainer.export.output import write_whole
+from trainer.export.export import ExportSettings, write_whole
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASTER = "diffusion_pytorch_model.master.safetensors"
@@ -225,7 +224,7 @@ def test_a_process_killed_between_the_renames_leaves_the_earlier_folder_beside(e
     code = f"""
 import os, signal
 from pathlib import Path
-from trainer.export.output import write_whole
+from trainer.export.export import write_whole
 
 rename = Path.rename
 def rename_or_die(path, target):

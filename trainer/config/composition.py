@@ -25,7 +25,7 @@ from trainer.config.overrides import Override, parse_override
 from trainer.config.reading import ConfigError, defaults, from_dict
 from trainer.config.renamed import RENAMED, current_key
 from trainer.config.settings import MISSING
-from trainer.config.written_paths import located
+from trainer.config.written_paths import resolve_places
 
 C = TypeVar("C")
 
@@ -75,10 +75,10 @@ def composed(overrides: Sequence[str]) -> JobConfig:
             else _first_paragraph(error) or _first_paragraph(error.__cause__)
         )
         raise ConfigError(
-            f"the configuration cannot be composed from the files of {' '.join(_chosen(words))}: "
-            f"{reason}"
+            "the configuration cannot be composed from the files of "
+            f"{' '.join(_file_words(words))}: {reason}"
         ) from error
-    return located(from_dict(JobConfig, values))
+    return resolve_places(from_dict(JobConfig, values))
 
 
 def configured(kind: type[C], overrides: Sequence[str]) -> C:
@@ -100,10 +100,10 @@ def configured(kind: type[C], overrides: Sequence[str]) -> C:
         plain = _plain(values)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_paragraph(error)) from error
-    return located(from_dict(kind, plain))
+    return resolve_places(from_dict(kind, plain))
 
 
-def _chosen(words: Sequence[Override]) -> list[str]:
+def _file_words(words: Sequence[Override]) -> list[str]:
     """Return the words that name files."""
     return [word.for_hydra for word in words if word.key in ("exp", *groups())]
 

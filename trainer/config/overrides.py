@@ -60,7 +60,7 @@ def parse_override(word: str, kind: type[Any]) -> Override:
     if kind is JobConfig and key in ("exp", *groups()):
         return Override(key, text, word)
     if kind is JobConfig and key.startswith(_FREE):
-        return _parsed(key, text, f"++{key}=")
+        return _parse_value(key, text, f"++{key}=")
     setting = _setting(key, kind)
     key = setting.key
     if mark:
@@ -76,13 +76,13 @@ def parse_override(word: str, kind: type[Any]) -> Override:
         )
     plain = _NO_PLAIN_TEXT.fullmatch(text) is None
     if setting.is_text and plain:
-        return Override(key, text, _quoted(key, text))
+        return Override(key, text, _quote(key, text))
     try:
-        return _parsed(key, text, f"{key}=")
+        return _parse_value(key, text, f"{key}=")
     except ConfigError:
         # What is no list, mapping or group has its reason told by the type of the setting.
         if setting.is_single and not _is_sweep(word):
-            return Override(key, text, _quoted(key, text))
+            return Override(key, text, _quote(key, text))
         raise
 
 
@@ -98,7 +98,7 @@ def _setting(key: str, kind: type[Any]) -> Setting:
     raise ConfigError(unknown_key(key, siblings or top, meant=closest(key, leaves)))
 
 
-def _parsed(key: str, text: str, prefix: str) -> Override:
+def _parse_value(key: str, text: str, prefix: str) -> Override:
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
     try:
         parsed = _read(f"{prefix}{text}")
@@ -128,5 +128,5 @@ def _read(word: str) -> HydraOverride:
     return OverridesParser.create().parse_override(word)
 
 
-def _quoted(key: str, text: str) -> str:
+def _quote(key: str, text: str) -> str:
     return f"{key}={QuotedString(text, Quote.single).with_quotes()}"

@@ -59,7 +59,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
     """
     hashable: Any = kind  # whatever mypy thinks of the classes of dataclasses
     settings = _settings(hashable, path)
-    plain = _checked(with_current_names(values, path), path.rstrip("."), settings)
+    plain = _check_plain(with_current_names(values, path), path.rstrip("."), settings)
     try:
         # As JSON, in which alone a list may be a tuple while a text is still no number.
         read = _adapter(hashable).validate_json(json.dumps(plain), strict=True, extra="forbid")
@@ -85,13 +85,15 @@ def _settings(kind: type[Any], path: str) -> Mapping[str, Setting]:
     return found
 
 
-def _checked(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
+def _check_plain(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
     """Refuse what no setting can be, and make 1e3 an int and 123 a name where these are wanted."""
     if isinstance(value, Mapping):
         prefix = f"{key}." if key else ""
-        return {str(name): _checked(v, f"{prefix}{name}", settings) for name, v in value.items()}
+        return {
+            str(name): _check_plain(v, f"{prefix}{name}", settings) for name, v in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_checked(each, f"{key}.{place}", settings) for place, each in enumerate(value)]
+        return [_check_plain(each, f"{key}.{place}", settings) for place, each in enumerate(value)]
     if not (value is None or isinstance(value, int | float) or _is_text(value)):
         raise ConfigError(f"{key}={shown(value)} must be a text, a number, true, false or null")
     if isinstance(value, float) and not math.isfinite(value):

@@ -45,17 +45,17 @@ def with_current_names(values: Mapping[str, Any], path: str = "") -> dict[str, A
         if not (old.startswith(path) and new.startswith(path)):
             continue
         *groups, name = old.removeprefix(path).split(".")
-        holder = _opened(result, groups)
+        holder = _copy_group(result, groups)
         if holder is None or name not in holder:
             continue
         value = holder.pop(name)
         *groups, name = new.removeprefix(path).split(".")
-        if (holder := _opened(result, groups)) is not None:
+        if (holder := _copy_group(result, groups)) is not None:
             holder.setdefault(name, value)
     return result
 
 
-def _opened(values: dict[str, Any], groups: list[str]) -> dict[str, Any] | None:
+def _copy_group(values: dict[str, Any], groups: list[str]) -> dict[str, Any] | None:
     """Return the group of that name, copied so that it may be changed; None if there is none."""
     for group in groups:
         if not isinstance(values.get(group), Mapping):

@@ -25,7 +25,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:(?!//).*")
 _SQLITE = "sqlite:///"
 
 
-def located(config: T, prefix: str = "") -> T:
+def resolve_places(config: T, prefix: str = "") -> T:
     """Make the places that a configuration names absolute, and hold its names to a line.
 
     Args:
@@ -40,10 +40,10 @@ def located(config: T, prefix: str = "") -> T:
     for spec in dataclasses.fields(typing.cast(Any, config)):
         key, value = f"{prefix}{spec.name}", getattr(config, spec.name)
         if dataclasses.is_dataclass(value):
-            changed[spec.name] = located(value, f"{key}.")
+            changed[spec.name] = resolve_places(value, f"{key}.")
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             changed[spec.name] = tuple(
-                located(each, f"{key}.{number}.") for number, each in enumerate(value)
+                resolve_places(each, f"{key}.{number}.") for number, each in enumerate(value)
             )
         elif "place" in spec.metadata and value not in (None, *leaf_types(hints[spec.name])):
             changed[spec.name] = _absolute(key, value, spec.metadata["place"])

@@ -13,7 +13,7 @@ from trainer.config.composition import composed, configured
 from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
 from trainer.config.settings import leaf_types
-from trainer.config.written_paths import located
+from trainer.config.written_paths import resolve_places
 from trainer.storage.open import open_store
 
 DIGITS = "+exp=digits"
@@ -75,7 +75,7 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
         *groups, name = key.split(".")
         group = reduce(lambda group, name: group.setdefault(name, {}), groups, values)
         group[name] = text
-        return located(from_dict(kind, values))
+        return resolve_places(from_dict(kind, values))
 
     for wrong in (
         "s3:/bucket/a",

@@ -14,7 +14,7 @@ from trainer.cli.sample import SampleConfig
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.config.settings import Setting, leaf_types
-from trainer.config.written_paths import located
+from trainer.config.written_paths import resolve_places
 from trainer.training.validate import validate
 
 LARGEST = 2**63 - 1
@@ -75,7 +75,7 @@ def changed(kind: type[Any], key: str, value: Any) -> Any:
     for each in groups:
         group = group.setdefault(each, {})
     group[name] = value
-    config = located(from_dict(kind, values))
+    config = resolve_places(from_dict(kind, values))
     if kind is JobConfig:
         validate(config)
     return config

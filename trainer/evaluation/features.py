@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 import tempfile
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.documents import DocumentError, read_bounded
 from trainer.config.job import FeatureConfig
 from trainer.evaluation.learned_features import one_thread
 
@@ -89,12 +91,11 @@ def _tensors(weights: str | None) -> tuple[str, dict[str, Tensor]]:
     """Read a file of tensors, in which nothing can run code, and its SHA-256."""
     try:
         file = _download() if weights is None else Path(weights).expanduser()
-        if file.stat().st_size > _MAX_BYTES:
-            raise _unusable(weights, f"it is larger than {_MAX_BYTES:,} bytes")
-        data = file.read_bytes()
+        data = read_bounded(file, max_bytes=_MAX_BYTES)
         digest = hashlib.sha256(data).hexdigest()
         if weights is None and digest != FID_WEIGHTS_SHA256:
             raise _unusable(weights, f"{file} is not the published file; delete it")
+        _check_unpacked(data)
         content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except MissingWeights:
         raise
@@ -106,6 +107,21 @@ def _tensors(weights: str | None) -> tuple[str, dict[str, Tensor]]:
     ):
         raise _unusable(weights, "it holds something else than named tensors")
     return digest, dict(content)
+
+
+def _check_unpacked(data: bytes) -> None:
+    """Refuse parts that were packed, of which a few bytes can become all that memory holds.
+
+    Raises:
+        DocumentError: There is one, or parts overlap. Nothing that torch writes is so.
+    """
+    if not data.startswith(b"PK"):  # of before torch wrote archives
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        parts = archive.infolist()
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(part.file_size for part in parts) > len(data):
+        raise DocumentError("its tensors are packed, as torch packs none")
 
 
 def _download() -> Path:

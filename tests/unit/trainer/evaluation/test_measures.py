@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,42 @@ def test_a_weights_file_runs_no_code(tmp_path, zipped):
 def test_weights_of_something_else_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "inception.pth")
     with pytest.raises(MissingWeights, match=r"cannot be loaded .*inception_weights"):
+        check_features(
+            FeatureConfig(name="inception", inception_weights=str(tmp_path / "inception.pth"))
+        )
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+def packed(path: Path) -> None:
+    """Many zeros in a thousandth of their size."""
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(2**24)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 2**17
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(pipe, "regular"), (endless, "regular"), (sparse, "more than"), (packed, "packed")],
+)
+def test_a_weights_file_without_end_is_refused_unread(tmp_path, make, reason):
+    make(tmp_path / "inception.pth")
+    with pytest.raises(MissingWeights, match=rf"cannot be loaded .*{reason}.*inception_weights"):
         check_features(
             FeatureConfig(name="inception", inception_weights=str(tmp_path / "inception.pth"))
         )

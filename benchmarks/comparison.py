@@ -25,7 +25,7 @@ from typing import Any, get_args
 from benchmarks.command import positive
 from benchmarks.comparison_picture import draw_picture
 from models.flow.sampler_config import SamplerConfig
-from models.transformer.cost import ModelShape, training_multiply_adds
+from models.transformer.cost import training_multiply_adds
 from trainer.config.job import FeatureName, difference, fingerprinted
 from trainer.errors import is_user_error
 from trainer.evaluation.checkpoints import (
@@ -84,15 +84,15 @@ def measure_arm(name: str, runs: Sequence[str], config: CheckpointEvaluationConf
         UnlikeRuns: If the runs differ in more than their seed.
     """
     reports: dict[str, Sequence[CheckpointReport]] = {}
-    sciences = []
+    manifests = []
     for run in runs:
         found = evaluate_checkpoints(
             replace(config, checkpoint=run, checkpoints="all"), report=print
         )
         reports[run] = found
-        sciences.append(open_checkpoint(found[0].checkpoint, config.store)[2].science)
-    for run, science in zip(runs, sciences, strict=True):
-        if changes := _changes(sciences[0], science):
+        manifests.append(open_checkpoint(found[0].checkpoint, config.store)[2])
+    for run, manifest in zip(runs, manifests, strict=True):
+        if changes := _changes(manifests[0].science, manifest.science):
             raise UnlikeRuns(
                 f"the runs of arm {name!r} must differ in their seed alone, but between {runs[0]} "
                 f"and {run} there is {'; '.join(changes)}"
@@ -100,9 +100,9 @@ def measure_arm(name: str, runs: Sequence[str], config: CheckpointEvaluationConf
     return Arm(
         name=name,
         runs=reports,
-        science=sciences[0],
+        science=manifests[0].science,
         training_flops_per_image=FLOPS_PER_MULTIPLY_ADD
-        * training_multiply_adds(_shape(sciences[0])),
+        * training_multiply_adds(ModelRecord.of(manifests[0]).sizes),
     )
 
 
@@ -238,17 +238,6 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def _each(arm: Arm, features: str, images: int) -> str:
     return ", ".join(f"{dict(arm.curve(run, features))[images]:.4f}" for run in arm.runs)
-
-
-def _shape(science: Mapping[str, Any]) -> ModelShape:
-    record = ModelRecord.of(science)
-    return ModelShape.of(
-        record.transformer,
-        scales=record.flow.scales,
-        channels=record.shape.channels,
-        image_size=record.shape.size,
-        classes=record.shape.classes,
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -70,21 +70,3 @@ class TrainState:
     def to_dict(self) -> dict[str, Any]:
         """Return the counters as plain JSON values."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Rebuild the counters from `to_dict`.
-
-        Raises:
-            ValueError: A counter is missing, unknown, or not a whole number from 0.
-        """
-        expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
-            raise ValueError(
-                f"a train state holds {sorted(expected)}, got {sorted(values)}; it was saved by "
-                "another version of this code"
-            )
-        for name, value in values.items():
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name} of a train state must be a whole number, got {value!r}")
-        return cls(**values)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+MAX_SCALES = 32
+"""Each scale halves an image, and none has 2**32 elements along a side."""
+
 
 class StagesError(ValueError):
     """Critical times that do not cut [0, 1] into segments."""
@@ -74,9 +77,9 @@ def default_critical_times(scales: int) -> tuple[float, ...]:
         T_1 > ... > T_{K-1}; empty for one scale.
 
     Raises:
-        StagesError: ``scales`` is below 1.
+        StagesError: ``scales`` is not between 1 and `MAX_SCALES`.
     """
-    if scales < 1:
-        raise StagesError(f"a flow needs at least 1 scale, got scales={scales}.")
+    if not 1 <= scales <= MAX_SCALES:
+        raise StagesError(f"a flow needs 1 to {MAX_SCALES} scales, got scales={scales}.")
     paper = {2: (0.5,), 3: (0.67, 0.33)}
     return paper.get(scales, tuple(1 - k / scales for k in range(1, scales)))

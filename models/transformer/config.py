@@ -93,10 +93,10 @@ class TransformerConfig:
         for name in ("depth", "width", "heads", "patch_size", "mlp_ratio"):
             if getattr(self, name) <= 0:
                 raise TransformerConfigError(f"{name}={getattr(self, name)} must be positive.")
-        if int(self.width * self.mlp_ratio) < 1:
+        if not 1 <= self.width * self.mlp_ratio < float("inf"):
             raise TransformerConfigError(
-                f"mlp_ratio={self.mlp_ratio} leaves the MLP without a hidden layer at width="
-                f"{self.width}; usual is 4."
+                f"mlp_ratio={self.mlp_ratio} gives the MLP no hidden layer that can be built at "
+                f"width={self.width}; usual is 4."
             )
         if self.class_tokens < 0:
             raise TransformerConfigError(f"class_tokens={self.class_tokens} must not be negative.")

@@ -1,4 +1,4 @@
-"""A checkpoint saved by one process, at once."""
+"""A checkpoint saved by one process, at once; and a manifest of none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import CheckpointSaver
+from trainer.config.job import config_fingerprint
 from trainer.host_group import HostGroup
 from trainer.state import Fragment
 from trainer.storage.store import Store
@@ -40,3 +42,26 @@ def save_now(
     )
     saver.finish()
     assert saver.is_saved(images)
+
+
+def manifest_of(
+    science: Mapping[str, Any], *, train_state: Mapping[str, Any] | None = None
+) -> Manifest:
+    """What a checkpoint of no parameters says of its run, after 100 images."""
+    settings = all(isinstance(group, Mapping) for group in science.values())
+    return Manifest(
+        run="run",
+        images=100,
+        attempt="a",
+        saved_at="",
+        world_size=1,
+        config_fingerprint=config_fingerprint(science) if settings else "x",
+        science=science,
+        train_state=train_state or {},
+        kinds=(),
+        parameters={},
+        cuts={},
+        block_bytes=4,
+        objects=(),
+        versions={},
+    )

@@ -9,6 +9,7 @@ from PIL import Image
 from benchmarks import comparison
 from benchmarks.comparison import Arm, UnlikeRuns, as_json, as_markdown, check_alike, measure_arm
 from benchmarks.comparison_picture import draw_picture
+from tests.support.saved import manifest_of
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
 
@@ -92,10 +93,6 @@ def test_runs_of_an_arm_may_differ_in_their_seed_alone(monkeypatch):
         "deeper": {**SCIENCE, "model": {"depth": 2, "width": 16, "heads": 2}},
     }
 
-    class Opened:
-        def __init__(self, science: object) -> None:
-            self.science = science
-
     monkeypatch.setattr(
         comparison,
         "evaluate_checkpoints",
@@ -104,7 +101,7 @@ def test_runs_of_an_arm_may_differ_in_their_seed_alone(monkeypatch):
     monkeypatch.setattr(
         comparison,
         "open_checkpoint",
-        lambda uri, _: (None, None, Opened(sciences[uri.split("/")[1]])),
+        lambda uri, _: (None, None, manifest_of(sciences[uri.split("/")[1]])),
     )
     config = CheckpointEvaluationConfig(checkpoint="")
     joined = measure_arm("arm", ["first", "same"], config)

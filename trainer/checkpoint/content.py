@@ -133,15 +133,24 @@ def load_weights(
 
     Raises:
         DamagedCheckpoint: An object is missing or changed.
-        CheckpointMismatch: The checkpoint lacks such weights.
+        CheckpointMismatch: The checkpoint lacks such weights, or they are more than memory holds.
     """
     whole = {name: Span(0, math.prod(shape)) for name, shape in manifest.parameters.items()}
     # Before memory is taken for what a manifest may only claim.
     _check_held(store, manifest, whole)
-    fragments = [
-        Fragment(name=name, start=0, shape=shape, tensors={which: torch.empty(math.prod(shape))})
-        for name, shape in manifest.parameters.items()
-    ]
+    try:
+        fragments = [
+            Fragment(
+                name=name, start=0, shape=shape, tensors={which: torch.empty(math.prod(shape))}
+            )
+            for name, shape in manifest.parameters.items()
+        ]
+    except RuntimeError as error:
+        size = format_bytes(BYTES_PER_ELEMENT * sum(span.numel for span in whole.values()))
+        raise CheckpointMismatch(
+            f"The weights of {manifest.run} after {manifest.images} images take {size} of memory, "
+            "which this machine does not have: use one that has."
+        ) from error
     fill(store, manifest, fragments)
     return {fragment.name: fragment.tensors[which].view(fragment.shape) for fragment in fragments}
 

@@ -136,7 +136,7 @@ def _time(saved_at: str | None) -> str:
         return _NOTHING
     try:
         return datetime.fromisoformat(saved_at).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
-    except ValueError:
+    except (ValueError, OverflowError):  # the last day there is, in a zone where it comes late
         return saved_at
 
 

@@ -59,6 +59,8 @@ def from_dict(kind: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
     """
     hashable: Any = kind  # whatever mypy thinks of the classes of dataclasses
     settings = _settings(hashable, path)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path.rstrip('.')}={shown(values)} must be a group of settings")
     plain = _check_plain(with_current_names(values, path), path.rstrip("."), settings)
     try:
         # As JSON, in which alone a list may be a tuple while a text is still no number.

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 
 from pipelines.domains import Checked
-from pipelines.loading.loader import LoaderConfig
 from pipelines.order import StreamConfig
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
@@ -72,7 +71,8 @@ class CheckpointEvaluationConfig(ModelSource):
         sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
         features: One or more extractors, with each of which the same samples are measured; None is
             the run's own.
-        inception_weights: Local file for "inception"; None is the run's own, or downloads it.
+        inception_weights: Local file for "inception"; None downloads it. What a run has recorded is
+            no file of this machine.
         data: The real images.
         output: Folder for the results; None is the run's own `evaluation/`.
     """
@@ -169,13 +169,18 @@ class _Evaluation:
         self._config = config
         self._asked = asked = config.over(own)
         self._report = report
-        record = ModelRecord.of(manifest.science)
+        record = ModelRecord.of(manifest)
+        if record.index_sha256 is None:
+            raise ConfigError(
+                f"checkpoint={config.checkpoint} does not record which images it was trained on, "
+                "so nothing can be compared with them; evaluate another checkpoint"
+            )
         record.check_guidance(asked.sampler)
         self._reference = reference_of_run(
             _job(config, manifest, record, runs=runs),
-            trained_on=manifest.science["data_set"]["index_sha256"],
+            trained_on=record.index_sha256,
             features=config.features or (own.features.name,),
-            inception_weights=config.inception_weights or own.features.inception_weights,
+            inception_weights=config.inception_weights,
             device=usable_device(config.device),
             batch=asked.batch,
         )
@@ -244,7 +249,6 @@ def _job(
     config: CheckpointEvaluationConfig, manifest: Manifest, record: ModelRecord, *, runs: str
 ) -> JobConfig:
     """Rebuild what the evaluation needs of the job that saved the checkpoint."""
-    science = manifest.science
     given = {key: value for key, value in to_dict(config.data).items() if value}
     if given.keys() & {"prefix", "streams"}:
         given = {"prefix": None, "streams": (), **given}
@@ -253,11 +257,11 @@ def _job(
         {
             "run": manifest.run,
             "home": str(paths.home_folder(config.home)),
-            "data": {**science["data"], **given},
-            "loader": {"decoder": science.get("loader", {}).get("decoder", LoaderConfig.decoder)},
+            "data": {**to_dict(record.data), **given},
+            "loader": {"decoder": record.loader.decoder},
             "codec": asdict(record.codec),
-            "model": science["model"],
-            "flow": science["flow"],
+            "model": to_dict(record.transformer),
+            "flow": to_dict(record.flow),
             "store": {**asdict(config.store), "uri": runs.removesuffix("/runs")},
         },
     )

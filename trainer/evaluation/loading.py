@@ -6,10 +6,10 @@ The checkpoint's own manifest says what model it is, so nothing else has to be c
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -17,13 +17,17 @@ from torch import nn
 from models.codec import Codec
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig
-from models.transformer.config import TransformerConfig
+from models.transformer.config import TransformerConfig, TransformerConfigError
+from models.transformer.cost import ModelShape, parameters
 from models.transformer.lapflow import LapFlowTransformer
 from pipelines.documents import validate_as
 from pipelines.domains import Checked
+from pipelines.loading.loader import LoaderConfig
 from trainer.autoencoder.codec import CodecConfig, load_codec
 from trainer.checkpoint.content import load_weights
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
+from trainer.checkpoint.layout import manifest_key
+from trainer.checkpoint.manifest import MAX_ELEMENTS, Manifest
 from trainer.config import paths
 from trainer.config.job import DataConfig, EvalConfig, TrainConfig, check_guidance
 from trainer.config.reading import ConfigError, from_dict
@@ -37,6 +41,8 @@ from trainer.storage.kept import read_sealed
 from trainer.storage.store import Store, StoreConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Weights = Literal["ema", "master"]
 
@@ -102,58 +108,192 @@ def own_eval(store: Store, manifest: Manifest) -> EvalConfig | None:
 
     Those of its report come first, which a later launch may have measured anew; without a report
     that can be believed it is those that the checkpoint records. None for older checkpoints, which
-    record none.
+    record none. Who can write to the store names no file of this machine by them.
+
+    Raises:
+        InvalidManifest: The checkpoint records settings that no run can have.
     """
     key = evaluation_key(manifest.run, manifest.images, "report.json")
     try:
         report = validate_as(EvaluationReport, read_sealed(store, key))
-        return from_dict(EvalConfig, report.settings, path="eval.")
+        return _with_no_file(from_dict(EvalConfig, report.settings, path="eval."))
     except MissingObject:
         pass
     except ValueError as error:  # damaged, or of a version that measured otherwise
         logger.warning("passing over the report %s: %s", store.uri(key), error)
-    recorded = manifest.science.get("eval")
-    return None if recorded is None else from_dict(EvalConfig, recorded, path="eval.")
+    own = _recorded(manifest, "eval", EvalConfig)
+    return None if own is None else _with_no_file(own)
+
+
+def _with_no_file(own: EvalConfig) -> EvalConfig:
+    return replace(own, features=replace(own.features, inception_weights=None))
+
+
+def _recorded(
+    manifest: Manifest, group: str, kind: type[T], *, only: Collection[str] | None = None
+) -> T | None:
+    """Read a group of settings that a checkpoint records as those that users type are read.
+
+    Args:
+        manifest: The checkpoint.
+        group: Its name.
+        kind: Dataclass of the settings.
+        only: The settings that matter; None is all.
+
+    Returns:
+        None where it is not recorded, as in checkpoints of before it was.
+
+    Raises:
+        InvalidManifest: It is no such group.
+    """
+    if group not in manifest.science:
+        return None
+    values = manifest.science[group]
+    if only is not None and isinstance(values, Mapping):
+        values = {name: values[name] for name in only if name in values}
+    try:
+        return from_dict(kind, values, path=f"{group}.")
+    except ValueError as error:
+        raise _invalid(manifest, str(error)) from error
+
+
+def _invalid(manifest: Manifest, reason: str) -> InvalidManifest:
+    return InvalidManifest(
+        f"The manifest {manifest_key(manifest.run, manifest.images)} cannot be used: what it says "
+        f"of the run is not what this version records ({reason}). It was edited, or another "
+        "version wrote it: restore it, or use another checkpoint."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DataSet:
+    """What a run was trained on.
+
+    Attributes:
+        index_sha256: SHA-256 of its index.
+    """
+
+    index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Autoencoder:
+    """What made the latents that a run was trained on.
+
+    Attributes:
+        sha256: Its digest.
+    """
+
+    sha256: str
+
+
+_MAX_TOKENS = 2**21
+"""Of all scales of one image; their positions are no weights, so no checkpoint has to hold them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """Everything but the weights of a checkpoint's model.
+    """Everything but the weights of a checkpoint's model, and where its images are.
 
     Attributes:
         transformer: The network.
         flow: The flow it was trained with.
-        shape: Shape of what the flow works on.
-        codec: How images become that.
+        data: The images it was trained on.
+        index_sha256: SHA-256 of their index; None for checkpoints that do not record it.
+        codec: How images become what the flow works on.
         autoencoder_sha256: Digest of the autoencoder; None in pixel space.
         label_dropout: Fraction of labels that training replaced by the null label; without it there
             is nothing to guide by.
+        engine: In which precision it was trained.
+        loader: By which decoder images were read.
     """
 
     transformer: TransformerConfig
     flow: FlowConfig
-    shape: ImageShape
+    data: DataConfig
+    index_sha256: str | None
     codec: CodecConfig
     autoencoder_sha256: str | None
     label_dropout: float
+    engine: EngineConfig
+    loader: LoaderConfig
 
     @classmethod
-    def of(cls, science: Mapping[str, Any]) -> ModelRecord:
-        """Read what a checkpoint's manifest says.
+    def of(cls, manifest: Manifest) -> ModelRecord:
+        """Read what a checkpoint's manifest says, believing nothing.
 
         Raises:
-            ConfigError: It has settings that this version does not know.
+            InvalidManifest: It describes no model that this version can build.
         """
-        # Older checkpoints name no codec: they are of pixels.
-        codec = from_dict(CodecConfig, science.get("codec", {}), path="codec.")
-        return cls(
-            transformer=from_dict(TransformerConfig, science["model"], path="model."),
-            flow=from_dict(FlowConfig, science["flow"], path="flow."),
-            shape=flow_shape(from_dict(DataConfig, science["data"], path="data."), codec),
-            codec=codec,
-            autoencoder_sha256=science.get("autoencoder", {}).get("sha256"),
-            label_dropout=science.get("train", {}).get("label_dropout", TrainConfig.label_dropout),
+        transformer = _recorded(manifest, "model", TransformerConfig)
+        flow, data = (
+            _recorded(manifest, "flow", FlowConfig),
+            _recorded(manifest, "data", DataConfig),
         )
+        if transformer is None or flow is None or data is None:
+            raise _invalid(manifest, "it lacks model, flow or data")
+        data_set = _recorded(manifest, "data_set", _DataSet, only=["index_sha256"])
+        autoencoder = _recorded(manifest, "autoencoder", _Autoencoder, only=["sha256"])
+        train = _recorded(manifest, "train", TrainConfig, only=["label_dropout"])
+        record = cls(
+            transformer=transformer,
+            flow=flow,
+            data=data,
+            index_sha256=None if data_set is None else data_set.index_sha256,
+            # Older checkpoints name no codec: they are of pixels.
+            codec=_recorded(manifest, "codec", CodecConfig) or CodecConfig(),
+            autoencoder_sha256=None if autoencoder is None else autoencoder.sha256,
+            label_dropout=(train or TrainConfig()).label_dropout,
+            engine=_recorded(manifest, "engine", EngineConfig, only=["precision"])
+            or EngineConfig(),
+            loader=_recorded(manifest, "loader", LoaderConfig, only=["decoder"]) or LoaderConfig(),
+        )
+        try:
+            tokens = sum(record.sizes.tokens)
+        except TransformerConfigError as error:
+            raise _invalid(manifest, str(error)) from error
+        if tokens > _MAX_TOKENS:
+            raise _invalid(manifest, f"an image of it has {tokens} tokens")
+        return record
+
+    @property
+    def shape(self) -> ImageShape:
+        """Shape of what the flow works on."""
+        return flow_shape(self.data, self.codec)
+
+    @property
+    def sizes(self) -> ModelShape:
+        """All sizes of the network."""
+        return ModelShape.of(
+            self.transformer,
+            scales=self.flow.scales,
+            channels=self.shape.channels,
+            image_size=self.shape.size,
+            classes=self.shape.classes,
+        )
+
+    def check_parameters(self, manifest: Manifest) -> None:
+        """Refuse a checkpoint whose parameters are not those of the model that it describes.
+
+        Whether they can be is told by a formula; only then are they built, without memory.
+
+        Raises:
+            CheckpointMismatch: They are not.
+        """
+        held, wanted = manifest.parameters, dict[str, tuple[int, ...]]()
+        count = parameters(self.sizes).total
+        # Each block has weights of its own.
+        if count <= MAX_ELEMENTS and self.transformer.depth <= len(held):
+            with torch.device("meta"):
+                built = self.build()
+            wanted = {name: tuple(value.shape) for name, value in built.named_parameters()}
+        if wanted != held:
+            odd, *_ = min({*wanted.items()} ^ {*held.items()}, default=("any",))
+            raise CheckpointMismatch(
+                f"The checkpoint of {manifest.run} after {manifest.images} images does not hold "
+                f"the parameters of the model that it describes, such as {odd}: use the version of "
+                "the code that saved it."
+            )
 
     @property
     def on_latents(self) -> bool:
@@ -312,21 +452,22 @@ class ModelSource(Checked):
         _, store, (manifest,) = choose_checkpoints(
             self.checkpoint, which="newest", config=self.store
         )
-        record = ModelRecord.of(manifest.science)
+        record = ModelRecord.of(manifest)
+        record.check_parameters(manifest)
         codec = record.load_codec(
             source=self.codec_source,
             cache=paths.cache_folder(self.home),
             store=self.store,
             device=device,
         )
+        # Before memory is taken for a model that the checkpoint may only claim to hold.
+        weights = load_weights(store, manifest, self.weights)
         model = record.build()
-        model.load_state_dict(load_weights(store, manifest, self.weights))
+        model.load_state_dict(weights)
         if precision == "run":
             # As the engines have it: buffers stay in float32.
-            engine = manifest.science.get("engine", {})
-            trained = EngineConfig(precision=engine.get("precision", EngineConfig.precision))
             for parameter in model.parameters():
-                parameter.data = parameter.data.to(trained.dtype)
+                parameter.data = parameter.data.to(record.engine.dtype)
         return LoadedModel(
             model=model.to(device).eval(),
             record=record,

@@ -21,7 +21,6 @@ from torch import Tensor
 from pipelines.domains import Checked
 from pipelines.files import sync, sync_all
 from trainer.checkpoint.content import load_weights
-from trainer.checkpoint.errors import CheckpointMismatch
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.objects import safetensors_header
 from trainer.config.reading import ConfigError, to_dict
@@ -158,20 +157,6 @@ def _arguments(record: ModelRecord) -> dict[str, Any]:
     }
 
 
-def _check_parameters(manifest: Manifest, record: ModelRecord) -> None:
-    """Refuse a checkpoint whose parameters are not those of the model that it describes."""
-    with torch.device("meta"):
-        model = record.build()
-    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    if wanted != manifest.parameters:
-        odd = {*wanted.items()} ^ {*manifest.parameters.items()}
-        raise CheckpointMismatch(
-            f"The checkpoint of {manifest.run} after {manifest.images} images does not hold "
-            f"the parameters of the model that it describes, such as {min(odd)[0]}: use the "
-            "version of the code that saved it."
-        )
-
-
 def _results(
     store: Store, manifest: Manifest, weights: Sequence[Weights]
 ) -> list[MeasuredDistance]:
@@ -234,8 +219,8 @@ def export_checkpoint(store: Store, manifest: Manifest, settings: ExportSettings
         check_folder(output, own=FILES, overwrite=settings.overwrite)
     else:
         check_file(output, overwrite=settings.overwrite)
-    record = ModelRecord.of(manifest.science)
-    _check_parameters(manifest, record)
+    record = ModelRecord.of(manifest)
+    record.check_parameters(manifest)
     weights: tuple[Weights, ...] = (
         ("ema", "master") if settings.weights == "both" else (settings.weights,)
     )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
 
-from trainer.checkpoint.errors import DamagedCheckpoint
+from pydantic import AfterValidator, ConfigDict, Field
+
+from pipelines.documents import DocumentError, validate_as
+from trainer.checkpoint.errors import DamagedCheckpoint, InvalidManifest
+from trainer.checkpoint.layout import manifest_key
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
@@ -16,8 +21,8 @@ from trainer.config.renamed import with_current_names
 from trainer.engine.protocol import Engine
 from trainer.evaluation.choice import open_checkpoint, parse_uri
 from trainer.host_group import HostGroup
-from trainer.metrics.buffer import MetricBuffer
-from trainer.metrics.tracker import Point
+from trainer.metrics.buffer import MetricBuffer, Reduction
+from trainer.metrics.tracker import MAX_POINTS, Point
 from trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -64,7 +69,11 @@ def science_changes(
 
     Raises:
         ConfigError: If anything does and `resume_changed` is not set.
+        InvalidManifest: If the checkpoint records something else than settings.
     """
+    for group, settings in manifest.science.items():
+        if not isinstance(settings, Mapping):
+            raise _invalid(manifest, f"its {group} is no group of settings")
     if manifest.config_fingerprint == config_fingerprint(chosen):
         return []
     # A setting that the checkpoint does not know came after it; its default is what was done then.
@@ -77,6 +86,75 @@ def science_changes(
             "to start anew, or resume_changed=true to go on from it with yours"
         )
     return changes
+
+
+def _check_number(text: str) -> str:
+    try:
+        float.fromhex(text)
+    except OverflowError as error:
+        raise ValueError(f"{text} is beyond all numbers") from error
+    return text
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[str, AfterValidator(_check_number)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCounters:
+    """What a checkpoint holds of a run beside its tensors.
+
+    Attributes:
+        images: Images seen.
+        updates: Optimizer updates applied.
+        skipped_updates: Updates skipped because a gradient was not finite.
+        metrics: What was recorded since the last point of the curves: `MetricBuffer.state`.
+        unsent_points: Points that had not reached the tracker: each `Point.to_json`.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    images: _Count
+    updates: _Count
+    skipped_updates: _Count
+    metrics: dict[str, tuple[Reduction, _Number, _Number]] = field(default_factory=dict)
+    unsent_points: Annotated[
+        tuple[tuple[_Count, dict[str, _Number]], ...], Field(max_length=MAX_POINTS)
+    ] = ()
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> SavedCounters:
+        """Read what a checkpoint's manifest holds, believing nothing.
+
+        Raises:
+            InvalidManifest: It is nothing that a run has saved.
+        """
+        try:
+            counters = validate_as(cls, manifest.train_state)
+        except DocumentError as error:
+            raise _invalid(manifest, f"of its train_state {error}") from error
+        if counters.images != manifest.images:
+            raise _invalid(manifest, f"its train_state is one of {counters.images} images")
+        return counters
+
+    @property
+    def state(self) -> TrainState:
+        """The run's counters, to go on from."""
+        return TrainState(
+            images=self.images, updates=self.updates, skipped_updates=self.skipped_updates
+        )
+
+    @property
+    def unsent(self) -> list[Point]:
+        """The points that had not reached the tracker."""
+        return [Point.from_json(encoded) for encoded in self.unsent_points]
+
+
+def _invalid(manifest: Manifest, reason: str) -> InvalidManifest:
+    return InvalidManifest(
+        f"The manifest {manifest_key(manifest.run, manifest.images)} cannot be used: {reason}. It "
+        "was edited, or another version wrote it: restore it, or remove that checkpoint to go on "
+        "from the one before."
+    )
 
 
 class Restored(NamedTuple):
@@ -126,7 +204,7 @@ def restore(
         try:
             restored = _load(checkpoints, manifest, engine, metrics, report)
             return restored._replace(position=manifest.images)
-        except DamagedCheckpoint as damage:
+        except (DamagedCheckpoint, InvalidManifest) as damage:
             report({"kind": "warning", "text": str(damage)})
             before = manifest.images
     if not checkpoints.is_empty():
@@ -138,7 +216,7 @@ def restore(
         try:
             restored = _load(source, manifest, engine, metrics, report)
             return restored._replace(unsent=[])  # they are of the other run's curves
-        except DamagedCheckpoint as damage:
+        except (DamagedCheckpoint, InvalidManifest) as damage:
             raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
     return Restored(TrainState(), [], None)
 
@@ -159,14 +237,14 @@ def _load(
     report: Callable[[dict[str, object]], None],
 ) -> Restored:
     logger.info("reading the checkpoint %s", checkpoints.uri(manifest.images))
-    counters = checkpoints.restore(manifest, engine.fragments())
-    metrics.load_state(counters.pop("metrics", {}))
-    unsent = [Point.from_json(encoded) for encoded in counters.pop("unsent_points", [])]
-    state = TrainState.from_dict(counters)
+    counters = SavedCounters.of(manifest)
+    checkpoints.restore(manifest, engine.fragments())
+    metrics.load_state(counters.metrics)
+    state = counters.state
     engine.load_fragments(state.updates)
     uri = checkpoints.uri(manifest.images)
     report({"kind": "resumed", "images": state.images, "uri": uri})
-    return Restored(state, unsent, None)
+    return Restored(state, counters.unsent, None)
 
 
 def _fill_defaults(
@@ -176,7 +254,9 @@ def _fill_defaults(
     completed = dict(trained)
     for key in wanted.keys() & known.keys():
         if isinstance(wanted[key], Mapping) and isinstance(known[key], Mapping):
-            completed[key] = _fill_defaults(trained.get(key, {}), wanted[key], known[key])
+            own = trained.get(key, {})
+            if isinstance(own, Mapping):
+                completed[key] = _fill_defaults(own, wanted[key], known[key])
         elif key not in trained:
             completed[key] = known[key]
     return completed

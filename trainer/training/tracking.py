@@ -15,6 +15,7 @@ from trainer.config.reading import defaults, to_dict
 from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker, page, tracking_uri
 from trainer.metrics.mlflow_tracker import MlflowTracker
 from trainer.metrics.tracker import Point, Tracker
+from trainer.training.resume import SavedCounters
 
 
 @contextmanager
@@ -65,8 +66,11 @@ def send_unsent(job: JobConfig, complete: Manifest, figures: Mapping[str, float]
         job: The configuration.
         complete: The run's last checkpoint.
         figures: What its evaluation measured.
+
+    Raises:
+        InvalidManifest: The checkpoint holds something else than points.
     """
-    unsent = [Point.from_json(each) for each in complete.train_state.get("unsent_points", [])]
+    unsent = SavedCounters.of(complete).unsent
     if not unsent:
         return
     with track_run(job, complete.science, unsent=unsent, report=lambda _: None) as tracker:
@@ -82,6 +86,7 @@ def _unusual_settings(
     for key, value in settings.items():
         fixed, default = lasting.get(key, {}), usual.get(key)
         if isinstance(value, Mapping) and isinstance(default, Mapping):
+            fixed = fixed if isinstance(fixed, Mapping) else {}
             if part := _unusual_settings(fixed, value, default):
                 beside[key] = part
         elif key not in lasting and value != default:

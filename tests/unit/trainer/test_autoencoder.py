@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from models.codec import AutoencoderKlCodec, IdentityCodec
 from tests.support.autoencoder import saved_autoencoder, tiny_autoencoder
+from tests.support.saved import manifest_of
 from trainer.autoencoder.codec import CodecConfig, codec_digest, load_codec, open_codec
 from trainer.autoencoder.files import AutoencoderError, AutoencoderSettings, find_autoencoder
 from trainer.config.reading import ConfigError
@@ -409,7 +410,7 @@ def test_a_checkpoint_gets_its_own_codec_and_no_other(saved, copied, tmp_path):
 
     def codec(source: Path | None, science: dict = science):
         place = None if source is None else str(source)
-        record = ModelRecord.of(science)
+        record = ModelRecord.of(manifest_of(science))
         options = {"source": place, "cache": tmp_path, "store": STORE, "device": CPU}
         return record.load_codec(**options), record.shape
 

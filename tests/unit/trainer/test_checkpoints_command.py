@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def keys(place: Path) -> set[str]:
 
 def cells(table: str) -> list[list[str]]:
     return [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+
+
+@pytest.mark.parametrize("saved_at", ["9999-12-31T23:59:59-23:59", "long ago"])
+def test_a_time_that_is_none_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], saved_at: str
+) -> None:
+    store = open_store(str(tmp_path), StoreConfig())
+    manifest = upload(store, run=RUN, images=100, attempt="good")
+    CheckpointIndex(store, run=RUN).commit(replace(manifest, saved_at=saved_at))
+    assert checkpoints.main(["list", str(tmp_path / RUN)]) == 0
+    assert saved_at in capsys.readouterr().out
 
 
 def test_the_table_shows_what_is_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,38 +1,24 @@
-"""Which checkpoints a configuration may continue."""
+"""Which checkpoints a configuration may continue, and what is believed of those."""
 
 import copy
+import json
+from typing import Any
 
 import pytest
 
 from tests.support.configuration import configuration
-from trainer.checkpoint.manifest import Manifest
-from trainer.config.job import config_fingerprint, science
+from tests.support.saved import manifest_of
+from trainer.checkpoint.errors import InvalidManifest
+from trainer.config.job import science
 from trainer.config.reading import ConfigError
-from trainer.training.resume import check_start
-
-
-def checkpoint_of(trained: dict) -> Manifest:
-    return Manifest(
-        run="run",
-        images=100,
-        attempt="a",
-        saved_at="",
-        world_size=1,
-        config_fingerprint=config_fingerprint(trained),
-        science=trained,
-        train_state={},
-        kinds=(),
-        parameters={},
-        cuts={},
-        block_bytes=4,
-        objects=(),
-        versions={},
-    )
+from trainer.metrics.tracker import MAX_POINTS, Point
+from trainer.state import TrainState
+from trainer.training.resume import SavedCounters, check_start
 
 
 def start(trained: dict, *overrides: str) -> list[str]:
     job = configuration("+exp=digits", *overrides)
-    return check_start(job, science(job, data_digest="digest"), checkpoint_of(trained))
+    return check_start(job, science(job, data_digest="digest"), manifest_of(trained))
 
 
 @pytest.fixture
@@ -96,10 +82,10 @@ def test_a_moved_autoencoder_continues_also_when_a_setting_came_later():
     trained = copy.deepcopy(science(configuration(*latent), **digests))
     del trained["model"]["attention"]
     moved = configuration(*latent, "codec.source=/elsewhere")
-    check_start(moved, science(moved, **digests), checkpoint_of(trained))
+    check_start(moved, science(moved, **digests), manifest_of(trained))
     other = science(moved, data_digest="digest", codec_digest="other")
     with pytest.raises(ConfigError, match=r"autoencoder\.sha256: autoencoder -> other"):
-        check_start(moved, other, checkpoint_of(trained))
+        check_start(moved, other, manifest_of(trained))
 
 
 def test_a_checkpoint_from_before_the_encoders_precision_continues_in_fp32():
@@ -108,7 +94,57 @@ def test_a_checkpoint_from_before_the_encoders_precision_continues_in_fp32():
     trained = copy.deepcopy(science(configuration(*latent), **digests))
     del trained["codec"]["encode_precision"]
     same = configuration(*latent, "codec.encode_precision=fp32")
-    check_start(same, science(same, **digests), checkpoint_of(trained))
+    check_start(same, science(same, **digests), manifest_of(trained))
     faster = configuration(*latent)
     with pytest.raises(ConfigError, match=r"codec\.encode_precision: fp32 -> bf16"):
-        check_start(faster, science(faster, **digests), checkpoint_of(trained))
+        check_start(faster, science(faster, **digests), manifest_of(trained))
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 5])
+def test_what_is_no_science_is_a_difference_or_refused(trained, value):
+    with pytest.raises(InvalidManifest, match="its optim is no group of settings"):
+        start({**trained, "optim": value})
+    inner = {**trained, "data": {**trained["data"], "augment": value}}
+    with pytest.raises(ConfigError, match=r"data\.augment: "):
+        start(inner)
+
+
+COUNTERS: dict[str, Any] = {"images": 100, "updates": 4, "skipped_updates": 1}
+METRICS = {"loss": ["mean", "0x1p+0", "nan"]}
+POINT = Point(90, {"loss": 0.1, "norm": float("inf")})
+
+
+def counters(**changes: Any) -> SavedCounters:
+    values = {**COUNTERS, "metrics": METRICS, "unsent_points": [POINT.to_json()], **changes}
+    return SavedCounters.of(manifest_of({}, train_state=json.loads(json.dumps(values))))
+
+
+def test_counters_are_read_as_they_were_saved():
+    read = counters()
+    assert read.state == TrainState(images=100, updates=4, skipped_updates=1)
+    assert read.unsent == [POINT]
+    assert {name: list(entry) for name, entry in read.metrics.items()} == METRICS
+    assert SavedCounters.of(manifest_of({}, train_state=COUNTERS)).unsent == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"images": value} for value in (-1, 1.0, True, None, 2**64, 101)),
+        *({"skipped_updates": value} for value in ("1", [])),
+        {"extra": 1},
+        *({"unsent_points": value} for value in (None, 5, [5], [[1]], [[1, {"a": 0.5}]])),
+        *({"unsent_points": [[1, {"a": text}]]} for text in ("x", "0x1p+99999")),
+        {"unsent_points": [POINT.to_json()] * (MAX_POINTS + 1)},
+        *(
+            {"metrics": {"loss": value}}
+            for value in (None, ["mean"], ["median", "0x1p+0", "0x1p+0"])
+        ),
+    ],
+)
+def test_counters_that_no_run_has_saved_are_refused(changes):
+    with pytest.raises(InvalidManifest, match="its train_state"):
+        counters(**changes)
+    incomplete = {name: COUNTERS[name] for name in ("images", "updates")}
+    with pytest.raises(InvalidManifest, match="skipped_updates"):
+        SavedCounters.of(manifest_of({}, train_state=incomplete))

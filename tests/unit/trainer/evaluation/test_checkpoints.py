@@ -294,6 +294,12 @@ def test_a_report_of_the_run_tells_its_own_settings_before_its_checkpoint(place,
     whole = report_of(again)
     store.put(key, whole.to_json())
     assert own_eval(store, manifest) == again
+    # Who can write to the store could have this machine read any of its files.
+    elsewhere = FeatureConfig(name="inception", inception_weights="/dev/zero")
+    store.put(key, report_of(dataclasses.replace(again, features=elsewhere)).to_json())
+    of_machine = own_eval(store, manifest)
+    assert of_machine is not None
+    assert of_machine.features == FeatureConfig(name="inception")
     damaged = [dataclasses.replace(whole, settings={"samples": "x"}).to_json(), b"[]", b"{"]
     damaged.append(whole.to_json().replace(b'"samples": 30', b'"samples": 31'))
     for data in damaged:

@@ -29,7 +29,9 @@ _SHORT, _LONG = 3, 4  # types of EXIF values
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _APP0, _APP1, _APP14, _APP15, _COM = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")  # libjpeg skips what lies before one, and fill bytes
+# libjpeg skips what lies before a marker, and fill bytes, of which the last will do: a pattern that
+# takes all of them looks at each as often as there are some before it.
+_MARKER = re.compile(rb"\xff([^\x00\xff])")
 _BARE = {0x01, *range(0xD0, 0xD8)}  # markers without content
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _USUAL_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; Huffman codes

@@ -25,6 +25,8 @@ _END = bytes(2 * _BLOCK)
 _MAX_END_BYTES = len(_END) + 20 * _BLOCK  # tar fills its last record, of 20 blocks, with zeros
 _MAX_HEADER_BYTES = 1 << 20  # of a long name, or of extended attributes
 _MAX_NESTED = 3
+_MAX_NAME = 4095  # characters; as long as a path may be
+_MAX_PARTS = 128
 _PLAIN_SUFFIX = re.compile(r"(\.tar)?\.[a-z0-9_-]{1,12}")
 # What systems and tools leave beside images, next to everything whose name begins with a dot.
 _TOOL_FOLDERS = frozenset(
@@ -239,6 +241,7 @@ def walk_archive(archive: Archive, *, wanted: Wanted) -> Iterator[Entry]:
     with archive.path.open("rb") as file:
         for member in _members(_Span(file, start=archive.start, size=archive.size), archive):
             parts = _parts(member.name)
+            _refuse_long_name(member.name, parts, archive)
             entry = _entry(member, parts, found, archive=archive, wanted=wanted)
             if not entry:
                 folders.add(parts)
@@ -263,9 +266,12 @@ def walk_archive(archive: Archive, *, wanted: Wanted) -> Iterator[Entry]:
             )
         else:
             yield replace(entry, parts=(*archive.parts, *entry.parts))
-    filled = {parts[:end] for parts in (*found, *folders) for end in range(len(parts))}
-    for parts in sorted(folders - filled):
-        yield Entry(parts=(*archive.parts, *parts), path=archive.path, passed_over="empty folder")
+    names = sorted({*found, *folders})  # what lies in a folder comes next to it
+    for parts, following in zip(names, [*names[1:], ()], strict=True):
+        if parts in folders and (following[: len(parts)] != parts or len(following) <= len(parts)):
+            yield Entry(
+                parts=(*archive.parts, *parts), path=archive.path, passed_over="empty folder"
+            )
 
 
 def _entry(
@@ -305,6 +311,16 @@ def _entry(
         modified_ns=archive.modified_ns,
         passed_over=why_not,
     )
+
+
+def _refuse_long_name(name: str, parts: tuple[str, ...], archive: Archive) -> None:
+    """Refuse a name that no file can have, and that all files of an archive of it would bear."""
+    if len(parts) > _MAX_PARTS or len(name) > _MAX_NAME:
+        raise UnreadableSourceError(
+            f"{archive.place} holds a name of {len(name):,} characters in {len(parts):,} parts, "
+            f"more than {_MAX_NAME:,} or {_MAX_PARTS}, which is none of a data set of images. Pack "
+            "it again without that file."
+        )
 
 
 def _parts(name: str) -> tuple[str, ...]:

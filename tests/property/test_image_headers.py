@@ -218,3 +218,9 @@ def test_a_png_is_whole_and_its_checksums_are_right(kind: bytes) -> None:
         damaged = bytearray(kind)
         damaged[end - 1] ^= 1
         assert agreed(bytes(damaged)) is None
+
+
+def test_fill_bytes_are_passed_over_once() -> None:
+    fill = b"\xff" * (1 << 24)
+    assert agreed(JPEG[:2] + fill + JPEG[2:]) is not None
+    assert agreed(b"\xff\xd8" + fill) is None

@@ -137,6 +137,15 @@ def test_sizes_that_no_file_has_are_refused(lie: bytes, word: str, tmp_path: Pat
         listed(lie + SMALL, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a/" * 10_000 + "1.png", f"ant/{'a' * 5000}.png"])
+def test_names_that_no_file_has_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnreadableSourceError, match=r"holds a name of [\d,]+ characters in"):
+        listed(packed({name: IMAGE, "ant/1.png": IMAGE}), tmp_path)
+    inner = packed({"1.png": IMAGE})
+    with pytest.raises(UnreadableSourceError, match="holds a name of"):
+        listed(packed({f"{name}.tar": inner, "ant/1.png": IMAGE}), tmp_path)
+
+
 def test_a_sparse_member_of_a_tebibyte_is_passed_over(tmp_path: Path) -> None:
     sparse = header(tarfile.GNUTYPE_SPARSE, 0, real_size=TEBIBYTE)
     listing = listed(sparse + SMALL, tmp_path)

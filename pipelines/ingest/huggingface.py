@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.console import visible
+from pipelines.documents import DocumentError, read_bounded
 from pipelines.encoded import BadImageError
 from pipelines.errors import IngestSettingError, UnreadableSourceError
+from pipelines.ingest.huggingface_files import (
+    check_saved,
+    convert,
+    find_below,
+    folders_below,
+    in_one_line,
+    is_saved,
+)
 from pipelines.ingest.listing import MAX_IMAGE_BYTES, Listing
 
-# What `save_to_disk` of the library leaves in a folder: of a dataset with splits, of one without.
-_SAVED = ("dataset_dict.json", "state.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -36,7 +43,7 @@ def load(
         IngestSettingError: A local copy has no revisions, or no configurations.
     """
     place = Path(name)
-    saved = any((place / file).is_file() for file in _SAVED)
+    saved = is_saved(place)
     for option, value, has_none in (
         ("--revision", revision, place.exists()),
         ("--config-name", config_name, place.is_file() or saved),
@@ -55,12 +62,18 @@ def load(
         ) from error
     try:
         if saved:
-            loaded = datasets.load_from_disk(name)
+            check_saved(place)
+            loaded = datasets.load_from_disk(name).with_format(None)
         elif place.is_file():
-            loaded = datasets.load_dataset("parquet", data_files=name)
+            loaded = convert(datasets.load_dataset_builder("parquet", data_files=name))
         else:
-            loaded = datasets.load_dataset(name, config_name, revision=revision)
+            builder = datasets.load_dataset_builder(name, config_name, revision=revision)
+            loaded = convert(builder, folder=place if place.exists() else None)
+    except UnreadableSourceError:
+        raise
     except Exception as error:  # the library raises many kinds
+        if isinstance(error.__cause__, UnreadableSourceError):
+            raise error.__cause__ from None
         if place.exists() or not _HUB_NAME.fullmatch(name):
             advice = "Give a folder or .parquet file that the library `datasets` can load."
         else:
@@ -71,7 +84,7 @@ def load(
                 f"{name} --local-dir FOLDER"
             )
         raise UnreadableSourceError(
-            f"The dataset {name!r} cannot be loaded ({_in_one_line(error)}). {advice}"
+            f"The dataset {name!r} cannot be loaded ({in_one_line(error)}). {advice}"
         ) from error
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
@@ -85,7 +98,7 @@ def folders_of(name: str) -> tuple[Path, ...]:
     """
     place = Path(name)
     if place.exists():
-        return ((place if place.is_dir() else place.parent).resolve(),)
+        return folders_below(place if place.is_dir() else place.parent)
     from datasets import config
 
     fetched = Path(os.environ.get("HF_HUB_CACHE") or Path(config.HF_CACHE_HOME) / "hub")
@@ -187,7 +200,7 @@ def _check(column: Any, name: str) -> Any:
         column.validate(full=True)
     except pa.ArrowInvalid as error:
         raise UnreadableSourceError(
-            f"The column {name!r} is damaged ({_in_one_line(error)}). Download the dataset again."
+            f"The column {name!r} is damaged ({in_one_line(error)}). Download the dataset again."
         ) from error
     return column
 
@@ -232,10 +245,6 @@ def _join(names: Any) -> str:
     return ", ".join(map(str, names))
 
 
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 @dataclass(frozen=True, slots=True)
 class ImageColumn:
     """A column of encoded images.
@@ -246,12 +255,15 @@ class ImageColumn:
         name: Name of the column.
         folders: Where the files may lie that rows name; relative names begin at the first.
         version: What becomes another text when the dataset changes.
+        files: What the library has mapped into memory, and when each was changed last. To read
+            behind the end of one that was cut short ends the process, which no handler can help.
     """
 
     dataset: Any
     name: str
     folders: tuple[Path, ...]
     version: str
+    files: tuple[tuple[str, int], ...]
 
     def read(self, row: int) -> bytes:
         """Read the encoded image of one row: its own bytes, or the file that it names.
@@ -259,30 +271,31 @@ class ImageColumn:
         Raises:
             OSError: The file cannot be read.
             BadImageError: The row holds no image, or names too large a file or one elsewhere.
+            UnreadableSourceError: The dataset was changed since it was listed.
         """
+        for mapped, modified_ns in self.files:
+            if os.stat(mapped).st_mtime_ns != modified_ns:
+                raise UnreadableSourceError(
+                    f"{visible(mapped)} was changed while it was taken in, so images of two states "
+                    "would be mixed. Run the same command again when it is complete."
+                )
         value = self.dataset[row][self.name]
         content = value["bytes"] if isinstance(value, dict) else value
         if content is None and isinstance(value, dict) and value["path"]:
             file = self.file(value["path"])
             if file is None:
                 raise BadImageError("the row names no file below the dataset's folder")
-            if file.stat().st_size > MAX_IMAGE_BYTES:
-                raise BadImageError(f"its file holds more than {MAX_IMAGE_BYTES} bytes")
-            content = file.read_bytes()
+            try:
+                content = read_bounded(file, max_bytes=MAX_IMAGE_BYTES)
+            except DocumentError:
+                raise BadImageError(f"its file holds more than {MAX_IMAGE_BYTES} bytes") from None
         if not content:
             raise BadImageError("the row holds no image")
         return bytes(content)
 
     def file(self, path: str) -> Path | None:
         """Find the regular file that a row names; None if there is none below the folders."""
-        if "\0" in path or not self.folders:
-            return None
-        try:
-            file = (self.folders[0] / path).resolve()
-            inside = any(file.is_relative_to(folder) for folder in self.folders)
-            return file if inside and file.is_file() else None
-        except OSError:  # a name that is too long, a circle of links
-            return None
+        return find_below(self.folders[0] / path, self.folders) if self.folders else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,7 +338,14 @@ def list_rows(
         folders: Where the files may lie that rows name, without links.
     """
     held = ImageColumn(
-        dataset.select_columns([column]), column, folders=folders, version=dataset._fingerprint
+        dataset.select_columns([column]),
+        column,
+        folders=folders,
+        version=dataset._fingerprint,
+        files=tuple(
+            (str(file["filename"]), os.stat(file["filename"]).st_mtime_ns)
+            for file in dataset.cache_files
+        ),
     )
     return tuple(
         ImageRow(

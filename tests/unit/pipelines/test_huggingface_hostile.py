@@ -1,0 +1,212 @@
+"""A Hugging Face dataset of a stranger reads no file of somebody else, and stays of sane size."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet
+
+from pipelines.errors import UnreadableSourceError
+from pipelines.ingest.__main__ import main
+from pipelines.ingest.huggingface import list_split, load
+from pipelines.ingest.images import IngestConfig
+from tests.unit.pipelines import pictures
+from tests.unit.pipelines.stored import ingest
+from tests.unit.pipelines.test_huggingface import contents, hub_dataset, parquet, saved
+
+MEBIBYTE = 1 << 20
+SCHEMA = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def refused(name: str, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    capsys.readouterr()
+    assert main(["huggingface", name, str(out), "--workers", "1", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert not out.exists()
+    return error
+
+
+def readme(data_files: str) -> str:
+    return f"---\nconfigs:\n- config_name: default\n  data_files: '{data_files}'\n---\n"
+
+
+def name_in_state(copy: Path, private: Path) -> None:
+    saved(hub_dataset(), copy)
+    (file,) = (private / "saved").glob("*.arrow")
+    state = json.loads((copy / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"../private/saved/{file.name}"}]
+    (copy / "state.json").write_text(json.dumps(state))
+
+
+def link_in_saved(copy: Path, private: Path) -> None:
+    saved(hub_dataset(), copy)
+    (file,), (mine,) = (private / "saved").glob("*.arrow"), copy.glob("*.arrow")
+    mine.unlink()
+    mine.symlink_to(file)
+
+
+def name_a_split(copy: Path, _private: Path) -> None:
+    copy.mkdir()
+    (copy / "dataset_dict.json").write_text('{"splits": ["../private/saved"]}')
+
+
+def name_in_readme(copy: Path, private: Path) -> None:
+    copy.mkdir()
+    (copy / "README.md").write_text(readme(f"{private}/*.parquet"))
+
+
+def climb_in_readme(copy: Path, _private: Path) -> None:
+    copy.mkdir()
+    (copy / "README.md").write_text(readme("../private/*.parquet"))
+
+
+def link(copy: Path, private: Path) -> None:
+    copy.mkdir()
+    (copy / "train.parquet").symlink_to(private / "train.parquet")
+
+
+@pytest.mark.parametrize(
+    "point",
+    [name_in_state, link_in_saved, name_a_split, name_in_readme, climb_in_readme, link],
+)
+def test_files_elsewhere_are_not_read(
+    point: Callable[[Path, Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private = tmp_path / "private"
+    private.mkdir()
+    saved(hub_dataset(), private / "saved")
+    parquet(hub_dataset(), private / "train")
+    point(tmp_path / "copy", private)
+    split = ("--split", "../private/saved", "--write-split", "train")
+    options = split if point is name_a_split else ()
+    error = refused(str(tmp_path / "copy"), tmp_path / "out", capsys, *options)
+    assert "which is no file below that folder, or a link that leads elsewhere" in error
+
+
+def test_links_of_the_hubs_own_cache_are_followed(tmp_path: Path) -> None:
+    repository = tmp_path / "datasets--mine--pictures"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    shutil.move(parquet(hub_dataset(), tmp_path / "train"), blobs / "5e884898")
+    (snapshot / "train.parquet").symlink_to("../../blobs/5e884898")
+    assert main(["huggingface", str(snapshot), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert len(contents(tmp_path / "out" / "train")) == 12
+
+
+def repeated(values: int) -> Any:
+    """A table of one large value, again and again."""
+    large = pictures.png(9, 7) + bytes(MEBIBYTE)
+    images = [{"bytes": large, "path": None}] * values
+    return pa.Table.from_pydict({"image": images, "label": [0] * values}, SCHEMA.arrow_schema)
+
+
+def test_a_value_that_is_stored_once_is_not_repeated_without_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bomb = tmp_path / "bomb.parquet"
+    pa.parquet.write_table(repeated(200), bomb, compression="zstd", use_dictionary=True)
+    assert bomb.stat().st_size < 10_000
+    error = refused(str(bomb), tmp_path / "out", capsys)
+    assert "bomb.parquet and the other files of its split would become more than" in error
+    kept = sum(file.stat().st_size for file in (tmp_path / "hf").rglob("*") if file.is_file())
+    assert kept < MEBIBYTE
+
+
+def test_a_file_that_says_that_it_unpacks_to_too_much_is_not_unpacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = tmp_path / "bomb.parquet"
+    pa.parquet.write_table(repeated(200), bomb, compression="zstd", use_dictionary=False)
+
+    def unpack(*_: Any) -> None:
+        pytest.fail("it was unpacked")
+
+    monkeypatch.setattr(Parquet, "_generate_tables", unpack)
+    assert "would become more than" in refused(str(bomb), tmp_path / "out", capsys)
+
+
+def test_a_zip_archive_is_not_unpacked_without_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    with zipfile.ZipFile(copy / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(100):
+            archive.writestr(
+                f"train/{number % 2}/{number}.png", pictures.png(9, 7) + bytes(MEBIBYTE)
+            )
+    assert "would become more than" in refused(str(copy), tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_compressed_table_is_refused(
+    compression: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    saved(hub_dataset(), copy)
+    (file,) = copy.glob("*.arrow")
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    with pa.ipc.new_stream(
+        str(file), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)
+    ) as writer:
+        writer.write_table(table)
+    error = refused(str(copy), tmp_path / "out", capsys)
+    assert f"{file.name} is an Arrow file whose tables are compressed" in error
+    (copy / "state.json").unlink()  # the library then takes it for a repository
+    assert "is an Arrow file whose tables are" in refused(str(copy), tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("cut", [7, 100, 1000])
+def test_a_table_that_was_cut_is_refused(
+    cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    saved(hub_dataset(), copy)
+    (file,) = copy.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-cut])
+    error = refused(str(copy), tmp_path / "out", capsys)
+    assert "cut" in error or "damaged" in error or "cannot be loaded" in error
+
+
+def test_a_file_for_another_reader_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "train.txt").write_text("a line")
+    error = refused(str(tmp_path / "copy"), tmp_path / "out", capsys)
+    assert "for the reader 'text' of the library" in error
+
+
+def test_how_rows_are_to_be_shown_is_no_matter(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    saved(hub_dataset(), copy)
+    state = json.loads((copy / "state.json").read_text())
+    (copy / "state.json").write_text(json.dumps({**state, "_format_type": "pandas"}))
+    assert main(["huggingface", str(copy), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert len(contents(tmp_path / "out" / "train")) == 12
+
+
+def test_a_table_that_is_cut_short_meanwhile_ends_no_process(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    splits = load(saved(hub_dataset(), copy))
+    listing = list_split(splits, "train", image_column="image", label_column="label")
+    (file,) = copy.glob("*.arrow")
+    with file.open("r+b") as opened:
+        opened.truncate(100)
+    with pytest.raises(UnreadableSourceError, match="was changed while it was taken in"):
+        ingest(listing, str(tmp_path / "out"), config=IngestConfig(), report=lambda _: None)

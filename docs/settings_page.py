@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.cli.checkpoints import ExportConfig, ListConfig, PruneConfig, VerifyConfig
+from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
 from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
 from trainer.cli.settings_page import kind_of, written
 from trainer.cli.ui import UiConfig
@@ -21,7 +22,7 @@ COMMANDS: dict[str, type[Any]] = {
     "python -m trainer.sample": SampleConfig,
     "python -m trainer.inpaint": InpaintConfig,
     "python -m trainer.evaluate": CheckpointEvaluationConfig,
-    "python -m trainer.checkpoints list": ListConfig,
+    "python -m trainer.checkpoints list": RetentionSettings,
     "python -m trainer.checkpoints verify": VerifyConfig,
     "python -m trainer.checkpoints prune": PruneConfig,
     "python -m trainer.checkpoints export": ExportConfig,

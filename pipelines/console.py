@@ -1,4 +1,4 @@
-"""Lines for people, written to what may be gone before the work is done; and help.
+"""Lines for people, written to what may be gone before the work is done.
 
 `… | head` closes the pipe, a terminal is closed, a disk fills up, a locale lacks a character. None
 of it may end a run of days: what cannot be written is dropped.
@@ -6,13 +6,33 @@ of it may end a run of days: what cannot be written is dropped.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TextIO
 
 _LAYOUT = "\n\t"
+# Not where a path comes before it: that Python may be another one than the console script's.
+_COMMAND = re.compile(r"(?<![\w./])python -m (\w+(?:\.\w+)*)")
+
+
+class _State:
+    """What holds for this process as a whole, whichever thread speaks.
+
+    Attributes:
+        is_command: Whether this process is a command that people look at, and no worker of one.
+        quiet: Whether news are dropped.
+        typed: What the user types for a module that `python -m` runs, where it is something else.
+        above: Writes a line above the progress bar on the terminal, while there is one.
+    """
+
+    is_command = False
+    quiet = False
+    typed: Mapping[str, str] = {}
+    above: Callable[[str], None] | None = None
 
 
 def visible(text: str) -> str:
@@ -29,44 +49,62 @@ def _escaped(letter: str) -> str:
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:
+    """Tell news, unless nobody wants to hear any: write a line at once, as far as it can be.
+
+    Args:
+        text: See `write`. One that begins with "warning: " is no news, and told in any case.
+        to: Where; None is standard output as it is now.
+    """
+    if not _State.quiet:
+        write(text, to or sys.stdout)
+    elif text.startswith("warning: "):
+        write(text, sys.stderr)
+
+
+def say_error(error: object) -> None:
+    """Write an error to standard error as one line, whatever it quotes."""
+    write(f"error: {visible(str(error))}", sys.stderr)
+
+
+def write(text: str, stream: TextIO | None) -> None:
     """Write a line at once, as far as it can be written.
 
     Args:
         text: The line, or several that are laid out here; what comes from outside has been made
             `visible`, or it could add lines. What a terminal would obey, and what the stream's
             encoding lacks, is escaped.
-        to: Where; None is standard output as it is now.
+        stream: Where; None if that was closed before the program began.
     """
-    stream: TextIO | None = to or sys.stdout
-    if stream is None or stream.closed:  # standard output was closed before the program began
+    if stream is None or stream.closed:
         return
     encoding = stream.encoding or "utf-8"
     text = "".join(
-        letter if letter.isprintable() or letter in _LAYOUT else _escaped(letter) for letter in text
+        letter if letter.isprintable() or letter in _LAYOUT else _escaped(letter)
+        for letter in as_typed(text)
     )
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
+        if _State.above is not None and stream.isatty():
+            _State.above(text)
+            return
+        stream.write(f"{text}\n")
         stream.flush()
     except OSError:
-        _drop_buffered(stream)
+        drop_buffered(stream)
     except RuntimeError:
         return  # a signal handler speaks while the line that it interrupts is being written
 
 
-def say_error(error: object) -> None:
-    """Write an error to standard error as one line, whatever it quotes."""
-    say(f"error: {visible(str(error))}", to=sys.stderr)
-
-
 class SayingHandler(logging.Handler):
-    """Logs to standard error by `say`."""
+    """Logs to standard error by `say`; warnings in any case."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        say(self.format(record), to=sys.stderr)
+        if record.levelno >= logging.WARNING or not _State.quiet:
+            write(self.format(record), sys.stderr)
 
 
-def _drop_buffered(stream: TextIO) -> None:
+def drop_buffered(stream: TextIO) -> None:
     """Empty the stream's buffers into nowhere, or Python would fail to flush them at its exit."""
     try:
         number = stream.fileno()
@@ -82,26 +120,61 @@ def _drop_buffered(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def command_parser(
-    module: str, *, prog: str | None, description: str, epilog: str | None = None
-) -> argparse.ArgumentParser:
-    """Return the parser of a command, whose help is laid out and names it as it was called.
+@contextmanager
+def speak_as_command(*, quiet: bool) -> Iterator[None]:
+    """Let progress have the terminal in a `with` block, or have nobody tell news."""
+    before = _State.is_command, _State.quiet
+    _State.is_command, _State.quiet = True, quiet
+    try:
+        yield
+    finally:
+        _State.is_command, _State.quiet = before
 
-    Args:
-        module: Module that `python -m` runs.
-        prog: What was typed for the command; None is `python -m` and the module.
-        description: Text of the help, whose examples call `python -m` and the module.
-        epilog: What follows the options.
-    """
-    command = prog or f"python -m {module}"
-    return argparse.ArgumentParser(
-        prog=command,
-        description=as_called(description, module=module, prog=command),
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+@contextmanager
+def lines_above(put: Callable[[str], None]) -> Iterator[None]:
+    """Have lines for the terminal written by `put`, above a progress bar, in a `with` block."""
+    _State.above = put
+    try:
+        yield
+    finally:
+        _State.above = None
+
+
+def has_room_for_a_bar() -> bool:
+    """Tell whether a progress bar would be seen, and fight with nothing."""
+    return (
+        _State.is_command
+        and not _State.quiet
+        and _State.above is None
+        and os.environ.get("TERM", "dumb") != "dumb"
+        and not os.environ.get("CI")
+        and all(
+            stream is not None and not stream.closed and stream.isatty()
+            for stream in (sys.stdout, sys.stderr)
+        )
     )
 
 
-def as_called(text: str, *, module: str, prog: str) -> str:
-    """Have a text's examples call a command by the name that was typed."""
-    return text.replace(f"python -m {module}", prog)
+@contextmanager
+def typed_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Have help, hints and errors call commands as the user types them, in a `with` block.
+
+    Args:
+        names: What is typed for each module that `python -m` runs.
+    """
+    before, _State.typed = _State.typed, names
+    try:
+        yield
+    finally:
+        _State.typed = before
+
+
+def typed(module: str, *, python: str = "python") -> str:
+    """Return what the user types to run a module: `python -m` and its name, unless `typed_as`."""
+    return _State.typed.get(module, f"{python} -m {module}")
+
+
+def as_typed(text: str) -> str:
+    """Have a text call commands as the user types them."""
+    return _COMMAND.sub(lambda found: typed(found[1]), text)

@@ -1,12 +1,23 @@
 """Commands that write and check datasets: ``python -m pipelines.ingest COMMAND --help``."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from pipelines.console import command_parser, say, say_error, visible
+from pipelines.command import (
+    REFUSED,
+    CommandParser,
+    Outcome,
+    add_answer_options,
+    command_parser,
+    run,
+)
+from pipelines.console import as_typed, say, visible, write
 from pipelines.decode.make import DecoderName
 from pipelines.errors import DataError, IngestSettingError, UnreadableSourceError
 from pipelines.ingest import digits, huggingface
@@ -18,14 +29,13 @@ from pipelines.ingest.options import (
     add_hold_out,
     add_target,
     add_writing_options,
+    carry_out_all,
+    describe_datasets,
     writing_settings,
 )
-from pipelines.ingest.plan import carry_out
 from pipelines.ingest.source_files import in_words
 from pipelines.ingest.verify import VerifyConfig, verify
 from pipelines.shards import ShardsConfig
-
-_REFUSED = 2
 
 _IMAGE_FOLDER = """\
 Turn a folder of images into a dataset: one sub-folder or tar archive for each class, or none.
@@ -63,34 +73,48 @@ Exit status: 0 all is fine, 1 something is wrong, 2 the dataset cannot be verifi
 """
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
         arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         Exit status: 0 done, 1 verified and found bad, 2 refused.
     """
-    options = _parser(prog).parse_args(arguments)
-    try:
-        status: int = options.run(options) or 0
-    except DataError as error:
-        say_error(error)
-        return _REFUSED
-    return status
+    parser = _parser()
+    return run(
+        lambda words: _parse(parser, words),
+        lambda options: options.run(options),
+        arguments,
+        is_refusal=lambda error: isinstance(error, DataError),
+    )
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
+def _parse(parser: CommandParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse the words; `verify --json FILE` is understood as what --report FILE is now."""
+    given = [f"--report={word[7:]}" if word.startswith("--json=") else word for word in words]
+    options, rest = parser.parse_known_args(given)
+    if options.command == "verify" and len(rest) == 1 and "--json" in given[:-1]:
+        # verify takes one word: of two, that behind --json was the file.
+        given[given.index("--json")] = "--report"
+        options, rest = parser.parse_known_args(given)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if given != list(words):
+        note = "note: --json FILE is --report FILE now; the old way goes with the next release"
+        write(note, sys.stderr)
+    return options
+
+
+def _parser() -> CommandParser:
     parser = command_parser(
         "pipelines.ingest",
-        prog=prog,
         description="Write and check datasets.",
         epilog="python -m pipelines.ingest.latents --help: encode the images of a dataset once.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, description, declare, run in (
+    for name, description, declare, make in (
         ("image-folder", _IMAGE_FOLDER, _add_image_folder, _ingest_image_folder),
         ("huggingface", _HUGGINGFACE, _add_huggingface, _ingest_huggingface),
         ("digits", _DIGITS, _add_digits, _ingest_digits),
@@ -98,12 +122,13 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(
             name,
-            description=description,
+            description=as_typed(description),
             help=description.split("\n", 1)[0],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         declare(command)
-        command.set_defaults(run=run)
+        add_answer_options(command, default=argparse.SUPPRESS)
+        command.set_defaults(run=make)
     return parser
 
 
@@ -128,9 +153,9 @@ def _config(options: argparse.Namespace) -> IngestConfig:
     )
 
 
-def _write(listing: Listing, splits: Splits, config: IngestConfig) -> None:
+def _write(listing: Listing, splits: Splits, config: IngestConfig) -> Outcome:
     parts = splits.divide(listing).items()
-    carry_out([plan_images(part, place, config=config) for place, part in parts], report=say)
+    return carry_out_all([plan_images(part, place, config=config) for place, part in parts])
 
 
 def _add_image_folder(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +189,7 @@ def _add_image_folder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _ingest_image_folder(options: argparse.Namespace) -> None:
+def _ingest_image_folder(options: argparse.Namespace) -> Outcome:
     if options.strict:
         options.max_skipped_fraction = 0.0
     config = _config(options)
@@ -192,7 +217,7 @@ def _ingest_image_folder(options: argparse.Namespace) -> None:
                 "convert it, or leave --strict away to pass over it; nothing was written."
             )
         say(f"passed over: {passed}")
-    _write(listing, splits, config)
+    return _write(listing, splits, config)
 
 
 def _classes_from(options: argparse.Namespace) -> ClassesFrom:
@@ -218,7 +243,7 @@ def _add_huggingface(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
-def _ingest_huggingface(options: argparse.Namespace) -> None:
+def _ingest_huggingface(options: argparse.Namespace) -> Outcome:
     config = _config(options)
     splits = Splits.from_options(options, split=options.write_split or options.split)
     listing = huggingface.list_split(
@@ -229,7 +254,7 @@ def _ingest_huggingface(options: argparse.Namespace) -> None:
         folders=huggingface.folders_of(options.name),
     )
     say(f"{listing.summary} in the split {options.split} of {options.name}")
-    _write(listing, splits, config)
+    return _write(listing, splits, config)
 
 
 def _add_digits(parser: argparse.ArgumentParser) -> None:
@@ -237,9 +262,11 @@ def _add_digits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the split into train and test")
 
 
-def _ingest_digits(options: argparse.Namespace) -> None:
+def _ingest_digits(options: argparse.Namespace) -> Outcome:
     digits.ensure_digits(options.prefix, seed=options.seed)
-    say(f"{options.prefix}: complete")
+    root = options.prefix.rstrip("/")
+    splits = [f"{root}/{split}" for split in ("train", "test")]
+    return Outcome(f"{visible(root)}: complete", partial(describe_datasets, splits))
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -257,30 +284,32 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anonymous", action="store_true", help="read a public bucket without credentials"
     )
-    parser.add_argument("--json", type=Path, help="file for the whole report")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="file for the whole report")
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(options: argparse.Namespace) -> Outcome:
     config = VerifyConfig(
         workers=options.workers,
         forbid_duplicates=options.forbid_duplicates,
         decoder=options.decoder,
         shards=ShardsConfig(anonymous=options.anonymous),
     )
-    if options.json:
-        _refuse_unwritable(options.json)
+    if options.report:
+        _refuse_unwritable(options.report)
     report = verify(options.prefix, config=config, report=say)
-    say(report.text())
-    if options.json:
+    outcome = Outcome(report.text(), report.to_dict(), 1 if report.faults else 0)
+    if options.report:
+        document = json.dumps(report.to_dict(), indent=1)
         try:
-            options.json.write_text(report.as_json())
+            options.report.write_text(document)
         except OSError as error:  # such as a disk that has filled up since
-            say(report.as_json())
-            raise IngestSettingError(
-                f"--json {options.json} cannot be written any more ({error.strerror}). What was to "
-                "be there stands above."
-            ) from error
-    return 1 if report.faults else 0
+            error_text = (
+                f"--report {options.report} cannot be written any more ({error.strerror}). What "
+                "was to be there stands above."
+            )
+            text = f"{outcome.text}\n{document}"
+            return replace(outcome, text=text, exit_code=REFUSED, error=error_text)
+    return outcome
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -289,7 +318,7 @@ def _refuse_unwritable(path: Path) -> None:
         path.open("a").close()
     except OSError as error:
         raise IngestSettingError(
-            f"--json {path} cannot be written ({error.strerror}). Choose another file."
+            f"--report {path} cannot be written ({error.strerror}). Choose another file."
         ) from error
 
 

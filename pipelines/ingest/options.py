@@ -2,16 +2,20 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import say
+from pipelines.command import Outcome
+from pipelines.console import say, visible
 from pipelines.errors import IngestSettingError
+from pipelines.index import parse_index
+from pipelines.ingest.about import read_about
 from pipelines.ingest.listing import Listing, hold_out
-from pipelines.ingest.plan import WriteConfig, check_seed
-from pipelines.source import is_url
+from pipelines.ingest.plan import Plan, WriteConfig, carry_out, check_seed
+from pipelines.source import Source, SourceConfig, is_url
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -170,3 +174,32 @@ class Splits:
                     "nothing was written."
                 )
         return {f"{self.root}/{self.split}": kept, f"{self.root}/test": held}
+
+
+def carry_out_all(plans: Sequence[Plan]) -> Outcome:
+    """Write datasets, and answer with them."""
+    carry_out(plans, report=say)
+    prefixes = [plan.prefix for plan in plans]
+    told = f"complete: {visible(', '.join(prefixes))}"
+    return Outcome(told, partial(describe_datasets, prefixes))
+
+
+def describe_datasets(prefixes: Sequence[str]) -> dict[str, Any]:
+    """Read what finished datasets say of themselves, for programs."""
+    described = []
+    for prefix in prefixes:
+        source = Source(prefix, config=SourceConfig())
+        shards = parse_index(source.read_index(), prefix=source.prefix)
+        about = read_about(prefix)
+        described.append(
+            {
+                "prefix": prefix,
+                "shards": len(shards),
+                "size_bytes": sum(shard.size_bytes for shard in shards),
+                "samples": sum(shard.samples for shard in shards),
+                "classes": about and about.classes,
+                "skipped": about and about.skipped,
+                "passed_over": about and about.passed_over,
+            }
+        )
+    return {"datasets": described}

@@ -9,7 +9,6 @@ shard by shard.
 import hashlib
 import json
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from pipelines.ingest.listing import SourceImage
 from pipelines.ingest.source_files import PassedOver
 from pipelines.ingest.target import Upload, explain_full_disk, is_complete, lock
 from pipelines.ingest.write import FinishedShard, Part, ShardFiller, discard_records, write_shards
+from pipelines.progress import Pace, Progress, figures_in
 from pipelines.source import Source
 
 S = TypeVar("S")
@@ -260,26 +260,29 @@ class Plan:
         work, unit, unit_size = images, "images", 1
         if self.part_bytes is not None:
             work, unit, unit_size = list(self.part_bytes), "MiB", 2**20
-        total = sum(work)
-        began = reported = time.monotonic()
-        taken = skipped = done = fresh = 0
-        for shard in finished:
-            yield shard
-            taken += images[shard.number]
-            skipped += len(shard.filled.skipped)
-            done += work[shard.number]
-            # What an earlier start has written says nothing about the speed of this one.
-            fresh += 0 if shard.kept else work[shard.number]
-            now = time.monotonic()
-            if now - reported < _REPORT_EVERY_S and done < total:
-                continue
-            reported = now
-            rate = fresh / max(now - began, 1e-9)
-            left = f", about {(total - done) / rate:,.0f} s left" if rate else ""
-            report(
-                f"{taken:,} images ({done / total:.0%}), {skipped:,} skipped, "
-                f"{rate / unit_size:,.1f} {unit}/s{left}"
+        taken = skipped = 0
+
+        def line(pace: Pace) -> str:
+            left = f", about {pace.left_s:,.0f} s left" if pace.rate else ""
+            return (
+                f"{taken:,} images ({pace.fraction:.0%}), {skipped:,} skipped, "
+                f"{pace.rate / unit_size:,.1f} {unit}/s{left}"
             )
+
+        with Progress(
+            self.prefix,
+            sum(work),
+            report=report,
+            line=line,
+            figures=figures_in("bytes" if self.part_bytes is not None else "images"),
+            every_s=_REPORT_EVERY_S,
+        ) as progress:
+            for shard in finished:
+                yield shard
+                taken += images[shard.number]
+                skipped += len(shard.filled.skipped)
+                # What an earlier start has written says nothing about the speed of this one.
+                progress.add(work[shard.number], fresh=not shard.kept)
 
 
 def carry_out(plans: Sequence[Plan], *, report: Callable[[str], None]) -> None:

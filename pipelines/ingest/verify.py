@@ -1,10 +1,8 @@
 """Reading a whole dataset once, to say what is in it and what is wrong with it."""
 
 import hashlib
-import json
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -12,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from pipelines.ingest.about import About, read_about
 from pipelines.ingest.inspection import BadSample, Inspection, inspect
 from pipelines.ingest.processes import spawn
 from pipelines.ingest.source_files import PassedOver, in_words
+from pipelines.progress import Progress, figures_in
 from pipelines.shards import ShardsConfig
 from pipelines.source import Source
 
@@ -168,13 +168,12 @@ class Report:
         """Put everything into words."""
         return "\n".join([*_contents(self), *_classes(self), *_duplicates(self), *_faults(self)])
 
-    def as_json(self) -> str:
-        """Write everything down for machines."""
-        values = asdict(self) | {
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self) | {
             "sizes": [[*size, count] for size, count in self.sizes.items()],
             "faults": self.faults,
         }
-        return json.dumps(values, indent=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,16 +227,18 @@ def verify(
     shards = parse_index(index, prefix=source.prefix)
     about = read_about(prefix, config=config.shards)
     found: list[Inspection | None] = [None] * len(shards)
-    done_bytes, total_bytes = 0, sum(shard.size_bytes for shard in shards)
-    began = reported = time.monotonic()
-    for number, inspection in _inspections(source.prefix, shards, config):
-        found[number] = inspection
-        done_bytes += shards[number].size_bytes
-        now = time.monotonic()
-        if now - reported >= _REPORT_EVERY_S and done_bytes < total_bytes:
-            reported = now
-            left_s = (total_bytes - done_bytes) * (now - began) / done_bytes
-            report(f"{done_bytes / total_bytes:.0%} read, about {left_s:.0f} s left")
+    with Progress(
+        prefix,
+        sum(shard.size_bytes for shard in shards),
+        report=report,
+        line=lambda pace: f"{pace.fraction:.0%} read, about {pace.left_s:.0f} s left",
+        figures=figures_in("bytes"),
+        every_s=_REPORT_EVERY_S,
+        last=False,
+    ) as progress:
+        for number, inspection in _inspections(source.prefix, shards, config):
+            found[number] = inspection
+            progress.add(shards[number].size_bytes)
     return _make_report(
         source.prefix,
         hashlib.sha256(index).hexdigest(),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.support.configuration import configuration
-from trainer.cli.launch import described
+from trainer.cli.launch import describe
 from trainer.config.groups import members
 
 FOLDER = Path(__file__).parent / "configs"
@@ -20,7 +20,7 @@ def rendered(experiment: str) -> str:
     job = configuration(f"+exp={experiment}")
     if job.data.classes == 0:
         job = configuration(f"+exp={experiment}", "data.classes=1")
-    return f"{described(replace(job, home='HOME'))}\n"
+    return f"{describe(replace(job, home='HOME')).text}\n"
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from trainer.cli.checkpoints import ExportConfig, ListConfig, PruneConfig, VerifyConfig
+from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
 from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
 from trainer.cli.ui import UiConfig
 from trainer.config.job import JobConfig
@@ -18,7 +19,7 @@ GIVEN: dict[type[Any], dict[str, Any]] = {
     InpaintConfig: {"checkpoint": "/runs/a", "image": "/i.png", "mask": "/m.png", "label": 3},
     CheckpointEvaluationConfig: {"checkpoint": "/runs/a"},
     ExportConfig: {"uri": "/runs/a", "output": "/out"},
-    ListConfig: {"uri": "/runs/a"},
+    RetentionSettings: {"uri": "/runs/a"},
     PruneConfig: {"uri": "/runs/a"},
     VerifyConfig: {"uri": "/runs/a"},
     UiConfig: {},

@@ -6,8 +6,6 @@ Nothing here is ever unpickled, and nothing is used before its SHA-256 was found
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipelines.formats import format_bytes, format_duration
+from pipelines.progress import Pace, Progress, figures_in
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
 from trainer.checkpoint.layout import checkpoint_key
 from trainer.checkpoint.manifest import BYTES_PER_ELEMENT, Manifest, ObjectEntry
@@ -26,8 +25,6 @@ from trainer.checkpoint.slices import Read, Span, missing_from, plan_reads
 from trainer.finite import all_finite
 from trainer.state import Fragment
 from trainer.storage.store import Store, in_threads
-
-_REPORT_EVERY_S = 5.0
 
 
 def by_name(fragments: Sequence[Fragment]) -> dict[str, Fragment]:
@@ -155,40 +152,26 @@ def load_weights(
     return {fragment.name: fragment.tensors[which].view(fragment.shape) for fragment in fragments}
 
 
-class ReadProgress:
+class ReadProgress(Progress):
     """Tells how much has been read, and when it will be done.
 
     Args:
         total_bytes: What there is to read.
         report: Takes a line every few seconds, and one at the end.
+        what: What is read.
     """
 
-    def __init__(self, total_bytes: int, *, report: Callable[[str], None]) -> None:
-        self._total = total_bytes
-        self._report = report
-        self._done = 0
-        self._began = self._reported = time.monotonic()
-        self._lock = threading.Lock()
+    def __init__(
+        self, total_bytes: int, *, report: Callable[[str], None], what: str = "checkpoints"
+    ) -> None:
+        super().__init__(what, total_bytes, report=report, line=_line, figures=figures_in("bytes"))
 
-    @property
-    def done(self) -> int:
-        """Bytes that are done."""
-        return self._done
 
-    def add(self, size: int) -> None:
-        """Count bytes as done; from any thread."""
-        with self._lock:
-            self._done += size
-            now = time.monotonic()
-            if now - self._reported < _REPORT_EVERY_S and self._done < self._total:
-                return
-            self._reported = now
-            rate = self._done / max(now - self._began, 1e-9)
-            self._report(
-                f"{format_bytes(self._done)} of {format_bytes(self._total)} "
-                f"({self._done / self._total:.0%})  {format_bytes(rate)}/s  "
-                f"ETA {format_duration((self._total - self._done) / rate)}"
-            )
+def _line(pace: Pace) -> str:
+    return (
+        f"{format_bytes(pace.done)} of {format_bytes(pace.total)} ({pace.fraction:.0%})  "
+        f"{format_bytes(pace.rate)}/s  ETA {format_duration(pace.left_s)}"
+    )
 
 
 def damaged_objects(store: Store, manifest: Manifest, progress: ReadProgress) -> dict[str, str]:

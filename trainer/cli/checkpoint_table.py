@@ -1,12 +1,11 @@
-"""The checkpoints of a run as a table for people, or as plain values for machines."""
+"""The checkpoints of a run as a table for people."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pipelines.console import visible
 from pipelines.formats import format_bytes, format_table
@@ -47,12 +46,6 @@ class Entry:
     objects: int
     frechet: float | None
     kept: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, which has no number that is not finite."""
-        frechet = self.frechet
-        finite = frechet is not None and math.isfinite(frechet)
-        return {**asdict(self), "frechet": frechet if finite else None}
 
 
 def entries(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from pipelines.command import Outcome
 from pipelines.console import say, visible
 from pipelines.domains import Checked
 from pipelines.formats import format_bytes, format_count
@@ -19,7 +20,7 @@ from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
 from trainer.cli.checkpoint_table import STATES, Entry, table
-from trainer.cli.command import Outcome, Subcommand, run_subcommands
+from trainer.cli.command import Subcommand, run_subcommands
 from trainer.cli.run_handle import RetentionSettings, RunHandle, open_run, retained_checkpoints
 from trainer.config.reading import ConfigError
 from trainer.export.export import ExportSettings, export_checkpoint
@@ -66,21 +67,13 @@ def export_chosen_checkpoint(config: ExportConfig) -> Outcome:
         logger.warning(
             "passing over checkpoint %s: %s", handle.index.uri(newer), found.damaged[newer]
         )
-    return Outcome(f"{export_checkpoint(handle.store, found.newest_valid, config)}")
+    output = export_checkpoint(handle.store, found.newest_valid, config)
+    uri = handle.index.uri(found.newest_valid.images)
+    values = {"output": output, "checkpoint": uri, "weights": config.weights, "file": config.file}
+    return Outcome(f"{output}", values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ListConfig(RetentionSettings):
-    """What to list.
-
-    Attributes:
-        json: Print plain values for machines.
-    """
-
-    json: bool = False
-
-
-def list_checkpoints(config: ListConfig) -> Outcome:
+def list_checkpoints(config: RetentionSettings) -> Outcome:
     """List the checkpoints of a run.
 
     Raises:
@@ -91,16 +84,6 @@ def list_checkpoints(config: ListConfig) -> Outcome:
     newest = shown.listing.newest_valid
     resume_from = None if newest is None else shown.handle.index.uri(newest.images)
     total = sum(shown.listing.sizes.values())
-    if config.json:
-        values = {
-            "run": shown.handle.uri,
-            "resume_from": resume_from,
-            "size_bytes": total,
-            "features": shown.features,
-            "policy": config.kept,
-            "checkpoints": [each.to_dict() for each in shown.entries],
-        }
-        return Outcome(json.dumps(values, indent=2))
     lines = [
         table(shown.entries, features=shown.features),
         "",
@@ -108,7 +91,15 @@ def list_checkpoints(config: ListConfig) -> Outcome:
         f"resume from {resume_from}" if resume_from else "there is nothing to resume from",
         *shown.notes,
     ]
-    return Outcome("\n".join(lines))
+    values = {
+        "run": shown.handle.uri,
+        "resume_from": resume_from,
+        "size_bytes": total,
+        "features": shown.features,
+        "policy": config.kept,
+        "checkpoints": shown.entries,
+    }
+    return Outcome("\n".join(lines), values)
 
 
 def _counts(listed: Sequence[Entry]) -> str:
@@ -140,8 +131,8 @@ def prune_checkpoints(config: PruneConfig) -> Outcome:
         shown.entries, features=shown.features, gone="deleted" if config.yes else "to be deleted"
     )
     going = (*plan.manifests, *plan.content)
-    freed = f"{format_bytes(sum(sizes[key] for key in going))} of "
-    freed += format_bytes(sum(sizes.values()))
+    freed_bytes = sum(sizes[key] for key in going)
+    freed = f"{format_bytes(freed_bytes)} of {format_bytes(sum(sizes.values()))}"
     what = format_count(len(plan.expired), "checkpoint")
     if left := _left_behind(shown.listing, plan):
         what += f" and {format_count(left, 'object')} that no checkpoint uses"
@@ -156,7 +147,16 @@ def prune_checkpoints(config: PruneConfig) -> Outcome:
         lines.append("nothing was deleted; add yes=true to delete it")
     else:
         lines.append("there is nothing to delete")
-    return Outcome("\n".join(lines))
+    values = {
+        "run": shown.handle.uri,
+        "deleted": config.yes,
+        "expired": plan.expired,
+        "objects": len(going),
+        "freed_bytes": freed_bytes,
+        "policy": config.kept,
+        "checkpoints": shown.entries,
+    }
+    return Outcome("\n".join(lines), values)
 
 
 def _left_behind(listing: CheckpointListing, plan: DeletionPlan) -> int:
@@ -208,25 +208,28 @@ def verify_checkpoints(config: VerifyConfig) -> Outcome:
     lines += ["", f"{len(whole)} whole to the last byte, {number} damaged"]
     if number:
         lines += _advice(handle, newest=max(whole, default=None))
-    return Outcome("\n".join(lines), _DAMAGED if number else 0)
+    checkpoints = [
+        {"images": images, "uri": handle.index.uri(images), "whole": not found, "problems": found}
+        for images, found in damage.items()
+    ]
+    values = {"run": handle.uri, "damaged": number, "checkpoints": checkpoints}
+    return Outcome("\n".join(lines), values, _DAMAGED if number else 0)
 
 
 def _damage(handle: RunHandle, listing: CheckpointListing) -> dict[int, list[str]]:
     """Return what is wrong with each checkpoint, oldest first."""
-    progress = ReadProgress(
-        sum(each.size_bytes for found in listing.manifests.values() for each in found.objects),
-        report=_say,
-    )
+    total = sum(each.size_bytes for found in listing.manifests.values() for each in found.objects)
     damage = {}
-    for images in sorted({*listing.manifests, *listing.damaged}):
-        manifest = listing.manifests.get(images)
-        if manifest is None:
-            problems = [listing.damaged[images]]
-        else:
-            problems = list(damaged_objects(handle.store, manifest, progress).values())
-        if problems and not handle.index.is_committed(images):
-            continue  # its run has retired it meanwhile
-        damage[images] = problems
+    with ReadProgress(total, report=partial(say, to=sys.stderr), what=handle.run) as progress:
+        for images in sorted({*listing.manifests, *listing.damaged}):
+            manifest = listing.manifests.get(images)
+            if manifest is None:
+                problems = [listing.damaged[images]]
+            else:
+                problems = list(damaged_objects(handle.store, manifest, progress).values())
+            if problems and not handle.index.is_committed(images):
+                continue  # its run has retired it meanwhile
+            damage[images] = problems
     return damage
 
 
@@ -243,10 +246,6 @@ def _advice(handle: RunHandle, *, newest: int | None) -> list[str]:
         "restore the damaged objects from a copy and verify again, or delete the folder of the "
         "damaged checkpoint; and find out what damages this store",
     ]
-
-
-def _say(line: str) -> None:
-    say(line, to=sys.stderr)
 
 
 _MODULE = "trainer.checkpoints"
@@ -294,38 +293,36 @@ The newest valid checkpoint is never deleted, nor what may belong to a save unde
 checkpoint is valid is told without reading it: run verify first where that is not enough."""
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command and return its exit code."""
-    commands: dict[str, Subcommand[Any]] = {
-        "list": Subcommand(
-            kind=ListConfig,
-            make=list_checkpoints,
-            summary="what is there, what is whole, why it is kept, what a run resumes from",
-            description=_LIST,
-            example=_RUN,
-        ),
-        "verify": Subcommand(
-            kind=VerifyConfig,
-            make=verify_checkpoints,
-            summary="read every byte and compare it with the manifest",
-            description=_VERIFY,
-            example=_RUN,
-        ),
-        "export": Subcommand(
-            kind=ExportConfig,
-            make=export_chosen_checkpoint,
-            summary="write the weights for other programs",
-            description=_EXPORT,
-            example=f"{_RUN} output=digits-weights",
-        ),
-        "prune": Subcommand(
-            kind=PruneConfig,
-            make=prune_checkpoints,
-            summary="show what can be deleted, or delete it",
-            description=_PRUNE,
-            example=_RUN,
-        ),
-    }
-    return run_subcommands(
-        commands, module=_MODULE, description=_DESCRIPTION, arguments=arguments, prog=prog
-    )
+_COMMANDS: dict[str, Subcommand[Any]] = {
+    "list": Subcommand(
+        kind=RetentionSettings,
+        make=list_checkpoints,
+        summary="what is there, what is whole, why it is kept, what a run resumes from",
+        description=_LIST,
+        example=_RUN,
+    ),
+    "verify": Subcommand(
+        kind=VerifyConfig,
+        make=verify_checkpoints,
+        summary="read every byte and compare it with the manifest",
+        description=_VERIFY,
+        example=_RUN,
+    ),
+    "export": Subcommand(
+        kind=ExportConfig,
+        make=export_chosen_checkpoint,
+        summary="write the weights for other programs",
+        description=_EXPORT,
+        example=f"{_RUN} output=digits-weights",
+    ),
+    "prune": Subcommand(
+        kind=PruneConfig,
+        make=prune_checkpoints,
+        summary="show what can be deleted, or delete it",
+        description=_PRUNE,
+        example=_RUN,
+    ),
+}
+
+main = partial(run_subcommands, _COMMANDS, module=_MODULE, description=_DESCRIPTION)
+"""Runs the command, given its words or none for the process's own, and returns its exit code."""

@@ -1,4 +1,4 @@
-"""The frame of a command whose settings are `key=value` words."""
+"""The frame of a command of the trainer, and of one whose settings are `key=value` words."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pipelines.console import as_called, command_parser, say, say_error
+from pipelines.command import CommandParser, Outcome, add_answer_options, command_parser, run
+from pipelines.console import as_typed
 from trainer.cli.settings_page import ExplainAction, settings_page
-from trainer.config.composition import MissingSettingError, configured
 from trainer.errors import is_user_error
 from trainer.log_lines import show_logs
 from trainer.storage.errors import CheckpointError
 
 C = TypeVar("C")
-
-
-class Outcome(NamedTuple):
-    """What a sub-command has to say, and its exit code."""
-
-    text: str
-    exit_code: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,98 +38,138 @@ class Subcommand(Generic[C]):
     example: str
 
 
+def is_refusal(error: Exception) -> bool:
+    """Tell whether an error is the user's or the store's, and has a message for people."""
+    return is_user_error(error) or isinstance(error, CheckpointError)
+
+
+def run_logged(
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    make: Callable[[argparse.Namespace], Outcome],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a command as `pipelines.command.run` does, and show what is logged meanwhile."""
+    with show_logs():
+        return run(parse, make, arguments, is_refusal=is_refusal)
+
+
 def run_command(
     kind: type[C],
-    make: Callable[[C], Outcome | Path | str],
+    make: Callable[[C], Outcome],
+    arguments: Sequence[str] | None = None,
     *,
     module: str,
     description: str,
     example: str,
-    arguments: Sequence[str] | None,
-    prog: str | None,
 ) -> int:
-    """Read the settings, do the work, and print what it gives: where a file is, or a text.
+    """Read the settings, do the work, and answer.
 
     Args:
         kind: Dataclass of the settings.
         make: What the command does.
+        arguments: Command line without the program's name; None takes the process's own.
         module: Name of its module, for help.
         description: Text for help.
         example: Settings that are enough, shown when one is missing.
-        arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
-        The exit code: what the command says or 0, or 2 for settings or a checkpoint that cannot be
-        used.
+        The exit code: what the command says, or 2 for settings or a checkpoint that cannot be used.
     """
-
-    def outcome(config: C) -> Outcome:
-        made = make(config)
-        return made if isinstance(made, Outcome) else Outcome(f"{made}")
-
-    parser = command_parser(module, prog=prog, description=description, epilog=_settings(kind))
+    parser = command_parser(module, description=description, epilog=_settings(kind))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--explain", action=ExplainAction, kind=lambda: kind)
-    overrides = parser.parse_args(arguments).overrides
-    return _answered(kind, outcome, overrides, f"{parser.prog} {example}")
+    return run_logged(
+        lambda words: parse_settings(parser, words),
+        lambda options: make(_read(kind, options.overrides, f"{parser.prog} {example}")),
+        arguments,
+    )
 
 
 def run_subcommands(
     commands: Mapping[str, Subcommand[Any]],
+    arguments: Sequence[str] | None = None,
     *,
     module: str,
     description: str,
-    arguments: Sequence[str] | None,
-    prog: str | None,
 ) -> int:
-    """Do one of several things with what a URI names, and print what it gives.
+    """Do one of several things with what a URI names, and answer.
 
     The command line is `NAME URI [key=value …]`; a setting that is true or false may also be given
     as `--key`.
 
     Args:
         commands: The things to do, by name.
+        arguments: Command line without the program's name; None takes the process's own.
         module: Name of the command's module, for help.
         description: Text for help.
-        arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
 
     Returns:
         The exit code: what the sub-command says, or 2 for settings or a checkpoint that cannot be
         used.
     """
-    parser = command_parser(module, prog=prog, description=description)
+    parser = command_parser(module, description=description)
     subparsers = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for name, command in commands.items():
-        types = typing.get_type_hints(command.kind)
         subparser = subparsers.add_parser(
             name,
             help=command.summary,
-            description=as_called(command.description, module=module, prog=parser.prog),
+            description=as_typed(command.description),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=_settings(command.kind),
         )
         subparser.add_argument("--explain", action=ExplainAction, kind=partial(_kind, command))
         subparser.add_argument("uri", metavar="URI")
         subparser.add_argument("overrides", nargs="*", metavar="key=value")
-        for key in (key for key, kind in types.items() if kind is bool):
+        for key in _flags(command.kind):
             subparser.add_argument(f"--{key}", action="store_true", help=f"the same as {key}=true")
-    # Words after a flag are left over by argparse, which expects all of them together.
-    options, rest = parser.parse_known_args(arguments)
+        add_answer_options(subparser, default=argparse.SUPPRESS)
+
+    def make(options: argparse.Namespace) -> Outcome:
+        command = commands[options.name]
+        example = f"{parser.prog} {options.name} {command.example}"
+        return command.make(_read(command.kind, options.overrides, example))
+
+    return run_logged(lambda words: _parse_subcommand(parser, words, commands), make, arguments)
+
+
+def parse_settings(parser: CommandParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line whose `overrides` may stand before, between and behind its flags."""
+    options, rest = parser.parse_known_args(words)
     if flags := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    command = commands[options.name]
-    types = typing.get_type_hints(command.kind)
-    if options.uri.partition("=")[0].partition(".")[0] in types:
+    # It was a setting of `checkpoints list`, and is understood everywhere.
+    given = [*options.overrides, *rest]
+    options.json |= any(word.lower() == "json=true" for word in given)
+    options.overrides = [word for word in given if word.lower() not in ("json=true", "json=false")]
+    return options
+
+
+def _parse_subcommand(
+    parser: CommandParser, words: Sequence[str], commands: Mapping[str, Subcommand[Any]]
+) -> argparse.Namespace:
+    """Parse the words of one of several commands; all its settings become `overrides`."""
+    options = parse_settings(parser, words)
+    kind = commands[options.name].kind
+    if options.uri.partition("=")[0].partition(".")[0] in {*typing.get_type_hints(kind), "json"}:
         parser.error(f"the URI comes before the settings: {options.name} URI {options.uri}")
-    flags = [f"{key}=true" for key, kind in types.items() if kind is bool and vars(options)[key]]
-    return _answered(
-        command.kind,
-        command.make,
-        [f"uri={options.uri}", *options.overrides, *rest, *flags],
-        f"{parser.prog} {options.name} {command.example}",
-    )
+    flags = [f"{key}=true" for key in _flags(kind) if vars(options)[key]]
+    options.overrides = [f"uri={options.uri}", *options.overrides, *flags]
+    return options
+
+
+def _read(kind: type[C], overrides: Sequence[str], example: str) -> C:
+    # Not for those who refuse their words, or ask for help.
+    from trainer.config.composition import MissingSettingError, configured
+    from trainer.config.reading import ConfigError
+
+    try:
+        return configured(kind, overrides)
+    except MissingSettingError as error:
+        raise ConfigError(f"{error}, for example: {example}") from error
+
+
+def _flags(kind: type[Any]) -> list[str]:
+    return [key for key, wanted in typing.get_type_hints(kind).items() if wanted is bool]
 
 
 def _settings(kind: type[Any]) -> str:
@@ -146,20 +178,3 @@ def _settings(kind: type[Any]) -> str:
 
 def _kind(command: Subcommand[Any]) -> type[Any]:
     return command.kind
-
-
-@show_logs()
-def _answered(
-    kind: type[C], make: Callable[[C], Outcome], overrides: Sequence[str], example: str
-) -> int:
-    try:
-        made = make(configured(kind, overrides))
-    except (CheckpointError, ValueError) as error:
-        if not is_user_error(error) and not isinstance(error, CheckpointError):
-            raise
-        missing = isinstance(error, MissingSettingError)
-        hint = f", for example: {example}" if missing else ""
-        say_error(f"{error}{hint}")
-        return 2
-    say(made.text)
-    return made.exit_code

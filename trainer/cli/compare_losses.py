@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from pipelines.console import command_parser, say, say_error
+from pipelines.command import CommandParser, Outcome, command_parser, run
 from pipelines.formats import format_table
+from trainer.config import paths
+from trainer.errors import is_user_error
 from trainer.metrics.curves import Curves, CurvesError, Difference, differences, read_curves
-from trainer.metrics.mlflow_backend import TrackerUnreachable, run_curves, tracking_uri
-from trainer.metrics.tracker import InvalidTrackingUri, TrackingConfig
+from trainer.metrics.mlflow_backend import run_curves, tracking_uri
+from trainer.metrics.tracker import TrackingConfig
 
 _DESCRIPTION = """\
 Compare the loss curves of two runs, image by image.
@@ -30,33 +31,27 @@ exit codes: 0 both have the same points and agree at them within the tolerance, 
 has, because it stopped early or logged less often, count as a difference; --common-points passes
 over them."""
 
-_DIFFERENT, _REFUSED = 1, 2
+_DIFFERENT = 1
 _RUN = "run:"
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(_parser().parse_args, _compare, arguments, is_refusal=is_user_error)
 
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
 
-    Returns:
-        The exit code.
-    """
-    options = _parser(prog).parse_args(arguments)
-    try:
-        a, b = (
-            _chosen(_read(source, experiment=options.experiment), options.metrics, source)
-            for source in (options.a, options.b)
-        )
-        found = differences(a, b, tolerance=options.tolerance)
-    except (CurvesError, TrackerUnreachable, InvalidTrackingUri) as error:
-        say_error(error)
-        return _REFUSED
-    told = described(found, tolerance=options.tolerance, only_common=options.common_points)
-    say(told)
-    return 0 if agree(found, only_common=options.common_points) else _DIFFERENT
+def _compare(options: argparse.Namespace) -> Outcome:
+    a, b = (
+        _chosen(_read(source, experiment=options.experiment), options.metrics, source)
+        for source in (options.a, options.b)
+    )
+    found = differences(a, b, tolerance=options.tolerance)
+    same = agree(found, only_common=options.common_points)
+    return Outcome(
+        described(found, tolerance=options.tolerance, only_common=options.common_points),
+        {"same": same, "tolerance": options.tolerance, "metrics": found},
+        0 if same else _DIFFERENT,
+    )
 
 
 def agree(found: Sequence[Difference], *, only_common: bool = False) -> bool:
@@ -108,9 +103,9 @@ def _read(source: str, *, experiment: str) -> Curves:
     if not source.startswith(_RUN):
         return read_curves(Path(source).expanduser())
     name, _, uri = source.removeprefix(_RUN).partition("@")
-    home = Path(os.environ.get("LAPFLOW_HOME", "~/lapflow")).expanduser()
     tracking = TrackingConfig(uri=uri or None, experiment=experiment)
-    return run_curves(tracking_uri(tracking, str(home)), experiment=experiment, run=name)
+    tracked_at = tracking_uri(tracking, str(paths.home_folder(None)))
+    return run_curves(tracked_at, experiment=experiment, run=name)
 
 
 def _chosen(curves: Curves, patterns: str, source: str) -> Curves:
@@ -127,10 +122,8 @@ def _chosen(curves: Curves, patterns: str, source: str) -> Curves:
     return chosen
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = command_parser(
-        "trainer.compare_losses", prog=prog, description=_DESCRIPTION, epilog=_EPILOG
-    )
+def _parser() -> CommandParser:
+    parser = command_parser("trainer.compare_losses", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("a", metavar="A", help="FILE.json, run:NAME or run:NAME@TRACKING_URI")
     parser.add_argument("b", metavar="B", help="likewise")
     parser.add_argument(

@@ -6,6 +6,7 @@ says of each which version is there, what is wrong, and what to do.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
-from pipelines.console import command_parser, say, visible
+from pipelines.command import Outcome, command_parser, run
+from pipelines.console import say, visible, write
 
 _PROJECT = "lapflow-trainer"
 _PATIENCE_S = 300
@@ -46,6 +48,7 @@ IMPORTS = {
     "filelock": "import filelock",
     "tenacity": "import tenacity",
     "psutil": "import psutil",
+    "rich": "import rich.progress",
     "xxhash": "import xxhash",
     "scikit-learn": "import sklearn.datasets",
     "nvidia-dali-cuda130": "import nvidia.dali",
@@ -148,25 +151,24 @@ def _last(text: str) -> str:
     return lines[-1].removeprefix("AssertionError: ") if lines else "it says nothing"
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
-
-    Returns:
-        The exit code: 0, or 1 if something is wrong.
-    """
-    command_parser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = command_parser(
         "trainer.doctor",
-        prog=prog,
-        description="Look at the installation: versions, what is wrong with them, what to do.",
-    ).parse_args(arguments)
+        description="Look at the installation: versions, what is wrong with them, what to do.\n\n"
+        "exit codes: 0 all is well, 1 something is wrong",
+    )
+    return run(parser.parse_args, _examine_all, arguments, is_refusal=lambda _: False)
+
+
+def _examine_all(_: argparse.Namespace) -> Outcome:
     findings = []
     for finding in examine():
-        say(finding.text())
+        if finding.wrong:
+            write(finding.text(), sys.stdout)  # also where no news are wanted
+        else:
+            say(finding.text())
         findings.append(finding)
-    wrong = sum(finding.wrong is not None for finding in findings)
-    say(f"{wrong} of {len(findings)} wrong" if wrong else f"all {len(findings)} well")
-    return 1 if wrong else 0
+    wrong = [finding for finding in findings if finding.wrong]
+    text = f"{len(wrong)} of {len(findings)} wrong" if wrong else f"all {len(findings)} well"
+    return Outcome(text, {"findings": findings, "wrong": len(wrong)}, 1 if wrong else 0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pipelines.console import say, say_error, visible
+from pipelines.command import Outcome
+from pipelines.console import say, say_error, visible, write
 from pipelines.errors import DataError
 from pipelines.formats import format_duration, format_table
 from trainer.checkpoint.reader import CheckpointReader
@@ -31,6 +33,7 @@ class Console:
 
     Attributes:
         last_checkpoint: URI of the newest checkpoint heard of, or "".
+        images: Images that the run is known to have seen.
         finished: Whether the workers said that the run reached its end.
         begun: Whether training has made progress in this launch.
         failed_saves: Why checkpoints could not be saved, by images.
@@ -42,6 +45,7 @@ class Console:
 
     def __init__(self) -> None:
         self.last_checkpoint = ""
+        self.images = 0
         self.finished = False
         self.begun = False
         self.failed_saves: dict[int, str] = {}
@@ -54,12 +58,10 @@ class Console:
         """Print a line."""
         say(visible(text))
 
-    def page(self, text: str) -> None:
-        """Print lines that are laid out, in which what comes from outside is visible."""
-        say(text)
-
     def message(self, message: Mapping[str, Any]) -> None:
         """Show what a worker told."""
+        if message.get("kind") in ("progress", "resumed"):
+            self.images = int(message.get("images", self.images))
         match message.get("kind"):
             case "progress":
                 self.begun = True
@@ -72,6 +74,7 @@ class Console:
                 self._warn(str(message["text"]), rank=message.get("rank"))
             case "checkpoint":
                 self.last_checkpoint = str(message["uri"])
+                self.images = max(self.images, int(message["images"]))
                 # It was given up before, perhaps by workers that were started again since.
                 self.failed_saves.pop(int(message["images"]), None)
                 self.note(f"checkpoint: {message['uri']}")
@@ -129,10 +132,10 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
     return None
 
 
-def summary(
-    job: JobConfig, report: EvaluationReport, *, seconds: float, written: bool = True
-) -> str:
-    """Render the closing table of a complete run.
+def _summary(
+    job: JobConfig, report: EvaluationReport, *, seconds: float, written: bool
+) -> tuple[str, dict[str, Any]]:
+    """Render the closing table of a complete run, and say where everything is.
 
     Args:
         job: The configuration.
@@ -145,18 +148,16 @@ def summary(
     def place(name: str) -> str:
         return store.uri(evaluation_key(job.run, report.images, name))
 
+    samples = {"samples": place("samples.npz"), "grid": place("grid.png")} if written else {}
+    checkpoint = store.uri(f"{job.run}/checkpoints/{report.images:012d}")
     rows = [
         (
             "run",
             f"{job.run}, {report.images:,} images"
             + (f", {format_duration(seconds)} in this launch" if seconds else ""),
         ),
-        *(
-            [("samples", place("samples.npz")), ("sample grid", place("grid.png"))]
-            if written
-            else []
-        ),
-        ("checkpoint", store.uri(f"{job.run}/checkpoints/{report.images:012d}")),
+        *((f"sample {name}" if name == "grid" else name, uri) for name, uri in samples.items()),
+        ("checkpoint", checkpoint),
         (
             f"Fréchet distance ({report.features})",
             f"{report.frechet:.4f} of {report.samples:,} samples to {_held_out(report)} "
@@ -172,7 +173,8 @@ def summary(
                 "images",
             )
         )
-    return format_table(rows)
+    values = {**samples, "checkpoint": checkpoint, "images": report.images}
+    return format_table(rows), values
 
 
 def _held_out(report: EvaluationReport) -> str:
@@ -196,30 +198,29 @@ def _references(report: EvaluationReport) -> str:
 FAILED, REFUSED, UNSAVED = 1, 2, 3
 
 
-def failed(job: JobConfig, console: Console, error: Exception) -> int:
-    """Say why the workers could not go on, and whether the same command can.
+def failed(job: JobConfig, console: Console, error: Exception) -> Outcome:
+    """Say why the workers could not go on, and answer whether the same command can.
 
     Args:
         job: The configuration.
         console: What was heard of the run.
         error: A ValueError is a mistake in what was asked for, which would be met again.
-
-    Returns:
-        The exit code.
     """
     if console.tracked:
         end_run(job.tracking, str(paths.home(job)), console.tracked, "FAILED")
     tail = getattr(error, "traceback_tail", "")
-    say_error(str(error).removesuffix(f"\n{tail}") if tail else error)
-    if tail and not isinstance(error, ValueError):
-        say("\n".join(f"  {visible(line)}" for line in tail.split("\n")), to=sys.stderr)
-    if isinstance(error, ValueError):
-        if console.last_checkpoint:
-            say(f"the run's last checkpoint is {console.last_checkpoint}")
-        return FAILED if console.begun else REFUSED
+    reason = str(error).removesuffix(f"\n{tail}") if tail else str(error)
+    say_error(reason)
+    is_mistake = isinstance(error, ValueError)
+    if tail and not is_mistake:
+        write("\n".join(f"  {visible(line)}" for line in tail.split("\n")), sys.stderr)
+    text = ""
     if console.last_checkpoint:
-        say(f"once the cause is gone, {how_to_go_on(job, console)}")
-    return FAILED
+        text = f"once the cause is gone, {how_to_go_on(job, console)}"
+        if is_mistake:
+            text = f"the run's last checkpoint is {console.last_checkpoint}"
+    values = {**_values(job, console, "failed"), "error": reason}
+    return Outcome(text, values, REFUSED if is_mistake and not console.begun else FAILED)
 
 
 def interrupted(job: JobConfig, console: Console) -> None:
@@ -228,21 +229,24 @@ def interrupted(job: JobConfig, console: Console) -> None:
         end_run(job.tracking, str(paths.home(job)), console.tracked, "KILLED")
 
 
-def stopped(job: JobConfig, console: Console, *, signal_number: int) -> int:
-    """Say how a run goes on that was asked to stop, and return the exit code.
+def stopped(job: JobConfig, console: Console, *, signal_number: int) -> Outcome:
+    """Answer how a run goes on that was asked to stop.
 
     Args:
         job: The configuration.
         console: What was heard of the run.
         signal_number: What asked.
     """
-    console.note(f"stopped; {how_to_go_on(job, console)}")
-    console.note(f"look at the run: {tracking_ui_hint(job)}")
-    return _unsaved(console) or 128 + signal_number
+    hint = tracking_ui_hint(job)
+    lines = (f"stopped; {how_to_go_on(job, console)}", f"look at the run: {hint}")
+    values = {**_values(job, console, "stopped"), "look_at_it": hint}
+    unsaved = _unsaved(console)
+    code = UNSAVED if unsaved else 128 + signal_number
+    return Outcome("\n".join(map(visible, lines)), values, code, unsaved)
 
 
-def done(job: JobConfig, console: Console, *, seconds: float) -> int:
-    """Show the results of a run that went to its end, and return the exit code.
+def done(job: JobConfig, console: Console, *, seconds: float) -> Outcome:
+    """Answer with the results of a run that went to its end.
 
     Args:
         job: The configuration.
@@ -254,31 +258,55 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> int:
         report = final_report(job)
     except (StoreError, DataError) as error:
         console.note(f"warning: the results cannot be shown: {error}")
-    if report is not None:
-        console.page(summary(job, report, seconds=seconds))
-    elif console.figures is not None:
-        console.page(summary(job, console.figures, seconds=seconds, written=False))
-    console.page(f"\nlook at the run: {visible(tracking_ui_hint(job))}")
-    if code := _unsaved(console):
-        return code
+    shown = complete(job, console, report, seconds=seconds)
+    if unsaved := _unsaved(console):
+        return replace(shown, exit_code=UNSAVED, error=unsaved)
+    trained = f"the run is trained to its end ({console.last_checkpoint}), but its"
     if console.unmeasured:
-        say_error(
-            f"the run is trained to its end ({console.last_checkpoint}), but its samples could not "
-            f"be measured: {console.unmeasured}"
+        wrong = f"{trained} samples could not be measured: {console.unmeasured}"
+    elif report is not None:
+        return shown
+    elif console.unwritten:
+        wrong = (
+            f"{trained} report could not be written, so that its figures stand above and nowhere "
+            f"else: {console.unwritten} The same command measures again, without training"
         )
-        return FAILED
-    if report is None and console.unwritten:
-        say(
-            f"error: the run is trained to its end ({console.last_checkpoint}), but its report "
-            f"could not be written, so that its figures stand above and nowhere else: "
-            f"{console.unwritten} The same command measures again, without training",
-            to=sys.stderr,
-        )
-        return FAILED
-    if report is None:
-        say_error("the run ended without a report; run the same command again")
-        return FAILED
-    return 0
+    else:
+        wrong = "the run ended without a report; run the same command again"
+    return replace(shown, exit_code=FAILED, error=wrong)
+
+
+def complete(
+    job: JobConfig, console: Console, report: EvaluationReport | None, *, seconds: float
+) -> Outcome:
+    """Answer with the results of a complete run.
+
+    Args:
+        job: The configuration.
+        console: What was heard of the run.
+        report: What its end has; without one, that which could not be written is shown.
+        seconds: Wall time of this launch; 0 leaves it out.
+    """
+    hint = tracking_ui_hint(job)
+    figures = report or console.figures
+    text = f"\nlook at the run: {visible(hint)}"
+    values = {**_values(job, console, "complete"), "look_at_it": hint}
+    if figures is not None:
+        table, places = _summary(job, figures, seconds=seconds, written=report is not None)
+        text = f"{table}\n{text}"
+        values |= {**places, "figures": figures.metrics()}
+    return Outcome(text, values)
+
+
+def _values(job: JobConfig, console: Console, outcome: str) -> dict[str, Any]:
+    return {
+        "run": job.run,
+        "uri": paths.run_uri(job),
+        "outcome": outcome,
+        "images": console.images,
+        "checkpoint": console.last_checkpoint or None,
+        "mlflow_run_id": console.tracked or None,
+    }
 
 
 def how_to_go_on(job: JobConfig, console: Console) -> str:
@@ -293,13 +321,12 @@ def how_to_go_on(job: JobConfig, console: Console) -> str:
     return f"run the same command again to continue {console.last_checkpoint}"
 
 
-def _unsaved(console: Console) -> int:
+def _unsaved(console: Console) -> str:
     if not console.failed_saves:
-        return 0
+        return ""
     images, reason = max(console.failed_saves.items())
     count = len(console.failed_saves)
-    say_error(
+    return (
         f"{count} checkpoint{'s' * (count > 1)} of this launch could not be saved, the "
         f"last after {images:,} images: {reason}"
     )
-    return UNSAVED

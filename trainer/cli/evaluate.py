@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from pipelines.console import say, say_error
+from pipelines.command import Outcome
+from pipelines.console import say
 from pipelines.formats import format_table
-from trainer.cli.command import Outcome, run_command
+from trainer.cli.command import run_command
 from trainer.evaluation.checkpoints import (
     CheckpointEvaluationConfig,
     UnwrittenReport,
@@ -29,25 +31,12 @@ Draw samples from a checkpoint and measure their Fréchet distance to held-out r
 Reports and grids are written below the run's evaluation/ folder, or below output=FOLDER."""
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command and return its exit code."""
-    return run_command(
-        CheckpointEvaluationConfig,
-        _measured,
-        module="trainer.evaluate",
-        description=_DESCRIPTION,
-        example=_EXAMPLE,
-        arguments=arguments,
-        prog=prog,
-    )
-
-
 def _measured(config: CheckpointEvaluationConfig) -> Outcome:
     try:
-        return Outcome(table(evaluate_checkpoints(config, report=say)))
+        reports = evaluate_checkpoints(config, report=say)
     except UnwrittenReport as error:
-        say_error(error)
-        return Outcome(table(error.reports), _FAILED)
+        return Outcome(table(error.reports), {"reports": error.reports}, _FAILED, f"{error}")
+    return Outcome(table(reports), {"reports": reports})
 
 
 def table(reports: Sequence[CheckpointReport]) -> str:
@@ -84,3 +73,14 @@ def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:
 
 def _or_nothing(value: float | None, how: str) -> str:
     return "" if value is None else format(value, how)
+
+
+main = partial(
+    run_command,
+    CheckpointEvaluationConfig,
+    _measured,
+    module="trainer.evaluate",
+    description=_DESCRIPTION,
+    example=_EXAMPLE,
+)
+"""Runs the command, given its words or none for the process's own, and returns its exit code."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from models.flow.inpaint import inpaint
 from models.flow.sampler_config import SamplerConfig
+from pipelines.command import Outcome
 from trainer import rng
 from trainer.cli.command import run_command
 from trainer.cli.pictures import read_picture, write_picture
@@ -56,21 +56,8 @@ class InpaintConfig(ModelSource):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command and return its exit code."""
-    return run_command(
-        InpaintConfig,
-        fill_in,
-        module="trainer.inpaint",
-        description=_DESCRIPTION,
-        example=_EXAMPLE,
-        arguments=arguments,
-        prog=prog,
-    )
-
-
-def fill_in(config: InpaintConfig) -> Path:
-    """Draw the results beside the picture and its mask, and return where they were written.
+def fill_in(config: InpaintConfig) -> Outcome:
+    """Draw the results beside the picture and its mask, and answer where they were written.
 
     Raises:
         ConfigError: For a picture or mask that does not fit, a class that the model does not have,
@@ -89,7 +76,17 @@ def fill_in(config: InpaintConfig) -> Path:
     logger.info("drawing %d images on %s", config.columns, trained.device)
     results = _results(config, trained, picture, mask > 0)
     row = torch.cat([picture, mask.expand_as(picture), results])
-    return write_picture(config.output, grid_png(row, columns=len(row)))
+    output = write_picture(config.output, grid_png(row, columns=len(row)))
+    return Outcome(
+        f"{output}",
+        {
+            "output": output,
+            "checkpoint": trained.checkpoint,
+            "weights": config.weights,
+            "label": config.label,
+            "images": config.columns,
+        },
+    )
 
 
 @torch.no_grad()
@@ -119,3 +116,14 @@ def _results(config: InpaintConfig, trained: LoadedModel, picture: Tensor, known
         repeats=config.repeats,
     )
     return torch.where(known, picture, codec.decode(filled.images).cpu())
+
+
+main = partial(
+    run_command,
+    InpaintConfig,
+    fill_in,
+    module="trainer.inpaint",
+    description=_DESCRIPTION,
+    example=_EXAMPLE,
+)
+"""Runs the command, given its words or none for the process's own, and returns its exit code."""

@@ -8,33 +8,34 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipelines.console import typed_as
 from pipelines.formats import format_table
 
 
 class _Command(NamedTuple):
-    """A command: the module whose `main` it is, and one line for the help."""
+    """A command: what `python -m` runs, and one line for the help."""
 
     module: str
     summary: str
 
 
 COMMANDS = {
-    "train": _Command("trainer.cli.launch", "train a model, or continue a run"),
-    "sample": _Command("trainer.cli.sample", "draw a grid of samples from a checkpoint"),
-    "inpaint": _Command("trainer.cli.inpaint", "fill in what is missing of a picture"),
-    "evaluate": _Command("trainer.cli.evaluate", "measure checkpoints against held-out images"),
+    "train": _Command("trainer.launch", "train a model, or continue a run"),
+    "sample": _Command("trainer.sample", "draw a grid of samples from a checkpoint"),
+    "inpaint": _Command("trainer.inpaint", "fill in what is missing of a picture"),
+    "evaluate": _Command("trainer.evaluate", "measure checkpoints against held-out images"),
     "checkpoints": _Command(
-        "trainer.cli.checkpoints", "list, verify, export and prune the checkpoints of a run"
+        "trainer.checkpoints", "list, verify, export and prune the checkpoints of a run"
     ),
-    "plan": _Command("trainer.cli.plan", "predict what each placement of the experts costs"),
-    "ui": _Command("trainer.cli.ui", "show runs as MLflow's pages"),
+    "plan": _Command("trainer.plan", "predict what each placement of the experts costs"),
+    "ui": _Command("trainer.ui", "show runs as MLflow's pages"),
     "compare-losses": _Command(
-        "trainer.cli.compare_losses", "tell whether two runs have the same losses"
+        "trainer.compare_losses", "tell whether two runs have the same losses"
     ),
-    "doctor": _Command("trainer.cli.doctor", "look at what is installed"),
-    "ingest": _Command("pipelines.ingest.__main__", "write a dataset of images, or check one"),
+    "doctor": _Command("trainer.doctor", "look at what is installed"),
+    "ingest": _Command("pipelines.ingest", "write a dataset of images, or check one"),
     "ingest-latents": _Command(
-        "trainer.cli.latents", "encode the images of a dataset once, or take in latents"
+        "pipelines.ingest.latents", "encode the images of a dataset once, or take in latents"
     ),
 }
 """All commands, by the word that chooses one."""
@@ -45,15 +46,17 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "lapflow") -> in
 
     Args:
         arguments: Command line without the program's name; None takes the process's own.
-        prog: The program's name, for help.
+        prog: The program's name, by which help and errors call all commands.
 
     Returns:
         The command's exit code.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    name = _parser(prog).parse_args(words[:1]).command
-    command = importlib.import_module(COMMANDS[name].module)
-    code: int = command.main(words[1:], prog=f"{prog} {name}")
+    module = COMMANDS[_parser(prog).parse_args(words[:1]).command].module
+    with typed_as({each.module: f"{prog} {name}" for name, each in COMMANDS.items()}):
+        is_file = module.startswith("trainer.")  # the others are folders
+        command = importlib.import_module(module if is_file else f"{module}.__main__")
+        code: int = command.main(words[1:])
     return code
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.console import command_parser, say, say_error
+from pipelines.command import REFUSED, Outcome, command_parser, run
 from pipelines.errors import IngestSettingError, MissingDatasetError
 from pipelines.ingest.arrays import ArrayLayout, ArraysConfig, list_arrays, plan_arrays
 from pipelines.ingest.encode import EncodeConfig, plan_encoding
@@ -19,19 +19,19 @@ from pipelines.ingest.options import (
     add_hold_out,
     add_target,
     add_writing_options,
+    carry_out_all,
     writing_settings,
 )
-from pipelines.ingest.plan import Plan, carry_out
+from pipelines.ingest.plan import Plan
 from pipelines.ingest.target import has_dataset
 from pipelines.shards import ShardsConfig
 from trainer.autoencoder.codec import open_encoder
 from trainer.autoencoder.files import find_autoencoder
+from trainer.cli.command import is_refusal
 from trainer.config import paths
-from trainer.errors import is_user_error
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import StoreConfig
 
-_REFUSED = 2
 _SPLITS = ("train", "test")
 _DESCRIPTION = """\
 Encode the images of a dataset with an autoencoder, so that training reads latents.
@@ -62,46 +62,45 @@ class each is of; else folders do. Since nobody can tell which images arrays wer
 needs data.images_prefix, images of the same classes that its samples are compared with."""
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command line.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 2 refused."""
+    return run(_parse, _ingest, arguments, is_refusal=is_refusal)
 
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
 
-    Returns:
-        Exit status: 0 done, 2 refused.
-    """
+def _ingest(options: argparse.Namespace) -> Outcome:
     try:
-        options = _parse(arguments, prog=prog)
+        _check(options)
         cache = paths.cache_folder(None)
         if options.cache is not None:
             cache = options.cache.expanduser().resolve()
         make_plans = _plan_arrays if options.arrays else _plan_encodings
-        carry_out(make_plans(options, cache), report=say)
+        return carry_out_all(make_plans(options, cache))
     except (ValueError, CheckpointError) as error:
-        if not is_user_error(error) and not isinstance(error, CheckpointError):
+        if not is_refusal(error):
             raise
         # The trainer names the setting that it has for the autoencoder.
-        said = str(error).replace("codec.source=", "--autoencoder ")
-        say_error(said.replace("codec.source", "--autoencoder"))
-        return _REFUSED
-    return 0
+        told = str(error).replace("codec.source=", "--autoencoder ")
+        told = told.replace("codec.source", "--autoencoder")
+        return Outcome("", exit_code=REFUSED, error=told)
 
 
-def _parse(arguments: Sequence[str] | None, *, prog: str | None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises:
-        IngestSettingError: Options of images and of arrays are mixed, or --image-size is missing.
-    """
-    parser = command_parser("pipelines.ingest.latents", prog=prog, description=_DESCRIPTION)
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser("pipelines.ingest.latents", description=_DESCRIPTION)
     default = EncodeConfig(image_size=1, shards=ShardsConfig())
     _add_common(parser, default)
     of_images = _add_images(parser, default)
     of_arrays = _add_arrays(parser)
-    options = parser.parse_args(arguments)
-    strange = of_arrays if options.arrays is None else of_images
+    parser.set_defaults(of_images=of_images, of_arrays=of_arrays)
+    return parser.parse_args(words)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        IngestSettingError: Options of images and of arrays are mixed, or --image-size is missing.
+    """
+    strange = options.of_arrays if options.arrays is None else options.of_images
     for action in strange:
         if getattr(options, action.dest) != action.default:
             option = action.option_strings[0]
@@ -118,7 +117,6 @@ def _parse(arguments: Sequence[str] | None, *, prog: str | None) -> argparse.Nam
             "--image-size is missing: height and width that images are cropped and resized to "
             "before they are encoded, such as 256. For latents computed already, give --arrays."
         )
-    return options
 
 
 def _add_common(parser: argparse.ArgumentParser, default: EncodeConfig) -> None:

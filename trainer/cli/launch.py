@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import sys
 import textwrap
 import threading
 import time
@@ -13,12 +14,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipelines.console import command_parser, say, say_error
+from pipelines.command import REFUSED, CommandParser, Outcome, command_parser
+from pipelines.console import say, write
+from trainer.cli.command import parse_settings, run_logged
 from trainer.cli.settings_page import ExplainAction, commented_yaml
 from trainer.config.groups import check_members, members
-from trainer.errors import is_user_error
-from trainer.log_lines import show_logs
-from trainer.storage.errors import CheckpointError
 
 if TYPE_CHECKING:
     from trainer.config.job import JobConfig
@@ -54,39 +54,25 @@ _ONE_RUN = """\
 --multirun: a launch makes one run; start one after the other, each with a run=NAME of its own: \
 for seed in 0 1; do python -m trainer.launch +exp=digits train.seed=$seed run=digits-$seed; done"""
 
-_REFUSED = 2
-
 logger = logging.getLogger(__name__)
 
 
-@show_logs()
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = _parser()
+    return run_logged(lambda words: parse_settings(parser, words), _launch_or_describe, arguments)
 
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
 
-    Returns:
-        The exit code.
-    """
-    options = _parser(prog).parse_args(arguments)
+def _launch_or_describe(options: argparse.Namespace) -> Outcome:
     if options.multirun:
-        say_error(_ONE_RUN)
-        return _REFUSED
+        return Outcome("", exit_code=REFUSED, error=_ONE_RUN)
     try:
         job = _checked(options.overrides)
         if options.cfg or job.dry_run:
-            say(described(job, explained=bool(options.cfg)))
-            return 0
+            return describe(job, explained=bool(options.cfg))
         return _launch(job)
-    except (ValueError, CheckpointError) as error:
-        if not is_user_error(error) and not isinstance(error, CheckpointError):
-            raise
-        say_error(error)
-        return _REFUSED
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return Outcome("", {"outcome": "interrupted", "error": "interrupted"}, 128 + signal.SIGINT)
 
 
 def _checked(overrides: Sequence[str]) -> JobConfig:
@@ -101,7 +87,7 @@ def _checked(overrides: Sequence[str]) -> JobConfig:
     return job
 
 
-def described(job: JobConfig, *, explained: bool = False) -> str:
+def describe(job: JobConfig, *, explained: bool = False) -> Outcome:
     """Return the configuration as YAML, with what it costs as comments below.
 
     Args:
@@ -113,14 +99,16 @@ def described(job: JobConfig, *, explained: bool = False) -> str:
     from trainer.config.reading import to_dict
     from trainer.planning.placing import cost_table
 
-    table = "\n".join(f"# {line}" for line in cost_table(job).splitlines())
+    costs = cost_table(job)
+    table = "\n".join(f"# {line}" for line in costs.splitlines())
     values = to_dict(job)
+    text = f"{yaml.safe_dump(values, sort_keys=False)}\n{table}"
     if explained:
-        return f"{commented_yaml(type(job), values)}\n\n{table}"
-    return f"{yaml.safe_dump(values, sort_keys=False)}\n{table}"
+        text = f"{commented_yaml(type(job), values)}\n\n{table}"
+    return Outcome(text, {"configuration": values, "costs": costs.splitlines()})
 
 
-def _launch(job: JobConfig) -> int:
+def _launch(job: JobConfig) -> Outcome:
     from trainer.config import paths
 
     say(f"run {job.run}: {paths.run_uri(job)}")
@@ -129,22 +117,21 @@ def _launch(job: JobConfig) -> int:
     from cluster.failure import WorkerFailed
     from cluster.launcher import run
     from trainer.cli import ending
-    from trainer.cli.ending import Console, final_report, summary
+    from trainer.cli.ending import Console
     from trainer.config.reading import to_dict
     from trainer.planning.placing import resolve_placement
     from trainer.training.preflight import preflight
-    from trainer.training.tracking import send_unsent, tracking_ui_hint
+    from trainer.training.tracking import send_unsent
     from trainer.training.worker import train_worker
 
     began = time.monotonic()
     console = Console()
     newest = preflight(job, report=console.note)
     complete = newest is not None and newest.images >= job.train.total_images
-    if newest is not None and complete and (report := final_report(job)) is not None:
+    if newest is not None and complete and (report := ending.final_report(job)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
         send_unsent(job, newest, report.metrics())
-        say(f"{summary(job, report, seconds=0.0)}\n\nlook at the run: {tracking_ui_hint(job)}")
-        return 0
+        return ending.complete(job, console, report, seconds=0.0)
 
     with _stop_on_signals() as (stop, received):
         logger.info("starting %d workers on %s", job.cluster.workers, job.cluster.backend)
@@ -184,7 +171,7 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        say("stopping after a final checkpoint; once more ends at once")
+        write("stopping after a final checkpoint; once more ends at once", sys.stdout)
         stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -195,12 +182,9 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
             signal.signal(number, handler)
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = command_parser(
-        "trainer.launch",
-        prog=prog,
-        description=_DESCRIPTION,
-        epilog=f"{_experiments()}\n\n{_EPILOG}",
+        "trainer.launch", description=_DESCRIPTION, epilog=f"{_experiments()}\n\n{_EPILOG}"
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
     parser.add_argument(

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipelines.files import write_atomic
 from trainer.config.reading import ConfigError
 
 
@@ -44,15 +45,17 @@ def read_picture(setting: str, path: str, *, channels: int, size: int) -> Tensor
 
 
 def write_picture(path: str, png: bytes) -> Path:
-    """Write a PNG, its folder included, and return where it is.
+    """Write a PNG whole or not at all, its folder included, and return where it is.
 
     Raises:
         ConfigError: If it cannot be written.
     """
     output = Path(path).expanduser()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(png)
+        if output.exists() and not output.is_file():
+            output.write_bytes(png)  # such as a pipe, which is not to be replaced
+        else:
+            write_atomic(output.resolve(), png)
     except OSError as error:
         raise ConfigError(f"output={path} cannot be written: {error}") from error
     return output

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 
 from cluster.hardware import HardwareError
-from pipelines.console import command_parser, say, say_error
+from pipelines.command import CommandParser, Outcome, command_parser, run
 from pipelines.formats import format_bytes
+from trainer.cli.command import parse_settings
 from trainer.cli.settings_page import ExplainAction
 from trainer.config.composition import composed
 from trainer.config.groups import members
@@ -45,46 +46,33 @@ like any other key (cluster.hardware.node_link_gb_per_s=100).
 
 exit codes: 0 something fits, 1 nothing fits, 2 the configuration cannot be used"""
 
-_NOTHING_FITS, _REFUSED = 1, 2
+_NOTHING_FITS = 1
 _ROWS = 12
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = _parser()
+    parse = partial(parse_settings, parser)
+    return run(parse, _plan, arguments, is_refusal=is_user_error)
 
-    Args:
-        arguments: Command line without the program's name; None takes the process's own.
-        prog: What was typed for the command; None is `python -m` and its module.
 
-    Returns:
-        The exit code.
-    """
-    options = _parser(prog).parse_args(arguments)
-    try:
-        job = composed(options.overrides)
-        found = _candidates(job)
-        own = predict_configured(job)
-        words = _words(job, found, own)
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
-        say_error(error)
-        return _REFUSED
+def _plan(options: argparse.Namespace) -> Outcome:
+    job = composed(options.overrides)
+    found = _candidates(job)
+    own = predict_configured(job)
+    words = _words(job, found, own)
     chosen = fastest(found)
-    if options.json:
-        plan = {
-            "chosen": as_json(chosen) if chosen else None,
-            "configured": as_json(own) if own else None,
-            "candidates": [as_json(one) for one in found],
-            "words": words,
-        }
-        say(json.dumps(plan, indent=1))
-    else:
-        shown = found if options.all else _shown(found)
-        table = placement_table(shown, chosen=chosen, left_out=len(found) - len(shown))
-        text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in words)
-        say(f"{table}\n\n{text}")
-    return 0 if chosen else _NOTHING_FITS
+    shown = found if options.all else _shown(found)
+    table = placement_table(shown, chosen=chosen, left_out=len(found) - len(shown))
+    text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in words)
+    values = {
+        "chosen": as_json(chosen) if chosen else None,
+        "configured": as_json(own) if own else None,
+        "candidates": [as_json(one) for one in found],
+        "words": words,
+    }
+    return Outcome(f"{table}\n\n{text}", values, 0 if chosen else _NOTHING_FITS)
 
 
 def _stages(job: JobConfig) -> Sequence[int]:
@@ -130,13 +118,12 @@ def _written(job: JobConfig) -> str:
     return str(job.engine.placement).replace(" ", "")
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     clusters = textwrap.fill(f"clusters: {', '.join(members('cluster'))}", width=100)
     parser = command_parser(
-        "trainer.plan", prog=prog, description=_DESCRIPTION, epilog=f"{clusters}\n\n{_EPILOG}"
+        "trainer.plan", description=_DESCRIPTION, epilog=f"{clusters}\n\n{_EPILOG}"
     )
     parser.add_argument("overrides", nargs="*", metavar="+exp=NAME | key=value")
     parser.add_argument("--explain", action=ExplainAction, kind=lambda: JobConfig)
     parser.add_argument("--all", action="store_true", help="print all candidates")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     return parser

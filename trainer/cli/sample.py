@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from pipelines.command import Outcome
 from trainer.cli.command import run_command
 from trainer.cli.pictures import write_picture
 from trainer.config.reading import ConfigError
@@ -57,21 +57,8 @@ class SampleConfig(ModelSource):
             )
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command and return its exit code."""
-    return run_command(
-        SampleConfig,
-        sample_grid,
-        module="trainer.sample",
-        description=_DESCRIPTION,
-        example=_EXAMPLE,
-        arguments=arguments,
-        prog=prog,
-    )
-
-
-def sample_grid(config: SampleConfig) -> Path:
-    """Draw the grid and return where it was written.
+def sample_grid(config: SampleConfig) -> Outcome:
+    """Draw the grid, and answer where it was written.
 
     Raises:
         ConfigError: For a class or weights the checkpoint does not have, guidance without a trained
@@ -88,4 +75,27 @@ def sample_grid(config: SampleConfig) -> Path:
     labels = torch.tensor(classes).repeat_interleave(config.columns)
     logger.info("drawing %d images on %s", len(labels), trained.device)
     drawn = image_sampler.all(trained.model, labels)
-    return write_picture(config.output, grid_png(drawn.images, columns=config.columns))
+    output = write_picture(config.output, grid_png(drawn.images, columns=config.columns))
+    return Outcome(
+        f"{output}",
+        {
+            "output": output,
+            "checkpoint": trained.checkpoint,
+            "weights": config.weights,
+            "classes": classes,
+            "columns": config.columns,
+            "images": len(labels),
+            "network_evaluations": sum(drawn.nfe),
+        },
+    )
+
+
+main = partial(
+    run_command,
+    SampleConfig,
+    sample_grid,
+    module="trainer.sample",
+    description=_DESCRIPTION,
+    example=_EXAMPLE,
+)
+"""Runs the command, given its words or none for the process's own, and returns its exit code."""

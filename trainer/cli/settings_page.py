@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.console import say, say_error
+from pipelines.command import REFUSED, Outcome, answer
+from trainer.config.renamed import current_key
 from trainer.config.settings import MISSING, Setting, closest, leaf_types, listed, settings_of
 
 _WIDTH = 100
@@ -23,22 +24,31 @@ def settings_page(kind: type[Any]) -> str:
     return "\n".join(_entry(setting) for setting in settings_of(kind))
 
 
-def explanation(kind: type[Any], key: str) -> str:
-    """Describe one setting, or all of a group.
+def explanation(kind: type[Any], key: str) -> Outcome:
+    """Describe one setting, or all of a group, or say that there is none and guess.
 
     Args:
         kind: The configuration dataclass.
-        key: Such as "loader.decode_threads" or "loader".
-
-    Raises:
-        KeyError: There is no such setting; the argument says so and guesses.
+        key: Such as "loader.decode_threads" or "loader"; an old name stands for the new one.
     """
     settings = list(settings_of(kind))
+    key = current_key(key, [each.key for each in settings])
     found = [each for each in settings if each.key == key or each.key.startswith(f"{key}.")]
     if not found:
         meant = closest(key, [each.key for each in settings])
-        raise KeyError(f"there is no setting {key}" + (f"; did you mean {meant}?" if meant else ""))
-    return "\n".join(_entry(setting) for setting in found)
+        guess = f"; did you mean {meant}?" if meant else ""
+        return Outcome("", exit_code=REFUSED, error=f"there is no setting {key}{guess}")
+    values = {
+        each.key: {
+            "default": None if each.default == MISSING else each.default,
+            "required": each.default == MISSING,
+            "kind": kind_of(each.wanted),
+            "meaning": each.meaning,
+        }
+        for each in found
+        if not each.is_group
+    }
+    return Outcome("\n".join(map(_entry, found)), {"settings": values})
 
 
 def commented_yaml(kind: type[Any], values: Mapping[str, Any]) -> str:
@@ -85,12 +95,9 @@ class ExplainAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
         """Say it."""
         _, key, *_ = arguments
-        try:
-            say(explanation(self._kind(), key))
-        except KeyError as error:
-            say_error(error.args[0])
-            parser.exit(2)
-        parser.exit()
+        explained = explanation(self._kind(), key)
+        answer(explained)
+        parser.exit(explained.exit_code)
 
 
 def _entry(setting: Setting) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from pipelines.command import Outcome
 from pipelines.console import say
 from pipelines.domains import Checked
 from trainer.cli.command import run_command
@@ -49,21 +50,8 @@ class UiConfig(Checked):
     port: Annotated[int, Field(ge=1, le=65535)] = PORT
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run the command and return its exit code."""
-    return run_command(
-        UiConfig,
-        show,
-        module="trainer.ui",
-        description=_DESCRIPTION,
-        example="home=~/lapflow",
-        arguments=arguments,
-        prog=prog,
-    )
-
-
-def show(config: UiConfig) -> str:
-    """Serve the pages in place of this process; for a server, return the address alone.
+def show(config: UiConfig) -> Outcome:
+    """Say the address, and serve the pages in place of this process unless a server does.
 
     Raises:
         ConfigError: There are no runs, or the port is taken.
@@ -73,7 +61,8 @@ def show(config: UiConfig) -> str:
     tracking = TrackingConfig(uri=config.uri, experiment=config.experiment)
     uri = tracking_uri(tracking, home)
     if uri.startswith("http"):
-        return page(uri, check_tracker(tracking, home))
+        address = page(uri, check_tracker(tracking, home))
+        return Outcome(address, {"address": address, "served_here": False})
     file = Path(uri.removeprefix("sqlite:///"))
     if not file.exists():
         raise ConfigError(
@@ -83,12 +72,17 @@ def show(config: UiConfig) -> str:
     _check_free(config.port)
     server = f"http://{_HOST}:{config.port}"
     try:
-        say(f"open {page(server, check_tracker(tracking, home))} once it says that it runs")
+        address = page(server, check_tracker(tracking, home))
     except ExperimentDeleted as error:
         say(f"warning: {error}", to=sys.stderr)
-        say(f"open {server} once it says that it runs")
+        address = server
     words = ["mlflow", "ui", "--host", _HOST, "--port", str(config.port)]
-    return os.execv(sys.executable, [sys.executable, "-m", *words, "--backend-store-uri", uri])
+    words = [sys.executable, "-m", *words, "--backend-store-uri", uri]
+    return Outcome(
+        f"open {address} once it says that it runs",
+        {"address": address, "served_here": True},
+        then=lambda: os.execv(sys.executable, words),
+    )
 
 
 def _check_free(port: int) -> None:
@@ -101,3 +95,14 @@ def _check_free(port: int) -> None:
                 f"port={port} cannot be listened on: {error}; is it open already? Or set another, "
                 f"as in port={PORT + 1}"
             ) from error
+
+
+main = partial(
+    run_command,
+    UiConfig,
+    show,
+    module="trainer.ui",
+    description=_DESCRIPTION,
+    example="home=~/lapflow",
+)
+"""Runs the command, given its words or none for the process's own, and returns its exit code."""

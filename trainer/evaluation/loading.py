@@ -28,6 +28,7 @@ from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
 from trainer.checkpoint.layout import manifest_key
 from trainer.checkpoint.manifest import MAX_ELEMENTS, Manifest
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
 from trainer.config.job import DataConfig, EvalConfig, TrainConfig, check_guidance
 from trainer.config.reading import ConfigError, from_dict
@@ -360,6 +361,7 @@ class LoadedModel:
     """What it takes to sample images.
 
     Attributes:
+        checkpoint: URI of what was loaded.
         model: The network, in evaluation mode, on its device.
         record: What the checkpoint says of it.
         flow: The flow it was trained with.
@@ -369,6 +371,7 @@ class LoadedModel:
             not record it.
     """
 
+    checkpoint: str
     model: nn.Module
     record: ModelRecord
     flow: Flow
@@ -469,6 +472,7 @@ class ModelSource(Checked):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(record.engine.dtype)
         return LoadedModel(
+            checkpoint=CheckpointReader(store, run=manifest.run).uri(manifest.images),
             model=model.to(device).eval(),
             record=record,
             flow=Flow(record.flow),

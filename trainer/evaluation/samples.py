@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from safetensors.torch import load, save
@@ -14,8 +15,8 @@ from models.codec import Codec
 from models.flow.flow import Flow
 from models.flow.sampler import Samples, sample
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
+from pipelines.progress import Progress, figures_in
 from trainer import rng
-from trainer.clock import Throttle
 from trainer.config.shapes import ImageShape
 from trainer.host_group import HostGroup
 
@@ -138,28 +139,35 @@ class ImageSampler:
         ranks = ranks or HostGroup(alone=True)
         size = -(-len(labels) // -(-len(labels) // self.batch)) if len(labels) else 1
         starts = range(0, len(labels), size)
-        report_due = Throttle(_REPORT_INTERVAL_S)
-        for turn in range(0, len(starts), ranks.world_size):
-            # Ranks that are left over in the last turn draw the last block too, to keep step.
-            own = self._block(model, labels, starts[min(turn + ranks.rank, len(starts) - 1)], size)
-            left = False
-            for source in range(min(ranks.world_size, len(starts) - turn)):
-                if ranks.rank == 0:
-                    block = own
-                    if source > 0:
-                        block = SampleBlock.from_bytes(ranks.receive(source))
-                    if report_due():
-                        done = block.first + len(block.images)
-                        logger.info("%d of %d images are drawn", done, len(labels))
-                    try:
-                        if not left:
-                            yield block
-                    except GeneratorExit:
-                        left = True  # the others are still handing theirs over
-                elif ranks.rank == source:
-                    ranks.send(own.to_bytes(), to=0)
-            if ranks.broadcast(bytes([left]), source=0) != bytes([False]):
-                return
+        with Progress(
+            "drawing images",
+            len(labels),
+            report=partial(logger.info, "%s"),
+            line=lambda pace: f"{pace.done:.0f} of {pace.total} images are drawn",
+            figures=figures_in("images"),
+            every_s=_REPORT_INTERVAL_S,
+            last=False,
+        ) as progress:
+            for turn in range(0, len(starts), ranks.world_size):
+                # Ranks that are left over in the last turn draw the last block too, to keep step.
+                first = starts[min(turn + ranks.rank, len(starts) - 1)]
+                own = self._block(model, labels, first, size)
+                left = False
+                for source in range(min(ranks.world_size, len(starts) - turn)):
+                    if ranks.rank == 0:
+                        block = own
+                        if source > 0:
+                            block = SampleBlock.from_bytes(ranks.receive(source))
+                        progress.add(len(block.images))
+                        try:
+                            if not left:
+                                yield block
+                        except GeneratorExit:
+                            left = True  # the others are still handing theirs over
+                    elif ranks.rank == source:
+                        ranks.send(own.to_bytes(), to=0)
+                if ranks.broadcast(bytes([left]), source=0) != bytes([False]):
+                    return
 
     def _block(self, model: nn.Module, labels: Tensor, first: int, size: int) -> SampleBlock:
         """Draw images first … first + size - 1; those beyond the last label are thrown away."""

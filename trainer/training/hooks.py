@@ -17,12 +17,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.formats import format_duration
-from trainer.clock import due
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import Engine
 from trainer.evaluation.grid import grid_png
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import Tracker
+
+
+def due(before_images: int, after_images: int, interval_images: int) -> bool:
+    """Tell whether a multiple of the interval lies in (before, after].
+
+    Args:
+        before_images: Images seen before the update.
+        after_images: Images seen after it.
+        interval_images: The interval; 0 means never.
+
+    Returns:
+        True when something that happens every `interval_images` images happens now.
+    """
+    if interval_images <= 0:
+        return False
+    return before_images // interval_images < after_images // interval_images
 
 
 @dataclass(frozen=True, kw_only=True)

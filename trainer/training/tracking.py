@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pipelines.console import typed
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
@@ -108,7 +109,7 @@ def tracking_ui_hint(job: JobConfig) -> str:
         return f"nowhere for now: {error}"
     if uri.startswith("http"):
         return page(uri, experiment)
-    words = [sys.executable, "-m", "trainer.ui"]
+    words = [typed("trainer.ui", python=sys.executable)]
     words += [f"home={home}"] if job.tracking.uri is None else [f"uri={uri}"]
     if job.tracking.experiment != type(job.tracking).experiment:
         words.append(f"experiment={job.tracking.experiment}")

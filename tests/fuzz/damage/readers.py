@@ -180,7 +180,7 @@ def _data_verified(home: Path, scratch: Path) -> Watched:
     values, last = [], None
     for split in ("train", "test"):
         file = scratch / f"{split}.json"
-        words = ["verify", str(data_of(home) / split), "--workers", "1", "--json", str(file)]
+        words = ["verify", str(data_of(home) / split), "--workers", "1", "--report", str(file)]
         last = commanded(ingest, words, codes=(0, 1))
         if last.raw or last.refusal:
             return last

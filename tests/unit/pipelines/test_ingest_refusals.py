@@ -247,9 +247,9 @@ def test_a_report_that_cannot_be_written_in_the_end_is_not_lost(
     target = tmp_path / "out"
     assert main(["image-folder", str(folder), str(target), "--workers", "1"]) == 0
     capsys.readouterr()
-    assert main(["verify", str(target / "train"), "--workers", "1", "--json", "/dev/full"]) == 2
+    assert main(["verify", str(target / "train"), "--workers", "1", "--report", "/dev/full"]) == 2
     said = capsys.readouterr()
-    assert "--json /dev/full cannot be written any more (No space left on device)" in said.err
+    assert "--report /dev/full cannot be written any more (No space left on device)" in said.err
     report = json.loads(said.out[said.out.index("\n{") :])
     assert report["samples"] == 10
 

@@ -76,7 +76,7 @@ def replace_by_a_folder(shard: Path) -> None:
 def test_a_sound_dataset_is_described(
     train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verified(str(train), "--json", str(tmp_path / "report.json")) == 0
+    assert verified(str(train), "--report", str(tmp_path / "report.json")) == 0
     said = capsys.readouterr().out
     assert f"20 images in {len(shards_of(train))} shards of" in said
     assert "20 PNG RGB\n  20 of 10 x 12\n" in said
@@ -240,7 +240,7 @@ def test_what_cannot_be_verified_is_refused(
     for words, message in (
         ([str(tmp_path / "none")], "There is no dataset at"),
         ([str(train), "--workers", "0"], "workers=0 must be at least 1"),
-        ([str(train), "--json", str(tmp_path / "no" / "where")], "where cannot be written"),
+        ([str(train), "--report", str(tmp_path / "no" / "where")], "where cannot be written"),
     ):
         assert main(["verify", *words]) == 2
         captured = capsys.readouterr()
@@ -249,6 +249,30 @@ def test_what_cannot_be_verified_is_refused(
     (train / ABOUT_NAME).write_text("{}")
     assert verified(str(train)) == 2
     assert f"{train}/ingest.json is not what pipelines.ingest writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{train} --workers 1 --json {file}",
+        "{train} --workers 1 --json={file}",
+        "--json {file} {train} --workers 1",
+        "--workers 1 --json {file} --decoder pillow {train}",
+    ],
+)
+def test_a_file_behind_json_is_understood_with_a_note(
+    tmp_path: Path, train: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    file = tmp_path / "report.json"
+    assert main(["verify", *words.format(train=train, file=file).split()]) == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("FINE: all as it should be\n")
+    assert said.err.startswith("note: --json FILE is --report FILE now")
+    for flags in (["--json", str(train)], [str(train), "--json"]):
+        assert main(["verify", "--workers", "1", "-q", *flags]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out) == {**json.loads(file.read_text()), "exit_code": 0}
+        assert said.err == ""
 
 
 def test_a_shard_that_its_store_does_not_give_is_listed(

@@ -1,12 +1,19 @@
 """The last words of a launch promise only what the same command can keep."""
 
 import dataclasses
-import sys
 
 import pytest
 
 from tests.support.configuration import configuration
-from trainer.cli.ending import FAILED, REFUSED, Console, failed, how_to_go_on
+from trainer.cli.ending import (
+    FAILED,
+    REFUSED,
+    UNSAVED,
+    Console,
+    failed,
+    how_to_go_on,
+    stopped,
+)
 
 URI = "s3://bucket/lapflow/runs/digits/checkpoints/000000001280"
 
@@ -33,17 +40,50 @@ def test_a_stopped_run_goes_on_by_the_same_command_where_it_can(job):
 
 
 def test_a_mistake_is_not_cured_by_the_same_command(job, capsys):
-    assert failed(job, heard(), ValueError("it diverged")) == FAILED
-    assert failed(job, heard(begun=False), ValueError("no such image")) == REFUSED
+    begun = failed(job, heard(), ValueError("it diverged"))
+    assert begun.exit_code == FAILED
+    assert failed(job, heard(begun=False), ValueError("no such image")).exit_code == REFUSED
     output = capsys.readouterr()
-    assert "same command" not in output.out + output.err
-    assert f"the run's last checkpoint is {URI}" in output.out
+    assert output.err.splitlines() == ["error: it diverged", "error: no such image"]
+    assert "same command" not in begun.text + output.out + output.err
+    assert begun.text == f"the run's last checkpoint is {URI}"
 
 
 def test_a_failure_may_be_gone_the_next_time(job, capsys):
-    assert failed(job, heard(), RuntimeError("worker 1 was lost")) == FAILED
-    sys.stdout.flush()
-    said = capsys.readouterr().out
-    assert f"once the cause is gone, run the same command again to continue {URI}" in said
-    assert failed(job, heard(saved=False), RuntimeError("worker 1 was lost")) == FAILED
+    lost = failed(job, heard(), RuntimeError("worker 1 was lost"))
+    assert lost.exit_code == FAILED
+    assert lost.text == f"once the cause is gone, run the same command again to continue {URI}"
+    nothing = failed(job, heard(saved=False), RuntimeError("worker 1 was lost"))
+    assert (nothing.text, nothing.exit_code) == ("", FAILED)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow  # MLflow makes its tables
+def test_programs_are_told_how_a_launch_ended(job):
+    console = heard()
+    console.message({"kind": "progress", "images": 1500, "text": "1,500 images"})
+    console.message({"kind": "tracked", "run_id": "4ae"})
+    told = {
+        "run": "digits",
+        "uri": f"{job.home}/store/runs/digits",
+        "images": 1500,
+        "checkpoint": URI,
+        "mlflow_run_id": "4ae",
+    }
+    console.tracked, tracked = "", console.tracked  # there is no such run to be ended
+    values = failed(job, console, RuntimeError("worker 1 was lost")).values
+    assert values == {
+        **told,
+        "outcome": "failed",
+        "error": "worker 1 was lost",
+        "mlflow_run_id": None,
+    }
+    console.tracked = tracked
+    ended = stopped(job, console, signal_number=2)
+    assert ended.exit_code == 130
+    assert ended.values["look_at_it"] in ended.text
+    assert ended.values == {**told, "outcome": "stopped", "look_at_it": ended.values["look_at_it"]}
+    console.message({"kind": "checkpoint_failed", "images": 1600, "uri": "x", "text": "disk full"})
+    unsaved = stopped(job, console, signal_number=2)
+    assert unsaved.exit_code == UNSAVED
+    assert "could not be saved, the last after 1,600 images: disk full" in unsaved.error

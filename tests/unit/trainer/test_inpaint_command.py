@@ -1,5 +1,7 @@
 """The commands that draw from a checkpoint: pictures in, pictures out, and clear refusals."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from tests.support.saved import save_now
 from trainer.cli import evaluate, inpaint, sample
+from trainer.cli.pictures import write_picture
 from trainer.config.job import DataConfig
-from trainer.config.reading import to_dict
+from trainer.config.reading import ConfigError, to_dict
 from trainer.state import Fragment
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
@@ -219,3 +222,22 @@ def test_a_value_that_cannot_be_read_is_told_without_internals(capsys):
     error = capsys.readouterr().err
     assert "nothing" in error
     assert "object_type" not in error
+
+
+def test_a_picture_is_written_whole_or_not_at_all_and_where_its_name_points(tmp_path):
+    path = tmp_path / "new" / "picture.png"
+    assert write_picture(str(path), b"before") == path
+    link = tmp_path / "link.png"
+    link.symlink_to(path)
+    write_picture(str(link), b"after")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"after"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be written: .*File too large"):
+            write_picture(str(path), bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"after"
+    assert list(path.parent.iterdir()) == [path]

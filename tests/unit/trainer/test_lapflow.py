@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support.job import ROOT
 from tests.unit.trainer.test_override import HEAVY
-from trainer.cli.lapflow import COMMANDS
+from trainer.cli.lapflow import COMMANDS, main
 
 CURVES = ROOT / "tests" / "golden" / "losses"
 # As the console script does it.
@@ -112,6 +111,23 @@ def said(ended: tuple[int, str, str]) -> str:
 
 def test_each_command_is_where_python_finds_it_too():
     for name in COMMANDS:
+        assert COMMANDS[name].module == module_of(name)
         path = ROOT.joinpath(*module_of(name).split("."))
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
-        assert Path(ROOT, *COMMANDS[name].module.split(".")).with_suffix(".py").exists()
+
+
+@pytest.mark.parametrize("words", [["ingest"], ["ingest", "verify"], ["train"], ["ui"], ["plan"]])
+def test_help_calls_every_command_by_what_was_typed(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: lapflow {' '.join(words)} ")
+    assert "python -m" not in shown
+
+
+def test_hints_of_what_lies_far_below_call_commands_by_what_was_typed(capsys):
+    several = ["train", "+exp=digits", "train.seed=1,2"]
+    assert main(several) == 2
+    assert "in 0 1; do lapflow train" in capsys.readouterr().err
+    assert main(several, prog="python -m trainer") == 2
+    assert "in 0 1; do python -m trainer train" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pipelines.formats import format_duration
-from trainer.clock import Throttle, due
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.tracker import (
     MAX_POINTS,
@@ -17,7 +16,7 @@ from trainer.metrics.tracker import (
     TrackingConfig,
     UnsentPoints,
 )
-from trainer.training.hooks import Progress, Throughput, UpdateReport
+from trainer.training.hooks import Progress, Throughput, UpdateReport, due
 
 
 def test_values_are_reduced_as_declared_and_forgotten_by_the_flush():
@@ -173,16 +172,6 @@ def test_due_when_a_multiple_is_crossed(before, after, interval, expected):
 @pytest.mark.parametrize(("seconds", "text"), [(44.6, "45s"), (185, "3m05s"), (7620, "2h07m")])
 def test_durations_are_written_for_people(seconds, text):
     assert format_duration(seconds) == text
-
-
-def test_news_come_at_most_so_often():
-    now = [0.0]
-    report_due = Throttle(10.0, clock=lambda: now[0])
-    told = []
-    for now[0] in (3.0, 9.9, 10.0, 12.0, 25.0, 34.0, 35.0):
-        if report_due():
-            told.append(now[0])
-    assert told == [10.0, 25.0, 35.0]
 
 
 def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():

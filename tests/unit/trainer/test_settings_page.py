@@ -8,16 +8,18 @@ import yaml
 from docs import settings_page
 from tests.support.commands import GIVEN
 from tests.support.configuration import configuration
-from trainer.cli.checkpoints import ExportConfig, ListConfig
+from trainer.cli.checkpoints import ExportConfig
 from trainer.cli.checkpoints import main as checkpoints
 from trainer.cli.inpaint import InpaintConfig
 from trainer.cli.inpaint import main as inpaint
 from trainer.cli.launch import main as launch
+from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
 from trainer.cli.sample import main as sample
 from trainer.config.composition import configured
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
+from trainer.config.renamed import RENAMED
 from trainer.config.settings import settings_of
 
 DIGITS = "+exp=digits"
@@ -36,7 +38,7 @@ def shown(capsys: pytest.CaptureFixture[str], command: Any, *words: str) -> str:
     [
         (sample, SampleConfig, []),
         (inpaint, InpaintConfig, []),
-        (checkpoints, ListConfig, ["list"]),
+        (checkpoints, RetentionSettings, ["list"]),
         (checkpoints, ExportConfig, ["export"]),
     ],
 )
@@ -61,6 +63,10 @@ def test_one_setting_is_explained(capsys):
     assert "optim.learning_rate=0.0001" in group
     assert "optim.final_ratio" in group
     assert "did you mean optim.learning_rate?" in shown(capsys, launch, "--explain", "optim.lr")
+    for old, new in RENAMED.items():
+        renamed = shown(capsys, launch, "--explain", old)
+        assert f"  {new}=" in renamed
+        assert f"{old} is called {new} now" in renamed
 
 
 def test_the_whole_configuration_is_shown_with_its_meanings(capsys):

@@ -10,7 +10,6 @@ import pytest
 from pipelines.formats import format_bytes
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
-from trainer.checkpoint import content
 from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.objects import block_hash
@@ -76,7 +75,7 @@ def test_a_store_that_fails_damages_nothing() -> None:
 
 def test_progress_is_told_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now, lines = [100.0], list[str]()
-    monkeypatch.setattr(content.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: now[0])
     progress = ReadProgress(400 * 2**20, report=lines.append)
     for _ in range(8):
         now[0] += 1.0

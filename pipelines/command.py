@@ -1,0 +1,200 @@
+"""The frame of every command: its parser, and its answer as text or as one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NoReturn, TextIO
+
+from pipelines.console import as_typed, say_error, speak_as_command, typed, write
+
+REFUSED = 2
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command answers.
+
+    Attributes:
+        text: For people; "" is nothing.
+        values: The same for programs: a mapping of what `plain_values` knows, or what makes one if
+            it costs something.
+        exit_code: Of the process.
+        error: What went wrong, which is told below the text.
+        then: What is still to do once the answer is out.
+    """
+
+    text: str
+    values: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(default_factory=dict)
+    exit_code: int = 0
+    error: str = ""
+    then: Callable[[], object] | None = None
+
+
+def plain_values(value: Any) -> Any:
+    """Return what JSON can hold: a dataclass as an object, null for a number that is not finite."""
+    if is_dataclass(value):
+        return {each.name: plain_values(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain_values(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+class _Answers:
+    """Where the one JSON object of this process goes; None as long as people are answered."""
+
+    stream: TextIO | None = None
+    wanted = False
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command, whose help is laid out and whose errors are answers too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the words, and end."""
+        _answer_error(message, REFUSED)
+        super().error(as_typed(message))
+
+
+def command_parser(module: str, *, description: str, epilog: str | None = None) -> CommandParser:
+    """Return the parser of a command, whose help calls commands as they were typed.
+
+    Args:
+        module: Module that `python -m` runs.
+        description: Text of the help, whose examples call `python -m` and modules.
+        epilog: What follows the options.
+    """
+    parser = CommandParser(
+        prog=typed(module),
+        description=as_typed(description),
+        epilog=as_typed(epilog or "") or None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_answer_options(parser, default=False)
+    return parser
+
+
+def add_answer_options(parser: argparse.ArgumentParser, *, default: Any) -> None:
+    """Declare how a command answers.
+
+    Args:
+        parser: The command's.
+        default: Of both; a sub-command suppresses it, for the command has one.
+    """
+    group = parser.add_argument_group("answers (docs/first-steps.md#answers)")
+    group.add_argument(
+        "--json", action="store_true", default=default, help="one JSON object on standard output"
+    )
+    group.add_argument(
+        *("-q", "--quiet"),
+        action="store_true",
+        default=default,
+        help="nothing but the answer, warnings and errors",
+    )
+
+
+def run(
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    make: Callable[[argparse.Namespace], Outcome],
+    arguments: Sequence[str] | None,
+    *,
+    is_refusal: Callable[[Exception], bool],
+) -> int:
+    """Parse a command line, do what it says, and give the answer as it wants it.
+
+    Args:
+        parse: Parses the words; the options have `json` and `quiet`.
+        make: What the command does.
+        arguments: Command line without the program's name; None takes the process's own.
+        is_refusal: Whether an error is one of the user's, which has a message for them.
+
+    Returns:
+        The exit code: what the command says, or 2 for what it refuses.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    with _answer_alone("--json" in words):
+        options = parse(words)
+    with _answer_alone(options.json), speak_as_command(quiet=options.quiet):
+        try:
+            outcome = make(options)
+        except KeyboardInterrupt:
+            _answer_error("interrupted", _INTERRUPTED)
+            raise
+        except Exception as error:
+            if not is_refusal(error):
+                _answer_error(f"{type(error).__name__}: {error}", 1)
+                raise
+            outcome = Outcome("", exit_code=REFUSED, error=str(error))
+        answer(outcome)
+        return outcome.exit_code
+
+
+def answer(outcome: Outcome) -> None:
+    """Give the answer, on standard output."""
+    if _Answers.wanted:
+        made = outcome.values() if callable(outcome.values) else outcome.values
+        error = {"error": as_typed(outcome.error)} if outcome.error else {}
+        values = {**plain_values(made), **error, "exit_code": outcome.exit_code}
+        write(json.dumps(values, indent=2), _Answers.stream)
+    elif outcome.text:
+        write(outcome.text, sys.stdout)
+    if outcome.error:
+        say_error(outcome.error)
+    if outcome.then is not None:
+        outcome.then()
+
+
+def _answer_error(message: str, exit_code: int) -> None:
+    """Answer programs; people see what is raised."""
+    if _Answers.wanted:
+        values = {"error": as_typed(message), "exit_code": exit_code}
+        write(json.dumps(values, indent=2), _Answers.stream)
+
+
+@contextmanager
+def _answer_alone(alone: bool) -> Iterator[None]:
+    """Keep standard output for the answer in a `with` block, and send all else to standard error.
+
+    That holds for what other libraries and other processes write there too, which know the file
+    descriptor alone.
+    """
+    if not alone:
+        yield
+        return
+    with _kept_stdout() as stream, redirect_stdout(sys.stderr):
+        _Answers.stream, _Answers.wanted = stream, True
+        try:
+            yield
+        finally:
+            _Answers.stream, _Answers.wanted = None, False
+
+
+@contextmanager
+def _kept_stdout() -> Iterator[TextIO | None]:
+    """Give what standard output was, while its descriptor is that of standard error."""
+    stream = sys.stdout
+    number = None
+    with suppress(AttributeError, OSError, ValueError):
+        number = stream.fileno()
+    if number != 1:  # closed, or another object for the length of a test
+        yield stream
+        return
+    stream.flush()
+    with open(os.dup(1), "w", encoding=stream.encoding, errors="backslashreplace") as kept:
+        with suppress(OSError):
+            os.dup2(2, 1)
+        try:
+            yield kept
+        finally:
+            os.dup2(kept.fileno(), 1)

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -102,7 +103,7 @@ class Attempt:
         """
         seen = self._heard(patience_s)
         if seen is None and self.process.is_alive():
-            self._end()
+            self.end()
             return self._raw("hangs: still running after its time")
         self.process.join()
         if seen is None:
@@ -142,11 +143,12 @@ class Attempt:
     def _printed(self) -> str:
         return self._output.read_text(errors="replace") if self._output.exists() else ""
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """End the process and what it started: all of it is in its session."""
-        own = psutil.Process(self.process.pid)
-        for process in [*own.children(recursive=True), own]:
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.process.pid)
+            for process in [*own.children(recursive=True), own]:
+                process.kill()
         self.process.join()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
+from pipelines.progress import Pace, Progress
 from tests.fuzz.attempt import PATIENCE_S, Attempt, Task, first_ended
 from tests.fuzz.damage.kind import learn
 from tests.fuzz.kinds import KINDS, kind_of
@@ -23,7 +24,7 @@ class Campaign:
     Args:
         material: What to attack copies of.
         folder: An empty folder for the tries.
-        seed: Decides them all.
+        tally: Counts; its seed decides them all.
         at_once: How many run at a time.
         report: Takes lines for the user.
     """
@@ -33,7 +34,7 @@ class Campaign:
         material: Material,
         *,
         folder: Path,
-        seed: int,
+        tally: Tally,
         at_once: int,
         report: Callable[[str], None],
     ) -> None:
@@ -41,23 +42,54 @@ class Campaign:
         self._folder = folder
         self._at_once = at_once
         self._report = report
-        self.tally = Tally(seed)
+        self.tally = tally
 
     def learn(self) -> None:
         """Read what is undamaged, to compare with."""
-        Attempt(
-            Task("learn", self.tally.seed, 0),
-            learn,
-            material=self._material,
-            folder=self._place("learn"),
-        ).result()
+        task = Task("learn", self.tally.seed, 0)
+        attempt = Attempt(task, learn, material=self._material, folder=self._place("learn"))
+        try:
+            attempt.result()
+        except KeyboardInterrupt:
+            attempt.end()
+            raise
 
     def run(self, tasks: Iterator[Task], *, seconds: float, most: int | None = None) -> None:
         """Make tries until the time is over, or until so many are made."""
-        began = told = time.monotonic()
         running: dict[Attempt, float] = {}
+
+        def line(pace: Pace) -> str:
+            bad, rate = len(self.tally.findings), self.tally.tried / max(pace.done, 1e-9)
+            left_s = max(0.0, pace.total - pace.done)
+            return f"{self.tally.tried:,} tries, {bad} bad, {rate:.1f} tries/s, {left_s:.0f} s left"
+
+        try:
+            with Progress(
+                *("trying", seconds),
+                report=self._report,
+                line=line,
+                figures=line,
+                every_s=_REPORT_EVERY_S,
+                last=False,
+            ) as progress:
+                self._make(tasks, running, progress, seconds=seconds, most=most)
+        finally:
+            for attempt in running:  # interrupted
+                attempt.end()
+
+    def _make(
+        self,
+        tasks: Iterator[Task],
+        running: dict[Attempt, float],
+        progress: Progress,
+        *,
+        seconds: float,
+        most: int | None,
+    ) -> None:
+        began = time.monotonic()
         while True:
             now = time.monotonic()
+            progress.add(now - began - progress.done)
             over = now - began > seconds or (most is not None and self._begun(running) >= most)
             while not over and len(running) < self._at_once:
                 if (task := next(tasks, None)) is None:
@@ -68,9 +100,6 @@ class Campaign:
             if not running:
                 return
             self._take(running)
-            if (now := time.monotonic()) - told > _REPORT_EVERY_S:
-                told = now
-                self._report(self._progress(now - began, seconds))
 
     def _begun(self, running: dict[Attempt, float]) -> int:
         return self.tally.tried + len(running)
@@ -85,8 +114,8 @@ class Campaign:
         ended = first_ended(list(running), timeout_s=1.0)
         late = [each for each, since in running.items() if time.monotonic() - since > PATIENCE_S]
         for attempt in dict.fromkeys([*ended, *late]):
-            del running[attempt]
             seen = attempt.result(patience_s=0 if attempt in late else 5.0)
+            del running[attempt]
             before = len(self.tally.findings)
             self.tally.add(attempt.task, seen)
             for finding in self.tally.findings[before:]:
@@ -98,13 +127,6 @@ class Campaign:
         folder = self._folder / name
         folder.mkdir()
         return folder
-
-    def _progress(self, spent_s: float, seconds: float) -> str:
-        bad = len(self.tally.findings)
-        return (
-            f"{self.tally.tried:,} tries, {bad} bad, {self.tally.tried / spent_s:.1f} tries/s, "
-            f"{max(0.0, seconds - spent_s):.0f} s left"
-        )
 
 
 def tasks_of(seed: int, *, only: str | None, first: int = 0) -> Iterator[Task]:

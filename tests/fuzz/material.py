@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
@@ -129,6 +130,8 @@ def make_material(folder: Path, *, report: Callable[[str], None]) -> Material:
             report(f"{what} what is to be attacked")
             with redirect_stdout(log), redirect_stderr(log):
                 code = main(arguments)
+            if code == 128 + signal.SIGINT:
+                raise KeyboardInterrupt
             if code != 0:
                 log.flush()
                 said = (folder / "made").read_text()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from tests.fuzz.__main__ import main
 from tests.fuzz.attempt import Attempt, Kind, Task, ToolError, Try, announce
+from tests.fuzz.campaign import Campaign
 from tests.fuzz.hostile.judging import judged
 from tests.fuzz.kills import COMMANDS, killed
 from tests.fuzz.kinds import KINDS
@@ -168,3 +170,23 @@ def test_a_short_campaign_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_kind_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "nothing"]) == 2
     assert ", ".join(KINDS) in capsys.readouterr().err
+
+
+def test_ctrl_c_shows_what_was_counted_until_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(seed: int, **_: object) -> Iterator[Task]:
+        yield from (Task("settings", seed, number) for number in range(3))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tests.fuzz.campaign.tasks_of", pressed)
+    monkeypatch.setattr(Campaign, "learn", lambda _: None)
+    words = ["--material", str(tmp_path), "--seed", str(SEED), "--at-once", "2"]
+    assert main([*words, "--json", str(tmp_path / "figures.json")]) == 128 + signal.SIGINT
+    said = capsys.readouterr().out
+    # The other of two may have been under way.
+    (tried,) = re.findall(r", (\d) tries in \d+ s, interrupted", said)
+    assert tried in "23"
+    assert re.search(rf"^\| all +\| +{tried} \|", said, re.M)
+    assert json.loads((tmp_path / "figures.json").read_text())["tried"] == int(tried)
+    assert multiprocessing.active_children() == []

@@ -56,6 +56,7 @@ def interrupted(tmp_path, at: str, *words: str) -> tuple[int, str]:
         ("pipelines.ingest", "pipelines.errors"),
         ("pipelines.ingest.latents", "torch"),
         ("benchmarks.sampling", "torch"),
+        ("tests.fuzz", "pipelines.console"),
         ("benchmarks.data", "benchmarks.command"),
     ],
 )

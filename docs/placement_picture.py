@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from cluster.placement import Placement, replica_ranks
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.planning.placing import workload
 from trainer.planning.prediction import RankMemory, Workload, rank_memory
 
@@ -41,7 +41,7 @@ _STRIP, _GAP = 0.34, 0.06
 
 def placement() -> Figure:
     """Draw what each rank holds of each part, and the memory of a rank."""
-    work = workload(composed(_JOB))
+    work = workload(compose_job(_JOB))
     scales = len(work.scales)
     placements = (Placement.of({}, scales=scales), Placement.of(_SHARDED, scales=scales))
 
@@ -65,7 +65,7 @@ def placement() -> Figure:
         f"{where}{how}": rank_memory(load, where, zero_stage=_STAGE)
         for load, how in (
             (work, ""),
-            (workload(composed([*_JOB, recomputing])), ",\ncoarse scales recompute"),
+            (workload(compose_job([*_JOB, recomputing])), ",\ncoarse scales recompute"),
         )
         for where in placements
     }

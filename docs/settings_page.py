@@ -9,7 +9,7 @@ from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
 from trainer.cli.inpaint import InpaintConfig
 from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
-from trainer.cli.settings_page import kind_of, written
+from trainer.cli.settings_page import format_value, kind_of
 from trainer.cli.ui import UiConfig
 from trainer.config.job import JobConfig
 from trainer.config.settings import MISSING, Setting, settings_of
@@ -64,7 +64,9 @@ def _entries(kind: type[Any]) -> Iterator[str]:
 def _item(setting: Setting) -> str:
     kind = ""
     if not setting.is_group:
-        default = "must be given" if setting.default == MISSING else f"`{written(setting.default)}`"
+        default = (
+            "must be given" if setting.default == MISSING else f"`{format_value(setting.default)}`"
+        )
         kind = f" ({kind_of(setting.wanted)}; {default})"
     text = f"- `{setting.key}`{kind}: {_plain(setting.meaning)}"
     return textwrap.fill(

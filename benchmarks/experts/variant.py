@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.job import JobConfig
 
 
@@ -44,7 +44,7 @@ class Variant:
             if self.zero_stage == 0
             else [f"engine.zero_stage={self.zero_stage}", f"engine.precision={precision}"]
         )
-        return composed(
+        return compose_job(
             [
                 "+exp=imagenet_xl",
                 f"model={model}",

@@ -40,7 +40,7 @@ from trainer.storage.errors import InvalidKey
 pytestmark = pytest.mark.slow
 
 
-def described(body: dict[str, Any], name: str) -> list[Any]:
+def describe(body: dict[str, Any], name: str) -> list[Any]:
     """What a manifest says of one parameter: name, shape, slices."""
     return next(each for each in body["parameters"] if each[0] == name)
 
@@ -100,7 +100,7 @@ ATTACKS: dict[str, tuple[Callable[[Target], object], str]] = {
     ),
     "shapes of another model": (
         lambda it: it.forge(
-            lambda body: described(body, "embed.weight").__setitem__(slice(1, 2), [[7, 5]])
+            lambda body: describe(body, "embed.weight").__setitem__(slice(1, 2), [[7, 5]])
         ),
         "CheckpointMismatch: Parameter embed.weight has shape",
     ),

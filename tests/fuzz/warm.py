@@ -10,6 +10,6 @@ import tests.fuzz.kinds  # noqa: F401
 import trainer.cli.ending
 import trainer.training.preflight  # noqa: F401
 from tests.fuzz.material import SETTINGS
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 
-composed([*SETTINGS, "home=/nowhere"])
+compose_job([*SETTINGS, "home=/nowhere"])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.support.mlflow_server import mlflow_server
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.job import science
 from trainer.evaluation.grid import grid_png
 from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker, end_run
@@ -169,7 +169,7 @@ def test_a_run_whose_process_died_does_not_count_as_running(tmp_path, empty_trac
 
 def test_a_failure_before_training_ends_the_run_too(tmp_path, empty_tracker):
     shutil.copy(empty_tracker, tmp_path / "mlflow.db")
-    job = composed(["+exp=digits", f"home={tmp_path}"])
+    job = compose_job(["+exp=digits", f"home={tmp_path}"])
     chosen = science(job, data_digest="x")
     with (
         pytest.raises(MemoryError),

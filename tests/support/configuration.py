@@ -2,11 +2,11 @@
 
 from functools import cache
 
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.job import JobConfig
 
 
 @cache
 def configuration(*overrides: str) -> JobConfig:
     """Compose overrides as the command does, once; not for tests that change LAPFLOW_HOME."""
-    return composed(overrides)
+    return compose_job(overrides)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cluster.contract import Message, WorkerContext
 from cluster.launcher import run
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.reading import to_dict
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine
@@ -106,7 +106,7 @@ def trained(
             killed as soon as this is true.
         hold: What is not written at once; for a run that is killed.
     """
-    job = composed(overrides)
+    job = compose_job(overrides)
     validate(job)
     seen, running = Seen(), set(range(job.cluster.workers))
 

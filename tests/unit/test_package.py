@@ -43,9 +43,9 @@ def test_the_wheel_composes_every_experiment_in_any_folder(installed, tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(installed)}
     script = (
         "import trainer.config.groups as groups\n"
-        "from trainer.config.composition import composed\n"
+        "from trainer.config.composition import compose_job\n"
         "print(groups.__file__)\n"
-        "for name in groups.members('exp'): print(name, composed([f'+exp={name}']).run)\n"
+        "for name in groups.members('exp'): print(name, compose_job([f'+exp={name}']).run)\n"
     )
     place, *composed = run(sys.executable, "-c", script, cwd=tmp_path, env=environment).splitlines()
     assert Path(place).is_relative_to(installed)

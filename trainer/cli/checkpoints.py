@@ -58,7 +58,7 @@ def export_chosen_checkpoint(config: ExportConfig) -> Outcome:
             f"give {handle.uri}"
         )
     images = handle.images if config.choose is None else config.choose
-    found = handle.committed(images)
+    found = handle.list_committed(images)
     if found.newest_valid is None:
         raise DamagedCheckpoint(
             f"{config.uri} cannot be exported: {found.damaged[max(found.damaged)]}"
@@ -197,7 +197,7 @@ def verify_checkpoints(config: VerifyConfig) -> Outcome:
         StoreError: If the store fails.
     """
     handle = open_run(config.uri, config.store)
-    listing = handle.committed(handle.images)
+    listing = handle.list_committed(handle.images)
     damage = _damage(handle, listing)
     lines = []
     for images, problems in damage.items():

@@ -159,11 +159,11 @@ def _parse_subcommand(
 
 def _read(kind: type[C], overrides: Sequence[str], example: str) -> C:
     # Not for those who refuse their words, or ask for help.
-    from trainer.config.composition import MissingSettingError, configured
+    from trainer.config.composition import MissingSettingError, parse_words
     from trainer.config.reading import ConfigError
 
     try:
-        return configured(kind, overrides)
+        return parse_words(kind, overrides)
     except MissingSettingError as error:
         raise ConfigError(f"{error}, for example: {example}") from error
 

@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace) -> Outcome:
     a, b = (
-        _chosen(_read(source, experiment=options.experiment), options.metrics, source)
+        _choose(_read(source, experiment=options.experiment), options.metrics, source)
         for source in (options.a, options.b)
     )
     found = differences(a, b, tolerance=options.tolerance)
     same = agree(found, only_common=options.common_points)
     return Outcome(
-        described(found, tolerance=options.tolerance, only_common=options.common_points),
+        describe(found, tolerance=options.tolerance, only_common=options.common_points),
         {"same": same, "tolerance": options.tolerance, "metrics": found},
         0 if same else _DIFFERENT,
     )
@@ -64,7 +64,7 @@ def agree(found: Sequence[Difference], *, only_common: bool = False) -> bool:
     return all(one.first_at is None and (only_common or not one.unmatched) for one in found)
 
 
-def described(found: Sequence[Difference], *, tolerance: float, only_common: bool = False) -> str:
+def describe(found: Sequence[Difference], *, tolerance: float, only_common: bool = False) -> str:
     """Render differences for a terminal: a line for each metric, and the verdict.
 
     Args:
@@ -108,7 +108,7 @@ def _read(source: str, *, experiment: str) -> Curves:
     return run_curves(tracked_at, experiment=experiment, run=name)
 
 
-def _chosen(curves: Curves, patterns: str, source: str) -> Curves:
+def _choose(curves: Curves, patterns: str, source: str) -> Curves:
     wanted = patterns.split(",")
     chosen = {
         name: curve

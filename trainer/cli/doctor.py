@@ -91,7 +91,7 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Look at one part of the installation after the other."""
     yield _python()
-    wanted = _wanted()
+    wanted = _read_requirements()
     with ThreadPoolExecutor(2) as pool:  # each waits for a process
         yield from pool.map(lambda name: _package(name, wanted.get(name)), IMPORTS)
     if shutil.which("nvidia-smi") and _run(["nvidia-smi", "-L"]).returncode == 0:
@@ -108,7 +108,7 @@ def _python() -> Finding:
     )
 
 
-def _wanted() -> dict[str, Requirement]:
+def _read_requirements() -> dict[str, Requirement]:
     try:
         parsed = map(Requirement, importlib.metadata.requires(_PROJECT) or [])
     except importlib.metadata.PackageNotFoundError:

@@ -198,7 +198,7 @@ def _references(report: EvaluationReport) -> str:
 FAILED, REFUSED, UNSAVED = 1, 2, 3
 
 
-def failed(job: JobConfig, console: Console, error: Exception) -> Outcome:
+def end_failed(job: JobConfig, console: Console, error: Exception) -> Outcome:
     """Say why the workers could not go on, and answer whether the same command can.
 
     Args:
@@ -223,13 +223,13 @@ def failed(job: JobConfig, console: Console, error: Exception) -> Outcome:
     return Outcome(text, values, REFUSED if is_mistake and not console.begun else FAILED)
 
 
-def interrupted(job: JobConfig, console: Console) -> None:
+def end_interrupted(job: JobConfig, console: Console) -> None:
     """Have MLflow know that the workers were ended at once."""
     if console.tracked:
         end_run(job.tracking, str(paths.home(job)), console.tracked, "KILLED")
 
 
-def stopped(job: JobConfig, console: Console, *, signal_number: int) -> Outcome:
+def end_stopped(job: JobConfig, console: Console, *, signal_number: int) -> Outcome:
     """Answer how a run goes on that was asked to stop.
 
     Args:
@@ -240,12 +240,12 @@ def stopped(job: JobConfig, console: Console, *, signal_number: int) -> Outcome:
     hint = tracking_ui_hint(job)
     lines = (f"stopped; {how_to_go_on(job, console)}", f"look at the run: {hint}")
     values = {**_values(job, console, "stopped"), "look_at_it": hint}
-    unsaved = _unsaved(console)
+    unsaved = _report_unsaved(console)
     code = UNSAVED if unsaved else 128 + signal_number
     return Outcome("\n".join(map(visible, lines)), values, code, unsaved)
 
 
-def done(job: JobConfig, console: Console, *, seconds: float) -> Outcome:
+def end_finished(job: JobConfig, console: Console, *, seconds: float) -> Outcome:
     """Answer with the results of a run that went to its end.
 
     Args:
@@ -259,7 +259,7 @@ def done(job: JobConfig, console: Console, *, seconds: float) -> Outcome:
     except (StoreError, DataError) as error:
         console.note(f"warning: the results cannot be shown: {error}")
     shown = complete(job, console, report, seconds=seconds)
-    if unsaved := _unsaved(console):
+    if unsaved := _report_unsaved(console):
         return replace(shown, exit_code=UNSAVED, error=unsaved)
     trained = f"the run is trained to its end ({console.last_checkpoint}), but its"
     if console.unmeasured:
@@ -321,7 +321,7 @@ def how_to_go_on(job: JobConfig, console: Console) -> str:
     return f"run the same command again to continue {console.last_checkpoint}"
 
 
-def _unsaved(console: Console) -> str:
+def _report_unsaved(console: Console) -> str:
     if not console.failed_saves:
         return ""
     images, reason = max(console.failed_saves.items())

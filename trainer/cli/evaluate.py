@@ -31,7 +31,7 @@ Draw samples from a checkpoint and measure their Fréchet distance to held-out r
 Reports and grids are written below the run's evaluation/ folder, or below output=FOLDER."""
 
 
-def _measured(config: CheckpointEvaluationConfig) -> Outcome:
+def _measure(config: CheckpointEvaluationConfig) -> Outcome:
     try:
         reports = evaluate_checkpoints(config, report=say)
     except UnwrittenReport as error:
@@ -78,7 +78,7 @@ def _or_nothing(value: float | None, how: str) -> str:
 main = partial(
     run_command,
     CheckpointEvaluationConfig,
-    _measured,
+    _measure,
     module="trainer.evaluate",
     description=_DESCRIPTION,
     example=_EXAMPLE,

@@ -67,7 +67,7 @@ def _launch_or_describe(options: argparse.Namespace) -> Outcome:
     if options.multirun:
         return Outcome("", exit_code=REFUSED, error=_ONE_RUN)
     try:
-        job = _checked(options.overrides)
+        job = _check(options.overrides)
         if options.cfg or job.dry_run:
             return describe(job, explained=bool(options.cfg))
         return _launch(job)
@@ -75,14 +75,14 @@ def _launch_or_describe(options: argparse.Namespace) -> Outcome:
         return Outcome("", {"outcome": "interrupted", "error": "interrupted"}, 128 + signal.SIGINT)
 
 
-def _checked(overrides: Sequence[str]) -> JobConfig:
+def _check(overrides: Sequence[str]) -> JobConfig:
     """Compose and check the configuration; a name that does not exist costs no heavy import."""
     check_members(overrides)
-    from trainer.config.composition import composed
+    from trainer.config.composition import compose_job
     from trainer.data.splits import with_classes
     from trainer.training.validate import validate
 
-    job = with_classes(composed(overrides))
+    job = with_classes(compose_job(overrides))
     validate(job)
     return job
 
@@ -146,14 +146,14 @@ def _launch(job: JobConfig) -> Outcome:
                 group_size=resolve_placement(job).unit,
             )
         except (WorkerFailed, ClusterUnavailable) as error:
-            return ending.failed(job, console, error)
+            return ending.end_failed(job, console, error)
         except KeyboardInterrupt:
-            ending.interrupted(job, console)
+            ending.end_interrupted(job, console)
             raise
         if outcome.status == "stopped" and not console.finished:
             number = received[0] if received else signal.SIGINT
-            return ending.stopped(job, console, signal_number=number)
-        return ending.done(job, console, seconds=time.monotonic() - began)
+            return ending.end_stopped(job, console, signal_number=number)
+        return ending.end_finished(job, console, seconds=time.monotonic() - began)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pipelines.command import CommandParser, Outcome, command_parser, run
 from pipelines.formats import format_bytes
 from trainer.cli.command import parse_settings
 from trainer.cli.settings_page import ExplainAction
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.groups import members
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> Outcome:
-    job = composed(options.overrides)
+    job = compose_job(options.overrides)
     found = _candidates(job)
     own = predict_configured(job)
     words = _words(job, found, own)
     chosen = fastest(found)
-    shown = found if options.all else _shown(found)
+    shown = found if options.all else _select(found)
     table = placement_table(shown, chosen=chosen, left_out=len(found) - len(shown))
     text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in words)
     values = {
@@ -86,7 +86,7 @@ def _candidates(job: JobConfig) -> list[Candidate]:
         raise ConfigError(str(error)) from error
 
 
-def _shown(found: list[Candidate]) -> list[Candidate]:
+def _select(found: list[Candidate]) -> list[Candidate]:
     """The best, and what replicating everything would cost."""
     replicated = [one for one in found[_ROWS:] if not one.placement.sharded]
     return found[:_ROWS] + replicated
@@ -102,7 +102,7 @@ def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) ->
             for change, changed in changed_jobs(job).items()
         },
     )
-    settings = f"engine.placement={_written(job)} engine.zero_stage={zero_stage(job)}"
+    settings = f"engine.placement={_format_placement(job)} engine.zero_stage={zero_stage(job)}"
     if own is None:
         words.append(f"As configured ({settings}) nothing fits.")
     else:
@@ -114,7 +114,7 @@ def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) ->
     return words
 
 
-def _written(job: JobConfig) -> str:
+def _format_placement(job: JobConfig) -> str:
     return str(job.engine.placement).replace(" ", "")
 
 

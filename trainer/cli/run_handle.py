@@ -66,7 +66,7 @@ class RunHandle:
             raise self._nothing_there()
         return listing
 
-    def committed(self, images: int | None) -> CheckpointListing:
+    def list_committed(self, images: int | None) -> CheckpointListing:
         """Look at the committed checkpoints, or at one of them.
 
         Raises:
@@ -82,7 +82,7 @@ class RunHandle:
         if images not in there:
             raise ConfigError(
                 f"{self.uri} has no checkpoint of {images:,} images; it has those of "
-                f"{_joined([f'{each:,}' for each in there])}"
+                f"{_join([f'{each:,}' for each in there])}"
             )
         return dataclasses.replace(
             found,
@@ -97,7 +97,7 @@ class RunHandle:
         if self.run not in names:
             close = difflib.get_close_matches(self.run, names, n=1, cutoff=0.4)
             hint = f"; did you mean {runs}/{close[0]}?" if close else ""
-            there = f"the runs there are {_joined(names)}" if names else "there are no runs"
+            there = f"the runs there are {_join(names)}" if names else "there are no runs"
             return ConfigError(f"there is no run {self.run} in {runs}{hint} ({there})")
         below = sorted(
             {
@@ -108,7 +108,7 @@ class RunHandle:
         )
         if below:
             return ConfigError(
-                f"{self.uri} is no run but holds runs ({_joined(below)}): give for example "
+                f"{self.uri} is no run but holds runs ({_join(below)}): give for example "
                 f"{self.uri}/{below[0]}"
             )
         return ConfigError(
@@ -132,7 +132,7 @@ def open_run(uri: str, config: StoreConfig) -> RunHandle:
     return RunHandle(address, store, CheckpointIndex(store, run=address.run))
 
 
-def _joined(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     more = len(names) - _MAX_NAMES
     return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
@@ -209,7 +209,7 @@ def retained_checkpoints(settings: RetentionSettings) -> RetainedCheckpoints:
     scores = by_features.get(features, {}) if features else {}
     plan = listing.deletion_plan(settings.policy, scores=scores)
     listed = entries(listing, uri=handle.index.uri, reasons=plan.reasons, scores=scores)
-    notes = _unmeasured(settings, listed, features)
+    notes = _note_unmeasured(settings, listed, features)
     return RetainedCheckpoints(handle, listing, plan, listed, features, notes)
 
 
@@ -218,7 +218,7 @@ def _most_used(by_features: Mapping[str, Mapping[int, float]]) -> str | None:
     return max(sorted(by_features), key=lambda features: len(by_features[features]), default=None)
 
 
-def _unmeasured(
+def _note_unmeasured(
     settings: RetentionSettings, listed: Sequence[Entry], features: str | None
 ) -> tuple[str, ...]:
     if not settings.keep_best or any(each.frechet is not None for each in listed):

@@ -12,7 +12,7 @@ import yaml
 
 from pipelines.command import REFUSED, Outcome, answer
 from trainer.config.renamed import current_key
-from trainer.config.settings import MISSING, Setting, closest, leaf_types, listed, settings_of
+from trainer.config.settings import MISSING, Setting, closest, element_type, leaf_types, settings_of
 
 _WIDTH = 100
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -63,7 +63,7 @@ def commented_yaml(kind: type[Any], values: Mapping[str, Any]) -> str:
     def lines(group: Mapping[str, Any], prefix: str, indent: str) -> Iterator[str]:
         for name, value in group.items():
             setting = meanings[f"{prefix}{name}"]
-            yield from _wrapped(setting.meaning, f"{indent}# ")
+            yield from _wrap(setting.meaning, f"{indent}# ")
             if setting.is_group:
                 yield f"{indent}{name}:"
                 yield from lines(value, f"{setting.key}.", f"{indent}  ")
@@ -102,14 +102,14 @@ class ExplainAction(argparse.Action):
 
 def _entry(setting: Setting) -> str:
     if setting.is_group:
-        return "\n".join(_wrapped(setting.meaning, f"  {setting.key}: ", " " * 6))
-    default = "…" if setting.default == MISSING else written(setting.default)
+        return "\n".join(_wrap(setting.meaning, f"  {setting.key}: ", " " * 6))
+    default = "…" if setting.default == MISSING else format_value(setting.default)
     must = ", must be given" if setting.default == MISSING else ""
     head = f"  {setting.key}={default}  ({kind_of(setting.wanted)}{must})"
-    return "\n".join([head, *_wrapped(setting.meaning, " " * 6)])
+    return "\n".join([head, *_wrap(setting.meaning, " " * 6)])
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Write a value as YAML does, in one line."""
     text = yaml.safe_dump(
         list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000
@@ -119,7 +119,7 @@ def written(value: Any) -> str:
 
 def kind_of(wanted: Any) -> str:
     """Name what a setting can be."""
-    if part := listed(wanted):
+    if part := element_type(wanted):
         names = ", ".join(setting.key for setting in settings_of(part))
         return f"list of groups of {names}"
     words = [leaf for leaf in leaf_types(wanted) if isinstance(leaf, str)]
@@ -147,7 +147,7 @@ def _is_list(wanted: Any) -> bool:
     return is_list or any(_is_list(each) for each in typing.get_args(wanted))
 
 
-def _wrapped(text: str, first: str, rest: str | None = None) -> list[str]:
+def _wrap(text: str, first: str, rest: str | None = None) -> list[str]:
     return textwrap.wrap(
         text,
         _WIDTH,

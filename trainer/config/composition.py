@@ -37,7 +37,7 @@ class MissingSettingError(ConfigError):
     """A setting that has no default is not given."""
 
 
-def composed(overrides: Sequence[str]) -> JobConfig:
+def compose_job(overrides: Sequence[str]) -> JobConfig:
     """Compose `configs/launch.yaml` with overrides such as `+exp=digits train.seed=1`.
 
     Args:
@@ -81,7 +81,7 @@ def composed(overrides: Sequence[str]) -> JobConfig:
     return resolve_places(from_dict(JobConfig, values))
 
 
-def configured(kind: type[C], overrides: Sequence[str]) -> C:
+def parse_words(kind: type[C], overrides: Sequence[str]) -> C:
     """Read `key=value` words into a command's configuration dataclass.
 
     Raises:

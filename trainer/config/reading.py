@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipelines.domains import reason, shown
 from trainer.config.renamed import with_current_names
-from trainer.config.settings import Setting, closest, leaf_types, listed, settings_of
+from trainer.config.settings import Setting, closest, element_type, leaf_types, settings_of
 from trainer.storage.credentials import check_no_credentials
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def _settings(kind: type[Any], path: str) -> Mapping[str, Setting]:
     found: dict[str, Setting] = {}
     for setting in settings_of(kind, path):
         found[setting.key] = setting
-        part: Any = listed(setting.wanted)
+        part: Any = element_type(setting.wanted)
         if part is not None:
             found |= _settings(part, f"{setting.key}.")
     return found

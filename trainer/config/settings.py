@@ -82,7 +82,7 @@ def settings_of(kind: type[Any], prefix: str = "", *, defaults: Any = MISSING) -
             yield from settings_of(setting.wanted, f"{setting.key}.", defaults=own)
 
 
-def listed(wanted: Any) -> type[Any] | None:
+def element_type(wanted: Any) -> type[Any] | None:
     """Give the dataclass that a setting is a list of, if it is one."""
     arguments = typing.get_args(wanted)
     is_list = typing.get_origin(wanted) is tuple and dataclasses.is_dataclass(arguments[0])

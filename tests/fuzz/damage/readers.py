@@ -27,7 +27,7 @@ from trainer.cli.checkpoints import main as checkpoints
 from trainer.cli.ending import final_report
 from trainer.cli.evaluate import main as evaluate
 from trainer.cli.launch import main as launch
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.job import JobConfig, science
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_split, with_classes
@@ -71,7 +71,7 @@ def job_of(home: Path) -> JobConfig:
 
 @cache
 def _composed(home: Path) -> JobConfig:
-    return composed(launch_arguments(home, workers=1))
+    return compose_job(launch_arguments(home, workers=1))
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -9,7 +9,7 @@ that were tried move them further: a norm's epsilon of 1e-5 by 1.1e-5, GELU with
 import json
 
 from tests.golden.losses.record import FILE, kind, recorded
-from trainer.cli.compare_losses import agree, described
+from trainer.cli.compare_losses import agree, describe
 from trainer.metrics.curves import differences, read_curves
 
 ROUNDING = 5e-6
@@ -19,7 +19,7 @@ def test_the_losses_are_as_recorded() -> None:
     made_here = json.loads(FILE.read_text())["about"] == kind()
     tolerance = 0.0 if made_here else ROUNDING
     found = differences(read_curves(FILE), recorded(), tolerance=tolerance)
-    told = described(found, tolerance=tolerance)
+    told = describe(found, tolerance=tolerance)
     assert agree(found), f"{told}\nif this change is meant: make golden, and say why"
 
 

@@ -10,9 +10,9 @@ from trainer.cli.ending import (
     REFUSED,
     UNSAVED,
     Console,
-    failed,
+    end_failed,
+    end_stopped,
     how_to_go_on,
-    stopped,
 )
 
 URI = "s3://bucket/lapflow/runs/digits/checkpoints/000000001280"
@@ -40,9 +40,9 @@ def test_a_stopped_run_goes_on_by_the_same_command_where_it_can(job):
 
 
 def test_a_mistake_is_not_cured_by_the_same_command(job, capsys):
-    begun = failed(job, heard(), ValueError("it diverged"))
+    begun = end_failed(job, heard(), ValueError("it diverged"))
     assert begun.exit_code == FAILED
-    assert failed(job, heard(begun=False), ValueError("no such image")).exit_code == REFUSED
+    assert end_failed(job, heard(begun=False), ValueError("no such image")).exit_code == REFUSED
     output = capsys.readouterr()
     assert output.err.splitlines() == ["error: it diverged", "error: no such image"]
     assert "same command" not in begun.text + output.out + output.err
@@ -50,10 +50,10 @@ def test_a_mistake_is_not_cured_by_the_same_command(job, capsys):
 
 
 def test_a_failure_may_be_gone_the_next_time(job, capsys):
-    lost = failed(job, heard(), RuntimeError("worker 1 was lost"))
+    lost = end_failed(job, heard(), RuntimeError("worker 1 was lost"))
     assert lost.exit_code == FAILED
     assert lost.text == f"once the cause is gone, run the same command again to continue {URI}"
-    nothing = failed(job, heard(saved=False), RuntimeError("worker 1 was lost"))
+    nothing = end_failed(job, heard(saved=False), RuntimeError("worker 1 was lost"))
     assert (nothing.text, nothing.exit_code) == ("", FAILED)
     assert capsys.readouterr().out == ""
 
@@ -71,7 +71,7 @@ def test_programs_are_told_how_a_launch_ended(job):
         "mlflow_run_id": "4ae",
     }
     console.tracked, tracked = "", console.tracked  # there is no such run to be ended
-    values = failed(job, console, RuntimeError("worker 1 was lost")).values
+    values = end_failed(job, console, RuntimeError("worker 1 was lost")).values
     assert values == {
         **told,
         "outcome": "failed",
@@ -79,11 +79,11 @@ def test_programs_are_told_how_a_launch_ended(job):
         "mlflow_run_id": None,
     }
     console.tracked = tracked
-    ended = stopped(job, console, signal_number=2)
+    ended = end_stopped(job, console, signal_number=2)
     assert ended.exit_code == 130
     assert ended.values["look_at_it"] in ended.text
     assert ended.values == {**told, "outcome": "stopped", "look_at_it": ended.values["look_at_it"]}
     console.message({"kind": "checkpoint_failed", "images": 1600, "uri": "x", "text": "disk full"})
-    unsaved = stopped(job, console, signal_number=2)
+    unsaved = end_stopped(job, console, signal_number=2)
     assert unsaved.exit_code == UNSAVED
     assert "could not be saved, the last after 1,600 images: disk full" in unsaved.error

@@ -15,7 +15,7 @@ from tests.support.commands import refusal
 from tests.support.configuration import configuration
 from trainer.cli.launch import main
 from trainer.cli.sample import SampleConfig
-from trainer.config.composition import composed, configured
+from trainer.config.composition import compose_job, parse_words
 from trainer.config.job import JobConfig
 from trainer.config.overrides import parse_override
 from trainer.config.reading import ConfigError, from_dict, to_dict
@@ -26,7 +26,7 @@ DIGITS = "+exp=digits"
 
 @pytest.mark.parametrize("name", ["run", "123", "1", "1e3", "0x10", "true", "on", "1_000", "007"])
 def test_a_name_is_a_name_whatever_it_looks_like(name):
-    assert composed([DIGITS, f"run={name}"]).run == name
+    assert compose_job([DIGITS, f"run={name}"]).run == name
 
 
 def test_a_number_in_a_file_can_be_a_name():
@@ -65,7 +65,7 @@ def test_no_other_program_speaks_to_the_user(key):
     long, deep = "9" * 5000, "[" * 3000
     unfit = ("~/a", "a#b", "(a", "a,b", "[a", "ü", "a: b", "'", long, f"[0,{long}]", deep)
     for text in unfit:
-        error = refusal(lambda text=text: validate(composed([DIGITS, f"{key}={text}"]))) or ""
+        error = refusal(lambda text=text: validate(compose_job([DIGITS, f"{key}={text}"]))) or ""
         assert "\n" not in error
         for stranger in ("hydra", "lexer", "token", "omegaconf", "override", "primitive"):
             assert stranger not in error.lower(), error
@@ -95,7 +95,7 @@ def test_no_other_program_speaks_to_the_user(key):
 )
 def test_what_cannot_be_read_is_explained(word, parts):
     with pytest.raises(ConfigError) as caught:
-        composed([DIGITS, word])
+        compose_job([DIGITS, word])
     for part in parts:
         assert part in str(caught.value), str(caught.value)
 
@@ -120,7 +120,7 @@ def test_an_experiment_of_somebody_else_is_refused_in_a_line(
     for module in (trainer.config.groups, trainer.config.composition):
         monkeypatch.setattr(module, "CONFIG_FOLDER", folder)
     (folder / "exp" / "theirs.yaml").write_bytes(b"# @package _global_\n" + content)
-    error = refusal(lambda: composed(["+exp=theirs"]))
+    error = refusal(lambda: compose_job(["+exp=theirs"]))
     assert error is not None
     assert "train.seed" in reason or "from the files of +exp=theirs: " in error
     assert reason in error
@@ -136,20 +136,20 @@ def test_what_is_typed_is_taken_though_it_is_the_default(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("LAPFLOW_HOME", "/elsewhere")
     monkeypatch.setenv("HOME", "/somebody")
-    given = composed(["+exp=theirs"])
+    given = compose_job(["+exp=theirs"])
     assert (given.run, given.home) == ("theirs", "/theirs")
     for experiment in ("+exp=theirs", DIGITS):
-        typed = composed([experiment, "run=run", "home=~/lapflow"])
+        typed = compose_job([experiment, "run=run", "home=~/lapflow"])
         assert (typed.run, typed.home) == ("run", "/somebody/lapflow")
 
 
 def test_a_command_reads_no_environment_either():
     with pytest.raises(ConfigError, match="environment"):
-        configured(SampleConfig, ["checkpoint=/a/b", "output=${oc.env:HOME}"])
+        parse_words(SampleConfig, ["checkpoint=/a/b", "output=${oc.env:HOME}"])
 
 
 def test_a_setting_can_be_another_ones_value():
-    job = composed([DIGITS, "run=a-${train.seed}", "train.seed=3", "tracking.experiment=${run}"])
+    job = compose_job([DIGITS, "run=a-${train.seed}", "train.seed=3", "tracking.experiment=${run}"])
     assert (job.run, job.tracking.experiment) == ("a-3", "a-3")
 
 

@@ -9,7 +9,7 @@ from pipelines.ingest.digits import ensure_digits
 from tests.support.commands import GIVEN, leaves, refusal
 from tests.support.configuration import configuration
 from trainer.config import paths
-from trainer.config.composition import composed, configured
+from trainer.config.composition import compose_job, parse_words
 from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
 from trainer.config.settings import leaf_types
@@ -40,9 +40,9 @@ def read(kind: type[Any], text: str) -> dict[str, Any]:
     words = [f"{name}={value}" for name, value in GIVEN[kind].items() if name not in keys]
     words += [f"{key}={text}" for key in keys]
     if kind is JobConfig:
-        config: Any = composed([DIGITS, "codec.kind=autoencoder_kl", *words])
+        config: Any = compose_job([DIGITS, "codec.kind=autoencoder_kl", *words])
     else:
-        config = configured(kind, words)
+        config = parse_words(kind, words)
     return {key: reduce(getattr, key.split("."), config) for key in keys}
 
 
@@ -95,10 +95,11 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
 
 
 def test_what_is_no_path_stays():
-    job = composed([DIGITS, "codec.kind=autoencoder_kl", "codec.source=zelaki/eq-vae"])
+    job = compose_job([DIGITS, "codec.kind=autoencoder_kl", "codec.source=zelaki/eq-vae"])
     assert (job.codec.source, job.resume) == ("zelaki/eq-vae", "auto")
     assert (
-        composed([DIGITS, "tracking.uri=http://host:5000/a"]).tracking.uri == "http://host:5000/a"
+        compose_job([DIGITS, "tracking.uri=http://host:5000/a"]).tracking.uri
+        == "http://host:5000/a"
     )
 
 
@@ -110,7 +111,7 @@ def test_the_file_of_a_tracker_is_a_place_too(tmp_path, monkeypatch):
         ("/a.db", "/a.db"),
         ("~/a.db", f"{tmp_path}/home/a.db"),
     ):
-        assert composed([DIGITS, f"tracking.uri=sqlite:///{path}"]).tracking.uri == (
+        assert compose_job([DIGITS, f"tracking.uri=sqlite:///{path}"]).tracking.uri == (
             f"sqlite:///{meant}"
         )
 
@@ -122,7 +123,7 @@ def test_data_and_checkpoints_go_to_one_store(tmp_path, monkeypatch, uri):
     here.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    job = composed([DIGITS, f'store.uri="{uri.format(home=home)}"'])
+    job = compose_job([DIGITS, f'store.uri="{uri.format(home=home)}"'])
     ensure_digits(paths.data_prefix(job))
     open_store(paths.runs_uri(job), job.store).put("digits/a", b"b")
     assert (home / "st" / "datasets" / "digits" / "train" / "index.json").is_file()
@@ -132,7 +133,7 @@ def test_data_and_checkpoints_go_to_one_store(tmp_path, monkeypatch, uri):
 
 def test_workers_elsewhere_mean_the_same_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    job = composed([DIGITS, "store.uri=st", "home=h", "data.prefix=d", "shards.cache_dir=~/c"])
+    job = compose_job([DIGITS, "store.uri=st", "home=h", "data.prefix=d", "shards.cache_dir=~/c"])
     payload = to_dict(job)
     monkeypatch.chdir("/")
     monkeypatch.setenv("HOME", "/elsewhere")
@@ -146,7 +147,7 @@ def test_workers_elsewhere_mean_the_same_places(tmp_path, monkeypatch):
 def test_the_home_that_is_given_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
     monkeypatch.setenv("LAPFLOW_HOME", "/from/environment")
-    assert composed([DIGITS]).home == "/from/environment"
-    assert composed([DIGITS, "home=~/lapflow"]).home == "/somebody/lapflow"
+    assert compose_job([DIGITS]).home == "/from/environment"
+    assert compose_job([DIGITS, "home=~/lapflow"]).home == "/somebody/lapflow"
     monkeypatch.setenv("LAPFLOW_HOME", "")
-    assert composed([DIGITS]).home == "/somebody/lapflow"
+    assert compose_job([DIGITS]).home == "/somebody/lapflow"

@@ -14,7 +14,7 @@ from cluster.hardware import HardwareConfig
 from cluster.placement import Placement
 from models.transformer.cost import parameters
 from trainer.cli.plan import main
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.reading import ConfigError, to_dict
 from trainer.engine.protocol import EngineConfig
 from trainer.planning.placing import (
@@ -54,7 +54,7 @@ def cases():
 
 @cache
 def memory_of(cluster: str) -> float | None:
-    return composed(job_words(cluster)).cluster.hardware.gpu_memory_gib
+    return compose_job(job_words(cluster)).cluster.hardware.gpu_memory_gib
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_it_loads_nothing_that_trains():
 
 @pytest.fixture
 def xl():
-    return composed(job_words("h100_8"))
+    return compose_job(job_words("h100_8"))
 
 
 def with_engine(job, **changes):

@@ -7,7 +7,7 @@ import pytest
 import trainer.config.composition
 import trainer.config.groups
 from tests.support.configuration import configuration
-from trainer.config.composition import composed
+from trainer.config.composition import compose_job
 from trainer.config.job import JobConfig, fingerprinted, science
 from trainer.config.reading import from_dict, to_dict
 from trainer.config.renamed import RENAMED
@@ -49,27 +49,27 @@ def test_no_name_that_is_fingerprinted_changes():
 
 
 def test_an_old_name_on_the_command_line_sets_the_new_one_and_says_so(caplog):
-    assert composed([DIGITS, f"{OLD}=0.5"]).loader.max_bad_fraction == 0.5
+    assert compose_job([DIGITS, f"{OLD}=0.5"]).loader.max_bad_fraction == 0.5
     assert f"{OLD} is called {NEW} now" in caplog.text
 
 
 def test_a_mistake_is_told_of_the_new_name():
     with pytest.raises(ValueError, match=r"max_bad_fraction=2\.0|loader: max_bad_fraction"):
-        validate(composed([DIGITS, f"{OLD}=2.0"]))
+        validate(compose_job([DIGITS, f"{OLD}=2.0"]))
 
 
 def test_an_old_name_in_an_experiment_file_sets_the_new_one_and_says_so(theirs, caplog):
-    assert composed([theirs]).loader.max_bad_fraction == 0.25
+    assert compose_job([theirs]).loader.max_bad_fraction == 0.25
     assert f"{OLD} is called {NEW} now" in caplog.text
 
 
 @pytest.mark.parametrize("key", [OLD, NEW])
 def test_the_command_line_wins_over_an_old_name_in_a_file(theirs, key):
-    assert composed([theirs, f"{key}=0.5"]).loader.max_bad_fraction == 0.5
+    assert compose_job([theirs, f"{key}=0.5"]).loader.max_bad_fraction == 0.5
 
 
 def test_new_names_are_told_nothing(caplog):
-    assert composed([DIGITS, f"{NEW}=0.5"]).loader.max_bad_fraction == 0.5
+    assert compose_job([DIGITS, f"{NEW}=0.5"]).loader.max_bad_fraction == 0.5
     assert not caplog.text
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.configuration import configuration
 from trainer.cli.sample import SampleConfig
-from trainer.config.composition import composed, configured
+from trainer.config.composition import compose_job, parse_words
 from trainer.config.groups import members
 from trainer.config.job import JobConfig, config_fingerprint, difference, fingerprinted, science
 from trainer.config.reading import ConfigError, defaults, from_dict, to_dict
@@ -19,7 +19,7 @@ LATENT = ("+exp=digits", "codec=sd_vae", "data.image_size=64", "data.prepare=non
 
 def refused(*overrides: str) -> str:
     with pytest.raises(ValueError) as caught:
-        validate(composed(overrides))
+        validate(compose_job(overrides))
     assert type(caught.value) is not ValueError
     message = str(caught.value)
     assert "\n" not in message
@@ -40,12 +40,12 @@ def test_every_experiment_is_valid(name):
 
 
 def test_a_configuration_survives_the_way_to_the_workers():
-    job = composed(["+exp=digits", "flow=three_scales", "+engine.deepspeed.a={b: 1}"])
+    job = compose_job(["+exp=digits", "flow=three_scales", "+engine.deepspeed.a={b: 1}"])
     assert from_dict(JobConfig, to_dict(job)) == job
 
 
 def test_the_command_line_wins_over_the_experiment():
-    job = composed(["+exp=digits", "model=b_2", "train.seed=7", "run=mine"])
+    job = compose_job(["+exp=digits", "model=b_2", "train.seed=7", "run=mine"])
     assert (job.model.width, job.train.seed, job.run) == (768, 7, "mine")
 
 
@@ -231,12 +231,12 @@ def test_the_flow_works_on_latents_where_images_are_encoded_on_the_way():
     assert shape("+exp=imagenet_xl") == (4, 32)
     assert encodes(configuration(*LATENT))
     assert not encodes(configuration("+exp=digits"))
-    assert not encodes(composed([*LATENT, "data.space=latent", "data.channels=4"]))
+    assert not encodes(compose_job([*LATENT, "data.space=latent", "data.channels=4"]))
 
 
 def test_one_stage_per_step_needs_no_share_for_each_stage():
     validate(
-        composed(
+        compose_job(
             [
                 "+exp=digits",
                 "flow.stage_choice=one_per_step",
@@ -282,8 +282,8 @@ def test_every_setting_is_documented():
 def test_what_must_be_given_is_asked_for():
     assert defaults(SampleConfig)["checkpoint"] == "???"
     with pytest.raises(ConfigError, match="checkpoint"):
-        configured(SampleConfig, ["columns=3"])
+        parse_words(SampleConfig, ["columns=3"])
     with pytest.raises(ConfigError, match="colums"):
-        configured(SampleConfig, ["checkpoint=x", "colums=3"])
+        parse_words(SampleConfig, ["checkpoint=x", "colums=3"])
     with pytest.raises(ConfigError, match="key=value"):
-        configured(SampleConfig, ["checkpoint"])
+        parse_words(SampleConfig, ["checkpoint"])

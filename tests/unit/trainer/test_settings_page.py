@@ -16,7 +16,7 @@ from trainer.cli.launch import main as launch
 from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
 from trainer.cli.sample import main as sample
-from trainer.config.composition import configured
+from trainer.config.composition import parse_words
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.config.renamed import RENAMED
@@ -79,7 +79,7 @@ def test_the_whole_configuration_is_shown_with_its_meanings(capsys):
 
 
 def test_defaults_of_a_command_win_over_those_of_a_part():
-    read = configured(SampleConfig, ["checkpoint=/a/b", "output=/c.png"])
+    read = parse_words(SampleConfig, ["checkpoint=/a/b", "output=/c.png"])
     assert read == SampleConfig(checkpoint="/a/b", output="/c.png")
 
 

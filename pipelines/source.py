@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -229,6 +230,22 @@ class Source:
                 f"{self.prefix}/{name} cannot be read ({error.strerror}). Restore the file, or let "
                 "this user read it."
             ) from error
+
+    def has(self, name: str, *, size_bytes: int) -> bool:
+        """Tell whether there is a file of a size; a store that tells no sizes is believed to.
+
+        Raises:
+            StoreUnreachableError: The store refuses.
+        """
+        url = f"{self._root}/{name}"
+        downloader = getattr(self._downloaders, "own", None) or self._connect()
+        try:
+            size = self._size(downloader, url)
+            return size is None or size == size_bytes
+        except Exception as error:
+            with suppress(FileNotFoundError):
+                self._raise_if_final(error, url=url, path=Path(name))
+            return False
 
     def read_index(self) -> bytes:
         """Fetch the content of index.json.

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from pipelines.documents import INDEX_SHA256, seal
 from pipelines.errors import BadDataError, EmptyDatasetError, IngestSettingError
-from pipelines.index import INDEX_NAME
+from pipelines.files import sync, write_atomic
+from pipelines.index import INDEX_NAME, Shard
 from pipelines.ingest.about import ABOUT_NAME, About
 from pipelines.ingest.listing import SourceImage
 from pipelines.ingest.source_files import PassedOver
@@ -178,23 +179,33 @@ class Plan:
                 report("complete, nothing to do")
                 return
             if target is not None:
-                self._write(work, report=report, upload=None)
+                self._write(work, report=report, upload=None, is_uploaded=lambda _: False)
                 work.replace(target)
+                sync(target.parent)
                 discard_records(target)
                 return
             work.mkdir(parents=True, exist_ok=True)
             upload = Upload(work, source.prefix)
-            for name in self._write(work, report=report, upload=upload):
+
+            def is_uploaded(shard: Shard) -> bool:
+                return source.has(shard.name, size_bytes=shard.size_bytes)
+
+            for name in self._write(work, report=report, upload=upload, is_uploaded=is_uploaded):
                 upload(name)
             upload(INDEX_NAME)
             shutil.rmtree(work)
 
     def _write(
-        self, work: Path, *, report: Callable[[str], None], upload: Upload | None
+        self,
+        work: Path,
+        *,
+        report: Callable[[str], None],
+        upload: Upload | None,
+        is_uploaded: Callable[[Shard], bool],
     ) -> Sequence[str]:
         """Write everything into the work folder; return the names of the documents."""
         finished = []
-        for shard in self._shards(work, report):
+        for shard in self._shards(work, report, is_uploaded):
             if upload and shard.entry:
                 _upload_once(upload, work, shard.entry["raw_data"]["basename"])
             finished.append(shard)
@@ -206,11 +217,14 @@ class Plan:
         index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
         beside = {INDEX_SHA256: hashlib.sha256(index).hexdigest()}
         for name, content in contents.items():
-            (work / name).write_text(json.dumps(seal({**content, **beside}), indent=1))
-        (work / INDEX_NAME).write_bytes(index)
+            text = json.dumps(seal({**content, **beside}), indent=1)
+            write_atomic(work / name, text.encode())
+        write_atomic(work / INDEX_NAME, index)
         return list(contents)
 
-    def _shards(self, work: Path, report: Callable[[str], None]) -> Iterator[FinishedShard]:
+    def _shards(
+        self, work: Path, report: Callable[[str], None], is_uploaded: Callable[[Shard], bool]
+    ) -> Iterator[FinishedShard]:
         for line in self.opening:
             report(line)
         finished = write_shards(
@@ -220,6 +234,7 @@ class Plan:
             open_filler=self.open_filler,
             workers=self.config.workers,
             retry_skipped=self.retry_skipped,
+            is_uploaded=is_uploaded,
         )
         skipped: list[tuple[str, str]] = []
         for shard in self._report_progress(finished, report):

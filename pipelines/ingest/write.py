@@ -3,7 +3,7 @@
 `write_shards` writes a plan's parts by several processes, so that an interrupted ingest goes on
 where it stopped. Each part becomes one shard, which is finished when its record (name, size, hash,
 samples) lies beside it in the work folder; what is recorded is not written again, unless the record
-has changed since. The index is made of all records and comes last.
+or the shard has changed since. The index is made of all records and comes last.
 
 `write_dataset` writes samples as they come, whose number nobody knows before.
 """
@@ -21,9 +21,11 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pipelines.documents import DocumentError, read_json, seal, unseal, validate_as
 from pipelines.errors import EmptyDatasetError, OccupiedPrefixError
+from pipelines.files import DRAFT, sync, sync_all, write_atomic
 from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard
 from pipelines.ingest.processes import spawn
 from pipelines.ingest.target import Upload, explain_full_disk, find_shards, lock, refuse_occupied
+from pipelines.shards import file_problem
 from pipelines.source import Source, prepare_streaming
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ def write_shards(
     open_filler: Callable[[int], ShardFiller[Any]],
     workers: int,
     retry_skipped: bool = False,
+    is_uploaded: Callable[[Shard], bool] = lambda _: False,
 ) -> Iterator[FinishedShard]:
     """Write every part that is not recorded yet; give each shard as soon as it is finished.
 
@@ -116,6 +119,7 @@ def write_shards(
         open_filler: Makes the filler of a process, given the process's number; it is pickled.
         workers: Processes.
         retry_skipped: Write those shards again that left samples out, which may have been repaired.
+        is_uploaded: Tells whether a finished shard is where it belongs, and not in the folder.
 
     Raises:
         BrokenIngestError: A process died.
@@ -123,11 +127,11 @@ def write_shards(
     file = work / _PLAN
     if not file.is_file() or file.read_bytes() != plan.encode():
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        file.write_text(plan)
+        write_atomic(file, plan.encode())
     missing = []
     for part in parts:
         kept = _read_record(_record(work, part.number))
+        kept = kept if kept and _is_whole(kept, part.number, work, is_uploaded) else None
         if kept and not (retry_skipped and kept.filled.skipped):
             yield kept
         else:
@@ -168,15 +172,15 @@ def _write(part: Part[Any], work: Path, *, filler: ShardFiller[Any]) -> Finished
     writer.finish()
     entry: dict[str, Any] = writer.shards[0] if writer.shards else {}
     if entry:
-        name = f"shard.{part.number:05d}.mds"
-        (scratch / entry["raw_data"]["basename"]).replace(work / name)
+        name = _shard_name(part.number)
+        written = scratch / entry["raw_data"]["basename"]
+        sync(written)
+        written.replace(work / name)
         entry["raw_data"]["basename"] = name
     finished = FinishedShard(number=part.number, entry=entry, filled=filled)
-    record = _record(work, part.number)
-    # Renamed into place: a record that exists is whole.
-    draft = record.with_suffix(".draft")
-    draft.write_text(json.dumps(seal(asdict(finished))))
-    draft.replace(record)
+    # A record that exists is whole, and of a shard whose bytes and name outlive a power cut.
+    sync(work)
+    write_atomic(_record(work, part.number), json.dumps(seal(asdict(finished))).encode())
     shutil.rmtree(scratch)
     return finished
 
@@ -190,7 +194,7 @@ def _mds_writer(folder: Path, *, columns: Mapping[str, str], shard_bytes: int | 
 
 def discard_records(work: Path) -> None:
     """Remove what only an unfinished ingest needs."""
-    for path in (*work.glob("*.record"), *work.glob("*.draft"), work / _PLAN):
+    for path in (*work.glob("*.record"), *work.glob(f"{DRAFT}*"), work / _PLAN):
         path.unlink(missing_ok=True)
     for path in work.glob("part.*"):
         shutil.rmtree(path)
@@ -198,6 +202,42 @@ def discard_records(work: Path) -> None:
 
 def _record(work: Path, number: int) -> Path:
     return work / f"shard.{number:05d}.record"
+
+
+def _shard_name(number: int) -> str:
+    return f"shard.{number:05d}.mds"
+
+
+def _is_whole(
+    finished: FinishedShard, number: int, work: Path, is_uploaded: Callable[[Shard], bool]
+) -> bool:
+    """Tell whether a shard is as its record says; a warning says of one why it is not."""
+    name = _shard_name(number)
+    if not finished.entry and finished.number == number:
+        return True
+    try:
+        data = finished.entry["raw_data"]
+        shard = Shard(
+            name=data["basename"],
+            size_bytes=data["bytes"],
+            samples=finished.entry["samples"],
+            hash_name=_HASH,
+            hash_value=data["hashes"][_HASH],
+            columns=(),
+        )
+        if (finished.number, shard.name) == (number, name):
+            problem = file_problem(work / name, shard)
+        else:
+            problem = "has the record of another one"
+    except FileNotFoundError:
+        if is_uploaded(shard):
+            return True
+        problem = "is gone"
+    except (KeyError, TypeError):
+        problem = "has a record without its size and hash"
+    if problem:
+        logger.warning("writing a shard again, since %s %s", work / name, problem)
+    return not problem
 
 
 def _read_record(record: Path) -> FinishedShard | None:
@@ -254,7 +294,9 @@ def write_dataset(
         shutil.rmtree(building, ignore_errors=True)
         for _ in _build(images, building, shard_bytes=shard_bytes):
             pass
+        sync_all(building)
         building.replace(target)
+        sync(target.parent)
 
 
 def _write_remote(images: Iterable[LabelledImage], source: Source, *, shard_bytes: int) -> None:

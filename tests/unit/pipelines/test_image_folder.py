@@ -313,6 +313,12 @@ def test_a_store_takes_the_dataset_and_an_interrupted_upload_goes_on(
     monkeypatch.setattr("pipelines.ingest.plan._REPORT_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         ingest(listing, prefix, config=config, report=stop_early)
+    (uploaded,) = s3.client.list_objects_v2(Bucket="pictures")["Contents"]
+    s3.client.put_object(Bucket="pictures", Key=uploaded["Key"], Body=b"cut short")
+    with pytest.raises(KeyboardInterrupt):
+        ingest(listing, prefix, config=config, report=stop_early)
+    assert s3.client.list_objects_v2(Bucket="pictures")["Contents"][0]["Size"] == uploaded["Size"]
+    s3.client.delete_object(Bucket="pictures", Key=uploaded["Key"])
     ingest(listing, prefix, config=config, report=lambda _: None)
     assert contents(prefix) == contents(tmp_path / "local")
     assert ShardedDataset(prefix).digest == ShardedDataset(str(tmp_path / "local")).digest

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from pipelines.errors import InvalidLatentRecordError
 from pipelines.ingest.about import InvalidAboutError, read_about
 from pipelines.ingest.write import Filled, Part, WriteSample, write_shards
 from pipelines.latent_record import parse_latent_record, read_latent_record
+from tests.unit.pipelines.stored import flip
 from tests.unit.pipelines.test_latent_record import content
 
 PLAN = "what is to be written"
@@ -30,6 +31,7 @@ class Filler:
 def shards(work: Path, plan: str = PLAN) -> dict[int, tuple[bool, object]]:
     parts = [Part(number=number, first=number, samples=()) for number in range(2)]
     found = write_shards(parts, work, plan=plan, open_filler=lambda _: Filler(), workers=1)
+    found = sorted(found, key=lambda shard: shard.number)
     return {shard.number: (shard.kept, (shard.entry, shard.filled)) for shard in found}
 
 
@@ -54,6 +56,42 @@ def test_a_changed_record_is_told_and_its_shard_written_again(
         assert {number: kept for number, (kept, _) in again.items()} == {0: False, 1: True}
         (line,) = (each.getMessage() for each in caplog.records)
         assert str(record) in line
+
+
+def flipped(work: Path) -> None:
+    flip(work / "shard.00000.mds")
+
+
+def cut(work: Path) -> None:
+    (work / "shard.00000.mds").write_bytes(b"")
+
+
+def removed(work: Path) -> None:
+    (work / "shard.00000.mds").unlink()
+
+
+def swapped(work: Path) -> None:
+    shutil.copy(work / "shard.00001.record", work / "shard.00000.record")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(flipped, "hash"), (cut, "0 bytes long"), (removed, "is gone"), (swapped, "another one")],
+)
+def test_a_shard_that_is_not_as_recorded_is_written_again(
+    change: Callable[[Path], None], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = shards(tmp_path)
+    whole = (tmp_path / "shard.00000.mds").read_bytes()
+    change(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        again = shards(tmp_path)
+    assert {number: kept for number, (kept, _) in again.items()} == {0: False, 1: True}
+    assert [found for _, found in again.values()] == [found for _, found in first.values()]
+    assert (tmp_path / "shard.00000.mds").read_bytes() == whole
+    (line,) = (each.getMessage() for each in caplog.records)
+    assert "shard.00000.mds" in line
+    assert told in line
 
 
 def test_a_plan_that_is_no_text_is_another_plan(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""JSON that others have written: read with bounds, and sealed by a SHA-256 of its content.
+"""JSON and YAML of others: read with bounds, and JSON sealed by a SHA-256 of its content.
 
 All JSON that comes from a file, a store or another process is read here and nowhere else, so that
 each reader is bound alike: size, depth, numbers, types.
@@ -10,11 +10,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -28,6 +30,11 @@ MAX_DEPTH = 64
 
 _MAX_DIGITS = 40  # more than any number of ours; each has a place among the floats
 _MAX_REASONS = 3
+
+MAX_YAML_BYTES = 1 << 16
+_MAX_YAML_EVENTS = 1 << 12
+_NUMBER = re.compile(r"[-+.\d][-+.:_\deE]*")
+"""What YAML may take for a number, also of hours and minutes."""
 
 
 class DocumentError(ValueError):
@@ -71,6 +78,46 @@ def read_json(path: Path, *, max_bytes: int = MAX_DOCUMENT_BYTES, finite: bool =
     """
     content = read_bounded(path, max_bytes=max_bytes)
     return parse_json(content, max_bytes=max_bytes, finite=finite)
+
+
+def read_yaml_text(path: Path) -> str:
+    """Read a file of YAML that a parser without bounds may have: it says all that it means.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+        DocumentError: It is no YAML, too long or too deep, or has too many values, anchors, tags or
+            numbers of many digits.
+    """
+    content = read_bounded(path, max_bytes=MAX_YAML_BYTES)
+    depth = 0
+    try:
+        text = content.decode()
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise DocumentError("it is nested too deep")
+            if number > _MAX_YAML_EVENTS:
+                raise DocumentError(f"it has more than {_MAX_YAML_EVENTS} values")
+            if isinstance(event, yaml.NodeEvent):
+                _check_node(event)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DocumentError(f"it is not YAML ({error})") from None
+    return text
+
+
+def _check_node(event: yaml.NodeEvent) -> None:
+    line = "it" if event.start_mark is None else f"line {event.start_mark.line + 1}"
+    if event.anchor is not None:
+        raise DocumentError(f"{line} has an anchor or an alias, {event.anchor[:40]}")
+    if not isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
+        return
+    if event.tag not in (None, "!"):
+        raise DocumentError(f"{line} has a tag, {event.tag[:40]}")
+    if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
+        long = event.value if len(event.value) > _MAX_DIGITS else ""
+        if _NUMBER.fullmatch(long):
+            raise DocumentError(f"{line} has a number of {len(long)} digits")
 
 
 def read_bounded(path: Path, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:

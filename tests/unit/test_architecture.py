@@ -72,7 +72,7 @@ def test_nothing_is_unpickled():
 
 
 def test_documents_are_read_in_one_room():
-    """Whose bounds hold for all: `pipelines.documents`. YAML is read by Hydra alone."""
+    """Whose bounds hold for all: `pipelines.documents`. It looks at YAML before Hydra reads it."""
     reads = re.compile(
         r"\b(json|ujson|orjson|yaml)\.(?!dump|safe_dump|YAMLError)\w*load\w*\(|\bJSONDecoder\b"
         r"|\bfrom (json|yaml|orjson) import|OmegaConf\.load\(|\b(tomllib|tomli|configparser)\b"

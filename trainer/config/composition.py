@@ -7,19 +7,21 @@ gives plain values, and `trainer.config.job` turns them into dataclasses.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.groups import CONFIG_FOLDER, check_members, experiment, groups
+from pipelines.documents import DocumentError, read_yaml_text
+from pipelines.domains import shown
+from trainer.config.groups import CONFIG_FOLDER, check_members, experiment, groups, members
 from trainer.config.job import JobConfig
 from trainer.config.overrides import Override, parse_override
 from trainer.config.reading import ConfigError, defaults, from_dict
@@ -31,6 +33,7 @@ C = TypeVar("C")
 
 # The value of another setting; what could read the environment is none.
 _INTERPOLATION = re.compile(r"\$\{[\w.]+\}")
+_MAX_INTERPOLATIONS = 16
 
 
 class MissingSettingError(ConfigError):
@@ -52,32 +55,17 @@ def compose_job(overrides: Sequence[str]) -> JobConfig:
     """
     check_members(overrides)
     words = [parse_override(word, JobConfig) for word in overrides]
+    chosen = [(word.key, word.value) for word in words if word.key in groups()]
+    _check_files(chosen)
     _register_schema()
     try:
-        with initialize_config_dir(config_dir=str(CONFIG_FOLDER), version_base="1.3"):
-            composition = compose(
-                config_name="launch", overrides=[word.for_hydra for word in words]
-            )
+        composition = _compose(words)
+        _check_interpolations(OmegaConf.to_container(composition, resolve=False))
         _rename(composition, typed={word.key for word in words})
         _fill_in(composition, overrides)
         values = _plain(composition)
-    except ConfigError:
-        raise
-    except (
-        *(HydraException, OmegaConfBaseException, yaml.YAMLError),
-        # What the YAML reader does not expect: no text, long numbers, what is nested without end.
-        *(ValueError, RecursionError),
-    ) as error:
-        # The command line has been read before.
-        reason = (
-            "it is nested too deep"
-            if isinstance(error, RecursionError)
-            else _first_paragraph(error) or _first_paragraph(error.__cause__)
-        )
-        raise ConfigError(
-            "the configuration cannot be composed from the files of "
-            f"{' '.join(_file_words(words))}: {reason}"
-        ) from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise _refusal(chosen, error) from error
     return resolve_places(from_dict(JobConfig, values))
 
 
@@ -103,9 +91,90 @@ def parse_words(kind: type[C], overrides: Sequence[str]) -> C:
     return resolve_places(from_dict(kind, plain))
 
 
-def _file_words(words: Sequence[Override]) -> list[str]:
-    """Return the words that name files."""
-    return [word.for_hydra for word in words if word.key in ("exp", *groups())]
+def _compose(words: Sequence[Override]) -> DictConfig:
+    try:
+        with initialize_config_dir(config_dir=str(CONFIG_FOLDER), version_base="1.3"):
+            return compose(config_name="launch", overrides=[word.for_hydra for word in words])
+    # Hydra fails an assertion, or in any other way, on what it does not expect; the words of the
+    # command line and the form of all files have been looked at.
+    except Exception as error:
+        raise _refusal([(word.key, word.value) for word in words], error) from error
+
+
+def _refusal(chosen: Sequence[tuple[str, str]], error: Exception) -> ConfigError:
+    reason = (
+        "it is nested too deep"
+        if isinstance(error, RecursionError)
+        else _first_paragraph(error) or _first_paragraph(error.__cause__) or type(error).__name__
+    )
+    files = " ".join(f"{key}={value}" for key, value in chosen if key in groups())
+    return ConfigError(f"the configuration cannot be composed from the files of {files}: {reason}")
+
+
+# What OmegaConf raises for a document that is one value is an assertion's.
+_UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, AssertionError)
+_HEADER = re.compile(r"^\s*#\s*@(.*)", re.MULTILINE)
+_GLOBAL = ["package", "_global_"]
+
+
+def _check_files(chosen: Sequence[tuple[str, str]]) -> None:
+    """Look at each file that Hydra will read before it does.
+
+    Args:
+        chosen: Groups and their members on the command line.
+
+    Raises:
+        ConfigError: One is no file of settings: it is no YAML within bounds, or asks Hydra for
+            anything but members of groups.
+    """
+    waiting, seen = [("", "launch"), *chosen], set[tuple[str, str]]()
+    while waiting:
+        group, member = waiting.pop()
+        if (group, member) in seen:
+            continue
+        seen.add((group, member))
+        path = CONFIG_FOLDER / group / f"{member}.yaml"
+        try:
+            text = read_yaml_text(path)
+            if odd := [each for each in _HEADER.findall(text) if each.split() != _GLOBAL]:
+                raise DocumentError(f"it has a header other than '# @package _global_': @{odd[0]}")
+            waiting += _named(OmegaConf.create(text), group=group, member=member)
+        except (OSError, ValueError, *_UNREADABLE) as error:
+            reason = _first_paragraph(error) or "it is no mapping of settings"
+            raise ConfigError(
+                f"{path} is no file of settings: {reason}; mend it, or choose another"
+            ) from error
+
+
+def _named(config: Any, *, group: str, member: str) -> list[tuple[str, str]]:
+    """Return the members of groups that a file takes up.
+
+    Raises:
+        DocumentError: It takes up something else, or sets what is Hydra's.
+    """
+    values = OmegaConf.to_container(config, resolve=False)
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise DocumentError("it is no mapping of settings")
+    if "hydra" in values:
+        raise DocumentError("it has settings of hydra, which are not those of a job")
+    listed = values.get("defaults", [])
+    beside = posixpath.dirname(posixpath.join("/", group, member))
+    named = []
+    for entry in listed if isinstance(listed, list) else [listed]:
+        if entry in ("_self_", "schema"):
+            continue
+        text = f"{entry}"
+        if isinstance(entry, dict) and len(entry) == 1:
+            ((key, name),) = entry.items()
+            text = f"{key}/{name}".removeprefix("override ")
+        _, where, *rest = posixpath.join(beside, text).split("/", 2)
+        if where not in groups() or not rest or rest[0] not in members(where):
+            raise DocumentError(
+                f"its defaults have {shown(entry)}, which is none of _self_, /exp/MEMBER and "
+                f"override /GROUP: MEMBER, by the names of files under {CONFIG_FOLDER}"
+            )
+        named.append((where, rest[0]))
+    return named
 
 
 @cache
@@ -121,6 +190,8 @@ def _rename(composition: DictConfig, *, typed: Collection[str]) -> None:
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
         holder = OmegaConf.select(composition, group) if group else composition
+        if not isinstance(holder, DictConfig):
+            continue  # a file has put a value in the place of the group, which is refused later
         if not OmegaConf.is_missing(holder, name):
             current_key(old, [new])
             if new not in typed:
@@ -147,20 +218,39 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _check_interpolations(value: Any, key: str = "") -> None:
-    """Refuse what would read the environment, or anything but another setting, into a value."""
+def _check_interpolations(config: Any) -> None:
+    """Refuse what would read the environment, or anything but another setting, into a value.
+
+    Raises:
+        ConfigError: There is such a value; or so many values of others that they could grow without
+            end, as each may hold others in turn.
+    """
+    count = 0
+    for key, text in _texts(config):
+        rest, found = _INTERPOLATION.subn("", text)
+        count += found
+        if "${" in rest:
+            raise ConfigError(
+                f"{key}={text[:200]} cannot be used: a configuration reads no environment and "
+                "calls no resolvers, since it may be someone else's; only ${other.setting} is "
+                f'replaced. Give the value on the command line: {key}="$VARIABLE"'
+            )
+        if count > _MAX_INTERPOLATIONS:
+            raise ConfigError(
+                f"{key}={text[:200]} cannot be used: a configuration takes at most "
+                f"{_MAX_INTERPOLATIONS} values from other settings by ${{other.setting}}"
+            )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for name, each in value.items():
-            _check_interpolations(each, f"{key}.{name}" if key else str(name))
+            yield from _texts(each, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for each in value:
-            _check_interpolations(each, key)
-    elif isinstance(value, str) and "${" in _INTERPOLATION.sub("", value):
-        raise ConfigError(
-            f"{key}={value} cannot be used: a configuration reads no environment and calls no "
-            "resolvers, since it may be someone else's; only ${other.setting} is replaced. Give "
-            f'the value on the command line: {key}="$VARIABLE"'
-        )
+            yield from _texts(each, key)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def _first_paragraph(error: BaseException | None) -> str:

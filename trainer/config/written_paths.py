@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 import typing
+import unicodedata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +60,10 @@ def _is_line(text: str) -> bool:
 def _absolute(key: str, text: str, kind: str) -> str:
     if not text.strip():
         raise ConfigError(f"{key} is empty; give a place, or leave it out")
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise ConfigError(
+            f"{key} has a control character, such as a line's end or NUL; leave it out"
+        )
     scheme, is_url, _ = text.partition("://")
     if _SCHEME.fullmatch(text):
         written = re.sub(":/*", "://", text, count=1)

@@ -1,8 +1,11 @@
 """What is typed reaches its setting, or is explained in a paragraph of ours."""
 
+import itertools
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -100,38 +103,91 @@ def test_what_cannot_be_read_is_explained(word, parts):
         assert part in str(caught.value), str(caught.value)
 
 
+@pytest.fixture
+def theirs(tmp_path, monkeypatch) -> Path:
+    """Where an experiment of somebody else is to be."""
+    folder = shutil.copytree(trainer.config.groups.CONFIG_FOLDER, tmp_path / "configs")
+    for module in (trainer.config.groups, trainer.config.composition):
+        monkeypatch.setattr(module, "CONFIG_FOLDER", folder)
+    return folder / "exp" / "theirs.yaml"
+
+
+# Each name stands for nine of those before: 320 bytes, and a billion values.
+BOMB = "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in itertools.pairwise("abcdefghij")
+)
+SECRET = "h1dden"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"train:\n  seed: " + b"7" * 5000, "5000 digits"),
+        (b"train:\n  seed: " + b"7" * 5000, "a number of 5000 digits"),
         (b"train:\n  seed: 0x" + b"f" * 5000, "train.seed=… must lie between"),
+        (b"train:\n  seed: " + b"1:" * 300 + b"0.5", "a number of 603 digits"),
+        (b"train:\n  seed: .nan", "train.seed=nan must be a finite number"),
         (b"train:\n  seed: " + b"[" * 3000 + b"]" * 3000, "nested too deep"),
-        (b"train: &a\n  seed: *a", "nested too deep"),
+        (b"train: &a\n  seed: *a", "an anchor or an alias"),
+        (b"a: &a [x]\n" + BOMB.encode(), "an anchor or an alias"),
+        (b"#" * 2**17, "131092 bytes, more than 65536"),
+        (b"train: [" + b"1," * 5000 + b"]", "more than 4096 values"),
         (b"\xff\xfe\x80", "utf-8"),
-        (b"train:\n  seed: !!binary aGk=", "train.seed=b'hi' must be a text, a number"),
-        (b"train:\n  seed: !!set {1}", "Value 'set' is not a supported primitive type"),
-        (b"train:\n  seed: !!python/object/apply:os.abort []", "could not determine a constructor"),
+        (b"train:\n  seed: !!binary aGk=", "line 3 has a tag"),
+        (b"train:\n  seed: !!set {1}", "line 3 has a tag"),
+        (b"train:\n  seed: !!python/object/apply:os.abort []", "line 3 has a tag"),
+        (b"train:\n  seed: 2001-01-01", "train.seed='2001-01-01' must be a whole number"),
+        (b"5", "no file of settings"),
+        (b"[5]", "no mapping of settings"),
+        (b"5: 6", "no mapping of settings"),
+        (b"hydra: null", "settings of hydra"),
+        (b"hydra:\n  job:\n    env_copy: [PIN]", "settings of hydra"),
+        (b"# @package hydra.job\nenv_copy: [PIN]", "a header other than"),
+        (b"loader: null", "loader=None must be a group of settings"),
+        (b"loader: x", "loader='x' must be a group of settings"),
+        (b"loader:\n  max_bad_share: 0.0${oc.env:PIN}", "loader.max_bad_share=0.0${oc.env:PIN}"),
+        (b"run: " + b"${home}" * 17, "at most 16 values from other settings"),
+        (b"run: ${home.more}", "home"),
+        (b"run: ${run}", "Recursive interpolation"),
+        *(
+            (b"defaults: " + defaults, "its defaults have")
+            for defaults in (
+                *(b"[{5: 6}]", b"[5]", b"5", b"{}", b"[[x]]", b"[null]", b"[{}]"),
+                *(b"['override /model: ${oc.env:PIN}']", b"[{override /model: '${oc.env:PIN}'}]"),
+                *(b"[{override /model: null}]", b"[../../elsewhere]", b"[/exp/../model/s_2]"),
+                *(b"['/exp/digits@hydra.job']", b"[{override /hydra/launcher: x}]"),
+                *(b"[{'/model@data': s_2}]", b"[{model: s_2}]", b"[optional missing]"),
+            )
+        ),
     ],
 )
-def test_an_experiment_of_somebody_else_is_refused_in_a_line(
-    tmp_path, monkeypatch, content, reason
-):
-    folder = shutil.copytree(trainer.config.groups.CONFIG_FOLDER, tmp_path / "configs")
-    for module in (trainer.config.groups, trainer.config.composition):
-        monkeypatch.setattr(module, "CONFIG_FOLDER", folder)
-    (folder / "exp" / "theirs.yaml").write_bytes(b"# @package _global_\n" + content)
+def test_an_experiment_of_somebody_else_is_refused_in_a_line(theirs, monkeypatch, content, reason):
+    monkeypatch.setenv("PIN", SECRET)
+    theirs.write_bytes(b"# @package _global_\n" + content)
     error = refusal(lambda: compose_job(["+exp=theirs"]))
     assert error is not None
-    assert "train.seed" in reason or "from the files of +exp=theirs: " in error
     assert reason in error
     assert "\n" not in error
+    assert SECRET not in error
 
 
-def test_what_is_typed_is_taken_though_it_is_the_default(tmp_path, monkeypatch):
-    folder = shutil.copytree(trainer.config.groups.CONFIG_FOLDER, tmp_path / "configs")
-    for module in (trainer.config.groups, trainer.config.composition):
-        monkeypatch.setattr(module, "CONFIG_FOLDER", folder)
-    (folder / "exp" / "theirs.yaml").write_text(
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_an_experiment_that_never_ends_is_refused_unread(theirs, make):
+    make(theirs)
+    assert "no regular file" in (refusal(lambda: compose_job(["+exp=theirs"])) or "")
+
+
+def test_an_experiment_of_somebody_else_is_refused_by_what_it_takes_up(theirs):
+    theirs.write_text("# @package _global_\ndefaults: [between]\n")
+    theirs.with_name("between.yaml").write_text("defaults: [{override /optim: theirs}]\n")
+    (theirs.parents[1] / "optim" / "theirs.yaml").write_text("beta1: !!python/name:os.abort\n")
+    assert "optim/theirs.yaml is no file of settings: line 1 has a tag" in (
+        refusal(lambda: compose_job(["+exp=theirs"])) or ""
+    )
+
+
+def test_what_is_typed_is_taken_though_it_is_the_default(theirs, monkeypatch):
+    theirs.write_text(
         "# @package _global_\ndefaults:\n  - override /model: digits\nrun: theirs\nhome: /theirs\n"
     )
     monkeypatch.setenv("LAPFLOW_HOME", "/elsewhere")

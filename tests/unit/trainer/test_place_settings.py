@@ -84,6 +84,9 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
         "http://host/a#access_token=secret",
         "file://me:secret@host/a",
         " ",
+        "/a\0b",
+        "s3://bucket/a\nb",
+        "/a\ud800b",
     ):
         error = refusal(lambda wrong=wrong: given(wrong))
         assert error is not None

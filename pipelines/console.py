@@ -104,6 +104,32 @@ class SayingHandler(logging.Handler):
             write(self.format(record), sys.stderr)
 
 
+class WarningLines(logging.Formatter):
+    """A warning as one line with its origin, whatever it quotes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, without a traceback."""
+        return f"{record.levelname} {record.name}: {visible(record.getMessage())}"
+
+
+def attach_warnings() -> logging.Handler:
+    """Have everyone's warnings written by `WarningLines`, and not as they are by Python itself."""
+    handler = SayingHandler(logging.WARNING)
+    handler.setFormatter(WarningLines())
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+@contextmanager
+def show_warnings() -> Iterator[None]:
+    """Do so in a `with` block."""
+    handler = attach_warnings()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
 def drop_buffered(stream: TextIO) -> None:
     """Empty the stream's buffers into nowhere, or Python would fail to flush them at its exit."""
     try:

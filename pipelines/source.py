@@ -34,6 +34,7 @@ from tenacity import (
     wait_random,
 )
 
+from pipelines.addresses import find_endpoint_fault, quote_address
 from pipelines.cache import scratch_folder, warn_when_slow
 from pipelines.documents import MAX_DOCUMENT_BYTES, DocumentError, read_bounded
 from pipelines.domains import Checked
@@ -61,7 +62,8 @@ def is_url(text: str) -> bool:
     """Tell whether a place is a URL, or a folder of this node.
 
     Raises:
-        LocationError: It is a mistyped URL, or one that libraries read differently.
+        LocationError: It is a mistyped URL, one that libraries read differently, or one that
+            carries credentials; those the message does not quote.
     """
     match = _SCHEME.match(text)
     scheme, slashes = match.groups() if match else ("", "")
@@ -69,7 +71,7 @@ def is_url(text: str) -> bool:
         return False
     assert match is not None
     rest = text[match.end() :]
-    shown = "A place with @ in it" if "@" in text else repr(text)  # a password may be there
+    shown = f"The place {quote_address(text)}"
     if slashes != ("///" if scheme == "file" else "//") or text[: match.end(1)] != scheme.lower():
         right = f"{scheme.lower()}:{'///' if scheme.lower() == 'file' else '//'}"
         raise LocationError(
@@ -82,7 +84,23 @@ def is_url(text: str) -> bool:
             f"{shown} cannot be used, because libraries read it differently. Leave out #, ?, "
             "control characters, spaces at the ends, empty parts, . and .."
         )
+    if scheme != "file" and ("@" in parts[0] or (scheme == "s3" and ":" in parts[0])):
+        raise LocationError(
+            "A dataset's URL must not carry a user name or password. Use the AWS credential "
+            "chain (environment, profile or instance role)."
+        )
     return True
+
+
+def check_endpoint() -> None:
+    """Refuse what S3_ENDPOINT_URL names, unless it is a plain web address.
+
+    Raises:
+        LocationError: It is none, or may carry credentials, which streaming would log.
+    """
+    url = os.environ.get("S3_ENDPOINT_URL")
+    if url and (fault := find_endpoint_fault(url)):
+        raise LocationError(f"{fault} It is what S3_ENDPOINT_URL names.")
 
 
 logger = logging.getLogger(__name__)
@@ -135,11 +153,8 @@ class Source:
             prefix = os.path.expanduser(prefix)  # not every shell reads a ~ behind a =
         self.prefix = prefix.rstrip("/") or prefix
         self._config = config or SourceConfig()
-        if not self.is_local and "@" in urlsplit(prefix).netloc:
-            raise DataError(
-                "A dataset's URL must not carry a user name or password. Use the AWS credential "
-                "chain (environment, profile or instance role)."
-            )
+        if self.prefix.startswith("s3://"):
+            check_endpoint()
         self._root = self.prefix.removeprefix("file://")
         is_folder = self.is_local or self.prefix.startswith("file://")
         self.folder = Path(self._root) if is_folder else None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.console import SayingHandler, visible
+from pipelines.console import SayingHandler, WarningLines, visible
 from pipelines.formats import format_duration
 
 # The last is the module that `python -m` runs.
@@ -18,14 +18,14 @@ _PACKAGES = ("trainer", "pipelines", "models", "cluster", "__main__")
 _ROOT = ""
 
 
-class _Lines(logging.Formatter):
+class _Lines(WarningLines):
     """`[12s] what begins`, counted from the start of the process, or a warning with its origin."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = visible(record.getMessage())  # one line, whatever it quotes
         if record.levelno < logging.WARNING:
-            return f"[{format_duration(record.relativeCreated / 1000)}] {text}"
-        return f"{record.levelname} {record.name}: {text}"
+            told = visible(record.getMessage())
+            return f"[{format_duration(record.relativeCreated / 1000)}] {told}"
+        return super().format(record)
 
 
 class _ConsoleHandler(SayingHandler):

@@ -17,7 +17,7 @@ from pipelines.command import (
     command_parser,
     run,
 )
-from pipelines.console import as_typed, say, visible, write
+from pipelines.console import as_typed, say, show_warnings, visible, write
 from pipelines.decode.make import DecoderName
 from pipelines.errors import DataError, IngestSettingError, UnreadableSourceError
 from pipelines.ingest import digits, huggingface
@@ -83,12 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 verified and found bad, 2 refused.
     """
     parser = _parser()
-    return run(
-        lambda words: _parse(parser, words),
-        lambda options: options.run(options),
-        arguments,
-        is_refusal=lambda error: isinstance(error, DataError),
-    )
+    with show_warnings():
+        return run(
+            lambda words: _parse(parser, words),
+            lambda options: options.run(options),
+            arguments,
+            is_refusal=lambda error: isinstance(error, DataError),
+        )
 
 
 def _parse(parser: CommandParser, words: Sequence[str]) -> argparse.Namespace:

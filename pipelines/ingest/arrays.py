@@ -35,6 +35,7 @@ _ARRAYS = Wanted(suffixes=(".npy",), max_bytes=MAX_BYTES, archives=False)
 _LABELS = "dataset.json"
 _MAX_LABEL_BYTES = 1 << 30
 _MAX_CLASSES = 1 << 20
+_MAX_AXES = 8
 
 Holds = Literal["mean-std", "latents"]
 
@@ -70,8 +71,9 @@ def parse_npy(data: bytes) -> NDArray[Any]:
         raise BadArrayError("it holds pickled objects, which are not loaded")
     if dtype.kind != "f":
         raise BadArrayError(f"it holds {dtype}, not floating-point numbers")
-    if min(shape, default=1) < 1:
-        raise BadArrayError(f"its shape is {list(shape)}")
+    # A header may name truth values for numbers, and more axes than NumPy has.
+    if len(shape) > _MAX_AXES or any(type(side) is not int or side < 1 for side in shape):
+        raise BadArrayError(f"its shape is {str(list(shape))[:80]}")
     promised, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
     if promised != found:
         raise BadArrayError(f"it holds {found} bytes of numbers instead of {promised}")

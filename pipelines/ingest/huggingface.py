@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.addresses import quote_address
 from pipelines.console import visible
 from pipelines.documents import DocumentError, read_bounded
 from pipelines.encoded import BadImageError
@@ -43,6 +44,11 @@ def load(
         IngestSettingError: A local copy has no revisions, or no configurations.
     """
     place = Path(name)
+    if not place.exists() and quote_address(name) != repr(name):
+        raise IngestSettingError(
+            f"The dataset {quote_address(name)} is no name on the Hub, and may carry credentials, "
+            "which would reach logs. Give a name, or a folder; a token in HF_TOKEN."
+        )
     saved = is_saved(place)
     for option, value, has_none in (
         ("--revision", revision, place.exists()),
@@ -61,32 +67,37 @@ def load(
             "pip install '.[huggingface]' in the folder of this project"
         ) from error
     try:
-        if saved:
-            check_saved(place)
-            loaded = datasets.load_from_disk(name).with_format(None)
-        elif place.is_file():
-            loaded = convert(datasets.load_dataset_builder("parquet", data_files=name))
-        else:
-            builder = datasets.load_dataset_builder(name, config_name, revision=revision)
-            loaded = convert(builder, folder=place if place.exists() else None)
+        loaded = _load(datasets, name, config_name=config_name, revision=revision)
     except UnreadableSourceError:
         raise
     except Exception as error:  # the library raises many kinds
         if isinstance(error.__cause__, UnreadableSourceError):
             raise error.__cause__ from None
-        if place.exists() or not _HUB_NAME.fullmatch(name):
-            advice = "Give a folder or .parquet file that the library `datasets` can load."
-        else:
-            advice = (
-                "Names are looked up on the Hugging Face Hub, which takes a network, and a token "
-                "in HF_TOKEN for datasets that ask for consent. On a machine without a network "
-                "give a folder instead, fetched elsewhere by: hf download --repo-type dataset "
-                f"{name} --local-dir FOLDER"
-            )
         raise UnreadableSourceError(
-            f"The dataset {name!r} cannot be loaded ({in_one_line(error)}). {advice}"
+            f"The dataset {name!r} cannot be loaded ({in_one_line(error)}). {_advice(name)}"
         ) from error
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def _load(library: Any, name: str, *, config_name: str | None, revision: str | None) -> Any:
+    place = Path(name)
+    if is_saved(place):
+        check_saved(place)
+        return library.load_from_disk(name).with_format(None)
+    if place.is_file():
+        return convert(library.load_dataset_builder("parquet", data_files=name))
+    builder = library.load_dataset_builder(name, config_name, revision=revision)
+    return convert(builder, folder=place if place.exists() else None)
+
+
+def _advice(name: str) -> str:
+    if Path(name).exists() or not _HUB_NAME.fullmatch(name):
+        return "Give a folder or .parquet file that the library `datasets` can load."
+    return (
+        "Names are looked up on the Hugging Face Hub, which takes a network, and a token in "
+        "HF_TOKEN for datasets that ask for consent. On a machine without a network give a folder "
+        f"instead, fetched elsewhere by: hf download --repo-type dataset {name} --local-dir FOLDER"
+    )
 
 
 def folders_of(name: str) -> tuple[Path, ...]:

@@ -5,13 +5,14 @@ so that a table from elsewhere cannot reach other files.
 """
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from pipelines.console import visible
-from pipelines.documents import parse_json
+from pipelines.documents import parse_json, read_bounded
 from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.source_files import Entry
 
@@ -115,9 +116,6 @@ def sort_labels(labels: set[str]) -> tuple[str, ...]:
 def _rows(table: Path) -> Iterator[tuple[str, str]]:
     """Read a table as pairs of file and label."""
     try:
-        size = table.stat().st_size
-        if size > MAX_LABEL_BYTES:
-            raise ValueError(f"it holds {size} bytes, more than {MAX_LABEL_BYTES}")
         if table.suffix.lower() == ".jsonl":
             yield from _json_rows(table)
         elif table.suffix.lower() in (".csv", ".tsv"):
@@ -131,8 +129,13 @@ def _rows(table: Path) -> Iterator[tuple[str, str]]:
         ) from error
 
 
+def _open(table: Path, *, newline: str | None = None) -> TextIO:
+    content = io.BytesIO(read_bounded(table, max_bytes=MAX_LABEL_BYTES))
+    return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
+
+
 def _csv_rows(table: Path) -> Iterator[tuple[str, str]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
+    with _open(table, newline="") as file:
         rows = csv.DictReader(file, delimiter="," if table.suffix.lower() == ".csv" else "\t")
         columns = [name.strip().lower() for name in rows.fieldnames or ()]
         rows.fieldnames = columns
@@ -142,7 +145,7 @@ def _csv_rows(table: Path) -> Iterator[tuple[str, str]]:
 
 
 def _json_rows(table: Path) -> Iterator[tuple[str, str]]:
-    with table.open(encoding="utf-8-sig") as file:
+    with _open(table) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

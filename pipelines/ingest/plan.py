@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.console import visible
 from pipelines.documents import INDEX_SHA256, seal
 from pipelines.errors import BadDataError, EmptyDatasetError, IngestSettingError
 from pipelines.files import sync, write_atomic
@@ -308,7 +309,7 @@ def carry_out(plans: Sequence[Plan], *, report: Callable[[str], None]) -> None:
         report: Takes lines for the user, each with the place that it tells of.
     """
     for plan in plans:
-        prefix = plan.prefix
+        prefix = visible(plan.prefix)
         plan.carry_out(lambda text: report(f"{prefix}: {text}"))  # noqa: B023
 
 

@@ -10,6 +10,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from threading import Thread
 
+from pipelines.console import attach_warnings
 from pipelines.errors import BrokenIngestError
 
 
@@ -51,6 +52,7 @@ def spawn(
 
 def _enter(begin: Callable[[int], None] | None, numbers: "SimpleQueue[int]") -> None:
     _end_with_parent()
+    attach_warnings()
     # Ctrl-C reaches every process of a terminal. The one that started these says what there is to
     # say; these leave without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pipelines.command import REFUSED, Outcome, command_parser, run
+from pipelines.console import show_warnings
 from pipelines.errors import IngestSettingError, MissingDatasetError
 from pipelines.ingest.arrays import ArrayLayout, ArraysConfig, list_arrays, plan_arrays
 from pipelines.ingest.encode import EncodeConfig, plan_encoding
@@ -64,7 +65,8 @@ needs data.images_prefix, images of the same classes that its samples are compar
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 2 refused."""
-    return run(_parse, _ingest, arguments, is_refusal=is_refusal)
+    with show_warnings():
+        return run(_parse, _ingest, arguments, is_refusal=is_refusal)
 
 
 def _ingest(options: argparse.Namespace) -> Outcome:

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from pipelines.addresses import may_carry_credentials
 from pipelines.domains import reason, shown
 from trainer.config.renamed import with_current_names
 from trainer.config.settings import Setting, closest, element_type, leaf_types, settings_of
-from trainer.storage.credentials import check_no_credentials
 
 T = TypeVar("T")
 
@@ -29,6 +29,10 @@ _UNKNOWN = "unexpected_keyword_argument"
 
 class ConfigError(ValueError):
     """A setting cannot be used; the message names the key, the value and the fix."""
+
+
+class CredentialsInAddress(ValueError):
+    """An address that may carry credentials, which would reach logs; it is not quoted."""
 
 
 def defaults(kind: type[Any]) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def _check_plain(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
     if setting is None:
         return value
     if setting.place and isinstance(value, str):
-        check_no_credentials(key, value)
+        _check_no_credentials(key, value)
     if isinstance(value, float) and value.is_integer() and int in leaf_types(setting.wanted):
         return int(value)
     if setting.is_text and isinstance(value, int) and not isinstance(value, bool):
@@ -169,3 +173,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return value
+
+
+def _check_no_credentials(key: str, address: str) -> None:
+    """Refuse a URL that may carry credentials.
+
+    Raises:
+        CredentialsInAddress: Naming the setting and not its value.
+    """
+    if may_carry_credentials(address):
+        raise CredentialsInAddress(
+            f"{key} must be an address with no credentials, which would reach logs, but its value "
+            "has an '@', a '?', a '#' or a ':' that may come with some; give them by the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD) or store.profile"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from trainer.storage.credentials import may_carry_credentials
+from pipelines.addresses import may_carry_credentials
 from trainer.storage.errors import InvalidStoreUri
 
 _CHECKPOINT = re.compile(r"(?P<runs>.+)/(?P<run>[^/]+)/checkpoints/(?P<images>[0-9]+)")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol, TypeVarTuple
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from pipelines.addresses import find_endpoint_fault
 from pipelines.domains import Checked
 from trainer.storage.checkpoint_uri import check_no_credentials, check_scheme
 from trainer.storage.errors import InvalidKey, InvalidStoreUri
@@ -154,16 +154,8 @@ def check_endpoint(url: str) -> str:
     Raises:
         InvalidStoreUri: It is not, or it may carry credentials, which would reach logs.
     """
-    if not {"@", "?", "#"}.isdisjoint(url):
-        raise InvalidStoreUri(
-            "The S3 endpoint contains an '@', a '?' or a '#', which credentials may come with: "
-            "leave them out of it and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
-            "environment."
-        )
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise InvalidStoreUri(
-            f"The S3 endpoint {url!r} is not a web address: write e.g. 'http://localhost:9000'."
-        )
+    if fault := find_endpoint_fault(url):
+        raise InvalidStoreUri(fault)
     return url
 
 

@@ -210,3 +210,15 @@ def test_a_table_that_is_cut_short_meanwhile_ends_no_process(tmp_path: Path) -> 
         opened.truncate(100)
     with pytest.raises(UnreadableSourceError, match="was changed while it was taken in"):
         ingest(listing, str(tmp_path / "out"), config=IngestConfig(), report=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "name", ["https://me:hunter2@host/data", "https:/host/data?token=hunter2", "s3://me:hunter2@b"]
+)
+def test_credentials_in_a_name_are_not_told(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["huggingface", name, str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert "is no name on the Hub" in told.err
+    assert "hunter2" not in told.out + told.err

@@ -97,3 +97,22 @@ def test_the_exit_status_is_that_of_the_process(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.endswith("BAD: 1 images cannot be used\n")
+
+
+@pytest.mark.slow
+def test_what_is_logged_cannot_command_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.png").write_bytes(pictures.png(8, 8))
+    (tmp_path / "in" / "2.png").write_bytes(b"no image")
+    out = tmp_path / "out\nERROR of nobody\x9b"
+    words = ["image-folder", str(tmp_path / "in"), str(out), "--image-size", "8", "--workers", "1"]
+    assert main(words) == 2  # too many are damaged; what is finished is kept
+    (record,) = (out / ".train.building").glob("*.record")
+    record.write_bytes(b"{}")
+    command = [sys.executable, "-m", "pipelines.ingest", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("WARNING pipelines.ingest.write: writing a shard again")
+    assert error.startswith("error: 1 of 2 images")
+    assert (warning + error).isprintable()

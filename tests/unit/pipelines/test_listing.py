@@ -214,6 +214,21 @@ def test_labels_are_read_from_a_table(
     ]
 
 
+def test_a_table_is_a_file_of_bounded_size(tmp_path: Path) -> None:
+    place(tmp_path / "in", "1.jpg")
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "endless.jsonl").symlink_to("/dev/zero")
+    with (tmp_path / "huge.tsv").open("wb") as file:
+        file.truncate(1 << 40)
+    for name, words in (
+        ("pipe.csv", "no regular file"),
+        ("endless.jsonl", "no regular file"),
+        ("huge.tsv", "it has 1099511627776 bytes"),
+    ):
+        with pytest.raises(UnreadableSourceError, match=words):
+            list_images(tmp_path / "in", classes_from=tmp_path / name)
+
+
 def test_rows_and_images_without_the_other_are_counted_and_no_other_file_is_reached(
     tmp_path: Path,
 ) -> None:

@@ -140,6 +140,10 @@ def test_failures_that_time_does_not_heal(
     [
         ("ftp://host/data", "cannot be read from 'ftp://host/data'"),
         ("s3://key:hunter2@bucket/data", "must not carry a user name or password"),
+        ("s3://hunter2:key/data", "must not carry a user name or password"),
+        ("s3://bucket/data?token=hunter2", "The place 's3://…' cannot be used"),
+        ("http:/host/data?token=hunter2", "The place 'http:/…' is not written as a URL"),
+        ("https://host/data#hunter2", "The place 'https://…' cannot be used"),
     ],
 )
 def test_urls_that_are_not_read(prefix: str, words: str) -> None:
@@ -164,7 +168,7 @@ def test_urls_that_are_not_read(prefix: str, words: str) -> None:
         ("file:/data/x", "Begin it with file:///"),
         ("file://data/x", "Begin it with file:///"),
         ("gs:/bucket/x", "Begin it with gs://"),
-        ("s3:/key:hunter2@bucket", "A place with @ in it .*Begin it with s3://"),
+        ("s3:/key:hunter2@bucket", r"The place 's3:/…' is not .*Begin it with s3://"),
         *[
             (f"s3://bucket/{path}", "libraries read it differently")
             for path in ("a#b", "a?b", "a\nb", "a\tb", "a//b", "a/../b", "./a", "a ", "a\x7f")
@@ -177,6 +181,25 @@ def test_what_is_no_url_is_no_folder_either(prefix: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as raised:
         Source(prefix, config=SourceConfig())
     assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://key:hunter2@host:9000",
+        "http://host/?token=hunter2",
+        "s3:/key:hunter2@x",
+        "http://[1",
+    ],
+)
+def test_an_endpoint_that_may_carry_credentials_is_refused(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", url)
+    with pytest.raises(DataError, match=r"The S3 endpoint .*S3_ENDPOINT_URL") as raised:
+        Source("s3://bucket/data")
+    assert "hunter2" not in str(raised.value)
+    assert Source("/data").is_local
 
 
 @pytest.mark.parametrize("prefix", ["a#b", "run:1/x", "/data/s3:/x", "./s3:/x", "c:/x", "ü b?"])

@@ -39,6 +39,14 @@ def spoil(name: str) -> Callable[[Path], None]:
     return write
 
 
+@pytest.mark.parametrize("shape", ["(True,)", f"({'1, ' * 70})", "(1,) * 2", "(-1,)", "(1, False)"])
+def test_shapes_that_no_array_has_are_refused(shape: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4)
+    with pytest.raises(BadArrayError, match=r"its shape is|no \.npy file"):
+        parse_npy(data)
+
+
 WORDS = {
     "cut off": "it holds 511 bytes of numbers instead of 512",
     "pickled": "pickled objects",

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias
 
 from cluster.hardware import HardwareConfig
 
+_NO_ADDRESS = frozenset("@?#/")
+
 Message: TypeAlias = dict[str, Any]
 Payload: TypeAlias = dict[str, Any]
 
@@ -79,11 +81,12 @@ class ClusterConfig:
             raise ClusterConfigError(
                 f"cluster.start_timeout_s is {self.start_timeout_s!r}; it must be positive."
             )
-        if "://" in self.address:
+        if not _NO_ADDRESS.isdisjoint(self.address):
+            is_plain = {"@", "?", "#"}.isdisjoint(self.address)  # what passwords come with
             raise ClusterConfigError(
-                f"cluster.address is {self.address!r}; Ray is joined by 'host:port', without a "
-                "scheme. An http:// address is that of the job server: use it with `ray job "
-                "submit`."
+                f"cluster.address is {repr(self.address) if is_plain else 'not quoted here'}; Ray "
+                "is joined by 'host:port', without a scheme or a user. An http:// address is that "
+                "of the job server: use it with `ray job submit`."
             )
 
 

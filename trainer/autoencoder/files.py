@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from pipelines.addresses import may_carry_credentials, quote_address
 from pipelines.console import visible
 from pipelines.documents import DocumentError, read_json, validate_as
 from pipelines.files import take_lock
@@ -256,9 +257,15 @@ def find_autoencoder(source: str, *, cache: Path, store: StoreConfig) -> Autoenc
         store: How to reach an object store.
 
     Raises:
-        AutoencoderError: It is not there, not reachable, incomplete, or not an AutoencoderKL.
+        AutoencoderError: It is not there, not reachable, incomplete, or not an AutoencoderKL; or
+            its place may carry credentials.
         StoreError: The object store fails or refuses.
     """
+    if may_carry_credentials(source):
+        raise AutoencoderError(
+            f"codec.source={quote_address(source)} may carry credentials, which would reach logs; "
+            "give them by the environment"
+        )
     if source.startswith("s3://"):
         folder = _from_store(source, cache=cache, config=store)
     elif (local := Path(source.removeprefix("file://")).expanduser()).is_dir():
@@ -266,9 +273,11 @@ def find_autoencoder(source: str, *, cache: Path, store: StoreConfig) -> Autoenc
     elif _HUB_NAME.fullmatch(source):
         folder = _from_hub(source)
     else:
+        quoted = quote_address(source)
+        told = f"{local} for codec.source={source}" if quoted == repr(source) else quoted
         raise AutoencoderError(
-            f"there is no folder {local} for codec.source={source}; give a folder, an s3:// prefix "
-            "or the name of a repository on the Hugging Face hub, such as stabilityai/sd-vae-ft-ema"
+            f"there is no folder {told}; give a folder, an s3:// prefix or the name of a "
+            "repository on the Hugging Face hub, such as stabilityai/sd-vae-ft-ema"
         )
     prefix = _prefix(_names(folder), place=source)
     folder = folder / prefix

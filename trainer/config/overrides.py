@@ -24,6 +24,8 @@ _NO_PLAIN_TEXT = re.compile(r"""'.*'|".*"|null""", re.DOTALL | re.IGNORECASE)
 
 _UNREADABLE = (HydraException, ValueError, RecursionError)
 _SHOWN = 200
+_MAY_CARRY_CREDENTIALS = re.compile(r":/.*[@?#:]", re.DOTALL)
+"""An address, perhaps within a list, and what may come with a password or a token."""
 
 
 class Override(NamedTuple):
@@ -54,9 +56,9 @@ def parse_override(word: str, kind: type[Any]) -> Override:
     key = marked.lstrip("+~")
     mark = marked.removesuffix(key)
     if "~" in mark:
-        raise ConfigError(f"{marked}: no setting can be taken away; give it a value, or null")
-    if not equals or not key:
-        raise ConfigError(f"{word!r} is not of the form key=value")
+        raise ConfigError(f"{_cut(marked)}: no setting can be taken away; give it a value, or null")
+    if not equals or not key or ":/" in key:
+        raise ConfigError(f"{_cut(word)} is not of the form key=value")
     if kind is JobConfig and key in ("exp", *groups()):
         return Override(key, text, word)
     if kind is JobConfig and key.startswith(_FREE):
@@ -64,7 +66,7 @@ def parse_override(word: str, kind: type[Any]) -> Override:
     setting = _setting(key, kind)
     key = setting.key
     if mark:
-        shown = "…" if setting.place else text
+        shown = "…" if setting.place else _cut(text)
         raise ConfigError(
             f"{marked}={shown}: this setting exists, so write it without {mark}: {key}={shown}"
         )
@@ -99,7 +101,7 @@ def _setting(key: str, kind: type[Any]) -> Setting:
 
 
 def _parse_value(key: str, text: str, prefix: str) -> Override:
-    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    shown = _cut(text)
     try:
         parsed = _read(f"{prefix}{text}")
     except _UNREADABLE as error:
@@ -115,6 +117,13 @@ def _parse_value(key: str, text: str, prefix: str) -> Override:
             f"trainer.launch … {key}=$value run=NAME-$value; done"
         )
     return Override(key, parsed.value(), f"{prefix}{text}")
+
+
+def _cut(text: str) -> str:
+    """Shorten what was typed, to quote it; of addresses with what may be credentials to nothing."""
+    if _MAY_CARRY_CREDENTIALS.search(text):
+        return "…"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _is_sweep(word: str) -> bool:

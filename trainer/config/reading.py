@@ -100,6 +100,8 @@ def _check_plain(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
         }
     if isinstance(value, list | tuple):
         return [_check_plain(each, f"{key}.{place}", settings) for place, each in enumerate(value)]
+    if isinstance(value, str):
+        _check_no_credentials(key, value)  # whatever setting it is, for it may come to be quoted
     if not (value is None or isinstance(value, int | float) or _is_text(value)):
         raise ConfigError(f"{key}={shown(value)} must be a text, a number, true, false or null")
     if isinstance(value, float) and not math.isfinite(value):
@@ -109,8 +111,6 @@ def _check_plain(value: Any, key: str, settings: Mapping[str, Setting]) -> Any:
     setting = settings.get(_NUMBERS.sub("", key))
     if setting is None:
         return value
-    if setting.place and isinstance(value, str):
-        _check_no_credentials(key, value)
     if isinstance(value, float) and value.is_integer() and int in leaf_types(setting.wanted):
         return int(value)
     if setting.is_text and isinstance(value, int) and not isinstance(value, bool):

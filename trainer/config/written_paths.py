@@ -16,13 +16,14 @@ import unicodedata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.addresses import quote_address
 from trainer.config.reading import ConfigError
 from trainer.config.settings import leaf_types
 
 T = TypeVar("T")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:(?!//).*")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(?!//).*", re.IGNORECASE)
 _SQLITE = "sqlite:///"
 
 
@@ -65,9 +66,10 @@ def _absolute(key: str, text: str, kind: str) -> str:
             f"{key} has a control character, such as a line's end or NUL; leave it out"
         )
     scheme, is_url, _ = text.partition("://")
-    if _SCHEME.fullmatch(text):
-        written = re.sub(":/*", "://", text, count=1)
-        raise ConfigError(f"{key}={text} lacks a slash; write {written}")
+    if mistyped := _SCHEME.fullmatch(text):
+        raise ConfigError(
+            f"{key}={quote_address(text)} lacks a slash; begin it with {mistyped[1].lower()}://"
+        )
     if kind == "path" and is_url:
         raise ConfigError(f"{key}={text} must be a path of this machine, without {scheme}://")
     if text.startswith(_SQLITE) and len(text) > len(_SQLITE):

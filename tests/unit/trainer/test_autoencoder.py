@@ -205,6 +205,15 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert f"no folder {tmp_path / 'nowhere'}" in message
 
 
+@pytest.mark.parametrize("source", ["https://me:h1dden@host", "s3:/me:h1dden@b", "s3://b?t=h1dden"])
+def test_a_place_with_credentials_is_not_quoted(tmp_path, source):
+    with pytest.raises(
+        AutoencoderError, match=r"may carry credentials|there is no folder"
+    ) as caught:
+        find_autoencoder(source, cache=tmp_path, store=STORE)
+    assert "h1dden" not in str(caught.value)
+
+
 def test_a_folder_without_a_config(copied, tmp_path):
     (copied / "config.json").unlink()
     assert "has no config.json, nor vae/config.json" in refused(copied, tmp_path)

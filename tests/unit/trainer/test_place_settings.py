@@ -92,9 +92,42 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
         assert error is not None
         assert "secret" not in error
         assert "secret" not in wrong or key.rpartition(".")[2] in error or "endpoint" in error
+    for mistyped in (
+        "s3:/me:secret@bucket/a",
+        "S3:me:secret@bucket/a",
+        "http:/host/a?token=secret",
+    ):
+        error = refusal(lambda mistyped=mistyped: given(mistyped))
+        assert error is not None
+        assert "secret" not in error
     if place in ("uri", "hub"):
         assert refusal(lambda: given("s3://bucket/a#b=(c)")) is None
         assert "secret" not in (refusal(lambda: given("s3://me:secret@bucket/a")) or "secret")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.streams=[{prefix:s3://me:secret@bucket/a",
+        "data.streams=[{prefix:s3:/me:secret@bucket/a}],",
+        "data.streams=s3://me:secret@bucket/a",
+        "data.streams=[s3:/me:secret@bucket/a]",
+        "+data.streams=[{prefix:'http://host/a?token=secret'}]",
+        "data.streams=[{prefix:'s3:/me:secret@bucket/a'}]",
+        "s3://me:secret@bucket/a",
+        "s3://bucket/a?token=secret",
+        "~http://me:secret@host",
+        "cluster.address=ray://me:secret@host:1",
+        "cluster.address=me:secret@host:1",
+        "train.seed=s3:/me:secret@bucket/a",
+        "data.name=http://me:secret@host",
+        "store.uri=s3://me:secret@bucket/\udcff",
+    ],
+)
+def test_what_may_be_credentials_is_quoted_nowhere(word):
+    error = refusal(lambda: compose_job([DIGITS, word]))
+    assert error is not None
+    assert "secret" not in error
 
 
 def test_what_is_no_path_stays():

@@ -6,6 +6,7 @@ number of bytes, so what it becomes is bounded by its size.
 """
 
 import struct
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from pipelines.console import visible
 from pipelines.documents import read_json
 from pipelines.errors import UnreadableSourceError
+from pipelines.ingest.listing import IMAGES
 
 # What `save_to_disk` of the library leaves in a folder: of a dataset with splits, of one without.
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -27,6 +29,17 @@ little, for they are compressed already.
 """
 
 _ROWS_AT_A_TIME = 16  # each of which may repeat one large value that is stored once
+# What compressed files begin with, and how they are called: gzip, bzip2, xz, zstd, lz4, 7z, rar.
+_PACKED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22M\x18",
+    b"7z\xbc",
+    b"Rar!",
+)
+_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _SCHEMA, _RECORD_BATCH = 1, 3  # kinds of Arrow's messages
 
 
@@ -82,6 +95,9 @@ def convert(builder: Any, *, folder: Path | None = None) -> Any:
         builder._generate_tables = lambda files, **others: _bound_growth(
             [*map(Path, files)], look, lambda: generate(files=files, **others)
         )
+    if reader == "webdataset":
+        read = builder._get_pipeline_from_tar
+        builder._get_pipeline_from_tar = lambda path, members: _look_first(path, members, read)
     builder.download_and_prepare()
     return builder.as_dataset()
 
@@ -120,11 +136,49 @@ def _refuse_growth(files: Sequence[Path], found: int) -> None:
 
 
 def _unpacked_bytes(file: Path) -> int:
-    """Say how many bytes a zip archive holds, which the library would unpack; else 0."""
-    if file.suffix.lower() != ".zip":
+    """Say how many bytes a zip archive holds, which the library would unpack; 0 for no archive.
+
+    Raises:
+        UnreadableSourceError: It is compressed in another way, which does not tell.
+    """
+    if file.suffix.lower() in (*IMAGES.suffixes, ".parquet", ".arrow", ".tar"):
+        return 0
+    with file.open("rb") as opened:
+        head = opened.read(max(map(len, _PACKED)))
+    if head.startswith(_PACKED):
+        raise UnreadableSourceError(
+            f"{visible(file.name)} is compressed, and what it holds may be of any size. Unpack it."
+        )
+    if not zipfile.is_zipfile(file):
         return 0
     with zipfile.ZipFile(file) as archive:
         return sum(member.file_size for member in archive.infolist())
+
+
+def _look_first(path: str, members: Iterable[Any], read: Callable[..., Iterable[Any]]) -> Any:
+    """Look at the headers of an archive of webdataset before its members are read.
+
+    Raises:
+        UnreadableSourceError: One of them is compressed or sparse, and may be of any size.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            packed = [
+                member.name
+                for member in archive
+                if member.issparse() or Path(member.name).suffix.lower() in _PACKED_SUFFIXES
+            ]
+    except tarfile.TarError as error:
+        raise UnreadableSourceError(
+            f"{visible(Path(path).name)} is no plain .tar archive ({in_one_line(error)}). Unpack "
+            "it, or fetch it again."
+        ) from error
+    if packed:
+        raise UnreadableSourceError(
+            f"{visible(Path(path).name)} holds {visible(packed[0])!r}, which is compressed or "
+            "sparse and may be of any size. Pack the archive again without it."
+        )
+    return read(path, members)
 
 
 def _promised_bytes(file: Path) -> int:

@@ -4,12 +4,13 @@ The index comes last, and only when every shard is in place, so what an interrup
 behind does not count as a dataset and the write can simply be run again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import (
+    CorruptShardError,
     MissingDatasetError,
     OccupiedPrefixError,
     StoreUnreachableError,
@@ -46,11 +47,13 @@ def is_complete(prefix: str, *, plan: str) -> bool:
 
     Raises:
         OccupiedPrefixError: The prefix holds something else.
+        CorruptShardError: A shard of it in a local folder is gone, or was cut.
         UnwritableTargetError: A local folder cannot be looked into.
         StoreUnreachableError: The store refuses, or does not answer.
     """
     source = Source(prefix)
-    complete = find_shards(source) is not None
+    shards = find_shards(source)
+    complete = shards is not None
     about = read_about(prefix) if complete else None
     if complete and (about is None or about.plan != plan):
         raise OccupiedPrefixError(
@@ -59,7 +62,20 @@ def is_complete(prefix: str, *, plan: str) -> bool:
         )
     if source.folder is not None and not complete:
         refuse_occupied(source.folder)
+    if source.folder is not None:
+        _refuse_damaged(source.folder, shards or ())
     return complete
+
+
+def _refuse_damaged(folder: Path, shards: Sequence[Shard]) -> None:
+    """Refuse to call a dataset complete whose shards are not as long as its index says."""
+    for shard in shards:
+        file = folder / shard.name
+        if not file.is_file() or file.stat().st_size != shard.size_bytes:
+            raise CorruptShardError(
+                f"{folder} holds this dataset already, but its {shard.name} is gone or was cut. "
+                "Remove the folder, and run the same command again."
+            )
 
 
 def refuse_occupied(target: Path) -> None:

@@ -9,7 +9,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 
-from pipelines.errors import UnreadableSourceError
+from pipelines.errors import CorruptShardError, UnreadableSourceError
 from pipelines.ingest.__main__ import main
 from pipelines.ingest.about import read_about
 from pipelines.ingest.huggingface import list_split, load
@@ -149,6 +149,10 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert (tmp_path / "out" / first.name).stat().st_mtime_ns == written_ns
+    ingest(listing(), str(tmp_path / "out"), config=SMALL, report=lambda _: None)
+    (tmp_path / "out" / first.name).write_bytes(b"cut")
+    with pytest.raises(CorruptShardError, match=r"shard\.\d+\.mds is gone or was cut"):
+        ingest(listing(), str(tmp_path / "out"), config=SMALL, report=lambda _: None)
 
 
 @pytest.mark.slow

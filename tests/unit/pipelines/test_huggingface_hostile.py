@@ -1,7 +1,10 @@
 """A Hugging Face dataset of a stranger reads no file of somebody else, and stays of sane size."""
 
+import gzip
+import io
 import json
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +154,25 @@ def test_a_zip_archive_is_not_unpacked_without_end(
                 f"train/{number % 2}/{number}.png", pictures.png(9, 7) + bytes(MEBIBYTE)
             )
     assert "would become more than" in refused(str(copy), tmp_path / "out", capsys)
+
+
+def test_compressed_files_and_members_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    bomb = gzip.compress(bytes(MEBIBYTE))
+    with tarfile.open(copy / "train.tar", "w") as archive:
+        for name, data in (("1.png", pictures.png(9, 7)), ("1.txt.gz", bomb)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert "train.tar holds '1.txt.gz'" in refused(str(copy), tmp_path / "out", capsys)
+    (copy / "train.tar").write_bytes(gzip.compress((copy / "train.tar").read_bytes()))
+    assert "train.tar is no plain .tar" in refused(str(copy), tmp_path / "out", capsys)
+    (copy / "train.tar").unlink()
+    (copy / "train.jsonl.gz").write_bytes(gzip.compress(b'{"image": "", "label": 0}'))
+    assert "train.jsonl.gz is compressed" in refused(str(copy), tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])

@@ -122,7 +122,7 @@ class EvalConfig(Checked):
         grid_classes: Classes shown in a grid, from the first; at most all that there are.
     """
 
-    samples: Annotated[int, Field(ge=2)] = 1000
+    samples: Annotated[int, Field(ge=2, le=10_000_000)] = 1000
     batch: Annotated[int, Field(ge=1)] = 125
     seed: Annotated[int, Field(ge=0)] = 1
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -78,7 +78,7 @@ class CheckpointEvaluationConfig(ModelSource):
     """
 
     checkpoints: Literal["newest", "all"] = "newest"
-    samples: Annotated[int, Field(ge=2)] | None = None
+    samples: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
     batch: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     sampler: SamplerChoice = field(default_factory=SamplerChoice)

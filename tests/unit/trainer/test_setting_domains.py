@@ -45,7 +45,7 @@ OTHER = {
     "max_aspect": lambda value: value >= 1,
     "final_ratio": lambda value: 0 <= value <= 1,
     "codec.shift": lambda value: True,
-    "samples": lambda value: value >= 2,
+    "samples": lambda value: 2 <= value <= 10**7,
     "port": lambda value: 1 <= value <= 65535,
 }
 DOMAINS = {

@@ -44,9 +44,13 @@ data-demo: setup
 	$(BIN)/python -m pipelines.ingest verify "$(SHARDS)/train"
 	$(BIN)/python -m trainer.launch +exp=pictures "data.prefix=$(SHARDS)" $(ARGS)
 
-# A process that crashes ends the tests: replaced, it may leave the others waiting for its files.
+# A process that crashes ends the tests: replaced, it may leave the others waiting for its files. Whole jobs keep two
+# cores busy; the rest often waits for a store that is away.
+SLOW := $(BIN)/python -m pytest -m slow --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+JOBS := tests/integration tests/gpu
 test: test-fast
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
+	$(SLOW) -n 3 $(JOBS:%=--ignore=%) $(ARGS)
+	$(SLOW) -n 2 $(JOBS) $(ARGS)
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)

@@ -204,7 +204,7 @@ def test_killed_and_gone_on_with_by_two_processes_it_is_the_same_to_the_bit(
         shard = tmp_path / "out" / "train" / f"{name}.mds"
         assert shard.stat().st_mtime_ns == written_at
     said = subprocess.run(again, check=True, capture_output=True, text=True).stdout
-    assert said.endswith("complete, nothing to do\n")
+    assert "complete, nothing to do\n" in said
 
 
 # The command with shards of 10 latents, which can stop after two, to be killed.

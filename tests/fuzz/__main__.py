@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Attack the program by chance and count what becomes of it: damage to everything that a finished run
-leaves, hostile input of every kind, kills at random times.
+or a broken ingest leaves, documents changed and sealed again, hostile input of every kind, kills.
 
   python -m tests.fuzz --seconds 600
   python -m tests.fuzz --seconds 60 --only damage

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.ingest.__main__ import main as ingest
+from tests.fuzz.unfinished import make_unfinished
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.forked import ranks_by_fork
 from tests.unit.pipelines import pictures
@@ -66,6 +67,11 @@ class Material:
     def images(self) -> Path:
         """The pictures that its data set was made of, in class folders."""
         return self.folder / "images"
+
+    @property
+    def unfinished(self) -> Path:
+        """An ingest that was broken off: its source, and what it left."""
+        return self.folder / "unfinished"
 
     @property
     def autoencoder(self) -> Path:
@@ -136,6 +142,7 @@ def make_material(folder: Path, *, report: Callable[[str], None]) -> Material:
                 log.flush()
                 said = (folder / "made").read_text()
                 raise RuntimeError(f"{what} ended with exit code {code}:\n{said}")
+    make_unfinished(material.unfinished)
     _without_locks(home)
     return material
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "canary-s3cr3t-7Qx",
     "AWS_SESSION_TOKEN": "canary-t0ken-9Ty",
     "MLFLOW_TRACKING_PASSWORD": "canary-mlfl0w-1Ab",
+    "FUZZ_PIN": "48151623",  # which a number may hide
 }
 """What is in the environment of each try and must not get anywhere."""
 BAIT = b"bait-0ut51d3-4Ef"
@@ -49,6 +51,8 @@ class Sandbox:
     inside: Path
     outside: Path
     trespasses: list[str] = field(default_factory=list)
+    _hidden: set[str] = field(default_factory=set)
+    _watches: bool = False
 
     @property
     def canary(self) -> Path:
@@ -68,6 +72,7 @@ class Sandbox:
 
         self.bait.write_bytes(png(12, 12, seed=4711) + BAIT)
         (self.outside / "private.txt").write_bytes(BAIT)
+        self._hidden |= {path.name for path in self.outside.iterdir()}
         os.chdir(self.inside)
         sys.dont_write_bytecode = True
         tempfile.tempdir = str(self.inside / "tmp")
@@ -75,6 +80,14 @@ class Sandbox:
         # Processes that are started from here find these tests, and no others of that name.
         os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
         sys.addaudithook(self._look)
+        self._watches = True
+
+    def hide(self, path: Path) -> None:
+        """Move a file or folder to where nobody may look."""
+        self._watches = False
+        shutil.move(path, self.outside / path.name)
+        self._hidden.add(path.name)
+        self._watches = True
 
     def problems(self, said: str) -> list[str]:
         """Return what must not have happened, after the try.
@@ -83,8 +96,8 @@ class Sandbox:
             said: All that was said.
         """
         found = list(self.trespasses)
-        if sorted(path.name for path in self.outside.iterdir()) != ["private.png", "private.txt"]:
-            found.append(f"files outside: {sorted(path.name for path in self.outside.iterdir())}")
+        if (there := {path.name for path in self.outside.iterdir()}) != self._hidden:
+            found.append(f"files outside: {sorted(there)}")
         texts = {"the output": said.encode(errors="surrogateescape")}
         texts |= {str(path): path.read_bytes() for path in _small_files(self.inside)}
         for place, data in texts.items():
@@ -94,6 +107,8 @@ class Sandbox:
         return found
 
     def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._watches:
+            return
         if event == "open":
             path, _, flags = arguments
             if isinstance(path, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import suppress
 
 from pipelines.ingest.__main__ import main as ingest
 from tests.fuzz import mutation
@@ -43,7 +44,8 @@ def archives(attempt: Try) -> Seen:
             given[data], must[data] = {label}, label
             _add(archive, f"{label}/good{number // 2}.png", data)
             if chance.random() < 0.3:
-                attacks.append(_plant(attempt, archive, given))
+                with suppress(ValueError):  # ustar has no place for a long name
+                    attacks.append(_plant(attempt, archive, given))
     data = whole.getvalue()
     if chance.random() < 0.5:
         data, done = _edited(data, attempt)
@@ -102,6 +104,8 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def _plant(attempt: Try, archive: tarfile.TarFile, given: dict[bytes, set[str]]) -> str:
     chance = attempt.chance
     name = chance.choice(_NAMES)
+    if chance.random() < 0.15:
+        return _long_name(attempt, archive, given)
     if chance.random() < 0.4:
         data = pictures.png(8, 8, seed=chance.randrange(10**6))
         given[data] = {part for part in name.split("/") if part} | {"", "outside", "tmp", "."}
@@ -117,6 +121,27 @@ def _plant(attempt: Try, archive: tarfile.TarFile, given: dict[bytes, set[str]])
         info.size = chance.choice((0, 512, 1 << 32))
     archive.addfile(info)
     return f"{kind} to {info.linkname[-30:]}"
+
+
+def _long_name(attempt: Try, archive: tarfile.TarFile, given: dict[bytes, set[str]]) -> str:
+    """A member whose name has thousands of parts, or one that is long."""
+    chance = attempt.chance
+    part = chance.choice(("a/", "a/", "ant/", "./", ".x/", f"{'x' * 200}/"))
+    times = chance.choice((300, 10_000, 60_000, 60_000))
+    name = f"{part * times}x.png" if chance.random() < 0.8 else f"ant/{'x' * times}.png"
+    data = pictures.png(8, 8, seed=chance.randrange(10**6))
+    given[data] = {name.split("/")[-2], *(part.strip("/") for part in ("ant/", part)), ""}
+    if chance.random() < 0.3:
+        info = tarfile.TarInfo(name.removesuffix("x.png"))
+        info.type = tarfile.DIRTYPE
+        archive.addfile(info)
+    elif chance.random() < 0.3:
+        info = tarfile.TarInfo("ant/linked.png")
+        info.type, info.linkname = tarfile.LNKTYPE, name
+        archive.addfile(info)
+    else:
+        _add(archive, name, data)
+    return f"a name of {times} times {part[:8]}"
 
 
 def _edited(data: bytes, attempt: Try) -> tuple[bytes, str]:

@@ -94,6 +94,12 @@ def _hostile(attempt: Try, whole: bytes) -> tuple[bytes, str]:
                 (b"<f4", b"<M8[s]"),
                 (b"False", b"exit()"),
                 (b"descr", b"other"),
+                (b"(2, 4, 4, 4)", b"(True, 4, 4, 4)"),
+                (b"(2, 4, 4, 4)", b"(True,)"),
+                (b"(2, 4, 4, 4)", b"(2.0, 4, 4, 4)"),
+                (b"(2, 4, 4, 4)", b"(" + b"1, " * 70 + b")"),
+                (b"(2, 4, 4, 4)", b"(" + b"1, " * 70 + b"128)"),
+                (b"(2, 4, 4, 4)", b"(" + b"9" * 5000 + b",)"),
             )
         )
         header = whole[10:128].rstrip().replace(old, new)

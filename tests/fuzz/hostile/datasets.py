@@ -16,9 +16,9 @@ LEFT_OUT = r"[1-9][\d,]* skipped|passed over|left out"
 """What an ingest says where it did not take everything."""
 
 
-def stored(prefix: Path) -> list[tuple[bytes, int]]:
+def stored(prefix: Path, split: str = "train") -> list[tuple[bytes, int]]:
     """Read all samples of the split that was written."""
-    dataset = ShardedDataset(str(prefix / "train"))
+    dataset = ShardedDataset(str(prefix / split))
     samples = [dataset.read(number) for number in range(len(dataset))]
     return [(sample.data, sample.label) for sample in samples]
 

@@ -81,12 +81,36 @@ def _plant(attempt: Try, source: Path, folder: bytes, given: dict[bytes, set[str
     what = chance.choice([*pictures.GOOD, *pictures.BAD])
     data = {**pictures.GOOD, **pictures.BAD}[what]
     done = ""
-    if chance.random() < 0.6:
+    if chance.random() < 0.25:
+        what, data = _long_jpeg(attempt)
+    elif chance.random() < 0.6:
         data, done = mutation.edited_bytes(data, chance)
     with open(path, "wb") as file:
         file.write(data)
     given.setdefault(data, set()).add(_class_of(folder))
     return f"{what} {done} as {path[-40:]!r}"
+
+
+def _long_jpeg(attempt: Try) -> tuple[str, bytes]:
+    """A JPEG of markers without end, where what reads them twice would not come back."""
+    chance = attempt.chance
+    good = pictures.jpeg(8, 8)
+    runs = {
+        "fill bytes": b"\xff" * chance.choice((40_000, 400_000)),
+        "markers without content": b"\xff\xd0" * 200_000,
+        "empty comments": b"\xff\xfe\x00\x02" * 100_000,
+        "tables": b"\xff\xdb\x00\x02" * 100_000,
+        "Exif": b"\xff\xe1\x00\x08Exif\x00\x00" * 50_000,
+        "no markers": b"\x00\xff" * 200_000,
+        "frames": b"\xff\xc0\x00\x0b\x08\x00\x08\x00\x08\x01\x01\x11\x00" * 20_000,
+        "segments of 64 KiB": (b"\xff\xe2\xff\xff" + bytes(65533)) * 40,
+    }
+    what = chance.choice(list(runs))
+    run = runs[what]
+    where = chance.choice(("alone", "first", "among", "last"))
+    place = {"first": 2, "among": good.index(b"\xff\xda"), "last": len(good) - 2}.get(where, 2)
+    whole = good[:2] + run if where == "alone" else good[:place] + run + good[place:]
+    return f"jpeg with {len(run)} bytes of {what}, {where}", whole
 
 
 def _class_of(folder: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Settings: words of the command line, experiments of others, places with credentials in them."""
+"""Settings: words of the command line, with values that nobody expects."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ from tests.fuzz import mutation
 from tests.fuzz.attempt import Try, announce
 from tests.fuzz.hostile.judging import judged
 from tests.fuzz.material import SETTINGS
-from tests.fuzz.sandbox import SECRETS
 from tests.fuzz.verdict import Seen
 from tests.fuzz.watched import Watched, commanded
 from tests.support.commands import leaves
-from trainer.cli.checkpoints import main as checkpoints
-from trainer.cli.evaluate import main as evaluate
 from trainer.cli.launch import main as launch
-from trainer.cli.sample import main as sample
 from trainer.config.job import JobConfig
 
-_SECRET = SECRETS["AWS_SECRET_ACCESS_KEY"]
 _INTERPOLATIONS = (
     "${oc.env:AWS_SECRET_ACCESS_KEY}",
     "${oc.env:HOME}",
@@ -36,11 +31,6 @@ _INTERPOLATIONS = (
     "${",
     "\\${oc.env:HOME}",
 )
-_PLACES = (
-    *("store.uri", "tracking.uri", "data.prefix", "resume", "store.endpoint_url"),
-    *("codec.source", "home", "eval.features.inception_weights"),
-)
-_COMMANDS = (*("launch",) * 3, "cfg", "list", "export", "evaluate", "sample")
 
 
 def settings(attempt: Try) -> Seen:
@@ -63,7 +53,7 @@ def settings(attempt: Try) -> Seen:
 def _complaint(done: Watched, words: list[str]) -> str | None:
     """What is shown is YAML again, with finite numbers, and the plain values that were given."""
     shown = yaml.safe_load(done.out)
-    bad = [number for number in _numbers(shown) if not math.isfinite(number)]
+    bad = [number for number in numbers_in(shown) if not math.isfinite(number)]
     if bad:
         return f"numbers that are not finite were taken: {bad}"
     # A place is shown as an absolute one.
@@ -84,13 +74,14 @@ def _complaint(done: Watched, words: list[str]) -> str | None:
     return None
 
 
-def _numbers(value: Any) -> Iterator[float]:
+def numbers_in(value: Any) -> Iterator[float]:
+    """Give all floats of plain values."""
     if isinstance(value, dict):
         for each in value.values():
-            yield from _numbers(each)
+            yield from numbers_in(each)
     elif isinstance(value, list):
         for each in value:
-            yield from _numbers(each)
+            yield from numbers_in(each)
     elif isinstance(value, float):
         yield value
 
@@ -130,43 +121,3 @@ def _value(attempt: Try) -> str:
         )
     )()
     return str(made)
-
-
-def places(attempt: Try) -> Seen:
-    """Give credentials where a place is asked for, which must be refused and not be told."""
-    chance = attempt.chance
-    uri = chance.choice(
-        (
-            f"s3://user:{_SECRET}@bucket/runs/x",
-            f"s3://{_SECRET}@bucket/runs/x",
-            f"http://user:{_SECRET}@127.0.0.1:9/x",
-            f"https://127.0.0.1:9/x?token={_SECRET}",
-            f"http://127.0.0.1:9/x#access_token={_SECRET}",
-            f"postgresql://user:{_SECRET}@127.0.0.1:9/x",
-            f"s3://bucket/runs/x?X-Amz-Signature={_SECRET}",
-            f"S3://user:{_SECRET}@bucket/runs/x",
-            f"file://user:{_SECRET}@host/x/y",
-            f"http://127.0.0.1:9/%40x?password={_SECRET}",
-        )
-    )
-    key = chance.choice(_PLACES)
-    which = chance.choice(_COMMANDS)
-    home = f"home={attempt.sandbox.inside / 'home'}"
-    attack = f"{which} {key}={uri}".replace(_SECRET, "SECRET")
-    announce("hostile: places", attack)
-    if which in ("launch", "cfg"):
-        how = ["dry_run=true"] if which == "launch" else ["--cfg", "job"]
-        given = [s for s in SETTINGS if s != "data.classes=0"]
-        done = commanded(launch, [*how, *given, home, f"{key}={uri}"])
-    elif which == "list":
-        done = commanded(checkpoints, ["list", uri, *_NOWHERE])
-    elif which == "export":
-        done = commanded(checkpoints, ["export", uri, "output=weights", *_NOWHERE])
-    elif which == "evaluate":
-        done = commanded(evaluate, [f"checkpoint={uri}", home, *_NOWHERE])
-    else:
-        done = commanded(sample, [f"checkpoint={uri}", "output=grid.png", *_NOWHERE])
-    return judged(attempt, "places", attack, done, lambda: "credentials in a place were taken")
-
-
-_NOWHERE = ("store.endpoint_url=http://127.0.0.1:9", "store.retries=1", "store.connect_timeout_s=1")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 from pipelines.console import visible
 from pipelines.ingest.__main__ import main as ingest
@@ -51,9 +53,12 @@ def tables(attempt: Try) -> Seen:
     else:
         data = _table(kind, labels)
         edited = _maybe_edited(attempt, data)
-        table.write_bytes(edited)
+        if chance.random() < 0.15:
+            done = _place(table, attempt)
+        else:
+            table.write_bytes(edited)
+            done = "edited" if edited != data else ""
         words += ["--labels", str(table)]
-        done = "edited" if edited != data else ""
     attack = f"{kind} {done}"
     announce("hostile: label tables", attack)
     return judged(
@@ -64,6 +69,19 @@ def tables(attempt: Try) -> Seen:
         lambda: _complaint(attempt, kind, names),
         told=LEFT_OUT,
     )
+
+
+def _place(table: Path, attempt: Try) -> str:
+    """Put something in the table's place that is no file, or never ends."""
+    done = attempt.chance.choice(("pipe", "/dev/zero", "sparse"))
+    if done == "pipe":
+        os.mkfifo(table)
+    elif done == "sparse":
+        with table.open("wb") as file:
+            os.truncate(file.fileno(), 1 << 40)
+    else:
+        table.symlink_to(done)
+    return done
 
 
 def _table(kind: str, labels: dict[str, str]) -> bytes:
@@ -89,7 +107,7 @@ def _complaint(attempt: Try, kind: str, names: dict[bytes, str]) -> str | None:
     out = attempt.sandbox.inside / "out"
     classes = json.loads((out / "train" / "ingest.json").read_text())["classes"]
     table = attempt.sandbox.inside / f"labels.{kind}"
-    text = table.read_bytes().decode(errors="replace") if table.exists() else ""
+    text = table.read_bytes().decode(errors="replace") if table.is_file() else ""
     for data, label in stored(out):
         if data not in names:
             return f"a sample of {len(data)} bytes is none that was given"

@@ -15,6 +15,8 @@ def may_carry_credentials(address: str) -> bool:
     scheme, is_url, rest = address.partition("://")
     if not is_url:
         return False
+    if scheme not in _FILES:
+        rest = rest.lstrip("/")  # which may be slashes too many
     before_path = rest.partition("/")[0]
     if scheme in _FILES:
         return not {"@", ":"}.isdisjoint(before_path)

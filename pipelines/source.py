@@ -67,11 +67,16 @@ def is_url(text: str) -> bool:
     """
     match = _SCHEME.match(text)
     scheme, slashes = match.groups() if match else ("", "")
+    shown = f"The place {quote_address(text)}"
     if not slashes and scheme.lower() not in _SCHEMES:
+        if quote_address(text) != repr(text):
+            raise LocationError(
+                f"{shown} looks like a URL with credentials in it. Begin it with ./ if it is a "
+                "folder of that name."
+            )
         return False
     assert match is not None
     rest = text[match.end() :]
-    shown = f"The place {quote_address(text)}"
     if slashes != ("///" if scheme == "file" else "//") or text[: match.end(1)] != scheme.lower():
         right = f"{scheme.lower()}:{'///' if scheme.lower() == 'file' else '//'}"
         raise LocationError(

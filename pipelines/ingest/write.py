@@ -175,11 +175,13 @@ def _write(part: Part[Any], work: Path, *, filler: ShardFiller[Any]) -> Finished
         name = _shard_name(part.number)
         written = scratch / entry["raw_data"]["basename"]
         sync(written)
+        _clear_folder(work / name)
         written.replace(work / name)
         entry["raw_data"]["basename"] = name
     finished = FinishedShard(number=part.number, entry=entry, filled=filled)
     # A record that exists is whole, and of a shard whose bytes and name outlive a power cut.
     sync(work)
+    _clear_folder(_record(work, part.number))
     write_atomic(_record(work, part.number), json.dumps(seal(asdict(finished))).encode())
     shutil.rmtree(scratch)
     return finished
@@ -198,6 +200,12 @@ def discard_records(work: Path) -> None:
         path.unlink(missing_ok=True)
     for path in work.glob("part.*"):
         shutil.rmtree(path)
+
+
+def _clear_folder(place: Path) -> None:
+    """Remove a folder that is in a file's place, for no file replaces it."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
 
 
 def _record(work: Path, number: int) -> Path:
@@ -233,6 +241,8 @@ def _is_whole(
         if is_uploaded(shard):
             return True
         problem = "is gone"
+    except IsADirectoryError:
+        problem = "is a folder"
     except (KeyError, TypeError):
         problem = "has a record without its size and hash"
     if problem:
@@ -246,7 +256,7 @@ def _read_record(record: Path) -> FinishedShard | None:
         return replace(validate_as(FinishedShard, unseal(read_json(record))), kept=True)
     except FileNotFoundError:
         return None
-    except DocumentError as error:
+    except (DocumentError, OSError) as error:
         logger.warning("writing a shard again, since %s cannot be used: %s", record, error)
         return None
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,13 +71,24 @@ def removed(work: Path) -> None:
     (work / "shard.00000.mds").unlink()
 
 
+def replaced(work: Path) -> None:
+    removed(work)
+    (work / "shard.00000.mds" / "inside").mkdir(parents=True)
+
+
 def swapped(work: Path) -> None:
     shutil.copy(work / "shard.00001.record", work / "shard.00000.record")
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [(flipped, "hash"), (cut, "0 bytes long"), (removed, "is gone"), (swapped, "another one")],
+    [
+        (flipped, "hash"),
+        (cut, "0 bytes long"),
+        (removed, "is gone"),
+        (replaced, "bytes long instead"),
+        (swapped, "another one"),
+    ],
 )
 def test_a_shard_that_is_not_as_recorded_is_written_again(
     change: Callable[[Path], None], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -92,6 +104,32 @@ def test_a_shard_that_is_not_as_recorded_is_written_again(
     (line,) = (each.getMessage() for each in caplog.records)
     assert "shard.00000.mds" in line
     assert told in line
+
+
+def folder(record: Path) -> None:
+    (record / "inside").mkdir(parents=True)
+
+
+def endless(record: Path) -> None:
+    record.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [folder, endless, os.mkfifo])
+def test_what_is_no_file_in_a_records_place_is_told_and_replaced(
+    make: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = shards(tmp_path)
+    record = tmp_path / "shard.00000.record"
+    whole = record.read_bytes()
+    record.unlink()
+    make(record)
+    with caplog.at_level(logging.WARNING):
+        again = shards(tmp_path)
+    assert {number: kept for number, (kept, _) in again.items()} == {0: False, 1: True}
+    assert [found for _, found in again.values()] == [found for _, found in first.values()]
+    assert record.read_bytes() == whole
+    (line,) = (each.getMessage() for each in caplog.records)
+    assert str(record) in line
 
 
 def test_a_plan_that_is_no_text_is_another_plan(tmp_path: Path) -> None:

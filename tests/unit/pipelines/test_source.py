@@ -144,6 +144,8 @@ def test_failures_that_time_does_not_heal(
         ("s3://bucket/data?token=hunter2", "The place 's3://…' cannot be used"),
         ("http:/host/data?token=hunter2", "The place 'http:/…' is not written as a URL"),
         ("https://host/data#hunter2", "The place 'https://…' cannot be used"),
+        ("ray:user:hunter2@host:9", "The place 'ray:…' looks like a URL with credentials"),
+        ("s3:///key:hunter2@bucket/data", "The place 's3:///…' is not written as a URL"),
     ],
 )
 def test_urls_that_are_not_read(prefix: str, words: str) -> None:

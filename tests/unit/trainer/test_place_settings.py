@@ -95,6 +95,7 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
     for mistyped in (
         "s3:/me:secret@bucket/a",
         "S3:me:secret@bucket/a",
+        "s3:///me:secret@bucket/a",
         "http:/host/a?token=secret",
     ):
         error = refusal(lambda mistyped=mistyped: given(mistyped))
@@ -112,6 +113,7 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
         "data.streams=[{prefix:s3:/me:secret@bucket/a}],",
         "data.streams=s3://me:secret@bucket/a",
         "data.streams=[s3:/me:secret@bucket/a]",
+        "data.streams=[{prefix: s3:///me:secret@bucket/a}]",
         "+data.streams=[{prefix:'http://host/a?token=secret'}]",
         "data.streams=[{prefix:'s3:/me:secret@bucket/a'}]",
         "s3://me:secret@bucket/a",

@@ -64,6 +64,12 @@ class Rendezvous:
     secret: bytes = field(repr=False)
 
 
+_file_stores: list[Any] = []
+"""Those this process has met by, kept until it ends. One that goes signs off in its file, in two
+steps. Where rank 0 removed the folder between them, it would wait for the file, for as long as a
+collective may take."""
+
+
 class _Proofs:
     """What this process needs to tell its run's ranks from others; one of them for the process."""
 
@@ -154,6 +160,7 @@ def _store(rank_info: RankInfo, rendezvous: Rendezvous, listener: socket.socket 
     if isinstance(rendezvous.place, str):
         file = dist.FileStore(rendezvous.place, rank_info.world_size)  # type: ignore[attr-defined]
         file.set_timeout(timeout)
+        _file_stores.append(file)
         return file
     host, port = rendezvous.place
     return dist.TCPStore(  # type: ignore[attr-defined]

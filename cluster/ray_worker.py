@@ -8,7 +8,6 @@ import contextlib
 import shutil
 import socket
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,6 @@ from cluster.failure import run_worker
 from cluster.process_group import RankInfo, Rendezvous, join, listen, new_secret
 from cluster.ray_mailbox import Finished, Mailbox
 from cluster.scratch import make_scratch
-
-_LEAVE_S = 60.0
-"""How long the others may take to leave once rank 0 has left."""
-_TICK_S = 0.01
 
 _listeners: list[socket.socket] = []
 """Of rank 0's process: the socket between being opened and being joined."""
@@ -87,21 +82,10 @@ def _open() -> tuple[str, int]:
     return host, _listeners[-1].getsockname()[1]
 
 
-def remove_rendezvous_folder(*, patience_s: float) -> None:
-    """Removes what this process made for the meeting, once nobody meets there any more.
-
-    The last worker that leaves deletes the file in it. One that found the file gone amid its own
-    leaving would wait for it, for as long as a collective may take.
-
-    Args:
-        patience_s: How long to wait for that last worker; 0 if some may never leave.
-    """
-    deadline = time.monotonic() + patience_s
+def remove_rendezvous_folder() -> None:
+    """Removes what this process made for the meeting, once nobody meets there any more."""
     while _folders:
-        folder = _folders.pop()
-        while any(folder.glob("*")) and time.monotonic() < deadline:
-            time.sleep(_TICK_S)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
 
 
 def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
@@ -163,7 +147,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         report=sender.send,
     )
     failure = run_worker(worker, context, payload)
-    remove_rendezvous_folder(patience_s=0 if failure else _LEAVE_S)
+    remove_rendezvous_folder()
     sender.send_last(failure or Finished(attempt, rank))
     # A refusal is the driver's to raise: here it would be retried.
     if failure is not None and failure.kind != "refused":

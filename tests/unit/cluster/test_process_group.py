@@ -1,6 +1,26 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import psutil
+import pytest
 
 from cluster.process_group import interface_of, leave, listen
+
+LEAVE = """
+import gc, sys
+from pathlib import Path
+from cluster.process_group import RankInfo, Rendezvous, join, leave
+file = Path(sys.argv[1])
+meeting = Rendezvous(place=str(file), timeout_s=60, secret=b"secret")
+alone = RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1)
+join(alone, meeting, device="cpu", threads=1)
+leave()
+gc.collect()
+assert file.exists()
+file.unlink()
+file.parent.rmdir()
+"""
 
 
 def test_any_loopback_address_is_the_loopback_interface():
@@ -29,3 +49,13 @@ def test_the_rendezvous_listens_on_the_given_address_alone():
 
 def test_leaving_without_having_joined_does_nothing():
     leave()
+
+
+@pytest.mark.slow
+def test_who_has_left_looks_for_the_rendezvous_no_more(tmp_path: Path) -> None:
+    """What signs off in the file does so when the process ends, and then the folder may be gone."""
+    folder = tmp_path / "meeting"
+    folder.mkdir()
+    command = [sys.executable, "-c", LEAVE, str(folder / "rendezvous")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, folder.exists()) == (0, False), done.stderr

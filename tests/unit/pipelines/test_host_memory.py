@@ -24,6 +24,7 @@ print(c.mallinfo2().hblkhd - before >= 8 << 20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize(
     ("call", "environment", "mapped"),

@@ -51,6 +51,7 @@ sys.stdout.buffer.write(Resize(image_size=256, encoding="png")(Path(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 65_000), (65_000, 1), (3, 65_000)])
 def test_a_thread_of_an_image_takes_little_memory(
     shape: tuple[int, int], tmp_path_factory: pytest.TempPathFactory

@@ -149,6 +149,7 @@ def test_an_s3_prefix_is_fetched_once_and_anew_when_it_changes(saved, tmp_path, 
     assert found()[1] == find_autoencoder(str(other), cache=tmp_path, store=STORE).sha256
 
 
+@pytest.mark.slow
 def test_what_a_fetch_has_left_is_believed_only_if_it_is_whole(
     saved, tmp_path, s3, monkeypatch, caplog
 ):

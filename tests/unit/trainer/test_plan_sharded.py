@@ -131,6 +131,7 @@ def test_a_rank_holds_the_weights_that_are_planned(
     assert held == sum(weights for weights, _ in workload(made).shards(placement))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(2, 1, 4), (4, 4, 4), (8, 2, 1)])
 def test_a_sharded_model_keeps_what_is_planned(ranks: tuple[int, ...]) -> None:
     made, placement = job({"depth": 6, "width": 64}, ()), Placement(ranks)

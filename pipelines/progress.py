@@ -97,7 +97,8 @@ class Progress:
             self._bar = self._open.enter_context(_make_bar(self.figures))
             self._bar.add_task(visible(self._what), total=self._total or 1)
             # Plain: what a line quotes is no markup. Whole: the terminal wraps it, as any other.
-            put = partial(self._bar.console.print, markup=False, highlight=False, soft_wrap=True)
+            write = self._bar.console.print
+            put = partial(write, markup=False, emoji=False, highlight=False, soft_wrap=True)
             self._open.enter_context(lines_above(put))
         return self
 

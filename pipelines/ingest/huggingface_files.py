@@ -39,7 +39,7 @@ _PACKED = (
     b"7z\xbc",
     b"Rar!",
 )
-_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz")
 _SCHEMA, _RECORD_BATCH = 1, 3  # kinds of Arrow's messages
 
 
@@ -88,6 +88,9 @@ def convert(builder: Any, *, folder: Path | None = None) -> Any:
         named = (builder.config.data_files or {}).values()
         files = [_own_file(Path(file), folders_below(folder)) for some in named for file in some]
         _refuse_growth(files, sum(map(_unpacked_bytes, files)))
+        if reader not in _LOOKS:  # such as the table beside the images of a folder
+            for table in (file for file in files if file.suffix.lower() == ".parquet"):
+                _refuse_growing_table(table)
     if reader in ("arrow", "parquet"):
         look, generate = _LOOKS[reader], builder._generate_tables
         if reader == "parquet":
@@ -187,6 +190,25 @@ def _promised_bytes(file: Path) -> int:
 
     told = pyarrow.parquet.read_metadata(file)
     return sum(told.row_group(number).total_byte_size for number in range(told.num_row_groups))
+
+
+def _refuse_growing_table(file: Path) -> None:
+    """Refuse a Parquet file of which the library reads all rows at once, if these are far larger.
+
+    Raises:
+        UnreadableSourceError: They are.
+    """
+    import pyarrow.parquet
+
+    found = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS_AT_A_TIME):
+            found += batch.nbytes
+            _refuse_growth([file], found)
+    except pyarrow.ArrowException as error:
+        raise UnreadableSourceError(
+            f"{visible(file.name)} cannot be read ({in_one_line(error)}). Fetch it again."
+        ) from error
 
 
 def _refuse_packed(file: Path) -> int:

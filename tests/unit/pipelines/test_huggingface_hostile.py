@@ -162,17 +162,37 @@ def test_compressed_files_and_members_are_refused(
     copy = tmp_path / "copy"
     copy.mkdir()
     bomb = gzip.compress(bytes(MEBIBYTE))
-    with tarfile.open(copy / "train.tar", "w") as archive:
-        for name, data in (("1.png", pictures.png(9, 7)), ("1.txt.gz", bomb)):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    assert "train.tar holds '1.txt.gz'" in refused(str(copy), tmp_path / "out", capsys)
+    for packed in ("1.npz", "1.txt.gz"):
+        with tarfile.open(copy / "train.tar", "w") as archive:
+            for name, data in (("1.png", pictures.png(9, 7)), (packed, bomb)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        assert f"train.tar holds '{packed}'" in refused(str(copy), tmp_path / "out", capsys)
     (copy / "train.tar").write_bytes(gzip.compress((copy / "train.tar").read_bytes()))
     assert "train.tar is no plain .tar" in refused(str(copy), tmp_path / "out", capsys)
     (copy / "train.tar").unlink()
     (copy / "train.jsonl.gz").write_bytes(gzip.compress(b'{"image": "", "label": 0}'))
     assert "train.jsonl.gz is compressed" in refused(str(copy), tmp_path / "out", capsys)
+
+
+def test_a_table_beside_images_does_not_grow_without_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    names = [f"{number}.png" for number in range(4)]
+    for name in names:
+        (copy / name).write_bytes(pictures.png(9, 7))
+    rows = 100
+    table = pa.table(
+        {"file_name": [names[row % 4] for row in range(rows)], "text": ["x" * MEBIBYTE] * rows}
+    )
+    pa.parquet.write_table(table, copy / "metadata.parquet", compression="zstd")
+    assert (copy / "metadata.parquet").stat().st_size < MEBIBYTE / 16
+    error = refused(str(copy), tmp_path / "out", capsys)
+    assert "metadata.parquet and the other files" in error
+    assert "would become more than" in error
 
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])

@@ -17,13 +17,11 @@ def may_carry_credentials(address: str) -> bool:
         return False
     if scheme not in _FILES:
         rest = rest.lstrip("/")  # which may be slashes too many
-    before_path = rest.partition("/")[0]
-    if scheme in _FILES:
-        return not {"@", ":"}.isdisjoint(before_path)
-    if scheme == "s3":
-        # An "@" and a "#" are fine in a key, and a secret comes with a ":" before the first slash.
-        return not {"@", ":"}.isdisjoint(before_path) or "?" in rest
-    return not _MARKS.isdisjoint(rest)
+        if scheme != "s3":
+            return not _MARKS.isdisjoint(rest)
+    # An "@" and a "#" are fine in a path or key; a secret comes with a ":" before the first slash.
+    in_host = not {"@", ":"}.isdisjoint(rest.partition("/")[0])
+    return in_host or (scheme == "s3" and "?" in rest)
 
 
 def quote_address(address: str) -> str:

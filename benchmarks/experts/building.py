@@ -23,7 +23,7 @@ from trainer.config.reading import from_dict, to_dict
 from trainer.data.loading import return_large_blocks
 from trainer.engine.expert_shards import ExpertShards
 from trainer.planning.placing import model_shape, resolve_placement
-from trainer.training.worker import initial_model
+from trainer.training.assembly import initial_model
 
 _MIB = 2**20
 

@@ -7,6 +7,7 @@ small, so that they do not hide what is measured. Activations are not in it.
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from benchmarks import command
@@ -15,8 +16,8 @@ from benchmarks.experts.variant import Variant, variants
 from cluster.contract import WorkerContext
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
+from trainer.planning.memory import rank_memory
 from trainer.planning.placing import resolve_placement, workload, zero_stage
-from trainer.planning.prediction import rank_memory
 
 _MIB = 2**20
 _BUCKET = 100_000
@@ -30,14 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stages", type=stages, default=(0, 1, 2, 3), help="ZeRO stages; default 0,1,2,3"
     )
+    parser.add_argument(
+        "--passes", type=command.whole_numbers, default=(1, 2), help="of an update; default 1,2"
+    )
     options = parser.parse_args(arguments)
     setting = command.setting("experts memory", options)
-    for scales in options.scales:
-        found = variants(scales, ranks=options.ranks, stages=options.stages)
-        # Those of several passes are added up in fp32, and with ZeRO-1 whole.
-        summed = tuple(stage for stage in options.stages if stage)
-        found += variants(scales, ranks=options.ranks, stages=summed, grad_accum_steps=2)
-        for variant in found:
+    for scales, passes in product(options.scales, options.passes):
+        # Sums of several passes are in fp32, with ZeRO-1 whole; the plain engine always has those.
+        possible = tuple(stage for stage in options.stages if stage or passes == 1)
+        for variant in variants(
+            scales, ranks=options.ranks, stages=possible, grad_accum_steps=passes
+        ):
             job = variant.job(model=options.model, ranks=options.ranks, images=scales)
             setting.report.add(**measure(variant, shrink_buckets(job)))
     setting.deliver()

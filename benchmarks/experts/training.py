@@ -17,7 +17,7 @@ from models.pyramid import split
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import from_dict
 from trainer.config.shapes import flow_shape
-from trainer.training.worker import build_run_engine
+from trainer.training.assembly import build_run_engine
 
 
 def add_ranks(parser: argparse.ArgumentParser, *, model: str, ranks: int) -> None:
@@ -75,7 +75,7 @@ class Training:
         """Run one whole update."""
         for number in range(self.grad_accum_steps):
             self.backward(last=number == self.grad_accum_steps - 1)
-        self.engine.update(learning_rate=1e-4, ema_decay=0.999)
+        self.engine.update(learning_rate=1e-4, ema_decays=(0.999,))
 
 
 def live_bytes() -> int:

@@ -15,12 +15,14 @@ class Variant:
         zero_stage: 1 to 3; 0 is the plain engine, which holds everything in fp32.
         placement: As `engine.placement` takes it.
         grad_accum_steps: Forward passes of an update.
+        keeps_tokens: Whether gathered tokens are kept instead of gathered again.
     """
 
     scales: int
     zero_stage: int
     placement: str = "replicated"
     grad_accum_steps: int = 1
+    keeps_tokens: bool = False
 
     @property
     def name(self) -> str:
@@ -28,7 +30,8 @@ class Variant:
         stage = f"ZeRO-{self.zero_stage}" if self.zero_stage else "no ZeRO"
         steps = self.grad_accum_steps
         passes = f", {steps} passes" if steps > 1 else ""
-        return f"K={self.scales}, {self.placement}, {stage}{passes}"
+        kept = ", tokens kept" if self.keeps_tokens else ""
+        return f"K={self.scales}, {self.placement}, {stage}{passes}{kept}"
 
     def job(self, *, model: str, ranks: int, images: int, precision: str = "bf16") -> JobConfig:
         """Compose the job.
@@ -55,6 +58,7 @@ class Variant:
                 f"train.global_batch={ranks * images * self.grad_accum_steps}",
                 f"engine.micro_batch={images}",
                 f"engine.placement={self.placement}",
+                f"engine.regather_tokens={str(not self.keeps_tokens).lower()}",
                 *engine,
             ]
         )

@@ -21,8 +21,8 @@ from benchmarks.experts.variant import Variant, variants
 from cluster.contract import WorkerContext
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import to_dict
+from trainer.planning.exchange import exchange_bytes, exchange_calls
 from trainer.planning.placing import resolve_placement, workload, zero_stage
-from trainer.planning.prediction import exchange_bytes
 
 _KIB = 2**10
 _KINDS = {
@@ -101,12 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(variant: Variant, job: JobConfig) -> list[dict[str, Any]]:
     """Count one variant; a row for each kind of collective."""
     (counted,) = run_on_ranks(send, {"job": to_dict(job)}, ranks=job.cluster.workers)
-    expected = predict_bytes(job)
+    expected, calls = predict_bytes(job), predict_calls(job)
     return [
         {
             "held as": variant.name,
             "collective": kind,
             "calls": counted["calls"].get(kind, 0),
+            "of tokens": calls.get(kind, 0),
             "KiB": counted["bytes"].get(kind, 0) / _KIB,
             "predicted": expected[kind] / _KIB,
             "ratio": counted["bytes"].get(kind, 0) / expected[kind] if expected[kind] else None,
@@ -128,12 +129,20 @@ def predict_bytes(job: JobConfig) -> Counter[str]:
         for replicas in [work.world_size // ranks]
     )
     if stage == 3:
-        bytes_by_kind["all_gather"] += round(work.gathers(placement) * ring)
+        bytes_by_kind["all_gather"] += round(work.weight_gathers(placement) * ring)
         bytes_by_kind["reduce_scatter"] += ring
+    elif stage and work.reduces_to_owners:
+        bytes_by_kind["reduce"] += ring
+        bytes_by_kind["all_gather"] += ring
     else:
         bytes_by_kind["all_reduce"] += 2 * ring
         bytes_by_kind["all_gather"] += ring
     return bytes_by_kind
+
+
+def predict_calls(job: JobConfig) -> dict[str, int]:
+    """Collectives of expert groups in one update of one pass."""
+    return exchange_calls(workload(job), resolve_placement(job))
 
 
 def send(context: WorkerContext, payload: dict[str, Any]) -> None:

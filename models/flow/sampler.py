@@ -1,6 +1,7 @@
 """Sampling: integrate the flow segment by segment, coarse scales first."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -8,12 +9,16 @@ from torch import Tensor
 
 from models.axes import Bands, VelocityModel
 from models.flow.flow import Flow
-from models.flow.sampler_config import Piece, SamplerConfig, SamplerConfigError
-from models.flow.solver import SOLVERS, VelocityFunction, integrate
+from models.flow.sampler_config import MAX_STEPS, Piece, SamplerConfig, SamplerConfigError
+from models.flow.solver import SOLVERS, Observer, VelocityFunction, integrate, unobserved
 from models.pyramid import merge
 
 _FIRST_STEP = 0.05
 """Share of the interval that is tried first; a step that is too long is made again."""
+
+
+class SolverError(ValueError):
+    """A solver that chooses its own steps comes to no end with this network and tolerances."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,7 @@ def sample(
     image_size: int,
     null_label: int,
     finest_batch: int | None = None,
+    observe: Observer = unobserved,
 ) -> Samples:
     """Turn noise into images; an image depends on its own noise and label.
 
@@ -73,33 +79,36 @@ def sample(
         null_label: Label that stands for "no class"; used by guidance.
         finest_batch: Images in one network call when all scales are active; segments with fewer
             tokens take more at once, see ``images_per_call``. None takes all images at once.
+        observe: Called after each step and once more where a scale has entered, with the images of
+            one network call.
 
     Raises:
         StepsError: There are fewer steps than segments.
         SamplerConfigError: ``finest_batch`` is below 1.
         FlowConfigError: ``noise`` holds another count of numbers.
+        SolverError: The solver chooses its own steps, and comes to no end.
     """
     images, scales = noise.shape[0], flow.stages.scales
     counter = NfeCounter(velocity_model)
     guided_model = guide(counter, scale=config.guidance_scale, null_label=null_label)
+    advance = partial(_integrate, config=config, observe=observe)
     sizes = images_per_call(scales, finest_batch=images if finest_batch is None else finest_batch)
     if config.adaptive:
         sizes = (config.adaptive_group,) * scales
-
     noise_bands = flow.noise_bands(noise, channels=channels, image_size=image_size)
     states: Bands = ()
     nfe = []
     plan = zip(flow.stages.segments, config.plan(flow.stages), sizes, strict=True)
     for segment, pieces, size in plan:
-        entering = flow.path.entry(noise_bands[segment.active - 1], segment.start)
-        states = (*states, entering)
+        states = (*states, flow.path.entry(noise_bands[segment.active - 1], segment.start))
         parts = []
         for first in range(0, images, size):
             batch = slice(first, first + size)
             some = tuple(state[batch] for state in states)
+            observe(segment.start, some)
             for piece in pieces:
                 model = guided_model if piece.guided else counter
-                some = _integrate(model, some, labels[batch], piece=piece, config=config)
+                some = advance(model, some, labels[batch], piece=piece)
             parts.append(some)
         states = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         nfe.append(counter.take() / images)
@@ -107,7 +116,13 @@ def sample(
 
 
 def _integrate(
-    model: VelocityModel, states: Bands, labels: Tensor, *, piece: Piece, config: SamplerConfig
+    model: VelocityModel,
+    states: Bands,
+    labels: Tensor,
+    *,
+    piece: Piece,
+    config: SamplerConfig,
+    observe: Observer,
 ) -> Bands:
     """Bring states from the start of a piece to its end."""
 
@@ -122,6 +137,7 @@ def _integrate(
             end=piece.end,
             absolute_tolerance=config.absolute_tolerance,
             relative_tolerance=config.relative_tolerance,
+            observe=observe,
         )
     return integrate(
         velocity,
@@ -130,6 +146,7 @@ def _integrate(
         end=piece.end,
         steps=piece.steps,
         solver=SOLVERS[config.solver],
+        observe=observe,
     )
 
 
@@ -141,6 +158,7 @@ def integrate_adaptive(
     end: float,
     absolute_tolerance: float,
     relative_tolerance: float,
+    observe: Observer = unobserved,
 ) -> Bands:
     """Integrate d states / d time = velocity(states, time) with steps that follow the error.
 
@@ -154,15 +172,18 @@ def integrate_adaptive(
         end: Last time.
         absolute_tolerance: Part of the tolerance that does not depend on the state.
         relative_tolerance: Part of the tolerance in proportion to the state's size.
+        observe: Called after each step that was taken.
 
     Returns:
         The states at ``end``.
+
+    Raises:
+        SolverError: No step is short enough for the tolerances, or too many are needed.
     """
     # It imports scipy, for half a second.
     from torchdiffeq import odeint
 
-    def slope(time: Tensor, current: Bands) -> Bands:
-        return velocity(current, time.item())
+    slope = _Slope(velocity, f"{absolute_tolerance=:g} and {relative_tolerance=:g}", observe)
 
     times = torch.tensor([start, end], dtype=torch.float64, device=states[0].device)
     trajectory = odeint(
@@ -176,7 +197,54 @@ def integrate_adaptive(
         # result is interpolated. The first step is given, because its own choice looks beyond too.
         options={"step_t": times[1:], "first_step": (end - start) * _FIRST_STEP},
     )
-    return tuple(points[-1] for points in trajectory)
+    last = tuple(points[-1] for points in trajectory)
+    observe(end, last)
+    return last
+
+
+class _Slope:
+    """A right-hand side as torchdiffeq calls it, which sees to it that the steps come to an end.
+
+    Args:
+        velocity: The right-hand side.
+        asked: The tolerances, for messages.
+        observe: Sees where each step begins that follows on another.
+    """
+
+    def __init__(self, velocity: VelocityFunction, asked: str, observe: Observer) -> None:
+        self._velocity = velocity
+        self._asked = asked
+        self._observe = observe
+        self._seen: float | None = None
+        self._steps = 0
+        self._latest: Bands = ()
+
+    def __call__(self, time: Tensor, current: Bands) -> Bands:
+        self._latest = self._velocity(current, time.item())
+        return self._latest
+
+    def callback_step(self, time: Tensor, current: Bands, step: Tensor) -> None:
+        """Look at a step before torchdiffeq tries it, perhaps again and shorter.
+
+        Raises:
+            SolverError: It is too short to get on, or one too many.
+        """
+        self._steps += 1
+        moment = time.item()
+        if self._seen is not None and moment > self._seen:
+            self._observe(moment, current)
+        self._seen = moment
+        if time + step > time and self._steps <= MAX_STEPS:
+            return
+        many = self._steps > MAX_STEPS
+        found = f"{MAX_STEPS} steps do not suffice" if many else "no step is short enough"
+        advice = "raise the tolerances, or use a solver of fixed steps, such as heun"
+        if not all(torch.isfinite(band).all() for band in self._latest):
+            found, advice = "the velocity is not finite", "look at the loss, and at guidance_scale"
+        raise SolverError(
+            f"solver=dopri5 with {self._asked} stops at time {time.item():.4f}, where {found}; "
+            f"{advice}."
+        )
 
 
 def guide(velocity_model: VelocityModel, *, scale: float, null_label: int) -> VelocityModel:

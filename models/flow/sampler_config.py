@@ -92,6 +92,10 @@ def _acts(guidance: tuple[float, float] | None, time: float) -> bool:
 
 
 _ADAPTIVE = "dopri5"
+MAX_STEPS = 10_000
+"""Beyond it, rounding errors of so many steps in fp32 are larger than what shorter ones gain."""
+MIN_TOLERANCE = 1e-9
+"""A hundredth of what fp32 tells apart; below, every error that a solver estimates is rounding."""
 
 
 class SamplerConfigError(ValueError):
@@ -105,10 +109,11 @@ class SamplerConfig:
     Attributes:
         solver: "euler", "midpoint", "heun" or "ab2" (Adams-Bashforth of order 2) with fixed steps;
             "dopri5" (paper) with steps of its own choice.
-        steps: Steps over the whole time axis, spread over the segments by their length; dopri5
-            does not use them.
-        absolute_tolerance: Error that dopri5 allows in one step, whatever the state.
-        relative_tolerance: Error that dopri5 allows in one step, in proportion to the state.
+        steps: Steps over the whole time axis, spread over the segments by their length, at most
+            10,000; dopri5 does not use them.
+        absolute_tolerance: Error that dopri5 allows in one step, whatever the state; 1e-9 to 1.
+        relative_tolerance: Error that dopri5 allows in one step, in proportion to the state; 1e-9
+            to 1.
         adaptive_group: Images that dopri5 integrates together, with common steps. At 1 an image
             depends on its own noise and label alone; more images make fewer and larger network
             calls, but each then depends, within the tolerances, on the others of its group.
@@ -135,10 +140,16 @@ class SamplerConfig:
         for name in ("steps", "adaptive_group"):
             if getattr(self, name) < 1:
                 raise SamplerConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.steps > MAX_STEPS:
+            raise SamplerConfigError(
+                f"steps={self.steps} must be at most {MAX_STEPS}; usual is 40. More add rounding "
+                "errors, and no accuracy."
+            )
         for name in ("absolute_tolerance", "relative_tolerance"):
-            if not getattr(self, name) > 0:
+            if not MIN_TOLERANCE <= getattr(self, name) <= 1:
                 raise SamplerConfigError(
-                    f"{name}={getattr(self, name)} must be positive; usual is 1e-5."
+                    f"{name}={getattr(self, name)} must lie in {MIN_TOLERANCE:g} … 1; usual is "
+                    "1e-5. No network in fp32 can keep to less."
                 )
         if self.guidance_scale < 0:
             raise SamplerConfigError(

@@ -10,6 +10,13 @@ from models.axes import Bands
 VelocityFunction = Callable[[Bands, float], Bands]
 """``(states, time) -> d states / d time``."""
 
+Observer = Callable[[float, Bands], None]
+"""Sees the time, and the states that a solver has come to; it must leave them as they are."""
+
+
+def unobserved(_time: float, _states: Bands) -> None:
+    """Stand in where nobody looks on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
@@ -61,6 +68,7 @@ def integrate(
     end: float,
     steps: int,
     solver: Solver,
+    observe: Observer = unobserved,
 ) -> Bands:
     """Integrate d states / d time = velocity(states, time) from ``start`` to ``end``.
 
@@ -73,6 +81,7 @@ def integrate(
         end: Last time.
         steps: Number of equal steps.
         solver: Method.
+        observe: Called after each step.
 
     Returns:
         The states at ``end``.
@@ -89,6 +98,7 @@ def integrate(
         if method.memory:
             states = _advance(states, [before], (method.memory,), step_size)
         before = slopes[0]
+        observe(start + (end - start) * ((step + 1) / steps), states)
     return states
 
 

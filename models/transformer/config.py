@@ -7,6 +7,9 @@ AttentionKind = Literal["causal", "full", "own_scale"]
 Part = Literal["embedding", "attention", "mlp", "modulation", "output"]
 
 PARTS: tuple[Part, ...] = get_args(Part)
+
+MAX_DEPTH = 10_000
+"""Blocks; what plans a step goes through all of them."""
 """The parts of a scale's weights, which scales can share one by one."""
 
 
@@ -93,6 +96,8 @@ class TransformerConfig:
         for name in ("depth", "width", "heads", "patch_size", "mlp_ratio"):
             if getattr(self, name) <= 0:
                 raise TransformerConfigError(f"{name}={getattr(self, name)} must be positive.")
+        if self.depth > MAX_DEPTH:
+            raise TransformerConfigError(f"depth={self.depth} must be at most {MAX_DEPTH} blocks.")
         if not 1 <= self.width * self.mlp_ratio < float("inf"):
             raise TransformerConfigError(
                 f"mlp_ratio={self.mlp_ratio} gives the MLP no hidden layer that can be built at "

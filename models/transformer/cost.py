@@ -4,7 +4,7 @@ Notation: d width, L depth, N_k tokens of scale k, A_k keys that a token of scal
 multiply-add is one multiplication and one addition, 2 FLOPs; training takes about 6 FLOPs for each
 multiply-add of the forward pass. What it takes to hold is in ``models.transformer.cost``.
 
-How it is spread over ranks, and what that takes, is in ``trainer.planning.prediction``.
+How it is spread over ranks, and what that takes, is in ``trainer.planning``.
 """
 
 from collections.abc import Collection, Mapping
@@ -228,9 +228,10 @@ def activation_elements(
     In widths: 12 for each token and block, for the inputs and outputs of norms, projections and
     attention, and 2 MLP widths around the activation; 2 for each key of a scale that joins its keys
     and values to those of coarser ones (with full attention 1 for each token, whose result is cut
-    up); 3 for each token in the last layer. A scale whose experts are recomputed keeps 5 instead of
-    12 and no MLP widths: the block's tokens, and what attention takes and gives. What does not grow
-    with the tokens is left out.
+    up); 3 for each token in the last layer; and in every block the image's modulation, 6 and 2
+    where it scales. A scale whose experts are recomputed keeps 5 instead of 12 and no MLP widths:
+    the block's tokens, and what attention takes and gives; and 6 of modulation. What is left out
+    grows neither with the tokens nor with the blocks.
 
     Args:
         shape: The model.
@@ -254,36 +255,27 @@ def activation_elements(
             block += 2 * keys * shape.width
         elif shape.attention == "full":
             block += tokens * shape.width
+        block += (6 if again else 8) * shape.width
         kept.append(shape.depth * block + 3 * tokens * shape.width)
     return tuple(kept)
 
 
-def unpartitioned_parameters(shape: ModelShape) -> tuple[int, ...]:
-    """Count a scale's parameters that stay whole when its experts are sharded.
+def partitioned_parameters(shape: ModelShape) -> tuple[Mapping[Part, int], ...]:
+    """Count a scale's parameters that are divided when its experts are sharded.
 
-    They are no layers' weights: the gains of the norms of queries and keys, and the offsets of
-    shared modulation. What some scales share counts for the coarsest of them.
+    They are, in every block but the first, the modulation of the block, queries, keys and values,
+    and the MLP. What some scales share counts for the coarsest of them.
 
     Returns:
-        Counts by scale, coarse to fine.
+        Counts by part, of each scale, coarse to fine.
     """
-    counts = []
-    for k in reversed(range(shape.scales)):
-        count = 0
-        if shape.qk_norm and shape.ties.owner(k, "attention") == k:
-            count += 2 * (shape.width // shape.heads)
-        if shape.modulation == "shared" and shape.ties.owner(k, "modulation") == k:
-            count += 6 * shape.width
-        counts.append(shape.depth * count)
-    return tuple(counts)
-
-
-def last_projection_parameters(shape: ModelShape) -> tuple[int, ...]:
-    """Count the parameters of each scale's projection of tokens to patches, coarse to fine.
-
-    What some scales share counts for the coarsest of them.
-    """
-    count = shape.patch_elements * (shape.width + 1)
+    d, hidden, blocks = shape.width, shape.mlp_width, shape.depth - 1
+    divided: dict[Part, int] = {
+        "attention": blocks * (3 * d * d + 3 * d),
+        "mlp": blocks * (2 * d * hidden + hidden + d),
+        "modulation": 0 if shape.modulation == "shared" else blocks * (6 * d * d + 6 * d),
+    }
     return tuple(
-        count if shape.ties.owner(k, "output") == k else 0 for k in reversed(range(shape.scales))
+        {part: count if shape.ties.owner(k, part) == k else 0 for part, count in divided.items()}
+        for k in reversed(range(shape.scales))
     )

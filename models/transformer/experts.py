@@ -1,7 +1,7 @@
 """The experts: each scale's own weights, which is all but attention, time and labels."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,14 @@ def per_scale(scales: int, build: Callable[[int], nn.Module]) -> nn.ModuleDict:
     return nn.ModuleDict({f"scale{k}": build(k) for k in reversed(range(scales))})
 
 
+def modulated_norm(
+    tokens: Tokens, shift: Float[Tensor, "_b 1 d"], scale: Float[Tensor, "_b 1 d"]
+) -> Tokens:
+    """Normalise the tokens, then scale them by ``1 + scale`` and shift them."""
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=_EPS)
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
 class Modulation(NamedTuple):
     """What the condition does to one half of a block, each ``[b, 1, d]``."""
 
@@ -121,13 +129,9 @@ class Modulation(NamedTuple):
     scale: Tensor
     gate: Tensor
 
-
-def modulated_norm(
-    tokens: Tokens, shift: Float[Tensor, "_b 1 d"], scale: Float[Tensor, "_b 1 d"]
-) -> Tokens:
-    """Normalise the tokens, then scale them by ``1 + scale`` and shift them."""
-    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=_EPS)
-    return torch.addcmul(shift, normed, 1 + scale)
+    def norm(self, tokens: Tokens) -> Tokens:
+        """Normalise the half's tokens, scale and shift them."""
+        return modulated_norm(tokens, self.shift, self.scale)
 
 
 class Offset(nn.Module):
@@ -159,51 +163,51 @@ class BlockExpert(nn.Module):
         self.mlp_hidden = linear(width, hidden)
         self.mlp_output = InputMajorLinear(hidden, width)
 
-    def modulate(self, condition: Float[Tensor, "b c"]) -> tuple[Modulation, Modulation]:
-        """Turn the condition into the modulations of attention and MLP.
-
-        Args:
-            condition: One vector for each image; with shared modulation six of them side by side.
-        """
-        parts = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
-        return Modulation(*parts[:3]), Modulation(*parts[3:])
-
-    def attention_inputs(
-        self, tokens: Tokens, modulation: Modulation
+    def heads_of(
+        self, qkv: Float[Tensor, "_b _n _d3"]
     ) -> tuple[HeadTokens, HeadTokens, HeadTokens]:
-        """Project tokens to queries, keys and values."""
-        normed = modulated_norm(tokens, modulation.shift, modulation.scale)
-        qkv = rearrange(self.qkv(normed), "b n (i heads e) -> i b n heads e", i=3, heads=self.heads)
-        query, key, value = qkv.unbind(0)
+        """Cut what queries, keys and values are projected to into heads, and norm the first two."""
+        parts = rearrange(qkv, "b n (i heads e) -> i b n heads e", i=3, heads=self.heads)
+        query, key, value = parts.unbind(0)
         return self.query_norm(query), self.key_norm(key), value
 
-    def attention_output(
-        self, tokens: Tokens, gathered: Float[Tensor, "_b _n d"], modulation: Modulation
-    ) -> Tokens:
-        """Add what attention gathered to the tokens."""
-        return torch.addcmul(tokens, modulation.gate, self.projection(gathered))
-
-    def output(
-        self,
-        tokens: Tokens,
-        gathered: Float[Tensor, "_b _n d"],
-        for_attention: Modulation,
-        for_mlp: Modulation,
-    ) -> Tokens:
-        """Finish the block: add what attention gathered, then the MLP's output."""
-        return self.feed_forward(self.attention_output(tokens, gathered, for_attention), for_mlp)
-
-    def feed_forward(self, tokens: Tokens, modulation: Modulation) -> Tokens:
-        """Add the MLP's output to the tokens."""
-        normed = modulated_norm(tokens, modulation.shift, modulation.scale)
-        hidden = F.gelu(self.mlp_hidden(normed), approximate="tanh")
-        return torch.addcmul(tokens, modulation.gate, self.mlp_output(hidden))
+    def mlp(self, tokens: Tokens) -> Tokens:
+        """Apply the MLP."""
+        hidden = F.gelu(self.mlp_hidden(tokens), approximate="tanh")
+        output: Tensor = self.mlp_output(hidden)
+        return output
 
     @staticmethod
     def _head_norm(config: TransformerConfig) -> nn.Module:
         if config.qk_norm:
             return nn.RMSNorm(config.width // config.heads, eps=_EPS)
         return nn.Identity()
+
+
+class ExpertLayers:
+    """Applies layers of a block's experts, each to what its own scale has, one after the other.
+
+    Whoever divides experts over ranks gives a block layers that do it for several scales at once.
+
+    Args:
+        experts: The block's experts by name, ``scale{k}``.
+    """
+
+    def __init__(self, experts: nn.ModuleDict) -> None:
+        self._experts = [cast(BlockExpert, experts[f"scale{k}"]) for k in range(len(experts))]
+
+    def modulation(self, scale: int, condition: Float[Tensor, "b _c"]) -> Float[Tensor, "b _d6"]:
+        """Turn what the block is given for a scale's images into the six modulations of each."""
+        modulation: Tensor = self._experts[scale].modulation(condition)
+        return modulation
+
+    def qkv(self, scales: Sequence[int], tokens: Sequence[Tokens]) -> Sequence[Tensor]:
+        """Project each scale's tokens, ``[b, n, d]``, to queries, keys and values, ``3 d``."""
+        return [self._experts[k].qkv(own) for k, own in zip(scales, tokens, strict=True)]
+
+    def mlp(self, scales: Sequence[int], tokens: Sequence[Tokens]) -> Sequence[Tokens]:
+        """Apply each scale's MLP to its tokens."""
+        return [self._experts[k].mlp(own) for k, own in zip(scales, tokens, strict=True)]
 
 
 class FinalExpert(nn.Module):

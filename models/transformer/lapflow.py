@@ -1,7 +1,8 @@
 """The LapFlow network: a Mixture-of-Transformers over the scales of a pyramid."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import repeat
 from typing import TypeAlias, cast
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.axes import Band, Bands
-from models.transformer.block import Block, Streams
+from models.transformer.block import Block, Streams, scales_ahead
 from models.transformer.config import TransformerConfig, check_image
 from models.transformer.experts import (
     FinalExpert,
@@ -33,6 +34,23 @@ def no_op(_part: nn.Module) -> None:
     """Leave a part as it is built: whole, and where tensors are made by default."""
 
 
+BlockConditions: TypeAlias = Callable[
+    [Sequence[int], tuple[Tensor, ...]], Iterable[tuple[Tensor, ...]]
+]
+"""Makes what each block is given for some scales from their conditions, coarse to fine.
+
+Images of a scale are the first ones of the scale before it. So are its conditions, unless they were
+made by a shared modulation.
+"""
+
+
+def repeat_conditions(
+    _scales: Sequence[int], conditions: tuple[Tensor, ...]
+) -> Iterable[tuple[Tensor, ...]]:
+    """Give every block the same conditions."""
+    return repeat(conditions)
+
+
 class LapFlowTransformer(nn.Module):
     """Predicts the velocity of every active scale.
 
@@ -44,6 +62,10 @@ class LapFlowTransformer(nn.Module):
     Parameters are named by the paper's k: ``blocks.3.experts.scale0.qkv.weight`` belongs to the
     finest scale. Names without ``scale`` are shared by all scales; what some scales share is named
     after the coarsest of them.
+
+    Attributes:
+        block_conditions: Makes what the blocks are given to modulate with; may be replaced by what
+            makes modulations themselves, ahead of the blocks.
     """
 
     def __init__(
@@ -79,6 +101,7 @@ class LapFlowTransformer(nn.Module):
         width, patch = config.width, config.patch_size
         self._config = config
         self._streams = Streams()
+        self.block_conditions: BlockConditions = repeat_conditions
         self.time_embed = TimeEmbed(width)
         self.label_embed = LabelEmbed(classes=classes, width=width)
         self.patch_embed = _patch_embeddings(
@@ -87,8 +110,8 @@ class LapFlowTransformer(nn.Module):
         for part in (self.time_embed, self.label_embed, self.patch_embed):
             on_built(part)
         self.blocks = nn.ModuleList()
-        for _ in range(config.depth):
-            block = Block(config, scales=scales)
+        for number in range(config.depth):
+            block = Block(config, scales=scales, number=number)
             on_built(block)
             self.blocks.append(block)
         self.final = per_scale(
@@ -144,11 +167,14 @@ class LapFlowTransformer(nn.Module):
             embed(state) for embed, state in zip(self.patch_embed.values(), states, strict=False)
         )
         tokens = self._with_class_tokens(tokens, label)
-        block_conditions = self._block_conditions(own_conditions)
-        self._streams.fork((*tokens[:-1], *block_conditions[:-1]))
-        for block in self.blocks:
-            tokens = block(tokens, block_conditions)
-        self._streams.join(tokens[:-1])
+        given = self._conditions_of_scales(own_conditions)
+        ahead = scales_ahead(self._config.attention, len(tokens))
+        if ahead:
+            self._streams.fork((*tokens[:ahead], *given[:ahead]))
+        for block, conditions in zip(self.blocks, self._conditions_of_blocks(given), strict=False):
+            tokens = block(tokens, conditions)
+        if ahead:
+            self._streams.join(tokens[:ahead])
         tokens = (tokens[0][:, self._config.class_tokens :], *tokens[1:])
         return tuple(
             final(x, own).to(state.dtype)
@@ -165,8 +191,17 @@ class LapFlowTransformer(nn.Module):
             return tokens
         return (torch.cat([self.class_tokens(label), tokens[0]], dim=1), *tokens[1:])
 
-    def _block_conditions(self, conditions: list[Tensor]) -> tuple[Tensor, ...]:
-        """What the blocks of each active scale make their modulation from."""
+    def _conditions_of_blocks(self, given: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
+        """What each block makes the modulation of each active scale from."""
+        scales = range(len(self.patch_embed) - 1, -1, -1)[: len(given)]
+        ahead = scales_ahead(self._config.attention, len(given))
+        with self._streams.coarse():
+            coarse = self.block_conditions(scales[:ahead], given[:ahead])
+        rest = self.block_conditions(scales[ahead:], given[ahead:])
+        return ((*before, *own) for before, own in zip(coarse, rest, strict=False))
+
+    def _conditions_of_scales(self, conditions: list[Tensor]) -> tuple[Tensor, ...]:
+        """What the modulation of each active scale is made from."""
         if self._config.modulation == "per_block":
             return tuple(conditions)
         owners = self._modulation_owners(len(self.patch_embed))

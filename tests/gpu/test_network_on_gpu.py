@@ -3,7 +3,6 @@
 import jaxtyping
 import pytest
 import torch
-import torch._dynamo.testing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.transformer.attention import prefix_attention
@@ -60,6 +59,8 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_compiled_network_has_one_graph_for_each_number_of_scales() -> None:
+    import torch._dynamo.testing  # seconds, which the collection of tests need not take
+
     torch.manual_seed(0)
     model = LapFlowTransformer(
         TransformerConfig(depth=2, width=128, heads=2),

@@ -110,6 +110,13 @@ def test_accumulating_and_recomputing_change_nothing(reference):
     assert_trained_alike(told, reference)
 
 
+def test_one_block_has_nothing_to_divide():
+    shallow = {"model": {"depth": 1}}
+    (alone,) = on_ranks(engine_worker.conformance, 1, {"variants": [{"kind": "plain"} | shallow]})
+    variants = [each | shallow for each in ENGINES[4:8]]
+    assert_trained_alike(on_ranks(engine_worker.conformance, 2, {"variants": variants}), alone)
+
+
 def test_weights_that_an_update_does_not_use_have_a_zero_gradient():
     stages = [1, 0, 1, 1]  # stage 1 leaves the finest scale out
     (alone,) = on_ranks(

@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d
 
 from cluster.contract import WorkerContext
 from cluster.placement import Placement
+from models.ema import EmaConfig
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
@@ -26,6 +27,7 @@ _UNPICKLE = distributed_c10d._tensor_to_object
 BATCH = 8
 # AdamW divides by the gradient's size, so with its usual epsilon a gradient of almost nothing turns
 # rounding into a full step. This epsilon keeps the update a smooth function of the gradient.
+EMA = EmaConfig(decay=0.9, decays=(0.5,), warmup=False)
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
 
 
@@ -58,6 +60,7 @@ def build(
     scales: int = 2,
     batch: int = BATCH,
     optim: OptimConfig = OPTIM,
+    ema: EmaConfig = EMA,
     **engine: Any,
 ) -> Engine:
     """Wrap a tiny LapFlow with the same initial weights on every rank and in every call."""
@@ -67,6 +70,7 @@ def build(
         config=EngineConfig(**engine),
         placement=Placement.of(placement or {}, scales=scales),
         optim=optim,
+        ema=ema,
         micro_batch=micro_batch,
         rank_batch=batch // context.world_size,
         world_size=context.world_size,
@@ -110,7 +114,7 @@ def updates(
             ).total
             engine.backward(loss, last=offset + micro_batch >= share)
             total += loss.item() * micro_batch / share
-        outcome = engine.update(learning_rate=rate, ema_decay=0.9)
+        outcome = engine.update(learning_rate=rate, ema_decays=EMA.decays_at(0))
         assert outcome.applied
         results.append((mean_over_ranks(total), outcome.gradient_norm))
     return results
@@ -130,7 +134,7 @@ def state(engine: Engine) -> dict[str, list[float]]:
         (f.name, f.start, f.shape, {k: t.clone() for k, t in f.tensors.items()})
         for f in engine.fragments()
     ]
-    for rank in _of_all_ranks(mine):
+    for rank in of_all_ranks(mine):
         for name, start, shape, tensors in rank:
             for kind, tensor in tensors.items():
                 size = int(torch.Size(shape).numel())
@@ -153,7 +157,7 @@ def conformance(context: WorkerContext, payload: dict[str, Any]) -> None:
         tell_once(context, told)
 
 
-def _of_all_ranks(value: object) -> list[Any]:
+def of_all_ranks(value: object) -> list[Any]:
     """Gather any value; a test may unpickle what its own ranks sent."""
     everyone: list[Any] = [None] * dist.get_world_size()
     with pytest.MonkeyPatch.context() as patch:
@@ -225,7 +229,8 @@ def adding_up(context: WorkerContext, payload: dict[str, Any]) -> None:
                 loss = objective(engine, **batch).total
                 engine.backward(loss * (small if number else 1), last=number == passes - 1)
             # Nothing moves, so that the second gradient is that of the same weights.
-            norms.append(engine.update(learning_rate=0.0, ema_decay=0.0).gradient_norm)
+            outcome = engine.update(learning_rate=0.0, ema_decays=EMA.decays_at(0))
+            norms.append(outcome.gradient_norm)
         tell_once(context, {"sum": norms[1] / norms[0]})
 
 
@@ -274,8 +279,8 @@ def poison(
         assert isinstance(loss, torch.Tensor)
         bad = context.rank == 1 and number == 0
         engine.backward(loss * (float("nan") if bad else 1.0), last=number == passes - 1)
-    outcome = engine.update(learning_rate=1e-2, ema_decay=0.9)
-    applied = _of_all_ranks(outcome.applied)
+    outcome = engine.update(learning_rate=1e-2, ema_decays=EMA.decays_at(0))
+    applied = of_all_ranks(outcome.applied)
     unmoved = state(engine) == before
     history = updates(engine, context, count=1, first=4, micro_batch=micro_batch)
     return {"applied": applied, "unmoved": unmoved, "next": history}

@@ -1,13 +1,9 @@
 """Expert shards: a placement applied to a model, so that each rank holds 1/E of an expert.
 
-A linear layer is partitioned by its outputs: every rank of the group computes its part of them for
-the images of all E ranks, and each rank gets all outputs of its own images back. The MLP is
-partitioned by its hidden units, so its two layers need one exchange before and one after. Attention
-is untouched: a rank has all heads of its own images.
-
-The ranks of an expert group pass tokens around in three ways. Each is a linear map over the group,
-and its backward pass is its transpose: gathering and summing are each other's, and all-to-all is
-its own.
+Of every block but the first the largest layers are divided: those of the MLP, of queries, keys and
+values, and of modulation. The first block is whole on every rank, for nothing runs ahead of it that
+could hide its exchanges. So is the projection behind attention, whose exchanges cost more than its
+weights do, and so are the layers before and behind the blocks.
 
 The first dimension of a weight is the one that is partitioned. So a shard is one slice of the
 flattened parameter, and checkpoints of different placements are cut from the same whole.
@@ -15,234 +11,97 @@ flattened parameter, and checkpoints of different placements are cut from the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from cluster.placement import Placement, expert_group, replica_ranks
+from models.transformer.block import Block, scales_at_once
 from models.transformer.experts import InputMajorLinear
+from models.transformer.lapflow import LapFlowTransformer
+from trainer.engine.exchange import Exchange
+from trainer.engine.expert_layers import ExpertShard, ModulationAhead, ShardedLayers
 from trainer.engine.protocol import BuildModel
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Exchange:
-    """One rank's place in its expert group.
-
-    Attributes:
-        ranks: Number of ranks in the group, E.
-        index: This rank's place in it, which is also the part of each expert that it holds.
-        group: The process group of these ranks; None where nothing is exchanged, as on the meta
-            device.
-        replica_group: The process group of all ranks that hold the same parts, one of each expert
-            group.
-    """
-
-    ranks: int
-    index: int
-    group: dist.ProcessGroup | None
-    replica_group: dist.ProcessGroup | None
-
-    def gather(self, own: Tensor) -> Tensor:
-        """Collect what every rank has for its own images.
-
-        Args:
-            own: This rank's images, shape [b, ...]; the shape is the same on all ranks.
-
-        Returns:
-            All ranks' images, shape [E b, ...], in the order of ranks.
-        """
-        gathered: Tensor = _Gather.apply(own, self)  # type: ignore[no-untyped-call]
-        return gathered
-
-    def all_to_all(self, parts: Tensor) -> Tensor:
-        """Give every rank the parts of its own images that all ranks computed.
-
-        Args:
-            parts: Some of the features of all ranks' images, shape [E b, ..., f].
-
-        Returns:
-            All features of this rank's images, shape [b, ..., E f].
-        """
-        exchanged: Tensor = _AllToAll.apply(parts, self)  # type: ignore[no-untyped-call]
-        return exchanged
-
-    def sum(self, terms: Tensor) -> Tensor:
-        """Add up all ranks' terms, each rank those of its own images.
-
-        Args:
-            terms: One term for all ranks' images, shape [E b, ...].
-
-        Returns:
-            The sums for this rank's images, shape [b, ...].
-        """
-        summed: Tensor = _Sum.apply(terms, self)  # type: ignore[no-untyped-call]
-        return summed
-
-    def all_gather(self, own: Tensor) -> Tensor:
-        """Gather without a gradient; see `gather`."""
-        out = own.new_empty(self.ranks * own.shape[0], *own.shape[1:])
-        dist.all_gather_single(out, own.contiguous(), group=self.group)
-        return out
-
-    def reduce_scatter(self, terms: Tensor) -> Tensor:
-        """Sum without a gradient; see `sum`."""
-        out = terms.new_empty(terms.shape[0] // self.ranks, *terms.shape[1:])
-        dist.reduce_scatter_single(out, terms.contiguous(), group=self.group)
-        return out
-
-    def all_to_all_chunks(self, chunks: Tensor) -> Tensor:
-        """Send the i-th of E equal chunks of the first dimension to rank i, for its chunks."""
-        out = torch.empty_like(chunks, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(out, chunks.contiguous(), group=self.group)
-        return out
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.all_gather(own)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.reduce_scatter(gradients[0]), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, terms: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.reduce_scatter(terms)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.all_gather(gradients[0]), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        # Chunk j that comes back holds rank j's features of this rank's images.
-        received = exchange.all_to_all_chunks(parts)
-        return rearrange(received, "(rank b) ... f -> b ... (rank f)", rank=exchange.ranks)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        exchange: Exchange = ctx.exchange
-        by_rank = rearrange(gradients[0], "b ... (rank f) -> (rank b) ... f", rank=exchange.ranks)
-        return exchange.all_to_all_chunks(by_rank), None
-
-
-class ExpertShard(nn.Module):
-    """This rank's part of a linear layer of an expert.
-
-    Args:
-        layer: The whole layer; its weight and bias are partitioned along their first dimension.
-        exchange: The group that holds its parts.
-    """
-
-    def __init__(self, layer: nn.Linear | InputMajorLinear, exchange: Exchange) -> None:
-        super().__init__()
-        self.exchange = exchange
-        self.weight = self._part(layer.weight)
-        self.bias = self._part(layer.bias)
-
-    def _part(self, whole: Tensor) -> nn.Parameter:
-        assert whole.shape[0] % self.exchange.ranks == 0  # `check_placement` has seen to it
-        part = whole.detach().chunk(self.exchange.ranks)[self.exchange.index]
-        return nn.Parameter(part.clone())
-
-
-class OutputShard(ExpertShard):
-    """Some of the outputs of a layer, for all images of the group; dealt back to their ranks."""
-
-    def forward(self, own: Tensor) -> Tensor:
-        """Map [b, ..., inputs] to [b, ..., outputs]."""
-        gathered = self.exchange.gather(own)
-        return self.exchange.all_to_all(F.linear(gathered, self.weight, self.bias))
-
-
-class HiddenShard(ExpertShard):
-    """Some of an MLP's hidden units, for all images of the group."""
-
-    def forward(self, own: Tensor) -> Tensor:
-        """Map [b, ..., inputs] to [E b, ..., hidden / E]."""
-        return F.linear(self.exchange.gather(own), self.weight, self.bias)
-
-
-class HiddenOutputShard(ExpertShard):
-    """What some of an MLP's hidden units add to its output; summed for each rank's own images."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map [E b, ..., hidden / E] to [b, ..., outputs]."""
-        # Each rank adds its own part of the bias, and the sum over ranks is the whole one.
-        own = self.bias.shape[0]
-        before = self.exchange.index * own
-        after = (self.exchange.ranks - 1) * own - before
-        return self.exchange.sum(hidden @ self.weight + F.pad(self.bias, (before, after)))
-
-
-_SHARDS: Mapping[str, type[ExpertShard]] = {
-    "qkv": OutputShard,
-    "projection": OutputShard,
-    "modulation": OutputShard,
-    "mlp_hidden": HiddenShard,
-    "mlp_output": HiddenOutputShard,
-}
-"""The layers of experts that are partitioned, by the names they have in `models.transformer`."""
+_DIVIDED = ("modulation", "qkv", "mlp_hidden", "mlp_output")
+"""The layers of a block's experts that are partitioned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShards:
-    """Partitions the experts of a model, part by part as it is built.
+    """Partitions the experts of a model, part by part as it is built, and has them applied jointly.
 
     Attributes:
-        exchanges: For each sharded scale, in the paper's numbering, this rank's expert group.
+        exchanges: For each sharded scale, in the paper's numbering, coarse to fine, this rank's
+            expert group.
+        regather: Whether tokens are gathered again in the backward pass, or kept as gathered.
     """
 
     exchanges: Mapping[int, Exchange]
+    regather: bool = True
 
     @classmethod
-    def of(cls, placement: Placement) -> ExpertShards:
+    def of(cls, placement: Placement, *, regather: bool = True) -> ExpertShards:
         """Form the expert groups of a placement; a collective call of all ranks."""
         formed = {size: _form_groups(size) for size in sorted(set(placement.sharded.values()))}
-        return cls(exchanges={k: formed[size] for k, size in placement.sharded.items()})
-
-    @property
-    def sizes(self) -> list[int]:
-        """The group sizes that occur, each once."""
-        return sorted({exchange.ranks for exchange in self.exchanges.values()})
+        exchanges = {k: formed[size] for k, size in placement.sharded.items()}
+        return cls(exchanges=exchanges, regather=regather)
 
     def partition(self, part: nn.Module) -> None:
-        """Replace the sharded layers of one part of a model by this rank's shards, in place."""
+        """Replace the layers of a block by this rank's shards, in place; other parts stay whole."""
+        if not isinstance(part, Block) or part.number == 0:
+            return
         # By id, for a reference would keep each whole layer until all are partitioned.
         partitioned: dict[int, ExpertShard] = {}
-        for by_scale in [module for module in part.modules() if isinstance(module, nn.ModuleDict)]:
-            for k, exchange in self.exchanges.items():
-                if (name := f"scale{k}") not in by_scale:
-                    continue
-                expert = by_scale[name]
-                if isinstance(expert, nn.Linear):
-                    by_scale[name] = OutputShard(expert, exchange)
-                    continue
-                for layer_name, kind in _SHARDS.items():
-                    layer = getattr(expert, layer_name, None)
-                    if not isinstance(layer, nn.Linear | InputMajorLinear):
-                        continue
+        for k, exchange in self.exchanges.items():
+            expert = part.experts[f"scale{k}"]
+            for name in _DIVIDED:
+                layer = getattr(expert, name)
+                # The offsets of shared modulation are no layer.
+                if isinstance(layer, nn.Linear | InputMajorLinear):
                     if id(layer) not in partitioned:
-                        if layer_name == "projection" and layer.weight.shape[0] % exchange.ranks:
-                            # The last one: a patch may have fewer numbers than there are ranks.
-                            continue
-                        partitioned[id(layer)] = kind(layer, exchange)
-                    _replace(expert, layer_name, partitioned[id(layer)])
+                        partitioned[id(layer)] = ExpertShard(layer, exchange)
+                    _replace(expert, name, partitioned[id(layer)])
+
+    @contextmanager
+    def passing_buffers(self) -> Iterator[None]:
+        """Let a `with` block exchange other numbers of tokens than training.
+
+        Buffers that have grown for them are not kept.
+        """
+        try:
+            yield
+        finally:
+            for exchange in self.exchanges.values():
+                exchange.buffers.release()
+
+    def join(self, model: LapFlowTransformer) -> None:
+        """Let a partitioned model apply the shards of several scales at once.
+
+        Args:
+            model: Has been told what it recomputes.
+        """
+        first, *blocks = (cast(Block, block) for block in model.blocks)
+        if not self.exchanges or not blocks:
+            return
+        kind, scales = first.kind, len(first.experts)
+        at_once = scales_at_once(kind, scales=scales, checkpointed=first.checkpointed)
+        for block in blocks:
+            block.layers = ShardedLayers(
+                block.experts, self.exchanges, at_once=at_once, regather=self.regather
+            )
+        if isinstance(first.experts["scale0"].modulation, nn.Linear):
+            model.block_conditions = ModulationAhead(
+                [block.experts for block in blocks],
+                self.exchanges,
+                at_once=scales_at_once(kind, scales=scales),
+            )
 
 
 def _replace(expert: nn.Module, name: str, shard: ExpertShard) -> None:

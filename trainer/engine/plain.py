@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.ema import EmaConfig
+from trainer.engine.ema import MovingAverages
 from trainer.engine.expert_shards import ExpertShards, draw_initial_weights, shards_of, whole_shape
 from trainer.engine.optimizer import OptimConfig, adamw, moments_of
-from trainer.engine.protocol import BuildModel, UpdateOutcome
+from trainer.engine.protocol import Arrange, BuildModel, UpdateOutcome
 from trainer.state import Fragment
 
 
@@ -22,9 +24,11 @@ class PlainEngine:
 
     Args:
         build_model: Builds the model with the same initial weights on every rank.
+        arrange: Says how that model is computed.
         shards: Partitions the experts.
         device: Where the model is computed.
         optim: Optimizer settings.
+        ema: Decays of the moving averages, and where they are kept.
         grad_accum_steps: Forward passes per update.
     """
 
@@ -32,8 +36,10 @@ class PlainEngine:
         self,
         build_model: BuildModel,
         *,
+        arrange: Arrange,
         shards: ExpertShards,
         optim: OptimConfig,
+        ema: EmaConfig,
         grad_accum_steps: int,
         device: torch.device,
     ) -> None:
@@ -43,13 +49,15 @@ class PlainEngine:
 
         self._build_model, self._experts = build_model, shards
         model = build_model(on_built)
+        arrange(model)
         self._model: nn.Module = model
         self._clip_norm = optim.clip_norm
         self._grad_accum_steps = grad_accum_steps
         self._named = dict(model.named_parameters())
         self._shards = shards_of(model)
-        self._ema = {name: p.detach().clone() for name, p in self._named.items()}
-        self._optimizer = adamw(self._named.values(), optim)
+        self._weights = list(self._named.values())
+        self._averages = MovingAverages(self._weights, config=ema)
+        self._optimizer = adamw(self._weights, optim)
 
     def __call__(
         self, states: tuple[Tensor, ...], time: Tensor, labels: Tensor
@@ -62,20 +70,19 @@ class PlainEngine:
         """Add one micro-batch's gradient."""
         (loss / self._grad_accum_steps).backward()  # type: ignore[no-untyped-call]
 
-    def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
-        """Average gradients over ranks, clip, apply AdamW, follow with the EMA."""
+    def update(self, *, learning_rate: float, ema_decays: Sequence[float]) -> UpdateOutcome:
+        """Average gradients over ranks, clip, apply AdamW, follow with the averages."""
         self._average_gradients()
         norm = self._global_norm()
         finite = bool(torch.isfinite(norm))
         if finite:
             if self._clip_norm > 0:
-                nn.utils.clip_grads_with_norm_(self._named.values(), self._clip_norm, norm)
+                nn.utils.clip_grads_with_norm_(self._weights, self._clip_norm, norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
+            self._averages.join()
             self._optimizer.step()
-            with torch.no_grad():
-                for name, parameter in self._named.items():
-                    self._ema[name].lerp_(parameter, 1.0 - ema_decay)
+            self._averages.follow(self._weights, decays=ema_decays)
         self._optimizer.zero_grad(set_to_none=True)
         return UpdateOutcome(applied=finite, gradient_norm=float(norm) if finite else float("inf"))
 
@@ -93,7 +100,7 @@ class PlainEngine:
             gradient.div_(dist.get_world_size())
 
     def _global_norm(self) -> Tensor:
-        """The norm over all weights, the parts that other ranks hold included."""
+        """The norm over all weights, parts of other ranks included; the same bits on every rank."""
         whole = [self._gradient(p) for name, p in self._named.items() if name not in self._shards]
         norms = [nn.utils.get_total_norm(whole)]
         for exchange in dict.fromkeys(self._shards.values()):
@@ -105,7 +112,12 @@ class PlainEngine:
             square = nn.utils.get_total_norm(parts).square()
             dist.all_reduce(square, group=exchange.group)
             norms.append(square.sqrt())
-        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        if dist.is_initialized():
+            # Each expert group adds up on its own, and on another node perhaps in another order.
+            # Weights that are the same on all ranks stay so only if all clip by the same bits.
+            dist.broadcast(norm, src=0)
+        return norm
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated gradient; zero, not nothing, for weights that were not used.
@@ -119,15 +131,15 @@ class PlainEngine:
 
     def fragments(self) -> Sequence[Fragment]:
         """Return each parameter as one fragment: whole, or this rank's shard of it."""
-        result = []
-        for name, parameter in self._named.items():
+        result, averages = [], self._averages.values()
+        for place, (name, parameter) in enumerate(self._named.items()):
             shard = self._shards.get(name)
             moments = moments_of(self._optimizer, parameter)
             tensors = {
                 "master": parameter.detach().view(-1),
                 "exp_avg": moments["exp_avg"].view(-1),
                 "exp_avg_sq": moments["exp_avg_sq"].view(-1),
-                "ema": self._ema[name].view(-1),
+                **{kind: values[place].view(-1) for kind, values in averages.items()},
             }
             result.append(
                 Fragment(
@@ -141,38 +153,25 @@ class PlainEngine:
 
     def load_fragments(self, updates: int) -> None:
         """Set the optimizer's step count; weights and moments were overwritten in place."""
-        for parameter in self._named.values():
+        for parameter in self._weights:
             moments_of(self._optimizer, parameter)["step"].fill_(updates)
 
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the EMA in for the length of the block."""
-        with self._replace_weights(lambda: self._copy(self._ema)):
+        with self._averages.set_aside(self._weights), self._experts.passing_buffers():
+            self._averages.copy_to(self._weights)
             yield self._model
 
     @contextmanager
     def initial_weights(self) -> Iterator[nn.Module]:
         """Draw the initial weights into the model for the length of the block."""
-        with self._replace_weights(self._draw):
+        with self._averages.set_aside(self._weights), self._experts.passing_buffers():
+            self._draw()
             yield self._model
-
-    @contextmanager
-    def _replace_weights(self, replace: Callable[[], None]) -> Iterator[None]:
-        kept = {name: p.detach().clone() for name, p in self._named.items()}
-        try:
-            replace()
-            yield
-        finally:
-            self._copy(kept)
 
     @torch.no_grad()
     def _draw(self) -> None:
-        parameters = list(self._named.values())
         draw_initial_weights(
-            self._build_model, self._experts, lambda n, value: parameters[n].copy_(value)
+            self._build_model, self._experts, lambda n, value: self._weights[n].copy_(value)
         )
-
-    @torch.no_grad()
-    def _copy(self, source: dict[str, Tensor]) -> None:
-        for name, parameter in self._named.items():
-            parameter.copy_(source[name])

@@ -18,6 +18,9 @@ from trainer.state import Fragment
 BuildModel: TypeAlias = Callable[[OnBuilt], LapFlowTransformer]
 """Builds a model with its initial weights, letting each part settle as soon as it is built."""
 
+Arrange: TypeAlias = Callable[[LapFlowTransformer], None]
+"""Says how a built model is computed: what recomputes, what is joined, on which streams."""
+
 
 class EngineConfigError(ValueError):
     """An engine setting that cannot work, with the value and the fix."""
@@ -38,13 +41,23 @@ class EngineConfig(Checked):
         micro_batch: Images per rank in one forward pass; None takes the rank's whole share.
         placement: Where the experts are: "replicated" on every rank; `{scale: E}` leaves every rank
             1/E of that scale's experts, and E neighbouring ranks exchange the scale's tokens;
-            "auto" takes the fastest that fits the cluster's GPUs (`python -m trainer.plan`).
+            "auto" takes what `memory` asks for (`python -m trainer.plan`).
+        memory: What `placement` "auto" takes: "fit" the fastest that fits the cluster's GPUs,
+            "least" what takes the least memory, "fastest" the fastest of all, and the run is
+            refused if that does not fit.
         activation_checkpointing: Scales whose experts recompute in the backward pass instead of
-            keeping their activations.
+            keeping their activations; None is none of them, or with `placement` "auto" as few as
+            have to.
+        regather_tokens: Gather the tokens of sharded scales again in the backward pass; without, a
+            rank keeps those of its whole group, which takes memory and saves traffic. None gathers
+            again, or with `placement` "auto" does what serves `memory`.
         overlap_exchange: On GPUs, compute coarse scales, their exchange included, on a stream of
-            their own beside the finest scale; not with ZeRO-3.
+            their own beside the finest scale. It does nothing with ZeRO-3, which gathers weights on
+            one stream, if the finest scale is sharded too, or with full attention.
         offload_optimizer: Keep moments, fp32 weights and EMA in host memory and update them there.
         deepspeed: Passed on to DeepSpeed's own configuration, over what the fields above render.
+            With `placement` "auto" and ZeRO-3, stage3_max_live_parameters and
+            stage3_max_reuse_distance are chosen by `memory`, unless one of them is given.
     """
 
     kind: Literal["zero", "plain"] = "zero"
@@ -53,8 +66,10 @@ class EngineConfig(Checked):
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     placement: Literal["auto", "replicated"] | dict[int, int] = "replicated"
-    activation_checkpointing: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    overlap_exchange: bool = False
+    memory: Literal["fit", "least", "fastest"] = "fit"
+    activation_checkpointing: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    regather_tokens: bool | None = None
+    overlap_exchange: bool = True
     offload_optimizer: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -65,12 +80,27 @@ class EngineConfig(Checked):
                 f"zero_stage={self.zero_stage} does not exist; use 1 (optimizer state sharded), "
                 "2 (gradients too) or 3 (weights too)"
             )
-        scales = self.activation_checkpointing
+        scales = self.recomputed
         if len(set(scales)) < len(scales):
             raise EngineConfigError(
                 f"activation_checkpointing={list(scales)} names a scale twice; name each once, as "
                 f"in {sorted(set(scales))}"
             )
+
+    @property
+    def recomputed(self) -> tuple[int, ...]:
+        """Scales whose experts recompute, where nothing is planned."""
+        return self.activation_checkpointing or ()
+
+    @property
+    def regathers(self) -> bool:
+        """Whether tokens are gathered again, where nothing is planned."""
+        return self.regather_tokens is not False
+
+    @property
+    def has_overlap(self) -> bool:
+        """Whether coarse scales have a stream of their own, where there are streams."""
+        return self.overlap_exchange and not (self.kind == "zero" and self.zero_stage == 3)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +127,7 @@ class UpdateOutcome:
 
 
 class Engine(Protocol):
-    """Forward, backward and update of one model over all ranks, with an EMA on the fp32 shards."""
+    """Forward, backward and update of a model over all ranks, with averages of the fp32 shards."""
 
     def __call__(
         self, states: tuple[Tensor, ...], time: Tensor, labels: Tensor
@@ -109,12 +139,20 @@ class Engine(Protocol):
         """Add the gradient of one micro-batch; `last` closes the accumulation of an update."""
         ...
 
-    def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
-        """Apply the accumulated gradient on all ranks, or on none when it is not finite."""
+    def update(self, *, learning_rate: float, ema_decays: Sequence[float]) -> UpdateOutcome:
+        """Apply the accumulated gradient on all ranks, or on none when it is not finite.
+
+        Args:
+            learning_rate: Of this update.
+            ema_decays: Of this update, one for each average, in the order of `EmaConfig.kinds`.
+        """
         ...
 
     def fragments(self) -> Sequence[Fragment]:
-        """Return live views of the fp32 shard this rank owns, by parameter name."""
+        """Return live views of the fp32 shard this rank owns, by parameter name.
+
+        They are to be asked for again after an update: an EMA on the host is then under way.
+        """
         ...
 
     def load_fragments(self, updates: int) -> None:
@@ -122,7 +160,7 @@ class Engine(Protocol):
         ...
 
     def ema_weights(self) -> AbstractContextManager[nn.Module]:
-        """Put the EMA weights into the model for the length of a `with` block, on every rank."""
+        """Put the average of `EmaConfig.decay` into the model for a `with` block, on every rank."""
         ...
 
     def initial_weights(self) -> AbstractContextManager[nn.Module]:

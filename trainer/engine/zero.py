@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -19,17 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from cluster.tested import require_tested
+from models.ema import EmaConfig
 from models.transformer.lapflow import OnBuilt
+from trainer.engine.ema import MovingAverages
 from trainer.engine.expert_shards import ExpertShards, draw_initial_weights, shards_of, whole_shape
 from trainer.engine.optimizer import OptimConfig, adamw, moments_of
-from trainer.engine.protocol import BuildModel, EngineConfig, UpdateOutcome
+from trainer.engine.protocol import Arrange, BuildModel, EngineConfig, UpdateOutcome
 from trainer.engine.zero_config import zero_config
 from trainer.engine.zero_partition import (
     StatePartition,
     WeightPartition,
     ZeroPartition,
-    form_groups,
     group_name,
+    lend_groups,
+    lend_weights,
     mark_expert_groups,
     partition_on_built,
 )
@@ -43,9 +46,11 @@ class ZeroEngine:
 
     Args:
         build_model: Builds the model with the same initial weights on every rank.
+        arrange: Says how that model is computed.
         config: Engine settings (stage, precision, pass-through).
         shards: Partitions the experts.
         optim: Optimizer settings.
+        ema: Decays of the moving averages, and where they are kept.
         micro_batch: Images per rank and forward pass.
         grad_accum_steps: Forward passes per update.
         world_size: Number of ranks.
@@ -56,15 +61,17 @@ class ZeroEngine:
         self,
         build_model: BuildModel,
         *,
+        arrange: Arrange,
         config: EngineConfig,
         shards: ExpertShards,
         optim: OptimConfig,
+        ema: EmaConfig,
         micro_batch: int,
         grad_accum_steps: int,
         world_size: int,
         device: torch.device,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self._dtype = config.dtype
         settings = zero_config(
             config,
@@ -75,23 +82,28 @@ class ZeroEngine:
         )
         stage = config.zero_stage
         self._build_model, self._experts = build_model, shards
-        form_groups(shards.sizes)
+        lend_groups(shards.exchanges.values())
         on_built = _on_built(shards, device=device, dtype=self._dtype)
         if stage == 3:
-            on_built = partition_on_built(on_built, shards, settings, self._dtype)
+            on_built = partition_on_built(on_built, settings, self._dtype)
         model = build_model(on_built)
+        arrange(model)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._shards = shards_of(model)
-        if stage < 3:
-            mark_expert_groups(model, shards.sizes)
+        if stage == 3:
+            lend_weights(model)
+        else:
+            mark_expert_groups(model)
         with _keep_zero_optimizer():
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model, optimizer=adamw(self._optimizer_groups(), optim), config=settings
             )
+        if stage < 3 and config.has_overlap and device.type == "cuda":
+            _order_gradients(self._zero)
         self._partition: ZeroPartition = (
             WeightPartition(self._zero) if stage == 3 else StatePartition(self._zero)
         )
-        self._ema = [master.detach().clone() for master in self._partition.masters]
+        self._averages = MovingAverages(self._partition.masters, config=ema)
 
     def __call__(
         self, states: tuple[Tensor, ...], time: Tensor, labels: Tensor
@@ -107,26 +119,26 @@ class ZeroEngine:
             # DeepSpeed counts micro-batches in step(), which updates nothing before the last one.
             self._deepspeed.step()
 
-    def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
+    def update(self, *, learning_rate: float, ema_decays: Sequence[float]) -> UpdateOutcome:
         """Apply the update; a non-finite global norm makes every rank skip it alike."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
+        self._averages.join()
         self._deepspeed.step()
         self._partition.zero_stale_grads()
         if self._zero.overflow:
             return UpdateOutcome(applied=False, gradient_norm=float("inf"))
-        with torch.no_grad():
-            for ema, master in zip(self._ema, self._partition.masters, strict=True):
-                ema.lerp_(master, 1.0 - ema_decay)
+        self._averages.follow(self._partition.masters, decays=ema_decays)
         return UpdateOutcome(
             applied=True, gradient_norm=float(self._deepspeed.get_global_grad_norm())
         )
 
     def fragments(self) -> Sequence[Fragment]:
         """Return views of this rank's partition, one per parameter that overlaps it."""
+        averages = self._averages.values()
         flats = [
-            self._flats(master, ema)
-            for master, ema in zip(self._partition.masters, self._ema, strict=True)
+            self._flats(master, {kind: values[place] for kind, values in averages.items()})
+            for place, master in enumerate(self._partition.masters)
         ]
         result = []
         for each in self._partition.slices():
@@ -156,7 +168,7 @@ class ZeroEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """Swap the shards, not full copies: EMA in, gather, and the masters back afterwards."""
-        with self._replace_masters(lambda: self._overwrite_masters(self._ema)) as model:
+        with self._replace_masters(self._averages.copy_to) as model:
             yield model
 
     @contextmanager
@@ -166,21 +178,19 @@ class ZeroEngine:
             yield model
 
     @contextmanager
-    def _replace_masters(self, replace: Callable[[], None]) -> Iterator[nn.Module]:
-        kept = [master.detach().clone() for master in self._partition.masters]
-        try:
-            replace()
+    def _replace_masters(self, replace: Callable[[Sequence[Tensor]], None]) -> Iterator[nn.Module]:
+        masters = self._partition.masters
+        with self._averages.set_aside(masters), self._experts.passing_buffers():
+            replace(masters)
             self._partition.sync_params()
             yield self._deepspeed.module
-        finally:
-            self._overwrite_masters(kept)
         # Not after an error: the other ranks would not be in this collective.
         self._partition.sync_params()
 
     @torch.no_grad()
-    def _draw_masters(self) -> None:
+    def _draw_masters(self, masters: Sequence[Tensor]) -> None:
         held = {each.parameter: each for each in self._partition.slices()}
-        masters, parameters = self._partition.masters, list(self._names)
+        parameters = list(self._names)
 
         def take(number: int, value: Tensor) -> None:
             each = held.get(parameters[number])
@@ -190,18 +200,13 @@ class ZeroEngine:
 
         draw_initial_weights(self._build_model, self._experts, take)
 
-    @torch.no_grad()
-    def _overwrite_masters(self, shards: Sequence[Tensor]) -> None:
-        for master, shard in zip(self._partition.masters, shards, strict=True):
-            master.copy_(shard)
-
-    def _flats(self, master: Tensor, ema: Tensor) -> dict[str, Tensor]:
+    def _flats(self, master: Tensor, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
         moments = moments_of(self._zero.optimizer, master)
         return {
             "master": master.detach(),
             "exp_avg": moments["exp_avg"],
             "exp_avg_sq": moments["exp_avg_sq"],
-            "ema": ema,
+            **averages,
         }
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
@@ -231,6 +236,18 @@ def _on_built(shards: ExpertShards, *, device: torch.device, dtype: torch.dtype)
     return on_built
 
 
+def _order_gradients(zero: Any) -> None:
+    """Let gradients that are made on two streams wait for the buckets that they are copied into.
+
+    DeepSpeed orders each stream with the reduction of a bucket where it offloads gradients. Else
+    only the stream that fills a bucket waits until the one before it is reduced, and another one
+    would write into that.
+    """
+    switch = "_offload_gradient_safety_enabled"
+    assert hasattr(zero, switch)  # in every tested version
+    setattr(zero, switch, True)
+
+
 @contextmanager
 def _keep_zero_optimizer() -> Iterator[None]:
     """Let ZeRO-1 in bf16 add gradients up in fp32 with the optimizer that it has otherwise.
@@ -248,7 +265,7 @@ def _keep_zero_optimizer() -> Iterator[None]:
         engine.BFLOAT16 = chosen
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """Import DeepSpeed without compiling anything.
 
     It is imported late because the process that only drives a cluster must not need it. Its

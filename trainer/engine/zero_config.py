@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.engine.protocol import EngineConfig
+
+KEEP_WEIGHTS: Mapping[str, int] = {
+    "stage3_max_live_parameters": 10**12,
+    "stage3_max_reuse_distance": 10**12,
+}
+"""Settings by which ZeRO-3 keeps all weights that a forward pass gathers for the backward pass.
+
+They are more than any model has: the distance to a weight's next use counts every weight that is
+used before, in either pass. With DeepSpeed's 10^9 those are gathered again that are further away.
+"""
 
 
 def zero_config(

@@ -11,15 +11,18 @@ all images when each expert saw the images of its whole expert group, as it does
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import get_process_group_ranks
 
 from models.transformer.lapflow import OnBuilt
-from trainer.engine.expert_shards import ExpertShards, shards_of
+from trainer.engine.exchange import Exchange
+from trainer.engine.expert_layers import JointLayer
+from trainer.engine.expert_shards import shards_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,19 +167,29 @@ def group_name(size: int) -> str:
     return f"ep_size_{size}"
 
 
-def form_groups(sizes: Sequence[int]) -> None:
-    """Let DeepSpeed form its groups for experts partitioned over these numbers of ranks."""
+def lend_groups(exchanges: Iterable[Exchange]) -> None:
+    """Let DeepSpeed reduce shards in the groups that there are, instead of forming its own.
+
+    On GPUs each group has a communicator, with buffers of its own.
+    """
     import deepspeed
     from deepspeed.utils import groups
 
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    for size in sizes:
-        groups._create_expert_and_data_parallel(size)
+    for exchange in exchanges:
+        name = group_name(exchange.ranks)
+        groups._EXPERT_PARALLEL_GROUP[name] = exchange.group
+        groups._EXPERT_PARALLEL_GROUP_RANKS[name] = get_process_group_ranks(exchange.group)
+        groups._EXPERT_DATA_PARALLEL_GROUP[name] = exchange.replica_group
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = get_process_group_ranks(
+            exchange.replica_group
+        )
 
 
-def mark_expert_groups(model: nn.Module, sizes: Sequence[int]) -> None:
+def mark_expert_groups(model: nn.Module) -> None:
     """Tell the engines of ZeRO-1 and ZeRO-2 which weights of a model are expert shards."""
-    if not sizes:
+    shards = shards_of(model)
+    if not shards:
         return
     from deepspeed.moe.layer import MoE
 
@@ -188,26 +201,21 @@ def mark_expert_groups(model: nn.Module, sizes: Sequence[int]) -> None:
             self.num_experts = size
 
         def set_deepspeed_parallelism(self, _use_data_before_expert: bool = False) -> None:
-            """The groups have been formed."""
+            """The groups are there; `lend_groups` has seen to it."""
 
-    model.expert_groups = nn.ModuleList(ExpertGroup(size) for size in sizes)
+    model.expert_groups = nn.ModuleList(
+        ExpertGroup(size) for size in sorted({exchange.ranks for exchange in shards.values()})
+    )
     parameters = dict(model.named_parameters())
-    for name, exchange in shards_of(model).items():
+    for name, exchange in shards.items():
         # Read by DeepSpeed: not for all ranks to reduce, but for those of this group.
         parameters[name].allreduce = False  # type: ignore[attr-defined]
         parameters[name].group_name = group_name(exchange.ranks)  # type: ignore[attr-defined]
 
 
-def partition_on_built(
-    on_built: OnBuilt, shards: ExpertShards, settings: dict[str, Any], dtype: torch.dtype
-) -> OnBuilt:
+def partition_on_built(on_built: OnBuilt, settings: dict[str, Any], dtype: torch.dtype) -> OnBuilt:
     """Let each part of a model settle as ZeRO-3 keeps it: weights partitioned over their ranks."""
     from deepspeed import zero
-    from deepspeed.utils import groups
-
-    replica_groups = {
-        size: groups._get_expert_data_parallel_group(group_name(size)) for size in shards.sizes
-    }
 
     def on_built_and_partition(part: nn.Module) -> None:
         on_built(part)
@@ -217,10 +225,20 @@ def partition_on_built(
             # Without the last of these three, DeepSpeed averages different shards in silence.
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = group_name(exchange.ranks)
-            parameter.ds_zero_partition_process_group = replica_groups[exchange.ranks]
+            parameter.ds_zero_partition_process_group = exchange.replica_group
         zero.Init(module=part, config_dict_or_path=settings, dtype=dtype)
         for name, exchange in shards_of(part).items():
             partitioned: Any = parameters[name]
-            assert partitioned.ds_process_group is replica_groups[exchange.ranks], name
+            assert partitioned.ds_process_group is exchange.replica_group, name
 
     return on_built_and_partition
+
+
+def lend_weights(model: nn.Module) -> None:
+    """Tell ZeRO-3 where weights are used other than by their own layer, to join them there."""
+    from deepspeed import zero
+
+    for module in model.modules():
+        if isinstance(module, JointLayer):
+            for parameter in module.borrowed:
+                zero.register_external_parameter(module, parameter)

@@ -5,7 +5,7 @@ No model is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +16,18 @@ from models.transformer.cost import (
     ModelShape,
     activation_elements,
     average_multiply_adds,
-    last_projection_parameters,
     multiply_adds,
     parameters,
-    unpartitioned_parameters,
+    partitioned_parameters,
 )
 from pipelines.formats import format_table
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import flow_shape
-from trainer.engine.zero_config import zero_config
-from trainer.planning.planner import Candidate, candidate, candidates, fastest, placement_table
-from trainer.planning.prediction import ScaleLoad, Workload, rank_memory
+from trainer.engine.zero_config import KEEP_WEIGHTS, zero_config
+from trainer.planning.planner import Candidate, Choices, best, candidate, candidates, choose
+from trainer.planning.report import placement_table
+from trainer.planning.workload import ScaleLoad, Workload
 
 _ROWS = 6
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -36,17 +36,52 @@ _BYTES = {"fp32": 4, "bf16": 2}
 def resolve_placement(job: JobConfig) -> Placement:
     """Decide where the experts are, and make sure that model and cluster can hold them.
 
-    With `engine.placement=auto` it is the fastest placement that fits with the configured ZeRO
+    With `engine.placement=auto` it is what `engine.memory` asks for with the configured ZeRO
     stage. Memory is checked where the cluster's is known.
 
     Raises:
         ConfigError: The placement cannot work or does not fit, nothing fits, or "auto" has no
             memory to go by. The message has the numbers and a fix.
     """
+    return _resolve(job).placement
+
+
+def settle(job: JobConfig) -> JobConfig:
+    """Fill in what the settings leave to the planner.
+
+    That is placement, recomputation, and whether tokens and weights that are gathered are kept.
+
+    Raises:
+        ConfigError: As `resolve_placement`.
+    """
+    found = _resolve(job)
+    if found.keeps_weights and _leaves_kept_weights_open(job):
+        job = _with_zero(job, dict(KEEP_WEIGHTS))
+    engine = replace(
+        job.engine,
+        placement=found.placement.sharded or "replicated",
+        activation_checkpointing=found.recomputed,
+        regather_tokens=found.regathers,
+    )
+    return replace(job, engine=engine)
+
+
+def _resolve(job: JobConfig) -> Candidate:
     found = predict_configured(job)
     if found is None or not found.fits:
         raise ConfigError(_no_room(job, found))
-    return found.placement
+    return found
+
+
+def choices(job: JobConfig, zero_stages: Sequence[int]) -> Choices:
+    """What a job leaves to the planner, beside placements and the ZeRO stage."""
+    return Choices(
+        zero_stages=zero_stages,
+        aim=job.engine.memory,
+        keeps_tokens=job.engine.regather_tokens is None,
+        keeps_weights=_leaves_kept_weights_open(job),
+        recomputes=job.engine.activation_checkpointing is None,
+    )
 
 
 def predict_configured(job: JobConfig) -> Candidate | None:
@@ -62,7 +97,7 @@ def predict_configured(job: JobConfig) -> Candidate | None:
     wanted = job.engine.placement
     if wanted == "auto":
         try:
-            return fastest(candidates(work, hardware, zero_stages=[stage]))
+            return choose(work, hardware, choices(job, [stage]))
         except HardwareError as error:
             raise ConfigError(f"engine.placement=auto: {error}") from error
     try:
@@ -115,9 +150,8 @@ def workload(job: JobConfig) -> Workload:
         width=shape.width,
         hidden=shape.mlp_width,
         depth=shape.depth,
-        patch_elements=shape.patch_elements,
         shared_modulation=shape.modulation == "shared",
-        head_norms=shape.qk_norm,
+        coarse_ahead=shape.attention != "full",
         tied=shape.ties.scales,
         world_size=workers,
         images=images,
@@ -125,17 +159,32 @@ def workload(job: JobConfig) -> Workload:
         element_bytes=_BYTES[job.engine.precision],
         gradient_bytes=_BYTES[job.engine.sum_precision(share // images)],
         offload=job.engine.offload_optimizer,
-        overlaps_exchange=job.engine.overlap_exchange,
-        kept_parameters=max(
-            zero.get(f"stage3_max_{name}", Workload.kept_parameters)
-            for name in ("live_parameters", "reuse_distance")
-        ),
+        ema_on_host=job.train.ema.device == "host",
+        averages=len(job.train.ema.kinds),
+        overlaps_exchange=job.engine.has_overlap,
+        regathers=job.engine.regathers,
+        reduces_to_owners=not zero.get("use_multi_rank_bucket_allreduce", True),
+        # What comes next, and so what to keep, is known to ZeRO-3 where all passes are alike.
+        kept_parameters=zero.get("stage3_max_reuse_distance", Workload.kept_parameters)
+        if _has_one_order(job)
+        else 0,
         **_pick_given(
             zero,
             bucket_elements="reduce_bucket_size",
             reduces_in_backward="overlap_comm",
         ),
     )
+
+
+def _leaves_kept_weights_open(job: JobConfig) -> bool:
+    """Whether ZeRO-3 could keep what it gathers, and the job does not say how much of it."""
+    given = job.engine.deepspeed.get("zero_optimization", {})
+    return _has_one_order(job) and KEEP_WEIGHTS.keys().isdisjoint(given)
+
+
+def _has_one_order(job: JobConfig) -> bool:
+    """Whether all passes use the same layers in the same order."""
+    return job.flow.scales == 1 or job.flow.stage_choice == "stratified"
 
 
 def model_shape(job: JobConfig) -> ModelShape:
@@ -148,6 +197,19 @@ def model_shape(job: JobConfig) -> ModelShape:
         image_size=images.size,
         # Where only the data set knows how many there are: their table is no weight to speak of.
         classes=max(1, images.classes),
+    )
+
+
+def one_scale_job(job: JobConfig) -> JobConfig:
+    """The same images with one scale and its weights alone."""
+    again = job.engine.activation_checkpointing
+    return replace(
+        job,
+        flow=replace(job.flow, scales=1, critical_times=()),
+        model=replace(job.model, ties=Ties()),
+        engine=replace(
+            job.engine, activation_checkpointing=None if again is None else tuple(set(again) & {0})
+        ),
     )
 
 
@@ -166,10 +228,18 @@ def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
             job, model=replace(job.model, ties=Ties(scales=every))
         )
     if job.engine.kind == "zero" and not job.engine.offload_optimizer:
+        if job.train.ema.device == "device":
+            ema = replace(job.train.ema, device="host")
+            jobs["train.ema.device=host"] = replace(job, train=replace(job.train, ema=ema))
         jobs["engine.offload_optimizer=true"] = replace(
             job, engine=replace(job.engine, offload_optimizer=True)
         )
-    if set(job.engine.activation_checkpointing) != set(every):
+    if job.engine.kind == "zero":
+        jobs |= {
+            f"engine.deepspeed.zero_optimization={words}": _with_zero(job, settings)
+            for words, settings in _zero_settings(job)
+        }
+    if job.engine.activation_checkpointing is not None and set(job.engine.recomputed) != set(every):
         jobs["all scales recomputed (engine.activation_checkpointing)"] = replace(
             job, engine=replace(job.engine, activation_checkpointing=every)
         )
@@ -177,6 +247,21 @@ def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
         jobs[f"{workers // 2} GPUs and as many images on each"] = _resize(job, workers=workers // 2)
     jobs[f"{2 * workers} GPUs and as many images on each"] = _resize(job, workers=2 * workers)
     return jobs
+
+
+def _zero_settings(job: JobConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings of ZeRO that could help, with fewer bytes."""
+    if not workload(job).reduces_to_owners:
+        yield (
+            "{use_multi_rank_bucket_allreduce:false}",
+            {"use_multi_rank_bucket_allreduce": False},
+        )
+
+
+def _with_zero(job: JobConfig, settings: dict[str, Any]) -> JobConfig:
+    own = job.engine.deepspeed
+    zero = {**own.get("zero_optimization", {}), **settings}
+    return replace(job, engine=replace(job.engine, deepspeed={**own, "zero_optimization": zero}))
 
 
 def _resize(job: JobConfig, *, images: int | None = None, workers: int | None = None) -> JobConfig:
@@ -195,29 +280,30 @@ def _resize(job: JobConfig, *, images: int | None = None, workers: int | None = 
 def _scale_loads(
     job: JobConfig, shape: ModelShape, *, images: int, stratified: bool
 ) -> Iterator[ScaleLoad]:
-    again = job.engine.activation_checkpointing
-    activations = activation_elements(shape, checkpointed=again)
+    again = job.engine.recomputed
+    activations = activation_elements(shape)
+    recomputed = activation_elements(shape, checkpointed=range(shape.scales))
     block = activation_elements(replace(shape, depth=1))
-    unpartitioned, last = unpartitioned_parameters(shape), last_projection_parameters(shape)
+    partitioned = partitioned_parameters(shape)
     total = [0, *(multiply_adds(shape, active=a) for a in range(1, shape.scales + 1))]
     expert = shape.depth * (4 * shape.width**2 + 2 * shape.width * shape.mlp_width)
-    for position, (own, tokens, patches) in enumerate(
-        zip(parameters(shape).per_scale, shape.tokens, shape.patches, strict=True)
+    for position, (own, tokens) in enumerate(
+        zip(parameters(shape).per_scale, shape.tokens, strict=True)
     ):
         k = shape.scales - 1 - position
         # A stage s carries the scales k >= s, and stages have equal shares of the images.
         carried = images * (k + 1) / shape.scales
         yield ScaleLoad(
             parameters=own,
-            unpartitioned=unpartitioned[position],
-            last_projection=last[position],
+            unpartitioned=own - sum(partitioned[position].values()),
+            modulation=partitioned[position]["modulation"],
             tokens=tokens,
-            patches=patches,
             images=carried,
             max_images=int(carried) if stratified else images,
             multiply_adds=total[position + 1] - total[position],
             expert_multiply_adds=tokens * expert,
             activations=activations[position],
+            recomputed_activations=recomputed[position],
             block_activations=block[position],
             activation_checkpointing=k in again,
         )
@@ -233,12 +319,21 @@ def _pick_given(settings: dict[str, Any], **names: str) -> dict[str, Any]:
 def _no_room(job: JobConfig, found: Candidate | None) -> str:
     hardware, stage = job.cluster.hardware, zero_stage(job)
     stages = sorted({stage} | ({1, 2, 3} if stage else set()))
-    every = candidates(workload(job), hardware, zero_stages=stages)
+    limit = f"{hardware.gpu_memory_gib} GiB of cluster.hardware.gpu_memory_gib"
+    if found is not None and found.fits_device:
+        limit = (
+            f"a rank's share of {hardware.host_memory_gib} GiB of cluster.hardware.host_memory_gib"
+        )
+    every = candidates(workload(job), hardware, replace(choices(job, stages), aim="fit"))
     table = placement_table(every[:_ROWS])
-    fitting = fastest(every)
+    fitting = best(every)
     if fitting is not None:
         fix = f"{fitting} does: engine.zero_stage={fitting.zero_stage} engine.placement="
-        fix += "auto" if fitting.placement.sharded else "replicated"
+        fix += "auto" if fitting.placement.sharded or fitting.extras else "replicated"
+        if job.engine.memory == "fastest":
+            fix += " engine.memory=fit"
+    elif found is not None and found.fits_device:
+        fix = "set engine.offload_optimizer=false and train.ema.device=device, or use more nodes"
     else:
         fix = (
             "lower engine.micro_batch, set engine.activation_checkpointing or "
@@ -247,7 +342,7 @@ def _no_room(job: JobConfig, found: Candidate | None) -> str:
         )
     return (
         f"engine.placement={found.placement if found else 'auto'} with engine.zero_stage={stage} "
-        f"does not fit {hardware.gpu_memory_gib} GiB of cluster.hardware.gpu_memory_gib; {fix}. "
+        f"does not fit {limit}; {fix}. "
         f"What is predicted:\n{table}"
     )
 
@@ -264,8 +359,8 @@ def cost_table(job: JobConfig) -> str:
     shape = model_shape(job)
     count = parameters(shape)
     average = average_multiply_adds(shape, critical_times=job.flow.critical_times)
-    placement = resolve_placement(job)
-    memory = rank_memory(workload(job), placement, zero_stage=zero_stage(job))
+    found = _resolve(job)
+    memory = found.memory
     share = job.train.global_batch // job.cluster.workers
     updates = -(-job.train.total_images // job.train.global_batch)
     rows = [
@@ -285,7 +380,7 @@ def cost_table(job: JobConfig) -> str:
         ("training, FLOPs in all", _si(6 * average * job.train.total_images, "FLOP")),
         ("updates", f"{updates:,} of {job.train.global_batch:,} images"),
         ("batch", f"{job.cluster.workers} ranks x {share} images, {micro_batch(job)} in one pass"),
-        ("experts", str(placement)),
+        ("experts", ", ".join(filter(None, (str(found.placement), found.extras)))),
         ("memory per rank", ""),
         ("  weights", _gib(memory.weights)),
         ("  gradients", _gib(memory.gradients)),

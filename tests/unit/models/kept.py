@@ -20,7 +20,9 @@ def kept_bytes(
     )
     labels, time = torch.zeros(batches[0], dtype=torch.long), torch.rand(batches[0])
     gc.collect()
-    before = {tensor.untyped_storage().data_ptr() for tensor in alive()}
+    # Held, or what is let go on the way would leave its address to what is kept.
+    held_before = [tensor.untyped_storage() for tensor in alive()]
+    before = {storage.data_ptr() for storage in held_before}
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,9 @@ from torchdiffeq import odeint
 
 from models.axes import Bands
 from models.flow.flow import Flow, FlowConfig
-from models.flow.sampler import integrate_adaptive, sample
+from models.flow.sampler import SolverError, integrate_adaptive, sample
 from models.flow.sampler_config import SamplerConfig
+from models.flow.solver import VelocityFunction
 
 TOLERANCES = {"absolute_tolerance": 1e-5, "relative_tolerance": 1e-5}
 
@@ -82,3 +83,33 @@ def test_nothing_is_evaluated_beyond_the_end(strength: float) -> None:
     assert min(times) == 0.25
     assert 0.74 < max(times) <= 0.75
     torch.testing.assert_close(end, math.exp(-0.5 * strength) * start, rtol=1e-4, atol=1e-5)
+
+
+def stiff(states: Bands, time: float) -> Bands:
+    return tuple(-1e7 * state for state in states)
+
+
+def never_finite(states: Bands, time: float) -> Bands:
+    return tuple(torch.full_like(state, math.nan) for state in states)
+
+
+def jumping(states: Bands, time: float) -> Bands:
+    """However short a step, its ends differ."""
+    return tuple(1e30 * torch.rand(state.shape) for state in states)
+
+
+@pytest.mark.parametrize(
+    ("slope", "words"),
+    [
+        (stiff, "25 steps do not suffice; raise the tolerances"),
+        (never_finite, "the velocity is not finite; look at the loss"),
+        (jumping, "no step is short enough; raise the tolerances"),
+    ],
+)
+def test_a_solver_that_comes_to_no_end_says_why(
+    monkeypatch: pytest.MonkeyPatch, slope: VelocityFunction, words: str
+) -> None:
+    monkeypatch.setattr("models.flow.sampler.MAX_STEPS", 500 if slope is jumping else 25)
+    start = torch.ones(2, 1, 2, 2)
+    with pytest.raises(SolverError, match=rf"1e-05 .* stops at time 0\.2\d+, where {words}"):
+        integrate_adaptive(slope, (start,), start=0.25, end=0.75, **TOLERANCES)

@@ -9,9 +9,8 @@ from models.transformer.cost import (
     CostError,
     ModelShape,
     activation_elements,
-    last_projection_parameters,
     parameters,
-    unpartitioned_parameters,
+    partitioned_parameters,
 )
 from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.models.kept import kept_bytes
@@ -69,18 +68,26 @@ def test_the_active_scales_are_the_first_of_all() -> None:
         {"ties": Ties(scales=(0, 2), parts=("mlp", "output"))},
     ],
 )
-def test_what_stays_whole_is_what_no_layer_has(option: dict[str, Any]) -> None:
+def test_what_is_divided_are_the_large_layers_of_all_blocks_but_the_first(
+    option: dict[str, Any],
+) -> None:
     config = TransformerConfig(depth=3, width=20, heads=5, **option)
     model = LapFlowTransformer(config, **sizes_of(3))
     shape = ModelShape.of(config, **sizes_of(3))
-    whole = ("_norm.weight", ".offset")
+    sharded = ("modulation.weight", "modulation.bias", ".qkv.weight", ".qkv.bias")
+    sharded += tuple(f".mlp_{name}" for name in ("hidden.weight", "hidden.bias"))
+    sharded += tuple(f".mlp_{name}" for name in ("output.weight", "output.bias"))
     named = dict(model.named_parameters())
     for position, k in enumerate((2, 1, 0)):
         own = {name: p.numel() for name, p in named.items() if f".scale{k}." in f".{name}."}
-        assert unpartitioned_parameters(shape)[position] == sum(
-            count for name, count in own.items() if name.endswith(whole)
-        )
-        assert last_projection_parameters(shape)[position] == sum(
-            count for name, count in own.items() if name.startswith(f"final.scale{k}.projection")
+        divided = {
+            name: count
+            for name, count in own.items()
+            if name.startswith(("blocks.1.", "blocks.2.")) and name.endswith(sharded)
+        }
+        counted = partitioned_parameters(shape)[position]
+        assert sum(counted.values()) == sum(divided.values())
+        assert counted["modulation"] == sum(
+            count for name, count in divided.items() if "modulation" in name
         )
         assert sum(own.values()) == parameters(shape).per_scale[position]

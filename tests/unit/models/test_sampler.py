@@ -13,7 +13,7 @@ from models.flow.sampler_config import (
     nfe_per_segment,
 )
 from models.flow.solver import SOLVERS
-from models.pyramid import split
+from models.pyramid import merge, split
 from tests.unit.models.reference import tiny_model, tiny_states
 
 NULL = 5
@@ -98,6 +98,7 @@ def test_samples_do_not_depend_on_how_they_are_batched(solver: str, scale: float
     assert not whole.images.requires_grad
 
 
+@pytest.mark.slow
 def test_an_image_by_dopri5_is_the_same_alone_and_in_any_batch() -> None:
     flow = Flow(FlowConfig(scales=3))
     noise, labels = noise_for(flow, images=5), torch.arange(5)
@@ -260,9 +261,13 @@ def counted(config: SamplerConfig, flow: Flow) -> tuple[float, ...]:
     [
         ({"solver": "rk9"}, "solver='rk9'"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": 10**9}, "steps=1000000000"),
         ({"adaptive_group": 0}, "adaptive_group=0"),
         ({"absolute_tolerance": 0.0}, "absolute_tolerance=0.0"),
         ({"relative_tolerance": float("nan")}, "relative_tolerance=nan"),
+        ({"absolute_tolerance": 1e-300}, "absolute_tolerance=1e-300"),
+        ({"relative_tolerance": 9.9e-10}, "relative_tolerance=9.9e-10"),
+        ({"relative_tolerance": 1.1}, "relative_tolerance=1.1"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0"),
         ({"guidance_interval": (0.6, 0.2)}, "guidance_interval"),
         ({"guidance_interval": (0.6, 1.2)}, "guidance_interval"),
@@ -287,3 +292,38 @@ def test_fewer_steps_than_segments_are_refused() -> None:
             noise_for(flow, images=1),
             torch.tensor([0]),
         )
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "dopri5"])
+def test_who_looks_on_sees_each_step_and_changes_nothing(solver: str) -> None:
+    flow = Flow(FlowConfig(scales=3))
+    noise = noise_for(flow, images=2)
+    config = SamplerConfig(solver=solver, steps=9, adaptive_group=2)
+    labels = torch.tensor([0, 1])
+    seen: list[tuple[float, Bands]] = []
+    shape = {"channels": 2, "image_size": 16, "null_label": NULL}
+    watched = sample(
+        mild,
+        flow=flow,
+        config=config,
+        noise=noise,
+        labels=labels,
+        observe=lambda time, states: seen.append((time, states)),
+        **shape,
+    )
+    assert torch.equal(watched.images, draw(mild, config, flow, noise, labels).images)
+    assert torch.equal(merge(seen[-1][1]), watched.images)
+    times = [time for time, _ in seen]
+    assert times == sorted(times)
+    entering = flow.stages.activation_times
+    assert {time: times.count(time) for time in entering} == dict(
+        zip(entering, (1, 2, 2), strict=True)
+    )
+    assert times[-1] == 1
+    # Every step, the start, and each moment at which a scale enters once more.
+    if solver != "dopri5":
+        assert len(seen) == 9 + 3
+    for position, (time, states) in enumerate(seen):
+        is_entry = time in entering and (position == 0 or times[position - 1] == time)
+        active = sum(time > each for each in entering) + is_entry
+        assert len(states) == active

@@ -12,16 +12,20 @@ import pytest
 
 from cluster.hardware import HardwareConfig
 from cluster.placement import Placement
+from models.transformer.config import TransformerConfigError
 from models.transformer.cost import parameters
 from trainer.cli.plan import main
 from trainer.config.composition import compose_job
 from trainer.config.reading import ConfigError, to_dict
 from trainer.engine.protocol import EngineConfig
+from trainer.engine.zero_config import KEEP_WEIGHTS
+from trainer.planning.memory import rank_memory
 from trainer.planning.placing import (
     cost_table,
     model_shape,
     predict_configured,
     resolve_placement,
+    settle,
     workload,
 )
 
@@ -134,7 +138,7 @@ def test_it_loads_nothing_that_trains():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=540
     )
     assert done.stderr.strip() == "set()"
-    assert "No sharding is needed" in done.stdout
+    assert "As configured (engine.placement=replicated engine.zero_stage=2)" in done.stdout
 
 
 @pytest.fixture
@@ -157,13 +161,100 @@ def test_replicated_and_named_placements_are_taken_as_they_are(xl):
 
 
 def test_auto_keeps_the_stage_and_takes_the_fastest_that_fits(xl):
-    assert resolve_placement(with_engine(xl, placement="auto")) == Placement((1, 1, 1))
+    many = compose_job(job_words("h100_8", images=33))
+    auto = with_engine(many, placement="auto", overlap_exchange=False)
+    assert resolve_placement(auto) == Placement((1, 1, 1))
+    # What is hidden need not be avoided.
+    assert resolve_placement(with_engine(auto, overlap_exchange=True)).sharded
     # Whole weights are 3.8 of 10.5 GiB with ZeRO-1.
     tight = with_engine(with_memory(xl, TIGHT_GIB), placement="auto", zero_stage=1)
     found = predict_configured(tight)
     assert found.zero_stage == 1
     assert found.placement.sharded
     assert resolve_placement(tight) == found.placement
+
+
+def test_what_is_left_open_is_settled_and_what_is_not_stays(xl):
+    tight = with_engine(with_memory(xl, 7.5), placement="auto", zero_stage=1)
+    found, settled = predict_configured(tight), settle(tight).engine
+    assert settled.placement == found.placement.sharded
+    assert settled.activation_checkpointing == found.recomputed
+    assert found.recomputed
+    assert settled.regather_tokens == found.regathers
+    # It says now what it would have been planned as.
+    assert predict_configured(replace(xl, engine=settled)).memory == found.memory
+    given = with_engine(tight, activation_checkpointing=(0, 1, 2), regather_tokens=True)
+    assert settle(given).engine.activation_checkpointing == (2, 1, 0)
+    assert settle(given).engine.regather_tokens is True
+    with pytest.raises(ConfigError, match=r"engine.placement=auto with engine.zero_stage=1"):
+        settle(with_engine(tight, activation_checkpointing=()))
+    plain = settle(xl).engine
+    assert (plain.placement, plain.activation_checkpointing) == ("replicated", ())
+
+
+def test_weights_are_kept_where_there_is_room_and_the_user_has_not_said(xl):
+    many = compose_job(job_words("eight_24gb", images=33))
+    auto = with_engine(many, placement="auto", zero_stage=3)
+    found, settled = predict_configured(auto), settle(auto)
+    assert found.keeps_weights
+    assert found.time.total <= 0.5
+    assert settled.engine.deepspeed == {"zero_optimization": dict(KEEP_WEIGHTS)}
+    again = predict_configured(settled)
+    assert (again.memory, again.time, str(again)) == (found.memory, found.time, str(found))
+    tight = with_memory(auto, 14.6)
+    other = predict_configured(tight)
+    assert other.fits
+    assert (other.keeps_weights, other.recomputed) == (False, ())
+    assert settle(tight).engine.deepspeed == {}
+    own = {"zero_optimization": {"stage3_max_reuse_distance": 5}}
+    given = with_engine(auto, deepspeed=own)
+    assert not predict_configured(given).keeps_weights
+    assert settle(given).engine.deepspeed == own
+    # What DeepSpeed keeps is decided by the distance alone, and what is given stays.
+    ahead = with_engine(
+        auto, deepspeed={"zero_optimization": {"stage3_max_live_parameters": 10**12}}
+    )
+    assert workload(ahead).kept_parameters == workload(with_engine(auto)).kept_parameters
+    own = {"zero_optimization": KEEP_WEIGHTS | {"stage3_max_live_parameters": 7}}
+    assert settle(with_engine(auto, deepspeed=own)).engine.deepspeed == own
+    # Passes that are not alike keep nothing.
+    random = replace(auto, flow=replace(auto.flow, stage_choice="one_per_step"))
+    assert workload(random).kept_parameters == 0
+    assert not predict_configured(random).keeps_weights
+
+
+def test_memory_decides_what_auto_takes(xl):
+    tight = with_engine(with_memory(xl, TIGHT_GIB), placement="auto", zero_stage=1)
+    fit = predict_configured(tight)
+    least = predict_configured(with_engine(tight, memory="least"))
+    assert least.memory.total < fit.memory.total
+    assert least.time.total > fit.time.total
+    tighter = with_memory(tight, 8)
+    with pytest.raises(ConfigError, match=r"does not fit 8 GiB.*engine.memory=fit"):
+        resolve_placement(with_engine(tighter, memory="fastest"))
+
+
+def test_the_table_of_costs_is_that_of_what_auto_decides(xl):
+    least = with_engine(with_memory(xl, TIGHT_GIB), placement="auto", memory="least", zero_stage=1)
+    assert cost_table(least) == cost_table(settle(least))
+    assert re.search(r"experts +\{.*recomputed", cost_table(least))
+
+
+def test_host_memory_that_is_too_little_is_named(xl):
+    hardware = replace(xl.cluster.hardware, host_memory_gib=4.0)
+    poor = replace(xl, cluster=replace(xl.cluster, hardware=hardware))
+    with pytest.raises(ConfigError, match="host_memory_gib") as error:
+        resolve_placement(with_engine(poor, offload_optimizer=True))
+    assert "4.0 GiB" in str(error.value)
+    assert "gpu_memory_gib" not in str(error.value)
+    assert "offload_optimizer=true" not in str(error.value)
+
+
+def test_no_plan_goes_through_blocks_without_end(xl):
+    with pytest.raises(TransformerConfigError, match="depth=10001 must be at most 10000 blocks"):
+        replace(xl.model, depth=10_001)
+    deepest = replace(xl, model=replace(xl.model, depth=10_000, width=64, heads=4))
+    assert resolve_placement(deepest) == Placement((1, 1, 1))
 
 
 def test_what_does_not_fit_is_refused_with_what_does(xl):
@@ -211,9 +302,57 @@ def test_a_job_is_reduced_to_the_numbers_of_its_model(xl):
 
 
 def test_settings_of_deepspeed_count(xl):
-    own = {"zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True}}
-    work = workload(with_engine(xl, deepspeed=own))
+    own = {
+        "reduce_bucket_size": 1000,
+        "overlap_comm": True,
+        "use_multi_rank_bucket_allreduce": False,
+    }
+    work = workload(with_engine(xl, deepspeed={"zero_optimization": own}))
     assert (work.bucket_elements, work.reduces_in_backward) == (1000, True)
+    assert work.reduces_to_owners
+    assert not workload(xl).reduces_to_owners
+
+
+def test_where_tokens_and_the_average_are_kept_counts(xl):
+    assert workload(xl).regathers
+    assert not workload(with_engine(xl, regather_tokens=False)).regathers
+    assert workload(with_engine(xl, zero_stage=1)).overlaps_exchange
+    assert not workload(with_engine(xl, zero_stage=3)).overlaps_exchange
+    away = replace(xl, train=replace(xl.train, ema=replace(xl.train.ema, device="host")))
+    assert not workload(xl).ema_on_host
+    assert workload(away).ema_on_host
+    assert "in host memory" in cost_table(away)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_each_average_takes_its_room(xl, stage):
+    def kept(**ema):
+        job = replace(xl, train=replace(xl.train, ema=replace(xl.train.ema, **ema)))
+        return rank_memory(workload(job), resolve_placement(xl), zero_stage=stage)
+
+    one, three = kept(), kept(decays=(0.999, 0.9999, 0.99))
+    assert three.ema == 3 * one.ema
+    assert replace(three, ema=one.ema) == one
+    away, far = kept(device="host"), kept(device="host", decays=(0.999, 0.99))
+    assert (away.host, far.host) == (one.ema, 3 * one.ema)
+    assert away.ema == far.ema == 0
+    assert far.buffers - one.buffers == 3 * (away.buffers - one.buffers) > 0
+
+
+def test_the_plan_says_what_separate_weights_cost(capsys):
+    assert main(job_words("h100_8")) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"Against one scale with the same images \(replicated, ZeRO-[^:]*: [\d.]+ GiB, [\d.]+ ms\) "
+        r"the separate weights of 3 scales take [\d.]+ [MG]iB (more|less) of a rank, and "
+        r"[\d.]+ ms less a step",
+        words,
+    )
+    own = re.search(r"As configured .* ([\d.]+) ms and .* block by block, take ([\d.]+) ms", words)
+    assert float(own[1]) == pytest.approx(float(own[2]), rel=0.03)
+    one = ["+exp=imagenet_xl", "cluster=h100_8", "flow=one_scale", "train.global_batch=256"]
+    assert main(one) == 0
+    assert "Against one scale" not in capsys.readouterr().out
 
 
 def test_one_stage_per_step_may_put_every_image_at_the_finest(xl):
@@ -233,8 +372,9 @@ def test_the_dry_run_tells_of_the_placement_it_would_take(xl):
     whole = cost_table(xl)
     sharded = cost_table(with_engine(xl, placement={2: 8, 1: 8, 0: 8}))
     weights = [table[table.index("  weights") :].split()[1] for table in (whole, sharded)]
+    held = sum(count for count, _ in workload(xl).shards(Placement((8, 8, 8))))
     assert [float(value) for value in weights] == pytest.approx(
-        [parameters(model_shape(xl)).total * 2 / 2**30, 0.5], abs=0.05
+        [parameters(model_shape(xl)).total * 2 / 2**30, held * 2 / 2**30], abs=0.01
     )
     assert "in host memory" not in whole
     assert "in host memory" in cost_table(with_engine(xl, offload_optimizer=True))

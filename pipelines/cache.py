@@ -150,10 +150,12 @@ class ShardCache:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             for cache in _caches(root):
                 _remove_left_behind(cache)
-        # For whoever looks into the folder; it is never read.
-        with self.fetching(INDEX_NAME) as partial, _explain_unusable(root):
-            (partial / INDEX_NAME).write_bytes(index)
-            (partial / INDEX_NAME).replace(self.folder / INDEX_NAME)
+        # For whoever looks into the folder; it is never read. Of this name it is always the same,
+        # and where all shards are there a full disk is no hindrance.
+        if not (self.folder / INDEX_NAME).exists():
+            with self.fetching(INDEX_NAME) as partial, _explain_unusable(root):
+                (partial / INDEX_NAME).write_bytes(index)
+                (partial / INDEX_NAME).replace(self.folder / INDEX_NAME)
 
     @contextmanager
     def fetching(self, name: str) -> Iterator[Path]:

@@ -12,7 +12,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NoReturn, TextIO
 
-from pipelines.console import as_typed, say_error, speak_as_command, typed, write
+from pipelines.addresses import hide_credentials
+from pipelines.console import as_typed, say_error, speak_as_command, typed, visible, write
 
 REFUSED = 2
 _INTERRUPTED = 130
@@ -29,6 +30,7 @@ class Outcome:
         exit_code: Of the process.
         error: What went wrong, which is told below the text.
         then: What is still to do once the answer is out.
+        verbatim: The text is a file for another program, of which each character counts.
     """
 
     text: str
@@ -36,6 +38,7 @@ class Outcome:
     exit_code: int = 0
     error: str = ""
     then: Callable[[], object] | None = None
+    verbatim: bool = False
 
 
 def plain_values(value: Any) -> Any:
@@ -64,7 +67,7 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the words, and end."""
         _answer_error(message, REFUSED)
-        super().error(as_typed(message))
+        super().error(visible(_without_credentials(message)))
 
 
 def command_parser(module: str, *, description: str, epilog: str | None = None) -> CommandParser:
@@ -144,11 +147,13 @@ def answer(outcome: Outcome) -> None:
     """Give the answer, on standard output."""
     if _Answers.wanted:
         made = outcome.values() if callable(outcome.values) else outcome.values
-        error = {"error": as_typed(outcome.error)} if outcome.error else {}
-        values = {**plain_values(made), **error, "exit_code": outcome.exit_code}
-        write(json.dumps(values, indent=2), _Answers.stream)
+        values = plain_values(made)
+        if error := outcome.error or values.get("error"):
+            values["error"] = _without_credentials(error)
+        values["exit_code"] = outcome.exit_code
+        write(json.dumps(values, indent=2), _Answers.stream, for_programs=True)
     elif outcome.text:
-        write(outcome.text, sys.stdout)
+        write(outcome.text, sys.stdout, verbatim=outcome.verbatim)
     if outcome.error:
         say_error(outcome.error)
     if outcome.then is not None:
@@ -158,8 +163,12 @@ def answer(outcome: Outcome) -> None:
 def _answer_error(message: str, exit_code: int) -> None:
     """Answer programs; people see what is raised."""
     if _Answers.wanted:
-        values = {"error": as_typed(message), "exit_code": exit_code}
-        write(json.dumps(values, indent=2), _Answers.stream)
+        values = {"error": _without_credentials(message), "exit_code": exit_code}
+        write(json.dumps(values, indent=2), _Answers.stream, for_programs=True)
+
+
+def _without_credentials(error: str) -> str:
+    return hide_credentials(as_typed(error))
 
 
 @contextmanager

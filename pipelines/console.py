@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
+from pipelines.addresses import hide_credentials
+
 _LAYOUT = "\n\t"
 # Not where a path comes before it: that Python may be another one than the console script's.
 _COMMAND = re.compile(r"(?<![\w./])python -m (\w+(?:\.\w+)*)")
@@ -66,22 +68,29 @@ def say_error(error: object) -> None:
     write(f"error: {visible(str(error))}", sys.stderr)
 
 
-def write(text: str, stream: TextIO | None) -> None:
-    """Write a line at once, as far as it can be written.
+def write(
+    text: str, stream: TextIO | None, *, for_programs: bool = False, verbatim: bool = False
+) -> None:
+    """Write a line at once, as far as it can be written, without what may be credentials.
 
     Args:
         text: The line, or several that are laid out here; what comes from outside has been made
             `visible`, or it could add lines. What a terminal would obey, and what the stream's
             encoding lacks, is escaped.
         stream: Where; None if that was closed before the program began.
+        for_programs: It is JSON, whose values stay as they are.
+        verbatim: It is a file for another program, and stays as it is altogether.
     """
     if stream is None or stream.closed:
         return
     encoding = stream.encoding or "utf-8"
-    text = "".join(
-        letter if letter.isprintable() or letter in _LAYOUT else _escaped(letter)
-        for letter in as_typed(text)
-    )
+    if not verbatim:
+        text = "".join(
+            letter if letter.isprintable() or letter in _LAYOUT else _escaped(letter)
+            for letter in as_typed(text)
+        )
+    if not verbatim and not for_programs:
+        text = hide_credentials(text)  # after escaping, or a control character would end a word
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         if _State.above is not None and stream.isatty():

@@ -12,7 +12,9 @@ import json
 import os
 import re
 import stat
+import typing
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -146,12 +148,19 @@ def validate_as(kind: type[T], values: Any) -> T:
     Raises:
         DocumentError: Something is missing or of another type, or outside its bounds.
     """
+    hashable: Any = kind  # whatever mypy thinks of the classes of dataclasses
     try:
         # As JSON, in which alone a list may be a tuple while a text is still no number.
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+        return typing.cast(T, _adapter(hashable).validate_json(json.dumps(values), strict=True))
     except ValidationError as error:
         reasons = [_say_why(each) for each in error.errors(include_url=False)[:_MAX_REASONS]]
         raise DocumentError(f"it does not hold what it should ({'; '.join(reasons)})") from None
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Make what reads a type, which takes longer than most documents."""
+    return TypeAdapter(kind)
 
 
 def _say_why(error: ErrorDetails) -> str:

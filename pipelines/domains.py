@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipelines.addresses import quote_address
+from pipelines.addresses import may_carry_credentials, quote_address
 
 # No setting means anything when it is infinite, or no number at all.
 _FINITE = ConfigDict(allow_inf_nan=False)
@@ -71,8 +71,8 @@ def _adapters(kind: type[Any]) -> dict[str, TypeAdapter[Any]]:
 
 def shown(value: Any) -> str:
     """Put a value into a message, in short, and without what may be credentials."""
-    if isinstance(value, str) and (quoted := quote_address(value)) != repr(value):
-        return quoted
+    if isinstance(value, str) and may_carry_credentials(value):
+        return quote_address(value)
     try:
         return reprlib.repr(value)
     except ValueError:  # Python writes no number of thousands of digits

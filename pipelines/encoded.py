@@ -5,7 +5,8 @@ of metadata. So each of them is given a file that is put together here: the part
 pixels, in their order, and where the image is to be turned the one tag that says so.
 
 This is also where hostile images stop: only JPEG and PNG are read, and an image that would need
-more memory than any photograph is refused by the size in its header, before anything is decoded.
+more memory than any photograph is refused by the size in its header, before anything is decoded, as
+is a JPEG whose scans would be decoded without end.
 """
 
 import io
@@ -27,11 +28,17 @@ _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = range(5, 9)  # its values that exchange width and height
 _SHORT, _LONG = 3, 4  # types of EXIF values
 
+# Encoders write about ten. A few bytes of a further one have each coefficient looked at once more.
+MAX_SCANS = 100
+
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _APP0, _APP1, _APP14, _APP15, _COM = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 # libjpeg skips what lies before a marker, and fill bytes, of which the last will do: a pattern that
 # takes all of them looks at each as often as there are some before it.
 _MARKER = re.compile(rb"\xff([^\x00\xff])")
+# What ends a scan. Before, libjpeg passes over lone markers of which no image has any, without what
+# would be their content.
+_MARKER_OF_SCANS = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
 _BARE = {0x01, *range(0xD0, 0xD8)}  # markers without content
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _USUAL_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; Huffman codes
@@ -90,8 +97,8 @@ def read_image(data: bytes) -> EncodedImage:
     of that name in a JPEG, in the chunk eXIf of a PNG. XMP and texts do not.
 
     Raises:
-        BadImageError: It is not JPEG or PNG, it is cut short, a PNG's checksum is wrong, or it is
-            too large.
+        BadImageError: It is not JPEG or PNG, it is cut short, a PNG's checksum is wrong, it is
+            too large, or a JPEG has too many scans.
     """
     if data.startswith(b"\xff\xd8"):
         image = _read_jpeg(data)
@@ -124,6 +131,8 @@ def _read_jpeg(data: bytes) -> EncodedImage:
         if marker == _SOS:
             if data.find(b"\xff\xd9", place) < 0:
                 raise BadImageError("it is cut short: there is no end marker")
+            if _has_too_many_scans(data, place):
+                raise BadImageError(f"it has more than {MAX_SCANS} scans")
             kept.append(b"\xff" + data[begin - 1 :])
             return _jpeg(kept, frames, transforms, _orientation(exif or b""))
         if marker == _APP1 and content.startswith(b"Exif\0") and exif is None:
@@ -138,6 +147,26 @@ def _read_jpeg(data: bytes) -> EncodedImage:
             continue
         kept.append(b"\xff" + data[begin - 1 : place])
     raise BadImageError("it is cut short in its header")
+
+
+def _has_too_many_scans(data: bytes, place: int) -> bool:
+    """Tell whether a decoder would meet too many scans in a JPEG.
+
+    Args:
+        data: The file.
+        place: Where the content of its first scan begins.
+    """
+    scans = 1
+    # Most files are told by this alone: so often the two bytes stand nowhere, also by chance.
+    if data.count(bytes([0xFF, _SOS]), place) < MAX_SCANS:
+        return False
+    while scans <= MAX_SCANS and (match := _MARKER_OF_SCANS.search(data, place)):
+        if match[1][0] == _EOI:
+            return False
+        scans += match[1][0] == _SOS
+        # The length counts its own two bytes, whatever it says.
+        place = match.end() + max(2, int.from_bytes(data[match.end() : match.end() + 2], "big"))
+    return scans > MAX_SCANS
 
 
 def _jpeg(

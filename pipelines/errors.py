@@ -55,11 +55,15 @@ class CorruptShardError(DataError):
     """A shard does not hold what index.json says, also after a second download."""
 
 
-class StoreUnreachableError(DataError):
+class PassingFaultError(DataError):
+    """Something around the dataset is at fault that may be well again later, if it ever was."""
+
+
+class StoreUnreachableError(PassingFaultError):
     """The store refused, or did not answer for as long as one waits for it."""
 
 
-class CacheUnusableError(DataError):
+class CacheUnusableError(PassingFaultError):
     """The node-local cache folder cannot be written."""
 
 

@@ -43,8 +43,12 @@ def _lock(file: Path) -> FileLock:
     return FileLock(file, fallback_to_soft=False, thread_local=False)
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
+def write_atomic(path: Path, data: bytes | memoryview | Iterator[bytes]) -> None:
     """Write a file that a reader sees whole or not at all; an older one is replaced.
+
+    Args:
+        path: The file; its folders are made.
+        data: Its content, or pieces of it in their order.
 
     Raises:
         OSError: It cannot be written; an older one is as it was.
@@ -54,12 +58,12 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 
 @contextmanager
-def draft(path: Path, data: bytes | memoryview) -> Iterator[Path]:
+def draft(path: Path, data: bytes | memoryview | Iterator[bytes]) -> Iterator[Path]:
     """Give a durable file beside a path, whose folders are made; names are made durable after.
 
     Args:
         path: What the file is to become, by a rename or a link inside the block.
-        data: Its content.
+        data: Its content, or pieces of it in their order.
 
     Raises:
         OSError: It cannot be written; nothing is left of it.
@@ -68,7 +72,7 @@ def draft(path: Path, data: bytes | memoryview) -> Iterator[Path]:
     try:
         with _open_anew(temporary) as descriptor:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes | memoryview) else data)
             os.fsync(descriptor)
         yield temporary
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""Ctrl-C ends a command as it ends other programs: without a traceback, with exit code 130.
+"""How a command ends by what nobody catches: Ctrl-C, as in other programs, and what is a bug.
+
+Ctrl-C leaves no traceback, and the exit code 130. Other tracebacks are said without credentials.
 
 A module of its own that imports next to nothing: what is imported before it is not yet covered.
 """
@@ -30,4 +32,9 @@ def end_quietly_when_interrupted() -> None:
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         raise SystemExit(EXIT_CODE)
-    sys.__excepthook__(kind, error, trace)
+    import traceback
+
+    from pipelines.console import write
+
+    lines = traceback.format_exception(kind, error, trace)
+    write("".join(lines).removesuffix("\n"), sys.stderr)

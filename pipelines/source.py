@@ -34,7 +34,11 @@ from tenacity import (
     wait_random,
 )
 
-from pipelines.addresses import find_endpoint_fault, quote_address
+from pipelines.addresses import (
+    find_endpoint_fault,
+    may_carry_credentials,
+    quote_address,
+)
 from pipelines.cache import scratch_folder, warn_when_slow
 from pipelines.documents import MAX_DOCUMENT_BYTES, DocumentError, read_bounded
 from pipelines.domains import Checked
@@ -69,7 +73,7 @@ def is_url(text: str) -> bool:
     scheme, slashes = match.groups() if match else ("", "")
     shown = f"The place {quote_address(text)}"
     if not slashes and scheme.lower() not in _SCHEMES:
-        if quote_address(text) != repr(text):
+        if may_carry_credentials(text):
             raise LocationError(
                 f"{shown} looks like a URL with credentials in it. Begin it with ./ if it is a "
                 "folder of that name."

@@ -31,6 +31,7 @@ from pipelines.ingest.options import (
     add_writing_options,
     carry_out_all,
     describe_datasets,
+    local_path,
     writing_settings,
 )
 from pipelines.ingest.source_files import in_words
@@ -161,7 +162,9 @@ def _write(listing: Listing, splits: Splits, config: IngestConfig) -> Outcome:
 
 def _add_image_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=Path, help="folder of class folders, of class .tar archives, or of images"
+        "source",
+        type=local_path,
+        help="folder of class folders, of class .tar archives, or of images",
     )
     _add_images(parser)
     add_classes(parser.add_argument)
@@ -172,7 +175,9 @@ def _add_image_folder(parser: argparse.ArgumentParser) -> None:
         help="take all images for one class, whatever the folder",
     )
     told_by.add_argument(
-        "--labels", type=Path, help="table of file_name and label: a .csv, .tsv or .jsonl file"
+        "--labels",
+        type=local_path,
+        help="table of file_name and label: a .csv, .tsv or .jsonl file",
     )
     told_by.add_argument(
         "--webdataset", action="store_true", help="take labels from .cls files beside the images"
@@ -285,7 +290,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anonymous", action="store_true", help="read a public bucket without credentials"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="file for the whole report")
+    parser.add_argument(
+        "--report", type=local_path, metavar="FILE", help="file for the whole report"
+    )
 
 
 def _verify(options: argparse.Namespace) -> Outcome:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.addresses import quote_address
+from pipelines.addresses import may_carry_credentials, quote_address
 from pipelines.console import visible
 from pipelines.documents import DocumentError, read_bounded
 from pipelines.encoded import BadImageError
@@ -44,7 +44,7 @@ def load(
         IngestSettingError: A local copy has no revisions, or no configurations.
     """
     place = Path(name)
-    if not place.exists() and quote_address(name) != repr(name):
+    if not place.exists() and may_carry_credentials(name):
         raise IngestSettingError(
             f"The dataset {quote_address(name)} is no name on the Hub, and may carry credentials, "
             "which would reach logs. Give a name, or a folder; a token in HF_TOKEN."
@@ -266,7 +266,7 @@ class ImageColumn:
         name: Name of the column.
         folders: Where the files may lie that rows name; relative names begin at the first.
         version: What becomes another text when the dataset changes.
-        files: What the library has mapped into memory, and when each was changed last. To read
+        files: What the library has mapped into memory, with the length and time of each. To read
             behind the end of one that was cut short ends the process, which no handler can help.
     """
 
@@ -274,7 +274,7 @@ class ImageColumn:
     name: str
     folders: tuple[Path, ...]
     version: str
-    files: tuple[tuple[str, int], ...]
+    files: tuple[tuple[str, tuple[int, int] | None], ...]
 
     def read(self, row: int) -> bytes:
         """Read the encoded image of one row: its own bytes, or the file that it names.
@@ -284,8 +284,8 @@ class ImageColumn:
             BadImageError: The row holds no image, or names too large a file or one elsewhere.
             UnreadableSourceError: The dataset was changed since it was listed.
         """
-        for mapped, modified_ns in self.files:
-            if os.stat(mapped).st_mtime_ns != modified_ns:
+        for mapped, state in self.files:
+            if _state(mapped) != state:
                 raise UnreadableSourceError(
                     f"{visible(mapped)} was changed while it was taken in, so images of two states "
                     "would be mixed. Run the same command again when it is complete."
@@ -307,6 +307,18 @@ class ImageColumn:
     def file(self, path: str) -> Path | None:
         """Find the regular file that a row names; None if there is none below the folders."""
         return find_below(self.folders[0] / path, self.folders) if self.folders else None
+
+
+def _state(file: str) -> tuple[int, int] | None:
+    """Say how long a file is, and when it was changed last; None if there is none any more.
+
+    The time alone may be that of before, as tools that copy files set it.
+    """
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -354,8 +366,7 @@ def list_rows(
         folders=folders,
         version=dataset._fingerprint,
         files=tuple(
-            (str(file["filename"]), os.stat(file["filename"]).st_mtime_ns)
-            for file in dataset.cache_files
+            (str(file["filename"]), _state(file["filename"])) for file in dataset.cache_files
         ),
     )
     return tuple(

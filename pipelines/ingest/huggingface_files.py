@@ -7,6 +7,7 @@ number of bytes, so what it becomes is bounded by its size.
 
 import struct
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipelines.console import visible
 from pipelines.documents import read_json
 from pipelines.errors import UnreadableSourceError
 from pipelines.ingest.listing import IMAGES
+from pipelines.ingest.parquet_pages import promised_bytes
 
 # What `save_to_disk` of the library leaves in a folder: of a dataset with splits, of one without.
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -39,7 +41,8 @@ _PACKED = (
     b"7z\xbc",
     b"Rar!",
 )
-_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz")
+_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz", ".pt", ".pth")
+_WITH_FOOTER = b"ARROW1"
 _SCHEMA, _RECORD_BATCH = 1, 3  # kinds of Arrow's messages
 
 
@@ -86,11 +89,10 @@ def convert(builder: Any, *, folder: Path | None = None) -> Any:
         )
     if folder is not None:
         named = (builder.config.data_files or {}).values()
-        files = [_own_file(Path(file), folders_below(folder)) for some in named for file in some]
-        _refuse_growth(files, sum(map(_unpacked_bytes, files)))
-        if reader not in _LOOKS:  # such as the table beside the images of a folder
-            for table in (file for file in files if file.suffix.lower() == ".parquet"):
-                _refuse_growing_table(table)
+        for file in (file for some in named for file in some):
+            _own_file(Path(file), folders_below(folder))
+    generate_splits = builder._split_generators
+    builder._split_generators = lambda manager: generate_splits(_look_when_fetched(manager, reader))
     if reader in ("arrow", "parquet"):
         look, generate = _LOOKS[reader], builder._generate_tables
         if reader == "parquet":
@@ -103,6 +105,52 @@ def convert(builder: Any, *, folder: Path | None = None) -> Any:
         builder._get_pipeline_from_tar = lambda path, members: _look_first(path, members, read)
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def _look_when_fetched(manager: Any, reader: str) -> Any:
+    """Have files looked at as soon as the library has them, before it unpacks any."""
+    download = manager.download
+
+    def fetch(named: Any) -> Any:
+        fetched = download(named)
+        _look_at([*_paths_in(fetched)], reader)
+        return fetched
+
+    manager.download = fetch
+    return manager
+
+
+def _paths_in(fetched: Any) -> Iterator[Path]:
+    if isinstance(fetched, str):
+        yield Path(fetched)
+    else:
+        for each in fetched.values() if isinstance(fetched, dict) else fetched:
+            yield from _paths_in(each)
+
+
+def _look_at(files: Sequence[Path], reader: str) -> None:
+    """Refuse files that would become far larger, of those that are not looked at when read.
+
+    Raises:
+        UnreadableSourceError: Some would, or are compressed.
+    """
+    if files:
+        _refuse_growth(files, sum(map(_unpacked_bytes, files)))
+    if reader in _LOOKS:
+        return
+    # Such as the table beside the images of a folder, which may be in an archive with them.
+    for file in files:
+        if file.suffix.lower() == ".parquet":
+            _refuse_growing_table(file)
+        elif _may_be_packed(file) and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory() as scratch:
+                for member in archive.infolist():
+                    if member.filename.lower().endswith(".parquet"):
+                        _refuse_growing_table(Path(archive.extract(member, scratch)))
+
+
+def _may_be_packed(file: Path) -> bool:
+    return file.suffix.lower() not in (*IMAGES.suffixes, ".parquet", ".arrow", ".tar")
 
 
 def _bound_growth(
@@ -144,7 +192,7 @@ def _unpacked_bytes(file: Path) -> int:
     Raises:
         UnreadableSourceError: It is compressed in another way, which does not tell.
     """
-    if file.suffix.lower() in (*IMAGES.suffixes, ".parquet", ".arrow", ".tar"):
+    if not _may_be_packed(file):
         return 0
     with file.open("rb") as opened:
         head = opened.read(max(map(len, _PACKED)))
@@ -185,11 +233,9 @@ def _look_first(path: str, members: Iterable[Any], read: Callable[..., Iterable[
 
 
 def _promised_bytes(file: Path) -> int:
-    """Say how many bytes the tables of a Parquet file hold, before values are repeated."""
     import pyarrow.parquet
 
-    told = pyarrow.parquet.read_metadata(file)
-    return sum(told.row_group(number).total_byte_size for number in range(told.num_row_groups))
+    return promised_bytes(file, pyarrow.parquet.read_metadata(file))
 
 
 def _refuse_growing_table(file: Path) -> None:
@@ -202,6 +248,7 @@ def _refuse_growing_table(file: Path) -> None:
 
     found = 0
     try:
+        _refuse_growth([file], _promised_bytes(file))
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS_AT_A_TIME):
             found += batch.nbytes
             _refuse_growth([file], found)
@@ -217,10 +264,17 @@ def _refuse_packed(file: Path) -> int:
     The library writes none. Any number of bytes may be in one, which only unpacking would tell.
 
     Raises:
-        UnreadableSourceError: It is one.
+        UnreadableSourceError: It is one, or one with a footer.
     """
     import pyarrow as pa
 
+    with file.open("rb") as opened:
+        if opened.read(len(_WITH_FOOTER)) == _WITH_FOOTER:
+            raise UnreadableSourceError(
+                f"{visible(file.name)} is an Arrow file with a footer, as pyarrow.ipc.new_file and "
+                "Feather write it; of Arrow only streams are read here. Write the table again by "
+                "pyarrow.ipc.new_stream or as Parquet, or save the dataset by `save_to_disk`."
+            )
     with pa.memory_map(str(file)) as source:
         try:
             messages = pa.ipc.MessageReader.open_stream(source)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines.addresses import find_path_fault
 from pipelines.command import Outcome
 from pipelines.console import say, visible
 from pipelines.errors import IngestSettingError
@@ -16,6 +17,17 @@ from pipelines.ingest.about import read_about
 from pipelines.ingest.listing import Listing, hold_out
 from pipelines.ingest.plan import Plan, WriteConfig, carry_out, check_seed
 from pipelines.source import Source, SourceConfig, is_url
+
+
+def local_path(text: str) -> Path:
+    """Read a path of this machine, as the type of an argument.
+
+    Raises:
+        ArgumentTypeError: It is an address, perhaps one with credentials.
+    """
+    if fault := find_path_fault(text):
+        raise argparse.ArgumentTypeError(fault)
+    return Path(text)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +78,7 @@ def add_writing_options(
     )
     parser.add_argument(
         "--work-dir",
-        type=Path,
+        type=local_path,
         default=default.work_dir,
         help="for unfinished shards of a remote dataset (%(default)s)",
     )
@@ -102,7 +114,7 @@ def add_classes(add: Add) -> tuple[argparse.Action, ...]:
     """Declare the split that is written, and the names of its classes."""
     return (
         add("--split", default="train", help="split to write (%(default)s)"),
-        add("--classes", type=Path, help="class names in label order, one a line"),
+        add("--classes", type=local_path, help="class names in label order, one a line"),
     )
 
 

@@ -25,7 +25,8 @@ from pipelines.ingest.about import ABOUT_NAME, About
 from pipelines.ingest.listing import SourceImage
 from pipelines.ingest.source_files import PassedOver
 from pipelines.ingest.target import Upload, explain_full_disk, is_complete, lock
-from pipelines.ingest.write import FinishedShard, Part, ShardFiller, discard_records, write_shards
+from pipelines.ingest.work_folder import check_finished, discard_records, open_work_folder
+from pipelines.ingest.write import FinishedShard, Part, ShardFiller, index_of, write_shards
 from pipelines.progress import Pace, Progress, figures_in
 from pipelines.source import Source
 
@@ -185,7 +186,7 @@ class Plan:
                 sync(target.parent)
                 discard_records(target)
                 return
-            work.mkdir(parents=True, exist_ok=True)
+            open_work_folder(work)
             upload = Upload(work, source.prefix)
 
             def is_uploaded(shard: Shard) -> bool:
@@ -215,12 +216,14 @@ class Plan:
         entries = [shard.entry for shard in finished if shard.entry]
         if not entries:
             raise EmptyDatasetError("None of the images can be decoded.")
-        index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
+        index = index_of(entries)
         beside = {INDEX_SHA256: hashlib.sha256(index).hexdigest()}
         for name, content in contents.items():
             text = json.dumps(seal({**content, **beside}), indent=1)
             write_atomic(work / name, text.encode())
         write_atomic(work / INDEX_NAME, index)
+        shards = {entry["raw_data"]["basename"] for entry in entries}
+        check_finished(work, {*shards, *contents, INDEX_NAME})
         return list(contents)
 
     def _shards(

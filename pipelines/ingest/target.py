@@ -82,18 +82,19 @@ def refuse_occupied(target: Path) -> None:
     """Refuse a local folder that a dataset would share with other files.
 
     Raises:
-        OccupiedPrefixError: It is a file, or holds some.
+        OccupiedPrefixError: It is a file or a link, which no folder replaces, or holds some.
         UnwritableTargetError: It cannot be looked into.
     """
     try:
-        if not target.exists():
-            return
-        is_folder = target.is_dir()
-        free = is_folder and not any(target.iterdir())
+        if target.is_symlink():
+            found = "is a link"
+        elif not target.is_dir():
+            found = "is a file" if target.exists() else ""
+        else:
+            found = "holds other files and no finished dataset" if any(target.iterdir()) else ""
     except OSError as error:
         raise _unwritable_error(target, error) from error
-    if not free:
-        found = "holds other files and no finished dataset" if is_folder else "is a file"
+    if found:
         raise OccupiedPrefixError(
             f"{target} {found}, so it is left alone. Choose another prefix, or remove it."
         )

@@ -10,28 +10,37 @@ or the shard has changed since. The index is made of all records and comes last.
 
 import json
 import logging
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from pipelines.documents import DocumentError, read_json, seal, unseal, validate_as
-from pipelines.errors import EmptyDatasetError, OccupiedPrefixError
-from pipelines.files import DRAFT, sync, sync_all, write_atomic
-from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard
+from pipelines.errors import EmptyDatasetError, InvalidIndexError, OccupiedPrefixError
+from pipelines.files import sync, sync_all, write_atomic
+from pipelines.index import IMAGE_COLUMN, INDEX_NAME, LABEL_COLUMN, Shard, parse_index
 from pipelines.ingest.processes import spawn
 from pipelines.ingest.target import Upload, explain_full_disk, find_shards, lock, refuse_occupied
+from pipelines.ingest.work_folder import (
+    check_finished,
+    clear_place,
+    empty_work_folder,
+    no_file,
+    part_folder,
+    record_file,
+    shard_file,
+    take_over,
+)
 from pipelines.shards import file_problem
 from pipelines.source import Source, prepare_streaming
 
 logger = logging.getLogger(__name__)
 
 _HASH = "sha256"
-_PLAN = "plan.json"
 IMAGE_COLUMNS: Mapping[str, str] = {IMAGE_COLUMN: "bytes", LABEL_COLUMN: "int"}
 """MDS encoding of each field of a stored image."""
 
@@ -122,15 +131,13 @@ def write_shards(
         is_uploaded: Tells whether a finished shard is where it belongs, and not in the folder.
 
     Raises:
+        OccupiedPrefixError: The folder is none, or holds what no ingest of this plan writes there.
         BrokenIngestError: A process died.
     """
-    file = work / _PLAN
-    if not file.is_file() or file.read_bytes() != plan.encode():
-        shutil.rmtree(work, ignore_errors=True)
-        write_atomic(file, plan.encode())
+    take_over(work, plan=plan, parts=len(parts))
     missing = []
     for part in parts:
-        kept = _read_record(_record(work, part.number))
+        kept = _read_record(record_file(work, part.number))
         kept = kept if kept and _is_whole(kept, part.number, work, is_uploaded) else None
         if kept and not (retry_skipped and kept.filled.skipped):
             yield kept
@@ -165,25 +172,26 @@ def _write_here(part: Part[Any], work: Path) -> FinishedShard:
 
 def _write(part: Part[Any], work: Path, *, filler: ShardFiller[Any]) -> FinishedShard:
     """Write one part as one shard, and record it."""
-    scratch = work / f"part.{part.number:05d}"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = part_folder(work, part.number)
+    clear_place(scratch)
     writer = _mds_writer(scratch, columns=filler.columns, shard_bytes=None)
     filled = filler.fill(part, writer.write)
     writer.finish()
     entry: dict[str, Any] = writer.shards[0] if writer.shards else {}
+    file, record = shard_file(work, part.number), record_file(work, part.number)
+    # Also where no sample is left, for all that lies here becomes part of the dataset.
+    clear_place(file)
     if entry:
-        name = _shard_name(part.number)
         written = scratch / entry["raw_data"]["basename"]
         sync(written)
-        _clear_folder(work / name)
-        written.replace(work / name)
-        entry["raw_data"]["basename"] = name
+        written.replace(file)
+        entry["raw_data"]["basename"] = file.name
     finished = FinishedShard(number=part.number, entry=entry, filled=filled)
     # A record that exists is whole, and of a shard whose bytes and name outlive a power cut.
     sync(work)
-    _clear_folder(_record(work, part.number))
-    write_atomic(_record(work, part.number), json.dumps(seal(asdict(finished))).encode())
-    shutil.rmtree(scratch)
+    clear_place(record)
+    write_atomic(record, json.dumps(seal(asdict(finished))).encode())
+    clear_place(scratch)
     return finished
 
 
@@ -191,68 +199,45 @@ def _mds_writer(folder: Path, *, columns: Mapping[str, str], shard_bytes: int | 
     prepare_streaming()
     from streaming.base.format.mds import MDSWriter
 
-    return MDSWriter(out=str(folder), columns=dict(columns), hashes=[_HASH], size_limit=shard_bytes)
-
-
-def discard_records(work: Path) -> None:
-    """Remove what only an unfinished ingest needs."""
-    for path in (*work.glob("*.record"), *work.glob(f"{DRAFT}*"), work / _PLAN):
-        path.unlink(missing_ok=True)
-    for path in work.glob("part.*"):
-        shutil.rmtree(path)
-
-
-def _clear_folder(place: Path) -> None:
-    """Remove a folder that is in a file's place, for no file replaces it."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-
-
-def _record(work: Path, number: int) -> Path:
-    return work / f"shard.{number:05d}.record"
-
-
-def _shard_name(number: int) -> str:
-    return f"shard.{number:05d}.mds"
+    out = str(folder.absolute())  # a folder called `a:b` would be taken for a URL
+    return MDSWriter(out=out, columns=dict(columns), hashes=[_HASH], size_limit=shard_bytes)
 
 
 def _is_whole(
     finished: FinishedShard, number: int, work: Path, is_uploaded: Callable[[Shard], bool]
 ) -> bool:
     """Tell whether a shard is as its record says; a warning says of one why it is not."""
-    name = _shard_name(number)
-    if not finished.entry and finished.number == number:
-        return True
-    try:
-        data = finished.entry["raw_data"]
-        shard = Shard(
-            name=data["basename"],
-            size_bytes=data["bytes"],
-            samples=finished.entry["samples"],
-            hash_name=_HASH,
-            hash_value=data["hashes"][_HASH],
-            columns=(),
-        )
-        if (finished.number, shard.name) == (number, name):
-            problem = file_problem(work / name, shard)
-        else:
-            problem = "has the record of another one"
-    except FileNotFoundError:
-        if is_uploaded(shard):
-            return True
-        problem = "is gone"
-    except IsADirectoryError:
-        problem = "is a folder"
-    except (KeyError, TypeError):
-        problem = "has a record without its size and hash"
+    file = shard_file(work, number)
+    problem = _shard_problem(finished, number, file, is_uploaded)
     if problem:
-        logger.warning("writing a shard again, since %s %s", work / name, problem)
+        logger.warning("writing a shard again, since %s %s", file, problem)
     return not problem
+
+
+def _shard_problem(
+    finished: FinishedShard, number: int, file: Path, is_uploaded: Callable[[Shard], bool]
+) -> str | None:
+    if finished.number != number:
+        return "has the record of another one"
+    if not finished.entry:
+        return "is there, but its record tells of no samples" if os.path.lexists(file) else None
+    try:
+        (shard,) = parse_index(index_of([finished.entry]), prefix=str(file.parent))
+    except (InvalidIndexError, EmptyDatasetError):
+        return "has a record that no ingest writes"
+    if shard.name != file.name or shard.hash_name != _HASH:
+        return "has the record of another one"
+    try:
+        return no_file(file) or file_problem(file, shard)
+    except FileNotFoundError:
+        return None if is_uploaded(shard) else "is gone"
 
 
 def _read_record(record: Path) -> FinishedShard | None:
     """Read a record; None if there is none that can be believed."""
     try:
+        if problem := no_file(record):
+            raise DocumentError(f"it {problem}")
         return replace(validate_as(FinishedShard, unseal(read_json(record))), kept=True)
     except FileNotFoundError:
         return None
@@ -301,9 +286,9 @@ def write_dataset(
             return
         refuse_occupied(target)
         building = target.with_name(f".{target.name}.building")
-        shutil.rmtree(building, ignore_errors=True)
-        for _ in _build(images, building, shard_bytes=shard_bytes):
-            pass
+        empty_work_folder(building)
+        names = [name for name, _ in _build(images, building, shard_bytes=shard_bytes)]
+        check_finished(building, [*names, INDEX_NAME])
         sync_all(building)
         building.replace(target)
         sync(target.parent)
@@ -375,3 +360,44 @@ def _build(
 
 def _name_and_hash(entry: dict[str, Any]) -> tuple[str, str]:
     return entry["raw_data"]["basename"], entry["raw_data"]["hashes"][_HASH]
+
+
+class PackedShard(NamedTuple):
+    """A shard in memory.
+
+    Attributes:
+        data: The file's bytes.
+        entry: Its entry in the index.
+    """
+
+    data: bytes
+    entry: dict[str, Any]
+
+
+def pack_shard(images: Iterable[LabelledImage], *, name: str) -> PackedShard:
+    """Make one shard of images.
+
+    Args:
+        images: Its samples, at least one, in the order of their ids.
+        name: What the file is to be called.
+
+    Raises:
+        UnwritableTargetError: There is no room in the temporary folder, where it is built.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="lapflow-shard-") as scratch,
+        explain_full_disk(Path(scratch)),
+    ):
+        writer = _mds_writer(Path(scratch) / "shard", columns=IMAGE_COLUMNS, shard_bytes=None)
+        for image in images:
+            writer.write({IMAGE_COLUMN: image.data, LABEL_COLUMN: image.label})
+        writer.finish()
+        (entry,) = writer.shards
+        data = (Path(scratch) / "shard" / entry["raw_data"]["basename"]).read_bytes()
+    entry["raw_data"]["basename"] = name
+    return PackedShard(data, entry)
+
+
+def index_of(entries: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the index of a dataset, to be written when all its shards are in place."""
+    return json.dumps({"version": 2, "shards": list(entries)}, sort_keys=True).encode()

@@ -67,7 +67,7 @@ def test_a_kill_before_any_step_leaves_a_cache_that_serves_the_next_start(tmp_pa
     codes: list[int | None] = []
     while 0 not in codes:  # until one comes to its end before its step
         for reader, config in [start(len(codes) + more + 1) for more in range(TOGETHER)]:
-            reader.process.join(30)
+            reader.process.join(540)
             codes.append(reader.process.exitcode)
             assert codes[-1] in (0, -signal.SIGKILL)
             check(config)

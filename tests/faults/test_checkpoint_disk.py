@@ -37,7 +37,7 @@ def mounted(folder: Path) -> bool:
 
 def fill_the_disk(folder: Path, outcome: Path) -> None:
     """Save until no more fits; then make room, and save again."""
-    cause = "the disk is full; free space or keep the checkpoints elsewhere"
+    cause = "the disk is full; free space or choose another folder"
     with_disk = mounted(folder)
     store = open_store(str(folder / "store"), StoreConfig())
     training = Training(store, keep_last=5, patience_s=0)

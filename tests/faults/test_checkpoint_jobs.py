@@ -107,7 +107,7 @@ def test_a_store_that_goes_and_stays_away(
     with sqlite3.connect(home / "mlflow.db") as database:
         tags = dict(database.execute("SELECT key, value FROM tags"))
         failed = database.execute(
-            "SELECT step, value FROM metrics WHERE key = 'checkpoint/failed' ORDER BY step"
+            "SELECT step, value FROM metrics WHERE key = 'speed/checkpoint_failed' ORDER BY step"
         ).fetchall()
     assert failed == [(1280, 0.0), *((images, 1.0) for images in range(2560, 6401, 1280))]
     for images in range(2560, 6401, 1280):

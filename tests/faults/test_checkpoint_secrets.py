@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import s3_server as servers
 from tests.support.faulty_proxy import faulty_proxy
 from tests.support.http_faults import Answer
 from tests.support.job import SMALL, job
@@ -32,13 +30,11 @@ CANARIES = {
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def server(tmp_path: Path) -> Iterator[S3Server]:
     """A server whose secret is no word that stands anywhere else."""
-    account = f"use = egg:swift#tempauth\nuser_test_tester = {CANARIES['secret']} .admin"
-    monkeypatch.setitem(servers.FILTER_OPTIONS, "tempauth", account)
     (tmp_path / "swift").mkdir()
-    with s3_server(tmp_path / "swift") as server:
-        yield dataclasses.replace(server, secret_key=CANARIES["secret"])
+    with s3_server(tmp_path / "swift", secret_key=CANARIES["secret"]) as server:
+        yield server
 
 
 @pytest.fixture

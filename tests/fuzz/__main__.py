@@ -34,14 +34,15 @@ or raw (a foreign exception, a crash, a hang). See docs/fuzz.md.
 
 Ctrl-C ends the tries, and shows what was counted until then.
 
-exit codes: 0 nothing was wrong or raw, 1 something was, 2 the arguments cannot be used, 130
-interrupted"""
+exit codes: 0 nothing was wrong or raw, 1 something was, 2 the arguments cannot be used, 3 the tool
+itself failed, 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     # Costs seconds to import, which help does not need.
+    from tests.fuzz.attempt import ToolError
     from tests.fuzz.kinds import KINDS
     from tests.fuzz.table import Tally
 
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tally = Tally(seed)
     began = time.monotonic()
     interrupted = False
+    failed: ToolError | None = None
     try:
         # What hung may still write while it is ended.
         with (
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _try(options, tally, Path(name))
     except KeyboardInterrupt:
         interrupted = True
+    except ToolError as error:  # what was counted until then stays worth reading
+        failed = error
     if options.json is not None:
         values = tally.to_dict(seconds=time.monotonic() - began)
         options.json.write_text(f"{json.dumps(values, indent=2)}\n")
@@ -70,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"seed {seed}, {tally.tried:,} tries in {time.monotonic() - began:.0f} s{ended}")
     if tally.findings:
         say("\n" + "\n\n".join(each.text() for each in tally.findings), to=sys.stderr)
+    if failed is not None:
+        say(f"\nThe tool itself failed; nothing is said of the program:\n{failed}", to=sys.stderr)
+        return 3
     if interrupted:
         return 128 + signal.SIGINT
     return 1 if tally.findings else 0

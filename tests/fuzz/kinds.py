@@ -16,6 +16,7 @@ from tests.fuzz.hostile.folders import folders
 from tests.fuzz.hostile.images import images
 from tests.fuzz.hostile.places import places
 from tests.fuzz.hostile.rows import rows
+from tests.fuzz.hostile.samplers import samplers
 from tests.fuzz.hostile.settings import settings
 from tests.fuzz.hostile.tables import tables
 from tests.fuzz.hostile.weights import weights
@@ -49,6 +50,7 @@ KINDS: dict[str, Share] = {
     "autoencoders": Share(autoencoders, 6),
     "weights": Share(weights, 2),
     "settings": Share(settings, 8),
+    "samplers": Share(samplers, 4),
     "folders": Share(folders, 8),
     "experiments": Share(experiments, 12),
     "places": Share(places, 5),

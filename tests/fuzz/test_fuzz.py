@@ -193,3 +193,19 @@ def test_ctrl_c_shows_what_was_counted_until_then(
     assert re.search(rf"^\| all +\| +{tried} \|", said, re.M)
     assert json.loads((tmp_path / "figures.json").read_text())["tried"] == int(tried)
     assert multiprocessing.active_children() == []
+
+
+def test_a_failure_of_the_tool_shows_what_was_counted_until_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(seed: int, **_: object) -> Iterator[Task]:
+        yield Task("settings", seed, 0)
+        raise ToolError("out of ideas")
+
+    monkeypatch.setattr("tests.fuzz.campaign.tasks_of", broken)
+    monkeypatch.setattr(Campaign, "learn", lambda _: None)
+    words = ["--material", str(tmp_path), "--seed", str(SEED), "--at-once", "1"]
+    assert main(words) == 3
+    said, errors = capsys.readouterr()
+    assert "out of ideas" in errors
+    assert re.search(r"^\| all +\| +1 \|", said, re.M)

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import make_decoder
+from pipelines.encoded import MAX_SCANS
 from pipelines.errors import UndecodableImageError
 from tests.unit.pipelines import pictures
 
@@ -224,3 +226,40 @@ def test_fill_bytes_are_passed_over_once() -> None:
     fill = b"\xff" * (1 << 24)
     assert agreed(JPEG[:2] + fill + JPEG[2:]) is not None
     assert agreed(b"\xff\xd8" + fill) is None
+
+
+def scanned(times: int, *, before: bytes = b"", after: bytes = b"") -> bytes:
+    """A progressive JPEG with its last scan repeated, each time with bytes around it."""
+    whole = pictures.jpeg(16, 24, progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:-2] + (before + whole[last:-2] + after) * times + whole[-2:]
+
+
+RESTARTS = segment(0xDD, b"\0\1")
+AROUND = {
+    "nothing": {},
+    "fill bytes": {"before": b"\xff\xff"},
+    "bytes of no marker": {"before": b"\0\xff\0junk"},
+    "comments": {"before": segment(0xFE, b"a \xff\xd9 that is no end")},
+    "an empty segment": {"before": b"\xff\xfe\0\0"},
+    "restarts": {"before": RESTARTS, "after": b"\xff\xd7"},
+    "what looks like a long segment": {"before": RESTARTS, "after": b"\xff\x02\xff\xff"},
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_a_jpeg_has_few_scans(around: dict[str, bytes]) -> None:
+    for decoder in (DALI, PILLOW):
+        with pytest.raises(UndecodableImageError, match=f"more than {MAX_SCANS} scans"):
+            decoder([scanned(MAX_SCANS, **around)])
+
+
+def test_scans_are_those_that_decoders_meet() -> None:
+    first = len(pictures.jpeg(16, 24, progressive=True).split(b"\xff\xda")) - 1
+    assert agreed(scanned(MAX_SCANS - first)) is not None
+    assert agreed(scanned(MAX_SCANS - first + 1)) is None
+    likeness = b"\xff\xda\0\2" * 4 * MAX_SCANS
+    elsewhere = [scanned(1) + likeness, JPEG + likeness]
+    elsewhere.append(scanned(1, before=segment(0xFE, likeness)))
+    for whole in elsewhere:
+        assert agreed(whole) is not None

@@ -273,11 +273,10 @@ def find_autoencoder(source: str, *, cache: Path, store: StoreConfig) -> Autoenc
     elif _HUB_NAME.fullmatch(source):
         folder = _from_hub(source)
     else:
-        quoted = quote_address(source)
-        told = f"{local} for codec.source={source}" if quoted == repr(source) else quoted
         raise AutoencoderError(
-            f"there is no folder {told}; give a folder, an s3:// prefix or the name of a "
-            "repository on the Hugging Face hub, such as stabilityai/sd-vae-ft-ema"
+            f"there is no folder {local} for codec.source={source}; give a folder, an s3:// "
+            "prefix or the name of a repository on the Hugging Face hub, such as "
+            "stabilityai/sd-vae-ft-ema"
         )
     prefix = _prefix(_names(folder), place=source)
     folder = folder / prefix

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +46,17 @@ def span_of(fragment: Fragment) -> Span:
     return Span(fragment.start, fragment.numel)
 
 
-def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> None:
+def do_nothing() -> None:
+    """Stand in where nobody asks how far reading is."""
+
+
+def fill(
+    store: Store,
+    manifest: Manifest,
+    fragments: Sequence[Fragment],
+    *,
+    on_read: Callable[[], None] = do_nothing,
+) -> None:
     """Fill fragments in place from the objects that overlap them, whoever wrote those.
 
     Only the blocks that hold something wanted are read, several at a time, each once.
@@ -56,6 +65,7 @@ def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> Non
         store: The store of the manifest's keys.
         manifest: The checkpoint.
         fragments: What to fill. After an error their content is undefined.
+        on_read: Called by several threads, after each block.
 
     Raises:
         DamagedCheckpoint: An object is missing or changed, or holds values that are not finite.
@@ -79,6 +89,7 @@ def fill(store: Store, manifest: Manifest, fragments: Sequence[Fragment]) -> Non
         entry = entries[rank]
         # torch wants memory that it could write to.
         block = bytearray(read_block(store, entry, number, block_bytes=manifest.block_bytes))
+        on_read()
         for piece in by_block[rank, number]:
             if not piece.copy_from(block, start=number * manifest.block_bytes):
                 raise DamagedCheckpoint(
@@ -115,15 +126,13 @@ def check_fit(manifest: Manifest, fragments: Sequence[Fragment]) -> None:
             )
 
 
-def load_weights(
-    store: Store, manifest: Manifest, which: Literal["ema", "master"] = "ema"
-) -> dict[str, Tensor]:
+def load_weights(store: Store, manifest: Manifest, which: str = "ema") -> dict[str, Tensor]:
     """Read whole weights, for sampling.
 
     Args:
         store: The store of the manifest's keys.
         manifest: The checkpoint.
-        which: The moving average, or the weights as trained.
+        which: A moving average, by its kind, or "master" for the weights as trained.
 
     Returns:
         Each parameter in its shape, float32, on the CPU.

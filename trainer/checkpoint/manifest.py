@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from graphlib import CycleError
 from typing import Annotated, Any
@@ -385,11 +385,24 @@ def _parameters(stored: _StoredManifest) -> tuple[dict[str, tuple[int, ...]], Cu
     if sum(run.parts for runs in cuts.values() for run in runs) > MAX_SLICES:
         raise DocumentError("it has too many slices")
     for name, runs in cuts.items():
-        # A rank has one place for each parameter.
-        ranks = [np.array(run.ranks) for run in runs]
-        if len(ranks) > 1 and len(np.unique(np.concatenate(ranks))) < sum(map(len, ranks)):
+        if len(runs) > 1 and _has_rank_twice(runs, world_size=stored.world_size):
             raise DocumentError(f"a rank holds {name} twice")
     return parameters, cuts
+
+
+def _has_rank_twice(runs: Sequence[Run], *, world_size: int) -> bool:
+    """Tell whether a rank holds two slices of one parameter; it has one place for each."""
+    taken = np.zeros(world_size, bool)
+    for run in runs:
+        places = taken[_ranks_of(run)]
+        if places.any():
+            return True
+        places[:] = True
+    return False
+
+
+def _ranks_of(run: Run) -> slice:
+    return slice(run.rank, run.ranks[-1] + 1, run.step)
 
 
 def _check_objects(objects: tuple[ObjectEntry, ...], cuts: Cuts, stored: _StoredManifest) -> None:
@@ -397,7 +410,7 @@ def _check_objects(objects: tuple[ObjectEntry, ...], cuts: Cuts, stored: _Stored
     numel, slices = np.zeros((2, stored.world_size), np.int64)
     for runs in cuts.values():
         for run in runs:
-            held = slice(run.rank, run.ranks[-1] + 1, run.step)
+            held = _ranks_of(run)
             numel[held] += run.numel
             slices[held] += 1
     if [entry.rank for entry in objects] != np.flatnonzero(slices).tolist():

@@ -31,13 +31,22 @@ class CheckpointReader:
         store: Where they are kept.
         run: Name of the run.
         ranks: How this rank agrees with the others.
+        on_read: Called by several threads, after each block that is read for `restore`.
 
     Attributes:
         index: The checkpoints as this process knows them.
     """
 
-    def __init__(self, store: Store, *, run: str, ranks: HostGroup | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        run: str,
+        ranks: HostGroup | None = None,
+        on_read: Callable[[], None] = content.do_nothing,
+    ) -> None:
         self._store = store
+        self._on_read = on_read
         self._ranks = Agreement(ranks or HostGroup(alone=True))
         self.index = CheckpointIndex(store, run=run)
 
@@ -83,7 +92,9 @@ class CheckpointReader:
         held = self._ranks.gather(lambda: self._check_fit(manifest, fragments))
         self._ranks.run_on_rank0(lambda: self._check_all_wanted(manifest, held))
         try:
-            self._ranks.run_on_all(lambda: content.fill(self._store, manifest, fragments))
+            self._ranks.run_on_all(
+                lambda: content.fill(self._store, manifest, fragments, on_read=self._on_read)
+            )
         except DamagedCheckpoint:
             self.index.mark_damaged(manifest)
             raise

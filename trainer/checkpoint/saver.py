@@ -76,6 +76,8 @@ class CheckpointSaver:
         scores: Fréchet distances measured so far, by images; retention asks for them.
         position: Images of the run's own checkpoint from which it was restored, if it was.
         stop_requested: Tells that the run was asked to stop: then no save waits for another.
+        fence: Called on the first rank, in a thread, before each commit; raises `LeaseLost` or
+            `SupersededAttempt` if the run is another's by now.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class CheckpointSaver:
         scores: Callable[[], Mapping[int, float]] = dict,
         position: int | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        fence: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._run = index.run
@@ -106,6 +109,7 @@ class CheckpointSaver:
             retry=self._retry,
             policy=config,
             scores=scores,
+            fence=fence,
         )
         self._report = report if self._rank == 0 else lambda _report: None
         self._plan: SavePlan | None = None
@@ -166,6 +170,8 @@ class CheckpointSaver:
         Raises:
             CheckpointMismatch: The ranks' fragments do not make up one whole state.
             CheckpointConflict: At the save before, another run's checkpoint stood in its place.
+            LeaseLost: At the save before, another launch had taken the run.
+            SupersededAttempt: At the save before, a later attempt of the launch had begun.
             RankFailed: A rank failed for another reason.
         """
         began = time.monotonic()
@@ -203,6 +209,8 @@ class CheckpointSaver:
 
         Raises:
             CheckpointConflict: Another run's checkpoint stands in the place.
+            LeaseLost: Another launch has taken the run.
+            SupersededAttempt: A later attempt of the launch has begun.
             RankFailed: A rank failed for a reason outside this package.
         """
         if self._upload is None:

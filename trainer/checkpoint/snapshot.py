@@ -5,10 +5,7 @@ Training goes on as soon as the values are copied; whoever uploads the object re
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -18,9 +15,8 @@ from trainer.checkpoint.manifest import BYTES_PER_ELEMENT
 from trainer.checkpoint.objects import block_hash, blocks_of, header
 from trainer.checkpoint.slices import Span
 from trainer.finite import all_finite
+from trainer.host_memory import host_buffer
 from trainer.state import Fragment
-
-logger = logging.getLogger(__name__)
 
 
 class Snapshot:
@@ -106,32 +102,3 @@ class Snapshot:
     def _places(self) -> Sequence[Tensor]:
         numels = [self._spans[name].numel for _, name in self._order()]
         return torch.split(self._values, numels)
-
-
-def host_buffer(size: int, *, page_locked: bool) -> Tensor:
-    """Return host memory that the system has really given, as bytes.
-
-    Args:
-        size: Number of bytes.
-        page_locked: Lock its pages in place; torch's own pinned memory is rounded up to a power of
-            two.
-    """
-    # The system gives memory when it is first written: now, and not while training waits.
-    buffer = torch.empty(size, dtype=torch.uint8).zero_()
-    if not page_locked:
-        return buffer
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    failed = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-    if failed:
-        # CUDA reports it once more, to whoever launches the next kernel: not to training.
-        with suppress(RuntimeError):
-            torch.zeros(1, device="cuda")
-        logger.warning(
-            "%.1f GiB of host memory cannot be page-locked (CUDA error %d), so saves block "
-            "training longer",
-            buffer.nbytes / 1024**3,
-            failed,
-        )
-    else:
-        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
-    return buffer

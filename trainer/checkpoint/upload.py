@@ -18,7 +18,13 @@ from trainer.checkpoint.errors import NonFiniteState
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.manifest import Manifest, ObjectEntry
 from trainer.checkpoint.snapshot import Snapshot
-from trainer.storage.errors import CheckpointError, StoreError, StoreUnreachable
+from trainer.storage.errors import (
+    CheckpointError,
+    LeaseLost,
+    StoreError,
+    StoreUnreachable,
+    SupersededAttempt,
+)
 from trainer.storage.retry import RetryPolicy
 from trainer.storage.store import Store
 
@@ -57,6 +63,7 @@ class UploadContext:
         retry: How long the store is tried again.
         policy: Which checkpoints stay.
         scores: Gives the Fréchet distances measured so far, by images.
+        fence: Called on the first rank before each commit; raises if the run is another's by now.
     """
 
     store: Store
@@ -65,6 +72,7 @@ class UploadContext:
     retry: RetryPolicy
     policy: CheckpointConfig
     scores: Callable[[], Mapping[int, float]]
+    fence: Callable[[], object]
 
 
 class Upload:
@@ -153,9 +161,13 @@ class Upload:
             self._discard()
             raise
 
+        def commit_if_ours(manifest: Manifest) -> Manifest:
+            self._to.fence()
+            return self._to.index.commit(manifest)
+
         def commit() -> bytes:
             manifest = replace(self._manifest, objects=self._objects(entries))
-            standing.append(call(lambda: self._to.index.commit(manifest)))
+            standing.append(call(lambda: commit_if_ours(manifest)))
             return b"" if standing[0].attempt == manifest.attempt else b"another's"
 
         try:
@@ -163,7 +175,7 @@ class Upload:
                 self._discard()  # nobody will ever commit it
         except StoreUnreachable:
             raise  # the answer may be what was lost
-        except StoreError:
+        except (StoreError, LeaseLost, SupersededAttempt):
             if ranks.run_on_rank0(self._ask_committed) == b"":
                 self._discard()
             raise

@@ -33,3 +33,15 @@ class InvalidKey(CheckpointError, ValueError):
 
 class InvalidStoreUri(CheckpointError, ValueError):
     """The place of the checkpoints is not one this code can open."""
+
+
+class RunHeld(CheckpointError, ValueError):
+    """Another launch trains the run."""
+
+
+class LeaseLost(CheckpointError, ValueError):
+    """Another launch has taken the run over; a restart would not bring it back."""
+
+
+class SupersededAttempt(CheckpointError):
+    """Workers that were started later train the run."""

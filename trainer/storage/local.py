@@ -14,8 +14,8 @@ from trainer.storage.errors import MissingObject, StoreError
 from trainer.storage.store import check_key, check_prefix
 
 _CAUSES = {
-    errno.ENOSPC: "the disk is full; free space or keep the checkpoints elsewhere",
-    errno.EDQUOT: "the disk quota is used up; free space or keep the checkpoints elsewhere",
+    errno.ENOSPC: "the disk is full; free space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free space or choose another folder",
     errno.EACCES: "this user may not access it; change its permissions or choose another folder",
     errno.EPERM: "the file system does not permit it; choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
@@ -44,6 +44,11 @@ class LocalStore:
         """Write an object by rename."""
         with self._explain_errors("write", key):
             write_atomic(self._path(key), data)
+
+    def put_pieces(self, key: str, pieces: Iterator[bytes]) -> None:
+        """Write an object piece by piece, then rename it."""
+        with self._explain_errors("write", key):
+            write_atomic(self._path(key), pieces)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object by a hard link, which fails if the name is taken."""

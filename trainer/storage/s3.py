@@ -101,6 +101,12 @@ class S3Store:
         with self._explain_errors("write", key):
             self._client.upload_fileobj(_File(data), self._bucket, name, Config=TRANSFER)
 
+    def put_pieces(self, key: str, pieces: Iterator[bytes]) -> None:
+        """Upload an object in parts, as the pieces come."""
+        name = self._name(key)
+        with self._explain_errors("write", key):
+            self._client.upload_fileobj(_Pieces(pieces), self._bucket, name, Config=TRANSFER)
+
     def create(self, key: str, data: bytes) -> bool:
         """Upload a small object on condition that there is none."""
         name = self._name(key)
@@ -271,3 +277,29 @@ class _File(io.RawIOBase):
         part = bytes(self._data[self._at : stop])
         self._at += len(part)
         return part
+
+
+class _Pieces(io.RawIOBase):
+    """Pieces as a file to read from, once and in order."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        wanted = float("inf") if size is None or size < 0 else size
+        taken = bytearray()
+        while len(taken) < wanted:
+            if not self._rest:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    break
+                self._rest = memoryview(piece)
+                continue
+            part = self._rest[: int(min(len(self._rest), wanted - len(taken)))]
+            self._rest = self._rest[len(part) :]
+            taken += part
+        return bytes(taken)

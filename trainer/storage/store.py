@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol, TypeVarTuple
@@ -30,6 +30,10 @@ class Store(Protocol):
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object, whole or not at all; an older one under this key is replaced."""
+        ...
+
+    def put_pieces(self, key: str, pieces: Iterator[bytes]) -> None:
+        """Write an object as `put` does, piece by piece, so that memory never holds all of it."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:

@@ -31,15 +31,15 @@ from trainer.config.composition import compose_job
 from trainer.config.job import JobConfig, science
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_split, with_classes
-from trainer.evaluation.loading import own_eval
+from trainer.evaluation.model_record import own_eval
 from trainer.evaluation.reports import read_scores
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 from trainer.storage.errors import CheckpointError
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
+from trainer.training.assembly import build_run_engine
 from trainer.training.resume import restore
-from trainer.training.worker import build_run_engine
 
 DAMAGED = "damaged"
 """In the place of a checkpoint's state."""

@@ -20,7 +20,10 @@ from tests.fuzz.hostile.judging import judged
 from tests.fuzz.material import copied_home, run_of
 from tests.fuzz.verdict import Seen, worst
 from tests.fuzz.watched import Watched, commanded
+from trainer.checkpoint.layout import object_key
+from trainer.checkpoint.slices import Run
 from trainer.cli.sample import main as sample
+from trainer.metrics.tracker import Point
 
 _ASKED = 4
 """How many readers are asked in one try."""
@@ -52,9 +55,10 @@ def resealed(attempt: Try) -> Seen:
     role = chance.choice((*_ROLES, "learned features"))
     path = chance.choice(files[role][-1:] if role == "manifest" else files[role])
     body = json.loads(path.read_bytes())
+    before = _aged(body, chance) if role == "manifest" else ""
     changed, done = _changed(body, attempt)
-    _write(path, changed)
-    target, attack = f"resealed: {role}", f"{path.relative_to(home)}: {done}"
+    write_sealed(path, changed)
+    target, attack = f"resealed: {role}", f"{path.relative_to(home)}: {before}{done}"
     announce(target, attack)
     mine = [name for name, reader in _READERS.items() if role in reader.roles]
     asked = {name for name in mine if chance.random() < _SHARES.get(name, 1.0)}
@@ -70,7 +74,36 @@ def resealed(attempt: Try) -> Seen:
     return Seen(verdict=verdict, target=target, attack=attack, said=said)
 
 
-def _write(path: Path, body: dict[str, Any]) -> None:
+def _aged(body: dict[str, Any], chance: random.Random) -> str:
+    """Make a manifest one of an older format, or of a run whose tracker was away."""
+    done = ""
+    if chance.random() < 0.5:
+        points = [Point(16 * number, {"loss/total": 1 / (1 + number)}) for number in range(3)]
+        body["train_state"]["unsent_points"] = [point.to_json() for point in points]
+        done += "with unsent points, "
+    if chance.random() < 0.35:
+        version = chance.choice((2, 2, 2, 2, 1))
+        body.update(_former(body), format_version=version)
+        done += f"in format {version}, "
+    return done
+
+
+def _former(body: dict[str, Any]) -> dict[str, Any]:
+    """Say of a manifest's content what format 2 said."""
+    names = [(name, [Run(*run) for run in runs]) for name, _, runs in body["parameters"]]
+    objects = []
+    for entry in body["objects"]:
+        rank = entry.pop("rank")
+        held = [(name, run.slice_of(rank)) for name, runs in names for run in runs]
+        key = object_key(body["run"], body["images"], body["attempt"], rank)
+        fragments = [[name, span.start, span.numel] for name, span in held if span is not None]
+        objects.append({**entry, "key": key, "fragments": fragments})
+    shapes = {name: shape for name, shape, _ in body["parameters"]}
+    return {"objects": objects, "parameters": shapes}
+
+
+def write_sealed(path: Path, body: dict[str, Any]) -> None:
+    """Write a document with a checksum that is right, in its own or beside it."""
     if path.name == "index.json":  # has no sum of its own; what lies beside it tells one
         data = json.dumps(body, sort_keys=True).encode()
         path.write_bytes(data)

@@ -254,6 +254,10 @@ _TEXTS: tuple[tuple[str, Callable[[bytes, random.Random], bytes]], ...] = (
     ("no UTF-8", lambda whole, _: whole + b"\nrun: \xff\xfe"),
     ("UTF-16", lambda whole, _: whole.decode().encode("utf-16")),
     ("another package", lambda whole, _: b"# @package ../x\n" + whole),
+    ("a comment with an @", _instead("# of mine\n# @todo tune the rate\ntrain: {seed: 7}")),
+    ("an @ in the header", _instead("# @todo tune the rate\ntrain: {seed: 7}")),
+    ("a later package", _instead("train: {seed: 7}\n# @package hydra.job")),
+    ("two packages", _instead("\r\n\u2028# @package hydra.job\nname: x")),
     ("a package of Hydra", lambda whole, _: b"# @package hydra.job\nname: x\n"),
 )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import resource
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,15 @@ from tests.fuzz.hostile.judging import judged
 from tests.fuzz.sandbox import BAIT
 from tests.fuzz.verdict import Seen, Verdict
 from tests.fuzz.watched import commanded
+from tests.support.hostile_files import Payload
 from tests.unit.pipelines import pictures
+from tests.unit.pipelines.pages import tell_less
 
 _NAMES = ["ant", "bee"]
 _FILE_BYTES = 128 << 20
 """More than what any file of such a small dataset holds."""
+
+_NO_MORE = (OSError, ValueError, TypeError, LookupError, AttributeError, StopIteration)
 
 
 def folders(attempt: Try) -> Seen:
@@ -38,7 +44,12 @@ def folders(attempt: Try) -> Seen:
     split = "train"
     attacks = []
     for _ in range(attempt.chance.choice((1, 1, 2))):
-        done, other = _ATTACKS[form](source, attempt)
+        try:
+            done, other = _ATTACKS[form](source, attempt)
+        except _NO_MORE:
+            if not attacks:
+                raise
+            break  # what the first has left is nothing that this one could change
         attacks.append(done)
         split = other or split
     attack = f"{form}: {'; '.join(attacks)}"
@@ -149,12 +160,28 @@ def _saved(source: Path, attempt: Try) -> Done:
     if done == "link":
         _link(arrow, attempt, "data-00000-of-00001.arrow")
         return "the arrow file is a link", None
+    if done == "arrow" and chance.random() < 0.3:
+        return _with_footer(arrow, folder, chance), None
     if done == "arrow":
         data, what = mutation.edited_bytes(arrow.read_bytes(), chance)
         arrow.write_bytes(data)
         return f"arrow {what}", None
     name = chance.choice(("state.json", "dataset_info.json"))
     return f"{name} {_edited(folder / name, chance)}", None
+
+
+def _with_footer(arrow: Path, folder: Path, chance: random.Random) -> str:
+    """Write the table as a file of Arrow's other format, which the library reads in some places."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(arrow.read_bytes()).read_all()
+    compression = chance.choice((None, "zstd"))
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(str(arrow), table.schema, options=options) as writer:
+        writer.write_table(table)
+    if chance.random() < 0.5:
+        (folder / "state.json").unlink()
+    return f"arrow with a footer, compressed by {compression}"
 
 
 def _splits(source: Path, attempt: Try) -> Done:
@@ -170,7 +197,7 @@ def _splits(source: Path, attempt: Try) -> Done:
 
 def _repository(source: Path, attempt: Try) -> Done:
     chance = attempt.chance
-    done = chance.choice(("readme", "readme", "link", "edit", "bomb", "row", "script"))
+    done = chance.choice(("readme", "readme", "link", "edit", "bomb", "row", "script", "pickle"))
     if done == "link":
         _link(source / "train.parquet", attempt, "train.parquet")
         return "the parquet file is a link", None
@@ -178,6 +205,8 @@ def _repository(source: Path, attempt: Try) -> Done:
         return _bomb(source / "train.parquet", chance), None
     if done == "row":
         return _row(source, attempt), None
+    if done == "pickle":
+        return _pickle(source, attempt), None
     if done == "script":
         code = f"import os\nos.mkdir({str(attempt.sandbox.canary)!r})\n"
         (source / f"{source.name}.py").write_text(code)
@@ -201,10 +230,14 @@ def _repository(source: Path, attempt: Try) -> Done:
 def _images(source: Path, attempt: Try) -> Done:
     chance = attempt.chance
     folder = source / "train"
-    done = chance.choice(("link", "folder", "table", "table"))
+    done = chance.choice(("link", "folder", "table", "table", "pickle", "archive"))
     if done == "link":
         (folder / "ant" / "x.png").symlink_to(attempt.sandbox.bait)
         return "a picture is a link", None
+    if done == "pickle":
+        return _pickle(folder / "ant", attempt), None
+    if done == "archive":
+        return _archive(folder / "more.zip", chance), None
     if done == "folder":
         (folder / "cow").symlink_to(attempt.sandbox.outside)
         return "a class is a link", None
@@ -216,9 +249,11 @@ def _images(source: Path, attempt: Try) -> Done:
 
 def _parquet(source: Path, attempt: Try) -> Done:
     path = source / "train.parquet"
-    done = attempt.chance.choice(("bomb", "bomb", "row", "bytes"))
+    done = attempt.chance.choice(("bomb", "bomb", "page", "row", "bytes"))
     if done == "bomb":
         return _bomb(path, attempt.chance), None
+    if done == "page":
+        return _page(path, attempt.chance), None
     if done == "row":
         return _row(source, attempt), None
     data, what = mutation.edited_bytes(path.read_bytes(), attempt.chance)
@@ -276,3 +311,39 @@ def _bomb(path: Path, chance: random.Random) -> str:
     compression = chance.choice(("zstd", "gzip", "snappy"))
     pyarrow.parquet.write_table(table, path, compression=compression)
     return f"{rows} rows of {size} bytes in {column} by {compression}, {path.stat().st_size} bytes"
+
+
+def _page(path: Path, chance: random.Random) -> str:
+    """A page of some kilobytes that unpacks to far more than the end of the file says."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    size = chance.choice((70, 100)) << 20
+    image = pa.array([{"bytes": pictures.png(8, 8) + bytes(size), "path": ""}])
+    with_dictionary = chance.random() < 0.5
+    pyarrow.parquet.write_table(
+        pa.table({"image": image, "label": ["ant"]}),
+        path,
+        compression="zstd",
+        use_dictionary=with_dictionary,
+        dictionary_pagesize_limit=2 * size,
+    )
+    tell_less(path)
+    page = "dictionary" if with_dictionary else "page"
+    return f"a {page} of {size} bytes by zstd, {path.stat().st_size} bytes"
+
+
+def _pickle(folder: Path, attempt: Try) -> str:
+    """A file beside the images that makes the canary when it is unpickled."""
+    suffix = attempt.chance.choice(("pkl", "pickle", "pt", "pth", "npy"))
+    name = f"{attempt.chance.choice(('train', 'x', '0'))}.{suffix}"
+    (folder / name).write_bytes(pickle.dumps(Payload(str(attempt.sandbox.canary))))
+    return f"{name} is a pickle"
+
+
+def _archive(path: Path, chance: random.Random) -> str:
+    """An archive beside the images, of one that is far larger than the archive."""
+    size = chance.choice((1, 100, 200)) << 20
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/ant/x.png", pictures.png(8, 8) + bytes(size))
+    return f"{path.name} holds {size} bytes"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from pipelines.console import visible
 from pipelines.ingest.__main__ import main as ingest
 from tests.fuzz import mutation
@@ -92,8 +94,10 @@ def _plant(attempt: Try, source: Path, folder: bytes, given: dict[bytes, set[str
 
 
 def _long_jpeg(attempt: Try) -> tuple[str, bytes]:
-    """A JPEG of markers without end, where what reads them twice would not come back."""
+    """A JPEG of markers or scans without end, where what reads them twice would not come back."""
     chance = attempt.chance
+    if chance.random() < 0.3:
+        return _many_scans(attempt)
     good = pictures.jpeg(8, 8)
     runs = {
         "fill bytes": b"\xff" * chance.choice((40_000, 400_000)),
@@ -111,6 +115,26 @@ def _long_jpeg(attempt: Try) -> tuple[str, bytes]:
     place = {"first": 2, "among": good.index(b"\xff\xda"), "last": len(good) - 2}.get(where, 2)
     whole = good[:2] + run if where == "alone" else good[:place] + run + good[place:]
     return f"jpeg with {len(run)} bytes of {what}, {where}", whole
+
+
+def _many_scans(attempt: Try) -> tuple[str, bytes]:
+    """A progressive JPEG with one of its scans repeated, each of which costs all of its pixels."""
+    chance = attempt.chance
+    side = chance.choice((8, 1000, 3000))
+    good = pictures.encode(Image.new("RGB", (side, side), (200, 30, 60)), "JPEG", progressive=True)
+    scan = good[good.rindex(b"\xff\xda") : -2]
+    # A decoder of restarts passes over a marker of none, and not over what would be its content.
+    around, done = chance.choice(
+        (
+            (b"%b", "plain"),
+            (b"\xff\xff%b", "behind fill bytes"),
+            (b"\xff\xfe\x00\x04\xff\xd9%b", "behind comments"),
+            (b"\xff\xdd\x00\x04\x00\x01%b\xff\x02\xff\xff", "hidden among restarts"),
+        )
+    )
+    times = chance.choice((50, 5_000, 50_000))
+    whole = good[:-2] + around % scan * times + good[-2:]
+    return f"jpeg of {side} x {side} pixels and {times} more scans, {done}", whole
 
 
 def _class_of(folder: bytes) -> str:

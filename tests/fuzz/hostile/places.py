@@ -15,7 +15,9 @@ from tests.fuzz.sandbox import SECRETS
 from tests.fuzz.verdict import Seen
 from tests.fuzz.watched import Watched, commanded
 from trainer.cli.checkpoints import main as checkpoints
+from trainer.cli.compare_losses import main as compare_losses
 from trainer.cli.evaluate import main as evaluate
+from trainer.cli.lapflow import main as lapflow
 from trainer.cli.latents import main as latents
 from trainer.cli.launch import main as launch
 from trainer.cli.sample import main as sample
@@ -34,10 +36,17 @@ _URLS = (
     f"file://user:{_SECRET}@host/x/y",
     f"http://127.0.0.1:9/%40x?password={_SECRET}",
     f"ray://user:{_SECRET}@127.0.0.1:9",
+    f"S3://bucket:{_SECRET}/x",
+    f"s3://AKIAXX:{_SECRET}/{_SECRET}@bucket/x",
+    f"s3://bucket/x#token={_SECRET}",
+    f"https://127.0.0.1:9/x?X-Amz-Date=1&X-Amz-Signature={_SECRET}",
+    f"u:{_SECRET}@127.0.0.1/x",
+    f"org/name?token={_SECRET}",
 )
 _KEYS = (
     *("store.uri", "tracking.uri", "data.prefix", "resume", "store.endpoint_url"),
     *("codec.source", "home", "eval.features.inception_weights", "cluster.address"),
+    *("model", "exp", "+exp", "optim", "shards.cache_dir"),
 )
 _NOWHERE = ("store.endpoint_url=http://127.0.0.1:9", "store.retries=1", "store.connect_timeout_s=1")
 
@@ -46,7 +55,10 @@ def places(attempt: Try) -> Seen:
     """Give credentials where a place is asked for, which must be refused and not be told."""
     chance = attempt.chance
     url = chance.choice(_URLS)
-    if chance.random() < 0.3 and not url.startswith("file:"):  # which would name a folder
+    scheme, colon, rest = url.partition(":")
+    if colon and chance.random() < 0.2:
+        url = f"{scheme.upper()}:{rest}"
+    if chance.random() < 0.3 and scheme != "file":  # which would name a folder
         url = url.replace("://", chance.choice((":/", ":/", ":", ":///")), 1)
     which = chance.choice([*(["launch"] * 6), *_COMMANDS])
     words: list[str] = []
@@ -76,6 +88,24 @@ def _ingest_to(attempt: Try, url: str) -> Watched:
 def _ingest_from(_attempt: Try, url: str) -> Watched:
     os.environ["HF_HUB_OFFLINE"] = "1"
     return commanded(ingest, ["huggingface", url, "out", "--workers", "1"])
+
+
+def _by_option(attempt: Try, url: str) -> Watched:
+    """Give it to an option that takes a file, a number or a choice."""
+    pictures = str(attempt.material.images)
+    main, words = attempt.chance.choice(
+        (
+            (ingest, ["image-folder", pictures, "out", "--labels", url]),
+            (ingest, ["image-folder", pictures, "out", "--classes", url]),
+            (ingest, ["image-folder", pictures, "out", "--workers", url]),
+            (ingest, ["verify", pictures, "--report", url]),
+            (ingest, ["verify", pictures, url]),
+            (latents, [pictures, "out", "--autoencoder", "a", "--arrays", url]),
+            (latents, [url, "out", "--autoencoder", "a", "--arrays", "latents"]),
+            (lapflow, [url]),
+        )
+    )
+    return commanded(main, words)
 
 
 def _autoencoder(attempt: Try, url: str) -> Watched:
@@ -112,6 +142,10 @@ _COMMANDS: Mapping[str, Callable[[Try, str], Watched]] = {
     "ingest verify": _verify,
     "ingest into": _ingest_to,
     "ingest huggingface": _ingest_from,
+    "ingest image-folder": lambda _, url: commanded(ingest, ["image-folder", url, "out"]),
+    "an option": _by_option,
+    "compare_losses": lambda _, url: commanded(compare_losses, [url, f"run:a@{url}"]),
+    "compare_losses with": lambda _, url: commanded(compare_losses, [f"run:a@{url}", "run:a"]),
     "latents --autoencoder": _autoencoder,
     "latents of": _encode,
     "S3_ENDPOINT_URL": _by_environment,

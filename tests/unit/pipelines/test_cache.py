@@ -4,6 +4,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cache import ShardCache, default_cache_dir, scratch_folder
+from pipelines.errors import CacheUnusableError
 
 
 def leave_half_a_shard(root: Path, *, dataset: str, shard: str) -> Path:
@@ -24,7 +26,7 @@ def leave_half_a_shard(root: Path, *, dataset: str, shard: str) -> Path:
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    process.join(10)
+    process.join(540)
     return next(root.rglob(f".partial/{shard}"))
 
 
@@ -60,7 +62,7 @@ def test_a_shard_that_another_one_fetches_is_waited_for_and_told_about(
         thread.start()
         thread.join(0.3)
         order.append("first")
-    thread.join(10)
+    thread.join(540)
     assert order == ["first", "second"]
     (line,) = [record.getMessage() for record in caplog.records]
     assert "waiting for another process to fetch" in line
@@ -72,6 +74,25 @@ def test_the_index_lies_beside_the_shards(tmp_path: Path) -> None:
         cache = ShardCache(tmp_path, prefix="one", index=b"{}")
     assert (cache.folder / "index.json").read_bytes() == b"{}"
     assert not list((cache.folder / ".partial").iterdir())
+
+
+def test_a_full_disk_is_no_hindrance_where_nothing_is_missing(tmp_path: Path) -> None:
+    def open_again(prefix: str) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        try:
+            ShardCache(tmp_path, prefix=prefix, index=b"{}")
+        except CacheUnusableError:
+            os._exit(3)
+
+    codes = {}
+    ShardCache(tmp_path, prefix="one", index=b"{}")
+    for prefix in ("one", "other"):
+        process = multiprocessing.get_context("fork").Process(target=open_again, args=(prefix,))
+        process.start()
+        process.join(540)
+        codes[prefix] = process.exitcode
+    assert codes == {"one": 0, "other": 3}
 
 
 def test_scratch_folders_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.command import plain_values
+from pipelines.command import command_parser, plain_values
 from pipelines.console import as_typed, typed, typed_as
 
 # A command with noisy libraries and a noisy child, which ends as its first word says.
@@ -97,6 +97,13 @@ def test_an_error_is_an_answer_too(word, code, values):
     if word == "bug":
         assert "RuntimeError: a bug" in err
         assert any(line.startswith("Traceback") for line in err)
+
+
+def test_an_error_of_the_words_is_one_line_whatever_it_quotes(capsys):
+    parser = command_parser("trainer.launch", description="")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--nothing=\x1b[2J\nerror: all is well"])
+    assert capsys.readouterr().err.endswith(r"--nothing=\x1b[2J\nerror: all is well" + "\n")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])

@@ -106,7 +106,7 @@ def test_a_killed_write_is_no_dataset(tmp_path: Path, images: list[LabelledImage
         target=write_dataset, args=arguments, kwargs={"shard_bytes": 2000}
     )
     process.start()
-    process.join(30)
+    process.join(540)
     assert process.exitcode == -signal.SIGKILL
     assert list((tmp_path / ".train.building").glob("*.mds"))
     assert not has_dataset(str(tmp_path / "train"))
@@ -124,7 +124,7 @@ def test_two_writers_at_once_agree(tmp_path: Path, images: list[LabelledImage]) 
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(30)
+        writer.join(540)
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(ShardedDataset(str(tmp_path / "train"))) == SAMPLES
 

@@ -136,6 +136,7 @@ def test_quiet_shows_warnings_alone(tmp_path):
     assert shown.splitlines() == LINES[-1:]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_ends_nothing(tmp_path):
     script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + COUNTING
     shown, *ended = counted(tmp_path, "gone", script=script)

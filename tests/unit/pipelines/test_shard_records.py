@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipelines.documents import INDEX_SHA256, seal
+from pipelines.documents import INDEX_SHA256, seal, unseal
 from pipelines.errors import InvalidLatentRecordError
 from pipelines.ingest.about import InvalidAboutError, read_about
 from pipelines.ingest.write import Filled, Part, WriteSample, write_shards
@@ -22,10 +23,10 @@ PLAN = "what is to be written"
 
 
 class Filler:
-    columns: Mapping[str, str] = {"label": "int"}
+    columns: Mapping[str, str] = {"image": "bytes", "label": "int"}
 
     def fill(self, part: Part[object], write: WriteSample) -> Filled:
-        write({"label": part.number})
+        write({"image": b"any", "label": part.number})
         return Filled(skipped=(("a.png", "is torn"),), labels=((part.number, 1),))
 
 
@@ -80,27 +81,54 @@ def swapped(work: Path) -> None:
     shutil.copy(work / "shard.00001.record", work / "shard.00000.record")
 
 
+def linked(work: Path) -> None:
+    """Elsewhere lies the very same shard, which somebody may change at any time."""
+    moved = (work / "shard.00000.mds").rename(work.parent / "elsewhere")
+    (work / "shard.00000.mds").symlink_to(moved)
+
+
+def forge(work: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a record, and make its checksum right again."""
+    record = work / "shard.00000.record"
+    body = unseal(json.loads(record.read_bytes()))
+    change(body)
+    record.write_text(json.dumps(seal(body)))
+
+
+def forged(work: Path) -> None:
+    forge(work, lambda body: body["entry"].update(samples=1 << 62))
+
+
+def emptied(work: Path) -> None:
+    forge(work, lambda body: body.update(entry={}))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         (flipped, "hash"),
         (cut, "0 bytes long"),
         (removed, "is gone"),
-        (replaced, "bytes long instead"),
+        (replaced, "is a folder"),
         (swapped, "another one"),
+        (linked, "is a link"),
+        (forged, "a record that no ingest writes"),
+        (emptied, "tells of no samples"),
     ],
 )
 def test_a_shard_that_is_not_as_recorded_is_written_again(
     change: Callable[[Path], None], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = shards(tmp_path)
-    whole = (tmp_path / "shard.00000.mds").read_bytes()
-    change(tmp_path)
+    work = tmp_path / "work"
+    first = shards(work)
+    whole = (work / "shard.00000.mds").read_bytes()
+    change(work)
     with caplog.at_level(logging.WARNING):
-        again = shards(tmp_path)
+        again = shards(work)
     assert {number: kept for number, (kept, _) in again.items()} == {0: False, 1: True}
     assert [found for _, found in again.values()] == [found for _, found in first.values()]
-    assert (tmp_path / "shard.00000.mds").read_bytes() == whole
+    assert (work / "shard.00000.mds").read_bytes() == whole
+    assert not (work / "shard.00000.mds").is_symlink()
     (line,) = (each.getMessage() for each in caplog.records)
     assert "shard.00000.mds" in line
     assert told in line
@@ -114,20 +142,27 @@ def endless(record: Path) -> None:
     record.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("make", [folder, endless, os.mkfifo])
+def copied(record: Path) -> None:
+    """The very same record, which a link leads to."""
+    record.symlink_to(record.parent.parent / "whole")
+
+
+@pytest.mark.parametrize("make", [folder, endless, os.mkfifo, copied])
 def test_what_is_no_file_in_a_records_place_is_told_and_replaced(
     make: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = shards(tmp_path)
-    record = tmp_path / "shard.00000.record"
+    work = tmp_path / "work"
+    first = shards(work)
+    record = work / "shard.00000.record"
     whole = record.read_bytes()
-    record.unlink()
+    record.rename(work.parent / "whole")
     make(record)
     with caplog.at_level(logging.WARNING):
-        again = shards(tmp_path)
+        again = shards(work)
     assert {number: kept for number, (kept, _) in again.items()} == {0: False, 1: True}
     assert [found for _, found in again.values()] == [found for _, found in first.values()]
     assert record.read_bytes() == whole
+    assert not record.is_symlink()
     (line,) = (each.getMessage() for each in caplog.records)
     assert str(record) in line
 

@@ -237,7 +237,7 @@ def test_processes_share_a_cache(
         while isinstance(message := pipe.recv(), str):
             fetched.append(message)
         assert message == expected(images)
-        process.join(10)
+        process.join(540)
     assert sorted(fetched) == [path.name for path in shards_in(prefix)]  # each one once
 
 
@@ -248,7 +248,7 @@ def test_a_reader_killed_amid_a_download_blocks_nobody(
     pipe.send("go")
     assert pipe.recv() == "shard.00000.mds"
     os.kill(process.pid, signal.SIGKILL)
-    process.join(10)
+    process.join(540)
     assert list((tmp_path / "cache").rglob(".partial/*/*"))  # the half shard is there
     assert read_all(cached(prefix, tmp_path / "cache")) == expected(images)
     assert not list((tmp_path / "cache").rglob(".partial/*"))

@@ -17,7 +17,7 @@ from tests.support.saved import manifest_of
 from trainer.autoencoder.codec import CodecConfig, codec_digest, load_codec, open_codec
 from trainer.autoencoder.files import AutoencoderError, AutoencoderSettings, find_autoencoder
 from trainer.config.reading import ConfigError
-from trainer.evaluation.loading import ModelRecord
+from trainer.evaluation.model_record import ModelRecord
 from trainer.storage.store import StoreConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -7,11 +7,15 @@ from trainer.training.tracking import CheckpointReporter
 
 class KeepingTracker(Tracker):
     def __init__(self):
-        self.tags = {}
+        self.told = {}
+        self.checkpoints = {}
         self.points = []
 
-    def tag(self, name, value):
-        self.tags[name] = value
+    def tags(self, values):
+        self.told.update(values)
+
+    def checkpoint(self, uri, *, images):
+        self.checkpoints[images] = uri
 
     def metrics(self, values, *, images):
         self.points.append((images, dict(values)))
@@ -33,14 +37,14 @@ def test_a_checkpoint_is_told_tagged_and_measured():
     CheckpointReporter(tracker, told.append)(report())
     uri = report().uri
     assert told == [{"kind": "checkpoint", "images": 1280, "uri": uri}]
-    assert tracker.tags == {"checkpoint": uri, "checkpoint.000000001280": uri}
+    assert tracker.checkpoints == {1280: uri}
     ((images, values),) = tracker.points
     assert images == 1280
     assert values == {
-        "checkpoint/blocked_s": 0.25,
-        "checkpoint/upload_s": 4.0,
-        "checkpoint/size_gib": 3.0,
-        "checkpoint/failed": 0.0,
+        "speed/checkpoint_blocked_s": 0.25,
+        "speed/checkpoint_upload_s": 4.0,
+        "speed/checkpoint_size_gib": 3.0,
+        "speed/checkpoint_failed": 0.0,
     }
 
 
@@ -48,8 +52,9 @@ def test_a_failure_is_told_with_its_reason_and_leaves_the_last_checkpoint():
     tracker, told = KeepingTracker(), []
     CheckpointReporter(tracker, told.append)(report("the disk is full"))
     ((_, values),) = tracker.points
-    assert values["checkpoint/failed"] == 1.0
-    assert tracker.tags == {"checkpoint_failed.000000001280": "the disk is full"}
+    assert values["speed/checkpoint_failed"] == 1.0
+    assert tracker.checkpoints == {}
+    assert tracker.told == {"checkpoint_failed.000000001280": "the disk is full"}
     assert told == [
         {
             "kind": "checkpoint_failed",

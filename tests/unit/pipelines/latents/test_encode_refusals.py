@@ -42,6 +42,7 @@ def with_bad_images(folder: Path, bad: Sequence[int], count: int = 12) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_decoded_are_left_out_and_named(
     tmp_path: Path, encoder: Encoder
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 from trainer.storage.errors import MissingObject
@@ -22,6 +22,9 @@ class MemoryStore:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         self.objects[check_key(key)] = bytes(data)
+
+    def put_pieces(self, key: str, pieces: Iterator[bytes]) -> None:
+        self.put(key, b"".join(pieces))
 
     def create(self, key: str, data: bytes) -> bool:
         with self._lock:
@@ -85,6 +88,9 @@ class WatchedStore:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         self._around("put", key, lambda: self._store.put(key, data))
+
+    def put_pieces(self, key: str, pieces: Iterator[bytes]) -> None:
+        self._around("put_pieces", key, lambda: self._store.put_pieces(key, pieces))
 
     def create(self, key: str, data: bytes) -> bool:
         return self._around("create", key, lambda: self._store.create(key, data))

@@ -83,6 +83,7 @@ def test_a_rank_reads_the_blocks_of_its_slices_alone() -> None:
 SAVED_BY_TWO = saved(64, world=2)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_noticed_by_all_who_read_it(data: st.DataObject) -> None:

@@ -19,6 +19,7 @@ PLACES = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(
     runs=PLACES,
     run=NAMES.filter(lambda name: name != "checkpoints"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -199,6 +200,20 @@ def test_hostile_manifests_are_refused(change: Callable[[dict[str, Any]], object
     assert len(str(e.value)) < 600
 
 
+def test_ranks_that_are_named_again_and_again_take_no_memory() -> None:
+    ranks = 10**5
+    cuts = [[number * ranks, 1, 0, 1, ranks] for number in range(300)]
+    data = forged(lambda body: body.update(world_size=ranks, parameters=[["w", [2**40], cuts]]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidManifest, match="a rank holds w twice"):
+            read(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100 * len(data) + ranks * 8
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object()])
 def test_what_json_cannot_hold_is_refused_on_writing(value: object) -> None:
     with pytest.raises(InvalidManifest, match="cannot be described in JSON"):
@@ -211,6 +226,7 @@ def test_what_could_not_be_read_is_not_written(change: dict[str, Any]) -> None:
         replace(MANIFEST, **change).to_json()
 
 
+@pytest.mark.slow
 def test_the_largest_manifest_is_written_and_read_and_one_byte_more_is_neither() -> None:
     def with_note(length: int) -> Manifest:
         return replace(MANIFEST, science={"note": "x" * length})

@@ -42,6 +42,7 @@ def kept(
     return {images for images, why in reasons.items() if why}
 
 
+@pytest.mark.slow
 @MANY
 @given(CHECKPOINTS, POLICIES, SCORES, st.integers(0, 40))
 def test_exactly_what_the_clauses_say_is_kept(
@@ -70,6 +71,7 @@ def test_exactly_what_the_clauses_say_is_kept(
     assert not valid or valid[-1] in everything
 
 
+@pytest.mark.slow
 @MANY
 @given(CHECKPOINTS, POLICIES, SCORES)
 def test_applied_again_it_deletes_nothing_more(
@@ -80,6 +82,7 @@ def test_applied_again_it_deletes_nothing_more(
     assert kept(left, policy, scores) == once
 
 
+@pytest.mark.slow
 @MANY
 @given(CHECKPOINTS, POLICIES, SCORES, st.integers(0, 2), st.integers(0, 2), st.integers(1, 3))
 def test_asking_for_more_never_deletes_more(
@@ -99,6 +102,7 @@ def test_asking_for_more_never_deletes_more(
     assert kept(found, policy, scores) <= kept(found, more, scores)
 
 
+@pytest.mark.slow
 @MANY
 @given(CHECKPOINTS, POLICIES, SCORES, st.integers(0, 40), SCORE)
 def test_a_measurement_costs_at_most_the_best_one_whose_place_it_takes(

@@ -67,6 +67,7 @@ def test_another_number_of_ranks_goes_on_from_it(store: Store) -> None:
         assert same_bits(loaded, state)
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.data(), st.integers(0, 2**31))
 def test_any_split_restores_any_other(data: st.DataObject, seed: int) -> None:

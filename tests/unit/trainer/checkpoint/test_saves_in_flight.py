@@ -103,7 +103,7 @@ def test_the_next_save_waits(gated: GatedStore) -> None:
     second.join(0.3)
     assert second.is_alive()
     gated.gate.set()
-    second.join(20)
+    second.join(540)
     mine.saver.finish()
     assert [report.images for report in mine.reports] == [10, 20]
 

@@ -15,7 +15,8 @@ from trainer.checkpoint.content import span_of
 from trainer.checkpoint.errors import CheckpointMismatch, NonFiniteState
 from trainer.checkpoint.layout import tensor_key
 from trainer.checkpoint.objects import block_hash
-from trainer.checkpoint.snapshot import Snapshot, host_buffer
+from trainer.checkpoint.snapshot import Snapshot
+from trainer.host_memory import host_buffer
 from trainer.state import Fragment
 
 

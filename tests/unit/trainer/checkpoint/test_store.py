@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -30,6 +31,23 @@ def test_an_object_of_several_parts_is_read_back_as_written(store: Store) -> Non
     store.put("large", data)
     assert store.get("large") == data
     assert store.list("large") == {"large": len(data)}
+
+
+def test_an_object_is_made_of_pieces_or_not_at_all(store: Store) -> None:
+    pieces = [os.urandom(size) for size in (1, 0, 20 * 1024**2, 5, 17 * 1024**2)]
+    store.put_pieces("pieces", iter(pieces))
+    assert store.get("pieces") == b"".join(pieces)
+    store.put_pieces("none", iter([]))
+    assert store.get("none") == b""
+
+    def broken() -> Iterator[bytes]:
+        yield from pieces
+        raise ArithmeticError("no more pieces")
+
+    with pytest.raises(ArithmeticError, match="no more pieces"):
+        store.put_pieces("broken", broken())
+    assert store.list("") == {"none": 0, "pieces": sum(map(len, pieces))}
+    assert store.abort_unfinished("", lambda _key: True) == 0
 
 
 def test_a_part_of_an_object_is_read(store: Store) -> None:

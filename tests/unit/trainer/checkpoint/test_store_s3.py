@@ -204,6 +204,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answers", "message"),
     [

@@ -198,6 +198,7 @@ class Savings:
         ranks: What its rank agrees with the others over; a single rank needs none.
         index: The run's checkpoints, if a reader has looked at them.
         stop_requested: Tells that the run was asked to stop.
+        fence: Raises before a commit if the run is another's.
         changes: Settings other than two checkpoints to keep and no patience.
     """
 
@@ -208,6 +209,7 @@ class Savings:
         ranks: ThreadRanks | None = None,
         index: CheckpointIndex | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        fence: Callable[[], object] = lambda: None,
         **changes: Any,
     ) -> None:
         self.reports: list[SaveReport] = []
@@ -220,6 +222,7 @@ class Savings:
             aside=ranks.aside if ranks else HostGroup(alone=True),
             report=self._keep,
             stop_requested=stop_requested,
+            fence=fence,
         )
 
     def _keep(self, report: SaveReport) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints measured after their run: the same figures again, none from the wrong images."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import resource
@@ -10,11 +11,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cluster.placement import Placement
 from models.codec import IdentityCodec
+from models.ema import EmaConfig
 from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.transformer.config import TransformerConfig
@@ -35,11 +35,11 @@ from trainer.engine.protocol import EngineConfig
 from trainer.evaluation import learned_features
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
 from trainer.evaluation.choice import choose_checkpoints
-from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.final import FinalEvaluation, Publisher
-from trainer.evaluation.frechet import DistanceToReal, FeatureMoments, FeatureStatistics
 from trainer.evaluation.grid import class_grid
-from trainer.evaluation.loading import SamplerChoice, own_eval
+from trainer.evaluation.loading import SamplerChoice
+from trainer.evaluation.model_record import own_eval
+from trainer.evaluation.npz import BadReference
 from trainer.evaluation.reference import reference_of_run
 from trainer.evaluation.reports import (
     CheckpointReport,
@@ -49,7 +49,6 @@ from trainer.evaluation.reports import (
     read_scores,
 )
 from trainer.evaluation.samples import ImageSampler
-from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
 from trainer.state import Fragment
 from trainer.storage.errors import InvalidStoreUri
@@ -67,42 +66,12 @@ OWN = EvalConfig(
 """How the run of these tests measures itself."""
 
 
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 99))
-def test_moments_of_batches_are_those_of_the_whole(sizes, seed):
-    features = np.random.default_rng(seed).normal(size=(sum(sizes), 3)) + 1e4
-    moments = FeatureMoments()
-    for part in np.split(features, np.cumsum(sizes)[:-1]):
-        moments.add(part)
-    whole, merged = FeatureStatistics.of(features), moments.statistics()
-    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
-    np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=0, atol=1e-8)
-
-
-def test_moments_refuse_what_they_cannot_summarise():
-    moments = FeatureMoments()
-    moments.add(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="at least 2"):
-        moments.statistics()
-    with pytest.raises(ValueError, match="not finite"):
-        moments.add(np.array([[np.inf, 0, 0]]))
-
-
 def test_a_class_grid_shows_one_class_in_each_row():
     assert class_grid(12, classes=3) == ([0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11], 4)
     assert class_grid(2, classes=3) == ([0, 1], 1)
     chosen, columns = class_grid(5000, classes=20)
     assert (len(chosen), columns) == (100, 10)
     assert [index % 20 for index in chosen[::10]] == list(range(10))
-
-
-def test_samples_measured_in_parts_are_those_measured_at_once():
-    real, samples = two_kinds(60, 0)[0], two_kinds(50, 1)[0]
-    distance = DistanceToReal(RandomConvFeatures(1), [real], device=torch.device("cpu"), batch=16)
-    whole = distance(samples)
-    for part in torch.split(samples, 20):
-        distance.add(part)
-    assert distance.take() == pytest.approx(whole, rel=1e-6)
-    assert distance(samples) == whole  # nothing is left of what was taken
 
 
 def write_images(prefix, seed: int) -> None:
@@ -170,6 +139,7 @@ def quiet(_text: str) -> None:
     """Take a line and show it to nobody."""
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_at_its_newest_checkpoint_or_at_all(place):
     (newest,) = evaluate_checkpoints(config(place), report=quiet)
     assert newest.images == 200
@@ -192,6 +162,7 @@ def randomised(on_built: OnBuilt) -> LapFlowTransformer:
     return LapFlowTransformer(MODEL, scales=2, channels=1, image_size=8, classes=2, on_built=redraw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["random_conv", "learned_conv"])
 def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypatch, features):
     """To the bit, by the code that a worker runs, with an engine of one rank."""
@@ -207,11 +178,12 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypa
         features=(features,),
         inception_weights=None,
         device=CPU,
-        batch=OWN.batch,
+        samples=OWN.samples,
     )
     engine = build_engine(
         randomised, config=EngineConfig(kind="plain"), placement=Placement((1, 1)),
-        optim=OptimConfig(), micro_batch=4, rank_batch=8, world_size=1, device=CPU,
+        optim=OptimConfig(), ema=EmaConfig(), micro_batch=4, rank_batch=8, world_size=1,
+        device=CPU,
     )  # fmt: skip
     store = open_store(f"{place}/runs", StoreConfig())
     science = {**science_of(place), "eval": to_dict(eval_config)}
@@ -222,8 +194,7 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypa
         shape=ImageShape(channels=1, size=8, classes=2), batch=OWN.batch, device=CPU,
     )  # fmt: skip
     final = FinalEvaluation(
-        config=eval_config, image_sampler=image_sampler, ranks=HostGroup(alone=True),
-        reference=reference,
+        config=eval_config, image_sampler=image_sampler, reference=reference,
     )  # fmt: skip
     manifest = CheckpointReader(store, run=run).manifest(300)
     assert manifest is not None
@@ -251,6 +222,7 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypa
     assert found == {features: {300: own.frechet}}
 
 
+@pytest.mark.slow
 def test_the_runs_own_settings_hold_unless_changed(place, tmp_path):
     (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), report=quiet)
     assert [each.features for each in report.distances] == ["random_conv"]
@@ -274,8 +246,6 @@ def report_of(config: EvalConfig) -> EvaluationReport:
         features="random_conv",
         frechet=1.0,
         frechet_untrained=2.0,
-        frechet_real_halves=None,
-        gap_closed=None,
         network_evaluations=1.0,
         segment_evaluations=(1.0,),
         settings=to_dict(config),
@@ -329,6 +299,7 @@ def test_a_choice_has_every_setting_of_a_sampler():
         SamplerChoice(steps=0)
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_read_and_not_measured_again(place, tmp_path):
     said: list[str] = []
     (report,) = evaluate_checkpoints(config(place, output=str(tmp_path)), report=said.append)
@@ -375,6 +346,7 @@ def test_a_report_that_cannot_be_believed_is_put_aside_and_measured_again(place,
         assert line.endswith(f"it is kept as {aside.name} and made again")
 
 
+@pytest.mark.slow
 def test_figures_that_cannot_be_written_are_shown(place, tmp_path, capsys):
     words = [f"checkpoint={place}/runs/small", f"home={place}/home", "device=cpu"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -474,11 +446,84 @@ def test_the_command_prints_a_table_or_one_paragraph(place, capsys):
     assert main([*words, "features=[random_conv]"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[-2].split() == [
-        *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n"),
-        *("Fréchet", "real", "halves", "extractor's", "accuracy"),
+        *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n", "reference"),
+        *("Fréchet", "real", "diversity", "real", "nearest", "real", "close"),
+        *("extractor's", "accuracy"),
     ]
     assert table[-1].split()[:9] == [
         *("small", "200", "ema", "random_conv", "midpoint", "20", "1.5", "80", "20")
     ]
     assert main([*words, "samples=1"]) == 2
     assert "samples=1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_distances_are_to_the_reference_that_was_asked_for(place, tmp_path):
+    held_out, train = (
+        evaluate_checkpoints(config(place, reference=split), report=quiet)[0]
+        for split in ("test", "train")
+    )
+    assert held_out == evaluate_checkpoints(config(place), report=quiet)[0]
+    assert (held_out.measurement.reference, held_out.real_images) == ("test", 20)
+    assert (train.measurement.reference, train.real_images) == ("train", 32)
+    assert train.measurement.held_out_index != held_out.measurement.held_out_index
+    one, two = held_out.distances[0], train.distances[0]
+    assert one.frechet != two.frechet
+    assert (one.diversity, one.nearest) == (two.diversity, two.nearest)
+    # What stands in the place of the samples is never the reference itself.
+    assert one.real is not None
+    assert two.real is not None
+    assert (one.real.images, two.real.images) == (20, 20)
+    assert one.real.frechet > 0
+    assert two.real.frechet > 0
+
+
+@pytest.mark.slow
+def test_samples_that_are_written_are_a_reference_of_themselves(place, tmp_path):
+    asked = config(place, write_samples=True, output=str(tmp_path / "a"))
+    (first,) = evaluate_checkpoints(asked, report=quiet)
+    (file,) = tmp_path.rglob("samples.npz")
+    pictures = np.load(file)["arr_0"]
+    assert pictures.shape == (20, 8, 8, 1)
+    (again,) = evaluate_checkpoints(
+        config(place, reference=str(file), output=str(tmp_path / "b")), report=quiet
+    )
+    assert again.distances[0].frechet == pytest.approx(0, abs=1e-6)
+    assert first.distances[0].frechet > 100 * again.distances[0].frechet
+    assert (again.measurement.reference, again.real_images) == ("file", 20)
+    assert again.measurement.held_out_index == hashlib.sha256(file.read_bytes()).hexdigest()
+    with pytest.raises(BadReference, match="no such file"):
+        evaluate_checkpoints(config(place, reference=str(tmp_path / "c.npz")), report=quiet)
+    with pytest.raises(ConfigError, match="reference=tset is neither"):
+        config(place, reference="tset")
+
+
+@pytest.mark.slow
+def test_pictures_of_the_held_out_images_in_a_file_are_the_held_out_images(place, tmp_path):
+    images, _ = two_kinds(20, 0)
+    pixels = (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "reference.npz", pixels)
+    (split,) = evaluate_checkpoints(config(place), report=quiet)
+    (file,) = evaluate_checkpoints(
+        config(place, reference=f"file://{tmp_path}/reference.npz", output=str(tmp_path)),
+        report=quiet,
+    )
+    assert file.distances == split.distances
+
+
+def test_a_runs_own_file_of_statistics_is_not_read_on_the_stores_word(place, caplog):
+    (manifest,) = choose_checkpoints(
+        f"{place}/runs/small", which="newest", config=StoreConfig()
+    ).manifests
+    store = open_store(f"{place}/another", StoreConfig())
+    for reference, taken in (
+        ("/etc/x.npz", "test"),
+        ("s3://bucket/x.npz", "s3://bucket/x.npz"),
+        ("train", "train"),
+    ):
+        own = dataclasses.replace(OWN, reference=reference)
+        store.put(evaluation_key("small", 200, "report.json"), report_of(own).to_json())
+        found = own_eval(store, manifest)
+        assert found is not None
+        assert found.reference == taken
+    assert "unless reference=FILE.npz is given" in caplog.text

@@ -26,6 +26,8 @@ from benchmarks.command import positive
 from benchmarks.comparison_picture import draw_picture
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.cost import training_multiply_adds
+from pipelines.command import CommandParser
+from pipelines.console import say_error
 from trainer.config.job import FeatureName, difference, fingerprinted
 from trainer.errors import is_user_error
 from trainer.evaluation.checkpoints import (
@@ -34,8 +36,9 @@ from trainer.evaluation.checkpoints import (
     evaluate_checkpoints,
 )
 from trainer.evaluation.choice import open_checkpoint
-from trainer.evaluation.loading import ModelRecord, SamplerChoice
-from trainer.evaluation.reports import CheckpointReport
+from trainer.evaluation.loading import SamplerChoice
+from trainer.evaluation.model_record import ModelRecord
+from trainer.evaluation.reports import CheckpointReport, RealFigures
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import StoreConfig
 
@@ -107,7 +110,7 @@ def measure_arm(name: str, runs: Sequence[str], config: CheckpointEvaluationConf
 
 
 def check_alike(arms: Sequence[Arm]) -> None:
-    """Refuse arms that were trained on different images.
+    """Refuse arms that were trained on different images, or measured otherwise.
 
     Raises:
         UnlikeRuns: If they were.
@@ -118,6 +121,19 @@ def check_alike(arms: Sequence[Arm]) -> None:
                 f"arms {arms[0].name!r} and {arm.name!r} were trained on different images; compare "
                 "runs of one data set"
             )
+    _check_protocols([report for arm in arms for each in arm.runs.values() for report in each])
+
+
+def _check_protocols(reports: Sequence[CheckpointReport]) -> None:
+    first = reports[0].measurement
+    for features in first.extractors:
+        for report in reports:
+            if report.measurement.protocol(features) != first.protocol(features):
+                raise UnlikeRuns(
+                    f"{report.checkpoint} was measured with {features} by another protocol than "
+                    f"{reports[0].checkpoint} ({report.measurement} instead of {first}); measure "
+                    "both on one machine, to the same reference"
+                )
 
 
 def as_markdown(arms: Sequence[Arm]) -> str:
@@ -145,8 +161,8 @@ def as_markdown(arms: Sequence[Arm]) -> str:
         reads = "" if accuracy is None else f"; its classifier reads {accuracy:.1%} of held-out"
         lines += [
             "",
-            f"Fréchet distance with `{distance.features}`, mean over seeds (each seed); half of "
-            f"the real images to the other half: {_format(distance.frechet_real_halves)}{reads}.",
+            f"Fréchet distance with `{distance.features}`, mean over seeds (each seed); real "
+            f"training images in the place of samples: {_format(distance.real)}{reads}.",
             "",
             "| images | " + " | ".join(f"{arm.name} | TFLOP" for arm in arms) + " |",
             "| --- |" + " --- | --- |" * len(arms),
@@ -216,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, ValueError) as error:
         if not is_user_error(error) and not isinstance(error, CheckpointError | UnlikeRuns):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "comparison.json").write_text(as_json(arms))
@@ -226,8 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _format(distance: float | None) -> str:
-    return "too few for halves" if distance is None else f"{distance:.4f}"
+def _format(real: RealFigures | None) -> str:
+    return "not measured" if real is None else f"{real.frechet:.4f}"
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -241,7 +257,7 @@ def _each(arm: Arm, features: str, images: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="python -m benchmarks.comparison",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

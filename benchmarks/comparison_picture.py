@@ -42,7 +42,7 @@ def draw_picture(arms: Sequence[Curves], features: Sequence[str], file: Path) ->
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(features), 2, squeeze=False, sharey="row")
     for name, (by_images, by_cost) in zip(features, axes, strict=True):
-        floor = next(iter(arms[0].runs.values()))[-1].distance(name).frechet_real_halves
+        real = next(iter(arms[0].runs.values()))[-1].distance(name).real
         for panel in (by_images, by_cost):
             panel.set_yscale("log")
             panel.grid(which="both", color="0.93")
@@ -51,7 +51,7 @@ def draw_picture(arms: Sequence[Curves], features: Sequence[str], file: Path) ->
             _draw(by_cost, arm, name, colour, arm.teraflops)
         by_images.set_ylabel(f"Fréchet distance ({name})")
         by_images.set_title(
-            "" if floor is None else f"half of the real images to the other half: {floor:.3g}",
+            "" if real is None else f"real training images: {real.frechet:.3g}",
             fontsize="medium",
             loc="left",
         )

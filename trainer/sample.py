@@ -1,4 +1,4 @@
-"""`python -m trainer.sample`: draw a grid of samples from a checkpoint."""
+"""`python -m trainer.sample`: draw samples from a checkpoint, as a grid or a set."""
 
 import sys
 

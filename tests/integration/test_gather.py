@@ -8,6 +8,8 @@ import torch
 
 from cluster.contract import ClusterConfig
 from cluster.launcher import run
+from pipelines.encoded import as_png
+from pipelines.ingest.write import LabelledImage, write_dataset
 from tests.support import gather_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
@@ -50,6 +52,43 @@ def test_samples_do_not_depend_on_the_number_of_ranks_to_the_bit_nor_on_the_batc
             atol=1e-6,
             msg=lambda m, s=sampler: f"{s}: {m}",
         )
+
+
+def test_figures_are_the_same_to_the_bit_on_any_number_of_ranks_and_in_any_batch(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 700), ("test", 300)):
+        pixels = torch.randint(0, 256, (count, 8, 8, 1), generator=generator).byte().numpy()
+        images = [as_png(each) for each in pixels]
+        images[17] = images[17][:40]
+        labelled = [LabelledImage(image, n % 3) for n, image in enumerate(images)]
+        write_dataset(labelled, f"{tmp_path}/data/{split}")
+    payload = {"prefix": f"{tmp_path}/data", "images": 40}
+    told = {
+        (ranks, batch): on_ranks(
+            gather_worker.measured,
+            ranks,
+            {**payload, "batch": batch, "home": f"{tmp_path}/{ranks}-{batch}"},
+        )
+        for ranks, batch in ((1, 40), (1, 7), (2, 7), (3, 3))
+    }
+    (whole,) = told[1, 40]
+    for found in told.values():
+        for each in found:
+            assert each["figures"] == whole["figures"]
+            assert each["nfe"] == whole["nfe"] == [2.0, 2.0]
+            assert each["real_images"] == [299, 1]
+            assert each["pictures"] == (each["rank"] == 0 and whole["pictures"])
+    for figures in whole["figures"]:
+        assert 0 < figures["real"]["frechet"] < figures["frechet"]
+        assert figures["real"]["images"] in (39, 40)
+
+
+@pytest.mark.parametrize("unsolvable", [0, 1, 3, 4])
+def test_a_solver_that_comes_to_no_end_on_one_rank_does_so_on_all(unsolvable):
+    told = on_ranks(gather_worker.unsolvable, 3, {"images": 5, "unsolvable": unsolvable})
+    assert sorted(message["rank"] for message in told) == [0, 1, 2]
+    (said,) = {message["said"] for message in told}
+    assert "the velocity is not finite" in said
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 9])

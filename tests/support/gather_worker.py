@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from contextlib import closing
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -16,8 +19,14 @@ from cluster.process_group import shake_hands
 from models.axes import Bands
 from models.codec import IdentityCodec
 from models.flow.flow import Flow, FlowConfig
+from models.flow.sampler import SolverError
 from models.flow.sampler_config import SamplerConfig
+from models.transformer.config import TransformerConfig
+from trainer.config.job import DataConfig, JobConfig
 from trainer.config.shapes import ImageShape
+from trainer.data.splits import open_split
+from trainer.evaluation.grid import TakenSamples
+from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
@@ -61,6 +70,25 @@ def left_early(context: WorkerContext, payload: dict[str, Any]) -> None:
                 break
     ranks.reduce_min(0)  # all are here again
     context.report({"rank": context.rank, "calls": model.calls})
+
+
+def unsolvable(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Draw one image after the other, one of which no solver comes to an end with."""
+    ranks = HostGroup()
+
+    class Broken(Mild):
+        def forward(self, states: Bands, time: torch.Tensor, labels: torch.Tensor) -> Bands:
+            factor = math.nan if labels.any() else 1.0
+            return tuple(factor * state for state in super().forward(states, time, labels))
+
+    labels = (torch.arange(payload["images"]) == payload["unsolvable"]).long()
+    said = "nothing"
+    try:
+        _image_sampler(1, {"solver": "dopri5"}).all(Broken(), labels, ranks=ranks)
+    except SolverError as error:
+        said = str(error)
+    ranks.reduce_min(0)  # all are here again
+    context.report({"rank": context.rank, "said": said})
 
 
 def slow_first(context: WorkerContext, payload: dict[str, Any]) -> None:
@@ -136,3 +164,36 @@ def stranger(context: WorkerContext, _payload: dict[str, Any]) -> None:
     secret = b"the run's" if context.rank == 0 else b"a guess"
     group = dist.new_group(backend="gloo")
     shake_hands(group, secret, timeout=timedelta(seconds=60))
+
+
+def measured(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """Measure samples against a small data set; each rank tells all figures."""
+    job = JobConfig(
+        data=DataConfig(prefix=payload["prefix"], image_size=8, channels=1, classes=3),
+        model=TransformerConfig(depth=1, width=16, heads=2),
+        home=payload["home"],
+    )
+    ranks = HostGroup()
+    reference = EvalReference(
+        job=job,
+        context=context,
+        ranks=ranks,
+        trained_on=open_split(job, "train").digest,
+        features=("random_conv", "learned_conv"),
+        inception_weights=None,
+        samples=payload["images"],
+    )
+    sampler = _image_sampler(payload["batch"], {"solver": "euler", "steps": 4})
+    labels = torch.arange(payload["images"]) % 3
+    taken = TakenSamples(picture_bytes=64, max_bytes=64 * 9, shown=[payload["images"] - 1])
+    found = reference.measure(sampler, Mild(), labels, keep=taken)
+    pictures = ranks.rank == 0 and hashlib.sha256(taken.npz()).hexdigest()
+    context.report(
+        {
+            "rank": context.rank,
+            "figures": [asdict(each) for each in found.distances],
+            "nfe": list(found.nfe),
+            "real_images": [reference.real_images, reference.unusable_real_images],
+            "pictures": pictures,
+        }
+    )

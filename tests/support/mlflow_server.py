@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 
 class MlflowServer:
     """One server process over a SQLite file.
@@ -41,6 +43,8 @@ class MlflowServer:
                     *("--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"),
                     *("--artifacts-destination", str(self._folder / "artifacts")),
                 ],
+                # Its jobs, which judge language models, are five more processes.
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -53,6 +57,21 @@ class MlflowServer:
             except OSError:
                 time.sleep(0.2)
         raise RuntimeError((self._folder / "server.log").read_text()[-2000:])
+
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Have the system refuse whatever it writes to files, for the length of a `with` block."""
+        assert self._process is not None
+        first = psutil.Process(self._process.pid)
+        everyone = [first, *first.children(recursive=True)]
+        usual = [each.rlimit(psutil.RLIMIT_FSIZE) for each in everyone]
+        for each in everyone:
+            each.rlimit(psutil.RLIMIT_FSIZE, (0, usual[0][1]))
+        try:
+            yield
+        finally:
+            for each, limits in zip(everyone, usual, strict=True):
+                each.rlimit(psutil.RLIMIT_FSIZE, limits)
 
     def kill(self) -> None:
         """End it without notice, workers included."""

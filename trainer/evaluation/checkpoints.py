@@ -19,19 +19,19 @@ from pipelines.order import StreamConfig
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
-from trainer.config.job import EvalConfig, FeatureName, JobConfig
+from trainer.config.job import EvalConfig, FeatureName, JobConfig, check_reference_name
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.choice import choose_checkpoints
-from trainer.evaluation.grid import TakenSamples, class_grid, grid_png
-from trainer.evaluation.loading import (
-    ModelRecord,
-    ModelSource,
-    SamplerChoice,
-    own_eval,
-    usable_device,
-)
+from trainer.evaluation.grid import MAX_PICTURES_BYTES, TakenSamples, class_grid, grid_png
+from trainer.evaluation.loading import ModelSource, SamplerChoice, usable_device
+from trainer.evaluation.model_record import ModelRecord, own_eval
 from trainer.evaluation.reference import reference_of_run
-from trainer.evaluation.reports import CheckpointReport, Measurement, evaluation_key
+from trainer.evaluation.reports import (
+    CheckpointReport,
+    Measurement,
+    evaluation_key,
+    reference_kind,
+)
 from trainer.storage.errors import CheckpointError, StoreError
 from trainer.storage.kept import read_or_set_aside, set_aside
 from trainer.storage.open import open_store
@@ -69,6 +69,10 @@ class CheckpointEvaluationConfig(ModelSource):
         seed: Seed of the noise; image i depends on it, on i and on its class alone; None is the
             run's own.
         sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
+        reference: What distances are measured to: "test", "train", or `FILE.npz` with statistics as
+            ADM's evaluation reads them; None is the run's own.
+        write_samples: Write the samples beside the report, up to 1 GiB of pictures, as
+            `samples.npz`.
         features: One or more extractors, with each of which the same samples are measured; None is
             the run's own.
         inception_weights: Local file for "inception"; None downloads it. What a run has recorded is
@@ -82,6 +86,10 @@ class CheckpointEvaluationConfig(ModelSource):
     batch: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
+    reference: Literal["train", "test"] | str | None = field(
+        default=None, metadata={"place": "uri"}
+    )
+    write_samples: bool = False
     features: tuple[FeatureName, ...] | None = None
     inception_weights: str | None = field(default=None, metadata={"place": "path"})
     data: RealImagesConfig = field(default_factory=RealImagesConfig)
@@ -89,6 +97,8 @@ class CheckpointEvaluationConfig(ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reference is not None:
+            check_reference_name(self.reference, key="reference")
         if self.features is not None and not self.features:
             raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
 
@@ -100,6 +110,7 @@ class CheckpointEvaluationConfig(ModelSource):
             batch=own.batch if self.batch is None else self.batch,
             seed=own.seed if self.seed is None else self.seed,
             sampler=self.sampler.over(own.sampler),
+            reference=own.reference if self.reference is None else self.reference,
         )
 
 
@@ -182,7 +193,8 @@ class _Evaluation:
             features=config.features or (own.features.name,),
             inception_weights=config.inception_weights,
             device=usable_device(config.device),
-            batch=asked.batch,
+            samples=asked.samples,
+            reference=asked.reference,
         )
 
     def evaluate(self, store: Store, manifest: Manifest, *, results: Store) -> CheckpointReport:
@@ -196,10 +208,12 @@ class _Evaluation:
         if report is not None and not report.is_of(manifest.run, manifest.images, measurement):
             set_aside(results, key("report.json"), reason="it tells of another measurement")
             report = None
-        if report is None:
-            grid, report = self._measure(store, manifest, measurement)
+        wanted = self._config.write_samples and key("samples.npz") not in results.list(key(""))
+        if report is None or wanted:
+            pictures, report = self._measure(store, manifest, measurement)
             try:
-                results.put(key("grid.png"), grid)
+                for name, data in pictures.items():
+                    results.put(key(name), data)
                 results.put(key("report.json"), report.to_json())
             except StoreError as error:
                 raise UnwrittenReport(report, error) from error
@@ -210,28 +224,35 @@ class _Evaluation:
 
     def _measure(
         self, store: Store, manifest: Manifest, measurement: Measurement
-    ) -> tuple[bytes, CheckpointReport]:
-        """Draw and measure in parts, of which only what the grid shows is kept."""
+    ) -> tuple[dict[str, bytes], CheckpointReport]:
+        """Draw and measure in parts, of which no more is kept than is written."""
         uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
         loaded = replace(self._config, checkpoint=uri).load(precision="run")
         asked, reference = self._asked, self._reference
         labels = torch.arange(asked.samples) % loaded.shape.classes
         chosen, columns = class_grid(len(labels), classes=loaded.shape.classes)
-        taken = TakenSamples(shown=chosen, max_bytes=0)
         image_sampler = loaded.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch)
+        taken = TakenSamples(
+            picture_bytes=image_sampler.picture_bytes,
+            shown=chosen,
+            max_bytes=MAX_PICTURES_BYTES if self._config.write_samples else 0,
+        )
         logger.info("drawing and measuring %d images on %s", len(labels), loaded.device)
-        distances = reference.measure(image_sampler, loaded.model, labels, keep=taken.add)
+        measured = reference.measure(image_sampler, loaded.model, labels, keep=taken)
         report = CheckpointReport(
             checkpoint=uri,
             run=manifest.run,
             images=manifest.images,
             real_images=reference.real_images,
             unusable_real_images=reference.unusable_real_images,
-            network_evaluations=sum(taken.nfe),
-            distances=distances,
+            network_evaluations=sum(measured.nfe),
+            distances=measured.distances,
             measurement=measurement,
         )
-        return grid_png(taken.grid(), columns=columns), report
+        pictures = {"grid.png": grid_png(taken.grid(), columns=columns)}
+        if self._config.write_samples:
+            pictures["samples.npz"] = taken.npz()
+        return pictures, report
 
     def _measurement(self, manifest: Manifest) -> Measurement:
         return Measurement(
@@ -241,7 +262,8 @@ class _Evaluation:
             seed=self._asked.seed,
             sampler=asdict(self._asked.sampler),
             extractors=self._reference.digests,
-            held_out_index=self._reference.held_out.digest,
+            held_out_index=self._reference.digest,
+            reference=reference_kind(self._asked.reference),
         )
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
 import tempfile
 import zipfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 FID_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of pt_inception-2015-12-05-6726825d.pth, with which the literature's FID is computed."""
 
+INCEPTION_FEATURES = 2048
+
 _MAX_BYTES = 2**30  # ten times what the network needs
 
 
@@ -41,17 +45,18 @@ class InceptionFeatures:
     """The 2048 pool features of the TensorFlow Inception network that defines FID.
 
     Args:
-        weights: Local weights file, or None to download it.
+        data: The weights file.
+        weights: Where it lies, or None where it was downloaded.
 
     Attributes:
         digest: SHA-256 of the weights file.
 
     Raises:
-        MissingWeights: The file is missing, holds anything but the network's tensors, or cannot be
-            downloaded; or the package is not installed.
+        MissingWeights: The file holds anything but the network's tensors, or the package is not
+            installed.
     """
 
-    def __init__(self, weights: str | None) -> None:
+    def __init__(self, data: bytes, *, weights: str | None) -> None:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
@@ -59,7 +64,7 @@ class InceptionFeatures:
                 "eval.features.name=inception needs the package torch-fidelity: "
                 "pip install '.[inception]' in the folder of this project"
             ) from error
-        self.digest, tensors = _tensors(weights)
+        self.digest, tensors = hashlib.sha256(data).hexdigest(), _tensors(data, weights)
         # The package unpickles whatever file it is given, so it is given one that was written here.
         with tempfile.TemporaryDirectory(prefix="lapflow-inception-") as folder:
             own = str(Path(folder) / "inception.pth")
@@ -87,26 +92,41 @@ class InceptionFeatures:
         return features
 
 
-def _tensors(weights: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Read a file of tensors, in which nothing can run code, and its SHA-256."""
+def read_inception(weights: str | None) -> bytes:
+    """Read the weights file of "inception", bounded.
+
+    Args:
+        weights: Local file, or None to download it.
+
+    Raises:
+        MissingWeights: It is missing or too large, or cannot be downloaded.
+    """
     try:
         file = _download() if weights is None else Path(weights).expanduser()
         data = read_bounded(file, max_bytes=_MAX_BYTES)
-        digest = hashlib.sha256(data).hexdigest()
-        if weights is None and digest != FID_WEIGHTS_SHA256:
-            raise _unusable(weights, f"{file} is not the published file; delete it")
+    except Exception as error:  # a download can end in any way
+        raise _unusable(weights, _reason(error)) from error
+    if weights is None and hashlib.sha256(data).hexdigest() != FID_WEIGHTS_SHA256:
+        raise _unusable(weights, f"{file} is not the published file; delete it")
+    return data
+
+
+def _tensors(data: bytes, weights: str | None) -> dict[str, Tensor]:
+    """Read a file of tensors, in which nothing can run code."""
+    try:
         _check_unpacked(data)
         content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except MissingWeights:
-        raise
     except Exception as error:  # a file from elsewhere can end its reader in any way
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise _unusable(weights, reason) from error
+        raise _unusable(weights, _reason(error)) from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
         raise _unusable(weights, "it holds something else than named tensors")
-    return digest, dict(content)
+    return dict(content)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _check_unpacked(data: bytes) -> None:
@@ -192,6 +212,66 @@ class RandomConvFeatures:
         return torch.cat((x.mean(dim=(2, 3)), x.std(dim=(2, 3))), dim=1)
 
 
+_UNIT = 32
+"""Images of one call of an extractor, always."""
+
+
+class IndexedExtraction:
+    """Runs an extractor so that the features of an image depend on the image and its index alone.
+
+    Libraries round a batch's last bits by its size. So every call has 32 images: image i is in
+    place i mod 32, whatever batches the images come in and whichever rank has its neighbours,
+    whose places then hold grey.
+
+    Args:
+        extractor: Maps images to features.
+        device: Where it works.
+        take: Takes features [n, d], labels [n] and indices [n], in whatever order they come.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        *,
+        device: torch.device,
+        take: Callable[[Tensor, Tensor, Tensor], None],
+    ) -> None:
+        self._extractor = extractor
+        self._device = device
+        self._take = take
+        self._unit = -1
+        self._images: dict[int, Tensor] = {}
+        self._labels: dict[int, int] = {}
+
+    def add(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Take images [n, c, h, w] in [-1, 1], seen as 8-bit pictures, their classes and indices.
+
+        Indices rise, and each comes once on one of the ranks.
+        """
+        seen = ((images * 127.5 + 127.5).round().clamp(0, 255) - 127.5) / 127.5
+        for image, label, index in zip(seen, labels.tolist(), indices.tolist(), strict=True):
+            unit, place = divmod(index, _UNIT)
+            if unit != self._unit:
+                self.flush()
+                self._unit = unit
+            self._images[place], self._labels[place] = image, label
+
+    def flush(self) -> None:
+        """Extract what is still waiting for its neighbours; the last call."""
+        if not self._images:
+            return
+        places = torch.tensor(list(self._images))
+        images = torch.stack(list(self._images.values()))
+        call = torch.zeros(_UNIT, *images.shape[1:]).index_copy_(0, places, images.float())
+        features = self._extractor(call.to(self._device))[places.to(self._device)]
+        # Whatever an extractor makes of values that are not finite, it is no measurement.
+        diverged = ~images.flatten(1).isfinite().all(1)
+        features[diverged.to(self._device)] = math.nan
+        labels = torch.tensor(list(self._labels.values()))
+        self._take(features, labels, self._unit * _UNIT + places)
+        self._images, self._labels = {}, {}
+
+
 def check_features(config: FeatureConfig) -> None:
     """Find out before a run whether its extractor can be built after it.
 
@@ -199,4 +279,5 @@ def check_features(config: FeatureConfig) -> None:
         MissingWeights: If Inception's weights cannot be had.
     """
     if config.name == "inception":
-        InceptionFeatures(config.inception_weights)
+        weights = config.inception_weights
+        InceptionFeatures(read_inception(weights), weights=weights)

@@ -35,8 +35,7 @@ def grid_png(images: Tensor, *, columns: int) -> bytes:
     canvas = np.full(
         (rows * cell_height + _GAP, columns * cell_width + _GAP, channels), _GAP_COLOUR, np.uint8
     )
-    values = (images.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu().numpy()
-    large = values.repeat(factor, axis=2).repeat(factor, axis=3).transpose(0, 2, 3, 1)
+    large = pixels_of(images).repeat(factor, axis=1).repeat(factor, axis=2)
     for index, image in enumerate(large):
         top = index // columns * cell_height + _GAP
         left = index % columns * cell_width + _GAP
@@ -44,6 +43,12 @@ def grid_png(images: Tensor, *, columns: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def pixels_of(images: Tensor) -> NDArray[np.uint8]:
+    """Return images [n, c, h, w] in [-1, 1] as pixels [n, h, w, c], the nearest of 0 … 255."""
+    values = (images.float() * 127.5 + 127.5).round().clamp(0, 255).byte()
+    return values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def class_grid(samples: int, *, classes: int) -> tuple[list[int], int]:
@@ -65,32 +70,44 @@ def class_grid(samples: int, *, classes: int) -> tuple[list[int], int]:
     return [index for index in chosen if index < samples], columns
 
 
-_MAX_BYTES = 2**30
+MAX_PICTURES_BYTES = 2**30
 
 
 class TakenSamples:
-    """Keeps the samples as pictures, as far as there is room, and counts network evaluations.
+    """Keeps samples as pictures, as far as there is room.
 
     Args:
+        picture_bytes: Size of a picture.
         whole: Keep them as they are too, all of them.
         shown: Indices of those that a grid shows, kept as they are.
-        max_bytes: Size of the pictures beyond which further ones are not kept.
+        max_bytes: Size of all pictures beyond which further ones are not kept.
 
     Attributes:
         whole: The images [b, c, h, w] and labels [b] of each block, if they were to be kept.
     """
 
     def __init__(
-        self, *, whole: bool = False, shown: Sequence[int] = (), max_bytes: int = _MAX_BYTES
+        self,
+        *,
+        picture_bytes: int,
+        whole: bool = False,
+        shown: Sequence[int] = (),
+        max_bytes: int = MAX_PICTURES_BYTES,
     ) -> None:
         self.whole: list[tuple[Tensor, Tensor]] = []
         self._keep_whole = whole
         self._shown: dict[int, Tensor | None] = dict.fromkeys(shown)
-        self._room_bytes = max_bytes
+        self._room = max_bytes // picture_bytes
         self._pictures: list[NDArray[np.uint8]] = []
         self._labels: list[NDArray[np.int64]] = []
-        self._count = 0
-        self._nfe = torch.zeros(0, dtype=torch.float64)
+
+    def wants(self, indices: range) -> bool:
+        """Tell whether any image of a block is kept."""
+        return (
+            self._keep_whole
+            or indices.start < self._room
+            or any(index in self._shown for index in indices)
+        )
 
     def add(self, block: SampleBlock) -> None:
         """Take a block."""
@@ -99,27 +116,13 @@ class TakenSamples:
         for index, image in enumerate(block.images, block.first):
             if index in self._shown:
                 self._shown[index] = image
-        nfe = len(block.images) * torch.tensor(block.nfe, dtype=torch.float64)
-        self._nfe = self._nfe + nfe if self._count else nfe
-        self._count += len(block.images)
-        bytes_ = (block.images * 127.5 + 127.5).round().clamp(0, 255).byte()
-        pictures = (
-            bytes_.permute(0, 2, 3, 1).contiguous().numpy()[: self._room_bytes // bytes_[0].nbytes]
-        )
-        self._pictures.append(pictures)
-        self._labels.append(block.labels[: len(pictures)].numpy())
-        # A later, smaller block must not follow on one that was cut.
-        whole = len(pictures) == len(block.images)
-        self._room_bytes = self._room_bytes - pictures.nbytes if whole else 0
+        room = max(0, self._room - block.first)
+        self._pictures.append(pixels_of(block.images[:room]))
+        self._labels.append(block.labels[:room].numpy())
 
     def grid(self) -> Tensor:
-        """Return the images that a grid shows, [n, c, h, w], once all blocks are taken."""
+        """Return the images that a grid shows, [n, c, h, w], once its blocks are taken."""
         return torch.stack([image for image in self._shown.values() if image is not None])
-
-    @property
-    def nfe(self) -> tuple[float, ...]:
-        """Network evaluations in each segment, averaged over the samples."""
-        return tuple((self._nfe / self._count).tolist())
 
     def npz(self) -> bytes:
         """Pack the pictures as FID tools expect them: uint8 NHWC in arr_0, labels in arr_1."""

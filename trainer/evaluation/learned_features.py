@@ -61,6 +61,22 @@ class LearnedConvFeatures:
             b"".join(w.cpu().contiguous().numpy().tobytes() for w in weights)
         ).hexdigest()
 
+    def to_bytes(self) -> bytes:
+        """Return the network as safetensors."""
+        accuracy = torch.tensor(self.held_out_accuracy, dtype=torch.float64)
+        return save({**self._network.cpu().state_dict(), _ACCURACY: accuracy})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> LearnedConvFeatures:
+        """Rebuild it from `to_bytes`."""
+        tensors = load(data)
+        accuracy = float(tensors.pop(_ACCURACY))
+        network = _Classifier(
+            channels=tensors["layers.0.0.weight"].shape[1], classes=len(tensors["head.bias"])
+        )
+        network.load_state_dict(tensors)
+        return cls(network, held_out_accuracy=accuracy)
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Extract 128 features per image."""
@@ -111,19 +127,12 @@ class KeptFeatures:
         if folder is None:
             self._put_aside()
             return None
-        tensors = load((folder / _FILE).read_bytes())
-        accuracy = float(tensors.pop(_ACCURACY))
-        network = _Classifier(
-            channels=tensors["layers.0.0.weight"].shape[1], classes=len(tensors["head.bias"])
-        )
-        network.load_state_dict(tensors)
-        return LearnedConvFeatures(network, held_out_accuracy=accuracy)
+        return LearnedConvFeatures.from_bytes((folder / _FILE).read_bytes())
 
-    def write(self, network: _Classifier, accuracy: float) -> None:
+    def write(self, learned: LearnedConvFeatures) -> None:
         """Keep weights, as far as the disk lets it."""
-        tensors = {**network.state_dict(), _ACCURACY: torch.tensor(accuracy, dtype=torch.float64)}
         try:
-            self.files.keep({_FILE: save(tensors)}, made_of=self._made_of)
+            self.files.keep({_FILE: learned.to_bytes()}, made_of=self._made_of)
         except StoreError as error:
             logger.warning("what was learned is not kept, and will be learned again: %s", error)
 
@@ -163,9 +172,10 @@ def learned_features(
         network = _Classifier(channels=images.shape[1], classes=int(labels.max()) + 1)
         _train(network, images, labels)
         accuracy = _accuracy(network.eval(), held_out)
+    learned = LearnedConvFeatures(network, held_out_accuracy=accuracy)
     if kept is not None:
-        kept.write(network, accuracy)
-    return LearnedConvFeatures(network, held_out_accuracy=accuracy)
+        kept.write(learned)
+    return learned
 
 
 def join_batches(batches: LabelledImages) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +22,40 @@ from pipelines.errors import (
 )
 from pipelines.formats import format_bytes
 from pipelines.loading.bad_samples import BadSamples
+from pipelines.progress import Progress, figures_in
 from pipelines.shards import ShardedDataset
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
 from trainer.data.loading import decoding
 from trainer.data.splits import Split, open_images
-from trainer.evaluation.frechet import MIN_IMAGES, MIN_IMAGES_IN_HALVES
+from trainer.evaluation.npz import check_reference
+from trainer.evaluation.sums import MIN_IMAGES
+from trainer.host_group import HostGroup
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 256
+_TELLING_IMAGES = 4
+_REPORT_INTERVAL_S = 10.0
 _MAX_HELD_BYTES = 4 * 2**30
 _HOLD_OUT_MORE = (
     "hold out more images of the data set, as --hold-out of python -m pipelines.ingest does"
 )
+
+
+class RealBatch(NamedTuple):
+    """Real images that can be used.
+
+    Attributes:
+        images: Shape [b, c, h, w], in [-1, 1].
+        labels: Shape [b].
+        indices: Place of each among those that are read, shape [b].
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
 
 
 class RealImages:
@@ -71,16 +93,48 @@ class RealImages:
                 are left of it to measure by.
         """
         usable = 0
+        for batch in self.share():
+            usable += len(batch.labels)
+            yield batch.images, batch.labels
+        self.check_usable(usable)
+
+    def share(
+        self, ranks: HostGroup | None = None, *, ids: Tensor | None = None
+    ) -> Iterator[RealBatch]:
+        """Read this rank's part of the split; together the ranks read all of it.
+
+        Args:
+            ranks: Those that read; None is this process by itself.
+            ids: Rising places in the split of what is read; None is all.
+
+        Raises:
+            DataError: If it is out of reach, or more images than allowed cannot be used.
+        """
+        rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
         device = self._context.device
         config = decoding(self._job, self._context, scales=1)
         decoder = make_decoder(self._job.loader.decoder, config, device=device)
-        for images in self._opened.streams:
-            bad = BadSamples(images, max_fraction=self._job.loader.max_bad_fraction)
-            for start in range(0, len(images), _AT_ONCE):
-                ids = range(start, min(start + _AT_ONCE, len(images)))
-                for batch in _usable(images, ids, decoder=decoder, bad=bad):
-                    usable += len(batch[1])
-                    yield batch
+        wanted = torch.arange(len(self)) if ids is None else ids
+        before, turn, index = 0, 0, 0
+        with _progress(len(wanted), is_shown=rank == 0) as progress:
+            for images in self._opened.streams:
+                bad = BadSamples(images, max_fraction=self._job.loader.max_bad_fraction)
+                own = wanted[(wanted >= before) & (wanted < before + len(images))] - before
+                before += len(images)
+                for chunk in torch.split(own, _AT_ONCE):
+                    if turn % world_size == rank:
+                        for batch in _usable(images, chunk.tolist(), decoder=decoder, bad=bad):
+                            places = torch.searchsorted(chunk, batch.indices)
+                            yield batch._replace(indices=places + index)
+                    turn, index = turn + 1, index + len(chunk)
+                    progress.add(len(chunk))
+
+    def check_usable(self, usable: int) -> None:
+        """Refuse to measure by too few images.
+
+        Raises:
+            DataError: If no more than `usable` images can be used, and they are too few.
+        """
         if usable < MIN_IMAGES:
             raise BadDataError(
                 f"Of {len(self)} images of the split {self._split} only {usable} can be used, and "
@@ -91,6 +145,18 @@ class RealImages:
     @cached_property
     def _opened(self) -> Split:
         return open_images(self._job, self._split)
+
+
+def _progress(images: int, *, is_shown: bool) -> Progress:
+    return Progress(
+        "reading images",
+        images,
+        report=lambda line: logger.log(logging.INFO if is_shown else logging.DEBUG, "%s", line),
+        line=lambda pace: f"{pace.done:.0f} of {pace.total} real images are read",
+        figures=figures_in("images"),
+        every_s=_REPORT_INTERVAL_S,
+        last=False,
+    )
 
 
 def check_measurable(job: JobConfig, *, report: Callable[[str], None]) -> None:
@@ -104,15 +170,19 @@ def check_measurable(job: JobConfig, *, report: Callable[[str], None]) -> None:
         ConfigError: If there are too few held-out images, or more than fit into memory where they
             have to.
         DataError: If they are missing or out of reach.
+        BadReference: If there is no file of statistics where one is named.
     """
     held_out = check_held_out(job)
-    if held_out < MIN_IMAGES_IN_HALVES:
+    if held_out < _TELLING_IMAGES:
         report(
-            f"warning: with {held_out} held-out images the distance between two halves of them is "
-            f"left out, which needs {MIN_IMAGES_IN_HALVES}, and the Fréchet distance says "
-            f"little; {_HOLD_OUT_MORE}"
+            f"warning: with {held_out} held-out images the Fréchet distance says little; "
+            f"{_HOLD_OUT_MORE}"
         )
     check_held(job, [job.eval.features.name], classifier=job.eval.classifier)
+    if job.eval.reference == "train":
+        open_images(job, "train")
+    elif job.eval.reference != "test":
+        check_reference(job.eval.reference, job.store)
 
 
 def check_held_out(job: JobConfig) -> int:
@@ -161,8 +231,8 @@ def check_held(job: JobConfig, features: Collection[str], *, classifier: bool) -
 
 
 def _usable(
-    images: ShardedDataset, ids: range, *, decoder: Decoder[Any], bad: BadSamples
-) -> Iterator[tuple[Tensor, Tensor]]:
+    images: ShardedDataset, ids: Sequence[int], *, decoder: Decoder[Any], bad: BadSamples
+) -> Iterator[RealBatch]:
     """Read and decode some images together, but for those that cannot be."""
     bad.count_read(len(ids))
     found: list[tuple[int, int, Any]] = []
@@ -180,5 +250,6 @@ def _usable(
                 bad.tolerate(found[place][0], reason=error.reason, attempt=0)
             found = [each for place, each in enumerate(found) if place not in error.indices]
             continue
-        yield pictures.cpu(), torch.tensor([label for _, label, _ in found])
+        labels = torch.tensor([label for _, label, _ in found])
+        yield RealBatch(pictures.cpu(), labels, torch.tensor([each for each, _, _ in found]))
         return

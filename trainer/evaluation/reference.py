@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cluster.contract import WorkerContext
@@ -17,16 +18,29 @@ from trainer.config.job import FeatureName, JobConfig
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
 from trainer.data.splits import open_split
-from trainer.evaluation.features import FeatureExtractor, InceptionFeatures, RandomConvFeatures
-from trainer.evaluation.frechet import DistanceToReal
+from trainer.errors import is_user_error
+from trainer.evaluation.extractors import build_extractor, find_on_first, run_on_all
+from trainer.evaluation.feature_sets import (
+    COMPARED_IMAGES,
+    NEIGHBOURS,
+    FeatureSet,
+    Nearness,
+    nearest_distances,
+    spread_evenly,
+)
+from trainer.evaluation.features import INCEPTION_FEATURES, FeatureExtractor, IndexedExtraction
+from trainer.evaluation.frechet import FeatureStatistics, frechet_distance
+from trainer.evaluation.grid import TakenSamples
 from trainer.evaluation.learned_features import (
     KeptFeatures,
     LearnedConvFeatures,
     learned_features,
 )
+from trainer.evaluation.npz import StoredReference, open_reference
 from trainer.evaluation.real_images import RealImages, check_held, check_held_out
-from trainer.evaluation.reports import Distance
-from trainer.evaluation.samples import ImageSampler, SampleBlock
+from trainer.evaluation.reports import Distance, Measured, RealFigures
+from trainer.evaluation.samples import ImageSampler
+from trainer.evaluation.sums import FeatureSums
 from trainer.host_group import HostGroup
 from trainer.storage.kept import KeptFiles
 from trainer.storage.open import set_environment
@@ -34,25 +48,56 @@ from trainer.storage.open import set_environment
 logger = logging.getLogger(__name__)
 
 
+class _Read(NamedTuple):
+    """Features of real images by one extractor."""
+
+    sums: FeatureSums
+    """Of those that are measured, on all ranks."""
+    kept: Tensor
+    """Held-out images that are compared; of training images, this rank's part."""
+
+
+class _Target(NamedTuple):
+    """What distances are measured to."""
+
+    images: int
+    """How many they are, or 0 where only statistics are stored."""
+    statistics: FeatureStatistics
+
+
+class _Yardstick(NamedTuple):
+    """What real images reach."""
+
+    held_out: Tensor
+    """Distance from each held-out image that is compared to the nearest training image."""
+    figures: RealFigures
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalReference:
     """Real images and extractors, which serve all sets of samples; both are read at first use.
 
+    All ranks read and measure, each its part; so every use is a collective call.
+
     Attributes:
         job: The job whose data set it is.
         context: Says where images are decoded, and features extracted.
+        ranks: Those that read and measure.
         trained_on: SHA-256 of the index of what the run was trained on.
         features: Names of the extractors.
         inception_weights: Local file for "inception"; None downloads it when online.
-        batch: Images whose features are extracted at a time.
+        samples: How many samples are measured, and so real images beside them.
+        reference: What distances are measured to: "test", "train", or a file of statistics.
     """
 
     job: JobConfig
     context: WorkerContext
+    ranks: HostGroup
     trained_on: str
     features: Sequence[FeatureName]
     inception_weights: str | None
-    batch: int
+    samples: int
+    reference: str = "test"
 
     @cached_property
     def held_out(self) -> RealImages:
@@ -66,19 +111,25 @@ class EvalReference:
 
     @cached_property
     def extractors(self) -> dict[str, FeatureExtractor]:
-        """The extractors by name.
+        """The extractors by name; the first rank finds their weights for all.
 
         Raises:
             MissingWeights: Inception's weights cannot be had.
         """
-        return {name: self._build_extractor(name) for name in self.features}
+        channels = picture_shape(self.job.data, self.job.codec).channels
+        return {
+            name: build_extractor(
+                name,
+                ranks=self.ranks,
+                channels=channels,
+                inception_weights=self.inception_weights,
+                learn=self._learn,
+            )
+            for name in self.features
+        }
 
-    def _build_extractor(self, name: FeatureName) -> FeatureExtractor:
+    def _learn(self) -> LearnedConvFeatures:
         shape = picture_shape(self.job.data, self.job.codec)
-        if name == "inception":
-            return InceptionFeatures(self.inception_weights)
-        if name == "random_conv":
-            return RandomConvFeatures(shape.channels)
         made_of = {
             "train_index": self.trained_on,
             "held_out_index": self.held_out.digest,
@@ -97,29 +148,185 @@ class EvalReference:
         """Each extractor and, where it has weights of its own, their SHA-256."""
         return {name: extractor.digest for name, extractor in self.extractors.items()}
 
+    def prepare(self) -> None:
+        """Read the real images and find out what they reach."""
+        _ = self._target, self._real
+
     @cached_property
-    def distances(self) -> dict[str, DistanceToReal]:
-        """Distance to the held-out images by each extractor."""
+    def _held_out(self) -> dict[str, _Read]:
         logger.info("reading the held-out images")
-        return {
-            name: DistanceToReal(
-                extractor,
-                (images for images, _ in self.held_out),
-                device=torch.device(self.context.device),
-                batch=self.batch,
+        total = len(self.held_out)
+        sets = self._read(
+            self.held_out,
+            kept=spread_evenly(total, COMPARED_IMAGES),
+            summed=None if self.reference == "test" else spread_evenly(total, self.samples),
+        )
+        for each in sets.values():
+            self.held_out.check_usable(each.sums.count)
+        return {name: _Read(each.sums, each.gather(self.ranks)) for name, each in sets.items()}
+
+    @cached_property
+    def _train(self) -> dict[str, _Read]:
+        """Nothing where there are no training images, as of latents that were made elsewhere."""
+        logger.info("reading training images")
+        try:
+            total = run_on_all(self.ranks, lambda: len(self.train))
+            most = total if self.reference == "train" else self.samples
+            measured, near = spread_evenly(total, most), spread_evenly(total, NEIGHBOURS)
+            ids = torch.tensor(sorted({*measured.tolist(), *near.tolist()}))
+            sets = self._read(
+                self.train,
+                ids=ids,
+                summed=torch.searchsorted(ids, measured),
+                kept=torch.searchsorted(ids, near),
             )
-            for name, extractor in self.extractors.items()
+            for each in sets.values():
+                each.sums.statistics()
+            return {name: _Read(each.sums, each.kept) for name, each in sets.items()}
+        except ValueError as error:
+            if not is_user_error(error) or self.reference == "train":
+                raise
+            if self.ranks.rank == 0:
+                logger.warning(
+                    "what real images reach is left out, as training images cannot be measured: %s",
+                    error,
+                )
+            return {}
+
+    @cached_property
+    def _target(self) -> dict[str, _Target]:
+        _ = self._held_out
+        if self.reference in ("test", "train"):
+            read = self._train if self.reference == "train" else self._held_out
+            return {
+                name: _Target(each.sums.count, each.sums.statistics())
+                for name, each in read.items()
+            }
+        return {
+            name: _Target(int(stored["count"]), _statistics(stored))
+            for name in self.features
+            for stored in [load(self._stored[name])]
+        }
+
+    @cached_property
+    def _stored(self) -> dict[str, bytes]:
+        """Statistics of the reference's file, and its digest, which the first rank reads."""
+        logger.info("reading the reference %s", self.reference)
+
+        def read() -> bytes:
+            with open_reference(self.reference, self.job.store) as stored:
+                found = {"digest": stored.digest.encode()}
+                for name in self.features:
+                    found[name] = save(self._stored_statistics(stored, name))
+            return save(
+                {
+                    name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    for name, data in found.items()
+                }
+            )
+
+        tensors = load(find_on_first(self.ranks, read))
+        return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+    def _stored_statistics(self, stored: StoredReference, name: str) -> dict[str, Tensor]:
+        found, count = None, 0
+        if name == "inception":
+            found = stored.statistics(features=INCEPTION_FEATURES)
+        if found is None:
+            sums, channels = FeatureSums(), picture_shape(self.job.data, self.job.codec).channels
+            extraction = IndexedExtraction(
+                self.extractors[name],
+                device=torch.device(self.context.device),
+                take=lambda features, labels, indices: sums.add(features),
+            )
+            for images in stored.pictures():
+                stored.check_channels(images, channels)
+                extraction.add(
+                    images, torch.zeros(len(images)).long(), torch.arange(len(images)) + count
+                )
+                count += len(images)
+            extraction.flush()
+            found = sums.statistics()
+        return {
+            "count": torch.tensor(count),
+            "mean": torch.from_numpy(found.mean),
+            "covariance": torch.from_numpy(found.covariance),
         }
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of what distances are measured to: of an index of images, or of a file."""
+        if self.reference == "test":
+            return self.held_out.digest
+        if self.reference == "train":
+            return self.train.digest
+        return self._stored["digest"].decode()
+
+    @cached_property
+    def _real(self) -> dict[str, _Yardstick]:
+        """What real images reach that are not the reference; nothing without training images."""
+        found = {}
+        for name, train in self._train.items():
+            held_out, target = self._held_out[name], self._target[name]
+            nearest = nearest_distances(held_out.kept, train.kept, ranks=self.ranks)
+            sums = held_out.sums if self.reference == "train" else train.sums
+            figures = RealFigures(
+                images=sums.count,
+                frechet=frechet_distance(sums.statistics(), target.statistics),
+                diversity=sums.within_class_variance(),
+                nearest=Nearness.of(nearest, held_out=nearest),
+            )
+            found[name] = _Yardstick(nearest, figures)
+        return found
+
+    def _read(
+        self,
+        images: RealImages,
+        *,
+        kept: Tensor,
+        ids: Tensor | None = None,
+        summed: Tensor | None = None,
+    ) -> dict[str, FeatureSet]:
+        """Extract the features of real images, each rank those of its part."""
+        sets, extractions = self._sets(kept=kept, summed=summed)
+
+        def read() -> None:
+            for batch in images.share(self.ranks, ids=ids):
+                for extraction in extractions:
+                    extraction.add(batch.images, batch.labels, batch.indices)
+            for extraction in extractions:
+                extraction.flush()
+
+        run_on_all(self.ranks, read)
+        for each in sets.values():
+            each.sums.reduce(self.ranks)
+        return sets
+
+    def _sets(
+        self, *, kept: Tensor, summed: Tensor | None = None
+    ) -> tuple[dict[str, FeatureSet], list[IndexedExtraction]]:
+        """Make what takes the features of a set of images by each extractor."""
+        classes = max(1, self.job.data.classes)
+        sets = {
+            name: FeatureSet(classes=classes, kept=kept, summed=summed) for name in self.extractors
+        }
+        device = torch.device(self.context.device)
+        extractions = [
+            IndexedExtraction(extractor, device=device, take=sets[name].take)
+            for name, extractor in self.extractors.items()
+        ]
+        return sets, extractions
+
+    @property
     def real_images(self) -> int:
-        """How many held-out images samples are compared with."""
-        return next(iter(self.distances.values())).real_images
+        """How many real images samples are compared with; 0 where only statistics are stored."""
+        return next(iter(self._target.values())).images
 
     @property
     def unusable_real_images(self) -> int:
-        """How many held-out images could not be read or decoded."""
-        return len(self.held_out) - self.real_images
+        """How many images of the reference could not be read or decoded."""
+        images = {"test": self.held_out, "train": self.train}.get(self.reference)
+        return 0 if images is None else len(images) - self.real_images
 
     def measure(
         self,
@@ -127,45 +334,68 @@ class EvalReference:
         model: nn.Module,
         labels: Tensor,
         *,
-        ranks: HostGroup | None = None,
-        keep: Callable[[SampleBlock], None] | None = None,
-    ) -> tuple[Distance, ...]:
-        """Sample and measure block by block, of which none is kept here; a collective call.
+        keep: TakenSamples | None = None,
+    ) -> Measured:
+        """Sample and measure block by block, each rank its own; a collective call.
 
         Args:
             image_sampler: Decides the samples.
             model: Velocity model.
             labels: Requested classes, shape [n].
-            ranks: Those that sample; None is this process by itself.
-            keep: Takes each block, on the first rank.
+            keep: Takes the blocks that it wants, on the first rank.
 
         Returns:
-            On the first rank one distance for each extractor, on the others none.
+            The same figures on all ranks.
 
         Raises:
             FrechetError: There are too few images for a distance, or samples that are not finite.
+            DataError: The held-out images are out of reach, or cannot be used.
         """
-        with closing(image_sampler.blocks(model, labels, ranks=ranks)) as blocks:
-            for block in blocks:
-                for distance in self.distances.values():
-                    distance.add(block.images)
-                if keep is not None:
-                    keep(block)
-        if ranks is not None and ranks.rank > 0:
-            return ()
-        return tuple(self._take(name) for name in self.features)
+        self.prepare()
+        sets, extractions = self._sets(kept=spread_evenly(len(labels), COMPARED_IMAGES))
+        evaluations = torch.zeros(image_sampler.flow.stages.scales, dtype=torch.int64)
+        for turn in image_sampler.turns(model, labels, ranks=self.ranks):
+            if turn.own is not None:
+                # Counted as they were made, so whole numbers, whose sum no order changes.
+                nfe = torch.tensor(turn.own.nfe, dtype=torch.float64)
+                evaluations += (nfe * len(turn.own.labels)).round().long()
+                for extraction in extractions:
+                    extraction.add(turn.own.images, turn.own.labels, turn.own.indices)
+            if keep is not None:
+                for block in turn.gather(self.ranks, wanted=keep.wants):
+                    keep.add(block)
+        for extraction in extractions:
+            extraction.flush()
+        for each in sets.values():
+            each.sums.reduce(self.ranks)
+        total = self.ranks.reduce_sum(evaluations)
+        return Measured(
+            distances=tuple(self._distance(name, sets[name]) for name in self.features),
+            nfe=tuple((total.double() / len(labels)).tolist()),
+        )
 
-    def _take(self, name: str) -> Distance:
-        distance, extractor = self.distances[name], self.extractors[name]
-        accuracy = None
+    def _distance(self, name: str, samples: FeatureSet) -> Distance:
+        real, nearest = self._real.get(name), None
+        frechet = frechet_distance(samples.sums.statistics(), self._target[name].statistics)
+        if real is not None:
+            compared = samples.gather(self.ranks)
+            distances = nearest_distances(compared, self._train[name].kept, ranks=self.ranks)
+            nearest = Nearness.of(distances, held_out=real.held_out)
+        extractor, accuracy = self.extractors[name], None
         if isinstance(extractor, LearnedConvFeatures):
             accuracy = extractor.held_out_accuracy
         return Distance(
             features=name,
-            frechet=distance.take(),
-            frechet_real_halves=distance.between_halves,
+            frechet=frechet,
+            diversity=samples.sums.within_class_variance(),
+            nearest=nearest,
+            real=None if real is None else real.figures,
             held_out_accuracy=accuracy,
         )
+
+
+def _statistics(tensors: Mapping[str, Tensor]) -> FeatureStatistics:
+    return FeatureStatistics(mean=tensors["mean"].numpy(), covariance=tensors["covariance"].numpy())
 
 
 def reference_of_run(
@@ -175,7 +405,8 @@ def reference_of_run(
     features: Sequence[FeatureName],
     inception_weights: str | None,
     device: torch.device,
-    batch: int,
+    samples: int,
+    reference: str = "test",
 ) -> EvalReference:
     """Open the real images of a run's data set, outside of the run.
 
@@ -206,8 +437,10 @@ def reference_of_run(
     return EvalReference(
         job=job,
         context=context,
+        ranks=HostGroup(alone=True),
         trained_on=trained_on,
         features=features,
         inception_weights=inception_weights,
-        batch=batch,
+        samples=samples,
+        reference=reference,
     )

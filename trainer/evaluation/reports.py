@@ -8,11 +8,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import Field
 
 from pipelines.documents import DocumentError, parse_json, seal, unseal, validate_as
 from trainer.checkpoint import layout
 from trainer.config.job import EvalConfig
+from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.learned_features import LabelAgreement
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
@@ -26,6 +29,28 @@ def evaluation_key(run: str, images: int, name: str) -> str:
     return f"{run}/evaluation/{images:012d}/{name}"
 
 
+def reference_kind(reference: str) -> str:
+    """Return "test", "train" or "file", of which a digest says more than its place."""
+    return reference if reference in ("test", "train") else "file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealFigures:
+    """What real training images reach in the place of the samples: the yardstick.
+
+    Attributes:
+        images: How many were measured: as many as there are samples, or all that there are.
+        frechet: Their Fréchet distance to the held-out images.
+        diversity: See `Distance`.
+        nearest: How near held-out images are to training images.
+    """
+
+    images: int
+    frechet: float
+    diversity: float | None
+    nearest: Nearness
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distance:
     """One extractor's Fréchet distance with what it has to be compared with.
@@ -33,16 +58,49 @@ class Distance:
     Attributes:
         features: Name of the extractor; distances of different extractors do not compare.
         frechet: Samples against held-out real images; lower is better.
-        frechet_real_halves: One half of the held-out real images against the other: what a perfect
-            generator could reach with so few images; None where there were too few for halves.
+        diversity: Variance of the samples' features within classes, summed over features.
+        nearest: How near samples are to training images.
+        real: What real images reach; None where there are no training images to read, and in
+            reports of older versions.
         held_out_accuracy: For "learned_conv": fraction of held-out images its classifier reads
             right.
     """
 
     features: str
     frechet: float
-    frechet_real_halves: float | None
+    diversity: float | None = None
+    nearest: Nearness | None = None
+    real: RealFigures | None = None
     held_out_accuracy: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures under the names the tracker shows."""
+        values = {"": self.frechet, "_diversity": self.diversity}
+        if self.nearest is not None:
+            values |= {
+                "_nearest_train": self.nearest.mean,
+                "_close_to_train": self.nearest.close_share,
+            }
+        if self.real is not None:
+            values |= {
+                "_real": self.real.frechet,
+                "_real_diversity": self.real.diversity,
+                "_real_nearest_train": self.real.nearest.mean,
+            }
+        return {
+            f"eval/frechet_{self.features}" if not name else f"eval/{self.features}{name}": value
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+class Measured(NamedTuple):
+    """Figures of one set of samples."""
+
+    distances: tuple[Distance, ...]
+    """One for each extractor."""
+    nfe: tuple[float, ...]
+    """Network evaluations for a sample in each segment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +114,8 @@ class Measurement:
         seed: Seed of their noise.
         sampler: Solver, steps and guidance.
         extractors: Name of each extractor and, where it has weights of its own, their SHA-256.
-        held_out_index: SHA-256 of the index of the real images.
+        held_out_index: SHA-256 of the reference: of the index of its images, or of its file.
+        reference: What distances are measured to: "test", "train" or "file".
     """
 
     attempt: str
@@ -66,12 +125,21 @@ class Measurement:
     sampler: Mapping[str, Any]
     extractors: Mapping[str, str]
     held_out_index: str
+    reference: str = "test"
 
     @property
     def name(self) -> str:
         """Short digest, the name of the report's folder."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def protocol(self, features: str) -> str:
+        """Return a digest of all that two figures of one extractor must have in common to compare.
+
+        That is everything but the checkpoint and the other extractors.
+        """
+        told = {**asdict(self), "attempt": "", "extractors": self.extractors.get(features)}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +168,9 @@ class CheckpointReport(_Report):
         checkpoint: Its URI.
         run: Name of its run.
         images: Images its weights were trained on.
-        real_images: Held-out images that the samples were compared with.
-        unusable_real_images: Held-out images that could not be read or decoded.
+        real_images: Real images that the samples were compared with; 0 where only statistics of
+            them are stored.
+        unusable_real_images: Real images that could not be read or decoded.
         network_evaluations: Network evaluations per sample; a guided pair counts as two.
         distances: One for each extractor.
         measurement: How it was measured.
@@ -133,7 +202,7 @@ class Origin:
     Attributes:
         run: Name of the run.
         attempt: The random name of the checkpoint that was measured.
-        held_out_index: SHA-256 of the index of the real images.
+        held_out_index: SHA-256 of the reference: of the index of its images, or of its file.
         extractor: SHA-256 of the extractor's weights; empty where the code decides them.
     """
 
@@ -141,6 +210,27 @@ class Origin:
     attempt: str
     held_out_index: str
     extractor: str
+
+
+class GoodputPoint(NamedTuple):
+    """The share of a run's time that went into steps which count, when it had lasted so long."""
+
+    images: Annotated[int, Field(ge=0)]
+    wall_s: Annotated[float, Field(ge=0)]
+    goodput: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTime:
+    """What the time of all launches of a run went into.
+
+    Attributes:
+        seconds: For each kind, as the tracker shows them.
+        curve: The goodput in the course of the run.
+    """
+
+    seconds: dict[str, Annotated[float, Field(ge=0)]]
+    curve: tuple[GoodputPoint, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +243,7 @@ class EvaluationReport(_Report):
         features: Name of the feature extractor; distances of different extractors do not compare.
         frechet: Samples against held-out real images; lower is better.
         frechet_untrained: The same for the untrained model: where training started.
-        frechet_real_halves: See `Distance`.
-        gap_closed: Fraction of the way from untrained to real halves, 1 is all of it; None without
-            these.
+        diversity, nearest, real: See `Distance`.
         network_evaluations: Network evaluations per image as counted; a guided pair counts as two.
         segment_evaluations: The same in each segment, from noise to data.
         settings: The evaluation's configuration.
@@ -163,6 +251,7 @@ class EvaluationReport(_Report):
         labels: What a classifier of real images reads in the samples; None when not asked for.
         real_images: Held-out real images measured; None in reports of older versions.
         unusable_real_images: Held-out real images that could not be read or decoded.
+        time: What the run's time went into. The launch adds it when all is over; None before.
     """
 
     images: int
@@ -170,15 +259,17 @@ class EvaluationReport(_Report):
     features: str
     frechet: float
     frechet_untrained: float
-    frechet_real_halves: float | None
-    gap_closed: float | None
     network_evaluations: float
     segment_evaluations: tuple[float, ...]
     settings: dict[str, Any]
     origin: Origin
+    diversity: float | None = None
+    nearest: Nearness | None = None
+    real: RealFigures | None = None
     labels: LabelAgreement | None = None
     real_images: int | None = None
     unusable_real_images: int = 0
+    time: RunTime | None = None
 
     @classmethod
     def of(
@@ -200,19 +291,15 @@ class EvaluationReport(_Report):
         way from the initial weights, and `nfe` has the network evaluations per sample in each
         segment. The others go into the report as they are.
         """
-        halves = reached.frechet_real_halves
-        gap = None
-        if halves is not None:
-            way = frechet_untrained - halves
-            gap = (frechet_untrained - reached.frechet) / way if way > 0 else 0.0
         return cls(
             images=images,
             samples=config.samples,
             features=reached.features,
             frechet=reached.frechet,
             frechet_untrained=frechet_untrained,
-            frechet_real_halves=halves,
-            gap_closed=gap,
+            diversity=reached.diversity,
+            nearest=reached.nearest,
+            real=reached.real,
             network_evaluations=sum(nfe),
             segment_evaluations=nfe,
             # As JSON would hold them, so that a report read back compares equal.
@@ -230,7 +317,9 @@ class EvaluationReport(_Report):
             Distance(
                 features=self.features,
                 frechet=self.frechet,
-                frechet_real_halves=self.frechet_real_halves,
+                diversity=self.diversity,
+                nearest=self.nearest,
+                real=self.real,
             ),
         )
 
@@ -246,19 +335,18 @@ class EvaluationReport(_Report):
             sampler=sampler if isinstance(sampler, Mapping) else {},
             extractors={self.features: self.origin.extractor},
             held_out_index=self.origin.held_out_index,
+            reference=reference_kind(self.settings.get("reference", EvalConfig.reference)),
         )
 
     def metrics(self) -> dict[str, float]:
         """Return the figures under the names the tracker shows."""
+        (distance,) = self.distances
         values = {
-            f"eval/frechet_{self.features}": self.frechet,
+            **distance.metrics(),
             f"eval/frechet_{self.features}_untrained": self.frechet_untrained,
             "eval/network_evaluations": self.network_evaluations,
             "eval/unusable_real_images": float(self.unusable_real_images),
         }
-        if self.frechet_real_halves is not None and self.gap_closed is not None:
-            values[f"eval/frechet_{self.features}_real_halves"] = self.frechet_real_halves
-            values["eval/gap_closed"] = self.gap_closed
         if self.labels is not None:
             values["eval/label_agreement"] = self.labels.samples
             values["eval/classifier_held_out_accuracy"] = self.labels.held_out
@@ -344,9 +432,10 @@ def frechet_scores(store: Store, run: str, features: str) -> dict[int, float]:
 def read_scores(store: Store, run: str) -> dict[str, dict[int, float]]:
     """Read the Fréchet distances of the EMA weights of a run's checkpoints.
 
-    Where one was measured several times, the measurement with most samples counts, and of equal
-    ones the last by name. Distances fall with the number of samples, so checkpoints compare only
-    where they were measured alike, which is the user's to see to.
+    Distances compare only where they were measured alike. So of each extractor the measurements of
+    one protocol count: of that by which most checkpoints were measured, of equal ones that of most
+    samples, then the last by its report's name. Of the same checkpoint the last report by name
+    counts.
 
     Args:
         store: Where runs are kept.
@@ -360,19 +449,39 @@ def read_scores(store: Store, run: str) -> dict[str, dict[int, float]]:
         StoreError: The store fails, which does not mean that nothing was measured.
     """
     keys = store.list(f"{check_key(run)}/")
-    found: defaultdict[str, dict[int, tuple[int, str, float]]] = defaultdict(dict)
+    found: defaultdict[str, dict[str, _Curve]] = defaultdict(dict)
     for images, attempts in sorted(_attempts(run, keys).items()):
         for report, measurement, distance in read_distances(
-            store, run, images, keys=keys, attempts=attempts
+            store, run, images, keys=sorted(keys), attempts=attempts
         ):
             if measurement.weights == "ema":
-                by_images = found[distance.features]
-                measured = (measurement.samples, report, distance.frechet)
-                by_images[images] = max(by_images.get(images, measured), measured)
+                features = distance.features
+                curve = found[features].setdefault(
+                    measurement.protocol(features), _Curve(measurement.samples, {})
+                )
+                # Reports come in the order of their names.
+                curve.measured[images] = (report, distance.frechet)
     return {
-        features: {images: frechet for images, (_, _, frechet) in by_images.items()}
-        for features, by_images in sorted(found.items())
+        features: max(curves.values(), key=_Curve.rank).distances
+        for features, curves in sorted(found.items())
     }
+
+
+class _Curve(NamedTuple):
+    """Distances by one extractor and one protocol."""
+
+    samples: int
+    measured: dict[int, tuple[str, float]]
+    """By images, with the report."""
+
+    def rank(self) -> tuple[int, int, str]:
+        """Return what decides between curves."""
+        return len(self.measured), self.samples, max(report for report, _ in self.measured.values())
+
+    @property
+    def distances(self) -> dict[int, float]:
+        """The distances by images."""
+        return {images: frechet for images, (_, frechet) in self.measured.items()}
 
 
 def _attempts(run: str, keys: Mapping[str, int]) -> dict[int, set[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from models.codec import Codec
 from models.flow.flow import Flow
-from models.flow.sampler import Samples, sample
+from models.flow.sampler import Samples, SolverError, sample
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
+from models.flow.solver import Observer, unobserved
 from pipelines.progress import Progress, figures_in
 from trainer import rng
 from trainer.config.shapes import ImageShape
@@ -53,6 +54,11 @@ class SampleBlock:
             }
         )
 
+    @property
+    def indices(self) -> Tensor:
+        """Index of each image, shape [n]."""
+        return torch.arange(self.first, self.first + len(self.images))
+
     @classmethod
     def from_bytes(cls, data: bytes) -> SampleBlock:
         """Rebuild a block from `to_bytes`."""
@@ -63,6 +69,44 @@ class SampleBlock:
             labels=tensors["labels"],
             nfe=tuple(tensors["nfe"].tolist()),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """The blocks that all ranks have drawn at the same time.
+
+    Attributes:
+        own: This rank's; None where there are fewer blocks than ranks, and none is left for it.
+        firsts: Index of the first image of each block, in the order of the ranks.
+        size: Images of a block; the run's last one may have fewer.
+    """
+
+    own: SampleBlock | None
+    firsts: range
+    size: int
+
+    def gather(
+        self, ranks: HostGroup, *, wanted: Callable[[range], bool] = lambda _: True
+    ) -> Iterator[SampleBlock]:
+        """Hand blocks to the first rank; a collective call, walked through on every rank.
+
+        Args:
+            ranks: Those that drew.
+            wanted: Tells by its images' indices whether a block is needed; alike on all ranks.
+
+        Yields:
+            The wanted blocks in order, on the first rank alone.
+        """
+        for source, first in enumerate(self.firsts):
+            if not wanted(range(first, first + self.size)):
+                continue
+            if ranks.rank == source and self.own is not None:
+                if source == 0:
+                    yield self.own
+                else:
+                    ranks.send(self.own.to_bytes(), to=0)
+            elif ranks.rank == 0:
+                yield SampleBlock.from_bytes(ranks.receive(source))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +141,12 @@ class ImageSampler:
         if self.batch < 1:
             raise SamplerConfigError(f"a batch of {self.batch} images must have at least 1.")
 
+    @property
+    def picture_bytes(self) -> int:
+        """Size of an image as an 8-bit picture."""
+        size = self.shape.size * self.codec.factor
+        return self.codec.image_channels(self.shape.channels) * size**2
+
     def all(self, model: nn.Module, labels: Tensor, *, ranks: HostGroup | None = None) -> Samples:
         """Draw one image for each label; a collective call.
 
@@ -107,6 +157,9 @@ class ImageSampler:
 
         Returns:
             On the first rank all images, on the others none, with the network evaluations.
+
+        Raises:
+            SolverError: The solver comes to no end; on all ranks, whose ever images they are.
         """
         pixels = self.shape.size * self.codec.factor
         images = [torch.zeros(0, self.codec.image_channels(self.shape.channels), pixels, pixels)]
@@ -117,26 +170,23 @@ class ImageSampler:
         return Samples(images=torch.cat(images), nfe=tuple((nfe / len(labels)).tolist()))
 
     @torch.no_grad()
-    def blocks(
-        self, model: nn.Module, labels: Tensor, *, ranks: HostGroup | None = None
-    ) -> Generator[SampleBlock]:
-        """Draw one image for each label, block by block; a collective call.
+    def turns(self, model: nn.Module, labels: Tensor, *, ranks: HostGroup) -> Generator[Turn]:
+        """Draw one image for each label, a block on each rank in each turn; a collective call.
 
-        Every rank draws its share of the blocks and walks through this iterator. All ranks call the
-        model equally often with equally many images, so its weights may be spread over them. The
-        first rank, which gets the blocks, holds one of them at a time and may take as long as it
-        likes over each. Where it leaves early it has to close the iterator, which also ends the
-        others' drawing.
+        All ranks call the model equally often with equally many images, so its weights may be
+        spread over them.
 
         Args:
             model: Velocity model.
             labels: Requested classes, shape [n].
-            ranks: Those that draw; None is this process by itself.
+            ranks: Those that draw.
 
         Yields:
-            The blocks in order, on the first rank alone.
+            On every rank its own block of each turn.
+
+        Raises:
+            SolverError: The solver comes to no end; on all ranks, whose ever images they are.
         """
-        ranks = ranks or HostGroup(alone=True)
         size = -(-len(labels) // -(-len(labels) // self.batch)) if len(labels) else 1
         starts = range(0, len(labels), size)
         with Progress(
@@ -148,51 +198,113 @@ class ImageSampler:
             every_s=_REPORT_INTERVAL_S,
             last=False,
         ) as progress:
-            for turn in range(0, len(starts), ranks.world_size):
+            for number in range(0, len(starts), ranks.world_size):
+                firsts = starts[number : number + ranks.world_size]
                 # Ranks that are left over in the last turn draw the last block too, to keep step.
-                first = starts[min(turn + ranks.rank, len(starts) - 1)]
-                own = self._block(model, labels, first, size)
-                left = False
-                for source in range(min(ranks.world_size, len(starts) - turn)):
-                    if ranks.rank == 0:
-                        block = own
-                        if source > 0:
-                            block = SampleBlock.from_bytes(ranks.receive(source))
-                        progress.add(len(block.images))
-                        try:
-                            if not left:
-                                yield block
-                        except GeneratorExit:
-                            left = True  # the others are still handing theirs over
-                    elif ranks.rank == source:
-                        ranks.send(own.to_bytes(), to=0)
-                if ranks.broadcast(bytes([left]), source=0) != bytes([False]):
-                    return
+                place = min(ranks.rank, len(firsts) - 1)
+                block = self._agreed_block(ranks, model, labels, firsts[place], size)
+                if ranks.rank == 0:
+                    progress.add(len(labels[firsts[0] : firsts[-1] + size]))
+                yield Turn(own=block if place == ranks.rank else None, firsts=firsts, size=size)
 
-    def _block(self, model: nn.Module, labels: Tensor, first: int, size: int) -> SampleBlock:
-        """Draw images first … first + size - 1; those beyond the last label are thrown away."""
-        own = labels[first : first + size]
-        padded = torch.nn.functional.pad(own, (0, size - len(own)))
-        shape = {"channels": self.shape.channels, "image_size": self.shape.size}
-        drawn = sample(
+    def blocks(
+        self, model: nn.Module, labels: Tensor, *, ranks: HostGroup | None = None
+    ) -> Generator[SampleBlock]:
+        """Draw one image for each label and hand all to the first rank; a collective call.
+
+        Every rank draws its share of the blocks and walks through this iterator. The first rank,
+        which gets the blocks, holds one of them at a time and may take as long as it likes over
+        each. Where it leaves early it has to close the iterator, which also ends the others'
+        drawing.
+
+        Args:
+            model: Velocity model.
+            labels: Requested classes, shape [n].
+            ranks: Those that draw; None is this process by itself.
+
+        Yields:
+            The blocks in order, on the first rank alone.
+
+        Raises:
+            SolverError: The solver comes to no end; on all ranks, whose ever images they are.
+        """
+        ranks = ranks or HostGroup(alone=True)
+        for turn in self.turns(model, labels, ranks=ranks):
+            left = False
+            for block in turn.gather(ranks):
+                try:
+                    if not left:
+                        yield block
+                except GeneratorExit:
+                    left = True  # the others are still handing theirs over
+            if ranks.broadcast(bytes([left]), source=0) != bytes([False]):
+                return
+
+    def _agreed_block(
+        self, ranks: HostGroup, model: nn.Module, labels: Tensor, first: int, size: int
+    ) -> SampleBlock:
+        """Draw a block on each rank, or raise on all of them: none waits for one that has left."""
+        own, mistake = None, ""
+        try:
+            own = self.block(model, labels[first : first + size], first=first, size=size)
+        except SolverError as error:
+            mistake = str(error)
+        if (told := ranks.first_mistake(mistake)) or own is None:
+            raise SolverError(told)
+        return own
+
+    @torch.no_grad()
+    def block(self, model: nn.Module, labels: Tensor, *, first: int, size: int) -> SampleBlock:
+        """Draw one image for each label in one batch, by this process alone.
+
+        Args:
+            model: Velocity model.
+            labels: Requested classes, shape [n].
+            first: Index of the first image.
+            size: Images in the batch, at least n; those beyond the last label are thrown away.
+
+        Raises:
+            SolverError: The solver comes to no end.
+        """
+        padded = torch.nn.functional.pad(labels, (0, size - len(labels)))
+        drawn = self.from_noise(model, self.noise(first=first, count=size), padded)
+        return SampleBlock(
+            first=first,
+            images=self.codec.decode(drawn.images[: len(labels)]).cpu(),
+            labels=labels,
+            nfe=drawn.nfe,
+        )
+
+    def noise(self, *, first: int, count: int) -> Tensor:
+        """Return the noise of consecutive images, [count, numbers for one], on the device."""
+        size = self.flow.noise_size(channels=self.shape.channels, image_size=self.shape.size)
+        return rng.normals(
+            self.seed, "samples", first=first, count=count, size=size, device=self.device
+        )
+
+    @torch.no_grad()
+    def from_noise(
+        self, model: nn.Module, noise: Tensor, labels: Tensor, *, observe: Observer = unobserved
+    ) -> Samples:
+        """Turn noise into what the codec decodes, in one batch.
+
+        Args:
+            model: Velocity model.
+            noise: As `noise` gives it, for n images.
+            labels: Requested classes, shape [n].
+            observe: Sees the states on the way, see `models.flow.sampler.sample`.
+
+        Raises:
+            SolverError: The solver comes to no end.
+        """
+        return sample(
             model,
             flow=self.flow,
             config=self.sampler,
-            noise=rng.normals(
-                self.seed,
-                "samples",
-                first=first,
-                count=size,
-                size=self.flow.noise_size(**shape),
-                device=self.device,
-            ),
-            labels=padded.to(self.device),
+            noise=noise,
+            labels=labels.to(self.device),
+            channels=self.shape.channels,
+            image_size=self.shape.size,
             null_label=self.shape.classes,
-            **shape,
-        )
-        return SampleBlock(
-            first=first,
-            images=self.codec.decode(drawn.images[: len(own)]).cpu(),
-            labels=own,
-            nfe=drawn.nfe,
+            observe=observe,
         )

@@ -76,6 +76,7 @@ class LapFlowPipeline(DiffusionPipeline):
             ConfigError: A class is unknown, guidance asks for a null label that was never trained,
                 or latents cannot be decoded for want of `vae`.
             SamplerConfigError: A setting of the sampler is out of range.
+            SolverError: "dopri5" comes to no end with this network.
         """
         config = self.transformer.config
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)

@@ -24,13 +24,13 @@ from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.objects import safetensors_header
 from trainer.config.reading import ConfigError, to_dict
-from trainer.evaluation.loading import ModelRecord, Weights
+from trainer.evaluation.model_record import ModelRecord, check_weights, kind_of_weights
 from trainer.evaluation.reports import MeasuredDistance, evaluation_key, read_distances
 from trainer.export.model_card import ModelCard, WeightsFile
 from trainer.storage.store import Store
 
 
-def write_weights(path: Path, store: Store, manifest: Manifest, which: Weights) -> str:
+def write_weights(path: Path, store: Store, manifest: Manifest, which: str) -> str:
     """Write whole weights, of which memory holds one copy meanwhile.
 
     Equal weights make equal files.
@@ -39,7 +39,7 @@ def write_weights(path: Path, store: Store, manifest: Manifest, which: Weights) 
         path: The file.
         store: The store of the run.
         manifest: The checkpoint.
-        which: The moving average, or the weights as trained.
+        which: A moving average, or the weights as trained: see `kind_of_weights`.
 
     Returns:
         SHA-256 of the file, in hexadecimal.
@@ -49,7 +49,7 @@ def write_weights(path: Path, store: Store, manifest: Manifest, which: Weights) 
             such weights, or the store fails.
         OSError: The file cannot be written.
     """
-    weights = load_weights(store, manifest, which)
+    weights = load_weights(store, manifest, kind_of_weights(manifest, which))
     metadata = {
         "format": "pt",
         "run": manifest.run,
@@ -88,7 +88,7 @@ def write_folder(
     store: Store,
     manifest: Manifest,
     record: ModelRecord,
-    weights: Sequence[Weights],
+    weights: Sequence[str],
 ) -> None:
     """Write a folder that both diffusers and torch can load.
 
@@ -157,9 +157,7 @@ def _arguments(record: ModelRecord) -> dict[str, Any]:
     }
 
 
-def _results(
-    store: Store, manifest: Manifest, weights: Sequence[Weights]
-) -> list[MeasuredDistance]:
+def _results(store: Store, manifest: Manifest, weights: Sequence[str]) -> list[MeasuredDistance]:
     """Return what was measured of these weights."""
     run, images = manifest.run, manifest.images
     found = read_distances(
@@ -179,18 +177,21 @@ class ExportSettings(Checked):
     Attributes:
         output: Folder or file to write.
         file: "folder" for diffusers and torch, or "safetensors" for one file of weights.
-        weights: "ema", "master" for the weights without averaging, or, in a folder, "both": then
-            the EMA is loaded by default, and master as diffusers' variant of that name.
+        weights: "ema", "ema:0.999" for one of `train.ema.decays`, "master" for the weights without
+            averaging, or, in a folder, "both": then the EMA is loaded by default, and master as
+            diffusers' variant of that name.
         overwrite: Replace the file, or the folder of an earlier export, at `output`.
     """
 
     output: str = field(metadata={"place": "path"})
     file: Literal["folder", "safetensors"] = "folder"
-    weights: Literal["ema", "master", "both"] = "ema"
+    weights: str = "ema"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weights != "both":
+            check_weights(self.weights)
         if self.file == "safetensors" and self.weights == "both":
             raise ConfigError(
                 "weights=both does not fit into file=safetensors, one set of weights; export twice "
@@ -209,7 +210,7 @@ def export_checkpoint(store: Store, manifest: Manifest, settings: ExportSettings
         settings: What to export, and where to.
 
     Raises:
-        ConfigError: For an output that exists or cannot be written.
+        ConfigError: For an output that exists or cannot be written, or an average that is not kept.
         CheckpointError: If the checkpoint is damaged, holds values that are not finite or other
             weights than its model has, lacks those asked for, or if the store fails.
     """
@@ -221,9 +222,8 @@ def export_checkpoint(store: Store, manifest: Manifest, settings: ExportSettings
         check_file(output, overwrite=settings.overwrite)
     record = ModelRecord.of(manifest)
     record.check_parameters(manifest)
-    weights: tuple[Weights, ...] = (
-        ("ema", "master") if settings.weights == "both" else (settings.weights,)
-    )
+    weights = ("ema", "master") if settings.weights == "both" else (settings.weights,)
+    kind_of_weights(manifest, weights[0])
     with write_whole(output) as partial:
         if settings.file == "folder":
             write_folder(

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.console import visible
 from trainer.checkpoint.manifest import Manifest
-from trainer.evaluation.loading import ModelRecord
+from trainer.evaluation.model_record import ModelRecord
 from trainer.evaluation.reports import MeasuredDistance
 
 NEEDED = (
@@ -104,13 +104,21 @@ folder: {autoencoder}.
 """
 
 
+def _meaning(weights: str) -> str:
+    """Say what weights are."""
+    if weights == "master":
+        return "weights as trained, without averaging"
+    _, _, decay = weights.partition(":")
+    return "moving average of the weights" + (f", of decay {decay}" if decay else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
     """One file of weights.
 
     Attributes:
         name: Its name in the folder.
-        weights: "ema" or "master".
+        weights: "ema", "ema:0.999" or "master".
         sha256: Hash of its bytes, in hexadecimal.
     """
 
@@ -208,12 +216,8 @@ class ModelCard:
         return f"{self.model.shape.classes} is the null label of guidance"
 
     def _files(self) -> str:
-        meaning = {
-            "ema": "moving average of the weights",
-            "master": "weights as trained, without averaging",
-        }
         rows = [
-            f"| `{file.name}` | {meaning[file.weights]} | `{file.sha256}` |" for file in self.files
+            f"| `{file.name}` | {_meaning(file.weights)} | `{file.sha256}` |" for file in self.files
         ]
         return "\n".join(("| file | weights, float32 | SHA-256 |", "| --- | --- | --- |", *rows))
 
@@ -276,24 +280,24 @@ class ModelCard:
     def _results(self) -> str:
         if not self.results:
             return "No evaluation of this checkpoint was found beside it."
-        head = ("weights", "features", "Fréchet distance", "real halves", "samples", "sampler")
+        head = ("weights", "features", "Fréchet distance", "real images", "samples", "sampler")
         rows = [
             (
                 _cell(measurement.weights),
                 _code(distance.features),
                 f"{distance.frechet:.4g}",
-                "" if halves is None else f"{halves:.4g}",
+                "" if real is None else f"{real.frechet:.4g}",
                 f"{measurement.samples:,}",
                 _code(_sampler(measurement.sampler)),
             )
             for _, measurement, distance in self.results
-            for halves in [distance.frechet_real_halves]
+            for real in [distance.real]
         ]
         lines = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
         return (
-            "Samples against held-out real images; lower is better. “Real halves” is one half of "
-            "these real images against the other, which a perfect model could reach. Distances of "
-            "different features do not compare.\n\n" + "\n".join(lines)
+            "Samples against held-out real images; lower is better. “Real images” is what as "
+            "many training images reach in their place. Distances of different features do not "
+            "compare.\n\n" + "\n".join(lines)
         )
 
     def _limits(self) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sqlite3
-from contextlib import closing
+import tempfile
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.addresses import hide_credentials
+from pipelines.files import draft
 from pipelines.proxies import proxy_hint
 from trainer.metrics.tracker import TrackingConfig
 
@@ -16,11 +20,14 @@ from trainer.metrics.tracker import TrackingConfig
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# What is printed is ours, and may be JSON.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
-_log = logging.getLogger(__name__)
-
 _SQLITE = "sqlite:///"
+_MEMORY = "/dev/shm"
+_TRAINING = "?workflowType=machine_learning"  # or the pages open on what concerns language models
+_PASSING = (408, 409, 425, 429, 499)  # of HTTP: too slow, too early, too many, in conflict
 _OTHER_SCHEMA = "out-of-date database schema"  # MLflow says so of newer ones too
 
 
@@ -48,6 +55,10 @@ def check_tracker(config: TrackingConfig, home: str) -> str:
         TrackerUnreachable: If MLflow cannot be used.
     """
     uri = tracking_uri(config, home)
+    if (file := _local_file(uri)) is not None:
+        # What a full or strange disk does not take is told by the look at the file.
+        with suppress(OSError):
+            make_file(file)
     _check_file(uri)
     try:
         return experiment_id(connect(uri), config.experiment, uri, home)
@@ -68,13 +79,38 @@ def check_tracker(config: TrackingConfig, home: str) -> str:
         ) from error
 
 
+def _local_file(uri: str) -> Path | None:
+    """Return the SQLite file of a tracking URI; None if it has none."""
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    return Path(path) if uri.startswith(_SQLITE) and path not in ("", ":memory:") else None
+
+
+def make_file(path: Path) -> None:
+    """Make MLflow's SQLite file, unless something is at its place or its folder is missing.
+
+    MLflow makes the tables of a new file in dozens of transactions, each of which waits for the
+    disk. Here they are made in memory, and the file that appears at its place is whole.
+
+    Raises:
+        OSError: It cannot be written there.
+    """
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return
+    memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="lapflow-", dir=memory) as folder:
+        made = Path(folder) / path.name
+        connect(f"{_SQLITE}{made}").search_experiments(max_results=1)
+        data = made.read_bytes()
+    with draft(path, data) as temporary, suppress(FileExistsError):  # another launch was faster
+        os.link(temporary, path)
+
+
 def _check_file(uri: str) -> None:
     """Write to the SQLite file of a tracking URI; MLflow tries one that it cannot for minutes."""
-    path = uri.removeprefix(_SQLITE).partition("?")[0]
-    if not uri.startswith(_SQLITE) or path in ("", ":memory:"):
+    if (path := _local_file(uri)) is None:
         return
     try:
-        if Path(path).is_dir():
+        if path.is_dir():
             raise sqlite3.OperationalError("it is a folder")
         with closing(sqlite3.connect(path)) as database:
             ((version,),) = database.execute("PRAGMA user_version").fetchall()
@@ -90,14 +126,52 @@ def _check_file(uri: str) -> None:
         ) from error
 
 
+def file_number(config: TrackingConfig, home: str) -> int | None:
+    """Return a number that tells the tracker's file from all others, on whatever machine.
+
+    Its number on its disk alone would not: disks of two machines count alike. And which disk it is
+    a shared one is told differently on each. So the time counts too at which MLflow made the file.
+
+    Args:
+        config: Where runs are tracked.
+        home: Folder of the default SQLite file.
+
+    Returns:
+        None if there is no file, as with a server.
+    """
+    file = _local_file(tracking_uri(config, home))
+    try:
+        if file is None:
+            return None
+        known = f"{file.stat().st_ino} {_began_ms(file)}"
+        return int.from_bytes(hashlib.sha256(known.encode()).digest()[:6])
+    except OSError:
+        return None
+
+
+def _began_ms(file: Path) -> int | None:
+    """Return when MLflow made its first experiment in a SQLite file; None if it has made none."""
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            ((began,),) = database.execute("SELECT min(creation_time) FROM experiments").fetchall()
+    except sqlite3.Error:
+        return None
+    return None if began is None else int(began)
+
+
 def connect(uri: str) -> Any:
     """Return a client of MLflow; nothing is sent yet."""
+    return import_mlflow().MlflowClient(tracking_uri=uri)
+
+
+def import_mlflow() -> Any:
+    """Import MLflow, which takes more than a second, and keep it quiet."""
     import mlflow
 
     # MLflow and Alembic report every schema migration of a new SQLite file.
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    return mlflow.MlflowClient(tracking_uri=uri)
+    return mlflow
 
 
 def experiment_id(client: Any, name: str, uri: str, home: str) -> str:
@@ -110,7 +184,12 @@ def experiment_id(client: Any, name: str, uri: str, home: str) -> str:
     if experiment is None:
         local = uri.startswith("sqlite:")
         location = (Path(home) / "mlartifacts").resolve().as_uri() if local else None
-        return str(client.create_experiment(name, artifact_location=location))
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except Exception:
+            experiment = client.get_experiment_by_name(name)  # another run was faster
+            if experiment is None:
+                raise
     if experiment.lifecycle_stage == "deleted":
         raise ExperimentDeleted(
             f"tracking.experiment={name} was deleted in MLflow at {uri}, which takes nothing for "
@@ -120,38 +199,40 @@ def experiment_id(client: Any, name: str, uri: str, home: str) -> str:
     return str(experiment.experiment_id)
 
 
-def page(server: str, experiment: str) -> str:
-    """Return the address of an experiment's runs.
+def page(server: str, experiment: str, *, run_id: str = "") -> str:
+    """Return the address of an experiment's runs, or of one of them.
 
     Args:
         server: Address of the MLflow server that shows them.
         experiment: ID of the experiment.
+        run_id: MLflow's ID of a run.
     """
-    # Without the last part the pages open on what concerns language models.
-    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    if run_id:
+        return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}{_TRAINING}"
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs{_TRAINING}"
 
 
-def end_run(config: TrackingConfig, home: str, run_id: str, status: str) -> None:
-    """End a run whose own process is gone, as "FAILED" or "KILLED"; never raises.
+def is_refusal(error: Exception) -> bool:
+    """Tell whether an error says that what is asked is at fault, and not that MLflow is away.
 
-    Args:
-        config: Where it is tracked.
-        home: Folder of the default SQLite file.
-        run_id: MLflow's ID of the run; it is left alone unless it counts as running.
-        status: How it ended.
+    A database or a place of artifacts that takes nothing now is no refusal.
     """
-    uri = tracking_uri(config, home)
-    try:
-        client = connect(uri)
-        if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, status)
-    except Exception as error:
-        _log.warning("MLflow at %s still shows the run as running: %s", uri, cause(error))
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, requests.HTTPError):  # of artifacts
+        status = 500 if error.response is None else error.response.status_code
+    else:
+        return isinstance(error, (ValueError, TypeError, LookupError))
+    return bool(400 <= status < 500) and status not in _PASSING
 
 
 def cause(error: BaseException) -> str:
-    """Return the first line of what an error says, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """Return the first line of what an error says, without credentials, or its type."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return hide_credentials(line)[:300]  # a cut address would not be known as one
 
 
 def run_curves(uri: str, *, experiment: str, run: str) -> dict[str, dict[int, float]]:

@@ -1,77 +1,132 @@
-"""MLflow as the tracker: a background thread sends, so an outage costs training nothing.
+"""MLflow as the tracker: a background thread sends a journal, so an outage costs training nothing.
 
-Calls only append to a queue. The thread sends in order and retries the head of the queue until it
-gets through, so points of an outage arrive when the server is back, and those of a run that was
-deleted there when it is restored; what is left when the run ends is waited for up to
-`flush_timeout_s` and then counted in a warning.
+Calls only append to the journal. The thread sends it in order and retries its head until it gets
+through, so what happened in an outage arrives when the server is back, and what concerns a run that
+was deleted there when it is restored. Meanwhile the store takes what is waiting, and what is left
+when the run ends; see `trainer.metrics.journal`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import logging
-import queue
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
+from pipelines.addresses import hide_credentials
 from pipelines.console import visible
 from pipelines.proxies import proxy_hint
-from trainer.metrics.mlflow_backend import (
-    ExperimentDeleted,
-    connect,
-    experiment_id,
-    tracking_uri,
-)
-from trainer.metrics.tracker import Point, Tracker, TrackingConfig, UnsentPoints
+from trainer.metrics.journal import Entry, Journal, JournalPlace
+from trainer.metrics.mlflow_backend import cause, is_refusal, tracking_uri
+from trainer.metrics.mlflow_run import MlflowRun
+from trainer.metrics.tracker import Point, Tracker, TrackingConfig
+from trainer.storage.errors import StoreError
 
 _log = logging.getLogger(__name__)
 
-_RUN_TAG = "lapflow.run"
-_SETTING_TAG = "setting."
-_MAX_PARAMETER_CHARACTERS = 500
-_PARAMETERS_PER_CALL = 100
-_QUEUE_CALLS = 100_000
 _TRIES_OF_A_CALL_AT_FAULT = 3
 _MAX_PAUSE_S = 15.0
+GATHER_S = 5.0
+"""Points that come within this time go in one call: each alone takes three times the work."""
+_METRICS_PER_CALL = 1000  # of which MLflow takes no more
+
+T = TypeVar("T")
+
+
+class _Refused(Exception):
+    """MLflow does not take a call."""
+
+
+class _GivenUp(Exception):
+    """Nobody waits any longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """Which run is tracked.
+
+    Attributes:
+        name: The training run's name.
+        place: Its place, `<store>/<run>`.
+        identity: Tells the training from every other at this place. A resumed run has the same, a
+            run begun anew in the same place with other settings has not.
+        journal: Where what it tells is written down.
+        home: Folder of the default SQLite file and its artifacts.
+    """
+
+    name: str
+    place: str
+    identity: str
+    journal: JournalPlace
+    home: str
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run per training run, found again by name when the run is resumed.
+    """Tells MLflow, after what earlier processes of the run have left to tell.
 
     Args:
         config: Where to track.
-        home: Folder of the default SQLite file and its artifacts.
-        run: The training run's name.
-        identity: Tells the training run from every other: its place and its science. A resumed run
-            has the same, a run begun anew in the same place with other settings has not.
+        tracked: Which run.
+        writer: Names this process in the order of all that write: launch and attempt.
         opened: Called in the sending thread with MLflow's ID of the run, once that is known.
+        gather_s: How long points are gathered for one call.
+
+    Attributes:
+        arrived: How many entries MLflow has, those of earlier processes too.
+        journal: What is told.
     """
 
     def __init__(
         self,
         config: TrackingConfig,
+        tracked: TrackedRun,
         *,
-        home: str,
-        run: str,
-        identity: str,
+        writer: str,
         opened: Callable[[str], None] = lambda _id: None,
+        gather_s: float = GATHER_S,
     ) -> None:
         self._config = config
-        self._home = home
-        self._run = run
-        self._identity = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        self._uri = tracking_uri(config, home)
+        self._uri = tracking_uri(config, tracked.home)
         self._opened = opened
-        self._run_id = ""
-        self._newest: dict[str, int] = {}
-        self._unsent = UnsentPoints()
-        self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE_CALLS)
-        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._gather_s = gather_s
+        self._told = ""
+        self._page = ""
+        self.arrived = 0
+        self._store_failed = False
+        self._is_away = False
+        address = {
+            "uri": self._uri,
+            "experiment": config.experiment,
+            "run": tracked.name,
+            "place": tracked.place,
+        }
+        self.journal = Journal(
+            tracked.journal,
+            writer=writer,
+            address=Entry(kind="address", time_ms=_now_ms(), values=address),
+        )
+        self._run = MlflowRun(
+            self._uri,
+            experiment=config.experiment,
+            home=tracked.home,
+            run=tracked.name,
+            place=tracked.place,
+            identity=tracked.identity,
+        )
+        self._ending = threading.Event()
+        self._wake = threading.Event()
+        self._has_given_up = threading.Event()
+        self._thread = threading.Thread(target=self._run_thread, name="mlflow", daemon=True)
         self._thread.start()
+
+    def begin(self) -> None:
+        """Tell that the run is being trained."""
+        self.journal.append(Entry(kind="begin", time_ms=_now_ms()))
 
     def config(
         self,
@@ -85,168 +140,252 @@ class MlflowTracker(Tracker):
         MLflow never changes a parameter, so what another launch may change is a tag.
         """
         import yaml
-        from mlflow.entities import Param, RunTag
 
         text = yaml.safe_dump(dict(resolved), sort_keys=False)
-        flat = _flat(lasting)
-        tags = {f"{_SETTING_TAG}{key}": value for key, value in _flat(present).items()}
-
-        def send(client: Any) -> None:
-            client.log_text(self._run_id, text, "config.yaml")
-            known = client.get_run(self._run_id).data
-            fresh = [
-                Param(name, visible(value)[:_MAX_PARAMETER_CHARACTERS])
-                for name, value in flat.items()
-                if name not in known.params
-            ]
-            for start in range(0, len(fresh), _PARAMETERS_PER_CALL):
-                part = fresh[start : start + _PARAMETERS_PER_CALL]
-                client.log_batch(self._run_id, params=part)
-            client.log_batch(
-                self._run_id,
-                tags=[RunTag(name, visible(value)) for name, value in tags.items()],
+        self.journal.append(
+            Entry(
+                kind="settings",
+                time_ms=_now_ms(),
+                text=text,
+                values=_flat(lasting),
+                tags=_flat(present),
             )
-            for name in known.tags:
-                if name.startswith(_SETTING_TAG) and name not in tags:
-                    client.delete_tag(self._run_id, name)
-
-        self._put(send)
+        )
 
     def metrics(self, values: Mapping[str, float], *, images: int) -> None:
         """Record values with images as MLflow's step; a resumed run repeats no point."""
-        from mlflow.entities import Metric
+        told = {name: float(value).hex() for name, value in values.items()}
+        self.journal.append(Entry(kind="points", time_ms=_now_ms(), images=images, values=told))
 
-        timestamp = int(time.time() * 1000)
-        number = self._unsent.add(images, values)
-
-        def send(client: Any) -> None:
-            fresh = [
-                Metric(name, value, timestamp, images)
-                for name, value in values.items()
-                if images > self._newest_step(client, name)
-            ]
-            client.log_batch(self._run_id, metrics=fresh)
-            self._newest.update({metric.key: images for metric in fresh})
-            self._unsent.forget(number)
-
-        self._put(send)
+    def totals(self, values: Mapping[str, float], *, images: int) -> None:
+        """Record the newest values of curves, also where these have a point there or further."""
+        told = {name: float(value).hex() for name, value in values.items()}
+        self.journal.append(
+            Entry(kind="points", time_ms=_now_ms(), images=images, name="total", values=told)
+        )
 
     def unsent(self) -> list[Point]:
-        """Return the points that MLflow has not taken yet."""
-        return self._unsent.points()
+        """Return the newest points that neither MLflow nor the store has."""
+        return self.journal.unsafe_points()
 
     def image(self, name: str, png: bytes, *, images: int) -> None:
-        """Store a picture as the artifact `<name>/<images>.png`."""
+        """Record a picture, which MLflow's pages show with a slider over images."""
+        text = base64.b64encode(png).decode()
+        self.journal.append(
+            Entry(kind="picture", time_ms=_now_ms(), images=images, name=name, text=text)
+        )
 
-        def send(client: Any) -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{images:012d}.png"
-                path.write_bytes(png)
-                client.log_artifact(self._run_id, str(path), artifact_path=name)
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run, without credentials of addresses that they quote."""
+        told = {name: hide_credentials(visible(text)) for name, text in values.items()}
+        self.journal.append(Entry(kind="tags", time_ms=_now_ms(), values=told))
 
-        self._put(send)
+    def dataset(self, name: str, *, digest: str, uri: str, images: int) -> None:
+        """Record what the run is trained on."""
+        values = {"digest": digest, "images": str(images)}
+        self.journal.append(
+            Entry(kind="dataset", time_ms=_now_ms(), name=name, text=uri, values=values)
+        )
 
-    def tag(self, name: str, value: str) -> None:
-        """Set a tag of the run."""
-        self._put(lambda client: client.set_tag(self._run_id, name, visible(value)))
+    def page(self, text: str) -> None:
+        """Describe the run in Markdown, in which `{run_id}` is MLflow's ID of it."""
+        self._page = text
+        self.journal.append(Entry(kind="page", time_ms=_now_ms(), text=text))
 
-    def close(self, status: str) -> None:
-        """End the run and wait for the queue, but not longer than configured."""
-        self._put(lambda client: client.set_terminated(self._run_id, status))
-        self._put(None)
+    def checkpoint(self, uri: str, *, images: int) -> None:
+        """Record a checkpoint as a model of the run.
+
+        The store takes what waits, as the run may go on from here on another machine.
+        """
+        self.journal.append(Entry(kind="checkpoint", time_ms=_now_ms(), images=images, text=uri))
+        self.journal.rotate()
+        self._wake.set()
+
+    def measured(
+        self, values: Mapping[str, float], *, images: int, lowest: str, protocol: str
+    ) -> None:
+        """Record figures of a checkpoint, and which one is the best now.
+
+        Args:
+            values: The figures.
+            images: The checkpoint's position of the run.
+            lowest: That of the figures which is the lowest for the best one.
+            protocol: How they were measured; only figures of the same are compared.
+        """
+        told = {name: float(value).hex() for name, value in values.items()}
+        self.journal.append(
+            Entry(
+                kind="measured",
+                time_ms=_now_ms(),
+                images=images,
+                name=lowest,
+                text=protocol,
+                values=told,
+            )
+        )
+        rows = "\n".join(f"| `{name}` | {value:.5g} |" for name, value in values.items())
+        table = f"After {images:,} images:\n\n| figure | value |\n| --- | --- |\n{rows}\n"
+        self.journal.append(Entry(kind="page", time_ms=_now_ms(), text=f"{self._page}\n{table}"))
+
+    def end(self, status: str, reason: str = "", *, if_running: bool = False) -> None:
+        """Tell how the run has ended.
+
+        Args:
+            status: "FINISHED", "KILLED" or "FAILED".
+            reason: Why, for people; credentials of addresses that it quotes are left out.
+            if_running: Whether that is told for another process, which may have told it itself.
+        """
+        values = {"if": "RUNNING"} if if_running else {}
+        why = hide_credentials(visible(reason))
+        self.journal.append(
+            Entry(kind="end", time_ms=_now_ms(), text=status, name=why, values=values)
+        )
+
+    def close(self, status: str, reason: str = "") -> None:
+        """End the run and wait for what is on its way, but not longer than configured.
+
+        Whoever comes after a process that was stopped or has failed sends what is left, so this
+        does not wait for an MLflow that is away.
+        """
+        self.end(status, reason)
+        self.flush(is_last=status == "FINISHED")
+
+    def flush(self, *, is_last: bool = True) -> bool:
+        """Wait for what is on its way, but not longer than configured; nothing may come after it.
+
+        Args:
+            is_last: Whether to wait also where MLflow is away, as nobody may come and send it.
+
+        Returns:
+            Whether all of it has arrived.
+        """
+        self.journal.rotate()
+        self._ending.set()
+        self._wake.set()
+        begun = time.monotonic()
         patience_s = self._config.flush_timeout_s
         self._thread.join(min(1.0, patience_s))
         if self._thread.is_alive():
-            _log.info("waiting for MLflow to take %d calls", self._calls.qsize())
-        self._thread.join(max(0.0, patience_s - 1.0))
-        if self._thread.is_alive():
-            _log.warning(
-                "MLflow at %s did not take the last %d calls within %.0f s; the last checkpoint "
-                "keeps the points of the curves, and the next launch of the run sends them",
-                self._uri,
-                self._calls.qsize(),
-                self._config.flush_timeout_s,
-            )
-
-    def _put(self, call: Callable[[Any], None] | None) -> None:
+            _log.info("waiting for MLflow to take %d entries", self.journal.count())
+        while self._thread.is_alive() and (is_last or not self._is_away):
+            if (left_s := begun + patience_s - time.monotonic()) <= 0:
+                break
+            self._thread.join(min(1.0, left_s))
+        if not self._thread.is_alive() and self.journal.count() == 0:
+            return True
+        # It is for the next process now, which must not meet this one.
+        self._has_given_up.set()
         try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            _log.warning("MLflow has been away too long: a tracking call was dropped")
+            self.journal.store_closed()
+            kept = "they are in the store"
+        except StoreError as error:
+            kept = f"they are on this machine alone, as the store fails too ({error})"
+        _log.warning(
+            "MLflow at %s did not take the last %d entries within %.0f s; %s, and the next launch "
+            "of the run sends them, or python -m trainer.track ship URI-OF-THE-RUN",
+            self._uri,
+            self.journal.count(),
+            time.monotonic() - begun,
+            kept,
+        )
+        return False
+
+    def _run_thread(self) -> None:
+        with suppress(_GivenUp):
+            self._send_all()
 
     def _send_all(self) -> None:
-        client: Any = None
-        while (call := self._calls.get()) is not None:
-            pause, at_fault, last = 0.5, 0, ""
-            while at_fault < _TRIES_OF_A_CALL_AT_FAULT:
-                try:
-                    client = client or self._open()
-                    call(client)
-                    break
-                except Exception as error:
-                    message = (
-                        f"MLflow at {self._uri}: {error}; trying again in {pause:.1f} s."
-                        f"{proxy_hint(self._uri)}"
-                    )
-                    if deleted := self._explain_deletion(error):
-                        message = f"{deleted}. Until then its points are kept"
-                    else:
-                        # If MLflow answers another question, it is not away: the call is at fault.
-                        at_fault += self._answers()
-                    if message != last:
-                        _log.warning("%s", message)
-                    last = message
-                    time.sleep(pause)
-                    pause = min(2 * pause, _MAX_PAUSE_S)
-            else:
-                _log.warning("MLflow at %s refuses a call, which is dropped", self._uri)
+        self._insist(self.journal.find_earlier)
+        most = _METRICS_PER_CALL
+        while True:
+            if self._has_given_up.is_set():
+                return
+            ending = self._ending.is_set()
+            waiting: list[Entry] = self._insist(partial(self.journal.waiting, most))
+            part = _sent_together(waiting)
+            try:
+                if part:
+                    self._insist(partial(self._send, part))
+                    self.journal.arrived(len(part))
+                    self.arrived += sum(each.kind != "address" for each in part)
+                    most = _METRICS_PER_CALL
+                elif ending:
+                    return
+            except _Refused:
+                if len(part) == 1:
+                    _log.warning("MLflow at %s refuses a call, which is dropped", self._uri)
+                    self.journal.arrived(1)
+                most = 1
+            # What comes in quick succession goes in one call.
+            if len(part) == len(waiting):
+                self._ending.wait(self._gather_s)
 
-    def _explain_deletion(self, error: Exception) -> str:
-        """Say what was deleted in MLflow, and how to restore it; "" if nothing was."""
-        if isinstance(error, ExperimentDeleted):
-            return str(error)
+    def _send(self, part: Sequence[Entry]) -> None:
+        self._run.open(time_ms=part[0].time_ms)
+        if self._run.run_id != self._told:
+            self._told = self._run.run_id
+            self._opened(self._told)
+        self._run.send(part, position=self.journal.position())
+
+    def _insist(self, step: Callable[[], T]) -> T:
+        """Try something until it succeeds.
+
+        Raises:
+            _Refused: MLflow takes other things of the run, and says that this one is at fault.
+        """
+        pause_s, at_fault, last = 0.5, 0, ""
+        while True:
+            try:
+                done = step()
+                self._is_away = False
+                return done
+            except StoreError as error:
+                message = f"what is left to tell MLflow cannot be read: {error}"
+            except Exception as error:
+                self._is_away = True
+                message = f"MLflow at {self._uri}: {cause(error)}"
+                if deleted := self._run.explain_deletion(error):
+                    message = f"{deleted}. Until then its points are kept"
+                else:
+                    # A disk that is full or read-only may refuse calls as well, but takes no other.
+                    at_fault += is_refusal(error) and self._run.takes_writes()
+                    message += f"; it is tried again.{proxy_hint(self._uri)}"
+                if at_fault >= _TRIES_OF_A_CALL_AT_FAULT:
+                    _log.warning("%s", message)
+                    raise _Refused from error
+            if message != last:
+                _log.warning("%s", message)
+            last = message
+            if self._has_given_up.is_set():
+                raise _GivenUp
+            self._keep_waiting()
+            self._wake.wait(pause_s)
+            if not self._ending.is_set():
+                self._wake.clear()
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+
+    def _keep_waiting(self) -> None:
         try:
-            client = connect(self._uri)
-            experiment_id(client, self._config.experiment, self._uri, self._home)
-            run = client.get_run(self._run_id).info
-        except ExperimentDeleted as deleted:
-            return str(deleted)
-        except Exception:
-            return ""
-        if run.lifecycle_stage != "deleted":
-            return ""
-        return (
-            f"The run {self._run} was deleted in MLflow at {self._uri}; restore it on the page of "
-            "its experiment's runs (State: Deleted)"
-        )
+            self.journal.store_closed()
+            self._store_failed = False
+        except StoreError as error:
+            if not self._store_failed:
+                _log.warning("what waits for MLflow is on this machine alone: %s", error)
+            self._store_failed = True
 
-    def _answers(self) -> bool:
-        try:
-            connect(self._uri).search_experiments(max_results=1)
-        except Exception:
-            return False
-        return True
 
-    def _open(self) -> Any:
-        client = connect(self._uri)
-        experiment = experiment_id(client, self._config.experiment, self._uri, self._home)
-        found = client.search_runs(
-            [experiment], f"tags.`{_RUN_TAG}` = '{self._identity}'", max_results=1
-        )
-        if found:
-            self._run_id = found[0].info.run_id
-            client.update_run(self._run_id, status="RUNNING")
-        else:
-            tags = {_RUN_TAG: self._identity}
-            self._run_id = client.create_run(experiment, run_name=self._run, tags=tags).info.run_id
-        self._opened(self._run_id)
-        return client
-
-    def _newest_step(self, client: Any, name: str) -> int:
-        if name not in self._newest:
-            history = client.get_metric_history(self._run_id, name)
-            self._newest[name] = max((point.step for point in history), default=-1)
-        return self._newest[name]
+def _sent_together(waiting: Sequence[Entry]) -> Sequence[Entry]:
+    """Return the first entries that one call takes: points, or one of another kind."""
+    part: list[Entry] = []
+    metrics = 0
+    for entry in waiting:
+        metrics += len(entry.values)
+        if part and (entry.kind != "points" or metrics > _METRICS_PER_CALL):
+            break
+        part.append(entry)
+        if entry.kind != "points":
+            break
+    return part
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -257,3 +396,7 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = str(value)
     return flat
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

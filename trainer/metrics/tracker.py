@@ -1,15 +1,14 @@
-"""What training needs of an experiment tracker, and the points that are still on their way to it.
+"""What training needs of an experiment tracker.
 
-Checkpoints take those along. Else a kill would lose them for good: the resumed run does not train
-again what came before its checkpoint, and the process that would have sent them is gone.
+Checkpoints take along the points that are still on their way to it. Else a kill would lose them for
+good: the resumed run does not train again what came before its checkpoint, and the process that
+would have sent them may be gone together with its machine.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from pydantic import Field
 from pipelines.domains import Checked
 
 MAX_POINTS = 1000
+"""So many points a checkpoint takes along at most; of older ones the store has a copy."""
 
 
 class Point(NamedTuple):
@@ -34,34 +34,6 @@ class Point(NamedTuple):
         """Rebuild a point from `to_json`."""
         images, values = encoded
         return cls(images, {name: float.fromhex(value) for name, value in values.items()})
-
-
-class UnsentPoints:
-    """The newest points that are still on their way; used from several threads."""
-
-    def __init__(self) -> None:
-        self._points: dict[int, Point] = {}
-        self._numbers = count()
-        self._lock = threading.Lock()
-
-    def add(self, images: int, values: Mapping[str, float]) -> int:
-        """Keep a point, and return a number by which it can be forgotten."""
-        with self._lock:
-            number = next(self._numbers)
-            self._points[number] = Point(images, dict(values))
-            if len(self._points) > MAX_POINTS:
-                del self._points[min(self._points)]
-            return number
-
-    def forget(self, number: int) -> None:
-        """Forget a point that has arrived."""
-        with self._lock:
-            self._points.pop(number, None)
-
-    def points(self) -> list[Point]:
-        """Return them, oldest first."""
-        with self._lock:
-            return list(self._points.values())
 
 
 class InvalidTrackingUri(ValueError):
@@ -120,14 +92,29 @@ class Tracker:
         """Record values at a position of the run."""
 
     def unsent(self) -> list[Point]:
-        """Return the recorded values that are not safe yet, oldest first."""
+        """Return the recorded values that neither the tracker nor a store has, oldest first."""
         return []
 
     def image(self, name: str, png: bytes, *, images: int) -> None:
         """Record a picture at a position of the run."""
 
-    def tag(self, name: str, value: str) -> None:
-        """Attach or replace a named text."""
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Attach or replace named texts."""
 
-    def close(self, status: str) -> None:
-        """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""
+    def checkpoint(self, uri: str, *, images: int) -> None:
+        """Record a checkpoint, from which the run may go on, also on another machine."""
+
+    def measured(
+        self, values: Mapping[str, float], *, images: int, lowest: str, protocol: str
+    ) -> None:
+        """Record figures of a checkpoint.
+
+        Args:
+            values: The figures.
+            images: The checkpoint's position of the run.
+            lowest: That of the figures which is the lowest for the best one.
+            protocol: How they were measured; only figures of the same are compared.
+        """
+
+    def close(self, status: str, reason: str = "") -> None:
+        """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED", for a reason."""

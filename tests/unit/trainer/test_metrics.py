@@ -8,13 +8,11 @@ import torch
 
 from pipelines.formats import format_duration
 from trainer.metrics.buffer import MetricBuffer
+from trainer.metrics.node_use import NodeUse
 from trainer.metrics.tracker import (
-    MAX_POINTS,
     InvalidTrackingUri,
-    Point,
     Tracker,
     TrackingConfig,
-    UnsentPoints,
 )
 from trainer.training.hooks import Progress, Throughput, UpdateReport, due
 
@@ -186,6 +184,7 @@ def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
             total_images=260,
             throughput=Throughput(0),
             rank=rank,
+            node=NodeUse(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu")),
         )
         for before in range(0, 260, 52):
             metrics.record("loss/total", 0.5)
@@ -202,17 +201,3 @@ def test_credentials_in_the_tracking_uri_are_refused_and_not_repeated():
     with pytest.raises(InvalidTrackingUri) as caught:
         TrackingConfig(uri="http://me:hunter2@host")
     assert "hunter2" not in str(caught.value)
-
-
-def test_points_on_their_way_are_kept_to_the_bit_until_they_arrive():
-    unsent = UnsentPoints()
-    first = unsent.add(64, {"loss": 0.1, "norm": float("inf")})
-    unsent.add(128, {"loss": 1 / 3})
-    encoded = json.loads(json.dumps([point.to_json() for point in unsent.points()]))
-    assert [Point.from_json(each) for each in encoded] == unsent.points()
-    unsent.forget(first)
-    assert unsent.points() == [Point(128, {"loss": 1 / 3})]
-    unsent.forget(first)
-    for images in range(2 * MAX_POINTS):
-        unsent.add(images, {})
-    assert [point.images for point in unsent.points()] == list(range(MAX_POINTS, 2 * MAX_POINTS))

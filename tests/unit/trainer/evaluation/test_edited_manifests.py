@@ -19,6 +19,7 @@ NEEDED = GROUPS[:3]
 INVALID: list[tuple[str, dict[str, Any]]] = [
     ("model", {"depth": 0}),
     ("model", {"depth": "deep"}),
+    ("model", {"depth": 10**9}),
     ("model", {"mlp_ratio": 1e308}),
     ("model", {"ties": {"scales": [0, 9]}}),
     ("model", {"x" * 300: 1}),
@@ -35,7 +36,7 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
 ]
 # Without a look at the parameters, each of these would be built.
 MISMATCHES: list[tuple[str, dict[str, Any]]] = [
-    ("model", {"depth": 10**9}),
+    ("model", {"depth": 10**4}),
     ("model", {"width": 2**30}),
     ("model", {"heads": 1, "qk_norm": True}),
     ("model", {"class_tokens": 10**6}),

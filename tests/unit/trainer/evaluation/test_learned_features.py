@@ -54,6 +54,7 @@ def test_learned_features_are_read_back_without_training(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_no_changed_byte_of_kept_features_moves_a_distance(tmp_path, caplog):
     learned = learn(kept=kept(tmp_path))
     (weights,), (record,) = tmp_path.glob("*/*.safetensors"), tmp_path.glob("*.json")

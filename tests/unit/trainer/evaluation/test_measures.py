@@ -20,28 +20,33 @@ from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.pyramid import up
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
+from tests.unit.trainer.measurements import real_figures
 from trainer.config.job import EvalConfig, FeatureConfig
 from trainer.config.shapes import ImageShape
+from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.features import (
     InceptionFeatures,
     MissingWeights,
     RandomConvFeatures,
     check_features,
+    read_inception,
 )
-from trainer.evaluation.frechet import (
-    DistanceToReal,
-    FeatureStatistics,
-    FrechetError,
-    frechet_distance,
-)
+from trainer.evaluation.frechet import FeatureStatistics, frechet_distance
 from trainer.evaluation.grid import TakenSamples, grid_png
 from trainer.evaluation.learned_features import label_agreement, learned_features
 from trainer.evaluation.reports import Distance, EvaluationReport, Origin
 from trainer.evaluation.samples import ImageSampler, SampleBlock
+from trainer.evaluation.sums import FeatureSums
 
 
 def statistics(mean, covariance):
     return FeatureStatistics(mean=np.asarray(mean, float), covariance=np.asarray(covariance, float))
+
+
+def summarised(features) -> FeatureStatistics:
+    sums = FeatureSums()
+    sums.add(torch.as_tensor(features))
+    return sums.statistics()
 
 
 def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
@@ -53,8 +58,8 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
 
 def test_frechet_distance_is_a_symmetric_zero_on_itself_even_when_rank_deficient():
     rng = np.random.default_rng(0)
-    first = FeatureStatistics.of(rng.normal(size=(10, 64)))
-    second = FeatureStatistics.of(rng.normal(size=(12, 64)) + 1)
+    first = summarised(rng.normal(size=(10, 64)))
+    second = summarised(rng.normal(size=(12, 64)) + 1)
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(first, second) == pytest.approx(
         frechet_distance(second, first), rel=1e-7
@@ -65,17 +70,10 @@ def test_frechet_distance_agrees_with_the_matrix_square_root():
     from scipy.linalg import sqrtm
 
     rng = np.random.default_rng(1)
-    a, b = (FeatureStatistics.of(rng.normal(size=(500, 8)) @ rng.normal(size=(8, 8))) for _ in "ab")
+    a, b = (summarised(rng.normal(size=(500, 8)) @ rng.normal(size=(8, 8))) for _ in "ab")
     root = np.trace(sqrtm(a.covariance @ b.covariance).real)
     expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance) - 2 * root
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-
-
-def test_statistics_refuse_what_they_cannot_summarise():
-    with pytest.raises(FrechetError, match="at least 2"):
-        FeatureStatistics.of(np.zeros((1, 3)))
-    with pytest.raises(FrechetError, match="not finite"):
-        FeatureStatistics.of(np.array([[0.0], [np.nan]]))
 
 
 def test_random_features_are_fixed_and_tell_distributions_apart():
@@ -84,9 +82,9 @@ def test_random_features_are_fixed_and_tell_distributions_apart():
     noise = torch.randn(64, 1, 8, 8)
     assert extract(smooth).shape == (64, 64)
     assert torch.equal(extract(smooth), RandomConvFeatures(1)(smooth))
-    near = FeatureStatistics.of(extract(smooth[:32]).numpy())
-    same = FeatureStatistics.of(extract(smooth[32:]).numpy())
-    far = FeatureStatistics.of(extract(noise).numpy())
+    near = summarised(extract(smooth[:32]))
+    same = summarised(extract(smooth[32:]))
+    far = summarised(extract(noise))
     assert frechet_distance(near, far) > 100 * frechet_distance(near, same)
 
 
@@ -194,7 +192,7 @@ def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monk
     weights = str(tmp_path / "inception.pth")
     torch.save(built, weights)
 
-    extract = InceptionFeatures(weights)
+    extract = InceptionFeatures(read_inception(weights), weights=weights)
     features = extract(torch.rand(2, 1, 16, 16) * 2 - 1)
     assert features.shape == (2, 2048)
     assert torch.isfinite(features).all()
@@ -290,61 +288,49 @@ def test_the_classifier_reads_what_was_asked_for_and_not_what_was_not():
     assert (agreement.samples, agreement.held_out) == (0.0, 1.0)
 
 
-def measured(images, real, untrained, **settings) -> EvaluationReport:
-    distance = DistanceToReal(RandomConvFeatures(1), [real], device=torch.device("cpu"), batch=64)
-    return EvaluationReport.of(
-        EvalConfig(samples=len(images), **settings),
+def test_a_report_puts_each_figure_beside_its_references():
+    agreement = label_agreement(
+        **{
+            name: two_classes(60, seed)
+            for seed, name in enumerate(("train", "held_out", "samples"))
+        }
+    )
+    report = EvaluationReport.of(
+        EvalConfig(samples=20),
         images=7,
         origin=Origin(run="a", attempt="b", held_out_index="c", extractor=""),
         reached=Distance(
             features="random_conv",
-            frechet=distance(images),
-            frechet_real_halves=distance.between_halves,
+            frechet=0.3,
+            diversity=1.5,
+            nearest=Nearness(mean=0.5, close_share=0.25),
+            real=real_figures(0.1),
         ),
-        frechet_untrained=distance(untrained),
+        frechet_untrained=2.0,
         nfe=(1.0, 2.5),
-        labels=None,
-        real_images=distance.real_images,
+        labels=agreement,
+        real_images=200,
         unusable_real_images=1,
     )
-
-
-def test_a_report_puts_each_figure_beside_its_references():
-    held_out, train, perfect = (two_classes(200, seed) for seed in range(3))
-    untrained = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(9))
-    report = measured(perfect[0], held_out[0], untrained)
-    assert report.frechet < report.frechet_untrained / 50
-    assert report.gap_closed is not None
-    assert 0.97 < report.gap_closed < 1.05
-    assert (report.real_images, report.unusable_real_images) == (200, 1)
-    assert (report.network_evaluations, report.segment_evaluations) == (3.5, (1.0, 2.5))
-    assert report.metrics()["eval/network_evaluations"] == 3.5
-    agreement = label_agreement(train=train, held_out=held_out, samples=perfect)
-    report = dataclasses.replace(report, labels=agreement)
-    assert report.metrics()["eval/label_agreement"] == 1.0
+    assert report.metrics() == {
+        "eval/frechet_random_conv": 0.3,
+        "eval/frechet_random_conv_untrained": 2.0,
+        "eval/random_conv_diversity": 1.5,
+        "eval/random_conv_nearest_train": 0.5,
+        "eval/random_conv_close_to_train": 0.25,
+        "eval/random_conv_real": 0.1,
+        "eval/random_conv_real_diversity": 2.0,
+        "eval/random_conv_real_nearest_train": 1.5,
+        "eval/network_evaluations": 3.5,
+        "eval/unusable_real_images": 1.0,
+        "eval/label_agreement": 1.0,
+        "eval/classifier_held_out_accuracy": 1.0,
+    }
     assert EvaluationReport.from_json(report.to_json()) == report
-    assert measured(untrained, held_out[0], untrained).gap_closed == 0.0
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_too_few_real_images_for_halves_leave_that_figure_out(count):
-    real, samples = two_classes(count, 0)[0], two_classes(20, 1)[0]
-    report = measured(samples, real, torch.randn(20, 1, 8, 8))
-    assert np.isfinite(report.frechet)
-    assert (report.frechet_real_halves, report.gap_closed) == (None, None)
-    assert not [name for name in report.metrics() if "halves" in name or "gap" in name]
-    assert EvaluationReport.from_json(report.to_json()) == report
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_no_distance_is_measured_to_fewer_than_two_images(count):
-    real = [two_classes(count, 0)[0]] if count else []
-    with pytest.raises(FrechetError, match=f"at least 2 images, got {count}"):
-        DistanceToReal(RandomConvFeatures(1), real, device=torch.device("cpu"), batch=8)
 
 
 def test_samples_are_kept_as_pictures_as_far_as_there_is_room():
-    taken = TakenSamples(max_bytes=5 * 64, whole=True)
+    taken = TakenSamples(picture_bytes=64, max_bytes=5 * 64, whole=True)
     images, labels = two_classes(8, 0)
     for first, last in ((0, 3), (3, 6), (6, 8)):
         taken.add(
@@ -359,8 +345,14 @@ def test_samples_are_kept_as_pictures_as_far_as_there_is_room():
     wanted = (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
     assert np.array_equal(file["arr_0"], wanted[:5].numpy())
     assert file["arr_1"].tolist() == labels[:5].tolist()
-    assert taken.nfe == ((3 * 3 + 3 * 3 + 2 * 2) / 8, 1.0)
     assert torch.equal(torch.cat([part for part, _ in taken.whole]), images)
+
+
+def test_only_blocks_of_which_something_is_kept_are_wanted():
+    taken = TakenSamples(picture_bytes=64, max_bytes=5 * 64, shown=[20])
+    wanted = [first for first in range(0, 30, 3) if taken.wants(range(first, first + 3))]
+    assert wanted == [0, 3, 18]
+    assert TakenSamples(picture_bytes=64, max_bytes=0, whole=True).wants(range(90, 91))
 
 
 def test_samples_are_decoded_a_batch_at_a_time():

@@ -50,6 +50,15 @@ def test_of_several_the_one_of_most_samples_counts_then_the_last_by_name(
     assert frechet_scores(store, RUN, "random_conv") == {10: 0.5}
 
 
+def test_figures_of_different_protocols_are_never_in_one_curve(store: MemoryStore) -> None:
+    measured(store, 10, 3.0, samples=100)
+    measured(store, 20, 2.0, samples=100)
+    measured(store, 30, 0.1, samples=50_000)
+    assert frechet_scores(store, RUN, "random_conv") == {10: 3.0, 20: 2.0}
+    measured(store, 20, 0.3, name="more", samples=50_000)
+    assert frechet_scores(store, RUN, "random_conv") == {20: 0.3, 30: 0.1}
+
+
 def test_what_is_no_measurement_of_what_stands_there_is_left_out(store: MemoryStore) -> None:
     measured(store, 10, 3.0, weights="master")
     measured(store, 20, 3.0, attempt="replaced")

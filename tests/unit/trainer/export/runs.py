@@ -141,3 +141,17 @@ def same_outputs(one: torch.nn.Module, other: torch.nn.Module, job: JobConfig) -
     """Whether two models give the same velocities, bit by bit."""
     pairs = zip(one(*inputs(job)), other(*inputs(job)), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def model_class():
+    """The model of diffusers: seconds of imports, which the collection of tests need not take."""
+    from trainer.export.diffusers_model import LapFlowTransformer2DModel
+
+    return LapFlowTransformer2DModel
+
+
+def pipeline_class():
+    """Its pipeline, likewise."""
+    from trainer.export.diffusers_pipeline import LapFlowPipeline
+
+    return LapFlowPipeline

@@ -11,12 +11,17 @@ from models.flow.flow import Flow
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from tests.support.autoencoder import tiny_autoencoder
-from tests.unit.trainer.export.runs import export, inputs, same_outputs, save_run
+from tests.unit.trainer.export.runs import (
+    export,
+    inputs,
+    model_class,
+    pipeline_class,
+    same_outputs,
+    save_run,
+)
 from trainer.autoencoder.codec import CodecConfig
 from trainer.config.job import DataConfig
 from trainer.config.reading import ConfigError
-from trainer.export.diffusers_model import LapFlowTransformer2DModel
-from trainer.export.diffusers_pipeline import LapFlowPipeline
 
 LATENTS = CodecConfig(kind="autoencoder_kl", source="/home/somebody/vae", scale=0.5, shift=0.25)
 
@@ -54,48 +59,48 @@ def noise(flow: Flow, job, count: int, seed: int, *, channels=1) -> torch.Tensor
 
 
 def test_nothing_is_missing_and_nothing_unexpected(folder):
-    model, report = LapFlowTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+    model, report = model_class().from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
     assert not model.training
     assert model.config.num_classes == 3
 
 
 def test_a_model_saved_by_diffusers_loads_again(run, folder, tmp_path):
-    model = LapFlowTransformer2DModel.from_pretrained(folder)
+    model = model_class().from_pretrained(folder)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() != ""
-    again = LapFlowTransformer2DModel.from_pretrained(tmp_path)
+    again = model_class().from_pretrained(tmp_path)
     assert same_outputs(again, run.ema, run.job)
     assert dict(again.config).keys() == dict(model.config).keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_cast_model_is_the_cast_of_the_model(run, folder, dtype):
-    model = LapFlowTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
+    model = model_class().from_pretrained(folder, torch_dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    cast = LapFlowTransformer2DModel.from_pretrained(folder).to(dtype)
+    cast = model_class().from_pretrained(folder).to(dtype)
     assert same_outputs(model, cast, run.job)
     assert {velocity.dtype for velocity in model(*inputs(run.job))} == {torch.float32}
 
 
 def test_tied_scales_stay_tied(folder):
-    model = LapFlowTransformer2DModel.from_pretrained(folder)
+    model = model_class().from_pretrained(folder)
     experts = model.blocks[0].experts
     assert experts["scale0"].mlp_hidden is experts["scale1"].mlp_hidden
     assert experts["scale0"].qkv is not experts["scale1"].qkv
 
 
 def test_a_config_alone_builds_an_untrained_model(folder):
-    config = LapFlowTransformer2DModel.load_config(folder)
-    model = LapFlowTransformer2DModel.from_config(config)
+    config = model_class().load_config(folder)
+    model = model_class().from_config(config)
     assert sum(p.abs().sum() for p in model.final.parameters()) == 0
 
 
 def test_a_setting_that_does_not_exist_is_named(folder):
-    config = LapFlowTransformer2DModel.load_config(folder)
+    config = model_class().load_config(folder)
     config["transformer"] = {**config["transformer"], "widht": 16}
     with pytest.raises(ConfigError, match=r"transformer\.widht.*width"):
-        LapFlowTransformer2DModel.from_config(config)
+        model_class().from_config(config)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -111,7 +116,7 @@ def test_the_pipeline_draws_what_the_sampler_draws(run, folder, scale):
         image_size=8,
         null_label=3,
     ).images
-    pipeline = LapFlowPipeline.from_pretrained(folder)
+    pipeline = pipeline_class().from_pretrained(folder)
 
     def drawn(output_type: str):
         return pipeline(
@@ -133,7 +138,7 @@ def test_the_pipeline_draws_what_the_sampler_draws(run, folder, scale):
 
 
 def test_each_image_can_have_a_generator(folder):
-    pipeline = LapFlowPipeline.from_pretrained(folder)
+    pipeline = pipeline_class().from_pretrained(folder)
     options = {"num_inference_steps": 2, "output_type": "pt"}
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = pipeline([0, 1], generator=generators, **options).images
@@ -149,21 +154,21 @@ def test_each_image_can_have_a_generator(folder):
 
 def test_a_pipeline_takes_other_weights_as_a_component(run, folder):
     with pytest.raises(ValueError, match="variant=master"):
-        LapFlowPipeline.from_pretrained(folder, variant="master")
-    master = LapFlowTransformer2DModel.from_pretrained(folder, variant="master")
-    pipeline = LapFlowPipeline.from_pretrained(folder, transformer=master)
+        pipeline_class().from_pretrained(folder, variant="master")
+    master = model_class().from_pretrained(folder, variant="master")
+    pipeline = pipeline_class().from_pretrained(folder, transformer=master)
     assert same_outputs(pipeline.transformer, run.master, run.job)
 
 
 @pytest.mark.parametrize("labels", [[], [3], [-1, 0]])
 def test_classes_that_the_model_does_not_know_are_refused(folder, labels):
     with pytest.raises(ConfigError, match=r"class_labels=.*0 … 2"):
-        LapFlowPipeline.from_pretrained(folder)(labels)
+        pipeline_class().from_pretrained(folder)(labels)
 
 
 def test_latents_become_images_by_the_autoencoder(latent_run, latent_folder, tmp_path):
     vae = tiny_autoencoder()
-    pipeline = LapFlowPipeline.from_pretrained(latent_folder)
+    pipeline = pipeline_class().from_pretrained(latent_folder)
     options = {"class_labels": [1], "num_inference_steps": 2}
 
     def drawn(with_pipeline, **more):
@@ -175,12 +180,12 @@ def test_latents_become_images_by_the_autoencoder(latent_run, latent_folder, tmp
     latents = drawn(pipeline, output_type="latent")
     assert latents.shape == (1, 4, 8, 8)
     images = AutoencoderKlCodec(vae, scale=0.5, shift=0.25).decode(latents)
-    complete = LapFlowPipeline.from_pretrained(latent_folder, vae=vae)
+    complete = pipeline_class().from_pretrained(latent_folder, vae=vae)
     values = drawn(complete, output_type="pt")
     assert torch.equal(values, (images / 2 + 0.5).clamp(0, 1))
     # Saved with its autoencoder, it is one folder in the usual layout.
     complete.save_pretrained(tmp_path)
-    again = LapFlowPipeline.from_pretrained(tmp_path)
+    again = pipeline_class().from_pretrained(tmp_path)
     assert type(again.vae) is type(vae)
     assert torch.equal(drawn(again, output_type="pt"), values)
 
@@ -195,11 +200,11 @@ def test_which_autoencoder_it_was_is_told_and_where_it_was_is_not(latent_folder)
 def test_there_is_no_guidance_without_a_trained_null_label(folder, tmp_path):
     run = save_run(tmp_path / "store", changed_science={"train": {"label_dropout": 0.0}})
     place = exported(run, tmp_path)
-    pipeline = LapFlowPipeline.from_pretrained(place)
+    pipeline = pipeline_class().from_pretrained(place)
     with pytest.raises(ConfigError, match=r"guidance_scale=2\.0 needs a null label"):
         pipeline([0], num_inference_steps=2, guidance_scale=2.0)
     assert pipeline([0], num_inference_steps=2).images
     assert "no null label was trained: there is no guidance" in (place / "README.md").read_text()
-    trained = LapFlowPipeline.from_pretrained(folder)
+    trained = pipeline_class().from_pretrained(folder)
     assert trained([0], num_inference_steps=2, guidance_scale=2.0).images
     assert "3 is the null label of guidance" in (folder / "README.md").read_text()

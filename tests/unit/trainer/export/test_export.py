@@ -16,11 +16,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.unit.trainer.export.runs import MODELS, RUN, build, export, same_outputs, save_run
+from tests.unit.trainer.export.runs import (
+    MODELS,
+    RUN,
+    build,
+    export,
+    model_class,
+    same_outputs,
+    save_run,
+)
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.config.reading import ConfigError
-from trainer.export.diffusers_model import LapFlowTransformer2DModel
 from trainer.export.export import ExportSettings, write_whole
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -60,7 +67,7 @@ def test_a_folder_gives_both_models_to_torch_and_to_diffusers(tmp_path, name):
         plain = build(run.job, seed=9)
         plain.load_state_dict(state)
         assert same_outputs(plain, saved, run.job)
-        model = LapFlowTransformer2DModel.from_pretrained(folder, variant=variant)
+        model = model_class().from_pretrained(folder, variant=variant)
         assert same_outputs(model, saved, run.job)
 
 
@@ -68,7 +75,7 @@ def test_a_folder_gives_both_models_to_torch_and_to_diffusers(tmp_path, name):
 def test_one_set_of_weights_is_what_is_loaded_by_default(run, exported, weights):
     folder = exported(weights=weights)
     assert names(folder) == FOLDER_FILES
-    model = LapFlowTransformer2DModel.from_pretrained(folder)
+    model = model_class().from_pretrained(folder)
     assert same_outputs(model, getattr(run, weights), run.job)
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from models.flow.sampler_config import SamplerConfig
 from tests.unit.trainer.export.runs import IMAGES, RUN, export, same_outputs, save_run
+from tests.unit.trainer.measurements import real_figures
 from trainer.autoencoder.codec import CodecConfig
 from trainer.config.job import DataConfig, EvalConfig
 from trainer.config.reading import to_dict
@@ -148,8 +149,7 @@ def test_reports_of_the_exported_weights_are_shown(tmp_path):
         features="random_conv",
         frechet=0.1251,
         frechet_untrained=9.0,
-        frechet_real_halves=0.0625,
-        gap_closed=0.9,
+        real=real_figures(0.0625),
         network_evaluations=80.0,
         segment_evaluations=(40.0, 40.0),
         settings=to_dict(EvalConfig()),
@@ -171,7 +171,7 @@ def test_reports_of_the_exported_weights_are_shown(tmp_path):
         images=IMAGES,
         real_images=10_000,
         network_evaluations=300.0,
-        distances=(Distance(features="inception", frechet=12.5, frechet_real_halves=3.25),),
+        distances=(Distance(features="inception", frechet=12.5, real=real_figures(3.25)),),
         measurement=measurement,
     )
     put("aaaa/report.json", later.to_json())

@@ -1,0 +1,122 @@
+"""What is kept of the features of a set of images, and how near the images of two sets are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from trainer import rng
+from trainer.evaluation.sums import FeatureSums
+from trainer.host_group import HostGroup
+
+COMPARED_IMAGES = 1000
+"""Samples, and held-out images, whose nearest training image is looked for."""
+NEIGHBOURS = 10_000
+"""Training images among which it is looked for."""
+
+_CLOSE = 0.01
+"""Share of the held-out images that count as close to a training image."""
+_AT_ONCE = 256
+
+
+def spread_evenly(total: int, most: int) -> Tensor:
+    """Return at most `most` places of `total`, rising, one of each of as many equal parts.
+
+    Where in its part is drawn, though always alike: at even distances, samples whose classes take
+    turns would be of a few classes alone.
+    """
+    count = min(total, most)
+    edges = torch.arange(count + 1) * total // max(1, count)
+    drawn = rng.uniforms(0, "places", first=0, count=count).double()
+    return edges[:-1] + (drawn * edges.diff()).long()
+
+
+class FeatureSet:
+    """Takes the features of a set of images, of which each rank sees a part.
+
+    Args:
+        classes: Number of classes.
+        summed: Indices of the images that are summed up; None is all.
+        kept: Indices of the images whose features are kept on the rank that saw them.
+
+    Attributes:
+        sums: Of those of this rank, and of all ranks after `reduce`.
+    """
+
+    def __init__(self, *, classes: int, kept: Tensor, summed: Tensor | None = None) -> None:
+        self.sums = FeatureSums(classes=classes)
+        self._summed = summed
+        self._chosen = kept
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def take(self, features: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Take features [n, d], labels [n] and indices [n]."""
+        summed = slice(None) if self._summed is None else torch.isin(indices, self._summed)
+        self.sums.add(features[summed], labels[summed])
+        kept = torch.isin(indices, self._chosen)
+        if kept.any():
+            self._kept.append((indices[kept], features[kept].cpu()))
+
+    @property
+    def kept(self) -> Tensor:
+        """The features [k, d] that this rank keeps."""
+        return torch.cat([features for _, features in self._kept] or [torch.zeros(0, 0)])
+
+    def gather(self, ranks: HostGroup) -> Tensor:
+        """Return the features that all ranks keep, by their indices; a collective call."""
+        indices = torch.cat([indices for indices, _ in self._kept] or [torch.zeros(0).long()])
+        parts = ranks.gather(save({"indices": indices, "features": self.kept.contiguous()}))
+        whole = [part for part in map(load, parts) if len(part["indices"])]
+        joined = torch.zeros(0, 0)
+        if whole:
+            order = torch.cat([part["indices"] for part in whole]).argsort()
+            joined = torch.cat([part["features"] for part in whole])[order]
+        return load(ranks.broadcast(save({"features": joined}), source=0))["features"]
+
+
+def nearest_distances(features: Tensor, neighbours: Tensor, *, ranks: HostGroup) -> Tensor:
+    """Return the distance from each image to the nearest of others; a collective call.
+
+    Args:
+        features: Features of the images, alike on all ranks, [n, d].
+        neighbours: This rank's part of the others, [m, d]; of any width where it has none.
+        ranks: Those that have a part.
+
+    Returns:
+        Distances [n] in float64. Each is computed by itself, so no other changes a bit of it.
+    """
+    least = torch.full((len(features),), torch.inf, dtype=torch.float64)
+    wide = features.double()
+    for first in range(0, len(neighbours), _AT_ONCE):
+        part = neighbours[first : first + _AT_ONCE].double()
+        for start in range(0, len(wide), _AT_ONCE):
+            rows = slice(start, start + _AT_ONCE)
+            mode = "donot_use_mm_for_euclid_dist"
+            found = torch.cdist(wide[rows], part, compute_mode=mode).amin(1)
+            least[rows] = torch.minimum(least[rows], found)
+    return ranks.reduce_least(least)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearness:
+    """How near images are to training images, beside held-out ones.
+
+    Attributes:
+        mean: Mean distance to the nearest training image.
+        close_share: Share of them that are nearer to a training image than 99 % of the held-out
+            images are: 0.01 for new images, and more where training images are copied.
+    """
+
+    mean: float
+    close_share: float
+
+    @classmethod
+    def of(cls, distances: Tensor, *, held_out: Tensor) -> Nearness:
+        """Summarise distances beside those of held-out images."""
+        bound = held_out.quantile(_CLOSE)
+        return cls(
+            mean=float(distances.mean()), close_share=float((distances < bound).double().mean())
+        )

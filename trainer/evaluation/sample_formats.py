@@ -1,0 +1,193 @@
+"""How samples are kept: as PNG files, as one NPZ file, or as shards."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.index import INDEX_NAME
+from pipelines.ingest.write import LabelledImage, index_of, pack_shard
+from trainer.storage.store import Store
+
+FormatName = Literal["png", "npz", "mds"]
+
+PARTS = "parts/"
+"""What the keys begin with of what is removed once a set is complete."""
+
+
+class DrawnPart(NamedTuple):
+    """Samples of consecutive indices, drawn by one worker."""
+
+    number: int
+    """Place among the parts."""
+    first: int
+    """Index of the first sample."""
+    pixels: NDArray[np.uint8]
+    """Shape [n, h, w, c]."""
+    labels: NDArray[np.int64]
+    """Their classes, shape [n]."""
+
+
+class PackedPart(NamedTuple):
+    """A part as files."""
+
+    files: Mapping[str, bytes]
+    """Content of each, by key."""
+    entry: dict[str, Any]
+    """What the index of all parts says of it; empty where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptPart:
+    """Record of a part, written once all its files are there.
+
+    Attributes:
+        plan: Digest of the plan that it is of.
+        number: Place among the parts.
+        samples: How many they are.
+        nfe: Network evaluations in each segment, summed over them.
+        files: Length of each file, by key.
+        entry: See `PackedPart`.
+    """
+
+    plan: str
+    number: int
+    samples: int
+    nfe: tuple[float, ...]
+    files: dict[str, int]
+    entry: dict[str, Any] = field(default_factory=dict)
+
+
+class SampleFormat(Protocol):
+    """How samples are kept."""
+
+    def pack(self, part: DrawnPart) -> PackedPart:
+        """Make the files of a part; they depend on its samples alone."""
+        ...
+
+    def finish(self, store: Store, parts: Sequence[KeptPart], labels: NDArray[np.int64]) -> None:
+        """Write what needs all parts, given in their order with the classes of all samples."""
+        ...
+
+
+class PngFormat:
+    """One file for each sample, in one folder for each class."""
+
+    def pack(self, part: DrawnPart) -> PackedPart:
+        """Encode each sample."""
+        files = {
+            f"{label:04d}/{index:06d}.png": _png(pixels)
+            for index, (pixels, label) in enumerate(
+                zip(part.pixels, part.labels, strict=True), part.first
+            )
+        }
+        return PackedPart(files, {})
+
+    def finish(self, store: Store, parts: Sequence[KeptPart], labels: NDArray[np.int64]) -> None:
+        """Leave the files as they are."""
+
+
+class MdsFormat:
+    """Shards of PNG files with labels, a dataset as `pipelines` reads it: one for each part."""
+
+    def pack(self, part: DrawnPart) -> PackedPart:
+        """Make the part's shard."""
+        images = (
+            LabelledImage(data=_png(pixels), label=int(label))
+            for pixels, label in zip(part.pixels, part.labels, strict=True)
+        )
+        name = f"shard.{part.number:05d}.mds"
+        shard = pack_shard(images, name=name)
+        return PackedPart({name: shard.data}, shard.entry)
+
+    def finish(self, store: Store, parts: Sequence[KeptPart], labels: NDArray[np.int64]) -> None:
+        """Write the index, which makes a dataset of the shards."""
+        store.put(INDEX_NAME, index_of([part.entry for part in parts]))
+
+
+class NpzFormat:
+    """One file as ADM's evaluator reads it: arr_0 uint8 [n, h, w, c], and the classes in arr_1."""
+
+    def pack(self, part: DrawnPart) -> PackedPart:
+        """Keep the pixels, until all are there."""
+        return PackedPart({_pixels_key(part.number): _npy(part.pixels)}, {})
+
+    def finish(self, store: Store, parts: Sequence[KeptPart], labels: NDArray[np.int64]) -> None:
+        """Join the parts, one of which is in memory at a time."""
+        store.put_pieces("samples.npz", _npz_pieces(store, parts, labels))
+
+
+FORMATS: Mapping[FormatName, SampleFormat] = {
+    "png": PngFormat(),
+    "npz": NpzFormat(),
+    "mds": MdsFormat(),
+}
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    grey = pixels.shape[-1] == 1
+    Image.fromarray(pixels.squeeze(-1) if grey else pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _npy(values: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _pixels_key(number: int) -> str:
+    return f"{PARTS}{number:05d}.npy"
+
+
+class _Pipe:
+    """Takes what a ZIP file is written to, in order, until it is taken out."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def write(self, data: bytes) -> int:
+        self._held += data
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def take(self) -> bytes:
+        taken = bytes(self._held)
+        self._held.clear()
+        return taken
+
+
+def _npz_pieces(
+    store: Store, parts: Sequence[KeptPart], labels: NDArray[np.int64]
+) -> Iterator[bytes]:
+    """Write arrays as `numpy.savez` does, to the same bytes whenever they are written."""
+    pipe = _Pipe()
+    member = partial(zipfile.ZipInfo, date_time=(1980, 1, 1, 0, 0, 0))
+    with zipfile.ZipFile(pipe, "w") as archive:
+        with archive.open(member("arr_0.npy"), "w", force_zip64=True) as file:
+            for place, part in enumerate(parts):
+                stored = io.BytesIO(store.get(_pixels_key(part.number)))
+                pixels = np.load(stored, allow_pickle=False)
+                if place == 0:
+                    shape = (len(labels), *pixels.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+                file.write(pixels.tobytes())
+                yield pipe.take()
+        with archive.open(member("arr_1.npy"), "w") as file:
+            file.write(_npy(labels))
+    yield pipe.take()

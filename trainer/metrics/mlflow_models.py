@@ -1,0 +1,111 @@
+"""Checkpoints of a run as MLflow's models, and the best of them in its registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_BEST = "best"
+_KIND = "checkpoint"
+_MODEL = "model_id"
+_PROTOCOL = ".protocol"
+_PLACE = "lapflow.place"
+
+
+class RunModels:
+    """The models of one run. What is there already is left as it is.
+
+    Args:
+        client: Speaks to MLflow.
+        experiment: ID of the run's experiment.
+        run: Name of the training run, and of the registered model unless another run has it.
+        run_id: MLflow's ID of the run.
+        place: Tells the place of the training run from all others.
+    """
+
+    def __init__(self, client: Any, experiment: str, *, run: str, run_id: str, place: str) -> None:
+        self._client = client
+        self._experiment = experiment
+        self._run = run
+        self._run_id = run_id
+        self._place = place
+
+    def add(self, images: int, *, uri: str) -> None:
+        """Record a checkpoint.
+
+        MLflow has its address and none of its bytes.
+
+        Args:
+            images: Images that it has seen.
+            uri: Where it is.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        model_id = self.find(images)
+        if model_id is None:
+            about = {_KIND: uri, "images": str(images)}
+            model_id = self._client.create_logged_model(
+                self._experiment,
+                name=self._name(images),
+                source_run_id=self._run_id,
+                params=about,
+                tags=about,
+                model_type=_KIND,
+            ).model_id
+        outputs = self._client.get_run(self._run_id).outputs
+        if model_id not in {each.model_id for each in outputs.model_outputs}:
+            self._client.log_outputs(self._run_id, [LoggedModelOutput(model_id, images)])
+        self._client.finalize_logged_model(model_id, "READY")
+
+    def find(self, images: int) -> str | None:
+        """Return the ID of the model that a checkpoint is; None if it was not recorded."""
+        wanted = f"source_run_id = '{self._run_id}' and name = '{self._name(images)}'"
+        found = self._client.search_logged_models([self._experiment], wanted, max_results=1)
+        return str(found[0].model_id) if found else None
+
+    def rank(self, model_id: str, *, figure: str, value: float, protocol: str) -> None:
+        """Give a model the alias `best` in the registry, unless another one has a lower figure.
+
+        Args:
+            model_id: The model.
+            figure: Name of the figure; others are not compared with it.
+            value: What the model has.
+            protocol: How it was measured; figures of others are not compared with it either.
+        """
+        client, name = self._client, self._registered()
+        versions = client.search_model_versions(f"name = '{name}'")
+        mine = next((each for each in versions if each.tags.get(_MODEL) == model_id), None)
+        if mine is None:
+            model = client.get_logged_model(model_id)
+            mine = client.create_model_version(
+                name,
+                source=model.artifact_location,
+                run_id=self._run_id,
+                model_id=model_id,
+                tags={_MODEL: model_id, _KIND: model.params[_KIND]},
+                await_creation_for=None,
+            )
+        client.set_model_version_tag(name, mine.version, figure, repr(value))
+        client.set_model_version_tag(name, mine.version, f"{figure}{_PROTOCOL}", protocol)
+        ranked = [
+            each
+            for each in versions
+            if figure in each.tags and each.tags.get(f"{figure}{_PROTOCOL}") == protocol
+        ]
+        values = {each.version: float(each.tags[figure]) for each in ranked}
+        values[mine.version] = value
+        best = min(values, key=lambda version: values[version])
+        client.set_registered_model_alias(name, _BEST, best)
+
+    def _registered(self) -> str:
+        """Return the name of the registered model, which is made if there is none."""
+        for name in (self._run, f"{self._run}-{self._place[:8]}"):
+            found = self._client.search_registered_models(f"name = '{name}'", max_results=1)
+            if not found:
+                self._client.create_registered_model(name, tags={_PLACE: self._place})
+            elif found[0].tags.get(_PLACE) != self._place:
+                continue  # a run of the same name in another store
+            return name
+        raise ValueError(f"the registered model {name} is of another run")
+
+    def _name(self, images: int) -> str:
+        return f"{self._run}-{images:012d}"

@@ -1,0 +1,315 @@
+"""A training run in MLflow: found or begun there, and told the entries of a journal.
+
+All that is told may be told again, by a process that cannot know what the one before it has sent:
+what is there already is passed over, and so is what something newer has replaced.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipelines.console import visible
+from trainer.metrics.journal import Entry
+from trainer.metrics.mlflow_backend import ExperimentDeleted, connect, experiment_id
+from trainer.metrics.mlflow_models import RunModels
+
+_RUN_TAG = "lapflow.run"
+_PLACE_TAG = "mlflow.lapflow.place"  # the pages show no tag that begins so
+_TRIED_TAG = "mlflow.lapflow.tried"
+_SETTING_TAG = "setting."
+_MAX_PARAMETER_CHARACTERS = 6000
+_PARAMETERS_PER_CALL = 100
+_REASON_TAG = "reason"
+_PAGE_TAG = "mlflow.note.content"
+_OWN_PAGE_TAG = "mlflow.lapflow.page"
+_TOLD_TAG = "mlflow.lapflow.told."
+_REPLACED = {
+    "begin": "status",
+    "end": "status",
+    "settings": "settings",
+    "tags": "tags",
+    "page": "page",
+    "checkpoint": "checkpoint",
+}
+"""What an entry of each kind has in place of what an earlier one has told."""
+_MAX_DIGEST_CHARACTERS = 36
+
+
+class MlflowRun:
+    """One MLflow run per training run, found again when the training goes on.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Experiment that holds the runs.
+        home: Folder of the artifacts of a SQLite file.
+        run: The training run's name.
+        place: Its place, `<store>/<run>`.
+        identity: Tells the training from every other at this place, by its science.
+    """
+
+    def __init__(
+        self, uri: str, *, experiment: str, home: str, run: str, place: str, identity: str
+    ) -> None:
+        self._uri = uri
+        self._experiment = experiment
+        self._home = home
+        self._run = run
+        self._place = place
+        self._identity = identity
+        self._client: Any = None
+        self._newest: dict[str, tuple[int, int, float]] | None = None
+        self._pictures: set[str] | None = None
+        self._is_new = False
+        self.run_id = ""
+
+    def open(self, *, time_ms: int) -> None:
+        """Find the run, or begin it.
+
+        Args:
+            time_ms: When it began, if it does.
+        """
+        if self._client is not None:
+            return
+        client = connect(self._uri)
+        experiment = experiment_id(client, self._experiment, self._uri, self._home)
+        found = client.search_runs(
+            [experiment], f"tags.`{_RUN_TAG}` = '{self._identity}'", max_results=1
+        )
+        if found:
+            self.run_id = found[0].info.run_id
+        else:
+            tags = {_RUN_TAG: self._identity, _PLACE_TAG: self._place_digest}
+            created = client.create_run(
+                experiment, run_name=self._run, tags=tags, start_time=time_ms
+            )
+            self.run_id = created.info.run_id
+            self._is_new = True
+        if self._is_new:
+            self._end_others(client, experiment)
+        self._client = client
+        self._models = RunModels(
+            client, experiment, run=self._run, run_id=self.run_id, place=self._place_digest
+        )
+
+    def send(self, entries: Sequence[Entry], *, position: str) -> None:
+        """Tell points, or one entry of another kind.
+
+        Args:
+            entries: What to tell.
+            position: Of the first one among all that the run ever tells, see `Journal.position`.
+        """
+        try:
+            if entries[0].kind == "points":
+                self._send_points(entries)
+            for entry in entries:
+                if entry.kind == "checkpoint":
+                    self._models.add(entry.images, uri=entry.text)
+                if entry.kind in _REPLACED and not entry.is_for_another:
+                    self._replace(entry, position)
+                elif entry.kind != "points":
+                    getattr(self, f"_send_{entry.kind}")(entry)
+        except Exception:
+            self._newest = self._pictures = None
+            raise
+
+    def explain_deletion(self, error: Exception) -> str:
+        """Say what was deleted in MLflow, and how to restore it; "" if nothing was.
+
+        Args:
+            error: What a call raised.
+        """
+        if isinstance(error, ExperimentDeleted):
+            return str(error)
+        try:
+            client = connect(self._uri)
+            experiment_id(client, self._experiment, self._uri, self._home)
+            run = client.get_run(self.run_id).info
+        except ExperimentDeleted as deleted:
+            return str(deleted)
+        except Exception:
+            return ""
+        if run.lifecycle_stage != "deleted":
+            return ""
+        return (
+            f"The run {self._run} was deleted in MLflow at {self._uri}; restore it on the page of "
+            "its experiment's runs (State: Deleted)"
+        )
+
+    def takes_writes(self) -> bool:
+        """Tell whether MLflow takes anything of this run; reads it may answer from a full disk."""
+        if self._client is None:
+            return False
+        try:
+            self._client.set_tag(self.run_id, _TRIED_TAG, str(time.time_ns()))
+        except Exception:
+            return False
+        return True
+
+    @property
+    def _place_digest(self) -> str:
+        return _digest(self._place)
+
+    def _end_others(self, client: Any, experiment: str) -> None:
+        """End what else counts as running at this place: its process is gone, and so is its run."""
+        same_place = f"tags.`{_PLACE_TAG}` = '{self._place_digest}'"
+        for other in client.search_runs([experiment], f"{same_place} and status = 'RUNNING'"):
+            if other.info.run_id != self.run_id:
+                client.set_terminated(other.info.run_id, "KILLED")
+
+    def _replace(self, entry: Entry, position: str) -> None:
+        """Tell an entry unless something newer is there in its place; of tags, what is not there.
+
+        Clocks of machines differ, and the numbers of launches begin anew when somebody deletes the
+        run's folder: so it is an older one only if both say so.
+        """
+        name = f"{_TOLD_TAG}{_REPLACED[entry.kind]}"
+        tags = self._client.get_run(self.run_id).data.tags
+        there, _, time_ms = tags.get(name, "").partition(" ")
+        if position <= there and entry.time_ms <= int(time_ms):
+            lost = {key: text for key, text in entry.values.items() if key not in tags}
+            if entry.kind == "tags" and lost:
+                self._send_tags(replace(entry, values=lost))
+            return
+        getattr(self, f"_send_{entry.kind}")(entry)
+        self._client.set_tag(self.run_id, name, f"{position} {entry.time_ms}")
+
+    def _send_address(self, entry: Entry) -> None:
+        """Nothing: it is for who reads the journal."""
+
+    def _send_begin(self, _entry: Entry) -> None:
+        self._client.update_run(self.run_id, status="RUNNING")
+        self._forget_reason()
+
+    def _forget_reason(self) -> None:
+        if _REASON_TAG in self._client.get_run(self.run_id).data.tags:
+            self._client.delete_tag(self.run_id, _REASON_TAG)
+
+    def _send_settings(self, entry: Entry) -> None:
+        from mlflow.entities import Param, RunTag
+
+        client = self._client
+        client.log_text(self.run_id, entry.text, "config.yaml")
+        known = client.get_run(self.run_id).data
+        fresh = [
+            Param(name, visible(value)[:_MAX_PARAMETER_CHARACTERS])
+            for name, value in entry.values.items()
+            if name not in known.params
+        ]
+        for start in range(0, len(fresh), _PARAMETERS_PER_CALL):
+            part = fresh[start : start + _PARAMETERS_PER_CALL]
+            client.log_batch(self.run_id, params=part)
+        tags = {f"{_SETTING_TAG}{name}": value for name, value in entry.tags.items()}
+        shown = [RunTag(name, visible(value)) for name, value in tags.items()]
+        client.log_batch(self.run_id, tags=shown)
+        for name in known.tags:
+            if name.startswith(_SETTING_TAG) and name not in tags:
+                client.delete_tag(self.run_id, name)
+
+    def _send_points(self, entries: Sequence[Entry], *, model_id: str | None = None) -> None:
+        from mlflow.entities import Metric
+
+        if self._newest is None:
+            told = self._client.get_run(self.run_id).data.to_proto().metrics
+            self._newest = {each.key: (each.step, each.timestamp, each.value) for each in told}
+        newest, fresh = dict(self._newest), []
+        for entry in entries:
+            for name, value in entry.point().values.items():
+                step, time_ms, there = newest.get(name, (-1, -1, 0.0))
+                is_anew = entry.kind == "measured" and entry.images == step and value != there
+                if entry.images > step:
+                    step = entry.images
+                elif not (entry.is_total or is_anew) or entry.time_ms <= time_ms:
+                    continue
+                fresh.append(Metric(name, value, entry.time_ms, step, model_id))
+                newest[name] = step, entry.time_ms, value
+        if fresh:
+            self._client.log_batch(self.run_id, metrics=fresh)
+        self._newest = newest
+
+    def _send_picture(self, entry: Entry) -> None:
+        from PIL import Image
+
+        if self._pictures is None:
+            self._pictures = {
+                item.path.partition("+timestamp+")[0]
+                for item in self._client.list_artifacts(self.run_id, "images")
+            }
+        shown = f"images/{entry.name}+step+{entry.images}"
+        if shown in self._pictures:
+            return
+        same = f"images/{entry.name}+step+"
+        steps = [int(each.removeprefix(same)) for each in self._pictures if each.startswith(same)]
+        with Image.open(io.BytesIO(base64.b64decode(entry.text))) as picture:
+            if entry.images >= max(steps, default=0):
+                self._client.log_image(self.run_id, picture, artifact_file=f"{entry.name}.png")
+            self._client.log_image(
+                self.run_id,
+                picture,
+                key=entry.name,
+                step=entry.images,
+                timestamp=entry.time_ms,
+                synchronous=True,
+            )
+        self._pictures.add(shown)
+
+    def _send_tags(self, entry: Entry) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, value) for name, value in entry.values.items()]
+        self._client.log_batch(self.run_id, tags=tags)
+
+    def _send_dataset(self, entry: Entry) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=visible(entry.name),
+            digest=entry.values["digest"][:_MAX_DIGEST_CHARACTERS],
+            source_type="s3" if entry.text.startswith("s3://") else "local",
+            source=json.dumps({"uri": entry.text}),
+            profile=json.dumps({"images": int(entry.values["images"])}),
+        )
+        context = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, context)])
+
+    def _send_page(self, entry: Entry) -> None:
+        """Describe the run, unless somebody has written something else there."""
+        tags = self._client.get_run(self.run_id).data.tags
+        there = tags.get(_PAGE_TAG, "")
+        if there and _digest(there) != tags.get(_OWN_PAGE_TAG):
+            return
+        text = entry.text.replace("{run_id}", self.run_id)
+        self._client.set_tag(self.run_id, _OWN_PAGE_TAG, _digest(text))
+        self._client.set_tag(self.run_id, _PAGE_TAG, text)
+
+    def _send_checkpoint(self, entry: Entry) -> None:
+        self._client.set_tag(self.run_id, "checkpoint", visible(entry.text))
+
+    def _send_measured(self, entry: Entry) -> None:
+        model_id = self._models.find(entry.images)
+        self._send_points([entry], model_id=model_id)
+        if model_id is not None:
+            value = entry.point().values[entry.name]
+            self._models.rank(
+                model_id, figure=entry.name, value=value, protocol=entry.text or "unknown"
+            )
+
+    def _send_end(self, entry: Entry) -> None:
+        status = self._client.get_run(self.run_id).info.status
+        if entry.is_for_another and status != entry.values["if"]:
+            return
+        if entry.name:
+            self._client.set_tag(self.run_id, _REASON_TAG, entry.name)
+        else:
+            self._forget_reason()
+        self._client.set_terminated(self.run_id, entry.text, end_time=entry.time_ms)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

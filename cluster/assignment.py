@@ -1,6 +1,6 @@
 """Which node each rank goes to, and whether all fit: decisions alone, no effects."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterTooSmall
@@ -52,6 +52,11 @@ class WorkerGroupSpec:
         )
 
 
+def sizes_that_fit(sizes: Iterable[WorkerGroupSpec], nodes: Sequence[Node]) -> set[int]:
+    """For which numbers of workers there is room."""
+    return {spec.workers for spec in sizes if spec.groups_that_fit(*nodes) >= spec.groups}
+
+
 def gpus_per_worker(config: ClusterConfig, nodes: Sequence[Node]) -> int:
     """The GPUs of one worker: as configured, or for `auto` 1 where there is any GPU at all."""
     if config.gpus_per_worker == "auto":
@@ -66,19 +71,19 @@ def workers_that_fit(nodes: Sequence[Node], *, cpus: int, gpus: int) -> int:
     )
 
 
-def require_room(config: ClusterConfig, nodes: Sequence[Node], *, gpus: int) -> None:
-    """Refuses a cluster that could not hold the workers even if it were idle.
+def require_room(config: ClusterConfig, nodes: Sequence[Node], *, workers: int, gpus: int) -> None:
+    """Refuses a cluster that could not hold so many workers even if it were idle.
 
     Raises:
         ClusterTooSmall: With what is needed and what is there.
     """
     room = workers_that_fit(nodes, cpus=config.cpus_per_worker, gpus=gpus)
-    if room >= config.workers:
+    if room >= workers:
         return
-    needed = format_resources(config.workers * config.cpus_per_worker, config.workers * gpus)
+    needed = format_resources(workers * config.cpus_per_worker, workers * gpus)
     there = format_resources(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes))
     raise ClusterTooSmall(
-        f"{config.workers} workers do not fit on the cluster: they need {needed} "
+        f"{workers} workers do not fit on the cluster: they need {needed} "
         f"({format_resources(config.cpus_per_worker, gpus)} each, none spanning two nodes), and "
         f"the cluster has {there} on {len(nodes)} node(s), room for {room}. Set cluster.workers, "
         "cluster.cpus_per_worker or cluster.gpus_per_worker lower, or add nodes."

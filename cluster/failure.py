@@ -20,6 +20,15 @@ _LOST_PEER = re.compile(
 """What an exception says whose only cause is that another worker is gone."""
 
 
+STOOD_STILL = 75
+"""Of a worker that ended itself: EX_TEMPFAIL, as a try again may help."""
+_EXITS = {STOOD_STILL: "stood still, or was out of its driver's reach, and ended itself"}
+_SIGNALS: dict[int, str] = {
+    signal.SIGKILL: "by hand, or by the kernel because memory ran out",
+    signal.SIGTERM: "by hand, or because its node is shut down",
+}
+
+
 class WorkerFailed(RuntimeError):
     """A worker died or raised, and the run cannot go on.
 
@@ -46,6 +55,7 @@ class Failure:
         kind: `died` (its process ended), `refused` (it raised a ValueError) or `raised`.
         text: The exception's message, headed by its type unless the worker refused.
         traceback_tail: The end of its traceback.
+        images: After how many images of the run, if the worker could tell.
     """
 
     rank: int
@@ -53,12 +63,18 @@ class Failure:
     kind: Literal["died", "refused", "raised"]
     text: str
     traceback_tail: str = ""
+    images: int | None = None
 
-    def error(self) -> WorkerFailed:
-        """The exception to raise for this failure in the caller's process."""
+    def error(self, *, hint: str = "") -> WorkerFailed:
+        """The exception to raise for this failure in the caller's process.
+
+        Args:
+            hint: Where to look, unless the worker refused.
+        """
         if self.kind == "refused":
             return WorkerRefused(self.text, traceback_tail=self.traceback_tail)
         message = f"Worker {self.rank} {'failed with ' if self.kind == 'raised' else ''}{self.text}"
+        message += f" {hint}" if hint else ""
         if self.traceback_tail:
             message = f"{message}\n{self.traceback_tail}"
         return WorkerFailed(message, traceback_tail=self.traceback_tail)
@@ -89,12 +105,23 @@ def run_worker(worker: Worker, context: WorkerContext, payload: Payload) -> Fail
 
 def exit_failure(rank: int, attempt: int, exit_code: int | None) -> Failure:
     """The failure of a worker whose process ended; a negative code is a signal's number."""
-    how = f"ended with exit code {exit_code}"
-    if exit_code is not None and exit_code < 0:
-        how = f"was ended by {_signal_name(-exit_code)}"
-    if exit_code == -signal.SIGKILL:
-        how += " (by hand, or by the kernel because memory ran out)"
+    how = "ended, and left no exit code" if exit_code is None else describe_exit(exit_code)
     return Failure(rank=rank, attempt=attempt, kind="died", text=f"{how}.")
+
+
+def describe_exit(code: int) -> str:
+    """What a process's exit code says, as a clause without its subject.
+
+    Args:
+        code: Negative, or 128 more, for a signal's number.
+    """
+    number = -code if code < 0 else code - 128
+    if not 0 < number < signal.NSIG:
+        return f"{_EXITS.get(code, 'ended')} with exit code {code}"
+    told = f"was ended by {_signal_name(number)}"
+    told += f" (exit code {code})" if code > 0 else ""
+    why = _SIGNALS.get(number)
+    return f"{told}: {why}" if why else told
 
 
 def _signal_name(number: int) -> str:
@@ -105,7 +132,12 @@ def _signal_name(number: int) -> str:
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure:
-    """The failure to report out of those of one attempt, given in the order of their arrival.
+    """The failure to report out of those of one attempt, given in the order of their arrival."""
+    return root_causes(failures)[0]
+
+
+def root_causes(failures: Sequence[Failure]) -> list[Failure]:
+    """The failures of one attempt that no other of them explains, in the order given.
 
     When a worker goes, its peers fail in their collectives moments later or sooner: a refusal or a
     death explains them, and an exception that does not speak of a lost peer explains one that does.
@@ -114,6 +146,12 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
     def weight(failure: Failure) -> int:
         if failure.kind != "raised":
             return 0 if failure.kind == "refused" else 1
-        return 3 if _LOST_PEER.search(failure.text) else 2
+        return 3 if is_of_lost_peer(failure) else 2
 
-    return min(failures, key=weight)
+    least = min(map(weight, failures))
+    return [failure for failure in failures if weight(failure) == least]
+
+
+def is_of_lost_peer(failure: Failure) -> bool:
+    """Whether another worker's end explains a failure, as far as its words tell."""
+    return failure.kind == "raised" and _LOST_PEER.search(failure.text) is not None

@@ -22,6 +22,8 @@ from cluster.contract import (
     Caller,
     ClusterConfig,
     ClusterTooSmall,
+    Level,
+    Line,
     Message,
     Outcome,
     Payload,
@@ -29,6 +31,7 @@ from cluster.contract import (
     WorkerContext,
 )
 from cluster.failure import Failure, exit_failure, root_cause, run_worker
+from cluster.node_check import NodeCheck, check_this_machine
 from cluster.process_group import RankInfo, Rendezvous, join, new_secret
 from cluster.scratch import make_scratch
 
@@ -39,9 +42,19 @@ _EXIT_GRACE_S = 10.0
 """How long a worker that returned may take to end its process."""
 
 
-def run(config: ClusterConfig, worker: Worker, payload: Payload, caller: Caller) -> Outcome:
+def run(
+    config: ClusterConfig,
+    worker: Worker,
+    payload: Payload,
+    caller: Caller,
+    *,
+    check: NodeCheck | None = None,
+) -> Outcome:
     """Runs the worker in `config.workers` processes; see `cluster.launcher.run`."""
     devices = _devices(config)
+    if check is not None and config.preflight_s > 0:
+        gpus = sum(device != "cpu" for device in devices)
+        check_this_machine(check, workers=config.workers, gpus=gpus, report=caller.report)
     if "cpu" in devices and (word := oversubscription_warning(config, cores=os.cpu_count() or 1)):
         caller.report(word)
     with _processes(config, devices, worker, payload) as processes:
@@ -65,13 +78,16 @@ def _monitor(processes: dict[Connection, SpawnProcess], caller: Caller) -> bool:
         readable = wait(list(running), timeout=_TICK_S)
         for channel in [channel for channel in running if channel in readable]:
             try:
-                event: Message | Failure | None = channel.recv()
+                event: Message | Failure | Line | None = channel.recv()
             except (EOFError, OSError):
                 rank = running[channel]
                 processes[channel].join(_PEER_GRACE_S)
                 event = exit_failure(rank, 0, processes[channel].exitcode)
             if isinstance(event, dict):
                 caller.on_message(event)
+                continue
+            if isinstance(event, Line):
+                caller.listener.take(event)
                 continue
             del running[channel]
             if event is not None:
@@ -183,9 +199,12 @@ def _main(
     threading.Thread(target=_listen_for_stop, args=(channel, stop), daemon=True).start()
     sending = threading.Lock()
 
-    def send(event: Message | Failure | None) -> None:
+    def send(event: Message | Failure | Line | None) -> None:
         with sending:
             channel.send(event)
+
+    def log(level: Level, text: str) -> None:
+        send(Line(rank=rank_info.rank, node="", attempt=0, level=level, text=text))
 
     context = WorkerContext(
         rank=rank_info.rank,
@@ -196,6 +215,7 @@ def _main(
         device=device,
         stop_requested=stop.is_set,
         report=send,
+        log=log,
     )
 
     def enter(context: WorkerContext, payload: Payload) -> None:

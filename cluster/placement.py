@@ -82,8 +82,7 @@ def check_placement(
     """Refuse a placement that a model or a cluster cannot hold.
 
     The number of heads need not be a multiple of E: attention is local, every rank has all heads of
-    its own images. Nor need the numbers of a patch: the last projection stays whole where E does
-    not divide them, as it is tiny.
+    its own images.
 
     Args:
         placement: E of every scale.

@@ -19,6 +19,7 @@ no torch, whose import takes seconds.
 import hashlib
 import hmac
 import os
+import resource
 import secrets
 import socket
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ from cluster.tested import TESTED_TORCH, require_tested
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this fails; a peer that dies is noticed at once."""
+_GLOO_GROUPS = 4
+"""How many groups of gloo's a worker has at least, each with a connection to each other worker."""
+_OTHER_FILES = 256
 _BYTES = 32
 """Length of the secret, of a challenge, and of a proof."""
 
@@ -98,6 +102,24 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def default_environment(device: str, node_address: str) -> dict[str, str]:
+    """What a worker tells its libraries, unless the user has told them otherwise.
+
+    Args:
+        device: `cpu` or `cuda:N`.
+        node_address: The node's address as workers on other nodes know it.
+    """
+    interface = interface_of(node_address)
+    defaults = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
+    if device != "cpu":
+        # Tokens, gradients and weights have communicators of their own, on several CUDA streams.
+        # torch wants their collectives executed in one order on all ranks (`new_group`), and
+        # streams have none. So NCCL starts them in the order in which the program asks for them,
+        # which is the same everywhere. A version before 2.26 does not know this and ignores it.
+        defaults["NCCL_LAUNCH_ORDER_IMPLICIT"] = "1"
+    return defaults
+
+
 def join(
     rank_info: RankInfo,
     rendezvous: Rendezvous,
@@ -118,9 +140,11 @@ def join(
         listener: The socket behind the rendezvous, if it is an address; rank 0's alone.
 
     Raises:
-        RuntimeError: Some worker did not come in time.
+        RuntimeError: Some worker did not come in time, or this process may not open a file, that is
+            a connection, for each of them.
         PeerUnproven: Something else came in a worker's place.
     """
+    allow_connections(rank_info.world_size)
     os.environ.update(
         RANK=str(rank_info.rank),
         WORLD_SIZE=str(rank_info.world_size),
@@ -130,9 +154,8 @@ def join(
     )
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    interface = interface_of(node_address)
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    for name, value in default_environment(device, node_address).items():
+        os.environ.setdefault(name, value)
 
     import torch
     import torch.distributed as dist
@@ -151,6 +174,27 @@ def join(
     store.set_timeout(COLLECTIVE_TIMEOUT)
     _Proofs.rendezvous = rendezvous
     prove_peers()
+
+
+def allow_connections(world_size: int) -> None:
+    """Lets this process open as many files as it is allowed to, for each connection is one.
+
+    Args:
+        world_size: Number of workers.
+
+    Raises:
+        RuntimeError: They are too few for connections to all of them.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = _GLOO_GROUPS * world_size + _OTHER_FILES
+    if hard < needed:
+        raise RuntimeError(
+            f"A worker may open {hard:,} files here, and connections to {world_size:,} workers "
+            f"take {needed:,}: raise the hard limit of open files (ulimit -Hn, LimitNOFILE= of a "
+            "service, --ulimit nofile= of a container) on each node."
+        )
 
 
 def _store(rank_info: RankInfo, rendezvous: Rendezvous, listener: socket.socket | None) -> Any:

@@ -1,11 +1,13 @@
 """The actor between a run's driver and its workers: events one way, the stop request the other."""
 
 import asyncio
+import contextlib
 import itertools
 import uuid
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -14,12 +16,60 @@ from cluster.contract import ClusterConfig, Message
 from cluster.failure import Failure
 
 _MORE_CALLS = 100
-"""Calls at a time beside those that wait for the stop request."""
+"""Calls at a time beside those of workers that wait for a request."""
+HEAR_S = 5.0
+"""How long a worker's call waits for a request before it is made again. That it is answered tells
+the worker that its driver is there."""
+ANSWER_S = 15.0
+"""How long a worker waits for an answer, twice, before it takes its driver for lost."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the driver wants of the workers.
+
+    Attributes:
+        kind: To `go` on; to `stop` for good; or to `leave`, since they will be started again.
+        grace_s: How long they have to leave; None if nothing hurries them.
+    """
+
+    kind: Literal["go", "leave", "stop"]
+    grace_s: float | None = None
+
+
+GO = Request("go")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where a worker of an attempt runs.
+
+    Attributes:
+        node: Ray's name of its node.
+        address: The node's address.
+        host: The node's name for people.
+        pid: The worker's process there.
+        output: The files there that take what the worker writes.
+    """
+
+    node: str
+    address: str
+    host: str
+    pid: int
+    output: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Started:
-    """The workers of an attempt began."""
+    """The processes of an attempt's workers are there; who runs where, in the order of ranks."""
+
+    attempt: int
+    seats: tuple[Seat, ...]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The workers of an attempt have met and are at work."""
 
     attempt: int
 
@@ -33,13 +83,88 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A worker of an attempt returned because it was asked to leave."""
+
+    attempt: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """An attempt has trained so many images of the run."""
+
+    attempt: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """There is a checkpoint of so many images of the run."""
+
+    images: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a worker of an attempt has written: bytes of a file of its, from one of them on."""
+
+    attempt: int
+    rank: int
+    stream: str
+    start: int
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Note:
     """A line for a person about what the cluster does."""
 
     text: str
 
 
-Event: TypeAlias = Message | Failure | Started | Finished | Note
+@dataclass(frozen=True)
+class Lacking:
+    """Workers cannot be started now, and why."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Readmitted:
+    """Nodes that were avoided are used again, for the others do not suffice."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Ray Train's controller cannot go on, and waits to be told whether it is to try again.
+
+    Attributes:
+        kind: `workers` failed, their `start` did, or `else` something that no start would cure.
+        failures: Of the workers, as far as it knows; of no attempt in particular.
+        text: What it says itself.
+    """
+
+    kind: Literal["workers", "start", "else"]
+    failures: tuple[Failure, ...]
+    text: str
+
+
+Event: TypeAlias = (
+    Message
+    | Failure
+    | Started
+    | Begun
+    | Finished
+    | Left
+    | Advanced
+    | Kept
+    | Output
+    | Note
+    | Lacking
+    | Readmitted
+    | Broken
+)
 
 
 class Mailbox:
@@ -51,11 +176,64 @@ class Mailbox:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._answer_s = ANSWER_S
 
-    def begin(self) -> int:
-        """Opens an attempt, called by its rank 0; returns the attempt's number, from 0."""
-        attempt: int = ray.get(self._actor.begin.remote())
+    def begin(self, seats: Sequence[Seat]) -> None:
+        """Opens an attempt; called by the controller, before any of its workers asks for it."""
+        ray.get(self._actor.begin.remote(tuple(seats)))
+
+    def attempt(self) -> int:
+        """The number of the attempt, from 0."""
+        attempt: int = ray.get(self._actor.attempt.remote())
         return attempt
+
+    def ask(self, broken: Broken) -> None:
+        """Returns once the driver wants the workers to be started again; if it does not, never."""
+        ray.get(self._actor.ask.remote(broken))
+
+    def allow(
+        self, workers: int, *, most: int | None = None, avoided: Collection[str] = ()
+    ) -> None:
+        """Lets the controller go on that asks.
+
+        Args:
+            workers: How many are to be started, if there is room for them.
+            most: How many may be, whatever room there is; None for any number.
+            avoided: Nodes that are to be left alone while others suffice.
+        """
+        ray.get(self._actor.allow.remote(workers, most, frozenset(avoided)))
+
+    def avoided(self) -> frozenset[str]:
+        """The nodes that are to be left alone while others suffice."""
+        avoided: frozenset[str] = ray.get(self._actor.avoided.remote())
+        return avoided
+
+    def readmit(self) -> None:
+        """Tells the driver that no node is avoided any more, for the others do not suffice."""
+        ray.get(self._actor.readmit.remote())
+
+    def wanted(self) -> int | None:
+        """How many workers the driver wants to be started; None before it said so."""
+        workers: int | None = ray.get(self._actor.wanted.remote())
+        return workers
+
+    def most(self) -> int | None:
+        """How many workers may be started; None for any number."""
+        most: int | None = ray.get(self._actor.most.remote())
+        return most
+
+    def admit(self, nodes: frozenset[str]) -> None:
+        """Says to which nodes workers may go, and to no others."""
+        ray.get(self._actor.admit.remote(nodes))
+
+    def admitted(self) -> frozenset[str] | None:
+        """The ids of the nodes to which workers may go; None for any."""
+        nodes: frozenset[str] | None = ray.get(self._actor.admitted.remote())
+        return nodes
+
+    def tell_lacking(self, text: str) -> None:
+        """Tells the driver, and does not wait, why workers cannot be started now."""
+        self.sender(f"lacking {uuid.uuid4()}").send(Lacking(text))
 
     def sender(self, name: str) -> "Sender":
         """What one process sends its events by; no other has its name."""
@@ -74,9 +252,24 @@ class Mailbox:
         """Asks all workers to stop, of this attempt and of any later."""
         ray.get(self._actor.ask_to_stop.remote())
 
-    def wait_for_stop(self) -> None:
-        """Returns once the driver asks for a stop; one call that waits, however long it takes."""
-        ray.get(self._actor.wait_for_stop.remote())
+    def ask_to_leave(self, attempt: int, grace_s: float | None) -> None:
+        """Asks the workers of one attempt to leave, all of them at their next common moment."""
+        ray.get(self._actor.ask_to_leave.remote(attempt, grace_s))
+
+    def hear(self, attempt: int, known: Request) -> Request:
+        """Waits some seconds for another request than the known one, and gives what is wanted.
+
+        Args:
+            attempt: The worker's.
+            known: What it heard last.
+
+        Raises:
+            ray.exceptions.GetTimeoutError: The mailbox is out of reach.
+            ray.exceptions.RayError: It is gone, and the driver with it.
+        """
+        call = self._actor.hear.remote(attempt, known)
+        heard: Request = ray.get(call, timeout=self._answer_s)
+        return heard
 
 
 class Sender:
@@ -96,9 +289,19 @@ class Sender:
         """Sends an event and does not wait for its arrival."""
         self._put(event)
 
-    def send_last(self, event: Finished | Failure) -> None:
-        """Sends the last event and waits until all it sent has arrived."""
-        ray.get(self._put(event))
+    def send_last(
+        self, event: Finished | Left | Failure, *, timeout_s: float | None = None
+    ) -> None:
+        """Sends the last event and waits until all it sent has arrived.
+
+        Args:
+            event: The event.
+            timeout_s: How long it waits; None for ever.
+
+        Raises:
+            ray.exceptions.RayError: The mailbox is gone, or does not answer in time.
+        """
+        ray.get(self._put(event), timeout=timeout_s)
 
     def _put(self, event: Event) -> Any:
         return self._actor.put.remote(self._name, next(self._numbers), event)
@@ -108,10 +311,10 @@ def open_mailbox(config: ClusterConfig) -> Mailbox:
     """Starts a mailbox on the driver's node, as long-lived as the driver's connection to Ray.
 
     Args:
-        config: How many workers wait at it for the stop request, in how many attempts.
+        config: How many workers wait at it for requests, those of two attempts at a time.
     """
     here = ray.get_runtime_context().get_node_id()
-    waiting = config.workers * (config.max_failures + 2)
+    waiting = 2 * config.workers
     return Mailbox(
         ray.remote(Box)
         .options(
@@ -126,24 +329,37 @@ def open_mailbox(config: ClusterConfig) -> Mailbox:
 class Box:
     """The actor.
 
-    Its calls are coroutines, so that any number of workers can wait for the stop request by one
-    call each. Ray may run such calls in another order than they were made in, so each sender
-    numbers its events, and what comes early waits for its turn.
+    Its calls are coroutines, so that any number of workers can wait for a request by one call
+    each. Ray may run such calls in another order than they were made in, so each sender numbers
+    its events, and what comes early waits for its turn.
+
+    Args:
+        hear_s: How long a call waits for a request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hear_s: float = HEAR_S) -> None:
+        self._hear_s = hear_s
         self._events: list[Event] = []
         self._next: Counter[str] = Counter()
         self._early: dict[tuple[str, int], Event] = {}
         self._attempts = 0
-        self._stop = asyncio.Event()
+        self._stopped = False
+        self._leaving: dict[int, Request] = {}
+        self._changed = asyncio.Event()
+        self._allowed = asyncio.Event()
+        self._wanted: int | None = None
+        self._most: int | None = None
+        self._avoided: frozenset[str] = frozenset()
+        self._admitted: frozenset[str] | None = None
 
-    async def begin(self) -> int:
-        """Opens an attempt and returns its number."""
-        attempt = self._attempts
+    async def begin(self, seats: tuple[Seat, ...]) -> None:
+        """Opens an attempt."""
+        self._events.append(Started(self._attempts, seats))
         self._attempts += 1
-        self._events.append(Started(attempt))
-        return attempt
+
+    async def attempt(self) -> int:
+        """Gives the number of the attempt that was opened last."""
+        return self._attempts - 1
 
     async def put(self, sender: str, number: int, event: Event) -> None:
         """Takes a sender's event of that number, from 0."""
@@ -157,10 +373,67 @@ class Box:
         events, self._events = self._events, []
         return events
 
-    async def ask_to_stop(self) -> None:
-        """Lets all go that wait for the stop request."""
-        self._stop.set()
+    async def ask(self, broken: Broken) -> None:
+        """Returns once the controller may go on."""
+        self._allowed.clear()
+        self._events.append(broken)
+        await self._allowed.wait()
 
-    async def wait_for_stop(self) -> None:
-        """Returns once a stop is asked for."""
-        await self._stop.wait()
+    async def allow(
+        self, workers: int, most: int | None = None, avoided: frozenset[str] = frozenset()
+    ) -> None:
+        """Lets the controller go on, to start so many workers."""
+        self._wanted, self._most, self._avoided = workers, most, avoided
+        self._allowed.set()
+
+    async def avoided(self) -> frozenset[str]:
+        """Gives the nodes that are to be left alone."""
+        return self._avoided
+
+    async def readmit(self) -> None:
+        """Leaves no node alone any more."""
+        self._avoided = frozenset()
+        self._events.append(Readmitted())
+
+    async def wanted(self) -> int | None:
+        """Gives how many workers are to be started."""
+        return self._wanted
+
+    async def most(self) -> int | None:
+        """Gives how many workers may be started."""
+        return self._most
+
+    async def admit(self, nodes: frozenset[str]) -> None:
+        """Has workers go to these nodes only."""
+        self._admitted = nodes
+
+    async def admitted(self) -> frozenset[str] | None:
+        """Gives the nodes to which workers may go."""
+        return self._admitted
+
+    async def ask_to_stop(self) -> None:
+        """Wants all workers to stop, whatever it wanted before."""
+        self._stopped = True
+        self._tell_change()
+
+    async def ask_to_leave(self, attempt: int, grace_s: float | None) -> None:
+        """Wants the workers of an attempt to leave."""
+        self._leaving[attempt] = Request("leave", grace_s)
+        self._tell_change()
+
+    async def hear(self, attempt: int, known: Request) -> Request:
+        """Waits for another request than the known one, but not for long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_for_other(attempt, known), self._hear_s)
+        return self._request(attempt)
+
+    async def _wait_for_other(self, attempt: int, known: Request) -> None:
+        while self._request(attempt) == known:
+            await self._changed.wait()
+
+    def _request(self, attempt: int) -> Request:
+        return Request("stop") if self._stopped else self._leaving.get(attempt, GO)
+
+    def _tell_change(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -7,12 +7,12 @@ are Ray Train's. Nodes are assigned anew whenever the workers are started: one m
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
@@ -20,7 +20,7 @@ from cluster.assignment import Node, WorkerGroupSpec, assign_nodes, require_same
 from cluster.contract import ClusterTooSmall
 
 _ANSWER_TIMEOUT_S = 5.0
-_MAX_AT_ONCE = 128
+_MAX_AT_ONCE = 512
 _NODE_ID = "ray.io/node-id"
 """A label that Ray gives every node."""
 _LOOK_S = 0.5
@@ -33,12 +33,17 @@ def live_nodes() -> tuple[Node, ...]:
 
 
 def free_nodes() -> tuple[Node, ...]:
-    """The nodes that answer, each with what is free on it.
+    """The nodes that answer and stay, each with what is free on it.
 
     Ray itself counts a node as alive for many seconds after it was lost.
     """
     free = available_resources_per_node()
-    records = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] in free]
+    leaving = draining_nodes()
+    records = [
+        one
+        for one in ray.nodes()
+        if one["Alive"] and one["NodeID"] in free and one["NodeID"] not in leaving
+    ]
     answer = are_reachable(
         [f"{one['NodeManagerAddress']}:{one['NodeManagerPort']}" for one in records]
     )
@@ -47,6 +52,22 @@ def free_nodes() -> tuple[Node, ...]:
         for record, does in zip(records, answer, strict=True)
         if does
     )
+
+
+def node_doors() -> dict[str, str]:
+    """Where each live node listens, as `host:port`, by its id."""
+    return {
+        one["NodeID"]: f"{one['NodeManagerAddress']}:{one['NodeManagerPort']}"
+        for one in ray.nodes()
+        if one["Alive"]
+    }
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """The nodes that will be taken away: in how many seconds by this machine's clock, if known."""
+    told: dict[str, int] = state.get_draining_nodes()
+    now = time.time()
+    return {node: at_ms / 1000 - now if at_ms else None for node, at_ms in told.items()}
 
 
 def are_reachable(addresses: Sequence[str]) -> list[bool]:
@@ -76,6 +97,12 @@ def _node(record: dict[str, Any], amounts: dict[str, float]) -> Node:
     )
 
 
+def avoiding(nodes: Collection[str]) -> dict[str, str]:
+    """A label selector of all nodes but these."""
+    # Without spaces, which Ray would take for a part of the id behind them.
+    return {_NODE_ID: f"!in({','.join(sorted(nodes))})"} if nodes else {}
+
+
 def empty_selectors(workers: int) -> list[dict[str, str]]:
     """The label selectors of `ScalingConfig` that `NodePinning` fills in."""
     return [{} for _ in range(workers)]
@@ -87,15 +114,15 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
     Runs in Ray Train's controller.
 
     Args:
-        spec: The workers.
+        sizes: The workers; of each number of them that will do.
         timeout_s: How long a start waits for room.
         report: Takes a line when it has to wait.
     """
 
     def __init__(
-        self, spec: WorkerGroupSpec, *, timeout_s: float, report: Callable[[str], None]
+        self, *sizes: WorkerGroupSpec, timeout_s: float, report: Callable[[str], None]
     ) -> None:
-        self._spec = spec
+        self._sizes = {spec.workers: spec for spec in sizes}
         self._timeout_s = timeout_s
         self._report = report
 
@@ -107,7 +134,10 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
         """
         # These copies were made for this start, and the placement group is made from them next.
         selectors = worker_group_context.label_selector
-        for selector, node in zip(selectors, self._assign(), strict=True):
+        # What a node must not be, `RoomPolicy` has written there.
+        avoided = selectors[0].get(_NODE_ID, "")
+        nodes = self._assign(self._sizes[len(selectors)], avoided)
+        for selector, node in zip(selectors, nodes, strict=True):
             selector[_NODE_ID] = node
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -118,14 +148,14 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
         """
         # In the order of ranks.
         nodes = [worker.metadata.node_id for worker in worker_group.get_workers()]
-        require_same_node(nodes, self._spec.group_size)
+        require_same_node(nodes, self._sizes[len(nodes)].group_size)
 
-    def _assign(self) -> tuple[str, ...]:
+    def _assign(self, spec: WorkerGroupSpec, avoided: str) -> tuple[str, ...]:
         deadline = time.monotonic() + self._timeout_s
         last = ""
         while True:
             try:
-                return assign_nodes(self._spec, free_nodes())
+                return assign_nodes(spec, [node for node in free_nodes() if node.id not in avoided])
             except ClusterTooSmall as error:
                 # What the workers of the last attempt held becomes free only gradually.
                 if time.monotonic() > deadline:

@@ -16,13 +16,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants, services
+from ray._private import node, parameter, ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from cluster.contract import ClusterConfig, ClusterUnavailable
@@ -125,11 +126,17 @@ def _took_too_long(error: Exception) -> bool:
 
 
 def _init(config: ClusterConfig, scratch: Path) -> None:
-    # On Linux Ray replaces 127.0.0.1 by the address the host is reached by, unless it believes that
-    # it cannot form clusters here, as on macOS.
-    reachable = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
+    few = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    with (
+        # On Linux Ray replaces 127.0.0.1 by the address the host is reached by, unless it believes
+        # that it cannot form clusters here, as on macOS.
+        _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),
+        # Each is a process that imports Ray and of which nothing is used: what adds nodes, what
+        # shows workers' output to the driver, and the server that without a dashboard counts users.
+        # For the last one `ray.init` would wait.
+        _replaced(parameter, "RayParams", few),
+        _replaced(node.Node, "start_api_server", lambda *_, **__: None),
+    ):
         ray.init(
             address="local",
             num_cpus=max(config.workers * config.cpus_per_worker, os.cpu_count() or 1),
@@ -142,14 +149,23 @@ def _init(config: ClusterConfig, scratch: Path) -> None:
             # The workers get an environment of their own, so processes started ahead are of no use.
             _system_config={"prestart_worker_first_driver": False},
         )
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Puts something else in the place of what Ray cannot be told otherwise."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = reachable
+        setattr(owner, name, before)
 
 
 @contextlib.contextmanager
 def _extend_start_limit(seconds: float) -> Iterator[None]:
     """Has Ray wait longer for its node: its own limit of 30 s cannot be set."""
-    look: Callable[..., Any] = services.get_node
+    look = services.get_node
     deadline = time.monotonic() + seconds
 
     def wait(*arguments: Any) -> Any:
@@ -161,11 +177,8 @@ def _extend_start_limit(seconds: float) -> Iterator[None]:
                     raise
                 time.sleep(0.1)
 
-    services.get_node = wait
-    try:
+    with _replaced(services, "get_node", wait):
         yield
-    finally:
-        services.get_node = look
 
 
 def _end(children: list[psutil.Process]) -> None:

@@ -15,18 +15,24 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.utils import read_ray_address
 
 from cluster.assignment import Node, format_resources
 from cluster.contract import ClusterConfig, ClusterConfigError, ClusterUnavailable
+from cluster.doors import open_door_warning
 from cluster.ray_nodes import is_reachable, live_nodes
 from cluster.ray_private import private_cluster
 from cluster.scratch import make_scratch
+
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray sets for the command of a job."""
+_LOOK_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +75,7 @@ def session(config: ClusterConfig, report: Callable[[str], None]) -> Iterator[Se
         )
     scratch = make_scratch(config.scratch_dir)
     keep = False
+    _end_with_entrypoint()
     try:
         with _connect(config, scratch, report) as private:
             connected = Session(private=private, nodes=live_nodes(), scratch=scratch)
@@ -76,12 +83,24 @@ def session(config: ClusterConfig, report: Callable[[str], None]) -> Iterator[Se
                 yield connected
             except Exception as error:
                 keep = private and not isinstance(error, ValueError)
+                if not private and not isinstance(error, ValueError):
+                    _tell_logs(connected.nodes)
                 raise
     finally:
         if keep:
             _log.warning("Ray's logs are kept in %s/ray/session_latest/logs.", scratch)
         else:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tell_logs(nodes: Sequence[Node]) -> None:
+    """Says where a cluster that was joined keeps its logs, as far as it is there to be asked."""
+    node = ray.worker.global_worker.node
+    if node is not None:
+        places = ", ".join(each.address for each in nodes)
+        # Named after the session, which all nodes share.
+        folder = node.get_logs_dir_path()
+        _log.warning("Ray's logs are in %s on each of its nodes: %s.", folder, places)
 
 
 @contextlib.contextmanager
@@ -102,6 +121,11 @@ def _connect(config: ClusterConfig, scratch: Path, report: Callable[[str], None]
             f"Ray: {'started on this machine' if address is None else f'joined {address}'}, "
             f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {has} ({time.monotonic() - began:.1f} s)"
         )
+        if address is not None:
+            server = ray.worker.global_worker.node.address_info.get("webui_url")
+            hosts = [node.address for node in nodes]
+            if word := open_door_warning(hosts, server, has_token=is_token_auth_enabled()):
+                report(word)
         yield address is None
 
 
@@ -143,6 +167,24 @@ def _join(address: str, *, found: bool) -> None:
             "its version of Ray and its RAY_AUTH_MODE are this environment's; set "
             "cluster.address=local to start a private cluster instead."
         ) from error
+
+
+def _end_with_entrypoint() -> None:
+    """Has the driver of a Ray job asked to stop once its shell is gone.
+
+    Ray takes the shell's end for the job's, and then nobody watches the driver any more.
+    """
+    if _IN_A_JOB not in os.environ:
+        return
+    shell = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == shell:
+            time.sleep(_LOOK_S)
+        _log.warning("The job's entrypoint has ended, and this command with it.")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="entrypoint", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Workers by Ray Train: placed on one or many nodes, and started again when one of them is lost.
 
-The driver only waits: Ray Train's controller starts the workers, watches them and restarts the
-whole group after a failure, up to `ClusterConfig.max_failures` times. Messages and the stop request
-go through an actor of our own (`cluster.ray_mailbox`); Ray Train's checkpoints are not used.
+Ray Train's controller starts the workers and watches them (`cluster.ray_controller`). After a
+failure it asks the driver, which decides (`cluster.ray_monitor`, `cluster.recovery`), and starts
+all of them again. Messages and requests go through an actor of our own (`cluster.ray_mailbox`);
+Ray Train's checkpoints are not used.
 
 `ray job stop` sends the driver SIGTERM and, three seconds later, SIGKILL, whereupon Ray ends the
 workers. A last step that takes longer needs `RAY_JOB_STOP_WAIT_TIME_S` in the environment of `ray
@@ -14,12 +15,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ray
 import ray.train
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cluster.assignment import (
     WorkerGroupSpec,
@@ -33,22 +32,25 @@ from cluster.contract import (
     Caller,
     ClusterConfig,
     ClusterTooSmall,
-    ClusterUnavailable,
     Outcome,
     Payload,
     Worker,
+    has_spares,
 )
-from cluster.failure import Failure, WorkerFailed, root_cause
-from cluster.ray_mailbox import Finished, Mailbox, Note, Started, open_mailbox
+from cluster.node_check import NodeCheck, check_this_machine
+from cluster.ray_controller import Trainer
+from cluster.ray_gate import NodeGate
+from cluster.ray_leaving import LeaveWatch
+from cluster.ray_mailbox import Mailbox, open_mailbox
+from cluster.ray_monitor import RunMonitor
 from cluster.ray_nodes import NodePinning, empty_selectors, free_nodes
+from cluster.ray_output import OutputLog
 from cluster.ray_session import Session, session
+from cluster.ray_spares import SpareKeeper, spare_environment
 from cluster.ray_worker import RendezvousConfig, work
 
 _TICK_S = 0.1
-"""How often the driver looks for events and a stop request."""
-_TIDY_UP_S = 30.0
-"""What Ray Train gets to end by itself once the workers have: on a busy machine more than seconds.
-Ray may abort a process of which a thread still calls it when its cluster is gone."""
+"""How often the driver looks for room and a stop request."""
 _CLOSE_S = 5.0
 """What Ray Train's thread gets to end after the connection was closed under it."""
 
@@ -61,40 +63,87 @@ def run(
     payload: Payload,
     caller: Caller,
     *,
-    group_size: int,
+    group_sizes: Mapping[int, int],
+    check: NodeCheck | None = None,
+    warm_up: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Runs the worker on `config.workers` Ray Train workers; see `cluster.launcher.run`."""
+    """Runs the worker on Ray Train workers; see `cluster.launcher.run`.
+
+    Args:
+        config: Where.
+        worker: The worker.
+        payload: For each of them.
+        caller: Who started the run.
+        group_sizes: With how many of them it can run, and how many share a node then.
+        check: What to look for on each node.
+        warm_up: What spare processes do ahead.
+    """
     with (
         contextlib.ExitStack() as at_last,
         session(config, caller.report) as connected,
         _environment(config, connected),
     ):
         gpus = gpus_per_worker(config, connected.nodes)
-        require_room(config, connected.nodes, gpus=gpus)
+        require_room(config, connected.nodes, workers=min(group_sizes), gpus=gpus)
         if (
             connected.private
             and gpus == 0
             and (word := oversubscription_warning(config, cores=os.cpu_count() or 1))
         ):
             caller.report(word)
-        spec = WorkerGroupSpec(
-            workers=config.workers,
-            group_size=group_size,
-            cpus=config.cpus_per_worker,
-            gpus=gpus,
-        )
+        sizes = [
+            WorkerGroupSpec(
+                workers=workers, group_size=group_size, cpus=config.cpus_per_worker, gpus=gpus
+            )
+            for workers, group_size in sorted(group_sizes.items())
+        ]
         # Only to refuse groups that even the idle cluster could not hold: each start assigns anew.
-        assign_nodes(spec, connected.nodes)
-        if not _wait_for_room(config, spec, caller):
-            return Outcome(status="stopped")
+        assign_nodes(sizes[0], connected.nodes)
         mailbox = open_mailbox(config)
+        gate = _open_gate(config, check, sizes, connected, mailbox=mailbox, caller=caller)
+        if not _wait_for_room(config, sizes[0], caller, gate):
+            return Outcome(status="stopped")
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
-        fit = TrainThread(_trainer(config, spec, loop, mailbox, connected))
+        fit = TrainThread(_trainer(config, sizes, loop, mailbox, connected, warm_up=warm_up))
         fit.start()
-        caller.report(f"workers: waiting for {config.workers} of them to load and to meet")
+        number = " to ".join(map(str, sorted({sizes[0].workers, sizes[-1].workers})))
+        caller.report(f"workers: waiting for {number} of them to load and to meet")
         # If Ray Train is not done in the block, its thread ends once the connection is closed.
         at_last.callback(fit.join, _CLOSE_S)
-        return RunMonitor(config, mailbox, fit, caller).run()
+        # Nobody takes a private cluster's only node away and leaves this process.
+        watch = None if connected.private else _leave_watch(config, sizes, gate)
+        here = ray.get_runtime_context().get_node_id()
+        output = OutputLog(caller.listener.take, here=here, names_nodes=not connected.private)
+        return RunMonitor(config, mailbox, fit, caller, watch=watch, output=output, gate=gate).run()
+
+
+def _open_gate(
+    config: ClusterConfig,
+    check: NodeCheck | None,
+    sizes: Sequence[WorkerGroupSpec],
+    connected: Session,
+    *,
+    mailbox: Mailbox,
+    caller: Caller,
+) -> NodeGate | None:
+    """Looks at the nodes, unless a stop is asked for meanwhile."""
+    if check is None or config.preflight_s == 0:
+        return None
+    if connected.private:
+        gpus = sizes[0].gpus * config.workers
+        check_this_machine(check, workers=config.workers, gpus=gpus, report=caller.report)
+        return None
+    gate = NodeGate(check, sizes, mailbox, patience_s=config.preflight_s, report=caller.report)
+    gate.open(connected.nodes, caller.stop)
+    return gate
+
+
+def _leave_watch(
+    config: ClusterConfig, sizes: Sequence[WorkerGroupSpec], gate: NodeGate | None
+) -> LeaveWatch:
+    if gate is None:
+        return LeaveWatch(sizes, grow=config.grow)
+    return LeaveWatch(sizes, grow=config.grow, is_fit=gate.is_fit)
 
 
 def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> Callable[[], None]:
@@ -108,43 +157,57 @@ def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> C
 
 def _trainer(
     config: ClusterConfig,
-    spec: WorkerGroupSpec,
+    sizes: Sequence[WorkerGroupSpec],
     loop: Callable[[], None],
     mailbox: Mailbox,
     connected: Session,
-) -> DataParallelTrainer:
+    *,
+    warm_up: Callable[[], None] | None,
+) -> Trainer:
     per_worker: dict[str, float] = {"CPU": config.cpus_per_worker}
-    if spec.gpus:
-        per_worker["GPU"] = spec.gpus
+    if sizes[0].gpus:
+        per_worker["GPU"] = sizes[0].gpus
     # Workers of which each may be anywhere are left to Ray.
-    pinned = spec.group_size > 1
-    pinning = NodePinning(spec, timeout_s=config.start_timeout_s, report=mailbox.report_line)
-    return DataParallelTrainer(
+    pinned = any(spec.group_size > 1 for spec in sizes)
+    callbacks: list[NodePinning | SpareKeeper] = []
+    if pinned:
+        timeout_s = config.start_timeout_s
+        callbacks.append(NodePinning(*sizes, timeout_s=timeout_s, report=mailbox.report_line))
+    environment = None
+    if warm_up is not None and has_spares(config, private=connected.private):
+        gpu, threads = sizes[0].gpus > 0, config.cpus_per_worker
+        environment = spare_environment(warm_up, gpu=gpu, threads=threads)
+        callbacks.append(SpareKeeper(sizes[-1], mailbox.report_line))
+    return Trainer(
         loop,
         backend_config=RendezvousConfig(
-            gpu=spec.gpus > 0,
+            gpu=sizes[0].gpus > 0,
             threads=config.cpus_per_worker,
             timeout_s=config.start_timeout_s,
             scratch=str(connected.scratch) if connected.private else None,
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
-            use_gpu=spec.gpus > 0,
+            use_gpu=sizes[0].gpus > 0,
             resources_per_worker=per_worker,
             label_selector=empty_selectors(config.workers) if pinned else None,
         ),
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str(connected.scratch),
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.max_failures, controller_failure_limit=config.max_failures
-            ),
-            callbacks=[pinning] if pinned else None,
+            callbacks=callbacks,
+            worker_runtime_env=environment,
         ),
+        sizes=sizes,
+        patience_s=config.shrink_after_s,
+        may_grow=not connected.private,
+        mailbox=mailbox,
     )
 
 
-def _wait_for_room(config: ClusterConfig, spec: WorkerGroupSpec, caller: Caller) -> bool:
+def _wait_for_room(
+    config: ClusterConfig, spec: WorkerGroupSpec, caller: Caller, gate: NodeGate | None
+) -> bool:
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
     cpus, gpus = spec.workers * spec.cpus, spec.workers * spec.gpus
     deadline = time.monotonic() + config.start_timeout_s
@@ -153,10 +216,16 @@ def _wait_for_room(config: ClusterConfig, spec: WorkerGroupSpec, caller: Caller)
         free = ray.available_resources()
         enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
         now = f"{format_resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
-        if spec.group_size > 1:
-            groups = spec.groups_that_fit(*free_nodes())
+        if gate is not None:
+            gate.look()
+        if spec.group_size > 1 or gate is not None:
+            nodes = [node for node in free_nodes() if gate is None or gate.is_fit(node.id)]
+            groups = spec.groups_that_fit(*nodes)
             enough = groups >= spec.groups
-            now += f", in which {groups} of {spec.groups} groups that share a node fit"
+            if spec.group_size > 1:
+                now += f", in which {groups} of {spec.groups} groups that share a node fit"
+            elif gate is not None and gate.leaves_out:
+                now += f", in which {groups} of {spec.groups} workers fit on nodes that can train"
         if enough:
             return True
         if time.monotonic() > deadline:
@@ -180,17 +249,21 @@ def _wait_for_room(config: ClusterConfig, spec: WorkerGroupSpec, caller: Caller)
 def _environment(config: ClusterConfig, connected: Session) -> Iterator[None]:
     """Ray Train's settings, which it takes from the driver's environment; the user's own stay."""
     settings = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # Each look is a call to every worker.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{max(0.5, config.workers / 500):g}",
         # A worker process that stands still this long counts as dead (Ray's default is 600).
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}",
+        # It would write each line that is printed twice: once as printed, and once as logged.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         # Workers stay in the directory of the code.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        # The driver watches for nodes that are taken away, and has all workers leave.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
     if connected.private:
-        # Nobody collects metrics of a private cluster or preempts its one node; each costs a
-        # process.
-        settings |= {"RAY_TRAIN_METRICS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+        # Nobody collects metrics of a private cluster, and they cost a process.
+        settings |= {"RAY_TRAIN_METRICS_ENABLED": "0"}
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -207,7 +280,7 @@ class TrainThread(threading.Thread):
         error: What it ended with; None while it runs, and if it went well.
     """
 
-    def __init__(self, trainer: DataParallelTrainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
         self.error: BaseException | None = None
@@ -218,125 +291,3 @@ class TrainThread(threading.Thread):
             self._trainer.fit()
         except BaseException as error:
             self.error = error
-
-
-class RunMonitor:
-    """Passes events and the stop on until the workers are done.
-
-    Args:
-        config: The run's.
-        mailbox: What lies between the driver and the workers.
-        fit: Ray Train, started.
-        caller: Who started the run.
-    """
-
-    def __init__(
-        self,
-        config: ClusterConfig,
-        mailbox: Mailbox,
-        fit: TrainThread,
-        caller: Caller,
-    ) -> None:
-        self._config = config
-        self._mailbox = mailbox
-        self._fit = fit
-        self._caller = caller
-        self._attempt = -1
-        self._ended: set[int] = set()
-        self._failures: list[Failure] = []
-
-    def run(self) -> Outcome:
-        """Waits for the workers.
-
-        Returns:
-            How the run ended.
-
-        Raises:
-            WorkerRefused: A worker raised a ValueError.
-            WorkerFailed: Ray Train gave up.
-            ClusterUnavailable: Ray was lost.
-        """
-        stopped = False
-        try:
-            while self._fit.is_alive() and len(self._ended) < self._config.workers:
-                # Not stop.wait(): the event may be set by a signal handler that interrupts this
-                # very thread, and would then wait for the lock that wait() holds.
-                if self._caller.stop.is_set() and not stopped:
-                    stopped = True
-                    self._mailbox.ask_to_stop()
-                self._handle_events()
-                if stopped and self._attempt < 0:
-                    return Outcome(status="stopped")
-                time.sleep(_TICK_S)
-            self._handle_events()
-        except ray.exceptions.RayError as error:
-            raise ClusterUnavailable(
-                f"The run lost Ray, or Ray could not load it: {_last_line(error)}\nWhere a module "
-                "is missing, the workers do not find this process's code: start it in the "
-                "directory of the code, or by `ray job submit --working-dir .`."
-            ) from error
-        if len(self._ended) == self._config.workers:
-            # All returned: what Ray Train still has to tidy up cannot fail the run any more.
-            self._fit.join(_TIDY_UP_S)
-        elif self._fit.error is not None:
-            raise self._error(self._fit.error)
-        return Outcome(status="stopped" if stopped else "finished", restarts=max(self._attempt, 0))
-
-    def _handle_events(self) -> None:
-        for event in self._mailbox.fetch():
-            match event:
-                case Started(attempt):
-                    self._attempt, self._ended = attempt, set()
-                    if attempt > 0:
-                        _log.warning(
-                            "The workers were started again (%d of at most %d restarts).",
-                            attempt,
-                            self._config.max_failures,
-                        )
-                case Note(text):
-                    self._caller.report(text)
-                case Finished(attempt, rank):
-                    if attempt == self._attempt:
-                        self._ended.add(rank)
-                case Failure(kind="refused"):
-                    raise event.error()
-                case Failure():
-                    self._failures.append(event)
-                    _log.warning("Worker %d failed: %s", event.rank, event.text)
-                case _:
-                    self._caller.on_message(event)
-
-    def _error(self, error: BaseException) -> Exception:
-        """What to raise for the error that Ray Train ended with."""
-        failures = [failure for failure in self._failures if failure.attempt == self._attempt]
-        if isinstance(error, WorkerGroupError):
-            reported = {failure.rank for failure in failures}
-            failures += [
-                _unreported_failure(rank, self._attempt, cause)
-                for rank, cause in error.worker_failures.items()
-                if rank not in reported
-            ]
-            if failures:
-                return root_cause(failures).error()
-        if isinstance(error, TrainingFailedError):
-            return WorkerFailed(f"The workers could not be run: {error}")
-        return ClusterUnavailable(f"Ray failed: {error}")
-
-
-def _unreported_failure(rank: int, attempt: int, error: BaseException) -> Failure:
-    """The failure of a worker that could not tell it itself."""
-    cause = getattr(error, "health_check_failure", error)
-    if isinstance(cause, ray.exceptions.RayActorError):
-        text = "was lost with its process or its node (killed by hand, or because memory ran out)"
-        return Failure(rank=rank, attempt=attempt, kind="died", text=f"{text}: {_line(cause)}")
-    return Failure(
-        rank=rank, attempt=attempt, kind="raised", text=f"{type(cause).__name__}: {_line(cause)}"
-    )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

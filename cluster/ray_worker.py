@@ -5,10 +5,14 @@ uses it (seconds of each start), listen on every interface, and let gloo follow 
 """
 
 import contextlib
+import gc
+import os
 import shutil
 import socket
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +21,25 @@ import ray.train
 import ray.train.collective
 from ray.train.backend import Backend, BackendConfig
 
-from cluster.contract import Payload, Worker, WorkerContext
-from cluster.failure import run_worker
+from cluster.contract import Message, Payload, Worker, WorkerContext
+from cluster.failure import Failure, exit_failure, run_worker
 from cluster.process_group import RankInfo, Rendezvous, join, listen, new_secret
-from cluster.ray_mailbox import Finished, Mailbox
+from cluster.ray_ear import Board, Ear
+from cluster.ray_mailbox import Advanced, Begun, Event, Finished, Kept, Left, Mailbox
+from cluster.ray_output import OutputTail, output_paths
 from cluster.scratch import make_scratch
+
+_TELL_END_S = 5.0
+"""How long a worker that ends itself waits for its driver to know."""
+_TELL_S = 0.2
+"""How often the driver is told at most how far the run is."""
 
 _listeners: list[socket.socket] = []
 """Of rank 0's process: the socket between being opened and being joined."""
 _folders: list[Path] = []
 """Of rank 0's process: the folder in which workers of one node meet."""
+_boards: list[Board] = []
+"""Where this process writes, or reads, what the first worker of the node hears."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +68,8 @@ class _Rendezvous(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: RendezvousConfig) -> None:
-        together = len(set(worker_group.execute(_node))) == 1
+        boards = dict(filter(None, worker_group.execute(_open_board)))
+        together = len(boards) == 1
         place = (
             worker_group.execute_single(0, _make_file, backend_config.scratch)
             if together
@@ -64,7 +78,36 @@ class _Rendezvous(Backend):  # type: ignore[misc]
         rendezvous = Rendezvous(
             place=place, timeout_s=backend_config.timeout_s, secret=new_secret()
         )
-        worker_group.execute(_enter, rendezvous, backend_config)
+        worker_group.execute(_enter, rendezvous, backend_config, boards)
+
+
+def _open_board() -> tuple[str, str] | None:
+    """Makes the board of this node, if this is its first worker; gives the node and the place."""
+    _boards.clear()
+    if ray.train.get_context().get_local_rank() > 0:
+        return None
+    _boards.append(Board())
+    return _node(), _boards[0].path
+
+
+def _find_board(boards: Mapping[str, str]) -> None:
+    if not _boards:
+        with contextlib.suppress(OSError):  # what hides processes from each other hides it too
+            _boards.append(Board(boards[_node()]))
+
+
+class NotJoined(RuntimeError):
+    """A worker could not enter the group.
+
+    Args:
+        rank: The worker.
+        text: Why, headed by the exception's type.
+    """
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(rank, text)  # as it is made again elsewhere
+        self.rank = rank
+        self.text = text
 
 
 def _node() -> str:
@@ -88,7 +131,18 @@ def remove_rendezvous_folder() -> None:
         shutil.rmtree(_folders.pop(), ignore_errors=True)
 
 
-def _enter(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
+def _enter(rendezvous: Rendezvous, config: RendezvousConfig, boards: Mapping[str, str]) -> None:
+    # Up to the worker's function all is imports, which make no garbage: a fifth of their time.
+    gc.disable()
+    _find_board(boards)
+    try:
+        _join(rendezvous, config)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        raise NotJoined(ray.train.get_context().get_world_rank(), text) from error
+
+
+def _join(rendezvous: Rendezvous, config: RendezvousConfig) -> None:
     context = ray.train.get_context()
     join(
         RankInfo(
@@ -128,14 +182,14 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
     Raises:
         RuntimeError: The worker failed, and Ray Train should start all of them again.
     """
+    gc.freeze()
+    gc.enable()
     place = ray.train.get_context()
     rank = place.get_world_rank()
-    attempt = ray.train.collective.broadcast_from_rank_zero(mailbox.begin() if rank == 0 else None)
-    stop = threading.Event()
-    threading.Thread(
-        target=_listen_for_stop, args=(mailbox, stop), name="hear", daemon=True
-    ).start()
-    sender = mailbox.sender(f"attempt {attempt} rank {rank}")
+    attempt = ray.train.collective.broadcast_from_rank_zero(mailbox.attempt() if rank == 0 else -1)
+    ear = Ear(mailbox, attempt, _boards[0] if _boards else None)
+    ear.start()
+    voice = Voice(mailbox, attempt, rank)
     context = WorkerContext(
         rank=rank,
         world_size=place.get_world_size(),
@@ -143,19 +197,110 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         local_world_size=place.get_local_world_size(),
         attempt=attempt,
         device=device(gpu=gpu),
-        stop_requested=stop.is_set,
-        report=sender.send,
+        stop_requested=ear.is_stop_wanted,
+        report=voice.report,
+        advance=voice.position.advance,
+        keep=voice.position.keep,
+        grace_s=ear.grace_s,
+        complete=ear.note_completion,
+        log=voice.tail.log,
+        end=voice.end,
     )
     failure = run_worker(worker, context, payload)
+    leaves = ear.has_interrupted()
+    ear.close()
+    voice.tail.close()
     remove_rendezvous_folder()
-    sender.send_last(failure or Finished(attempt, rank))
-    # A refusal is the driver's to raise: here it would be retried.
-    if failure is not None and failure.kind != "refused":
-        raise RuntimeError(failure.text)
+    if failure is not None:
+        voice.tell_end(failure)
+        # A refusal of the first attempt is the driver's to raise. A later one may be that of a new
+        # node, and the driver may want other workers instead.
+        if failure.kind != "refused" or attempt > 0:
+            raise RuntimeError(failure.text)
+    elif leaves:
+        voice.tell_end(Left(attempt, rank))
+        raise RuntimeError("The worker was asked to leave.")
+    else:
+        voice.tell_end(Finished(attempt, rank))
 
 
-def _listen_for_stop(mailbox: Mailbox, stop: threading.Event) -> None:
-    """Sets `stop` once the driver asks for it; if the mailbox is lost, so is the driver."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        mailbox.wait_for_stop()
-        stop.set()
+class Voice:
+    """What a worker tells its driver, and in which order.
+
+    Args:
+        mailbox: The line to it.
+        attempt: The worker's attempt.
+        rank: The worker.
+
+    Attributes:
+        tail: Sends what the process writes.
+        position: How far the worker has come.
+    """
+
+    def __init__(self, mailbox: Mailbox, attempt: int, rank: int) -> None:
+        self._attempt, self._rank = attempt, rank
+        self._sender = mailbox.sender(f"attempt {attempt} rank {rank}")
+        if rank == 0:
+            self._sender.send(Begun(attempt))
+        self.position = Position(attempt, self._sender.send if rank == 0 else None)
+        self.tail = OutputTail(self._sender.send, attempt=attempt, rank=rank, paths=output_paths())
+        self.tail.start()
+
+    def report(self, message: Message) -> None:
+        """Sends a message, after what was written before it."""
+        self.tail.flush()
+        self._sender.send(message)
+
+    def tell_end(self, event: Finished | Left | Failure, *, timeout_s: float | None = None) -> None:
+        """Sends the last event, and waits until all has arrived; see `Sender.send_last`."""
+        if isinstance(event, Failure):
+            event = replace(event, images=self.position.images)
+        self._sender.send_last(event, timeout_s=timeout_s)
+
+    def end(self, code: int) -> None:
+        """Ends this process, and tells the driver how, if it is in reach.
+
+        A thread of its own tells it: the one that stands still may hold the lock of the tail.
+        """
+        try:
+            telling = threading.Thread(target=self._tell_exit, args=(code,), daemon=True)
+            telling.start()
+            telling.join(_TELL_END_S)
+        finally:
+            os._exit(code)
+
+    def _tell_exit(self, code: int) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            self.tail.close()
+            self.tell_end(exit_failure(self._rank, self._attempt, code), timeout_s=_TELL_END_S)
+
+
+class Position:
+    """How far a worker has come; the driver is told by the first rank.
+
+    Args:
+        attempt: The attempt.
+        tell: Sends an event; None where another rank does.
+
+    Attributes:
+        images: Images of the run that are trained; None before the worker said so.
+    """
+
+    def __init__(self, attempt: int, tell: Callable[[Event], None] | None) -> None:
+        self._attempt = attempt
+        self._tell = tell
+        self._told_s = float("-inf")
+        self.images: int | None = None
+
+    def advance(self, images: int) -> None:
+        """Notes that so many images are trained, and tells it now and then."""
+        self.images = images
+        now = time.monotonic()
+        if self._tell is not None and now - self._told_s >= _TELL_S:
+            self._told_s = now
+            self._tell(Advanced(self._attempt, images))
+
+    def keep(self, images: int) -> None:
+        """Tells that a checkpoint of so many images is there."""
+        if self._tell is not None:
+            self._tell(Kept(images))

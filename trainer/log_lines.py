@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
+from cluster.contract import Level
+from pipelines.addresses import hide_credentials
 from pipelines.console import SayingHandler, WarningLines, visible
 from pipelines.formats import format_duration
 
@@ -38,14 +39,19 @@ class _ConsoleHandler(SayingHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
-            self.warnings.add(record.getMessage())
+            self.warnings.add(_shown(record.getMessage()))
         super().emit(record)
 
 
 def was_shown(warning: str) -> bool:
     """Tell whether `show_logs` has shown a warning of this text in its `with` block."""
     handlers = logging.getLogger(_ROOT).handlers
-    return any(warning in each.warnings for each in handlers if isinstance(each, _ConsoleHandler))
+    told = _shown(warning)
+    return any(told in each.warnings for each in handlers if isinstance(each, _ConsoleHandler))
+
+
+def _shown(text: str) -> str:
+    return hide_credentials(visible(text))
 
 
 @contextmanager
@@ -56,31 +62,45 @@ def show_logs() -> Iterator[None]:
 
 
 class _ForwardingHandler(logging.Handler):
-    def __init__(self, report: Callable[[dict[str, Any]], None], rank: int) -> None:
-        super().__init__(level=logging.INFO if rank == 0 else logging.WARNING)
-        self._report = report
-        self._rank = rank
+    def __init__(self, log: Callable[[Level, str], None], heard: Callable[[], None]) -> None:
+        super().__init__(level=logging.INFO)
+        self._log = log
+        self._heard = heard
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING:
-            self._report({"kind": "phase", "text": record.getMessage()})
-        else:
-            self._report({"kind": "warning", "rank": self._rank, "text": record.getMessage()})
+        level: Level = "INFO"
+        if record.levelno >= logging.WARNING:
+            level = "ERROR" if record.levelno >= logging.ERROR else "WARNING"
+        self._heard()
+        self._log(level, _shown(record.getMessage()))
 
 
 @contextmanager
-def forward_logs(report: Callable[[dict[str, Any]], None], *, rank: int) -> Iterator[None]:
-    """Send what our packages log to the driver for the length of a `with` block.
-
-    A cluster keeps the logs of workers apart. All warnings are sent, and what the first rank is at.
+def forward_logs(
+    log: Callable[[Level, str], None], *, heard: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Send what our packages log to the driver for the length of a `with` block, and only there.
 
     Args:
-        report: The line to the driver.
-        rank: This worker, named in each warning.
+        log: The worker's line to the driver, which writes it down here too where it can.
+        heard: Called with each line.
     """
-    handler = _ForwardingHandler(report, rank)
-    with _set_levels(handler.level), _attach(handler, _PACKAGES):
+    handler = _ForwardingHandler(log, heard)
+    with _set_levels(handler.level), _attach(handler, _PACKAGES), _keep_from_root():
         yield
+
+
+@contextmanager
+def _keep_from_root() -> Iterator[None]:
+    """Have no handler of the whole process write a second time what our packages log."""
+    before = {name: logging.getLogger(name).propagate for name in _PACKAGES}
+    for name in before:
+        logging.getLogger(name).propagate = False
+    try:
+        yield
+    finally:
+        for name, kept in before.items():
+            logging.getLogger(name).propagate = kept
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """The proxy that the fault tests stand on: transparent when told nothing, faulty when told."""
 
 import hashlib
+import http.server
 import io
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -249,3 +251,9 @@ def test_many_clients_at_once(s3: S3Server, proxy: FaultyProxy) -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.usefixtures("s3")
+def test_swift_stays_out_of_this_process() -> None:
+    assert "eventlet" not in sys.modules
+    assert http.server is sys.modules["http.server"]

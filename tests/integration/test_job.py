@@ -15,6 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -23,8 +24,11 @@ from PIL import Image
 
 from tests.support.job import ROOT, SMALL, final_state, job
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.cli.sample import main as sample
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.storage.local import LocalStore
 from trainer.storage.store import StoreConfig
+from trainer.training.goodput import read_launches, total_time
 
 pytestmark = pytest.mark.slow
 
@@ -37,10 +41,11 @@ def test_progress_and_results_are_told(finished):
     )
     assert f"{finished.uri}/runs/digits/evaluation/000000006400/grid.png" in finished.output
     assert f"{finished.uri}/runs/digits/checkpoints/000000006400" in finished.output
-    for row in ("Fréchet distance (random_conv)", "real halves / untrained", "classifier reads"):
+    for row in ("Fréchet distance (random_conv)", "real / untrained", "classifier reads"):
         assert row in finished.output
-    page = r"look at the run: http://127\.0\.0\.1:\d+/#/experiments/\d+/runs\?workflowType=mach"
-    assert len(re.findall(page, finished.output)) == 2
+    page = r"look at the run: http://127\.0\.0\.1:\d+/#/experiments/\d+/runs%s\?workflowType=mach"
+    for run in ("", f"/{finished.record.info.run_id}"):  # before it is known, and at the end
+        assert len(re.findall(page % run, finished.output)) == 1
     assert "Traceback" not in finished.output
 
 
@@ -83,6 +88,25 @@ def test_results_are_in_the_store(finished):
     assert np.bincount(samples["arr_1"]).tolist() == [10] * 10
 
 
+def test_what_the_time_went_into_is_told_everywhere(finished):
+    report = json.loads(finished.store.get("digits/evaluation/000000006400/report.json"))
+    told = report["time"]["seconds"]
+    (sheet,) = read_launches(finished.store, "digits")
+    assert total_time([sheet]) == told
+    assert sum(told.values()) == pytest.approx(sheet.wall_s)
+    assert {kind for kind, seconds in told.items() if seconds == 0} <= {
+        *("restart", "lost_work", "waiting_for_room", "data_wait")
+    }
+    assert re.search(r"time +\S+ in all launches: .*step [\d.]+%", finished.output)
+    metrics = finished.record.data.metrics
+    assert metrics["time/step_s"] == told["step"]
+    assert 0 < metrics["time/goodput"] < 1
+    curve = report["time"]["curve"]
+    assert curve
+    assert all(0 <= images <= 6400 and 0 <= share < 1 for images, _, share in curve)
+    assert [wall_s for _, wall_s, _ in curve] == sorted(wall_s for _, wall_s, _ in curve)
+
+
 def test_a_run_is_measured_again_to_the_bit(finished, s3, tmp_path, monkeypatch):
     for name, value in finished.credentials.items():
         monkeypatch.setenv(name, value)
@@ -99,7 +123,9 @@ def test_a_run_is_measured_again_to_the_bit(finished, s3, tmp_path, monkeypatch)
     (distance,) = again.distances
     assert distance.features == own["features"]
     assert distance.frechet == own["frechet"]
-    assert distance.frechet_real_halves == own["frechet_real_halves"]
+    assert distance.diversity == own["diversity"]
+    assert asdict(distance)["nearest"] == own["nearest"]
+    assert asdict(distance)["real"] == own["real"]
     assert again.network_evaluations == own["network_evaluations"]
     assert again.real_images == own["real_images"]
     assert again.measurement.samples == own["samples"]
@@ -115,29 +141,36 @@ def test_mlflow_has_the_configuration_the_curves_and_the_pictures(finished):
         "loss/total",
         "loss/scale_0",
         "loss/scale_1",
-        "gradient_norm",
-        "learning_rate",
-        "images_per_s",
-        "data_wait_share",
-        "memory_host_gib",
-        "skipped_updates",
+        "optim/gradient_norm",
+        "optim/learning_rate",
+        "speed/images_per_s",
+        "speed/data_wait_share",
+        "system/memory_host_gib",
+        "optim/skipped_updates",
     ):
         points = client.get_metric_history(record.info.run_id, name)
         assert [point.step for point in points] == list(range(640, 6401, 640)), name
     curve = [point.value for point in client.get_metric_history(record.info.run_id, "loss/total")]
     assert curve[-1] < 0.8 * curve[0]
-    assert record.data.metrics["eval/gap_closed"] > 0
+    reached = [
+        record.data.metrics[f"eval/{name}"]
+        for name in ("random_conv_real", "frechet_random_conv", "frechet_random_conv_untrained")
+    ]
+    assert 0 < reached[0] < reached[1] < reached[2]
+    assert record.data.metrics["eval/random_conv_diversity"] > 0
     paths = {
         item.path
-        for folder in ("", "samples", "evaluation")
+        for folder in ("", "images")
         for item in client.list_artifacts(record.info.run_id, folder)
     }
-    assert {
-        "config.yaml",
-        "samples/000000003200.png",
-        "samples/000000006400.png",
-        "evaluation/000000006400.png",
-    } <= paths
+    assert "config.yaml" in paths
+    assert {"samples.png", "evaluation.png"} <= paths
+    shown = {path.partition("+timestamp")[0] for path in paths if path.startswith("images/")}
+    assert sorted(shown) == [
+        "images/evaluation+step+6400",
+        "images/samples+step+3200",
+        "images/samples+step+6400",
+    ]
 
 
 def test_no_credential_is_written_anywhere(finished):
@@ -151,24 +184,21 @@ def test_no_credential_is_written_anywhere(finished):
     assert secret not in finished.output
 
 
-def test_a_grid_is_drawn_from_any_checkpoint_or_the_newest_of_a_run(finished, s3, tmp_path):
+def test_a_grid_is_drawn_from_any_checkpoint_or_the_newest_of_a_run(
+    finished, s3, tmp_path, monkeypatch
+):
+    for name, value in finished.credentials.items():
+        monkeypatch.setenv(name, value)
     grids = []
     for name in ("/checkpoints/000000001280", ""):
         output = tmp_path / f"{len(grids)}.png"
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "trainer.sample"),
-                f"checkpoint={finished.uri}/runs/digits{name}",
-                f"store.endpoint_url={s3.endpoint_url}",
-                f"output={output}",
-                "classes=[3,5]",
-                "columns=4",
-                "sampler.steps=2",
-            ],
-            cwd=ROOT,
-            env={**os.environ, **finished.credentials},
-            check=True,
-        )
+        words = [
+            f"checkpoint={finished.uri}/runs/digits{name}",
+            f"store.endpoint_url={s3.endpoint_url}",
+            f"output={output}",
+            *("classes=[3,5]", "columns=4", "sampler.steps=2"),
+        ]
+        assert sample(words) == 0
         grids.append(np.asarray(Image.open(output)))
     assert grids[0].shape == (2 * 52 + 4, 4 * 52 + 4)
     assert not np.array_equal(*grids)
@@ -196,9 +226,21 @@ def assert_no_point_twice(home):
     assert len(points) == len(set(points))
 
 
+def assert_second_launch_refused(home, pid):
+    command = [sys.executable, "-m", "trainer.launch", *SMALL]
+    environment = {**os.environ, "LAPFLOW_HOME": str(home)}
+    second = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 2, second.stderr
+    assert f"run=digits is being trained by another launch: process {pid} of " in second.stderr
+
+
 def test_a_run_goes_on_after_ctrl_c_a_killed_worker_and_a_killed_job(finished, home):
     """One run through all three, so that each has to leave what the next goes on from."""
     with job(*SMALL, home=home) as interrupted:
+        interrupted.wait_for("starting 2 workers")
+        assert_second_launch_refused(home, interrupted.pid)
         interrupted.wait_for(r"checkpoint: \S+/000000001280")
         interrupted.signal_group(signal.SIGINT)
         assert interrupted.wait() == 128 + signal.SIGINT, interrupted.output
@@ -217,6 +259,11 @@ def test_a_run_goes_on_after_ctrl_c_a_killed_worker_and_a_killed_job(finished, h
         assert "resumed after" in again.output
     assert_same_state(home, finished.state)
     assert_no_point_twice(home)
+    launches = read_launches(LocalStore(home / "store/runs"), "digits")
+    assert len(launches) == 3
+    assert sum(total_time(launches).values()) == pytest.approx(
+        sum(each.wall_s for each in launches)
+    )
     with job(*SMALL, home=home) as complete:
         assert complete.wait() == 0
         assert "this run is complete" in complete.output

@@ -7,6 +7,7 @@ from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
 from trainer.cli.inpaint import InpaintConfig
 from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
+from trainer.cli.track import ShipConfig
 from trainer.cli.ui import UiConfig
 from trainer.config.job import JobConfig
 from trainer.config.settings import Setting, settings_of
@@ -23,6 +24,7 @@ GIVEN: dict[type[Any], dict[str, Any]] = {
     PruneConfig: {"uri": "/runs/a"},
     VerifyConfig: {"uri": "/runs/a"},
     UiConfig: {},
+    ShipConfig: {"uri": "/runs/a"},
 }
 """The configuration of each command, and what must be given of it."""
 

@@ -50,6 +50,10 @@ class Job:
         home: LAPFLOW_HOME, which also marks every process the job starts.
         environment: More variables.
         module: The module to run.
+
+    Attributes:
+        output: What it has written so far.
+        lines: The same by line, each with the time of a monotonic clock when it came.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Job:
     ) -> None:
         self._home = home
         self.output = ""
+        self.lines: list[tuple[float, str]] = []
         self._process = subprocess.Popen(
             [sys.executable, "-u", "-m", module, *overrides],
             cwd=ROOT,
@@ -73,10 +78,15 @@ class Job:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    @property
+    def pid(self) -> int:
+        """Number of the launch's own process."""
+        return self._process.pid
+
     def wait(self, timeout_s: float = 540.0) -> int:
         """Wait for the end and return the exit code."""
         code = self._process.wait(timeout_s)
-        self._reader.join(10)
+        self._reader.join(540)
         return code
 
     def wait_for(self, pattern: str, timeout_s: float = 540.0) -> re.Match[str]:
@@ -121,6 +131,7 @@ class Job:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            self.lines.append((time.monotonic(), line))
             self.output += line
 
 

@@ -4,13 +4,14 @@ All nodes are on this machine, each at a loopback address of its own.
 """
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,17 @@ class RayCluster:
         address: For `ray.init` and `ClusterConfig.address`.
         dashboard: For `ray job submit --address`.
         environment: What a process needs to speak to it.
+        logs: Where its nodes, each of which is on this machine, keep their logs.
         nodes: The command that runs each node, by the node's address; the head node first.
+        add: Starts a node, given its address and its CPUs.
     """
 
     address: str
     dashboard: str
     environment: dict[str, str]
+    logs: Path
     nodes: dict[str, subprocess.Popen[bytes]]
+    add: Callable[[str, int], None]
 
     def job(self, *arguments: str, timeout_s: float = 540) -> subprocess.CompletedProcess[str]:
         """Runs `ray job <arguments>` against the cluster and returns what it printed."""
@@ -48,6 +53,28 @@ class RayCluster:
             check=False,
         )
 
+    def drain(self, node: str, within_s: int) -> None:
+        """Announces that the node at that address will be taken away."""
+        subprocess.run(
+            [
+                *(_ray(), "drain-node", "--address", self.address, "--node-id", self.node_id(node)),
+                *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"),
+                *("--deadline-remaining-seconds", str(within_s)),
+            ],
+            env=os.environ | self.environment,
+            check=True,
+        )
+
+    def node_id(self, node: str) -> str:
+        """Ray's name of the live node at that address, asked by a process of this run's."""
+        import ray
+
+        return next(
+            one["NodeID"]
+            for one in ray.nodes()
+            if one["Alive"] and one["NodeManagerAddress"] == node
+        )
+
     def lose(self, node: str) -> None:
         """Kills all processes of the node at that address at once, as a power cut would."""
         _kill(self.nodes[node].pid)
@@ -55,7 +82,12 @@ class RayCluster:
 
 @contextmanager
 def ray_cluster(
-    *, cpus: int = 2, more_cpus: Sequence[int] = (), dashboard: bool = True
+    *,
+    cpus: int = 2,
+    more_cpus: Sequence[int] = (),
+    dashboard: bool = True,
+    token: bool = False,
+    stop_wait_s: int = 30,
 ) -> Iterator[RayCluster]:
     """Starts a cluster and ends it after the block.
 
@@ -63,16 +95,24 @@ def ray_cluster(
         cpus: CPUs of the head node.
         more_cpus: CPUs of each further node.
         dashboard: Whether the head node has one, which is what takes jobs.
+        token: Whether it asks for one.
+        stop_wait_s: What a job gets to end once it is asked to, unless it says otherwise.
     """
     scratch = Path(tempfile.mkdtemp(prefix="ray-"))
-    port, dashboard_port = _free_port(), _free_port()
+    port, dashboard_port = free_port(), free_port()
     environment = {
         # `ray job submit -- python …` means this Python.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
         # Time for a last checkpoint between the SIGTERM and the SIGKILL of `ray job stop`.
-        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
     }
+    if token:
+        (scratch / "token").write_text(secrets.token_hex(32))
+        environment |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(scratch / "token"),
+        }
     head = (
         *("--head", "--port", str(port), "--include-dashboard", str(dashboard).lower()),
         *("--dashboard-host", HOST, "--dashboard-port", str(dashboard_port)),
@@ -82,14 +122,15 @@ def ray_cluster(
     nodes: dict[str, subprocess.Popen[bytes]] = {}
     with ExitStack() as at_last:
         at_last.callback(shutil.rmtree, scratch, ignore_errors=True)
-        for host, count in zip(hosts, (cpus, *more_cpus), strict=True):
+
+        def add(host: str, cpus: int) -> None:
             role = ("--address", f"{HOST}:{port}") if nodes else head
             log = scratch / f"{host}.log"
             nodes[host] = _start(
                 (
-                    *(*role, "--node-ip-address", host, "--num-cpus", str(count)),
+                    *(*role, "--node-ip-address", host, "--num-cpus", str(cpus)),
                     # Without it every cluster of this machine wants the same one.
-                    *("--dashboard-agent-listen-port", str(_free_port())),
+                    *("--dashboard-agent-listen-port", str(free_port())),
                 ),
                 environment=environment,
                 log=log,
@@ -97,11 +138,16 @@ def ray_cluster(
             at_last.callback(_end, nodes[host])
             # One by one: nodes that start on one machine at once take each other's names.
             _wait_until_up(nodes[host], log)
+
+        for host, count in zip(hosts, (cpus, *more_cpus), strict=True):
+            add(host, count)
         yield RayCluster(
             address=f"{HOST}:{port}",
             dashboard=f"http://{HOST}:{dashboard_port}",
             environment=environment,
+            logs=(scratch / "ray/session_latest").resolve() / "logs",
             nodes=nodes,
+            add=add,
         )
 
 
@@ -125,7 +171,8 @@ def _ray() -> str:
     return str(Path(sys.executable).with_name("ray"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
     with create_server((HOST, 0)) as server:
         port: int = server.getsockname()[1]
     return port

@@ -7,14 +7,13 @@ Four single-process servers start in about two seconds and hold about 240 MB tog
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pwd
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,16 +27,22 @@ RINGS = ("account", "container", "object")
 SERVERS = (*RINGS, "proxy")
 START_TIMEOUT_S = 540.0
 STOP_TIMEOUT_S = 5.0
+FIRST_BUCKET = "first"
 
+# Swift's proxy gives a storage server half a second to take a connection, and shuns it after ten
+# failures, then answers 503. A busy machine does that to servers that are well.
+BUSY_MACHINE_OPTIONS = (
+    "conn_timeout = 60\nnode_timeout = 60\nrecoverable_node_timeout = 60\n"
+    "error_suppression_limit = 1000000\n"
+)
 PIPELINE = (
     "catch_errors gatekeeper healthcheck cache listing_formats bulk s3api tempauth slo dlo copy "
     "symlink versioned_writes"
 )
-FILTER_OPTIONS = {
+_FILTER_OPTIONS = {
     # Nothing answers there: Swift then works without a cache, which is what a short test wants.
     "cache": "use = egg:swift#memcache\nmemcache_servers = 127.0.0.1:1\nlog_level = CRITICAL",
     "s3api": "use = egg:swift#s3api\nlocation = us-east-1",
-    "tempauth": "use = egg:swift#tempauth\nuser_test_tester = testing .admin",
     "versioned_writes": "use = egg:swift#versioned_writes\nallow_object_versioning = true",
 }
 
@@ -100,29 +105,30 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(directory: Path) -> Iterator[S3Server]:
+def s3_server(directory: Path, *, secret_key: str = "testing") -> Iterator[S3Server]:
     """Runs Swift under `directory` until the block ends.
 
     Args:
         directory: An empty folder on a file system with extended attributes (not NFS).
+        secret_key: Secret of its account.
 
     Raises:
         S3ServerStartError: A server ended early or the proxy did not answer in time.
     """
     ports = dict(zip(SERVERS, _free_ports(len(SERVERS)), strict=True))
-    _write_configuration(directory, ports)
+    _write_configuration(directory, ports, secret_key)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name in SERVERS:
             processes[name] = _start(name, directory)
-        endpoint_url = f"http://127.0.0.1:{ports['proxy']}"
-        _wait_until_up(endpoint_url, processes, directory)
-        yield S3Server(
-            endpoint_url=endpoint_url,
+        server = S3Server(
+            endpoint_url=f"http://127.0.0.1:{ports['proxy']}",
             access_key="test:tester",
-            secret_key="testing",
+            secret_key=secret_key,
             directory=directory,
         )
+        _wait_until_up(server, processes)
+        yield server
     finally:
         _stop(list(processes.values()))
 
@@ -155,9 +161,7 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _write_configuration(directory: Path, ports: dict[str, int]) -> None:
-    from swift.common.ring import RingBuilder
-
+def _write_configuration(directory: Path, ports: dict[str, int], secret_key: str) -> None:
     etc, devices = directory / "etc", directory / "node"
     etc.mkdir(parents=True)
     (devices / "d1").mkdir(parents=True)
@@ -171,7 +175,19 @@ def _write_configuration(directory: Path, ports: dict[str, int]) -> None:
             f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {ports[name]}\nworkers = 0\n"
             f"user = {user}\nswift_dir = {etc}\nlog_level = WARNING\n"
         )
-        (etc / f"{name}.conf").write_text(default + _application(name, devices))
+        (etc / f"{name}.conf").write_text(default + _application(name, devices, secret_key))
+    # In a process of its own: Swift imports eventlet, which leaves a module of its own at
+    # `http.server`, whose servers wait for ever in a process that has no hub running.
+    rings = multiprocessing.get_context("fork").Process(target=_write_rings, args=(etc, ports))
+    rings.start()
+    rings.join()
+    if rings.exitcode != 0:
+        raise S3ServerStartError(f"Swift's rings were not written (exit code {rings.exitcode}).")
+
+
+def _write_rings(etc: Path, ports: dict[str, int]) -> None:
+    from swift.common.ring import RingBuilder
+
     for name in RINGS:
         ring = RingBuilder(part_power=4, replicas=1, min_part_hours=1)
         ring.add_dev(
@@ -188,20 +204,23 @@ def _write_configuration(directory: Path, ports: dict[str, int]) -> None:
         ring.get_ring().save(str(etc / f"{name}.ring.gz"))
 
 
-def _application(name: str, devices: Path) -> str:
+def _application(name: str, devices: Path, secret_key: str) -> str:
     if name != "proxy":
         return (
             f"devices = {devices}\nmount_check = false\ndisable_fallocate = true\n"
             f"[pipeline:main]\npipeline = {name}-server\n"
             f"[app:{name}-server]\nuse = egg:swift#{name}\n"
         )
+    account = f"use = egg:swift#tempauth\nuser_test_tester = {secret_key} .admin"
+    options = {**_FILTER_OPTIONS, "tempauth": account}
     filters = "".join(
-        f"[filter:{each}]\n{FILTER_OPTIONS.get(each, f'use = egg:swift#{each}')}\n"
+        f"[filter:{each}]\n{options.get(each, f'use = egg:swift#{each}')}\n"
         for each in PIPELINE.split()
     )
     return (
         f"[pipeline:main]\npipeline = {PIPELINE} proxy-server\n"
-        f"[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n{filters}"
+        f"[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
+        f"{BUSY_MACHINE_OPTIONS}{filters}"
     )
 
 
@@ -222,25 +241,33 @@ def _start(name: str, directory: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _wait_until_up(
-    endpoint_url: str, processes: dict[str, subprocess.Popen[bytes]], directory: Path
-) -> None:
+def _wait_until_up(server: S3Server, processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Waits for an answer that all four servers had a part in.
+
+    The proxy alone answers before the others listen, and then fails what it is asked.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
     deadline = time.monotonic() + START_TIMEOUT_S
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    refused: Exception | None = None
     while time.monotonic() < deadline:
         for name, process in processes.items():
             if process.poll() is not None:
                 raise S3ServerStartError(
                     f"swift-{name}-server ended with code {process.returncode}.\n"
-                    + _log_tail(directory / f"{name}.log")
+                    + _log_tail(server.directory / f"{name}.log")
                 )
         try:
-            with opener.open(f"{endpoint_url}/healthcheck", timeout=1.0):
-                return
-        except (urllib.error.URLError, OSError):
+            server.client.create_bucket(Bucket=FIRST_BUCKET)
+            server.client.put_object(Bucket=FIRST_BUCKET, Key="up", Body=b"")
+            return
+        except (BotoCoreError, ClientError) as error:
+            refused = error
             time.sleep(0.05)
-    logs = "\n".join(_log_tail(directory / f"{name}.log") for name in SERVERS)
-    raise S3ServerStartError(f"{endpoint_url} did not answer in {START_TIMEOUT_S:.0f} s.\n{logs}")
+    logs = "\n".join(_log_tail(server.directory / f"{name}.log") for name in SERVERS)
+    raise S3ServerStartError(
+        f"{server.endpoint_url} did not answer in {START_TIMEOUT_S:.0f} s ({refused}).\n{logs}"
+    )
 
 
 def _log_tail(path: Path, lines: int = 20) -> str:

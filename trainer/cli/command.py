@@ -18,6 +18,9 @@ from trainer.storage.errors import CheckpointError
 
 C = TypeVar("C")
 
+TO_LEAVE_S = 30.0
+"""What a driver gets beyond its last checkpoint: to tell, and to end its workers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subcommand(Generic[C]):

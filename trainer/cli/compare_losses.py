@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pipelines.addresses import find_path_fault
 from pipelines.command import CommandParser, Outcome, command_parser, run
 from pipelines.formats import format_table
 from trainer.config import paths
@@ -101,6 +102,8 @@ def _verdict(found: Sequence[Difference], *, tolerance: float, only_common: bool
 
 def _read(source: str, *, experiment: str) -> Curves:
     if not source.startswith(_RUN):
+        if fault := find_path_fault(source):
+            raise CurvesError(f"{fault} Runs that are tracked are run:NAME or run:NAME@URI.")
         return read_curves(Path(source).expanduser())
     name, _, uri = source.removeprefix(_RUN).partition("@")
     tracking = TrackingConfig(uri=uri or None, experiment=experiment)

@@ -13,17 +13,18 @@ from pipelines.console import say, say_error, visible, write
 from pipelines.errors import DataError
 from pipelines.formats import format_duration, format_table
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.cli.worker_lines import WorkerLines
 from trainer.config import paths
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_images
-from trainer.evaluation.reports import EvaluationReport, evaluation_key
+from trainer.evaluation.reports import EvaluationReport, RunTime, evaluation_key
 from trainer.log_lines import was_shown
-from trainer.metrics.mlflow_backend import end_run
-from trainer.storage.errors import StoreError
+from trainer.storage.errors import LeaseLost, StoreError
 from trainer.storage.kept import read_or_set_aside
 from trainer.storage.open import open_store
-from trainer.training.tracking import tracking_ui_hint
+from trainer.training.goodput import Timesheet, time_line, time_metrics
+from trainer.training.tracking import add_to_run, tracking_ui_hint
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class Console:
         unwritten: Why the report could not be written, or "".
         figures: What that report tells; None if it was written.
         tracked: MLflow's ID of the run, or "" as long as it is unknown.
+        identity: Tells the training from others under the run's name, or "" likewise.
+        token: Number of this launch of the run.
+        times: What this launch spends its time on.
+        lines: Shows the workers' lines.
     """
 
     def __init__(self) -> None:
@@ -53,6 +58,15 @@ class Console:
         self.unwritten = ""
         self.figures: EvaluationReport | None = None
         self.tracked = ""
+        self.identity = ""
+        self.token = 0
+        self.times = Timesheet()
+        self.lines = WorkerLines(self.note)
+
+    def cluster_line(self, text: str) -> None:
+        """Print a line of the cluster."""
+        self.times.hear_line(text)
+        self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -60,6 +74,10 @@ class Console:
 
     def message(self, message: Mapping[str, Any]) -> None:
         """Show what a worker told."""
+        self.times.hear(message)
+        self.lines.look()
+        if message.get("kind") == "time":
+            self.images = max(self.images, int(message["images"]))
         if message.get("kind") in ("progress", "resumed"):
             self.images = int(message.get("images", self.images))
         match message.get("kind"):
@@ -68,10 +86,8 @@ class Console:
                 self.note(str(message["text"]))
             case "note":
                 self.note(str(message["text"]))
-            case "phase":
-                logger.info("%s", message["text"])
-            case "warning":
-                self._warn(str(message["text"]), rank=message.get("rank"))
+            case "warning" if not was_shown(str(message["text"])):
+                self.note(f"warning: {message['text']}")
             case "checkpoint":
                 self.last_checkpoint = str(message["uri"])
                 self.images = max(self.images, int(message["images"]))
@@ -90,14 +106,10 @@ class Console:
                 self.unwritten = str(message["text"])
                 self.figures = EvaluationReport.from_json(str(message["report"]).encode())
             case "tracked":
-                self.tracked = str(message["run_id"])
+                self.identity = str(message["identity"])
+                self.tracked = str(message.get("run_id", ""))
             case "end":
                 self.finished = message["end"] == "finished"
-
-    def _warn(self, text: str, *, rank: int | None) -> None:
-        # The workers meet again what the checks before the start have met and told.
-        if not was_shown(text):
-            self.note(f"warning: {text}" if rank is None else f"warning: worker {rank}: {text}")
 
 
 def final_report(job: JobConfig) -> EvaluationReport | None:
@@ -121,26 +133,29 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
     report = read_or_set_aside(store, key, EvaluationReport)
     if report is None or report.settings != to_dict(job.eval):
         return None
-    told, held_out = report.origin, open_images(job, "test").digest
-    wanted = (job.run, newest.attempt, held_out)
+    told = report.origin
+    reference = told.held_out_index  # a file is known by its place, which is among the settings
+    if job.eval.reference in ("test", "train"):
+        reference = open_images(job, job.eval.reference).digest
+    wanted = (job.run, newest.attempt, reference)
     if (told.run, told.attempt, told.held_out_index) == wanted:
         return report
     logger.warning(
-        "%s tells of another checkpoint or of other held-out images, so it is measured again",
+        "%s tells of another checkpoint or of other real images, so it is measured again",
         store.uri(key),
     )
     return None
 
 
 def _summary(
-    job: JobConfig, report: EvaluationReport, *, seconds: float, written: bool
+    job: JobConfig, report: EvaluationReport, *, times: Timesheet, written: bool
 ) -> tuple[str, dict[str, Any]]:
     """Render the closing table of a complete run, and say where everything is.
 
     Args:
         job: The configuration.
         report: What was measured at its end.
-        seconds: Wall time of this launch; 0 leaves it out.
+        times: What the run's time was spent on.
         written: Whether the samples are in the store.
     """
     store = open_store(paths.runs_uri(job), job.store)
@@ -154,16 +169,18 @@ def _summary(
         (
             "run",
             f"{job.run}, {report.images:,} images"
-            + (f", {format_duration(seconds)} in this launch" if seconds else ""),
+            + (f", {format_duration(times.launch.wall_s)} in this launch" if times.total else ""),
         ),
+        *((("time", time_line(times.total)),) if times.total else ()),
         *((f"sample {name}" if name == "grid" else name, uri) for name, uri in samples.items()),
         ("checkpoint", checkpoint),
         (
             f"Fréchet distance ({report.features})",
-            f"{report.frechet:.4f} of {report.samples:,} samples to {_held_out(report)} "
+            f"{report.frechet:.4f} of {report.samples:,} samples to {_compared_with(report)} "
             f"({report.network_evaluations:g} network evaluations per sample)",
         ),
-        ("  real halves / untrained", _references(report)),
+        ("  real / untrained", _references(report)),
+        *_variety(report),
     ]
     if report.labels is not None:
         rows.append(
@@ -177,22 +194,43 @@ def _summary(
     return format_table(rows), values
 
 
-def _held_out(report: EvaluationReport) -> str:
-    counted = "" if report.real_images is None else f"{report.real_images:,} "
+def _compared_with(report: EvaluationReport) -> str:
+    """Say what samples are compared with."""
+    reference = str(report.settings.get("reference", "test"))
+    if reference not in ("test", "train"):
+        return f"the statistics in {reference}"
+    counted = f"{report.real_images:,} " if report.real_images else ""
     unusable = report.unusable_real_images
     more = f" ({unusable:,} more cannot be used)" if unusable else ""
-    return f"{counted}held-out images{more}"
+    return f"{counted}{'held-out' if reference == 'test' else 'training'} images{more}"
 
 
 def _references(report: EvaluationReport) -> str:
     """Say what the distance has to be compared with."""
-    halves, gap = report.frechet_real_halves, report.gap_closed
-    if halves is None or gap is None:
-        return f"too few held-out images for halves / {report.frechet_untrained:.4f}"
-    reached = (
-        f"{gap:.1%} of the gap closed" if gap <= 1 else "below that of halves (docs/evaluate.md)"
-    )
-    return f"{halves:.4f} / {report.frechet_untrained:.4f}: {reached}"
+    untrained = f"{report.frechet_untrained:.4f}"
+    if report.real is None:
+        return f"no training images to compare with / {untrained}"
+    real = report.real.frechet
+    times = f": {report.frechet / real:.3g} times that of real images" if real > 0 else ""
+    return f"{real:.4f} of {report.real.images:,} real images / {untrained}{times}"
+
+
+def _variety(report: EvaluationReport) -> list[tuple[str, str]]:
+    """Say whether samples are as varied as real images, and no copies of them."""
+    rows, real = [], report.real
+    if report.diversity is not None:
+        beside = "" if real is None or real.diversity is None else f" (real {real.diversity:.4g})"
+        rows.append(("diversity within classes", f"{report.diversity:.4g}{beside}"))
+    if report.nearest is not None and real is not None:
+        rows.append(
+            (
+                "nearest training image",
+                f"{report.nearest.mean:.4g} away on average (held-out images "
+                f"{real.nearest.mean:.4g}); {report.nearest.close_share:.1%} of samples are closer "
+                f"than 99 % of held-out images",
+            )
+        )
+    return rows
 
 
 FAILED, REFUSED, UNSAVED = 1, 2, 3
@@ -206,10 +244,9 @@ def end_failed(job: JobConfig, console: Console, error: Exception) -> Outcome:
         console: What was heard of the run.
         error: A ValueError is a mistake in what was asked for, which would be met again.
     """
-    if console.tracked:
-        end_run(job.tracking, str(paths.home(job)), console.tracked, "FAILED")
     tail = getattr(error, "traceback_tail", "")
     reason = str(error).removesuffix(f"\n{tail}") if tail else str(error)
+    _tell_time(job, console, status="FAILED", reason=reason)
     say_error(reason)
     is_mistake = isinstance(error, ValueError)
     if tail and not is_mistake:
@@ -223,10 +260,20 @@ def end_failed(job: JobConfig, console: Console, error: Exception) -> Outcome:
     return Outcome(text, values, REFUSED if is_mistake and not console.begun else FAILED)
 
 
+def end_lost(job: JobConfig, console: Console, lost: LeaseLost) -> Outcome:
+    """Answer that another launch has taken the run; what MLflow shows of it is that one's to say.
+
+    Args:
+        job: The configuration.
+        console: What was heard of the run.
+        lost: Who took it.
+    """
+    return Outcome("", {**_values(job, console, "failed"), "error": str(lost)}, FAILED, str(lost))
+
+
 def end_interrupted(job: JobConfig, console: Console) -> None:
     """Have MLflow know that the workers were ended at once."""
-    if console.tracked:
-        end_run(job.tracking, str(paths.home(job)), console.tracked, "KILLED")
+    _track(job, console, status="KILLED", reason="interrupted", patience_s=_INTERRUPTED_S)
 
 
 def end_stopped(job: JobConfig, console: Console, *, signal_number: int) -> Outcome:
@@ -237,7 +284,8 @@ def end_stopped(job: JobConfig, console: Console, *, signal_number: int) -> Outc
         console: What was heard of the run.
         signal_number: What asked.
     """
-    hint = tracking_ui_hint(job)
+    hint = tracking_ui_hint(job, run_id=console.tracked)
+    _tell_time(job, console)
     lines = (f"stopped; {how_to_go_on(job, console)}", f"look at the run: {hint}")
     values = {**_values(job, console, "stopped"), "look_at_it": hint}
     unsaved = _report_unsaved(console)
@@ -245,20 +293,22 @@ def end_stopped(job: JobConfig, console: Console, *, signal_number: int) -> Outc
     return Outcome("\n".join(map(visible, lines)), values, code, unsaved)
 
 
-def end_finished(job: JobConfig, console: Console, *, seconds: float) -> Outcome:
+def end_finished(job: JobConfig, console: Console) -> Outcome:
     """Answer with the results of a run that went to its end.
 
     Args:
         job: The configuration.
         console: What was heard of the run.
-        seconds: Wall time of this launch.
     """
     report = None
+    _track(job, console)
     try:
         report = final_report(job)
+        if report is not None and (time := console.times.run_time) is not None:
+            report = _add_time(job, report, time)
     except (StoreError, DataError) as error:
         console.note(f"warning: the results cannot be shown: {error}")
-    shown = complete(job, console, report, seconds=seconds)
+    shown = complete(job, console, report)
     if unsaved := _report_unsaved(console):
         return replace(shown, exit_code=UNSAVED, error=unsaved)
     trained = f"the run is trained to its end ({console.last_checkpoint}), but its"
@@ -276,23 +326,20 @@ def end_finished(job: JobConfig, console: Console, *, seconds: float) -> Outcome
     return replace(shown, exit_code=FAILED, error=wrong)
 
 
-def complete(
-    job: JobConfig, console: Console, report: EvaluationReport | None, *, seconds: float
-) -> Outcome:
+def complete(job: JobConfig, console: Console, report: EvaluationReport | None) -> Outcome:
     """Answer with the results of a complete run.
 
     Args:
         job: The configuration.
         console: What was heard of the run.
         report: What its end has; without one, that which could not be written is shown.
-        seconds: Wall time of this launch; 0 leaves it out.
     """
-    hint = tracking_ui_hint(job)
+    hint = tracking_ui_hint(job, run_id=console.tracked)
     figures = report or console.figures
     text = f"\nlook at the run: {visible(hint)}"
     values = {**_values(job, console, "complete"), "look_at_it": hint}
     if figures is not None:
-        table, places = _summary(job, figures, seconds=seconds, written=report is not None)
+        table, places = _summary(job, figures, times=console.times, written=report is not None)
         text = f"{table}\n{text}"
         values |= {**places, "figures": figures.metrics()}
     return Outcome(text, values)
@@ -306,7 +353,52 @@ def _values(job: JobConfig, console: Console, outcome: str) -> dict[str, Any]:
         "images": console.images,
         "checkpoint": console.last_checkpoint or None,
         "mlflow_run_id": console.tracked or None,
+        "time_s": console.times.total,
     }
+
+
+def _add_time(job: JobConfig, report: EvaluationReport, time: RunTime) -> EvaluationReport:
+    """Write into the report what the run's time was spent on, which its workers did not know."""
+    store = open_store(paths.runs_uri(job), job.store)
+    whole = replace(report, time=time)
+    store.put(evaluation_key(job.run, report.images, "report.json"), whole.to_json())
+    return whole
+
+
+_INTERRUPTED_S = 3.0
+
+
+def _track(
+    job: JobConfig,
+    console: Console,
+    *,
+    status: str | None = None,
+    reason: str = "",
+    patience_s: float | None = None,
+) -> None:
+    """Tell MLflow what the workers, which are gone, could not: time, and how they ended."""
+    if not console.identity:
+        return
+    total = console.times.total
+    add_to_run(
+        job,
+        open_store(paths.runs_uri(job), job.store),
+        token=console.token,
+        identity=console.identity,
+        figures={} if total is None else time_metrics(total),
+        images=console.images,
+        status=status,
+        reason=reason,
+        patience_s=patience_s,
+    )
+
+
+def _tell_time(
+    job: JobConfig, console: Console, *, status: str | None = None, reason: str = ""
+) -> None:
+    _track(job, console, status=status, reason=reason)
+    if console.times.total is not None:
+        console.note(f"time: {time_line(console.times.total)}")
 
 
 def how_to_go_on(job: JobConfig, console: Console) -> str:

@@ -15,7 +15,7 @@ from trainer.evaluation.checkpoints import (
     UnwrittenReport,
     evaluate_checkpoints,
 )
-from trainer.evaluation.reports import CheckpointReport
+from trainer.evaluation.reports import CheckpointReport, Distance
 
 _FAILED = 1
 _EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
@@ -43,7 +43,9 @@ def table(reports: Sequence[CheckpointReport]) -> str:
     """Lay reports out for a terminal, one line for each checkpoint and extractor."""
     head = (
         *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n"),
-        *("Fréchet", "real halves", "extractor's accuracy"),
+        "reference",
+        *("Fréchet", "real", "diversity", "real", "nearest", "real", "close"),
+        "extractor's accuracy",
     )
     rows = [
         (
@@ -51,8 +53,9 @@ def table(reports: Sequence[CheckpointReport]) -> str:
             *_sampling(report.measurement.sampler),
             f"{report.network_evaluations:g}",
             f"{report.measurement.samples:,}",
+            report.measurement.reference,
             f"{distance.frechet:.4f}",
-            _or_nothing(distance.frechet_real_halves, ".4f"),
+            *_beside_real(distance),
             _or_nothing(distance.held_out_accuracy, ".1%"),
         )
         for report in reports
@@ -69,6 +72,19 @@ def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:
     if scale == 1:
         return f"{solver}{steps}", "none"
     return f"{solver}{steps}", f"{scale:g}" + ("" if interval is None else f" in {interval}")
+
+
+def _beside_real(distance: Distance) -> tuple[str, ...]:
+    """Return what real images reach, and variety and nearness of samples beside theirs."""
+    real, nearest = distance.real, distance.nearest
+    return (
+        _or_nothing(None if real is None else real.frechet, ".4f"),
+        _or_nothing(distance.diversity, ".4g"),
+        _or_nothing(None if real is None else real.diversity, ".4g"),
+        _or_nothing(None if nearest is None else nearest.mean, ".4g"),
+        _or_nothing(None if real is None else real.nearest.mean, ".4g"),
+        _or_nothing(None if nearest is None else nearest.close_share, ".1%"),
+    )
 
 
 def _or_nothing(value: float | None, how: str) -> str:

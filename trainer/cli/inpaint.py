@@ -67,7 +67,7 @@ def fill_in(config: InpaintConfig) -> Outcome:
         CheckpointError: If the checkpoint is missing or damaged.
     """
     trained = config.load()
-    trained.check_classes([config.label])
+    trained.record.check_classes([config.label])
     trained.record.check_guidance(config.sampler)
     channels = trained.codec.image_channels(trained.shape.channels)
     size = trained.shape.size * trained.codec.factor

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipelines.command import CommandParser
 from pipelines.console import typed_as
 from pipelines.formats import format_table
 
@@ -21,14 +22,19 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "train": _Command("trainer.launch", "train a model, or continue a run"),
-    "sample": _Command("trainer.sample", "draw a grid of samples from a checkpoint"),
+    "sample": _Command("trainer.sample", "draw samples from a checkpoint: a grid, or a set"),
     "inpaint": _Command("trainer.inpaint", "fill in what is missing of a picture"),
     "evaluate": _Command("trainer.evaluate", "measure checkpoints against held-out images"),
     "checkpoints": _Command(
         "trainer.checkpoints", "list, verify, export and prune the checkpoints of a run"
     ),
     "plan": _Command("trainer.plan", "predict what each placement of the experts costs"),
+    "jobs": _Command("cluster.jobs", "send a job to a Ray cluster, follow it, stop it"),
+    "manifests": _Command(
+        "cluster.manifests", "write what Kubernetes, Slurm or AWS need to run a job"
+    ),
     "ui": _Command("trainer.ui", "show runs as MLflow's pages"),
+    "track": _Command("trainer.track", "send MLflow what it has not taken of a run"),
     "compare-losses": _Command(
         "trainer.compare_losses", "tell whether two runs have the same losses"
     ),
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "lapflow") -> in
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     listed = format_table([(f"  {name}", each.summary) for name, each in COMMANDS.items()])
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         usage=f"{prog} COMMAND ...",
         description="Train LapFlow, and work with what it has trained.",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pipelines.addresses import find_path_fault
 from pipelines.command import REFUSED, Outcome, command_parser, run
 from pipelines.console import show_warnings
 from pipelines.errors import IngestSettingError, MissingDatasetError
@@ -21,6 +22,7 @@ from pipelines.ingest.options import (
     add_target,
     add_writing_options,
     carry_out_all,
+    local_path,
     writing_settings,
 )
 from pipelines.ingest.plan import Plan
@@ -114,6 +116,8 @@ def _check(options: argparse.Namespace) -> None:
                 "computed already. Leave one of them away"
             )
             raise IngestSettingError(f"{told}; --help lists the options of both.")
+    if options.arrays is not None and (fault := find_path_fault(options.source)):
+        raise IngestSettingError(fault)
     if options.arrays is None and options.image_size is None:
         raise IngestSettingError(
             "--image-size is missing: height and width that images are cropped and resized to "
@@ -145,7 +149,7 @@ def _add_common(parser: argparse.ArgumentParser, default: EncodeConfig) -> None:
     )
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=local_path,
         help="for fetched shards and autoencoders; default: cache in $LAPFLOW_HOME or ~/lapflow",
     )
 

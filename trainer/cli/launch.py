@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import signal
 import sys
@@ -10,7 +11,8 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,12 @@ from trainer.cli.settings_page import ExplainAction, commented_yaml
 from trainer.config.groups import check_members, members
 
 if TYPE_CHECKING:
+    from cluster.contract import Outcome as ClusterOutcome
+    from trainer.cli.ending import Console
     from trainer.config.job import JobConfig
+    from trainer.storage.errors import LeaseLost
+    from trainer.storage.lease import Lease
+    from trainer.storage.store import Store
 
 _DESCRIPTION = """\
 Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate it.
@@ -54,6 +61,8 @@ _ONE_RUN = """\
 --multirun: a launch makes one run; start one after the other, each with a run=NAME of its own: \
 for seed in 0 1; do python -m trainer.launch +exp=digits train.seed=$seed run=digits-$seed; done"""
 
+_SAME_REQUEST_S = 5.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +79,7 @@ def _launch_or_describe(options: argparse.Namespace) -> Outcome:
         job = _check(options.overrides)
         if options.cfg or job.dry_run:
             return describe(job, explained=bool(options.cfg))
-        return _launch(job)
+        return _launch(job, options.overrides)
     except KeyboardInterrupt:
         return Outcome("", {"outcome": "interrupted", "error": "interrupted"}, 128 + signal.SIGINT)
 
@@ -108,75 +117,187 @@ def describe(job: JobConfig, *, explained: bool = False) -> Outcome:
     return Outcome(text, {"configuration": values, "costs": costs.splitlines()})
 
 
-def _launch(job: JobConfig) -> Outcome:
+def _launch(job: JobConfig, words: Sequence[str]) -> Outcome:
     from trainer.config import paths
 
     say(f"run {job.run}: {paths.run_uri(job)}")
     logger.info("loading libraries")
     from cluster.contract import ClusterUnavailable
     from cluster.failure import WorkerFailed
-    from cluster.launcher import run
     from trainer.cli import ending
     from trainer.cli.ending import Console
-    from trainer.config.reading import to_dict
-    from trainer.planning.placing import resolve_placement
+    from trainer.storage.open import open_store
     from trainer.training.preflight import preflight
-    from trainer.training.tracking import send_unsent
-    from trainer.training.worker import train_worker
+    from trainer.training.tracking import has_unsent, send_unsent
 
-    began = time.monotonic()
     console = Console()
     newest = preflight(job, report=console.note)
+    store = open_store(paths.runs_uri(job), job.store)
     complete = newest is not None and newest.images >= job.train.total_images
     if newest is not None and complete and (report := ending.final_report(job)) is not None:
         console.note("this run is complete; train.total_images=N makes it longer")
-        send_unsent(job, newest, report.metrics())
-        return ending.complete(job, console, report, seconds=0.0)
+        if has_unsent(job, newest, store=store):
+            with _hold(job, store, console, threading.Event(), []) as lease:
+                send_unsent(job, newest, report.metrics(), store=store, token=lease.token)
+        return ending.complete(job, console, report)
 
-    with _stop_on_signals() as (stop, received):
+    stop = threading.Event()
+    lost: list[LeaseLost] = []
+    with _hold(job, store, console, stop, lost) as lease, _stop_on_signals(stop) as received:
+        console.token = lease.token
         logger.info("starting %d workers on %s", job.cluster.workers, job.cluster.backend)
         try:
-            outcome = run(
-                job.cluster,
-                train_worker,
-                to_dict(job),
-                on_message=console.message,
-                report=console.note,
-                stop=stop,
-                group_size=resolve_placement(job).unit,
-            )
+            outcome = _run_workers(job, words, console, store, lease=lease, stop=stop)
         except (WorkerFailed, ClusterUnavailable) as error:
+            # Workers whose save finds it out before this process does fail by it.
+            if taken := _find_loss(store, lease, lost):
+                return ending.end_lost(job, console, taken)
             return ending.end_failed(job, console, error)
         except KeyboardInterrupt:
             ending.end_interrupted(job, console)
             raise
         if outcome.status == "stopped" and not console.finished:
+            if not received and (taken := _find_loss(store, lease, lost)):
+                return ending.end_lost(job, console, taken)
             number = received[0] if received else signal.SIGINT
             return ending.end_stopped(job, console, signal_number=number)
-        return ending.end_finished(job, console, seconds=time.monotonic() - began)
+        return ending.end_finished(job, console)
+
+
+def warm_up() -> None:
+    """Import all that a worker of most jobs needs, in a process that waits to become one."""
+    from trainer.engine.zero import import_deepspeed
+    from trainer.metrics.mlflow_backend import import_mlflow
+
+    import_deepspeed()
+    for module in ("trainer.training.worker", "pipelines.decode.dali"):
+        importlib.import_module(module)
+    import_mlflow()
+
+
+def _run_workers(
+    job: JobConfig,
+    words: Sequence[str],
+    console: Console,
+    store: Store,
+    *,
+    lease: Lease,
+    stop: threading.Event,
+) -> ClusterOutcome:
+    from cluster.launcher import run
+    from trainer.config.reading import to_dict
+    from trainer.planning.placing import resolve_placement
+    from trainer.training.nodes import node_check
+    from trainer.training.run_page import origin_of
+    from trainer.training.worker import train_worker
+
+    with console.times.closing(store, lease), console.lines.kept_in(store, lease):
+        return run(
+            job.cluster,
+            train_worker,
+            {"job": to_dict(job), "lease": asdict(lease), "origin": origin_of(words)},
+            on_message=console.message,
+            report=console.cluster_line,
+            listener=console.lines,
+            stop=stop,
+            group_size=resolve_placement(job).unit,
+            fewer=_fewer_workers(job, console),
+            check=node_check(job, lease),
+            warm_up=warm_up,
+        )
+
+
+def _fewer_workers(job: JobConfig, console: Console) -> dict[int, int]:
+    """Say with how many workers an elastic job goes on, and give those below its own number."""
+    from trainer.training.validate import fewer_workers
+
+    fewer = fewer_workers(job)
+    if job.cluster.min_workers is not None and job.cluster.backend == "ray":
+        counts = ", ".join(map(str, [*fewer, job.cluster.workers]))
+        console.note(f"workers: as many as there is room for, of {counts}")
+    return fewer
+
+
+def _hold(
+    job: JobConfig, store: Store, console: Console, stop: threading.Event, lost: list[LeaseLost]
+) -> AbstractContextManager[Lease]:
+    """Hold the run for the length of a `with` block; once it is another's, the workers stop.
+
+    Args:
+        job: The configuration.
+        store: Where the run is.
+        console: Takes what there is to tell.
+        stop: Asks the workers to stop.
+        lost: Takes the error that tells who has taken the run.
+    """
+    from trainer.storage.lease import hold_lease
+
+    def beat(lease: Lease) -> None:
+        if console.images:
+            console.times.add_point(console.images)
+        console.times.write(store, lease)
+
+    def end(error: LeaseLost) -> None:
+        console.note(f"warning: {error}")
+        lost.append(error)
+        stop.set()
+
+    return hold_lease(
+        store,
+        job.run,
+        report=console.note,
+        on_lost=end,
+        on_beat=beat,
+    )
+
+
+def _find_loss(store: Store, lease: Lease, lost: Sequence[LeaseLost]) -> LeaseLost | None:
+    """Tell who has taken the run; None if nobody has, or if the store does not tell."""
+    from trainer.storage.errors import LeaseLost, StoreError
+    from trainer.storage.lease import MAX_ATTEMPTS, Fence
+
+    if lost:
+        return lost[0]
+    try:
+        Fence(store, lease, attempt=MAX_ATTEMPTS).check()
+    except LeaseLost as error:
+        return error
+    except StoreError:
+        pass
+    return None
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
+def _stop_on_signals(stop: threading.Event) -> Iterator[list[int]]:
     """Turn the first SIGINT or SIGTERM into a stop request and the second into an interrupt.
 
+    A SIGTERM that comes within seconds of another is the same request: Ray and `uv run` each pass
+    it on, and so does whoever signals a whole process group.
+
+    Args:
+        stop: The request.
+
     Yields:
-        The request, and the number of the signal once there was one. After the block the signals
-        do what they did before.
+        The number of the signal once there was one. After the block the signals do what they did
+        before.
     """
-    stop = threading.Event()
     received: list[int] = []
+    began = 0.0
 
     def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal began
         if received:
+            if number == signal.SIGTERM and time.monotonic() - began < _SAME_REQUEST_S:
+                return
             raise KeyboardInterrupt
+        began = time.monotonic()
         received.append(number)
         write("stopping after a final checkpoint; once more ends at once", sys.stdout)
         stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop, received
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

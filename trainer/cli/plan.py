@@ -17,15 +17,16 @@ from trainer.config.groups import members
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError
 from trainer.errors import is_user_error
-from trainer.planning.placing import changed_jobs, predict_configured, workload, zero_stage
-from trainer.planning.planner import (
-    Candidate,
-    as_json,
-    candidates,
-    explain,
-    fastest,
-    placement_table,
+from trainer.planning.placing import (
+    changed_jobs,
+    choices,
+    one_scale_job,
+    predict_configured,
+    workload,
+    zero_stage,
 )
+from trainer.planning.planner import Candidate, best, candidates
+from trainer.planning.report import as_json, explain, placement_table, simulated_ms
 
 _DESCRIPTION = """\
 Plan where the experts of each scale go: memory of a rank and time of a step for every placement
@@ -38,7 +39,9 @@ and ZeRO stage, best first, and what binds the choice. Nothing is started, and n
 
 A placement {2:8,1:2} shards scale 2 over groups of 8 ranks and scale 1 over groups of 2; take one
 over with "engine.placement={2:8,1:2}", or let the job choose: engine.placement=auto keeps
-engine.zero_stage and takes the fastest that fits."""
+engine.zero_stage and takes the fastest that fits, engine.memory=least what takes the least memory.
+Where engine.regather_tokens and engine.activation_checkpointing are null, they are chosen too, and
+with ZeRO-3 whether gathered weights are kept, unless its limits are set."""
 
 _EPILOG = """\
 The figures are predictions: FLOPs and bytes over the rates under cluster.hardware, which can be set
@@ -62,10 +65,12 @@ def _plan(options: argparse.Namespace) -> Outcome:
     found = _candidates(job)
     own = predict_configured(job)
     words = _words(job, found, own)
-    chosen = fastest(found)
+    chosen = best(found, job.engine.memory)
     shown = found if options.all else _select(found)
     table = placement_table(shown, chosen=chosen, left_out=len(found) - len(shown))
-    text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in words)
+    text = "\n".join(
+        textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False) for line in words
+    )
     values = {
         "chosen": as_json(chosen) if chosen else None,
         "configured": as_json(own) if own else None,
@@ -81,7 +86,7 @@ def _stages(job: JobConfig) -> Sequence[int]:
 
 def _candidates(job: JobConfig) -> list[Candidate]:
     try:
-        return candidates(workload(job), job.cluster.hardware, zero_stages=_stages(job))
+        return candidates(workload(job), job.cluster.hardware, choices(job, _stages(job)))
     except HardwareError as error:
         raise ConfigError(str(error)) from error
 
@@ -94,9 +99,11 @@ def _select(found: list[Candidate]) -> list[Candidate]:
 
 def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) -> list[str]:
     words = explain(
+        found,
         workload(job),
         job.cluster.hardware,
-        zero_stages=_stages(job),
+        choices(job, _stages(job)),
+        one_scale=workload(one_scale_job(job)) if job.flow.scales > 1 else None,
         changes={
             change: (workload(changed), changed.cluster.hardware)
             for change, changed in changed_jobs(job).items()
@@ -109,7 +116,8 @@ def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) ->
         fits = "" if own.fits else ", which does not fit"
         words.append(
             f"As configured ({settings}): {own}, {1000 * own.time.total:,.1f} ms and "
-            f"{format_bytes(own.memory.total)}{fits}."
+            f"{format_bytes(own.memory.total)}{fits}; its queues, simulated block by block, take "
+            f"{simulated_ms(own):,.1f} ms."
         )
     return words
 

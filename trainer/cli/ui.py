@@ -76,6 +76,8 @@ def show(config: UiConfig) -> Outcome:
     except ExperimentDeleted as error:
         say(f"warning: {error}", to=sys.stderr)
         address = server
+    # It starts processes that judge language models unless it is told not to.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     words = ["mlflow", "ui", "--host", _HOST, "--port", str(config.port)]
     words = [sys.executable, "-m", *words, "--backend-store-uri", uri]
     return Outcome(

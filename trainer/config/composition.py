@@ -23,7 +23,7 @@ from pipelines.documents import DocumentError, read_yaml_text
 from pipelines.domains import shown
 from trainer.config.groups import CONFIG_FOLDER, check_members, experiment, groups, members
 from trainer.config.job import JobConfig
-from trainer.config.overrides import Override, parse_override
+from trainer.config.overrides import Override, parse_override, split_range
 from trainer.config.reading import ConfigError, defaults, from_dict
 from trainer.config.renamed import RENAMED, current_key
 from trainer.config.settings import MISSING
@@ -53,6 +53,7 @@ def compose_job(overrides: Sequence[str]) -> JobConfig:
         UnknownMember: For no experiment, or an unknown one, or an unknown member of a group.
         ConfigError: For an unknown key, or a value of another type.
     """
+    overrides = [word for given in overrides for word in split_range(given)]
     check_members(overrides)
     words = [parse_override(word, JobConfig) for word in overrides]
     chosen = [(word.key, word.value) for word in words if word.key in groups()]
@@ -113,8 +114,7 @@ def _refusal(chosen: Sequence[tuple[str, str]], error: Exception) -> ConfigError
 
 # What OmegaConf raises for a document that is one value is an assertion's.
 _UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, AssertionError)
-_HEADER = re.compile(r"^\s*#\s*@(.*)", re.MULTILINE)
-_GLOBAL = ["package", "_global_"]
+_HEADER = re.compile(r"\s*#\s*@")
 
 
 def _check_files(chosen: Sequence[tuple[str, str]]) -> None:
@@ -136,14 +136,34 @@ def _check_files(chosen: Sequence[tuple[str, str]]) -> None:
         path = CONFIG_FOLDER / group / f"{member}.yaml"
         try:
             text = read_yaml_text(path)
-            if odd := [each for each in _HEADER.findall(text) if each.split() != _GLOBAL]:
-                raise DocumentError(f"it has a header other than '# @package _global_': @{odd[0]}")
+            _check_header(text)
             waiting += _named(OmegaConf.create(text), group=group, member=member)
         except (OSError, ValueError, *_UNREADABLE) as error:
             reason = _first_paragraph(error) or "it is no mapping of settings"
             raise ConfigError(
                 f"{path} is no file of settings: {reason}; mend it, or choose another"
             ) from error
+
+
+def _check_header(text: str) -> None:
+    """Refuse a file that would have Hydra put its settings elsewhere.
+
+    Hydra takes for its header the comments with an @ at the file's top, and no others.
+
+    Raises:
+        DocumentError: There is such a header, or one that Hydra cannot read.
+    """
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if not _HEADER.match(line):
+            return
+        words = [word for word in line.lstrip("#").strip().split(" ") if word]
+        if len(words) != 2:
+            raise DocumentError(
+                f"Hydra would take its comment {shown(line)} for a header; put that below the "
+                "first setting, or leave out the @"
+            )
+        if words[0] == "@package" and words[1] != "_global_":
+            raise DocumentError(f"it has a header other than '# @package _global_': {shown(line)}")
 
 
 def _named(config: Any, *, group: str, member: str) -> list[tuple[str, str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.addresses import may_carry_credentials, quote_address
+
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -52,8 +54,9 @@ def check_members(overrides: Sequence[str]) -> None:
         if group not in groups():
             continue
         if value not in members(group):
+            told = quote_address(value) if may_carry_credentials(value) else value
             raise UnknownMember(
-                f"there is no {group}={value}; configs/{group} has {', '.join(members(group))}"
+                f"there is no {group}={told}; configs/{group} has {', '.join(members(group))}"
             )
         if group == "exp" and key != "+exp":
             raise UnknownMember(f"write +exp={value}: an experiment is added to the configuration")

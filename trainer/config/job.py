@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -114,6 +114,9 @@ class EvalConfig(Checked):
             batches as ranks, or a multiple, keep all of them busy.
         seed: Seed of the samples' noise.
         sampler: Solver, steps and guidance.
+        reference: What distances are measured to: the held-out images ("test"), the training images
+            ("train"), or a file of statistics as ADM's evaluation reads them (`FILE.npz`, also in
+            `s3://…`).
         features: Feature extractor of the Fréchet distance.
         classifier: Train a classifier on the real images and let it read the samples; meant for
             small images, which it holds in memory.
@@ -126,11 +129,16 @@ class EvalConfig(Checked):
     batch: Annotated[int, Field(ge=1)] = 125
     seed: Annotated[int, Field(ge=0)] = 1
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    reference: Literal["train", "test"] | str = field(default="test", metadata={"place": "uri"})
     features: FeatureConfig = field(default_factory=FeatureConfig)
     classifier: bool = False
     grid_interval_images: Annotated[int, Field(ge=0)] = 0
     grid_columns: Annotated[int, Field(ge=1)] = 10
     grid_classes: Annotated[int, Field(ge=1)] = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reference_name(self.reference, key="eval.reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +148,14 @@ class RuntimeConfig(Checked):
     Attributes:
         log_interval_images: Images between two progress lines and metric points; 0 has
             them at the end alone.
+        hang_s: The workers are started again if no update is done for so many seconds more than a
+            loader may wait for a file (`shards.download_patience_s` and three times
+            `shards.download_timeout_s`), or for 20 times as long as the slowest update of late,
+            whichever is longer; 0 waits for ever.
     """
 
     log_interval_images: Annotated[int, Field(ge=0)] = 5000
+    hang_s: Annotated[float, Field(ge=0)] = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +231,7 @@ def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None
     groups = ("data", "codec", "model", "flow", "optim", "train", "eval")
     chosen = {group: everything[group] for group in groups}
     del chosen["train"]["max_skipped_updates"]
+    del chosen["train"]["ema"]["device"]  # it changes no bit
     chosen["data_set"] = {"index_sha256": data_digest}
     if codec_digest is not None:
         chosen["autoencoder"] = {"sha256": codec_digest}
@@ -264,6 +278,24 @@ def micro_batch(job: JobConfig) -> int:
     """Return images per rank and forward pass."""
     images = job.engine.micro_batch
     return job.train.global_batch // job.cluster.workers if images is None else images
+
+
+def with_workers(job: JobConfig, workers: int) -> JobConfig:
+    """Return the job as it is on so many workers, and no fewer."""
+    return replace(job, cluster=replace(job.cluster, workers=workers, min_workers=None))
+
+
+def check_reference_name(reference: str, *, key: str) -> None:
+    """Refuse what is neither a split nor a file of statistics.
+
+    Raises:
+        ConfigError: If so.
+    """
+    if reference not in ("train", "test") and not reference.endswith(".npz"):
+        raise ConfigError(
+            f"{key}={reference} is neither train nor test, nor a file of statistics, whose name "
+            "ends in .npz"
+        )
 
 
 def check_guidance(scale: float, *, label_dropout: float, key: str) -> None:

@@ -22,6 +22,7 @@ _FREE = "engine.deepspeed."
 _NO_PLAIN_TEXT = re.compile(r"""'.*'|".*"|null""", re.DOTALL | re.IGNORECASE)
 
 
+_WORKER_RANGE = re.compile(r"cluster\.workers=(?P<least>\d+)\.\.(?P<most>\d+)")
 _UNREADABLE = (HydraException, ValueError, RecursionError)
 _SHOWN = 200
 _MAY_CARRY_CREDENTIALS = re.compile(r":/.*[@?#:]", re.DOTALL)
@@ -86,6 +87,14 @@ def parse_override(word: str, kind: type[Any]) -> Override:
         if setting.is_single and not _is_sweep(word):
             return Override(key, text, _quote(key, text))
         raise
+
+
+def split_range(word: str) -> list[str]:
+    """Take `cluster.workers=4..16` apart, which gives the fewest workers and all of them."""
+    found = _WORKER_RANGE.fullmatch(word)
+    if found is None:
+        return [word]
+    return [f"cluster.min_workers={found['least']}", f"cluster.workers={found['most']}"]
 
 
 def _setting(key: str, kind: type[Any]) -> Setting:

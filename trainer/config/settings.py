@@ -8,8 +8,9 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 MISSING = "???"
@@ -66,8 +67,8 @@ def settings_of(kind: type[Any], prefix: str = "", *, defaults: Any = MISSING) -
         prefix: Its key and a dot; "" for a whole configuration.
         defaults: An instance with other defaults than the dataclass's own.
     """
-    hints = typing.get_type_hints(kind, include_extras=True)
-    meanings = _meanings(kind)
+    hashable: Any = kind  # whatever mypy thinks of the classes of dataclasses
+    hints, meanings = field_types(hashable), _meanings(hashable)
     for spec in dataclasses.fields(kind):
         own = _default(spec) if defaults is MISSING else getattr(defaults, spec.name)
         setting = Setting(
@@ -80,6 +81,15 @@ def settings_of(kind: type[Any], prefix: str = "", *, defaults: Any = MISSING) -
         yield setting
         if setting.is_group:
             yield from settings_of(setting.wanted, f"{setting.key}.", defaults=own)
+
+
+@cache
+def field_types(kind: type[Any]) -> Mapping[str, Any]:
+    """Return the type of each field, with its domain if that is part of the type.
+
+    Python reads them anew from their texts each time.
+    """
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def element_type(wanted: Any) -> type[Any] | None:
@@ -134,6 +144,7 @@ def _default(spec: dataclasses.Field[Any]) -> Any:
     return MISSING if spec.default is dataclasses.MISSING else spec.default
 
 
+@cache
 def _meanings(kind: type[Any]) -> dict[str, str]:
     """Read what the docstrings of a class, and of those that it extends, say of its attributes."""
     found: dict[str, str] = {}

@@ -16,9 +16,9 @@ import unicodedata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.addresses import quote_address
+from pipelines.addresses import may_carry_credentials, quote_address
 from trainer.config.reading import ConfigError
-from trainer.config.settings import leaf_types
+from trainer.config.settings import field_types, leaf_types
 
 T = TypeVar("T")
 
@@ -38,7 +38,8 @@ def resolve_places(config: T, prefix: str = "") -> T:
         ConfigError: A place is empty or mistyped, or another text is not one line.
     """
     changed: dict[str, Any] = {}
-    hints = typing.get_type_hints(type(config))
+    kind: Any = type(config)  # hashable, whatever mypy thinks of the classes of dataclasses
+    hints = field_types(kind)
     for spec in dataclasses.fields(typing.cast(Any, config)):
         key, value = f"{prefix}{spec.name}", getattr(config, spec.name)
         if dataclasses.is_dataclass(value):
@@ -69,6 +70,11 @@ def _absolute(key: str, text: str, kind: str) -> str:
     if mistyped := _SCHEME.fullmatch(text):
         raise ConfigError(
             f"{key}={quote_address(text)} lacks a slash; begin it with {mistyped[1].lower()}://"
+        )
+    if not is_url and may_carry_credentials(text):
+        raise ConfigError(
+            f"{key}={quote_address(text)} may carry credentials, which would reach logs; leave "
+            "them out, or begin it with ./ if a path has that name"
         )
     if kind == "path" and is_url:
         raise ConfigError(f"{key}={text} must be a path of this machine, without {scheme}://")

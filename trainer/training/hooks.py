@@ -5,6 +5,7 @@ Only `LossWatch` may end the run: one that diverges.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,12 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.flow.sampler import SolverError
 from pipelines.formats import format_duration
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import Engine
 from trainer.evaluation.grid import grid_png
 from trainer.metrics.buffer import MetricBuffer
+from trainer.metrics.node_use import NodeUse
 from trainer.metrics.tracker import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 def due(before_images: int, after_images: int, interval_images: int) -> bool:
@@ -152,6 +157,7 @@ class Progress:
         total_images: Length of the run.
         throughput: Measures how fast the run is.
         rank: This rank.
+        node: Tells what its node uses.
     """
 
     metrics: MetricBuffer
@@ -161,6 +167,7 @@ class Progress:
     total_images: int
     throughput: Throughput
     rank: int
+    node: NodeUse
     _begun: bool = field(default=False, init=False)
 
     def after_update(self, report: UpdateReport) -> None:
@@ -175,15 +182,16 @@ class Progress:
         pace = self.throughput.pace(
             images=report.images, total_images=self.total_images, waited_s=report.waited_s
         )
-        self.metrics.record("data_wait_share", pace.data_wait_share)
-        self.metrics.record("memory_host_gib", _host_gib(), reduction="max")
+        self.metrics.record("speed/data_wait_share", pace.data_wait_share)
+        self.metrics.record("system/memory_host_gib", _host_gib(), reduction="max")
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**30
-            self.metrics.record("memory_device_gib", peak, reduction="max")
+            self.metrics.record("system/memory_device_gib", peak, reduction="max")
+        self.node.record(self.metrics)
         values = self.metrics.flush()
         if self.rank != 0:
             return
-        values["images_per_s"] = pace.images_per_s
+        values["speed/images_per_s"] = pace.images_per_s
         self.tracker.metrics(values, images=report.images)
         line = self._line(report.images, values, pace)
         self.report({"kind": "progress", "images": report.images, "text": line})
@@ -217,6 +225,14 @@ class Diverged(ValueError):
     """
 
 
+class RankDiverged(RuntimeError):
+    """The loss of this rank alone is no number.
+
+    No ValueError: with the same weights and settings the others' losses are numbers, so the cause
+    is this rank's data, device or memory, and workers that are started again may do without it.
+    """
+
+
 class LossWatch:
     """Counts the updates in a row whose loss was not finite on any rank; ends the run in time.
 
@@ -245,12 +261,59 @@ class LossWatch:
         self._optim = optim
         self._precision = precision
         self._finite = torch.zeros((), dtype=torch.bool, device=device)
+        self._whole = torch.ones((), dtype=torch.bool, device=device)
+        self._own = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped = 0
         self._lost = torch.zeros((), dtype=torch.int64, device=device)
         self._interval_updates = 0
 
     def record(self, loss: Tensor) -> None:
         """Look at the loss of one micro-batch, without waiting for it."""
-        self._finite = self._finite | torch.isfinite(loss.detach())
+        is_finite = torch.isfinite(loss.detach())
+        self._finite = self._finite | is_finite
+        self._whole = self._whole & is_finite
+
+    def note_update(self, *, is_applied: bool) -> int:
+        """Note, before `after_update`, whether the update could be applied, which all ranks know.
+
+        Returns:
+            How many updates in a row could not be.
+        """
+        self._own = torch.where(self._whole, 0, self._own + 1)
+        self._whole = torch.ones_like(self._whole)
+        self._skipped = 0 if is_applied else self._skipped + 1
+        return self._skipped
+
+    def is_skipping(self) -> bool:
+        """Tell whether updates are skipped, and no stray one, as all ranks know alike."""
+        return self._skipped > _STRAY_UPDATES
+
+    def is_spoiled(self, what: str) -> bool:
+        """Tell whether few other ranks spoil the updates of all; a collective call.
+
+        Args:
+            what: What was seen, as a clause.
+
+        Returns:
+            False if the updates are spoiled by most ranks, or by none's loss. True on the ranks
+            that have to wait for one that does not come, and so end.
+
+        Raises:
+            RankDiverged: This rank is one of those that spoil them.
+        """
+        own = (self._own >= self._skipped).long()
+        spoilers = own.clone()
+        if dist.is_initialized():
+            dist.all_reduce(spoilers, op=dist.ReduceOp.SUM)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if not 0 < 2 * int(spoilers) <= ranks:
+            return False
+        if int(own):
+            raise RankDiverged(
+                f"{what}, and each time the loss of this rank was not, while most ranks' were: its "
+                "data or its device is at fault, and not the settings"
+            )
+        return True
 
     def after_update(self, report: UpdateReport) -> None:
         """Count the update; a collective call when the interval is due or the run complete.
@@ -347,12 +410,20 @@ class SampleGrids:
     pause: Callable[[], AbstractContextManager[None]]
 
     def after_update(self, report: UpdateReport) -> None:
-        """Draw when the interval is due; a collective call."""
+        """Draw when the interval is due; a collective call.
+
+        What cannot be drawn is told, and training goes on: later weights may do better.
+        """
         if not due(report.images_before, report.images, self.interval_images):
             return
         with self.pause():
-            with self.engine.ema_weights() as model:
-                images = self.sample(model)
+            try:
+                with self.engine.ema_weights() as model:
+                    images = self.sample(model)
+            except SolverError as error:  # on all ranks
+                if self.rank == 0:
+                    logger.warning("no samples are shown of %s images: %s", report.images, error)
+                return
             if self.rank == 0:
                 picture = grid_png(images, columns=self.columns)
                 self.tracker.image("samples", picture, images=report.images)

@@ -73,6 +73,7 @@ def train(
     stop: StopVote,
     total_images: int,
     rank: int,
+    advance: Callable[[int], None],
 ) -> LoopEnd:
     """Train from `state` to the end of the run or to an agreed stop.
 
@@ -84,6 +85,7 @@ def train(
         stop: The ranks' agreement to stop.
         total_images: Length of the run.
         rank: This rank; it takes the rank-th contiguous slice of each global batch.
+        advance: Takes how many images are trained, after each update.
 
     Returns:
         "finished" when all images were seen, "stopped" when the ranks agreed to stop.
@@ -104,6 +106,7 @@ def train(
         state.images = cursor.images
         state.updates += outcome.applied
         state.skipped_updates += not outcome.applied
+        advance(state.images)
         report = UpdateReport(
             images_before=before,
             images=state.images,

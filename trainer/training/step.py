@@ -7,14 +7,13 @@ sums, and exactly the same when it is repeated after a crash.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.axes import Bands
 from models.codec import Codec
-from models.ema import ema_decay
 from models.flow.objective import TIME_BINS, LossReport, Objective
 from models.pyramid import band_statistics, split
 from pipelines.loading.loader import Batch
@@ -57,7 +56,6 @@ class TrainStep:
     device: torch.device
     watch: LossWatch
     encoder: Codec | None = None
-    _skipped_in_a_row: int = field(default=0, init=False)
 
     def __call__(self, batch: Batch, state: TrainState, *, first_image: int) -> UpdateOutcome:
         """Run one update.
@@ -72,6 +70,7 @@ class TrainStep:
 
         Raises:
             Diverged: If too many updates in a row had to be skipped.
+            RankDiverged: Likewise, because of this rank.
         """
         count = len(batch.labels)
         stage = self._stage(state.images)
@@ -82,12 +81,10 @@ class TrainStep:
             )
             self.engine.backward(loss, last=stop >= count)
         rate = learning_rate(self.optim, images=state.images, total_images=self.config.total_images)
-        ema = self.config.ema
         outcome = self.engine.update(
-            learning_rate=rate,
-            ema_decay=ema_decay(state.updates, decay=ema.decay, warmup=ema.warmup),
+            learning_rate=rate, ema_decays=self.config.ema.decays_at(state.updates)
         )
-        self.metrics.record("skipped_images", float(batch.skipped), reduction="sum")
+        self.metrics.record("training_data/skipped_images", float(batch.skipped), reduction="sum")
         self._record(outcome, rate)
         return outcome
 
@@ -157,22 +154,22 @@ class TrainStep:
         scales = list(reversed(range(len(bands))))
         ones = torch.ones(len(bands), device=self.device)
         for kind, values in (("mean", statistics.mean), ("std", statistics.std)):
-            names = [f"band/scale_{k}_{kind}" for k in scales]
+            names = [f"training_data/scale_{k}_{kind}" for k in scales]
             self.metrics.record_each(names, values, weights=ones)
 
     def _record(self, outcome: UpdateOutcome, rate: float) -> None:
-        self.metrics.record("learning_rate", rate)
-        self.metrics.record("skipped_updates", float(not outcome.applied), reduction="max")
+        self.metrics.record("optim/learning_rate", rate)
+        self.metrics.record("optim/skipped_updates", float(not outcome.applied), reduction="max")
+        skipped = self.watch.note_update(is_applied=outcome.applied)
         if outcome.applied:
-            self.metrics.record("gradient_norm", outcome.gradient_norm)
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.config.max_skipped_updates:
-            raise self.watch.divergence_error(
-                f"the gradient was not finite in {self._skipped_in_a_row} updates in a row "
+            self.metrics.record("optim/gradient_norm", outcome.gradient_norm)
+        if skipped > self.config.max_skipped_updates:
+            what = (
+                f"the gradient was not finite in {skipped} updates in a row "
                 f"(train.max_skipped_updates={self.config.max_skipped_updates})"
             )
+            if not self.watch.is_spoiled(what):
+                raise self.watch.divergence_error(what)
 
 
 def _time_bin_names(scales: int) -> list[str]:

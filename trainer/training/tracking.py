@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pipelines.console import typed
 from trainer.checkpoint.manifest import Manifest
@@ -13,10 +16,24 @@ from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
 from trainer.config.job import JobConfig, config_fingerprint, fingerprinted
 from trainer.config.reading import defaults, to_dict
-from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker, page, tracking_uri
-from trainer.metrics.mlflow_tracker import MlflowTracker
-from trainer.metrics.tracker import Point, Tracker
+from trainer.data.splits import Split
+from trainer.metrics.journal import JournalPlace, identities, recorded_address
+from trainer.metrics.mlflow_backend import (
+    TrackerUnreachable,
+    cause,
+    check_tracker,
+    page,
+    tracking_uri,
+)
+from trainer.metrics.mlflow_tracker import MlflowTracker, TrackedRun
+from trainer.metrics.tracker import Point, Tracker, TrackingConfig
+from trainer.storage.errors import LeaseLost, SupersededAttempt
+from trainer.storage.lease import Lease
+from trainer.storage.store import Store
 from trainer.training.resume import SavedCounters
+from trainer.training.run_page import describe_run
+
+_DRIVER = "driver"  # comes after the numbers of a launch's attempts
 
 
 @contextmanager
@@ -24,6 +41,10 @@ def track_run(
     job: JobConfig,
     chosen: Mapping[str, Any],
     *,
+    store: Store,
+    writer: str,
+    images: Split,
+    origin: Mapping[str, str],
     unsent: Sequence[Point],
     report: Callable[[dict[str, Any]], None],
 ) -> Iterator[Tracker]:
@@ -32,51 +53,196 @@ def track_run(
     Args:
         job: The configuration.
         chosen: Its science.
+        store: Where runs are kept.
+        writer: This attempt's number among all of the run.
+        images: What it is trained on.
+        origin: What the launch comes from, as `origin_of` tells it.
         unsent: Points of its curves that an earlier launch could not send.
-        report: Takes MLflow's ID of the run for the driver, which outlives this process.
+        report: Takes for the driver, which outlives this process, by what the run is found.
 
     Yields:
-        The tracker; a failure of the block ends the run as FAILED.
+        The tracker; a failure of the block ends the run as FAILED, unless it is another's by now.
     """
+    tracked = _tracked(job, store, identity_of(job, chosen))
+    told = {"kind": "tracked", "identity": tracked.identity}
+    report(told)
     tracker = MlflowTracker(
         job.tracking,
-        home=str(paths.home(job)),
-        run=job.run,
-        identity=f"{paths.run_uri(job)} {config_fingerprint(chosen)}",
-        opened=lambda run_id: report({"kind": "tracked", "run_id": run_id}),
+        tracked,
+        writer=writer,
+        opened=lambda run_id: report({**told, "run_id": run_id}),
     )
     try:
+        tracker.begin()
         lasting = fingerprinted(chosen)
         tracker.config(
             to_dict(job),
             lasting=lasting,
             present=_unusual_settings(lasting, to_dict(job), defaults(JobConfig)),
         )
+        describe_run(tracker, job, chosen, images=images, origin=origin)
         for point in unsent:
             tracker.metrics(point.values, images=point.images)
         yield tracker
-    except BaseException:
-        tracker.close("FAILED")
+    except (LeaseLost, SupersededAttempt):
+        tracker.flush(is_last=False)  # how the run is now is for whoever trains it to say
+        raise
+    except BaseException as error:
+        tracker.close("FAILED", f"{type(error).__name__}: {cause(error)}")
         raise
 
 
-def send_unsent(job: JobConfig, complete: Manifest, figures: Mapping[str, float]) -> None:
-    """Send what MLflow had not taken when a run was complete, if there is anything.
+def identity_of(job: JobConfig, chosen: Mapping[str, Any]) -> str:
+    """Tell a training from every other by its place and its science."""
+    text = f"{paths.run_uri(job)} {config_fingerprint(chosen)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _tracked(job: JobConfig, store: Store, identity: str) -> TrackedRun:
+    home = paths.home(job)
+    return TrackedRun(
+        name=job.run,
+        place=paths.run_uri(job),
+        identity=identity,
+        journal=JournalPlace.of(home, store, run=job.run, identity=identity),
+        home=str(home),
+    )
+
+
+def add_to_run(
+    job: JobConfig,
+    store: Store,
+    *,
+    token: int,
+    identity: str,
+    figures: Mapping[str, float],
+    images: int,
+    status: str | None = None,
+    reason: str = "",
+    patience_s: float | None = None,
+) -> None:
+    """Tell MLflow what the driver knows once the workers are gone, after what those have left.
+
+    Args:
+        job: The configuration.
+        store: Where runs are kept.
+        token: Number of the launch.
+        identity: The training's.
+        figures: Metrics of the whole run so far, which have the last word.
+        images: Their position of the run.
+        status: How the run ended, if its workers could not say so.
+        reason: Why.
+        patience_s: How long to wait for MLflow; None is as configured.
+    """
+    writer = f"{token:012d}-{_DRIVER}"
+    config = job.tracking
+    if patience_s is not None:
+        config = replace(config, flush_timeout_s=min(config.flush_timeout_s, patience_s))
+    tracker = MlflowTracker(config, _tracked(job, store, identity), writer=writer)
+    if figures:
+        tracker.totals(figures, images=images)
+    if status is not None:
+        tracker.end(status, reason, if_running=True)
+    tracker.flush()
+
+
+def has_unsent(job: JobConfig, complete: Manifest, *, store: Store) -> bool:
+    """Tell whether MLflow has not taken all when a run was complete.
+
+    Args:
+        job: The configuration.
+        complete: The run's last checkpoint.
+        store: Where runs are kept.
+
+    Raises:
+        InvalidManifest: The checkpoint holds something else than points.
+        StoreError: The store fails.
+    """
+    tracked = _tracked(job, store, identity_of(job, complete.science))
+    return bool(SavedCounters.of(complete).unsent or tracked.journal.names())
+
+
+def send_unsent(
+    job: JobConfig, complete: Manifest, figures: Mapping[str, float], *, store: Store, token: int
+) -> None:
+    """Send what MLflow had not taken when a run was complete.
 
     Args:
         job: The configuration.
         complete: The run's last checkpoint.
         figures: What its evaluation measured.
+        store: Where runs are kept.
+        token: Number of this launch.
 
     Raises:
         InvalidManifest: The checkpoint holds something else than points.
     """
-    unsent = SavedCounters.of(complete).unsent
-    if not unsent:
-        return
-    with track_run(job, complete.science, unsent=unsent, report=lambda _: None) as tracker:
-        tracker.metrics(figures, images=complete.images)
-        tracker.close("FINISHED")
+    tracked = _tracked(job, store, identity_of(job, complete.science))
+    tracker = MlflowTracker(job.tracking, tracked, writer=f"{token:012d}-{_DRIVER}")
+    points = (*SavedCounters.of(complete).unsent, Point(complete.images, dict(figures)))
+    for point in points:
+        tracker.metrics(point.values, images=point.images)
+    tracker.close("FINISHED")
+
+
+class Shipped(NamedTuple):
+    """What became of the journal of one training.
+
+    Attributes:
+        uri: Where it went.
+        entries: How many entries MLflow has now.
+        is_whole: Whether that is all.
+    """
+
+    uri: str
+    entries: int
+    is_whole: bool
+
+
+def ship(
+    store: Store,
+    lease: Lease,
+    *,
+    place: str,
+    home: Path,
+    to: TrackingConfig,
+    experiment: str | None,
+) -> list[Shipped]:
+    """Send what processes of a run, which are gone, have left to tell.
+
+    Args:
+        store: Where runs are kept.
+        lease: The hold on the run.
+        place: The run's place.
+        home: Folder of this machine that holds its journal.
+        to: Where to and how long; without an address, where it was to go.
+        experiment: The MLflow experiment; None is the recorded one.
+
+    Raises:
+        StoreError: The store fails.
+    """
+    shipped, run = [], lease.run
+    for identity in identities(home, store, run=run):
+        journal = JournalPlace.of(home, store, run=run, identity=identity)
+        told = recorded_address(journal)
+        config = replace(
+            to,
+            uri=to.uri or told.get("uri"),
+            experiment=experiment or told.get("experiment", to.experiment),
+        )
+        tracked = TrackedRun(
+            name=run,
+            place=told.get("place", place),
+            identity=identity,
+            journal=journal,
+            home=str(home),
+        )
+        tracker = MlflowTracker(config, tracked, writer=f"{lease.token:012d}-{_DRIVER}")
+        # Whoever would end it is gone.
+        tracker.end("KILLED", "its processes ended without a word", if_running=True)
+        is_whole = tracker.flush()
+        shipped.append(Shipped(tracking_uri(config, str(home)), tracker.arrived, is_whole))
+    return shipped
 
 
 def _unusual_settings(
@@ -99,8 +265,13 @@ PORT = 5000
 """Where the pages of runs in a local file are shown unless told otherwise."""
 
 
-def tracking_ui_hint(job: JobConfig) -> str:
-    """Say how the pages of the job's runs are opened; asks MLflow which they are."""
+def tracking_ui_hint(job: JobConfig, *, run_id: str = "") -> str:
+    """Say how the pages of the job's runs are opened; asks MLflow which they are.
+
+    Args:
+        job: The configuration.
+        run_id: MLflow's ID of the run, whose own page is opened if it is known.
+    """
     home = str(paths.home(job))
     uri = tracking_uri(job.tracking, home)
     try:
@@ -108,12 +279,13 @@ def tracking_ui_hint(job: JobConfig) -> str:
     except TrackerUnreachable as error:
         return f"nowhere for now: {error}"
     if uri.startswith("http"):
-        return page(uri, experiment)
+        return page(uri, experiment, run_id=run_id)
     words = [typed("trainer.ui", python=sys.executable)]
     words += [f"home={home}"] if job.tracking.uri is None else [f"uri={uri}"]
     if job.tracking.experiment != type(job.tracking).experiment:
         words.append(f"experiment={job.tracking.experiment}")
-    return f"{' '.join(words)}   opens {page(f'http://127.0.0.1:{PORT}', experiment)}"
+    address = page(f"http://127.0.0.1:{PORT}", experiment, run_id=run_id)
+    return f"{' '.join(words)}   opens {address}"
 
 
 class CheckpointReporter:
@@ -134,17 +306,16 @@ class CheckpointReporter:
         saved = {"images": report.images, "uri": report.uri}
         self._tracker.metrics(
             {
-                "checkpoint/blocked_s": report.blocked_s,
-                "checkpoint/upload_s": report.upload_s,
-                "checkpoint/size_gib": report.size_bytes / 2**30,
-                "checkpoint/failed": float(report.error is not None),
+                "speed/checkpoint_blocked_s": report.blocked_s,
+                "speed/checkpoint_upload_s": report.upload_s,
+                "speed/checkpoint_size_gib": report.size_bytes / 2**30,
+                "speed/checkpoint_failed": float(report.error is not None),
             },
             images=report.images,
         )
         if report.error is not None:
-            self._tracker.tag(f"checkpoint_failed.{name}", report.error)
+            self._tracker.tags({f"checkpoint_failed.{name}": report.error})
             self._report({"kind": "checkpoint_failed", "text": report.error, **saved})
             return
-        self._tracker.tag("checkpoint", report.uri)
-        self._tracker.tag(f"checkpoint.{name}", report.uri)
+        self._tracker.checkpoint(report.uri, images=report.images)
         self._report({"kind": "checkpoint", **saved})

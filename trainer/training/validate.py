@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trainer.config.job import JobConfig, check_guidance, micro_batch
+from trainer.config.job import JobConfig, check_guidance, micro_batch, with_workers
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import encodes, flow_shape
 from trainer.engine.zero_config import zero_config
@@ -47,6 +47,29 @@ def validate(job: JobConfig) -> None:
     )
 
 
+def fewer_workers(job: JobConfig) -> dict[int, int]:
+    """Find with how many workers below its own number an elastic job goes on.
+
+    Returns:
+        By number of workers, from `cluster.min_workers`, how many consecutive ranks share a node
+        then. Numbers to which the batch, its stages or groups of expert shards cannot be dealt, or
+        with which a rank would not fit its memory, are left out.
+    """
+    found: dict[int, int] = {}
+    least = job.cluster.min_workers
+    if least is None or job.cluster.backend == "local":  # which starts nothing again
+        return found
+    for workers in range(least, job.cluster.workers):
+        smaller = with_workers(job, workers)
+        try:
+            _check_batch(smaller)
+            _check_engine(smaller)
+            found[workers] = resolve_placement(smaller).unit
+        except ConfigError:
+            continue
+    return found
+
+
 def _check_engine(job: JobConfig) -> None:
     engine = job.engine
     if engine.kind == "plain" and (engine.precision != "fp32" or engine.offload_optimizer):
@@ -55,16 +78,11 @@ def _check_engine(job: JobConfig) -> None:
             f"engine.{key}={getattr(engine, key)} needs engine.kind=zero; the plain engine is "
             "the fp32 reference"
         )
-    stray = sorted(set(engine.activation_checkpointing) - set(range(job.flow.scales)))
+    stray = sorted(set(engine.recomputed) - set(range(job.flow.scales)))
     if stray:
         raise ConfigError(
-            f"engine.activation_checkpointing={list(engine.activation_checkpointing)} names scale "
+            f"engine.activation_checkpointing={list(engine.recomputed)} names scale "
             f"{stray[0]}; the scales are 0 (finest) to {job.flow.scales - 1}"
-        )
-    if engine.overlap_exchange and engine.kind == "zero" and engine.zero_stage == 3:
-        raise ConfigError(
-            "engine.overlap_exchange=true does not go with engine.zero_stage=3, which gathers "
-            "weights on one stream; use engine.zero_stage=2 or leave it out"
         )
     partitioned = engine.kind == "zero" and engine.zero_stage == 3
     sharded = resolve_placement(job).sharded

@@ -9,8 +9,8 @@ all ranks must come to these in the order in which they are written here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,18 +21,17 @@ from cluster.contract import WorkerContext
 from models.codec import Codec
 from models.flow.flow import Flow
 from models.flow.objective import Objective
-from models.transformer.lapflow import LapFlowTransformer, OnBuilt, no_op
-from trainer import rng
+from pipelines.errors import PassingFaultError
 from trainer.autoencoder.codec import load_codec
+from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.config import paths
-from trainer.config.job import JobConfig, config_fingerprint, micro_batch, science
+from trainer.config.job import JobConfig, config_fingerprint, micro_batch, science, with_workers
 from trainer.config.reading import from_dict
 from trainer.config.shapes import encodes, flow_shape, picture_shape
 from trainer.data.loading import return_large_blocks, training_loader
 from trainer.data.splits import Split, open_split
-from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.final import FinalEvaluation, Publisher
@@ -42,16 +41,23 @@ from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
+from trainer.metrics.node_use import NodeUse
 from trainer.metrics.tracker import Tracker
-from trainer.planning.placing import resolve_placement
 from trainer.state import TrainState
+from trainer.storage.lease import Fence, Lease
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
+from trainer.training.assembly import build_run_engine
+from trainer.training.goodput import TimeTeller
+from trainer.training.goodput_curve import draw_goodput
 from trainer.training.hooks import Hook, LossWatch, PeriodicSave, Progress, SampleGrids, Throughput
 from trainer.training.loop import LoopEnd, StopVote, train
+from trainer.training.nodes import measure_all_reduce
+from trainer.training.phases import PhaseClock
 from trainer.training.resume import Restored, restore
 from trainer.training.step import TrainStep
 from trainer.training.tracking import CheckpointReporter, track_run
+from trainer.training.watchdog import Watchdog, hang_key, watch
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +67,33 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
 
     Args:
         context: Rank, device and the line to the driver.
-        payload: The job's configuration as plain values.
+        payload: The job's configuration ("job"), the launch's hold on the run ("lease") and what
+            the launch comes from ("origin"), if that is known, as plain values.
     """
+    clock = PhaseClock()
     try:
-        with forward_logs(context.report, rank=context.rank):
+        with forward_logs(context.log, heard=clock.show_life):
             logger.info("%d of %d workers have met", context.world_size, context.world_size)
-            _train(context, from_dict(JobConfig, payload))
+            times = TimeTeller(clock, _reporter(context), attempt=context.attempt)
+            times.tell(0)
+            # An elastic job has as many workers as there is room for.
+            job = with_workers(from_dict(JobConfig, payload["job"]), context.world_size)
+            set_environment(job.store)
+            store = open_store(paths.runs_uri(job), job.store)
+            with _watch(context, job, store, clock) as watchdog:
+                watchdog.be_patient(context.rank > 0)
+                _train(_build_run(context, job, payload, times, store=store, watchdog=watchdog))
     except ValueError as error:
-        if is_user_error(error):
+        # A store that is out of reach or a full disk is a mistake only until training works.
+        has_trained = context.attempt > 0 or clock.sight().phase != "start"
+        if is_user_error(error) and not (has_trained and isinstance(error, PassingFaultError)):
             raise
         # The cluster takes a ValueError for a refusal, which is neither retried nor traced.
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-def _train(context: WorkerContext, job: JobConfig) -> None:
-    run = _build_run(context, job)
+def _train(run: Run) -> None:
+    job = run.job
     restored = _restore(run)
     state = restored.state
     with _open_tracker(run, restored) as tracker:
@@ -87,19 +105,34 @@ def _train(context: WorkerContext, job: JobConfig) -> None:
         hooks = _hooks(run, state, watch=watch, save=save, evaluation=evaluation, tracker=tracker)
         try:
             saver.prepare(run.engine.fragments(), science=run.science)
-            end = _loop(run, state, step=step, hooks=hooks)
+            with _draw_goodput(run, tracker):
+                end = _loop(run, state, step=step, hooks=hooks)
+            run.watchdog.be_patient(run.context.rank > 0)
             if end == "stopped":
-                saver.set_deadline(job.checkpoint.grace_s)
+                saver.set_deadline(_grace_s(run))
             if state.images > 0 and not saver.is_saved(state.images):
                 save(last=True)
-            saver.finish()
+            with run.times.clock.during("checkpoint"):
+                saver.finish()
             if end == "finished" and saver.is_saved(state.images):
-                evaluation.run(run.engine, _publisher(run, state, tracker))
+                with run.times.clock.during("evaluation"):
+                    evaluation.run(run.engine, _publisher(run, state, tracker))
         except BaseException:
             saver.leave(job.checkpoint.grace_s)
             raise
+        run.watchdog.be_patient(True)  # the tracker bounds its end itself
         tracker.close("FINISHED" if end == "finished" else "KILLED")
+        if end == "finished":
+            run.context.complete()
+        run.times.tell(state.images)
         run.report({"kind": "end", "end": end, "images": state.images})
+
+
+def _grace_s(run: Run) -> float:
+    """What a last save may take, on every rank: less where a node is being taken away."""
+    left = run.context.grace_s()
+    configured = run.job.checkpoint.grace_s
+    return configured if left is None else min(configured, left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +147,16 @@ class Run:
         flow: The flow between noise and images.
         engine: Holds the model, freshly initialised.
         store: Where checkpoints and results are.
+        fence: Tells whether the run is still this attempt's.
         ranks: How this rank agrees with the others.
         checkpoints: The run's own checkpoints.
         images: The training images.
         codec: Between images and what the flow works on.
         science: The settings that decide results, with the digests of data and codec.
         metrics: What is recorded between two points of the curves.
+        times: What this rank is at, and what it spends its time on.
+        origin: What the launch comes from.
+        watchdog: Ends this rank where it stands still.
     """
 
     context: WorkerContext
@@ -129,25 +166,41 @@ class Run:
     flow: Flow
     engine: Engine
     store: Store
+    fence: Fence
     ranks: HostGroup
     checkpoints: CheckpointReader
     images: Split
     codec: Codec
     science: dict[str, Any]
     metrics: MetricBuffer
+    times: TimeTeller
+    origin: Mapping[str, str]
+    watchdog: Watchdog
 
 
-def _build_run(context: WorkerContext, job: JobConfig) -> Run:
-    set_environment(job.store)
+def _build_run(
+    context: WorkerContext,
+    job: JobConfig,
+    payload: Mapping[str, Any],
+    times: TimeTeller,
+    *,
+    store: Store,
+    watchdog: Watchdog,
+) -> Run:
+    ranks = HostGroup()
+    fence = Fence(store, Lease(**payload["lease"]), attempt=context.attempt)
+    report = _reporter(context)
+    _enter(fence, ranks)
+    if context.attempt == 0 and context.local_world_size < context.world_size:
+        # Over a slow link it takes seconds, and the network stays.
+        report({"kind": "note", "text": measure_all_reduce(context.device)})
     device = torch.device(context.device)
     if device.type == "cpu":
         return_large_blocks()
     flow = Flow(job.flow)
     engine = build_run_engine(job, world_size=context.world_size, device=device)
     logger.info("the model is there")
-    store = open_store(paths.runs_uri(job), job.store)
-    ranks = HostGroup()
-    checkpoints = CheckpointReader(store, run=job.run, ranks=ranks)
+    checkpoints = CheckpointReader(store, run=job.run, ranks=ranks, on_read=times.clock.show_life)
     images = open_split(job, "train")
     codec, codec_digest = load_codec(
         job.codec,
@@ -159,51 +212,43 @@ def _build_run(context: WorkerContext, job: JobConfig) -> Run:
     return Run(
         context=context,
         job=job,
-        report=context.report if context.rank == 0 else lambda _message: None,
+        report=report,
         device=device,
         flow=flow,
         engine=engine,
         store=store,
+        fence=fence,
         ranks=ranks,
         checkpoints=checkpoints,
         images=images,
         codec=codec,
         science=science(job, data_digest=images.digest, codec_digest=codec_digest),
         metrics=MetricBuffer(device),
+        times=times,
+        origin=payload.get("origin", {}),
+        watchdog=watchdog,
     )
 
 
-def build_run_engine(job: JobConfig, *, world_size: int, device: torch.device) -> Engine:
-    """Build the engine of a run with its initial weights; a collective call."""
-    return build_engine(
-        lambda on_built: initial_model(job, on_built),
-        config=job.engine,
-        placement=resolve_placement(job),
-        optim=job.optim,
-        micro_batch=micro_batch(job),
-        rank_batch=job.train.global_batch // world_size,
-        world_size=world_size,
-        device=device,
-    )
+def _enter(fence: Fence, ranks: HostGroup) -> None:
+    """Take the run from attempts of before, whose workers may still live; a collective call."""
+
+    def enter() -> bytes:
+        fence.enter()
+        return b""
+
+    Agreement(ranks).run_on_rank0(enter)
 
 
-def initial_model(job: JobConfig, on_built: OnBuilt = no_op) -> LapFlowTransformer:
-    """Build the model with the initial weights that the run's seed decides, alike on all ranks.
+def _reporter(context: WorkerContext) -> Callable[[dict[str, Any]], None]:
+    """The way of the first rank's messages to the driver; the others' go nowhere."""
 
-    Args:
-        job: The configuration.
-        on_built: What is done with each part of the model as soon as it is built.
-    """
-    shape = flow_shape(job.data, job.codec)
-    torch.manual_seed(rng.derive_seed(job.train.seed, "weights"))
-    return LapFlowTransformer(
-        job.model,
-        scales=job.flow.scales,
-        channels=shape.channels,
-        image_size=shape.size,
-        classes=shape.classes,
-        on_built=on_built,
-    )
+    def report(message: dict[str, Any]) -> None:
+        if message.get("kind") in ("resumed", "checkpoint"):
+            context.keep(message["images"])
+        context.report(message)
+
+    return report if context.rank == 0 else lambda _message: None
 
 
 def _restore(run: Run) -> Restored:
@@ -221,7 +266,16 @@ def _restore(run: Run) -> Restored:
 def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracker]:
     if run.context.rank > 0:
         return nullcontext(Tracker())
-    return track_run(run.job, run.science, unsent=restored.unsent, report=run.report)
+    return track_run(
+        run.job,
+        run.science,
+        store=run.store,
+        writer=run.fence.number,
+        images=run.images,
+        origin=run.origin,
+        unsent=restored.unsent,
+        report=run.report,
+    )
 
 
 def _loss_watch(run: Run) -> LossWatch:
@@ -265,14 +319,15 @@ def _final_evaluation(run: Run) -> FinalEvaluation:
             batch=config.batch,
             device=run.device,
         ),
-        ranks=HostGroup(),
         reference=EvalReference(
             job=run.job,
             context=run.context,
+            ranks=HostGroup(),
             trained_on=run.images.digest,
             features=(config.features.name,),
             inception_weights=config.features.inception_weights,
-            batch=config.batch,
+            samples=config.samples,
+            reference=config.reference,
         ),
     )
 
@@ -289,6 +344,7 @@ def _checkpoint_saver(run: Run, tracker: Tracker, restored: Restored) -> Checkpo
         scores=lambda: frechet_scores(run.store, run=job.run, features=job.eval.features.name),
         position=restored.position,
         stop_requested=run.context.stop_requested,
+        fence=run.fence.check,
     )
 
 
@@ -302,22 +358,28 @@ def _save(
     last: bool = False,
 ) -> None:
     """Save the run as it is now, unless that is no state to keep; a collective call."""
-    if watch.is_diverging():
-        text = f"{state.images:,} images: the loss is not finite, so nothing is saved"
+    why = "the loss is not finite" if watch.is_diverging() else ""
+    if not (last or why) and watch.is_skipping():
+        why = "updates are skipped, as gradients are not finite"
+    if why:
+        text = f"{state.images:,} images: {why}, so nothing is saved"
         run.report({"kind": "warning", "text": text})
         return
-    saver.save(
-        images=state.images,
-        fragments=run.engine.fragments(),
-        train_state={
-            **state.to_dict(),
-            "metrics": run.metrics.state(),
-            "unsent_points": [point.to_json() for point in tracker.unsent()],
-        },
-        science=run.science,
-        config_fingerprint=config_fingerprint(run.science),
-        last=last,
-    )
+    # What is trained from here on is lost if the run goes on from this checkpoint.
+    run.times.tell(state.images)
+    with run.times.clock.during("checkpoint"):
+        saver.save(
+            images=state.images,
+            fragments=run.engine.fragments(),
+            train_state={
+                **state.to_dict(),
+                "metrics": run.metrics.state(),
+                "unsent_points": [point.to_json() for point in tracker.unsent()],
+            },
+            science=run.science,
+            config_fingerprint=config_fingerprint(run.science),
+            last=last,
+        )
 
 
 def _hooks(
@@ -332,7 +394,14 @@ def _hooks(
     """Make the hooks in the order in which they are called: a save comes after the watch."""
     job, rank = run.job, run.context.rank
     throughput = Throughput(state.images)
+
+    @contextmanager
+    def drawing() -> Iterator[None]:
+        with throughput.pause(), run.times.clock.during("evaluation"):
+            yield
+
     return [
+        run.times,
         Progress(
             metrics=run.metrics,
             tracker=tracker,
@@ -341,6 +410,12 @@ def _hooks(
             total_images=job.train.total_images,
             throughput=throughput,
             rank=rank,
+            node=NodeUse(
+                rank=rank,
+                local_rank=run.context.local_rank,
+                world_size=run.context.world_size,
+                device=run.device,
+            ),
         ),
         watch,
         PeriodicSave(save, interval_images=job.checkpoint.interval_images),
@@ -351,22 +426,50 @@ def _hooks(
             interval_images=job.eval.grid_interval_images,
             columns=job.eval.grid_columns,
             rank=rank,
-            pause=throughput.pause,
+            pause=drawing,
         ),
     ]
 
 
 def _loop(run: Run, state: TrainState, *, step: TrainStep, hooks: list[Hook]) -> LoopEnd:
-    with training_loader(run.job, run.images, run.context, codec=run.codec) as loader:
+    job, watchdog = run.job, run.watchdog
+    watchdog.images = state.images
+    watchdog.be_patient(False)
+    with training_loader(job, run.images, run.context, codec=run.codec) as loader:
         return train(
             state,
             loader=loader,
             step=step,
-            hooks=hooks,
+            hooks=[*hooks, watchdog] if job.runtime.hang_s else hooks,
             stop=StopVote(run.context.stop_requested),
-            total_images=run.job.train.total_images,
+            total_images=job.train.total_images,
             rank=run.context.rank,
+            advance=run.context.advance,
         )
+
+
+def _draw_goodput(run: Run, tracker: Tracker) -> AbstractContextManager[None]:
+    if run.context.rank > 0:
+        return nullcontext()
+    return draw_goodput(tracker, run.store, run.fence.lease)
+
+
+def _watch(
+    context: WorkerContext, job: JobConfig, store: Store, clock: PhaseClock
+) -> AbstractContextManager[Watchdog]:
+    """Watch this thread for the length of a `with` block."""
+    return watch(
+        clock,
+        job.runtime,
+        store,
+        key=lambda images: hang_key(
+            job.run, images=images, attempt=context.attempt, rank=context.rank
+        ),
+        # The loader may ask for a file for so long, and a try consists of up to three requests.
+        patience_s=job.shards.download_patience_s + 3 * job.shards.download_timeout_s,
+        saving_s=job.checkpoint.patience_s,
+        end=context.end,
+    )
 
 
 def _publisher(run: Run, state: TrainState, tracker: Tracker) -> Publisher:

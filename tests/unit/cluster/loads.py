@@ -1,9 +1,12 @@
 """Training steps to plan, small enough to count by hand or as large as XL."""
 
 from dataclasses import replace
+from typing import Any
 
 from cluster.hardware import HardwareConfig
-from trainer.planning.prediction import ScaleLoad, Workload
+from trainer.planning.planner import Choices, candidates
+from trainer.planning.report import explain
+from trainer.planning.workload import ScaleLoad, Workload
 
 NODE = HardwareConfig(
     gpus_per_node=8,
@@ -16,27 +19,25 @@ NODE = HardwareConfig(
 TINY = ScaleLoad(
     parameters=1000,
     unpartitioned=16,
-    last_projection=36,
     tokens=5,
-    patches=4,
     images=3,
     max_images=3,
     multiply_adds=10_000,
     expert_multiply_adds=8_000,
     activations=600,
+    recomputed_activations=200,
     block_activations=300,
 )
 
 
 def tiny(*loads: ScaleLoad, world_size: int = 8, **changes: object) -> Workload:
-    """Width 8, two blocks, patches of 4 numbers; one scale unless others are given."""
+    """Width 8, two blocks; one scale unless others are given."""
     base = Workload(
         scales=loads or (TINY,),
         shared_parameters=104,
         width=8,
         hidden=32,
         depth=2,
-        patch_elements=4,
         world_size=world_size,
         images=3,
         bucket_elements=100,
@@ -49,15 +50,15 @@ def xl(*, world_size: int = 8, images: int = 33, **changes: object) -> Workload:
     loads = tuple(
         ScaleLoad(
             parameters=672_000_000,
-            unpartitioned=28 * 1152,
-            last_projection=16 * 1153,
+            unpartitioned=63_000_000,
+            modulation=216_000_000,
             tokens=tokens,
-            patches=tokens,
             images=images * carried / 3,
             max_images=images * carried // 3,
             multiply_adds=tokens * 457_000_000,
             expert_multiply_adds=tokens * 446_000_000,
             activations=tokens * 28 * 22 * 1152,
+            recomputed_activations=tokens * 28 * 7 * 1152,
             block_activations=tokens * 22 * 1152,
         )
         for tokens, carried in ((16, 3), (64, 2), (256, 1))
@@ -68,8 +69,15 @@ def xl(*, world_size: int = 8, images: int = 33, **changes: object) -> Workload:
         width=1152,
         hidden=4608,
         depth=28,
-        patch_elements=16,
         world_size=world_size,
         images=images,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def explained(
+    work: Workload, hardware: HardwareConfig, choices: Choices | None = None, **more: Any
+) -> list[str]:
+    """What is said of the choice among all candidates."""
+    choices = choices or Choices()
+    return explain(candidates(work, hardware, choices), work, hardware, choices, **more)

@@ -47,6 +47,6 @@ def test_more_workers_than_cores_get_a_word_with_the_number_that_fits():
 
 def test_a_cluster_without_room_is_refused_with_numbers():
     config = ClusterConfig(workers=5, cpus_per_worker=2)
-    require_room(config, [LARGE, SMALL], gpus=0)
+    require_room(config, [LARGE, SMALL], workers=5, gpus=0)
     with pytest.raises(ClusterTooSmall, match=r"need 10 CPUs and 5 GPUs .* 16 CPUs and 4 GPUs"):
-        require_room(config, [LARGE, GPU], gpus=1)
+        require_room(config, [LARGE, GPU], workers=5, gpus=1)

@@ -5,6 +5,7 @@ from cluster.failure import (
     Failure,
     WorkerFailed,
     WorkerRefused,
+    describe_exit,
     exit_failure,
     root_cause,
     run_worker,
@@ -71,6 +72,23 @@ def test_a_signal_is_named():
     assert "memory" in str(exit_failure(1, 0, -9).error())
     assert str(exit_failure(1, 0, 3).error()) == "Worker 1 ended with exit code 3."
     assert isinstance(exit_failure(1, 0, 3).error(), WorkerFailed)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (75, "stood still, or was out of its driver's reach, and ended itself with exit code 75"),
+        (143, "was ended by SIGTERM (exit code 143): by hand, or because its node is shut down"),
+        (-15, "was ended by SIGTERM: by hand, or because its node is shut down"),
+        (137, "was ended by SIGKILL (exit code 137): by hand, or by the kernel because memory ra"),
+        (139, "was ended by SIGSEGV (exit code 139)"),
+        (1, "ended with exit code 1"),
+        (128, "ended with exit code 128"),
+        (255, "ended with exit code 255"),
+    ],
+)
+def test_what_an_exit_code_says(code, words):
+    assert describe_exit(code).startswith(words)
 
 
 GLOO = failure(0, "raised", "RuntimeError: [gloo/pair.cc] Connection closed by peer")

@@ -5,7 +5,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from cluster import ray_nodes
 from cluster.assignment import Node, WorkerGroupSpec
-from cluster.ray_nodes import NodePinning, empty_selectors
+from cluster.ray_nodes import NodePinning, avoiding, empty_selectors
 
 SPEC = WorkerGroupSpec(workers=4, group_size=2, cpus=1, gpus=0)
 
@@ -41,6 +41,13 @@ def test_each_start_waits_for_room_and_decides_anew(free):
     assert first.startswith("waiting up to 60 s for room: ")
     assert "(a has 3 CPUs, room for 1)" in first
     assert "(c has 1 CPUs, room for 0)" in second
+
+
+def test_groups_keep_off_a_node_that_is_avoided(free):
+    free += [[node("a", 4), node("b", 4)]]
+    context = SimpleNamespace(label_selector=[avoiding({"a"}) for _ in range(SPEC.workers)])
+    NodePinning(SPEC, timeout_s=60, report=print).before_worker_group_start(context)
+    assert [selector["ray.io/node-id"] for selector in context.label_selector] == ["b"] * 4
 
 
 def test_a_start_without_room_fails_in_a_way_that_ray_train_tries_again(free):

@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.process_group import interface_of, leave, listen
+from cluster.process_group import default_environment, interface_of, leave, listen
 
 LEAVE = """
 import gc, sys
@@ -40,6 +40,14 @@ def test_an_address_of_another_machine_has_no_interface():
     assert interface_of("192.0.2.200") is None
 
 
+def test_communicators_of_several_streams_start_in_the_order_of_the_program():
+    order = {"NCCL_LAUNCH_ORDER_IMPLICIT": "1"}
+    of_gloo = default_environment("cpu", "127.0.0.1")
+    assert of_gloo == {"GLOO_SOCKET_IFNAME": interface_of("127.0.0.1")}
+    assert default_environment("cuda:3", "127.0.0.1") == of_gloo | order
+    assert default_environment("cuda:0", "192.0.2.200") == order
+
+
 def test_the_rendezvous_listens_on_the_given_address_alone():
     with listen("127.0.0.1") as listener:
         host, port = listener.getsockname()
@@ -59,3 +67,23 @@ def test_who_has_left_looks_for_the_rendezvous_no_more(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LEAVE, str(folder / "rendezvous")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, folder.exists()) == (0, False), done.stderr
+
+
+def test_a_worker_may_open_a_connection_to_each_other_one_or_says_why_not() -> None:
+    """With the limits of a process of its own, that begins with what a shell often gives."""
+    code = """
+import resource
+from cluster.process_group import allow_connections
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 5000))
+allow_connections(1000)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+try:
+    allow_connections(4096)
+except RuntimeError as error:
+    print(error)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert told[0] == "5000"
+    assert "may open 5,000 files here, and connections to 4,096 workers take 16,640" in told[1]

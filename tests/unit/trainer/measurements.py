@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.reports import (
     CheckpointReport,
     Distance,
     EvaluationReport,
     Measurement,
     Origin,
+    RealFigures,
     evaluation_key,
 )
 from trainer.storage.store import Store
 
 RUN = "night-1"
+
+
+def real_figures(frechet: float) -> RealFigures:
+    """Tells what real images reach."""
+    return RealFigures(
+        images=100,
+        frechet=frechet,
+        diversity=2.0,
+        nearest=Nearness(mean=1.5, close_share=0.01),
+    )
 
 
 def measured(
@@ -33,9 +45,7 @@ def measured(
         images=images,
         real_images=50,
         network_evaluations=16.0,
-        distances=tuple(
-            Distance(features=each, frechet=frechet, frechet_real_halves=0.1) for each in features
-        ),
+        distances=tuple(Distance(features=each, frechet=frechet) for each in features),
         measurement=Measurement(
             attempt=attempt,
             weights=weights,
@@ -59,11 +69,9 @@ def finished(
         features="random_conv",
         frechet=frechet,
         frechet_untrained=9.0,
-        frechet_real_halves=0.1,
-        gap_closed=0.5,
         network_evaluations=16.0,
         segment_evaluations=(8.0, 8.0),
-        settings={},
+        settings={"seed": 1, "sampler": {"solver": "heun"}},
         origin=Origin(run=RUN, attempt=attempt, held_out_index="c0ffee", extractor=""),
     )
     store.put(evaluation_key(RUN, images, "report.json"), report.to_json())

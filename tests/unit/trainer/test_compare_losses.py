@@ -5,10 +5,10 @@ import math
 
 import pytest
 
+from tests.support.tracked import open_tracker
 from trainer.cli.compare_losses import main
 from trainer.metrics.curves import CurvesError, curves_as_json, differences, read_curves
 from trainer.metrics.mlflow_backend import check_tracker
-from trainer.metrics.mlflow_tracker import MlflowTracker
 from trainer.metrics.tracker import TrackingConfig
 
 CURVE = {16: 4.0, 32: 2.0, 48: 1.0}
@@ -60,8 +60,8 @@ def test_curves_survive_a_file_to_the_last_bit(tmp_path):
 
 
 def test_the_command_tells_same_from_different(tmp_path, capsys):
-    a = written(tmp_path, "a", {"loss/total": CURVE, "gradient_norm": CURVE})
-    b = written(tmp_path, "b", {"loss/total": {**CURVE, 32: 2.002}, "gradient_norm": CURVE})
+    a = written(tmp_path, "a", {"loss/total": CURVE, "optim/gradient_norm": CURVE})
+    b = written(tmp_path, "b", {"loss/total": {**CURVE, 32: 2.002}, "optim/gradient_norm": CURVE})
     assert main([a, a]) == 0
     assert "the same, bit for bit" in capsys.readouterr().out
     assert main([a, b]) == 1
@@ -69,7 +69,7 @@ def test_the_command_tells_same_from_different(tmp_path, capsys):
     assert "first apart at 32 images: 2.0 and 2.002" in told
     assert "DIFFERENT from 32 images on" in told
     assert main([a, b, "--tolerance", "1e-2"]) == 0
-    assert main([a, b, "--metrics", "gradient_norm"]) == 0
+    assert main([a, b, "--metrics", "optim/gradient_norm"]) == 0
 
 
 def test_a_run_that_stopped_early_is_not_the_same(tmp_path, capsys):
@@ -131,11 +131,9 @@ def tracked(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     check_tracker(TrackingConfig(), str(home))
     for name, scale in (("one", 1.0), ("again", 3.0), ("again", 1.0)):
-        tracker = MlflowTracker(
-            TrackingConfig(), home=str(home), run=name, identity=f"{name} {scale}"
-        )
+        tracker = open_tracker(TrackingConfig(), home, name=name, identity=f"{name}-{scale:g}")
         for images, value in CURVE.items():
-            tracker.metrics({"loss/total": scale * value, "images_per_s": 5.0}, images=images)
+            tracker.metrics({"loss/total": scale * value, "speed/images_per_s": 5.0}, images=images)
         tracker.close("FINISHED")
     return home
 

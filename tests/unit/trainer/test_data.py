@@ -98,6 +98,7 @@ def test_real_images_that_cannot_be_used_are_left_out_and_counted(
     assert named == {3, 8}
 
 
+@pytest.mark.slow
 def test_real_images_of_lost_shards_are_left_out_as_far_as_allowed(tmp_path: Path) -> None:
     spoiled(tmp_path / "data", bad={})
     shards = sorted((tmp_path / "data" / "test").glob("*.mds"))
@@ -131,6 +132,7 @@ def test_few_held_out_images_are_told_before_a_run(tmp_path: Path, count: int, t
     assert not told or f"with {count} held-out images" in notes[0]
 
 
+@pytest.mark.slow
 def test_too_few_or_too_large_images_are_refused_before_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

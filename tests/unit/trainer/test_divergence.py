@@ -77,3 +77,11 @@ def test_the_advice_is_what_the_settings_leave_open():
     assert "lower optim.clip_norm=0.5" in text
     assert "engine.precision=fp32" in text
     assert "warmup" not in text
+
+
+def test_updates_that_are_skipped_are_no_state_to_keep_but_a_stray_one_is():
+    watched = watch()
+    for is_applied, skipping in [(True, False), (False, False), (False, True), (True, False)]:
+        watched.record(torch.tensor(1.0))
+        watched.note_update(is_applied=is_applied)
+        assert watched.is_skipping() == skipping

@@ -14,6 +14,7 @@ from trainer.cli.ending import (
     end_stopped,
     how_to_go_on,
 )
+from trainer.training.goodput import LaunchTime, total_time
 
 URI = "s3://bucket/lapflow/runs/digits/checkpoints/000000001280"
 
@@ -59,30 +60,31 @@ def test_a_failure_may_be_gone_the_next_time(job, capsys):
 
 
 @pytest.mark.slow  # MLflow makes its tables
-def test_programs_are_told_how_a_launch_ended(job):
+def test_programs_are_told_how_a_launch_ended(job, capsys):
     console = heard()
     console.message({"kind": "progress", "images": 1500, "text": "1,500 images"})
-    console.message({"kind": "tracked", "run_id": "4ae"})
+    console.message({"kind": "tracked", "identity": "", "run_id": "4ae"})
     told = {
         "run": "digits",
         "uri": f"{job.home}/store/runs/digits",
         "images": 1500,
         "checkpoint": URI,
         "mlflow_run_id": "4ae",
+        "time_s": None,
     }
-    console.tracked, tracked = "", console.tracked  # there is no such run to be ended
     values = end_failed(job, console, RuntimeError("worker 1 was lost")).values
     assert values == {
         **told,
         "outcome": "failed",
         "error": "worker 1 was lost",
-        "mlflow_run_id": None,
     }
-    console.tracked = tracked
     ended = end_stopped(job, console, signal_number=2)
     assert ended.exit_code == 130
     assert ended.values["look_at_it"] in ended.text
     assert ended.values == {**told, "outcome": "stopped", "look_at_it": ended.values["look_at_it"]}
+    console.times.total = total_time([LaunchTime(wall_s=90.0)])
+    assert end_stopped(job, console, signal_number=2).values["time_s"]["start"] == 90.0
+    assert "time: 1m30s in all launches: start 100.0%" in capsys.readouterr().out
     console.message({"kind": "checkpoint_failed", "images": 1600, "uri": "x", "text": "disk full"})
     unsaved = end_stopped(job, console, signal_number=2)
     assert unsaved.exit_code == UNSAVED

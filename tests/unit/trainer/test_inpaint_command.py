@@ -4,22 +4,15 @@ import resource
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from models.flow.flow import FlowConfig
-from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer
-from tests.support.saved import save_now
+from tests.support.saved import save_random_model
 from trainer.cli import evaluate, inpaint, sample
 from trainer.cli.pictures import write_picture
-from trainer.config.job import DataConfig
-from trainer.config.reading import ConfigError, to_dict
-from trainer.state import Fragment
+from trainer.config.reading import ConfigError
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
 
-MODEL = TransformerConfig(depth=1, width=16, heads=2)
 # 8 pixels are shown as 48, and 4 lie between pictures and around them.
 CELL, GAP, FACTOR = 52, 4, 6
 
@@ -28,27 +21,11 @@ CELL, GAP, FACTOR = 52, 4, 6
 def place(tmp_path_factory):
     """A checkpoint of a random model in colour, a picture, and a mask: the left is known."""
     place = tmp_path_factory.mktemp("place")
-    torch.manual_seed(0)
-    model = LapFlowTransformer(MODEL, scales=2, channels=3, image_size=8, classes=2)
-    fragments = []
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-        values = parameter.detach().flatten().clone()
-        fragments.append(
-            Fragment(
-                name=name,
-                start=0,
-                shape=tuple(parameter.shape),
-                tensors={"master": values, "ema": values / 2},
-            )
-        )
-    data = DataConfig(name="colours", image_size=8, channels=3, classes=2)
-    science = {"data": to_dict(data), "model": to_dict(MODEL), "flow": to_dict(FlowConfig())}
     store = open_store(f"{place}/runs", StoreConfig())
-    save_now(store, run="small", images=100, fragments=fragments, science=science)
+    save_random_model(store, run="small")
     # What +exp=celeba_hq_256 trains: no label is ever dropped.
-    without = {**science, "train": {"label_dropout": 0.0}, "data_set": {"index_sha256": ""}}
-    save_now(store, run="no_null_label", images=100, fragments=fragments, science=without)
+    without = {"train": {"label_dropout": 0.0}, "data_set": {"index_sha256": ""}}
+    save_random_model(store, run="no_null_label", science=without)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(place / "image.png")
     mask = np.zeros((8, 8), np.uint8)

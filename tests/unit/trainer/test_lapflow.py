@@ -79,6 +79,9 @@ def test_help_calls_a_command_by_what_was_typed(name):
         (["checkpoints", "list", "{nowhere}"], 2),
         (["plan", "+exp=imagenet_xl", "cluster=h100_8"], 0),
         (["plan", "+exp=imagenet_xl", "cluster=h100_8", "cluster.hardware.gpu_memory_gib=2"], 1),
+        (["jobs", "status", "--address", "http://127.0.0.1:1"], 2),
+        (["manifests", "slurm", "+exp=imagenet_xl"], 2),
+        (["manifests", "container"], 0),
         (["ui", "home={nowhere}"], 2),
         (["compare-losses", f"{CURVES}/two_scales.json", f"{CURVES}/two_scales.json"], 0),
         (["ingest", "verify", "{nowhere}"], 2),
@@ -97,6 +100,8 @@ def module_of(name: str) -> str:
     """The module that `python -m` runs for a command."""
     of_their_own = {
         "train": "trainer.launch",
+        "jobs": "cluster.jobs",
+        "manifests": "cluster.manifests",
         "ingest": "pipelines.ingest",
         "ingest-latents": "pipelines.ingest.latents",
     }

@@ -28,18 +28,23 @@ def test_a_command_says_what_it_is_at_and_after_how_long():
     assert warning == "WARNING trainer.training.step: odd"
 
 
-def test_workers_tell_warnings_and_the_first_one_what_it_is_at():
-    told = []
+def test_what_a_worker_logs_is_told_with_its_level_and_written_by_nobody_else(caplog):
+    told, heard = [], []
     before = logging.getLogger("trainer").level
     logger = logging.getLogger("trainer.engine")
-    for rank in (0, 1):
-        with forward_logs(told.append, rank=rank):
-            logger.info("building")
-            logger.warning("odd")
-    logger.warning("nobody listens")
+    with forward_logs(lambda *line: told.append(line), heard=lambda: heard.append(1)):
+        logger.info("building")
+        logger.warning("odd\nand http://user:word@host/")
+        logger.error("bad")
+        logger.debug("detail")
     assert told == [
-        {"kind": "phase", "text": "building"},
-        {"kind": "warning", "rank": 0, "text": "odd"},
-        {"kind": "warning", "rank": 1, "text": "odd"},
+        ("INFO", "building"),
+        ("WARNING", "odd\\nand http://***@host/"),
+        ("ERROR", "bad"),
     ]
+    assert len(heard) == 3
+    assert caplog.text == ""  # it listens at the root
+    logger.warning("nobody listens")
+    assert len(told) == 3
+    assert "nobody listens" in caplog.text
     assert logging.getLogger("trainer").level == before

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.config_source import ConfigSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer.config.composition
 import trainer.config.groups
+from pipelines.documents import DocumentError
 from tests.support.commands import refusal
 from tests.support.configuration import configuration
 from trainer.cli.launch import main
 from trainer.cli.sample import SampleConfig
-from trainer.config.composition import compose_job, parse_words
+from trainer.config.composition import _check_header, compose_job, parse_words
 from trainer.config.job import JobConfig
 from trainer.config.overrides import parse_override
 from trainer.config.reading import ConfigError, from_dict, to_dict
@@ -51,6 +53,7 @@ def test_a_text_reaches_its_setting_as_it_was_typed(text):
     assert (parsed.key_or_group, parsed.value()) == ("tracking.experiment", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key",
     [
@@ -169,6 +172,46 @@ def test_an_experiment_of_somebody_else_is_refused_in_a_line(theirs, monkeypatch
     assert reason in error
     assert "\n" not in error
     assert SECRET not in error
+
+
+GLOBAL = "# @package _global_\n"
+LATER = ("#@todo", "# @todo tune the rate", "# @me: ask", "# @package hydra.job")
+
+
+@pytest.mark.parametrize("comment", LATER)
+def test_a_comment_with_an_at_is_a_comment(theirs, comment):
+    for text in (
+        f"{GLOBAL}# of mine\n{comment}\n",
+        f"{GLOBAL}train: {{seed: 7}}\n{comment}\n\n    {comment}\n",
+        f"{GLOBAL}---\n{comment}",
+    ):
+        theirs.write_text(text)
+        assert compose_job(["+exp=theirs"]).train.seed == (7 if "seed" in text else 0)
+
+
+SPACES = ("", " ", "  ", "\t", "\n", "\r\n", "\u2028", "\x0b", "\ufeff", "#", "@", "# @")
+WORDS = ("package", "_global_", "_group_", "todo", "by:me", "x", "run: x")
+
+
+@given(st.lists(st.sampled_from([*SPACES, *WORDS, GLOBAL]), max_size=9).map("".join))
+@settings(max_examples=300, deadline=None)
+def test_headers_are_those_that_hydra_reads(text):
+    try:
+        package = ConfigSource._get_header_dict(text)["package"]
+    except ValueError:
+        package = "unreadable"
+    try:
+        _check_header(text)
+    except DocumentError:
+        assert package not in (None, "_global_") or text.count("package") > 1
+    else:
+        assert package in (None, "_global_")
+
+
+def test_a_header_that_hydra_cannot_read_is_refused_with_the_way_out(theirs):
+    theirs.write_text(f"{GLOBAL}# @todo tune the rate\ntrain: {{seed: 7}}\n")
+    error = refusal(lambda: compose_job(["+exp=theirs"])) or ""
+    assert "comment '# @todo tune the rate' for a header; put that below the first" in error
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])

@@ -14,13 +14,14 @@ from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
 from trainer.config.settings import leaf_types
 from trainer.config.written_paths import resolve_places
+from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 from trainer.storage.open import open_store
 
 DIGITS = "+exp=digits"
 
 NO_PLACES = {
     "run", "data.name", "cluster.address", "tracking.experiment", "experiment", "device",
-    "store.region", "store.profile",
+    "store.region", "store.profile", "interpolate", "weights",
 }  # fmt: skip
 
 
@@ -36,7 +37,11 @@ def test_every_text_is_a_place_a_choice_or_a_name():
 
 def read(kind: type[Any], text: str) -> dict[str, Any]:
     """Every place of a configuration, all of them given as the same text."""
-    keys = [each.key for each in leaves(kind) if each.place not in (None, "url")]
+    keys = [
+        each.key
+        for each in leaves(kind)
+        if each.place not in (None, "url") and not each.key.endswith("reference")
+    ]
     words = [f"{name}={value}" for name, value in GIVEN[kind].items() if name not in keys]
     words += [f"{key}={text}" for key in keys]
     if kind is JobConfig:
@@ -74,7 +79,7 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
             values["codec"]["kind"] = "autoencoder_kl"
         *groups, name = key.split(".")
         group = reduce(lambda group, name: group.setdefault(name, {}), groups, values)
-        group[name] = text
+        group[name] = text + (".npz" if name == "reference" and text.strip() else "")
         return resolve_places(from_dict(kind, values))
 
     for wrong in (
@@ -104,6 +109,24 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
     if place in ("uri", "hub"):
         assert refusal(lambda: given("s3://bucket/a#b=(c)")) is None
         assert "secret" not in (refusal(lambda: given("s3://me:secret@bucket/a")) or "secret")
+
+
+@pytest.mark.parametrize("kind", [JobConfig, CheckpointEvaluationConfig])
+def test_a_file_of_statistics_is_a_place_and_a_split_is_none(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for text, meant in (
+        ("~/a.npz", f"{tmp_path}/home/a.npz"),
+        ("a/b.npz", f"{tmp_path}/a/b.npz"),
+        ("s3://bucket/a.npz", "s3://bucket/a.npz"),
+        ("train", "train"),
+        ("test", "test"),
+    ):
+        if kind is JobConfig:
+            assert compose_job([DIGITS, f"eval.reference={text}"]).eval.reference == meant
+        else:
+            config = parse_words(kind, ["checkpoint=a", f"reference={text}"])
+            assert config.reference == meant
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,23 @@ DIGITS = "+exp=digits"
 
 # Least value, and the largest or the first that is too large, of every number by its last words.
 COUNTS = (
-    "image_size data.channels codec.factor codec.channels depth width heads patch_size flow.scales "
-    "total_images global_batch batch steps adaptive_group grid_columns grid_classes micro_batch "
-    "workers cpus_per_worker gpus_per_node prefetch_batches decode_threads shuffle_block_samples "
-    "download_threads open_files retries keep_last columns repeats zero_stage"
+    "image_size data.channels codec.factor codec.channels width heads patch_size flow.scales "
+    "total_images global_batch batch adaptive_group grid_columns grid_classes micro_batch "
+    "workers min_workers cpus_per_worker gpus_per_node prefetch_batches decode_threads "
+    "shuffle_block_samples "
+    "download_threads open_files retries keep_last columns repeats zero_stage n"
 )
 FROM_ZERO = (
     "classes class_tokens warmup_images max_skipped_updates seed grid_interval_images "
-    "max_failures interval_images keep_every_images keep_best log_interval_images label choose "
-    "weight_decay clip_norm guidance_scale patience_s grace_s flush_timeout_s "
-    "download_patience_s gpus_per_worker"
+    "max_failures max_failures_in_place max_failures_of_node max_preemptions interval_images "
+    "keep_every_images keep_best log_interval_images label choose "
+    "weight_decay clip_norm guidance_scale patience_s grace_s flush_timeout_s hang_s "
+    "download_patience_s gpus_per_worker shrink_after_s preflight_s"
 )
 ABOVE_ZERO = (
-    "codec.scale mlp_ratio learning_rate epsilon absolute_tolerance relative_tolerance "
-    "start_timeout_s gpu_memory_gib matmul_tflops node_link_gb_per_s network_gb_per_s "
+    "codec.scale mlp_ratio learning_rate epsilon "
+    "start_timeout_s room_timeout_s gpu_memory_gib matmul_tflops node_link_gb_per_s "
+    "network_gb_per_s "
     "host_link_gb_per_s host_memory_gib download_timeout_s cache_limit_gib connect_timeout_s "
     "read_timeout_s"
 )
@@ -44,7 +47,11 @@ OTHER = {
     "min_area": lambda value: 0 < value <= 1,
     "max_aspect": lambda value: value >= 1,
     "final_ratio": lambda value: 0 <= value <= 1,
+    "depth": lambda value: 1 <= value <= 10**4,
     "codec.shift": lambda value: True,
+    "steps": lambda value: 1 <= value <= 10**4,
+    "absolute_tolerance": lambda value: 1e-9 <= value <= 1,
+    "relative_tolerance": lambda value: 1e-9 <= value <= 1,
     "samples": lambda value: 2 <= value <= 10**7,
     "port": lambda value: 1 <= value <= 65535,
 }
@@ -55,7 +62,21 @@ DOMAINS = {
     **dict.fromkeys(BELOW_ONE.split(), lambda value: 0 <= value < 1),
     **OTHER,
 }
-NONSENSE = [-LARGEST, -1, -1e-9, 0, 1, 1.5, 7, 2 * LARGEST, math.inf, -math.inf, math.nan]
+NONSENSE = [
+    -LARGEST,
+    -1,
+    -1e-9,
+    0,
+    1e-300,
+    1,
+    1.5,
+    7,
+    10**9,
+    2 * LARGEST,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
 
 
 def is_number(setting: Setting) -> bool:

@@ -5,6 +5,7 @@ import torch
 
 from cluster.placement import Placement
 from models.codec import AutoencoderKlCodec
+from models.ema import EmaConfig
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import band_statistics, split
@@ -58,6 +59,7 @@ def updated(bands, *, micro_batch=8, first_image=FIRST, encoder=None) -> dict[st
             config=EngineConfig(kind="plain"),
             placement=Placement((1, 1)),
             optim=OptimConfig(),
+            ema=EmaConfig(),
             micro_batch=micro_batch,
             rank_batch=8,
             world_size=1,
@@ -100,7 +102,7 @@ def test_the_posterior_belongs_to_the_image_of_the_run(codec, images):
     here = updated((images,), encoder=codec)
     assert updated((images,), encoder=codec) == here
     later = updated((images,), encoder=codec, first_image=FIRST + 8)
-    assert later["band/scale_0_std"] != here["band/scale_0_std"]
+    assert later["training_data/scale_0_std"] != here["training_data/scale_0_std"]
 
 
 def test_the_moments_of_every_band_are_recorded(images):
@@ -108,7 +110,9 @@ def test_the_moments_of_every_band_are_recorded(images):
     metrics = updated(bands)
     statistics = band_statistics(bands)
     for position, k in enumerate((1, 0)):
-        assert metrics[f"band/scale_{k}_std"] == pytest.approx(statistics.std[position].item())
-        assert metrics[f"band/scale_{k}_mean"] == pytest.approx(
+        assert metrics[f"training_data/scale_{k}_std"] == pytest.approx(
+            statistics.std[position].item()
+        )
+        assert metrics[f"training_data/scale_{k}_mean"] == pytest.approx(
             statistics.mean[position].item(), abs=1e-7
         )

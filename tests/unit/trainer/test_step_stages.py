@@ -1,7 +1,7 @@
 """The stages of an update, and the losses it tells per scale and time."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -38,7 +38,7 @@ class Linear:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def update(self, *, learning_rate: float, ema_decay: float) -> UpdateOutcome:
+    def update(self, *, learning_rate: float, ema_decays: Sequence[float]) -> UpdateOutcome:
         return UpdateOutcome(applied=True, gradient_norm=1.0)
 
     def fragments(self) -> list:
@@ -97,6 +97,7 @@ def test_ranks_and_micro_batches_of_an_update_share_its_stage(images: int) -> No
     assert [len(engine.seen) for engine in engines] == [3, 2, 1, 3, 2, 1]
 
 
+@pytest.mark.slow
 def test_stages_are_uniform_over_the_updates_and_follow_the_seed() -> None:
     def stages(seed: int, updates: int) -> list[int]:
         places = [32 * update for update in range(updates)]

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from cluster.contract import Line
 from pipelines.console import say, say_error, visible
 from trainer.cli import evaluate
 from trainer.cli.checkpoint_table import Entry, table
@@ -62,6 +63,9 @@ def test_an_error_a_log_line_and_every_message_of_a_worker_is_one_line(text):
             {"kind": "resumed", "images": 1, "uri": text},
         ):
             assert is_one_line(took(lambda message=message: console.message(message)))
+        for level in (None, "WARNING"):
+            line = Line(rank=1, node="a", attempt=0, level=level, text=text)
+            assert is_one_line(took(lambda line=line: console.lines.take(line)))
         with show_logs():
             logger = logging.getLogger("trainer.store")
             assert is_one_line(took(lambda: logger.info("%s", text)))
@@ -79,7 +83,7 @@ def test_the_rows_of_tables_are_those_of_what_they_show(text):
     sampler = {"solver": text, "steps": 1, "guidance_scale": 1, "guidance_interval": None}
     report = CheckpointReport(
         checkpoint=text, run=text, images=1, real_images=1, network_evaluations=1.0,
-        distances=(Distance(features=text, frechet=1.0, frechet_real_halves=None),),
+        distances=(Distance(features=text, frechet=1.0),),
         measurement=Measurement(
             attempt=text, weights=text, samples=1, seed=1, sampler=sampler, extractors={},
             held_out_index=text,
@@ -111,14 +115,15 @@ def test_a_warning_of_the_driver_is_not_told_again_by_its_workers(capsys):
     console = Console()
     with show_logs():
         logging.getLogger("trainer.checkpoint.index").warning("passing over %s", "a")
-        with forward_logs(told.append, rank=0):
+        with forward_logs(lambda *line: told.append(line)):
             logging.getLogger("trainer.checkpoint.index").warning("replacing %s", "b")
         for text in ("passing over a", "replacing c"):
-            console.message({"kind": "warning", "rank": 0, "text": text})
+            console.lines.take(Line(rank=0, node="", attempt=0, level="WARNING", text=text))
+            console.message({"kind": "warning", "text": "passing over a"})
     captured = capsys.readouterr()
     assert (captured.err + captured.out).count("passing over a") == 1
     assert captured.out == "warning: worker 0: replacing c\n"
-    assert told == [{"kind": "warning", "rank": 0, "text": "replacing b"}]
+    assert told == [("WARNING", "replacing b")]
 
 
 @given(TEXT)

@@ -1,0 +1,1 @@
+"""`python -m cluster.jobs`: jobs of a Ray cluster, sent, followed and stopped."""

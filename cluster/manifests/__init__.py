@@ -1,0 +1,1 @@
+"""`python -m cluster.manifests`: files that have Kubernetes, Slurm or AWS run a job."""

@@ -1,0 +1,150 @@
+"""What needs no cluster: the shell's line, what is passed on once, addresses."""
+
+import asyncio
+import signal
+import subprocess
+import time
+import zipfile
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+
+import pytest
+
+from cluster.job_server import (
+    JobServer,
+    JobServerError,
+    _Following,
+    _marked_code,
+    entrypoint,
+    without_mark,
+)
+from tests.support.job import ROOT
+
+
+def shell(*words: str) -> subprocess.Popen[str]:
+    """Starts what the job server would."""
+    return subprocess.Popen(
+        entrypoint(words), shell=True, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize("code", [0, 3, 143])
+def test_the_shell_ends_as_its_command_and_writes_that_down(code):
+    words = ("sh", "-c", f"echo 'a  b'; exit {code}")
+    with shell(*words) as process:
+        out = process.communicate()[0]
+    assert process.returncode == code
+    *lines, mark = out.splitlines()
+    assert lines == ["a  b"]
+    assert mark.endswith(f" {code}")
+    assert without_mark(mark) == ""
+
+
+def test_a_command_that_was_killed_has_the_code_of_the_signal():
+    with shell("sh", "-c", "kill -9 $$") as process:
+        assert process.communicate()[0].splitlines()[-1].endswith(" 137")
+    assert process.returncode == 137
+
+
+def test_the_shell_waits_for_a_command_that_ends_late():
+    """Each gets the signal, as from the job server."""
+    command = "trap 'sleep 0.3; exit 143' TERM; echo up; while :; do sleep 0.05; done"
+    with shell("sh", "-c", command) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=True)
+        rest = process.stdout.read()
+    assert process.returncode == 143
+    assert rest.splitlines()[-1].endswith(" 143")
+
+
+def test_a_command_may_still_ignore_nothing():
+    """What the shell traps is not ignored by what it starts."""
+    with shell("sleep", "60") as process:
+        time.sleep(0.2)
+        subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=True)
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("log", "code"),
+    [
+        ("Running entrypoint for job a: true\nb\ncluster.jobs: exit code 143\n", 143),
+        ("Running entrypoint for job a: true\nno newlinecluster.jobs: exit code 0\n", 0),
+        ("Running entrypoint for job a: true\ncluster.jobs: exit code 0\nmore\n", 137),
+        ("the last lines of many\n" * 50, 137),
+        ("Runtime env is setting up.\n", None),
+        ("", None),
+    ],
+)
+def test_what_a_log_tells_of_the_end_of_a_job_that_was_stopped(log, code):
+    assert _marked_code(log) == code
+
+
+def test_other_lines_keep_what_they_say():
+    line = "cluster.jobs: exit code 3 was said before"
+    assert without_mark(line) == line
+    assert without_mark("no newlinecluster.jobs: exit code 3") == "no newline"
+
+
+def test_what_was_passed_on_is_not_passed_on_again():
+    """However the text is cut, and wherever a connection breaks."""
+    text = "".join(f"line {number}\n" for number in range(300))
+    breaks = iter([0, 17, 500, 501, 1200])
+    taken: list[str] = []
+
+    class Client:
+        async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+            last = next(breaks, len(text))
+            for start in range(0, last, 23):
+                yield text[start : min(start + 23, last)]
+            if last < len(text):
+                raise ConnectionResetError
+
+        def get_job_info(self, _: str) -> SimpleNamespace:
+            raise AssertionError("nothing was silent")
+
+    following = _Following(Client(), "a", taken.append)
+    broken = 0
+    for _ in range(6):
+        try:
+            asyncio.run(following.read())
+        except ConnectionResetError:
+            broken += 1
+        following.take_all(text[:40])
+    assert broken == 5
+    assert "".join(taken) == text
+    following.take_all(f"{text}end")
+    assert "".join(taken) == f"{text}end"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["10.0.0.1:8265", "ray://head:10001", "http://", "http://me:hunter2@head:8265", "http://a?b=c"],
+)
+def test_an_address_is_that_of_a_job_server(address):
+    with pytest.raises(JobServerError, match="http://HOST:8265") as caught:
+        JobServer(address)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_what_a_job_takes_along_is_small(tmp_path):
+    """`.rayignore` and `.gitignore` leave the rest here."""
+    from ray._private.runtime_env.packaging import create_package
+
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True)
+    assert package.stat().st_size < 2 << 20
+    with zipfile.ZipFile(package) as opened:
+        names = opened.namelist()
+    assert "trainer/launch.py" in names
+    assert "configs/launch.yaml" in names
+    assert not {name.partition("/")[0] for name in names} & {
+        ".git",
+        ".ci",
+        "docs",
+        "tests",
+        ".venv",
+    }

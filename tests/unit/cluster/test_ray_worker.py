@@ -1,0 +1,45 @@
+"""A worker that is to end ends, whatever its other threads are at."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ENDING = """
+import sys, threading, time
+from cluster import ray_worker
+ray_worker._TELL_END_S = 0.2
+sending, does = threading.Event(), sys.argv[1]
+class Line:
+    def sender(self, name):
+        return self
+    def send(self, event):
+        sending.set()
+        if does == "stand still":
+            time.sleep(3600)
+        raise KeyError("no such colour")
+    def send_last(self, event, *, timeout_s):
+        raise KeyError("no such colour")
+voice = ray_worker.Voice(Line(), 0, 1)
+print("this is sent before a message", flush=True)
+threading.Thread(target=voice.report, args=({"images": 1},), daemon=True).start()
+sending.wait()
+voice.end(75)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("does", ["stand still", "fail"])
+def test_a_worker_ends_though_another_of_its_threads_stands_still_or_fails_while_it_tells(
+    does: str, tmp_path: Path
+) -> None:
+    """In a process of its own, whose file of output has what is to be sent."""
+    with (tmp_path / "out").open("wb") as out:
+        ended = subprocess.run(
+            [sys.executable, "-c", _ENDING, does],
+            stdout=out,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    assert ended.returncode == 75

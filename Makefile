@@ -3,6 +3,7 @@
 #   make data-demo IMAGES=FOLDER   the same for your own pictures: shards, a check of them, training
 #   make test        set everything up and run all tests;  make test-fast  the quick part
 #   make fuzz SECONDS=600   attacks and faults by chance, counted; SEED=… makes the same ones again
+#   make chaos FAULTS=20    faults by chance on a run on three hosts, which are namespaces (root)
 #   make check       linters, types, import contracts;     make format     apply ruff's format
 #   make house       how the source is built, counted; AGAINST=REV compares with that revision
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
@@ -29,7 +30,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train data-demo test test-fast check format house fuzz bench pictures settings ui setup clean-venv golden doctor audit
+.PHONY: train data-demo test test-fast check format house fuzz chaos bench pictures settings ui setup clean-venv golden doctor audit
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -44,21 +45,27 @@ data-demo: setup
 	$(BIN)/python -m pipelines.ingest verify "$(SHARDS)/train"
 	$(BIN)/python -m trainer.launch +exp=pictures "data.prefix=$(SHARDS)" $(ARGS)
 
+# Compiled once, whatever is set: each process of pytest, and each that a test starts, would compile everything anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 # A process that crashes ends the tests: replaced, it may leave the others waiting for its files. Whole jobs keep two
 # cores busy; the rest often waits for a store that is away.
-SLOW := $(BIN)/python -m pytest -m slow --dist loadfile --no-loadscope-reorder --max-worker-restart=0
-JOBS := tests/integration tests/gpu
+SLOW := $(PYTEST) -m slow --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+JOBS := tests/integration tests/gpu tests/chaos
 test: test-fast
 	$(SLOW) -n 3 $(JOBS:%=--ignore=%) $(ARGS)
 	$(SLOW) -n 2 $(JOBS) $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow" -n auto --dist loadfile $(ARGS)
 
 SECONDS ?= 120
 SEED ?=
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+FAULTS ?= 20
+chaos: setup
+	$(BIN)/python -m tests.chaos --faults $(FAULTS) $(if $(SEED),--seed $(SEED)) --picture "$(LAPFLOW_HOME)/chaos.png" $(ARGS)
 
 AGAINST ?=
 house: setup

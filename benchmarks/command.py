@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from models.transformer.config import PRESETS, TransformerConfig, preset
+from pipelines.command import CommandParser
+from pipelines.console import say_error
 from pipelines.formats import format_table
 from trainer.errors import is_user_error
 
@@ -29,7 +31,7 @@ def parser(name: str, *, description: str, rounds: int) -> argparse.ArgumentPars
         description: What it measures, for --help.
         rounds: Default number of measured rounds.
     """
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -234,7 +236,7 @@ def run_guarded(main: Callable[[], int]) -> int:
     except ValueError as error:
         if not is_user_error(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
 
 

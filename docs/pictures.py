@@ -20,7 +20,6 @@ from torch import Tensor
 from models.axes import Bands
 from models.flow.flow import Flow, FlowConfig
 from models.flow.path import LinearPath
-from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from models.pyramid import merge, split, up
 from models.transformer.config import preset
@@ -151,30 +150,21 @@ def attention() -> Figure:
 
 def sampling(checkpoint: str, *, images: int = 10, steps: int = 48) -> Figure:
     """Draw samples of a checkpoint as they come into being: one image in each column."""
-    from trainer import rng
     from trainer.evaluation.loading import ModelSource
+    from trainer.evaluation.strips import picture_of
 
     trained = ModelSource(checkpoint=checkpoint, device="cpu").load()
-    flow, shape = trained.flow, trained.shape
-    size = {"channels": shape.channels, "image_size": shape.size}
+    flow = trained.flow
+    euler = SamplerConfig(solver="euler", steps=steps)
+    sampler = trained.image_sampler(euler, seed=1, batch=images)
     seen: dict[float, Tensor] = {}
 
-    def watched(states: Bands, time: Tensor, labels: Tensor) -> Bands:
-        latents = _on_full_grid(states, flow.stages.scales)
-        seen[float(time[0])] = trained.codec.decode(latents)
-        velocity: Bands = trained.model(states, time, labels)
-        return velocity
+    def observe(time: float, states: Bands) -> None:
+        seen[time] = picture_of(sampler, states)
 
-    drawn = sample(
-        watched,
-        flow=flow,
-        config=SamplerConfig(solver="euler", steps=steps),
-        noise=rng.normals(1, "samples", first=0, count=images, size=flow.noise_size(**size)),
-        labels=torch.arange(images) % shape.classes,
-        null_label=shape.classes,
-        **size,
-    )
-    seen[1.0] = trained.codec.decode(drawn.images)
+    labels = torch.arange(images) % trained.shape.classes
+    noise = sampler.noise(first=0, count=images)
+    sampler.from_noise(trained.model, noise, labels, observe=observe)
     starts = [*flow.stages.activation_times, 1.0]
     wanted = [
         start + share * (end - start)

@@ -10,6 +10,7 @@ from trainer.cli.inpaint import InpaintConfig
 from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
 from trainer.cli.settings_page import format_value, kind_of
+from trainer.cli.track import ShipConfig
 from trainer.cli.ui import UiConfig
 from trainer.config.job import JobConfig
 from trainer.config.settings import MISSING, Setting, settings_of
@@ -27,6 +28,7 @@ COMMANDS: dict[str, type[Any]] = {
     "python -m trainer.checkpoints prune": PruneConfig,
     "python -m trainer.checkpoints export": ExportConfig,
     "python -m trainer.ui": UiConfig,
+    "python -m trainer.track ship": ShipConfig,
 }
 
 _HEAD = """\

@@ -1,14 +1,16 @@
 """Looks at licences, versions and files of what is installed: `make audit`.
 
-It asks nobody outside. It fails if a version is known to be bad or is not the pinned one, if a file
-is not the one that was installed, if a licence is unknown or forbids use beside this project's, or
-if README.md does not name a part that is LGPL or proprietary.
+It asks nobody outside. It fails if a version is known to be bad or is not the pinned one, if a
+package has other contents than the build that was tested, if a file is not the one that was
+installed, if a licence is unknown or forbids use beside this project's, or if README.md does not
+name a part that is LGPL or proprietary. `--write` notes what is installed here as tested.
 """
 
 import argparse
 import base64
 import csv
 import hashlib
+import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = "lapflow-trainer"
+TESTED = ROOT / "install/contents.txt"
+PLATFORM = ("CPython 3.11", "Linux", "x86_64")
+"""Where those contents are from; elsewhere what is compiled is another."""
+BUILT = ("torch", "torchvision", "deepspeed", "antlr4-python3-runtime")
+"""Of several builds under one version (ADR 18), or built where they are installed."""
 
 STATED = {
     "huey": "MIT",
@@ -120,6 +127,75 @@ def files(packages: Sequence[Distribution]) -> Iterator[str]:
     print(f"files     {len(recorded):>7} hashed")
 
 
+def contents(package: Distribution) -> str:
+    """Hash what a package has brought: the names and hashes of its files, by its own record.
+
+    What an installer adds or builds (commands, bytecode, the package's description) is left out,
+    so the same archive has the same contents wherever it is installed.
+    """
+    rows = csv.reader((package.read_text("RECORD") or "").splitlines())
+    kept = sorted(
+        f"{name} {hashed}"
+        for name, hashed, *_ in rows
+        if hashed and not name.startswith("../") and ".dist-info/" not in name
+    )
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+
+
+def builds(
+    packages: Sequence[Distribution], tested: str, place: tuple[str, ...] = PLATFORM
+) -> Iterator[str]:
+    """Give the packages whose contents are not those of a build that was tested.
+
+    Args:
+        packages: What is installed.
+        tested: Lines of `name==version contents`, several for a version of several builds.
+        place: What this platform is.
+    """
+    if place != PLATFORM:
+        print(f"contents        0 compared: they are known of {', '.join(PLATFORM)} alone")
+        return
+    known: dict[str, set[str]] = {}
+    for line in tested.splitlines():
+        if line and not line.startswith("#"):
+            pin, _, value = line.partition(" ")
+            known.setdefault(pin, set()).add(value)
+    found = {pin_of(each): each for each in packages if each.name != OWN}
+    compared = sorted(found.keys() & known.keys())
+    for pin in compared:
+        if contents(found[pin]) not in known[pin]:
+            yield (
+                f"{pin} has other contents than the build that was tested: look where it is from "
+                "(install/contents.txt)"
+            )
+    others = ", ".join(sorted(found.keys() - known.keys()))
+    print(f"contents  {len(compared):>7} compared, and not: {others}")
+
+
+def pin_of(package: Distribution) -> str:
+    """Return a package as it is pinned; a build's own suffix is no part of its version."""
+    return f"{canonicalize_name(package.name)}=={Version(package.version).public}"
+
+
+def note_contents(packages: Sequence[Distribution], pins: str, tested: str) -> str:
+    """Return the lines of what was tested, with what is installed here beside it.
+
+    Args:
+        packages: What is installed.
+        pins: The pinned versions; lines of no other are returned.
+        tested: The lines of before.
+    """
+    heading = [line for line in tested.splitlines() if line.startswith("#")]
+    pinned = {
+        f"{name}{pin.specifier}"
+        for pin, _ in requirements(pins)
+        if (name := canonicalize_name(pin.name)) not in BUILT
+    }
+    kept = {line for line in tested.splitlines() if line.partition(" ")[0] in pinned}
+    here = {f"{pin_of(each)} {contents(each)}" for each in packages if pin_of(each) in pinned}
+    return "\n".join([*heading, *sorted(kept | here)]) + "\n"
+
+
 def digest(path: Path, algorithm: str) -> str:
     """Hash a file, written as a package's record writes it."""
     with path.open("rb") as file:
@@ -129,10 +205,16 @@ def digest(path: Path, algorithm: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 1 if something is wrong."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(arguments)
+    )
+    parser.add_argument("--write", action="store_true", help="note what is installed as tested")
     packages = list(distributions())
+    if parser.parse_args(arguments).write:
+        pins = (ROOT / "constraints.txt").read_text()
+        TESTED.write_text(note_contents(packages, pins, TESTED.read_text()))
+        return 0
+    python = f"{platform.python_implementation()} {sys.version_info[0]}.{sys.version_info[1]}"
     wrong = [
         *licences(packages, (ROOT / "README.md").read_text()),
         *versions(
@@ -140,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (ROOT / "constraints.txt").read_text(),
             (ROOT / "install/known-bad.txt").read_text(),
         ),
+        *builds(packages, TESTED.read_text(), (python, platform.system(), platform.machine())),
         *files(packages),
     ]
     for line in wrong:

@@ -15,7 +15,7 @@ import torch
 from benchmarks import command
 from benchmarks.checkpoints.state import MIB, Saves, add_state, rank_state
 from benchmarks.interleaved import interleave
-from trainer.checkpoint.snapshot import host_buffer
+from trainer.host_memory import host_buffer
 from trainer.storage.local import LocalStore
 
 

@@ -9,8 +9,8 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
-from trainer.checkpoint.snapshot import host_buffer
 from trainer.host_group import HostGroup
+from trainer.host_memory import host_buffer
 from trainer.state import Fragment
 from trainer.storage.local import LocalStore
 

@@ -24,6 +24,6 @@ def test_the_job_runs_on_one_gpu_and_resumes(precision, tmp_path):
         assert second.wait() == 0, second.output
         assert "resumed after 6,400 images" in second.output
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        query = "SELECT max(value) FROM metrics WHERE key = 'memory_device_gib'"
+        query = "SELECT max(value) FROM metrics WHERE key = 'system/memory_device_gib'"
         ((peak_gib,),) = database.execute(query)
     assert peak_gib > 0

@@ -99,6 +99,47 @@ def test_changed_and_missing_files_are_found(tmp_path):
     assert [line.rpartition(" ")[2] for line in wrong] == ["changed", "gone"]
 
 
+def test_another_build_of_the_same_version_is_found(tmp_path):
+    """Its files are those of its own record, so nothing but its contents tells."""
+    for name in ("same", "other", "new"):
+        installed(tmp_path, name)
+    (tmp_path / "other.py").write_text("answer = 42\n\nimport antigravity\n")
+    heading, pins = "# What was tested\n", "same==1.0\nother==1.0\nnew==1.0\ngone==1.0\n"
+    tested = audit.note_contents(found(tmp_path), pins, heading)
+    assert tested.startswith(heading)
+    assert list(audit.builds(found(tmp_path), tested)) == []
+    tested = "".join(line for line in tested.splitlines(True) if not line.startswith("new"))
+    about = tmp_path / "other-1.0.dist-info/RECORD"
+    record = audit.digest(tmp_path / "other.py", "sha256")
+    about.write_text(f"other.py,{record},30\n")
+    assert list(audit.files(found(tmp_path))) == []
+    (wrong,) = audit.builds(found(tmp_path), tested)
+    assert wrong.startswith("other==1.0 has other contents than the build that was tested")
+    both = audit.note_contents(found(tmp_path), pins, tested)
+    assert list(audit.builds(found(tmp_path), both)) == []
+    assert both.count("other==1.0 ") == 2
+    assert list(audit.builds(found(tmp_path), tested, ("CPython 3.12", "Linux", "x86_64"))) == []
+
+
+def test_what_an_installer_adds_is_no_part_of_the_contents(tmp_path):
+    installed(tmp_path, "plain")
+    (plain,) = found(tmp_path)
+    before = audit.contents(plain)
+    with (tmp_path / "plain-1.0.dist-info/RECORD").open("a") as record:
+        record.write("../../../bin/plain,sha256=x,1\nplain-1.0.dist-info/INSTALLER,sha256=y,4\n")
+    assert audit.contents(plain) == before
+
+
+def test_contents_are_known_of_pinned_versions_and_of_no_others():
+    tested = (ROOT / "install/contents.txt").read_text()
+    known = {line.partition(" ")[0] for line in tested.splitlines() if not line.startswith("#")}
+    pins = {
+        f"{audit.canonicalize_name(pin.name)}{pin.specifier}" for pin, _ in audit.requirements(PINS)
+    }
+    assert known <= pins
+    assert len(known) > 0.9 * len(pins)
+
+
 def test_a_file_that_two_packages_install_is_one_of_theirs(tmp_path):
     shared = installed(tmp_path, "shared", "1.0")
     other = tmp_path / "other-1.0.dist-info"

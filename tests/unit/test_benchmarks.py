@@ -5,7 +5,16 @@ import json
 import pytest
 import torch
 
-from benchmarks import expert_matmul, gpu_training, prefix_attention, sampling, training_step
+from benchmarks import (
+    expert_matmul,
+    gpu_training,
+    prefix_attention,
+    restart,
+    sample_sets,
+    sampling,
+    tracking,
+    training_step,
+)
 from benchmarks.checkpoints import blocked, transfer
 from benchmarks.checkpoints import memory as save_memory
 from benchmarks.data import decoding, starting, streaming, waiting
@@ -29,9 +38,16 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
         (prefix_attention, [*TINY, "--pixels", "256", "--batch", "1", "--heads", "1"], 6),
         (expert_matmul, [*TINY, "--sizes", "S/2", "--scales", "2", "--batch", "2"], 3),
         (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),
+        (sample_sets, [*TINY_MODEL, "--steps", "2", "--samples", "3", "--batch", "2"], 4),
         (decoding, [*TINY, *FEW_IMAGES, "--decode-threads", "1,2"], 3 + decoding.has_turbo()),
         (waiting, [*TINY_MODEL, "--batch", "4", "--steps", "1"], 1),
         (blocked, TINY_MODEL, 2),
+        pytest.param(
+            tracking,
+            [*TINY_MODEL, "--batch", "6", "--updates", "2", "--every", "1", "--metrics", "3"],
+            2,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(transfer, TINY_MODEL, 4, marks=pytest.mark.slow),
         pytest.param(streaming, [*TINY, *FEW_IMAGES, "--samples", "8"], 2, marks=pytest.mark.slow),
         pytest.param(starting, [*TINY, *FEW_IMAGES, "--samples", "8"], 4, marks=pytest.mark.slow),
@@ -55,6 +71,27 @@ def test_the_command_prints_a_table_and_writes_its_rows(
         timed = [value for name, value in row.items() if name.endswith(("_s", "_ms"))]
         assert timed
         assert min(timed) > 0
+
+
+def test_a_restart_is_divided_by_what_the_launch_says():
+    lines = [
+        (11.0, "attempt 0: worker 1 died; the workers start again at once"),
+        (12.5, "attempt 1: 2 workers on 127.0.0.1 (host)"),
+        (13.0, "[9s] 2 of 2 workers have met"),
+        (17.0, "[13s] the model is there"),
+        # Nothing was saved, so no line tells of a restore.
+        (18.0, "[14s] the first batch is there; the first update takes longer"),
+        (18.5, "[14s] the first update is done"),
+    ]
+    blows = restart.Blows()
+    blows.add(10.0, lines)
+    blows.add(10.0, [(at + 1.0, line) for at, line in lines])
+    blows.add(10.0, [(at + 2.0, line) for at, line in lines])
+    assert blows.totals == [8.5, 9.5, 10.5]
+    row = blows.row()
+    parts = [row[f"{name}_s"] for name in ("noticed", "processes", "met", "model", "restored")]
+    assert parts == [2.0, 1.5, 0.5, 4.0, 0.0]
+    assert (row["batch_s"], row["update_s"], row["middle_s"]) == (1.0, 0.5, 9.5)
 
 
 @pytest.mark.slow

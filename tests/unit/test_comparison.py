@@ -10,6 +10,7 @@ from benchmarks import comparison
 from benchmarks.comparison import Arm, UnlikeRuns, as_json, as_markdown, check_alike, measure_arm
 from benchmarks.comparison_picture import draw_picture
 from tests.support.saved import manifest_of
+from tests.unit.trainer.measurements import real_figures
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
 
@@ -29,7 +30,7 @@ def report(run: str, images: int, frechet: float) -> CheckpointReport:
         images=images,
         real_images=50,
         network_evaluations=20.0,
-        distances=(Distance(features="random_conv", frechet=frechet, frechet_real_halves=0.1),),
+        distances=(Distance(features="random_conv", frechet=frechet, real=real_figures(0.1)),),
         measurement=Measurement(
             attempt="x",
             weights="ema",
@@ -112,3 +113,14 @@ def test_runs_of_an_arm_may_differ_in_their_seed_alone(monkeypatch):
     )
     with pytest.raises(UnlikeRuns, match=r"model\.depth: 1 -> 2"):
         measure_arm("arm", ["first", "deeper"], config)
+
+
+def test_arms_that_were_measured_otherwise_are_refused():
+    reports = [report("two-0", 1000, 2.0)]
+    reports[0] = replace(
+        reports[0], measurement=replace(reports[0].measurement, held_out_index="another")
+    )
+    other = replace(TWO, runs={"two-0": reports})
+    with pytest.raises(UnlikeRuns, match="two-0/checkpoints/000000001000 was measured with random"):
+        check_alike([ONE, other])
+    check_alike([ONE, TWO])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.house.measures import PACKAGES
 from tests.support.commands import GIVEN
+from trainer.cli.lapflow import COMMANDS
 from trainer.config.groups import members
 from trainer.config.settings import settings_of
 
@@ -85,11 +86,12 @@ def test_the_heading_of_the_placement_says_what_its_bars_show():
     for bar in panel.patches:
         row = bar.get_y()
         totals[row] = max(totals.get(row, 0.0), bar.get_x() + bar.get_width())
-    whole, sharded, again, both = (totals[row] for row in sorted(totals))
-    assert f"together {sharded - whole:+.1f} GiB" in panel.get_title()
-    assert panel.get_title().endswith(f"recompute {both - again:+.1f} GiB")
-    assert sharded > whole  # what the heading must not hide
-    assert both < again
+    whole, sharded, host, single = (totals[row] for row in sorted(totals))
+    saved, against_one = panel.get_title().splitlines()
+    assert f"together {sharded - whole:+.1f} GiB" in saved
+    assert saved.endswith(f"host {host - whole:+.1f} GiB")
+    assert against_one.endswith(f"{sharded - single:+.1f} GiB, and {host - single:+.1f} GiB")
+    assert whole > single > sharded > host
 
 
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
@@ -165,13 +167,14 @@ def shown(page: Path) -> str:
 def test_every_setting_that_a_page_names_exists(page):
     known = {each.key for kind in GIVEN for each in settings_of(kind)}
     streams = {"data.streams.prefix", "data.streams.weight"}
+    commands = {command.module for command in COMMANDS.values()}
     named = {
         name
         for name in NAMED.findall(shown(page))
         if not name.endswith((".md", ".py", ".json", ".yaml"))
         and not name.startswith("engine.deepspeed.")
     }
-    assert named - known - streams == set()
+    assert named - known - streams - commands == set()
     missing = {
         f"{group}={member}"
         for group, member in MEMBER.findall(shown(page))

@@ -7,8 +7,8 @@ import pytest
 
 WORKER = """
 import trainer.training.worker
-from trainer.engine.zero import _import_deepspeed
-_import_deepspeed()
+from trainer.engine.zero import import_deepspeed
+import_deepspeed()
 """
 DATA = """
 from pipelines.source import prepare_streaming

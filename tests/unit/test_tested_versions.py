@@ -51,7 +51,7 @@ def prove_peers():
 DOORS = {
     "ray": run_on_ray,
     "torch": prove_peers,
-    "deepspeed": zero._import_deepspeed,
+    "deepspeed": zero.import_deepspeed,
     "mosaicml-streaming": lambda: Source("s3://bucket/prefix", config=SourceConfig()),
 }
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 
+from models.ema import EmaConfig
 from models.flow.flow import Flow, FlowConfig
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig
-from models.transformer.lapflow import LapFlowTransformer, OnBuilt
+from models.transformer.lapflow import LapFlowTransformer, OnBuilt, no_op
 from pipelines.loading.loader import Batch
 from tests.support.loss_watch import watch
 from trainer.config.job import TrainConfig
@@ -31,7 +31,7 @@ from trainer.training.step import TrainStep
 FILE = Path(__file__).parent / "two_scales.json"
 
 _UPDATES, _BATCH, _SIZE, _CLASSES = 30, 32, 8, 10
-_RECORDED = ("loss/total", "loss/scale_0", "loss/scale_1", "gradient_norm")
+_RECORDED = ("loss/total", "loss/scale_0", "loss/scale_1", "optim/gradient_norm")
 
 
 def recorded() -> Curves:
@@ -68,6 +68,8 @@ def _model(on_built: OnBuilt) -> LapFlowTransformer:
 
 
 def _trained() -> Curves:
+    from sklearn.datasets import load_digits
+
     torch.manual_seed(0)
     flow = Flow(FlowConfig(scales=2))
     optim = OptimConfig(learning_rate=3e-3, clip_norm=1.0, warmup_images=4 * _BATCH)
@@ -75,8 +77,10 @@ def _trained() -> Curves:
     step = TrainStep(
         engine=PlainEngine(
             _model,
+            arrange=no_op,
             shards=ExpertShards(exchanges={}),
             optim=optim,
+            ema=EmaConfig(),
             grad_accum_steps=2,
             device=torch.device("cpu"),
         ),

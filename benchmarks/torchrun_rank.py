@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cluster.contract import Message, WorkerContext
+from cluster.contract import WorkerContext
 from trainer.config import paths
 from trainer.config.composition import compose_job
 from trainer.config.job import JobConfig
@@ -53,7 +53,8 @@ def _train(job: JobConfig, rank: int, world_size: int, lease: Lease | None) -> N
         attempt=0,
         device="cpu",
         stop_requested=begun.is_set,
-        report=_report,
+        report=lambda message: None,
+        log=lambda level, text: _say(text),
         advance=lambda images: begun.set(),
     )
     payload = {
@@ -62,11 +63,6 @@ def _train(job: JobConfig, rank: int, world_size: int, lease: Lease | None) -> N
         "tracker_file": file_number(job.tracking, str(paths.home(job))),
     }
     train_worker(context, payload)
-
-
-def _report(message: Message) -> None:
-    if message.get("kind") == "phase":
-        _say(message["text"])
 
 
 def _say(line: str) -> None:

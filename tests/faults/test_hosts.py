@@ -227,9 +227,10 @@ with lab() as made:
 """
 
 
-def machine() -> tuple[set[str], str]:
-    """This machine's interfaces and mounts."""
-    return set(psutil.net_if_addrs()), Path("/proc/mounts").read_text()
+def machine() -> tuple[set[str], set[str]]:
+    """This machine's interfaces and mounts, but for the disks of tests that run beside this one."""
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return set(psutil.net_if_addrs()), {line for line in mounts if "/pytest-of-" not in line}
 
 
 @pytest.mark.parametrize("end", ["leave", "stay"])

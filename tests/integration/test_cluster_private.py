@@ -101,7 +101,8 @@ def watch(driver: subprocess.Popen[str]) -> Transcript:
             listening = {address for process in family for address in listening_on(process)}
             os.killpg(driver.pid, signal.SIGINT)
     _, errors = driver.communicate()
-    _, left = psutil.wait_procs(family, timeout=2)
+    # The system may take its time over the dead; what goes on is never dead.
+    _, left = psutil.wait_procs(family, timeout=TIMEOUT_S / 4)
     return Transcript(
         exit_code=driver.returncode, said=said, errors=errors, listening=listening, left=left
     )

@@ -1,47 +1,30 @@
 """What happens to a run on a real Ray cluster when its workers, its nodes or its driver are lost.
 
-The workers count images, save what they counted to a file, and do to themselves what the payload
-says. One cluster serves all tests.
+One cluster serves all tests.
 """
 
-import math
-import os
 import re
-import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from cluster import ray_mailbox, ray_spares
-from cluster.contract import (
-    ClusterConfig,
-    Line,
-    LostWorkers,
-    Message,
-    Outcome,
-    Payload,
-    WorkerContext,
-)
+from cluster.contract import Message
 from cluster.failure import WorkerFailed
-from cluster.launcher import run
 from cluster.ray_nodes import avoiding
+from tests.support.counting_run import BATCH, INTERVAL, LIMIT_S, Story, launch, warm_up
 from tests.support.ray_cluster import HOST, RayCluster, ray_cluster
 
 pytestmark = pytest.mark.slow
 
 OTHER, NEW, NEWER, SPARE = "127.0.0.3", "127.0.0.4", "127.0.0.5", "127.0.0.6"
-BATCH, INTERVAL = 10, 50
-LIMIT_S = 540
 
 
 @pytest.fixture(scope="module")
@@ -52,145 +35,6 @@ def cluster() -> Iterator[RayCluster]:
     ):
         patch.setenv("RAY_AUTH_MODE", cluster.environment["RAY_AUTH_MODE"])
         yield cluster
-
-
-WARMED: list[None] = []
-
-
-def warm_up() -> None:
-    """What processes do before they get their work."""
-    WARMED.append(None)
-
-
-def count(context: WorkerContext, payload: Payload) -> None:
-    """Counts images to the end of the run, or until all ranks know of a wish to stop."""
-    import torch
-    import torch.distributed as dist
-
-    saved = Path(payload["saved"])
-    images = int(saved.read_text()) if saved.exists() else 0
-    dist.barrier()
-    here = {"pid": os.getpid(), "warmed": len(WARMED)}
-    context.report({"attempt": context.attempt, "from": images, "rank": context.rank, **here})
-
-    def save() -> None:
-        dist.barrier()
-        if context.rank == 0:
-            saved.write_text(str(images))
-            context.keep(images)
-
-    limit = time.monotonic() + LIMIT_S
-    # What is to happen to a run has happened before its last attempt, which need not be slow.
-    is_last = context.attempt >= payload.get("last_attempt", math.inf)
-    while images < payload["total"]:
-        assert time.monotonic() < limit
-        time.sleep(0.0 if is_last else payload.get("step_s", 0.0))
-        images += BATCH
-        context.advance(images)
-        if images % INTERVAL == 0:
-            save()
-        hurt(context, payload.get("faults", {}), images, limit)
-        if "bad" in payload:
-            be_bad(context, Path(payload["bad"]), images)
-        stop = torch.tensor([float(context.stop_requested())])
-        dist.all_reduce(stop, op=dist.ReduceOp.MAX)
-        if stop.item():
-            context.report({"left": images, "grace_s": context.grace_s()})
-            save()
-            return
-
-
-def hurt(context: WorkerContext, faults: dict[str, str], images: int, limit: float) -> None:
-    """Does what is to happen after so many images, to rank 1."""
-    sys.stdout.write(f"printed {images} in attempt {context.attempt}\n")
-    context.log("INFO", f"logged {images} in attempt {context.attempt}")
-    if context.rank != 1 or (fault := faults.get(f"{context.attempt}:{images}")) is None:
-        return
-    while fault.startswith("/"):  # a file to wait for
-        assert time.monotonic() < limit
-        if Path(fault).exists():
-            break
-        time.sleep(0.1)
-    if fault == "raise":
-        raise KeyError("no such colour")
-    print("the colour is red", file=sys.stderr)  # noqa: T201 - what users do
-    context.log("WARNING", "the end is near")
-    if fault == "end":
-        context.end(75)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def be_bad(context: WorkerContext, bad: Path, images: int) -> None:
-    """Marks rank 1's node as bad, and fails there ever after; for the second time when told."""
-    import ray
-
-    here = ray.util.get_node_ip_address()
-    if (context.attempt, context.rank) == (0, 1):
-        bad.write_text(here)
-    if not bad.exists() or here != bad.read_text():
-        return
-    while context.attempt > 0 and not bad.with_name("bad again").exists():
-        time.sleep(0.1)
-    raise RuntimeError(f"this node fails after {images} images too")
-
-
-@dataclass
-class Story:
-    """What a run told."""
-
-    messages: list[Message] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    lost: list[LostWorkers] = field(default_factory=list)
-
-    def take(self, line: Line) -> None:
-        self.lines.append(str(line))
-
-    def lose(self, lost: LostWorkers) -> None:
-        self.lost.append(lost)
-
-    def starts(self) -> list[int]:
-        """From where each attempt went on."""
-        return [one["from"] for one in self.messages if one.get("rank") == 0 and "from" in one]
-
-    def line(self, pattern: str) -> str:
-        """The line of that pattern."""
-        (found,) = [line for line in self.lines if re.search(pattern, line)]
-        return found
-
-
-def launch(
-    cluster: RayCluster,
-    story: Story,
-    payload: dict[str, Any],
-    *,
-    watch: Callable[[Message], None] = lambda message: None,
-    look: Callable[[str], None] = lambda line: None,
-    fewer: dict[int, int] | None = None,
-    warm_up: Callable[[], None] | None = None,
-    **settings: Any,
-) -> Outcome:
-    def take(message: Message) -> None:
-        story.messages.append(message)
-        watch(message)
-
-    def tell(line: str) -> None:
-        story.lines.append(line)
-        sys.stdout.write(f"{line}\n")
-        look(line)
-
-    config = ClusterConfig(workers=2, gpus_per_worker=0, address=cluster.address, **settings)
-    stop = threading.Event()
-    return run(
-        config,
-        count,
-        payload,
-        on_message=take,
-        report=tell,
-        listener=story,
-        stop=stop,
-        fewer=fewer or {},
-        warm_up=warm_up,
-    )
 
 
 def test_failures_with_new_checkpoints_between_them_never_end_a_run(

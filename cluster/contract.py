@@ -67,6 +67,9 @@ class ClusterConfig:
         spares: Ray only. Whether each node keeps as many processes as it may have to run workers,
             with everything imported, for a faster restart: some 400 MiB of memory for each. `auto`
             does on a cluster that is joined, and not on a private one.
+        beside_cpus: Ray only. Cores of what runs beside the workers, such as an evaluation with
+            `eval.during.where=beside`.
+        beside_gpus: Ray only. Its GPUs; `auto` is one where workers have one.
         scratch_dir: Parent of the run's temporary directory (Ray's sessions and logs); None is the
             system's. Keep it short: Ray puts sockets there, whose paths may have 107 characters.
         hardware: What the nodes are made of, to plan with.
@@ -88,6 +91,8 @@ class ClusterConfig:
     shrink_after_s: float = 30.0
     grow: Literal["checkpoint", "now", "never"] = "checkpoint"
     spares: bool | Literal["auto"] = "auto"
+    beside_cpus: int = 1
+    beside_gpus: int | Literal["auto"] = "auto"
     scratch_dir: str | None = field(default=None, metadata={"place": "path"})
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
@@ -99,6 +104,7 @@ class ClusterConfig:
         for name, lowest in (
             ("workers", 1),
             ("cpus_per_worker", 1),
+            ("beside_cpus", 1),
             ("max_failures", 0),
             ("max_failures_in_place", 0),
             ("max_failures_of_node", 0),
@@ -119,25 +125,29 @@ class ClusterConfig:
             raise ClusterConfigError(
                 f"cluster.grow is {self.grow!r}; it must be 'checkpoint', 'now' or 'never'."
             )
-        for name in ("shrink_after_s", "preflight_s"):
-            if not getattr(self, name) >= 0:
-                raise ClusterConfigError(
-                    f"cluster.{name} is {getattr(self, name)!r}; it must not be negative."
-                )
         if self.spares not in (True, False, "auto"):
             raise ClusterConfigError(
                 f"cluster.spares is {self.spares!r}; it must be true, false or 'auto'."
             )
-        if self.gpus_per_worker not in (0, 1, "auto"):
-            raise ClusterConfigError(
-                f"cluster.gpus_per_worker is {self.gpus_per_worker!r}; a worker drives one device, "
-                "so it must be 0, 1 or 'auto'. Use more workers for more GPUs."
-            )
-        for name in ("start_timeout_s", "room_timeout_s"):
-            if not getattr(self, name) > 0:
+        for name, advice in (
+            ("gpus_per_worker", "use more workers for more GPUs"),
+            ("beside_gpus", "what runs beside them uses no more"),
+        ):
+            if getattr(self, name) not in (0, 1, "auto"):
                 raise ClusterConfigError(
-                    f"cluster.{name} is {getattr(self, name)!r}; it must be positive."
+                    f"cluster.{name} is {getattr(self, name)!r}; a process drives one device, so "
+                    f"it must be 0, 1 or 'auto': {advice}."
                 )
+        for name, may_be_zero in (
+            ("shrink_after_s", True),
+            ("preflight_s", True),
+            ("start_timeout_s", False),
+            ("room_timeout_s", False),
+        ):
+            value = getattr(self, name)
+            if not (value >= 0 if may_be_zero else value > 0):
+                must = "not be negative" if may_be_zero else "be positive"
+                raise ClusterConfigError(f"cluster.{name} is {value!r}; it must {must}.")
         if not _NO_ADDRESS.isdisjoint(self.address):
             is_plain = {"@", "?", "#"}.isdisjoint(self.address)  # what passwords come with
             raise ClusterConfigError(
@@ -231,6 +241,38 @@ def _no_limit() -> float | None:
     return None
 
 
+class BesideFailed(RuntimeError):
+    """What was run beside the workers raised, or its process was lost; the message says which."""
+
+
+class BesideTask(Protocol):
+    """A function that runs, or waits for room to run, beside the workers."""
+
+    def has_begun(self) -> bool:
+        """Whether it had room to begin."""
+        ...
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for its end, but no longer than so; whether it has ended."""
+        ...
+
+    def result(self) -> Payload:
+        """What it returned, once it has ended.
+
+        Raises:
+            BesideFailed: It raised, or was lost.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Ends it, wherever it is."""
+        ...
+
+
+Beside: TypeAlias = Callable[[Callable[[Payload], Payload], Payload], BesideTask]
+"""Has an importable function run beside the workers, with plain data, on resources of its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
     """What a worker knows about its place in the run.
@@ -253,6 +295,8 @@ class WorkerContext:
         complete: Tells that the work is at its end, and not only interrupted as was asked for.
         log: Takes a line for the caller's log, in which it arrives even if this process dies next.
         end: Ends this process at once, with an exit code that the caller is told.
+        beside: Has something run on `cluster.beside_cpus` and `cluster.beside_gpus`, until this
+            process ends at the latest; None where the workers have no cluster but a machine.
     """
 
     rank: int
@@ -269,6 +313,7 @@ class WorkerContext:
     complete: Callable[[], None] = _do_nothing
     log: Callable[[Level, str], None] = _lose
     end: Callable[[int], None] = os._exit
+    beside: Beside | None = None
 
 
 Worker: TypeAlias = Callable[[WorkerContext, Payload], None]

@@ -139,7 +139,9 @@ def _init(config: ClusterConfig, scratch: Path) -> None:
     ):
         ray.init(
             address="local",
-            num_cpus=max(config.workers * config.cpus_per_worker, os.cpu_count() or 1),
+            num_cpus=max(
+                config.workers * config.cpus_per_worker + config.beside_cpus, os.cpu_count() or 1
+            ),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,

@@ -29,6 +29,7 @@ from cluster.assignment import (
     require_room,
 )
 from cluster.contract import (
+    Beside,
     Caller,
     ClusterConfig,
     ClusterTooSmall,
@@ -38,6 +39,7 @@ from cluster.contract import (
     has_spares,
 )
 from cluster.node_check import NodeCheck, check_this_machine
+from cluster.ray_beside import RayBeside
 from cluster.ray_controller import Trainer
 from cluster.ray_gate import NodeGate
 from cluster.ray_leaving import LeaveWatch
@@ -103,7 +105,8 @@ def run(
         gate = _open_gate(config, check, sizes, connected, mailbox=mailbox, caller=caller)
         if not _wait_for_room(config, sizes[0], caller, gate):
             return Outcome(status="stopped")
-        loop = _loop(worker, payload, mailbox, gpu=gpus > 0)
+        beside = RayBeside(config, gpus_per_worker=gpus)
+        loop = _loop(worker, payload, mailbox, gpu=gpus > 0, beside=beside)
         fit = TrainThread(_trainer(config, sizes, loop, mailbox, connected, warm_up=warm_up))
         fit.start()
         number = " to ".join(map(str, sorted({sizes[0].workers, sizes[-1].workers})))
@@ -146,11 +149,13 @@ def _leave_watch(
     return LeaveWatch(sizes, grow=config.grow, is_fit=gate.is_fit)
 
 
-def _loop(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> Callable[[], None]:
+def _loop(
+    worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool, beside: Beside
+) -> Callable[[], None]:
     # A closure and not Ray Train's train_loop_config: the controller would unpickle that, and
     # import the worker's module with all that it needs.
     def loop() -> None:
-        work(worker, payload, mailbox, gpu=gpu)
+        work(worker, payload, mailbox, gpu=gpu, beside=beside)
 
     return loop
 

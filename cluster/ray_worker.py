@@ -21,7 +21,7 @@ import ray.train
 import ray.train.collective
 from ray.train.backend import Backend, BackendConfig
 
-from cluster.contract import Message, Payload, Worker, WorkerContext
+from cluster.contract import Beside, Message, Payload, Worker, WorkerContext
 from cluster.failure import Failure, exit_failure, run_worker
 from cluster.process_group import RankInfo, Rendezvous, join, listen, new_secret
 from cluster.ray_ear import Board, Ear
@@ -170,7 +170,7 @@ def device(*, gpu: bool) -> str:
     return str(get_device())
 
 
-def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> None:
+def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool, beside: Beside) -> None:
     """Runs the worker function, in the thread that Ray Train calls, and tells the driver its end.
 
     Args:
@@ -178,6 +178,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         payload: Its payload.
         mailbox: Where to tell and to ask.
         gpu: Whether this worker has a GPU.
+        beside: Runs something beside the workers.
 
     Raises:
         RuntimeError: The worker failed, and Ray Train should start all of them again.
@@ -205,6 +206,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool) -> No
         complete=ear.note_completion,
         log=voice.tail.log,
         end=voice.end,
+        beside=beside,
     )
     failure = run_worker(worker, context, payload)
     leaves = ear.has_interrupted()

@@ -131,7 +131,7 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
         return None
     key = evaluation_key(job.run, newest.images, "report.json")
     report = read_or_set_aside(store, key, EvaluationReport)
-    if report is None or report.settings != to_dict(job.eval):
+    if report is None or _of_the_end(report.settings) != _of_the_end(to_dict(job.eval)):
         return None
     told = report.origin
     reference = told.held_out_index  # a file is known by its place, which is among the settings
@@ -145,6 +145,11 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
         store.uri(key),
     )
     return None
+
+
+def _of_the_end(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of the settings of an evaluation what concerns other checkpoints than the last."""
+    return {name: value for name, value in settings.items() if name != "during"}
 
 
 def _summary(

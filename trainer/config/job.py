@@ -105,6 +105,25 @@ class FeatureConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DuringConfig(Checked):
+    """Evaluation while training goes on.
+
+    Attributes:
+        every_images: How often a checkpoint is saved and measured; 0 is never. The end is measured
+            in any case.
+        where: "inline" has all ranks measure it, and training wait for them. "beside" has a task on
+            the Ray cluster do so, on `cluster.beside_cpus` and `cluster.beside_gpus` of its own,
+            while training goes on.
+        samples: Images drawn each time; None is `eval.samples`, so that the end of the run ends the
+            same curve.
+    """
+
+    every_images: Annotated[int, Field(ge=0)] = 0
+    where: Literal["inline", "beside"] = "inline"
+    samples: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(Checked):
     """What is sampled and measured.
 
@@ -118,6 +137,7 @@ class EvalConfig(Checked):
             ("train"), or a file of statistics as ADM's evaluation reads them (`FILE.npz`, also in
             `s3://…`).
         features: Feature extractor of the Fréchet distance.
+        during: What is measured of checkpoints before the end.
         classifier: Train a classifier on the real images and let it read the samples; meant for
             small images, which it holds in memory.
         grid_interval_images: How often a sample grid is drawn during training; 0 is never.
@@ -131,6 +151,7 @@ class EvalConfig(Checked):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     reference: Literal["train", "test"] | str = field(default="test", metadata={"place": "uri"})
     features: FeatureConfig = field(default_factory=FeatureConfig)
+    during: DuringConfig = field(default_factory=DuringConfig)
     classifier: bool = False
     grid_interval_images: Annotated[int, Field(ge=0)] = 0
     grid_columns: Annotated[int, Field(ge=1)] = 10

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from pipelines.domains import Checked
 from pipelines.order import StreamConfig
@@ -25,13 +26,15 @@ from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.grid import MAX_PICTURES_BYTES, TakenSamples, class_grid, grid_png
 from trainer.evaluation.loading import ModelSource, SamplerChoice, usable_device
 from trainer.evaluation.model_record import ModelRecord, own_eval
-from trainer.evaluation.reference import reference_of_run
+from trainer.evaluation.reference import EvalReference, reference_of_run
 from trainer.evaluation.reports import (
     CheckpointReport,
+    Measured,
     Measurement,
     evaluation_key,
     reference_kind,
 )
+from trainer.evaluation.samples import ImageSampler
 from trainer.storage.errors import CheckpointError, StoreError
 from trainer.storage.kept import read_or_set_aside, set_aside
 from trainer.storage.open import open_store
@@ -228,43 +231,119 @@ class _Evaluation:
         """Draw and measure in parts, of which no more is kept than is written."""
         uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
         loaded = replace(self._config, checkpoint=uri).load(precision="run")
-        asked, reference = self._asked, self._reference
-        labels = torch.arange(asked.samples) % loaded.shape.classes
-        chosen, columns = class_grid(len(labels), classes=loaded.shape.classes)
-        image_sampler = loaded.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch)
-        taken = TakenSamples(
-            picture_bytes=image_sampler.picture_bytes,
-            shown=chosen,
-            max_bytes=MAX_PICTURES_BYTES if self._config.write_samples else 0,
+        asked = self._asked
+        logger.info("drawing and measuring %d images on %s", asked.samples, loaded.device)
+        measured = measure_model(
+            loaded.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch),
+            loaded.model,
+            self._reference,
+            samples=asked.samples,
+            max_picture_bytes=MAX_PICTURES_BYTES if self._config.write_samples else 0,
         )
-        logger.info("drawing and measuring %d images on %s", len(labels), loaded.device)
-        measured = reference.measure(image_sampler, loaded.model, labels, keep=taken)
-        report = CheckpointReport(
+        pictures = {"grid.png": measured.grid()}
+        if self._config.write_samples:
+            pictures["samples.npz"] = measured.taken.npz()
+        return pictures, measured.report(
+            self._reference,
             checkpoint=uri,
             run=manifest.run,
             images=manifest.images,
-            real_images=reference.real_images,
-            unusable_real_images=reference.unusable_real_images,
-            network_evaluations=sum(measured.nfe),
-            distances=measured.distances,
             measurement=measurement,
         )
-        pictures = {"grid.png": grid_png(taken.grid(), columns=columns)}
-        if self._config.write_samples:
-            pictures["samples.npz"] = taken.npz()
-        return pictures, report
 
     def _measurement(self, manifest: Manifest) -> Measurement:
-        return Measurement(
-            attempt=manifest.attempt,
-            weights=self._config.weights,
-            samples=self._asked.samples,
-            seed=self._asked.seed,
-            sampler=asdict(self._asked.sampler),
-            extractors=self._reference.digests,
-            held_out_index=self._reference.digest,
-            reference=reference_kind(self._asked.reference),
+        return measurement_of(
+            self._asked, self._reference, attempt=manifest.attempt, weights=self._config.weights
         )
+
+
+def measurement_of(
+    asked: EvalConfig, reference: EvalReference, *, attempt: str, weights: str
+) -> Measurement:
+    """Return what decides the figures of a checkpoint; a collective call.
+
+    Args:
+        asked: What is drawn and measured.
+        reference: Real images and extractors.
+        attempt: The checkpoint's own random name.
+        weights: Which of its weights.
+    """
+    return Measurement(
+        attempt=attempt,
+        weights=weights,
+        samples=asked.samples,
+        seed=asked.seed,
+        sampler=asdict(asked.sampler),
+        extractors=reference.digests,
+        held_out_index=reference.digest,
+        reference=reference_kind(asked.reference),
+    )
+
+
+class MeasuredModel(NamedTuple):
+    """Samples of a model that were measured; what they show is on the first rank alone."""
+
+    figures: Measured
+    """Their figures."""
+    taken: TakenSamples
+    """Those that were kept."""
+    columns: int
+    """Of the grid."""
+
+    def grid(self) -> bytes:
+        """Return some of them as a picture."""
+        return grid_png(self.taken.grid(), columns=self.columns)
+
+    def report(
+        self,
+        reference: EvalReference,
+        *,
+        checkpoint: str,
+        run: str,
+        images: int,
+        measurement: Measurement,
+    ) -> CheckpointReport:
+        """Put the figures beside what they are of; see `CheckpointReport`."""
+        return CheckpointReport(
+            checkpoint=checkpoint,
+            run=run,
+            images=images,
+            real_images=reference.real_images,
+            unusable_real_images=reference.unusable_real_images,
+            network_evaluations=sum(self.figures.nfe),
+            distances=self.figures.distances,
+            measurement=measurement,
+        )
+
+
+def measure_model(
+    image_sampler: ImageSampler,
+    model: nn.Module,
+    reference: EvalReference,
+    *,
+    samples: int,
+    max_picture_bytes: int = 0,
+) -> MeasuredModel:
+    """Draw samples, classes in equal parts, and measure them; a collective call.
+
+    Args:
+        image_sampler: Decides the samples.
+        model: Velocity model.
+        reference: Real images, extractors, and the ranks that draw.
+        samples: How many.
+        max_picture_bytes: How much of them is kept as pictures, beside those of the grid.
+
+    Raises:
+        SolverError, FrechetError, DataError: As `EvalReference.measure` does.
+    """
+    classes = image_sampler.shape.classes
+    labels = torch.arange(samples) % classes
+    chosen, columns = class_grid(samples, classes=classes)
+    taken = TakenSamples(
+        picture_bytes=image_sampler.picture_bytes, shown=chosen, max_bytes=max_picture_bytes
+    )
+    figures = reference.measure(image_sampler, model, labels, keep=taken)
+    return MeasuredModel(figures, taken, columns)
 
 
 def _job(

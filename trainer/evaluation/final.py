@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from trainer.config.job import EvalConfig
+from cluster.contract import WorkerContext
+from models.codec import Codec
+from models.flow.flow import Flow
+from trainer.config.job import EvalConfig, JobConfig
+from trainer.config.shapes import flow_shape
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.extractors import run_on_all
@@ -18,6 +22,7 @@ from trainer.evaluation.learned_features import LabelAgreement, join_batches, la
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import EvaluationReport, Origin, evaluation_key
 from trainer.evaluation.samples import ImageSampler
+from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import Store
@@ -164,3 +169,47 @@ class FinalEvaluation:
             held_out=join_batches(self.reference.held_out),
             samples=join_batches(taken.whole),
         )
+
+
+def final_evaluation(
+    job: JobConfig,
+    context: WorkerContext,
+    *,
+    flow: Flow,
+    codec: Codec,
+    device: torch.device,
+    trained_on: str,
+) -> FinalEvaluation:
+    """Make the evaluation of a run's end; a collective call.
+
+    Args:
+        job: The configuration.
+        context: This rank.
+        flow: The flow between noise and images.
+        codec: Between images and what the flow works on.
+        device: Where this rank computes.
+        trained_on: SHA-256 of the index of the training images.
+    """
+    config = job.eval
+    return FinalEvaluation(
+        config=config,
+        image_sampler=ImageSampler(
+            flow=flow,
+            sampler=config.sampler,
+            shape=flow_shape(job.data, job.codec),
+            codec=codec,
+            seed=config.seed,
+            batch=config.batch,
+            device=device,
+        ),
+        reference=EvalReference(
+            job=job,
+            context=context,
+            ranks=HostGroup(),
+            trained_on=trained_on,
+            features=(config.features.name,),
+            inception_weights=config.features.inception_weights,
+            samples=config.samples,
+            reference=config.reference,
+        ),
+    )

@@ -243,12 +243,20 @@ class ImageSampler:
     def _agreed_block(
         self, ranks: HostGroup, model: nn.Module, labels: Tensor, first: int, size: int
     ) -> SampleBlock:
-        """Draw a block on each rank, or raise on all of them: none waits for one that has left."""
+        """Draw a block on each rank, or raise on all of them: none waits for one that has left.
+
+        Raises:
+            SolverError: The solver comes to no end on some rank, or its device has no memory left.
+        """
         own, mistake = None, ""
         try:
             own = self.block(model, labels[first : first + size], first=first, size=size)
         except SolverError as error:
             mistake = str(error)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()  # what it had got is for training again
+            why = str(error).partition("\n")[0]
+            mistake = f"{size} images at once do not fit into memory; lower eval.batch ({why})"
         if (told := ranks.first_mistake(mistake)) or own is None:
             raise SolverError(told)
         return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 _BEST = "best"
@@ -63,13 +64,16 @@ class RunModels:
         return str(found[0].model_id) if found else None
 
     def rank(self, model_id: str, *, figure: str, value: float, protocol: str) -> None:
-        """Give a model the alias `best` in the registry, unless another one has a lower figure.
+        """Give the model of the lowest figure the alias `best` in the registry.
+
+        Figures of one name and one protocol are compared: those that most models have, of equally
+        many this one's.
 
         Args:
-            model_id: The model.
-            figure: Name of the figure; others are not compared with it.
+            model_id: The model that was measured.
+            figure: Name of the figure.
             value: What the model has.
-            protocol: How it was measured; figures of others are not compared with it either.
+            protocol: How it was measured.
         """
         client, name = self._client, self._registered()
         versions = client.search_model_versions(f"name = '{name}'")
@@ -86,13 +90,17 @@ class RunModels:
             )
         client.set_model_version_tag(name, mine.version, figure, repr(value))
         client.set_model_version_tag(name, mine.version, f"{figure}{_PROTOCOL}", protocol)
-        ranked = [
-            each
-            for each in versions
-            if figure in each.tags and each.tags.get(f"{figure}{_PROTOCOL}") == protocol
-        ]
-        values = {each.version: float(each.tags[figure]) for each in ranked}
-        values[mine.version] = value
+        own = figure, protocol
+        curves: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        curves[own][mine.version] = value
+        for each in versions:
+            for tag, told in each.tags.items():
+                measured = tag.removesuffix(_PROTOCOL)
+                # What this one had before may have been measured otherwise.
+                is_before = (each.version, measured) == (mine.version, figure)
+                if tag.endswith(_PROTOCOL) and measured in each.tags and not is_before:
+                    curves[measured, told][each.version] = float(each.tags[measured])
+        values = curves[max(curves, key=lambda curve: (len(curves[curve]), curve == own))]
         best = min(values, key=lambda version: values[version])
         client.set_registered_model_alias(name, _BEST, best)
 

@@ -222,6 +222,11 @@ class MlflowRun:
         for entry in entries:
             for name, value in entry.point().values.items():
                 step, time_ms, there = newest.get(name, (-1, -1, 0.0))
+                if entry.kind == "measured" and entry.images < step:
+                    # Measured beside training, it may come late.
+                    if not self._has_point(name, entry.images):
+                        fresh.append(Metric(name, value, entry.time_ms, entry.images, model_id))
+                    continue
                 is_anew = entry.kind == "measured" and entry.images == step and value != there
                 if entry.images > step:
                     step = entry.images
@@ -232,6 +237,10 @@ class MlflowRun:
         if fresh:
             self._client.log_batch(self.run_id, metrics=fresh)
         self._newest = newest
+
+    def _has_point(self, name: str, step: int) -> bool:
+        told = self._client.get_metric_history(self.run_id, name)
+        return any(point.step == step for point in told)
 
     def _send_picture(self, entry: Entry) -> None:
         from PIL import Image

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -369,22 +369,34 @@ class LossWatch:
         )
 
 
+class AfterSave(Protocol):
+    """Does something with a state that is being saved."""
+
+    def __call__(self, images: int, *, is_begun: bool) -> None:
+        """Take how many images were seen, and whether the save has begun; a collective call."""
+        ...
+
+
 class PeriodicSave:
-    """Saves when the interval is due; a collective call.
+    """Saves when an interval is due; a collective call.
 
     Args:
-        save: Writes a checkpoint of the state as it is now.
-        interval_images: How often; 0 is never.
+        save: Writes a checkpoint of the state as it is now; tells whether that has begun.
+        intervals_images: How often, for one reason or the other; 0 is never.
+        after_save: Called after it.
     """
 
-    def __init__(self, save: Callable[[], object], *, interval_images: int) -> None:
+    def __init__(
+        self, save: Callable[[], bool], *, intervals_images: Sequence[int], after_save: AfterSave
+    ) -> None:
         self._save = save
-        self._interval_images = interval_images
+        self._intervals_images = intervals_images
+        self._after_save = after_save
 
     def after_update(self, report: UpdateReport) -> None:
         """Save if it is time."""
-        if due(report.images_before, report.images, self._interval_images):
-            self._save()
+        if any(due(report.images_before, report.images, each) for each in self._intervals_images):
+            self._after_save(report.images, is_begun=self._save())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

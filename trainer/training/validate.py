@@ -35,6 +35,7 @@ def validate(job: JobConfig) -> None:
     _check_codec(job)
     _check_shapes(job)
     _check_engine(job)
+    _check_during(job)
     if job.data.prepare == "digits" and (job.data.image_size, job.data.channels) != (8, 1):
         raise ConfigError(
             f"data.prepare=digits makes grey images of 8 x 8 pixels, but data.image_size="
@@ -93,6 +94,15 @@ def _check_engine(job: JobConfig) -> None:
             f"rank, but with {cause} all ranks need one another in each; use a solver with fixed "
             "steps here (euler, midpoint, heun, ab2), and python -m trainer.evaluate, which holds "
             "the whole model in one process, for dopri5 on the finished checkpoint"
+        )
+
+
+def _check_during(job: JobConfig) -> None:
+    during = job.eval.during
+    if during.every_images and during.where == "beside" and job.cluster.backend != "ray":
+        raise ConfigError(
+            f"eval.during.where=beside needs a task on a Ray cluster, but cluster.backend="
+            f"{job.cluster.backend}; set eval.during.where=inline, or cluster.backend=ray"
         )
 
 

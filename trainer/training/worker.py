@@ -26,6 +26,7 @@ from trainer.autoencoder.codec import load_codec
 from trainer.checkpoint.agreement import Agreement
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
+from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
 from trainer.config.job import JobConfig, config_fingerprint, micro_batch, science, with_workers
 from trainer.config.reading import from_dict
@@ -34,10 +35,9 @@ from trainer.data.loading import return_large_blocks, training_loader
 from trainer.data.splits import Split, open_split
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
-from trainer.evaluation.final import FinalEvaluation, Publisher
-from trainer.evaluation.reference import EvalReference
+from trainer.evaluation.during import MeasuredCheckpoints
+from trainer.evaluation.final import FinalEvaluation, Publisher, final_evaluation
 from trainer.evaluation.reports import frechet_scores
-from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.log_lines import forward_logs
 from trainer.metrics.buffer import MetricBuffer
@@ -48,6 +48,7 @@ from trainer.storage.lease import Fence, Lease
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
 from trainer.training.assembly import build_run_engine
+from trainer.training.evaluating import Evaluations, evaluations_of
 from trainer.training.goodput import TimeTeller
 from trainer.training.goodput_curve import draw_goodput
 from trainer.training.hooks import Hook, LossWatch, PeriodicSave, Progress, SampleGrids, Throughput
@@ -99,12 +100,31 @@ def _train(run: Run) -> None:
     with _open_tracker(run, restored) as tracker:
         watch = _loss_watch(run)
         step = _train_step(run, watch)
-        evaluation = _final_evaluation(run)
-        saver = _checkpoint_saver(run, tracker, restored)
+        evaluation = final_evaluation(
+            job,
+            run.context,
+            flow=run.flow,
+            codec=run.codec,
+            device=run.device,
+            trained_on=run.images.digest,
+        )
+        throughput = Throughput(state.images)
+        during = evaluations_of(
+            job,
+            run.context,
+            final=evaluation,
+            engine=run.engine,
+            known=MeasuredCheckpoints(run.store, job.run, job.eval, tracker, run.report),
+            pause=partial(_leave_out, run, throughput),
+        )
+        saver = _checkpoint_saver(run, tracker, restored, during)
         save = partial(_save, run, state, watch=watch, saver=saver, tracker=tracker)
-        hooks = _hooks(run, state, watch=watch, save=save, evaluation=evaluation, tracker=tracker)
+        hooks = _hooks(
+            run, throughput, watch, save, evaluation=evaluation, during=during, tracker=tracker
+        )
         try:
             saver.prepare(run.engine.fragments(), science=run.science)
+            during.catch_up(restored.position)
             with _draw_goodput(run, tracker):
                 end = _loop(run, state, step=step, hooks=hooks)
             run.watchdog.be_patient(run.context.rank > 0)
@@ -117,7 +137,9 @@ def _train(run: Run) -> None:
             if end == "finished" and saver.is_saved(state.images):
                 with run.times.clock.during("evaluation"):
                     evaluation.run(run.engine, _publisher(run, state, tracker))
+            during.close(is_finished=end == "finished")
         except BaseException:
+            during.close(is_finished=False)
             saver.leave(job.checkpoint.grace_s)
             raise
         run.watchdog.be_patient(True)  # the tracker bounds its end itself
@@ -306,41 +328,23 @@ def _train_step(run: Run, watch: LossWatch) -> TrainStep:
     )
 
 
-def _final_evaluation(run: Run) -> FinalEvaluation:
-    config = run.job.eval
-    return FinalEvaluation(
-        config=config,
-        image_sampler=ImageSampler(
-            flow=run.flow,
-            sampler=config.sampler,
-            shape=flow_shape(run.job.data, run.job.codec),
-            codec=run.codec,
-            seed=config.seed,
-            batch=config.batch,
-            device=run.device,
-        ),
-        reference=EvalReference(
-            job=run.job,
-            context=run.context,
-            ranks=HostGroup(),
-            trained_on=run.images.digest,
-            features=(config.features.name,),
-            inception_weights=config.features.inception_weights,
-            samples=config.samples,
-            reference=config.reference,
-        ),
-    )
-
-
-def _checkpoint_saver(run: Run, tracker: Tracker, restored: Restored) -> CheckpointSaver:
+def _checkpoint_saver(
+    run: Run, tracker: Tracker, restored: Restored, during: Evaluations
+) -> CheckpointSaver:
     job = run.job
+    tell = CheckpointReporter(tracker, run.report)
+
+    def report(saved: SaveReport) -> None:
+        tell(saved)
+        during.saved(saved)
+
     return CheckpointSaver(
         run.store,
         index=run.checkpoints.index,
         config=job.checkpoint,
         ranks=run.ranks,
         aside=HostGroup(),
-        report=CheckpointReporter(tracker, run.report),
+        report=report,
         scores=lambda: frechet_scores(run.store, run=job.run, features=job.eval.features.name),
         position=restored.position,
         stop_requested=run.context.stop_requested,
@@ -356,19 +360,23 @@ def _save(
     saver: CheckpointSaver,
     tracker: Tracker,
     last: bool = False,
-) -> None:
-    """Save the run as it is now, unless that is no state to keep; a collective call."""
+) -> bool:
+    """Save the run as it is now, unless that is no state to keep; a collective call.
+
+    Returns:
+        Whether the save has begun.
+    """
     why = "the loss is not finite" if watch.is_diverging() else ""
     if not (last or why) and watch.is_skipping():
         why = "updates are skipped, as gradients are not finite"
     if why:
         text = f"{state.images:,} images: {why}, so nothing is saved"
         run.report({"kind": "warning", "text": text})
-        return
+        return False
     # What is trained from here on is lost if the run goes on from this checkpoint.
     run.times.tell(state.images)
     with run.times.clock.during("checkpoint"):
-        saver.save(
+        return saver.save(
             images=state.images,
             fragments=run.engine.fragments(),
             train_state={
@@ -382,24 +390,25 @@ def _save(
         )
 
 
+@contextmanager
+def _leave_out(run: Run, throughput: Throughput) -> Iterator[None]:
+    """Count the time of a `with` block as evaluation, and not as training."""
+    with throughput.pause(), run.times.clock.during("evaluation"):
+        yield
+
+
 def _hooks(
     run: Run,
-    state: TrainState,
-    *,
+    throughput: Throughput,
     watch: LossWatch,
-    save: Callable[[], object],
+    save: Callable[[], bool],
+    *,
     evaluation: FinalEvaluation,
+    during: Evaluations,
     tracker: Tracker,
 ) -> list[Hook]:
     """Make the hooks in the order in which they are called: a save comes after the watch."""
     job, rank = run.job, run.context.rank
-    throughput = Throughput(state.images)
-
-    @contextmanager
-    def drawing() -> Iterator[None]:
-        with throughput.pause(), run.times.clock.during("evaluation"):
-            yield
-
     return [
         run.times,
         Progress(
@@ -418,7 +427,11 @@ def _hooks(
             ),
         ),
         watch,
-        PeriodicSave(save, interval_images=job.checkpoint.interval_images),
+        PeriodicSave(
+            save,
+            intervals_images=(job.checkpoint.interval_images, job.eval.during.every_images),
+            after_save=during.after_save,
+        ),
         SampleGrids(
             engine=run.engine,
             sample=evaluation.sample_grid,
@@ -426,7 +439,7 @@ def _hooks(
             interval_images=job.eval.grid_interval_images,
             columns=job.eval.grid_columns,
             rank=rank,
-            pause=drawing,
+            pause=partial(_leave_out, run, throughput),
         ),
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.reports import (
     CheckpointReport,
@@ -27,19 +29,17 @@ def real_figures(frechet: float) -> RealFigures:
     )
 
 
-def measured(
-    store: Store,
+def checkpoint_report(
     images: int,
-    frechet: float,
+    frechet: float = 1.0,
     *,
-    name: str = "a",
     samples: int = 100,
     weights: str = "ema",
     attempt: str = "good",
     features: tuple[str, ...] = ("random_conv",),
-) -> None:
-    """Puts down what `python -m trainer.evaluate` writes."""
-    report = CheckpointReport(
+) -> CheckpointReport:
+    """Tells what `python -m trainer.evaluate` measures of a checkpoint."""
+    return CheckpointReport(
         checkpoint="somewhere",
         run=RUN,
         images=images,
@@ -56,6 +56,11 @@ def measured(
             held_out_index="c0ffee",
         ),
     )
+
+
+def measured(store: Store, images: int, frechet: float, *, name: str = "a", **others: Any) -> None:
+    """Puts down what `python -m trainer.evaluate` writes; see `checkpoint_report`."""
+    report = checkpoint_report(images, frechet, **others)
     store.put(evaluation_key(RUN, images, f"{name}/report.json"), report.to_json())
 
 

@@ -1,0 +1,183 @@
+"""What is measured of a run's checkpoints while it is trained: where it is kept, and how told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
+
+from pipelines.documents import seal
+from trainer.checkpoint import layout
+from trainer.checkpoint.index import CheckpointIndex
+from trainer.config.job import EvalConfig
+from trainer.config.reading import to_dict
+from trainer.evaluation.reports import (
+    CheckpointReport,
+    Measurement,
+    evaluation_key,
+    read_distances,
+    reference_kind,
+)
+from trainer.metrics.tracker import Tracker
+from trainer.storage.kept import read_or_set_aside
+from trainer.storage.store import Store
+
+MAX_TRIES = 2
+"""How often measuring one checkpoint may end a process before it is left out."""
+
+
+def asked_during(config: EvalConfig) -> EvalConfig:
+    """Return what is drawn and measured of a checkpoint on the way."""
+    samples = config.samples if config.during.samples is None else config.during.samples
+    return replace(config, samples=samples)
+
+
+@dataclass(frozen=True)
+class MeasuredCheckpoints:
+    """What is known of the checkpoints of one run.
+
+    Attributes:
+        store: Where it is kept.
+        run: Name of the run.
+        config: How the run measures itself at its end.
+        tracker: Takes figures and grids.
+        report: Takes a message for the driver.
+    """
+
+    store: Store
+    run: str
+    config: EvalConfig
+    tracker: Tracker
+    report: Callable[[dict[str, object]], None]
+
+    def unmeasured(self, is_due: Callable[[int], bool]) -> list[int]:
+        """Return which committed checkpoints are still to be measured, oldest first.
+
+        Args:
+            is_due: Tells of a checkpoint whether it is one that is measured.
+
+        Raises:
+            StoreError: The store fails.
+        """
+        keys = self.store.list(f"{self.run}/")
+        index = CheckpointIndex(self.store, run=self.run)
+        due = [
+            images
+            for images in sorted(layout.folders(self.run, keys))
+            if is_due(images) and layout.manifest_key(self.run, images) in keys
+        ]
+        return [images for images in due if not self._is_measured(images, index, sorted(keys))]
+
+    def _is_measured(self, images: int, index: CheckpointIndex, keys: list[str]) -> bool:
+        try:
+            attempt = index.examine(images).attempt
+        except ValueError:
+            return True  # it is damaged, so nothing can be measured
+        found = read_distances(self.store, self.run, images, keys=keys, attempts={attempt})
+        return any(
+            self._is_alike(each.measurement) and each.distance.features == self.config.features.name
+            for each in found
+        )
+
+    def _is_alike(self, measurement: Measurement) -> bool:
+        asked = asked_during(self.config)
+        wanted = ("ema", asked.samples, asked.seed, reference_kind(asked.reference))
+        told = (measurement.weights, measurement.samples, measurement.seed, measurement.reference)
+        return told == wanted and measurement.sampler == to_dict(asked.sampler)
+
+    def begin(self, images: int, *, again: bool) -> bool:
+        """Note that a checkpoint is being measured, which may be the end of this process.
+
+        Args:
+            images: Which checkpoint.
+            again: Whether it has been tried before, as far as is noted.
+
+        Returns:
+            Whether it may be tried.
+
+        Raises:
+            StoreError: The store fails.
+        """
+        key = self._begun_key(images)
+        before = read_or_set_aside(self.store, key, _Begun) if again else None
+        tries = 0 if before is None else before.tries
+        if tries < MAX_TRIES:
+            self.store.put(key, json.dumps(seal({"tries": tries + 1})).encode())
+        return tries < MAX_TRIES
+
+    def end(self, images: int) -> None:
+        """Note that this process has lived through it.
+
+        Raises:
+            StoreError: The store fails.
+        """
+        self.store.delete(self._begun_key(images))
+
+    def _begun_key(self, images: int) -> str:
+        return evaluation_key(self.run, images, "begun.json")
+
+    def keep(self, report: CheckpointReport, grid: bytes) -> None:
+        """Write a report where `python -m trainer.evaluate` looks for it.
+
+        Raises:
+            StoreError: The store fails.
+        """
+        for name, data in (("grid.png", grid), ("report.json", report.to_json())):
+            self.store.put(self.key(report, name), data)
+
+    def key(self, report: CheckpointReport, name: str) -> str:
+        """Return the key of one result."""
+        return evaluation_key(self.run, report.images, f"{report.measurement.name}/{name}")
+
+    def tell(self, report: CheckpointReport, grid: bytes | None) -> None:
+        """Show what was measured of a checkpoint, to the user and to the tracker.
+
+        Figures that do not compare with those of the end have curves of their own.
+
+        Args:
+            report: The figures.
+            grid: Some of the samples; None if they cannot be had.
+        """
+        distance = report.distance(self.config.features.name)
+        group = "eval" if report.measurement.samples == self.config.samples else "eval_during"
+        figures = {
+            f"{group}/{name.removeprefix('eval/')}": value
+            for name, value in distance.metrics().items()
+        }
+        figures[f"{group}/network_evaluations"] = report.network_evaluations
+        self.tracker.measured(
+            figures,
+            images=report.images,
+            lowest=f"{group}/frechet_{distance.features}",
+            protocol=report.measurement.protocol(distance.features),
+        )
+        if grid is not None:
+            self.tracker.image("evaluation", grid, images=report.images)
+        real = "" if distance.real is None else f", real images {distance.real.frechet:.4f}"
+        self.report(
+            {
+                "kind": "note",
+                "text": f"measured after {report.images:,} images: Fréchet distance "
+                f"({distance.features}) {distance.frechet:.4f} of {report.measurement.samples:,} "
+                f"samples{real}",
+            }
+        )
+
+    def warn(self, images: int, reason: str) -> None:
+        """Say why a checkpoint is not measured."""
+        text = f"the checkpoint of {images:,} images is not measured: {reason}"
+        self.report({"kind": "warning", "text": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A measurement that was begun.
+
+    Attributes:
+        tries: How often.
+    """
+
+    tries: Annotated[int, Field(ge=1)]

@@ -131,19 +131,33 @@ def test_what_a_killed_process_told_a_dead_server_is_there_at_last(tmp_path, emp
         assert "nothing" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_job_tells_all_though_server_and_job_are_killed_and_the_server_stays_away(
+def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
     tmp_path, empty_tracker, capsys
 ):
+    """The server is away for a while, and again until after the end; the run is deleted there."""
     home = tmp_path / "home"
     home.mkdir()
     with mlflow_server(tmp_path, empty_tracker) as server:
         words = [*SMALL, "cluster.backend=local", "eval.grid_interval_images=1280"]
         words += [f"tracking.uri={server.uri}", "tracking.flush_timeout_s=1"]
-        with job(*words, home=home) as killed:
+        with job(*words, "train.total_images=64000000", home=home) as killed:
             killed.wait_for(r"checkpoint: \S+/000000001280")
             server.kill()
-            killed.wait_for(r"checkpoint: \S+/000000003840")
+            killed.wait_for("tried again")
+            missed = saves(killed)[-1] + 2560
+            wait_until(lambda: saves(killed)[-1] > missed)
+            server.start()
+            client = mlflow.MlflowClient(server.uri)
+            # It is told while training goes on.
+            run_id = only_run(client).info.run_id
+            wait_until(lambda: history(client, run_id, "loss/total")[-1][0] > missed)
+            client.delete_run(run_id)
+            killed.wait_for("was deleted in MLflow")
+            client.restore_run(run_id)
+            server.kill()
             killed.kill_everything()
+        end = saves(killed)[-1] + 2560
+        words += [f"train.total_images={end}"]
         with job(*words, "tracking.required=false", home=home) as finished:
             assert finished.wait() == 0, finished.output
             assert "resumed after" in finished.output
@@ -156,21 +170,25 @@ def test_a_job_tells_all_though_server_and_job_are_killed_and_the_server_stays_a
         assert waiting(home) == []
         for name in ("loss/total", "speed/images_per_s"):
             told = [images for images, _ in history(client, run.info.run_id, name)]
-            assert told == list(range(640, 6401, 640))
+            assert told == list(range(640, end + 1, 640))
         saved = [
             images for images, _ in history(client, run.info.run_id, "speed/checkpoint_failed")
         ]
-        assert saved == list(range(1280, 6401, 1280))
+        assert saved == list(range(1280, end + 1, 1280))
         assert len(run.outputs.model_outputs) == len(saved)
         # The grid of the checkpoint from which it went on may not have been drawn yet.
         (resumed,) = re.findall(r"resumed after ([\d,]+) images", finished.output)
         grids = {each: f"images/samples+step+{each}" for each in saved}
         drawn = set(pictures(client, run.info.run_id)) | {grids[int(resumed.replace(",", ""))]}
-        assert drawn == {"images/evaluation+step+6400", *grids.values()}
+        assert drawn == {f"images/evaluation+step+{end}", *grids.values()}
         assert run.data.metrics["time/goodput"] > 0
-        assert (
-            client.get_model_version_by_alias("digits", "best").tags["checkpoint"].endswith("6400")
-        )
+        best = client.get_model_version_by_alias("digits", "best")
+        assert best.tags["checkpoint"].endswith(f"/{end:012d}")
+
+
+def saves(running):
+    """The checkpoints that a job has told so far."""
+    return [int(images) for images in re.findall(r"checkpoint: \S+/(\d{12})", running.output)]
 
 
 def test_a_lost_disk_leaves_what_the_store_has(tmp_path, empty_tracker, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    beside,
     expert_matmul,
     gpu_training,
     prefix_attention,
@@ -45,6 +46,12 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
         pytest.param(
             tracking,
             [*TINY_MODEL, "--batch", "6", "--updates", "2", "--every", "1", "--metrics", "3"],
+            2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            beside,
+            [*TINY_MODEL, "--batch", "6", "--updates", "2"],
             2,
             marks=pytest.mark.slow,
         ),

@@ -196,17 +196,35 @@ def test_figures_that_are_measured_anew_are_shown(tmp_path, empty_tracker):
     assert history(client, run.info.run_id, figure) == [(10, 1.0), (10, 3.0)]
 
 
-def test_the_best_checkpoint_is_chosen_among_those_that_were_measured_alike(
+def test_the_best_checkpoint_is_chosen_among_those_that_were_measured_as_most(
     tmp_path, empty_tracker
 ):
     figure = "eval/frechet_x"
     tracker = local_tracker(tmp_path, empty_tracker)
-    for images, value, protocol in ((10, 1.0, "few"), (20, 3.0, "many"), (30, 4.0, "many")):
+    for images, value, protocol in (
+        *((10, 1.0, "few"), (20, 3.0, "many"), (30, 4.0, "many")),
+        # The last of two figures that do not compare.
+        (40, 0.5, "all"),
+    ):
         tracker.checkpoint(f"s3://bucket/{images}", images=images)
         tracker.measured({figure: value}, images=images, lowest=figure, protocol=protocol)
     tracker.close("FINISHED")
     best = local_client(tmp_path).get_model_version_by_alias("r", "best")
     assert best.tags["checkpoint"] == "s3://bucket/20"
+
+
+def test_figures_that_come_late_take_their_place_in_the_curve(tmp_path, empty_tracker):
+    figure = "eval/frechet_x"
+    tracker = local_tracker(tmp_path, empty_tracker)
+    for images in (10, 20, 30):
+        tracker.checkpoint(f"s3://bucket/{images}", images=images)
+    for images, value in ((10, 3.0), (30, 1.0), (20, 2.0), (20, 2.0)):
+        tracker.measured({figure: value}, images=images, lowest=figure, protocol="p")
+    tracker.close("FINISHED")
+    client = local_client(tmp_path)
+    run = only_run(client)
+    assert history(client, run.info.run_id, figure) == [(10, 3.0), (20, 2.0), (30, 1.0)]
+    assert run.data.metrics == {figure: 1.0}
 
 
 def test_what_else_counted_as_running_is_ended_after_an_outage_too(tmp_path, empty_tracker, caplog):

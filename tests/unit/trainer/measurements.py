@@ -17,6 +17,7 @@ from trainer.evaluation.reports import (
 from trainer.storage.store import Store
 
 RUN = "night-1"
+SAMPLER: dict[str, Any] = {"solver": "heun"}
 
 
 def real_figures(frechet: float) -> RealFigures:
@@ -51,7 +52,7 @@ def checkpoint_report(
             weights=weights,
             samples=samples,
             seed=1,
-            sampler={"solver": "heun"},
+            sampler=SAMPLER,
             extractors=dict.fromkeys(features, ""),
             held_out_index="c0ffee",
         ),
@@ -76,7 +77,7 @@ def finished(
         frechet_untrained=9.0,
         network_evaluations=16.0,
         segment_evaluations=(8.0, 8.0),
-        settings={"seed": 1, "sampler": {"solver": "heun"}},
+        settings={"seed": 1, "sampler": SAMPLER},
         origin=Origin(run=RUN, attempt=attempt, held_out_index="c0ffee", extractor=""),
     )
     store.put(evaluation_key(RUN, images, "report.json"), report.to_json())

@@ -75,6 +75,13 @@ def test_the_command_line_wins_over_the_experiment():
         ),
         (["+exp=digits", "engine.activation_checkpointing=[2]"], ["[2]", "0 (finest) to 1"]),
         (
+            [
+                *("+exp=digits", "cluster.backend=local", "eval.during.every_images=6400"),
+                "eval.during.where=beside",
+            ],
+            ["eval.during.where=beside", "cluster.backend=local", "eval.during.where=inline"],
+        ),
+        (
             ["+exp=digits", "engine.zero_stage=3", "eval.sampler.solver=dopri5"],
             ["eval.sampler.solver=dopri5", "engine.zero_stage=3", "fixed steps"],
         ),

@@ -24,16 +24,16 @@ DIGITS = "+exp=digits"
 COUNTS = (
     "image_size data.channels codec.factor codec.channels width heads patch_size flow.scales "
     "total_images global_batch batch adaptive_group grid_columns grid_classes micro_batch "
-    "workers min_workers cpus_per_worker gpus_per_node prefetch_batches decode_threads "
+    "workers min_workers cpus_per_worker beside_cpus gpus_per_node prefetch_batches decode_threads "
     "shuffle_block_samples "
     "download_threads open_files retries keep_last columns repeats zero_stage n"
 )
 FROM_ZERO = (
-    "classes class_tokens warmup_images max_skipped_updates seed grid_interval_images "
+    "classes class_tokens warmup_images max_skipped_updates seed grid_interval_images every_images "
     "max_failures max_failures_in_place max_failures_of_node max_preemptions interval_images "
     "keep_every_images keep_best log_interval_images label choose "
     "weight_decay clip_norm guidance_scale patience_s grace_s flush_timeout_s hang_s "
-    "download_patience_s gpus_per_worker shrink_after_s preflight_s"
+    "download_patience_s gpus_per_worker beside_gpus shrink_after_s preflight_s"
 )
 ABOVE_ZERO = (
     "codec.scale mlp_ratio learning_rate epsilon "

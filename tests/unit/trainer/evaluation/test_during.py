@@ -1,0 +1,123 @@
+"""Which checkpoints of a run are still to be measured, and how often that is tried."""
+
+import pytest
+import torch
+
+from models.codec import IdentityCodec
+from models.flow.flow import Flow, FlowConfig
+from models.flow.sampler import SolverError
+from models.flow.sampler_config import SamplerConfig
+from tests.unit.trainer.checkpoint.handmade import upload
+from tests.unit.trainer.checkpoint.stores import MemoryStore
+from tests.unit.trainer.measurements import RUN, checkpoint_report, finished, measured
+from trainer.checkpoint.index import CheckpointIndex
+from trainer.checkpoint.layout import manifest_key
+from trainer.config.job import DuringConfig, EvalConfig
+from trainer.config.reading import to_dict
+from trainer.config.shapes import ImageShape
+from trainer.evaluation.during import MeasuredCheckpoints
+from trainer.evaluation.samples import ImageSampler
+from trainer.host_group import HostGroup
+from trainer.metrics.tracker import Tracker
+
+SAMPLER = SamplerConfig()
+
+
+class KeepingTracker(Tracker):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.curves, self.lowest, self.pictures = {}, set(), []
+
+    def measured(self, values, *, images, lowest, protocol):
+        for name, value in values.items():
+            self.curves.setdefault(name, {})[images] = value
+        self.lowest.add(lowest)
+
+    def image(self, name, png, *, images):
+        self.pictures.append((name, images, png))
+
+
+@pytest.fixture
+def store():
+    store = MemoryStore()
+    for images in (10, 20, 30, 40):
+        manifest = upload(store, run=RUN, images=images, attempt="good")
+        CheckpointIndex(store, run=RUN).commit(manifest)
+    return store
+
+
+@pytest.fixture
+def known(store):
+    def make(**changes):
+        config = EvalConfig(**{"samples": 100, "sampler": SAMPLER, **changes})
+        return MeasuredCheckpoints(store, RUN, config, KeepingTracker(), told.append)
+
+    told = []
+    make.told = told
+    return make
+
+
+def test_what_is_measured_alike_is_not_measured_again(store, known, monkeypatch):
+    monkeypatch.setattr("tests.unit.trainer.measurements.SAMPLER", to_dict(SAMPLER))
+    measured(store, 10, 1.0)
+    measured(store, 20, 1.0, samples=50)
+    measured(store, 20, 1.0, name="b", weights="master")
+    measured(store, 20, 1.0, name="c", features=("inception",))
+    finished(store, 30, 1.0)
+    assert known().unmeasured(lambda images: True) == [20, 40]
+    assert known().unmeasured(lambda images: images < 40) == [20]
+    assert known(seed=7).unmeasured(lambda images: images < 20) == [10]
+    few = known(during=DuringConfig(samples=50))
+    assert few.unmeasured(lambda images: True) == [10, 30, 40]
+
+
+def test_a_damaged_checkpoint_is_left_alone(store, known):
+    store.put(manifest_key(RUN, 40), b"{}")
+    assert known().unmeasured(lambda images: images > 20) == [30]
+
+
+def test_measuring_that_ends_the_process_is_tried_twice(known):
+    first, later = known(), known()
+    assert first.begin(10, again=False)
+    assert later.begin(10, again=True)
+    assert not later.begin(10, again=True)
+    assert first.begin(10, again=False)  # it was trained again
+    first.end(10)
+    assert later.begin(10, again=True)
+
+
+@pytest.mark.parametrize(("samples", "group"), [(None, "eval"), (100, "eval"), (50, "eval_during")])
+def test_figures_that_do_not_compare_with_the_end_have_their_own_curve(known, samples, group):
+    made = known(during=DuringConfig(samples=samples))
+    made.tell(checkpoint_report(10, 3.0, samples=samples or 100), b"picture")
+    tracker = made.tracker
+    assert tracker.curves == {
+        f"{group}/frechet_random_conv": {10: 3.0},
+        f"{group}/network_evaluations": {10: 16.0},
+    }
+    assert tracker.lowest == {f"{group}/frechet_random_conv"}
+    assert tracker.pictures == [("evaluation", 10, b"picture")]
+    ((kind, text),) = [each.values() for each in known.told]
+    assert kind == "note"
+    assert "measured after 10 images: Fréchet distance (random_conv) 3.0000" in text
+
+
+def test_a_block_that_does_not_fit_is_told_with_the_setting(monkeypatch):
+    sampler = ImageSampler(
+        flow=Flow(FlowConfig()),
+        sampler=SAMPLER,
+        shape=ImageShape(channels=1, size=8, classes=2),
+        codec=IdentityCodec(),
+        seed=0,
+        batch=4,
+        device=torch.device("cpu"),
+    )
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore")
+
+    monkeypatch.setattr(ImageSampler, "block", full)
+    turns = sampler.turns(torch.nn.Identity(), torch.zeros(6).long(), ranks=HostGroup(alone=True))
+    with pytest.raises(SolverError, match=r"3 images at once .* lower eval\.batch .*3 GiB\)$"):
+        next(turns)

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.documents import seal
 from tests.support.job import final_state, job
 from trainer.cli.launch import main
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
-from trainer.evaluation.during import MAX_TRIES
 from trainer.evaluation.reports import CheckpointReport
 
 pytestmark = pytest.mark.slow
@@ -109,18 +107,15 @@ def test_all_ranks_measure_and_no_bit_of_training_changes(
     code, output = launch(home, capfd, *words, "train.total_images=512")
     assert (code, measured(output)) == (0, [])
     assert before == {images: folder(home, images).stat().st_mtime_ns for images in before}
-    # What a launch was ended in before it could measure it is measured by the next one.
+    # What a launch was ended in before it could measure it is measured by the next one, here by
+    # fewer samples, whose figures have a curve of their own.
     shutil.rmtree(folder(home, 512))
-    code, output = launch(home, capfd, *words, "train.total_images=640")
+    few = "eval.during.samples=20"
+    code, output = launch(home, capfd, *words, few, "train.total_images=640")
     assert (code, measured(output)) == (0, [512])
-    assert sorted(reports(home)) == [128, 256, 512]
-    # Though not if each try ended the workers.
-    shutil.rmtree(folder(home, 640))
-    folder(home, 640).mkdir()
-    (folder(home, 640) / "begun.json").write_text(json.dumps(seal({"tries": MAX_TRIES})))
-    code, output = launch(home, capfd, *words, "train.total_images=768")
-    assert (code, measured(output)) == (0, [])
-    assert "the checkpoint of 640 images is not measured: each try has ended" in output
+    assert reports(home)[512].measurement.samples == 20
+    assert sorted(curve(home)) == [128, 256, 384, 512, 640]
+    assert sorted(curve(home, "eval_during/frechet_random_conv")) == [512]
 
 
 def test_what_cannot_be_measured_is_told_and_training_goes_on(home, capfd, forked_ranks):
@@ -134,15 +129,6 @@ def test_what_cannot_be_measured_is_told_and_training_goes_on(home, capfd, forke
     assert "the run is trained to its end" in output
     assert curve(home) == {}
     assert not list(home.rglob("begun.json"))
-
-
-def test_fewer_samples_on_the_way_have_a_curve_of_their_own(home, capfd, forked_ranks):
-    words = [*RANKS, "eval.during.every_images=128", "eval.during.samples=20"]
-    code, output = launch(home, capfd, *words)
-    assert (code, measured(output)) == (0, [128, 256])
-    assert {report.measurement.samples for report in reports(home).values()} == {20}
-    assert sorted(curve(home)) == [384]
-    assert sorted(curve(home, "eval_during/frechet_random_conv")) == [128, 256]
 
 
 def test_a_task_on_the_cluster_measures_while_training_goes_on(home, tmp_path):

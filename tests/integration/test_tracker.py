@@ -149,6 +149,7 @@ def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
             server.start()
             client = mlflow.MlflowClient(server.uri)
             # It is told while training goes on.
+            wait_until(lambda: "checkpoint" in tags(client))
             run_id = only_run(client).info.run_id
             wait_until(lambda: history(client, run_id, "loss/total")[-1][0] > missed)
             client.delete_run(run_id)
@@ -184,6 +185,13 @@ def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
         assert run.data.metrics["time/goodput"] > 0
         best = client.get_model_version_by_alias("digits", "best")
         assert best.tags["checkpoint"].endswith(f"/{end:012d}")
+
+
+def tags(client):
+    """What the one run has, once it is there."""
+    experiment = client.get_experiment_by_name("lapflow")
+    runs = client.search_runs([experiment.experiment_id])
+    return runs[0].data.tags if runs else {}
 
 
 def saves(running):

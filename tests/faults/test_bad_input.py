@@ -173,7 +173,10 @@ def test_an_unreachable_tracker_is_refused_or_tolerated_as_configured(launch, di
     assert "this run is complete" in output
     assert mlflow_rows("SELECT status FROM runs") == [("FINISHED",)]
     assert mlflow_rows("SELECT step FROM metrics WHERE key = 'loss/total'") == [(256,)]
-    assert len(mlflow_rows("SELECT step FROM metrics WHERE key = 'eval/random_conv_real'")) == 1
+    assert (
+        len(mlflow_rows("SELECT step FROM metrics WHERE key = 'reference/frechet_random_conv'"))
+        == 1
+    )
 
 
 def test_an_unwritable_home_and_store(launch, digits, tmp_path):

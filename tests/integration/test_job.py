@@ -153,8 +153,8 @@ def test_mlflow_has_the_configuration_the_curves_and_the_pictures(finished):
     curve = [point.value for point in client.get_metric_history(record.info.run_id, "loss/total")]
     assert curve[-1] < 0.8 * curve[0]
     reached = [
-        record.data.metrics[f"eval/{name}"]
-        for name in ("random_conv_real", "frechet_random_conv", "frechet_random_conv_untrained")
+        record.data.metrics[f"{group}/frechet_random_conv{what}"]
+        for group, what in (("reference", ""), ("eval", ""), ("reference", "_untrained"))
     ]
     assert 0 < reached[0] < reached[1] < reached[2]
     assert record.data.metrics["eval/random_conv_diversity"] > 0

@@ -352,7 +352,7 @@ def test_checkpoints_are_models_and_the_best_has_an_alias(tmp_path, empty_tracke
     ]
     assert run.data.tags["checkpoint"] == "s3://bucket/50"
     note = run.data.tags["mlflow.note.content"]
-    assert note.startswith("What it is")
+    assert note.startswith(f"After 50 images **{figure} = 1.5**\n\nWhat it is")
     assert f"| `{figure}` | 1.5 |" in note
 
 

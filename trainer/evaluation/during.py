@@ -142,16 +142,15 @@ class MeasuredCheckpoints:
             grid: Some of the samples; None if they cannot be had.
         """
         distance = report.distance(self.config.features.name)
-        group = "eval" if report.measurement.samples == self.config.samples else "eval_during"
-        figures = {
-            f"{group}/{name.removeprefix('eval/')}": value
-            for name, value in distance.metrics().items()
-        }
-        figures[f"{group}/network_evaluations"] = report.network_evaluations
+        figures = {**distance.metrics(), "eval/network_evaluations": report.network_evaluations}
+        lowest = f"eval/frechet_{distance.features}"
+        if report.measurement.samples != self.config.samples:
+            figures = {_apart(name): value for name, value in figures.items()}
+            lowest = _apart(lowest)
         self.tracker.measured(
             figures,
             images=report.images,
-            lowest=f"{group}/frechet_{distance.features}",
+            lowest=lowest,
             protocol=report.measurement.protocol(distance.features),
         )
         if grid is not None:
@@ -170,6 +169,11 @@ class MeasuredCheckpoints:
         """Say why a checkpoint is not measured."""
         text = f"the checkpoint of {images:,} images is not measured: {reason}"
         self.report({"kind": "warning", "text": text})
+
+
+def _apart(name: str) -> str:
+    group, _, rest = name.partition("/")
+    return f"{group}_during/{rest}"
 
 
 @dataclass(frozen=True, kw_only=True)

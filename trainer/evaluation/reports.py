@@ -74,24 +74,20 @@ class Distance:
     held_out_accuracy: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures under the names the tracker shows."""
-        values = {"": self.frechet, "_diversity": self.diversity}
-        if self.nearest is not None:
-            values |= {
-                "_nearest_train": self.nearest.mean,
-                "_close_to_train": self.nearest.close_share,
-            }
-        if self.real is not None:
-            values |= {
-                "_real": self.real.frechet,
-                "_real_diversity": self.real.diversity,
-                "_real_nearest_train": self.real.nearest.mean,
-            }
-        return {
-            f"eval/frechet_{self.features}" if not name else f"eval/{self.features}{name}": value
-            for name, value in values.items()
-            if value is not None
-        }
+        """Return the figures under the names the tracker shows.
+
+        What no checkpoint changes is in a group of its own, or its dots would hide the curves.
+        """
+        name, real, nearest = self.features, self.real, self.nearest
+        values = {f"eval/frechet_{name}": self.frechet, f"eval/{name}_diversity": self.diversity}
+        if nearest is not None:
+            values[f"eval/{name}_nearest_train"] = nearest.mean
+            values[f"eval/{name}_close_to_train"] = nearest.close_share
+        if real is not None:
+            values[f"reference/frechet_{name}"] = real.frechet
+            values[f"reference/{name}_diversity"] = real.diversity
+            values[f"reference/{name}_nearest_train"] = real.nearest.mean
+        return {key: value for key, value in values.items() if value is not None}
 
 
 class Measured(NamedTuple):
@@ -343,13 +339,13 @@ class EvaluationReport(_Report):
         (distance,) = self.distances
         values = {
             **distance.metrics(),
-            f"eval/frechet_{self.features}_untrained": self.frechet_untrained,
+            f"reference/frechet_{self.features}_untrained": self.frechet_untrained,
             "eval/network_evaluations": self.network_evaluations,
-            "eval/unusable_real_images": float(self.unusable_real_images),
+            "reference/unusable_real_images": float(self.unusable_real_images),
         }
         if self.labels is not None:
             values["eval/label_agreement"] = self.labels.samples
-            values["eval/classifier_held_out_accuracy"] = self.labels.held_out
+            values["reference/classifier_held_out_accuracy"] = self.labels.held_out
         return values
 
 

@@ -224,8 +224,11 @@ class MlflowTracker(Tracker):
             )
         )
         rows = "\n".join(f"| `{name}` | {value:.5g} |" for name, value in values.items())
+        head = f"After {images:,} images **{lowest} = {values[lowest]:.4g}**\n\n"
         table = f"After {images:,} images:\n\n| figure | value |\n| --- | --- |\n{rows}\n"
-        self.journal.append(Entry(kind="page", time_ms=_now_ms(), text=f"{self._page}\n{table}"))
+        self.journal.append(
+            Entry(kind="page", time_ms=_now_ms(), text=f"{head}{self._page}\n{table}")
+        )
 
     def end(self, status: str, reason: str = "", *, if_running: bool = False) -> None:
         """Tell how the run has ended.

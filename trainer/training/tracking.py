@@ -33,6 +33,11 @@ from trainer.storage.store import Store
 from trainer.training.resume import SavedCounters
 from trainer.training.run_page import describe_run
 
+_ALWAYS_TOLD = (
+    *(("data", "name"), ("model", "depth"), ("model", "width"), ("flow", "scales")),
+    *(("optim", "learning_rate"), ("train", "global_batch"), ("train", "seed")),
+)
+"""Settings that are parameters in MLflow also where they are the defaults."""
 _DRIVER = "driver"  # comes after the numbers of a launch's attempts
 
 
@@ -74,11 +79,11 @@ def track_run(
     )
     try:
         tracker.begin()
-        lasting = fingerprinted(chosen)
+        usual = defaults(JobConfig)
         tracker.config(
             to_dict(job),
-            lasting=lasting,
-            present=_unusual_settings(lasting, to_dict(job), defaults(JobConfig)),
+            lasting=_told_science(fingerprinted(chosen), usual),
+            present=_unusual_settings(fingerprinted(chosen), to_dict(job), usual),
         )
         describe_run(tracker, job, chosen, images=images, origin=origin)
         for point in unsent:
@@ -259,6 +264,19 @@ def _unusual_settings(
         elif key not in lasting and value != default:
             beside[key] = value
     return beside
+
+
+def _told_science(lasting: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells a training from others.
+
+    MLflow's pages write all parameters of a run above each of its pictures, and a hundred of them
+    push the picture out of sight.
+    """
+    told = {group: {} for group in lasting} | _unusual_settings({}, lasting, usual)
+    for group, name in _ALWAYS_TOLD:
+        told[group][name] = lasting[group][name]
+    del told["data_set"]  # of which the page has more than the digest
+    return told
 
 
 PORT = 5000

@@ -1,5 +1,7 @@
 """Which checkpoints of a run are still to be measured, and how often that is tried."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from models.flow.sampler import SolverError
 from models.flow.sampler_config import SamplerConfig
 from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore
-from tests.unit.trainer.measurements import RUN, checkpoint_report, finished, measured
+from tests.unit.trainer.measurements import RUN, checkpoint_report, finished, measured, real_figures
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.layout import manifest_key
 from trainer.config.job import DuringConfig, EvalConfig
@@ -87,16 +89,22 @@ def test_measuring_that_ends_the_process_is_tried_twice(known):
     assert later.begin(10, again=True)
 
 
-@pytest.mark.parametrize(("samples", "group"), [(None, "eval"), (100, "eval"), (50, "eval_during")])
-def test_figures_that_do_not_compare_with_the_end_have_their_own_curve(known, samples, group):
+@pytest.mark.parametrize(("samples", "apart"), [(None, ""), (100, ""), (50, "_during")])
+def test_figures_that_do_not_compare_with_the_end_have_their_own_curve(known, samples, apart):
     made = known(during=DuringConfig(samples=samples))
-    made.tell(checkpoint_report(10, 3.0, samples=samples or 100), b"picture")
+    report = checkpoint_report(10, 3.0, samples=samples or 100)
+    (distance,) = report.distances
+    beside_real = dataclasses.replace(distance, real=real_figures(0.5))
+    made.tell(dataclasses.replace(report, distances=(beside_real,)), b"picture")
     tracker = made.tracker
     assert tracker.curves == {
-        f"{group}/frechet_random_conv": {10: 3.0},
-        f"{group}/network_evaluations": {10: 16.0},
+        f"eval{apart}/frechet_random_conv": {10: 3.0},
+        f"eval{apart}/network_evaluations": {10: 16.0},
+        f"reference{apart}/frechet_random_conv": {10: 0.5},
+        f"reference{apart}/random_conv_diversity": {10: 2.0},
+        f"reference{apart}/random_conv_nearest_train": {10: 1.5},
     }
-    assert tracker.lowest == {f"{group}/frechet_random_conv"}
+    assert tracker.lowest == {f"eval{apart}/frechet_random_conv"}
     assert tracker.pictures == [("evaluation", 10, b"picture")]
     ((kind, text),) = [each.values() for each in known.told]
     assert kind == "note"

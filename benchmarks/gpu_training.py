@@ -11,15 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import command
 from benchmarks.interleaved import interleave, stopwatch_of
 from benchmarks.workload import Latents, TrainingWork
+from cluster.hardware import peak_tflops
 
-# Dense bfloat16 TFLOP/s from NVIDIA's data sheets; the first name that fits counts.
-_PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-}
 KINDS: tuple[tuple[str, str], ...] = (
     ("optimizer", r"adam|foreach|multi_tensor"),
     # Before the others, because a fused kernel is named after all that went into it.
@@ -99,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _known_peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_TFLOPS.items() if known in name), None)
+    return peak_tflops(torch.cuda.get_device_name(device))
 
 
 def _peak_gib(work: TrainingWork, device: torch.device) -> float | None:

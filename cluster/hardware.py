@@ -2,6 +2,27 @@
 
 from dataclasses import dataclass
 
+# Dense bfloat16 TFLOP/s from NVIDIA's data sheets; the first name that fits counts.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+}
+
+
+def peak_tflops(name: str) -> float | None:
+    """Return the peak of a device in dense bfloat16, 10^12 FLOPs per second.
+
+    Args:
+        name: As its driver calls it.
+
+    Returns:
+        What its data sheet promises; None for one that is not known.
+    """
+    return next((peak for known, peak in _PEAK_TFLOPS.items() if known in name), None)
+
 
 class HardwareError(ValueError):
     """A figure of the hardware that cannot be, with the fix."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
 from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.report import ReportConfig
 from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
 from trainer.cli.settings_page import format_value, kind_of
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type[Any]] = {
     "python -m trainer.checkpoints export": ExportConfig,
     "python -m trainer.ui": UiConfig,
     "python -m trainer.track ship": ShipConfig,
+    "python -m trainer.report": ReportConfig,
 }
 
 _HEAD = """\

@@ -1,4 +1,4 @@
-"""The frame of every command: its parser, and its answer as text or as one JSON object."""
+"""The frame of every command: its parser, and its answer as text, as JSON, or after events."""
 
 from __future__ import annotations
 
@@ -55,10 +55,14 @@ def plain_values(value: Any) -> Any:
 
 
 class _Answers:
-    """Where the one JSON object of this process goes; None as long as people are answered."""
+    """Where the one JSON object of this process goes; None as long as people are answered.
+
+    With events it is the last of several, one in each line.
+    """
 
     stream: TextIO | None = None
     wanted = False
+    with_events = False
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -126,9 +130,10 @@ def run(
         The exit code: what the command says, or 2 for what it refuses.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    with _answer_alone("--json" in words):
+    with _answer_alone("--json" in words, with_events="--events" in words):
         options = parse(words)
-    with _answer_alone(options.json), speak_as_command(quiet=options.quiet):
+    events = getattr(options, "events", False)
+    with _answer_alone(options.json, with_events=events), speak_as_command(quiet=options.quiet):
         try:
             outcome = make(options)
         except KeyboardInterrupt:
@@ -150,8 +155,7 @@ def answer(outcome: Outcome) -> None:
         values = plain_values(made)
         if error := outcome.error or values.get("error"):
             values["error"] = _without_credentials(error)
-        values["exit_code"] = outcome.exit_code
-        write(json.dumps(values, indent=2), _Answers.stream, for_programs=True)
+        _write_answer({**values, "exit_code": outcome.exit_code})
     elif outcome.text:
         write(outcome.text, sys.stdout, verbatim=outcome.verbatim)
     if outcome.error:
@@ -163,8 +167,30 @@ def answer(outcome: Outcome) -> None:
 def _answer_error(message: str, exit_code: int) -> None:
     """Answer programs; people see what is raised."""
     if _Answers.wanted:
-        values = {"error": _without_credentials(message), "exit_code": exit_code}
+        _write_answer({"error": _without_credentials(message), "exit_code": exit_code})
+
+
+def _write_answer(values: Mapping[str, Any]) -> None:
+    if _Answers.with_events:
+        tell_event("answer", values)
+    else:
         write(json.dumps(values, indent=2), _Answers.stream, for_programs=True)
+
+
+def tell_event(event: str, values: Mapping[str, Any]) -> None:
+    """Tell programs what happens, in a line of JSON, where they have asked for events.
+
+    Args:
+        event: What it is; the last one of a command is "answer".
+        values: More of it, of what `plain_values` knows.
+    """
+    if _Answers.with_events:
+        told = {
+            name: _without_credentials(value) if isinstance(value, str) else plain_values(value)
+            for name, value in values.items()
+        }
+        line = json.dumps({"event": event, **told})
+        write(line, _Answers.stream, for_programs=True)
 
 
 def _without_credentials(error: str) -> str:
@@ -172,21 +198,21 @@ def _without_credentials(error: str) -> str:
 
 
 @contextmanager
-def _answer_alone(alone: bool) -> Iterator[None]:
+def _answer_alone(alone: bool, *, with_events: bool) -> Iterator[None]:
     """Keep standard output for the answer in a `with` block, and send all else to standard error.
 
     That holds for what other libraries and other processes write there too, which know the file
     descriptor alone.
     """
-    if not alone:
+    if not alone and not with_events:
         yield
         return
     with _kept_stdout() as stream, redirect_stdout(sys.stderr):
-        _Answers.stream, _Answers.wanted = stream, True
+        _Answers.stream, _Answers.wanted, _Answers.with_events = stream, True, with_events
         try:
             yield
         finally:
-            _Answers.stream, _Answers.wanted = None, False
+            _Answers.stream, _Answers.wanted, _Answers.with_events = None, False, False
 
 
 @contextmanager

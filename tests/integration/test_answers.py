@@ -144,6 +144,10 @@ CASES: list[tuple[str, int]] = [
     ("ui home={out}", 2),
     ("track ship {run} home={out}", 0),
     ("track ship {out}", 2),
+    ("report {run}", 0),
+    ("report {run} {run} output={out}/page.html", 0),
+    ("report {out}/runs/none", 2),
+    ("report", 2),
     (f"compare-losses {CURVES} {CURVES}", 0),
     (f"compare-losses {CURVES} {{out}}/none.json", 2),
     ("doctor", 0),
@@ -232,16 +236,29 @@ def test_an_answer_stands_alone_by_either_name(material, tmp_path, case, code):
 def test_a_launch_answers_with_what_it_made(material, tmp_path):
     home = tmp_path / "home"
     words = [*SETTINGS, "run=answers", "cluster.workers=2", f"home={home}"]
-    words += [f"data.prefix={data_of(material.home)}", "--json"]
+    words += [f"data.prefix={data_of(material.home)}", "--events"]
     done = ended(tmp_path, ["train", *words], lapflow.main)
     assert done.code == 0, done.err
-    values = json.loads(done.out)
+    *events, values = map(json.loads, done.out.splitlines())
+    assert values["event"] == "answer"
+    told = [each for each in events if each["event"] == "progress"]
+    assert (told[-1]["images"], told[-1]["total_images"], told[-1]["remaining_s"]) == (
+        LAST,
+        LAST,
+        0,
+    )
+    assert told[-1]["loss"]["loss/total"] > 0
+    saved = [each["uri"] for each in events if each["event"] == "checkpoint"]
+    assert saved[-1] == values["checkpoint"]
+    assert {"note", "end"} <= {each["event"] for each in events}
     uri = f"{home}/store/runs/answers"
     assert (values["run"], values["uri"], values["outcome"]) == ("answers", uri, "complete")
     assert (values["images"], values["exit_code"]) == (LAST, 0)
     assert values["checkpoint"] == f"{uri}/checkpoints/{LAST:012d}"
     assert Path(values["grid"]).exists()
     assert Path(values["samples"]).exists()
+    assert values["report"] == f"{uri}/report.html"
+    assert Path(values["report"]).read_text().startswith("<!DOCTYPE html>")
     assert values["figures"]["eval/frechet_random_conv"] > 0
     assert re.fullmatch("[0-9a-f]{32}", values["mlflow_run_id"])
     assert values["look_at_it"].startswith("lapflow ui home=")

@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,21 @@ def test_results_are_in_the_store(finished):
     assert samples["arr_0"].shape == (100, 8, 8, 1)
     assert samples["arr_0"].dtype == np.uint8
     assert np.bincount(samples["arr_1"]).tolist() == [10] * 10
+
+
+def test_the_end_writes_a_report_logs_it_and_names_it(finished, tmp_path):
+    page = finished.store.get("digits/report.html").decode()
+    assert f"read the report: {finished.uri}/runs/digits/report.html" in finished.output
+    assert page.count("data:image/png;base64,") >= 3  # grid, film, grids on the way
+    for words in ("Fréchet distance by random_conv", "Loss by scale", "Where the time went"):
+        assert words in page
+    assert finished.record.info.run_id not in page  # it needs no tracker
+    artifact = finished.client.download_artifacts(
+        finished.record.info.run_id, "report.html", str(tmp_path)
+    )
+    assert Path(artifact).read_text() == page
+    film = Image.open(io.BytesIO(finished.store.get("digits/evaluation/000000006400/film.png")))
+    assert film.width > film.height / 2
 
 
 def test_what_the_time_went_into_is_told_everywhere(finished):

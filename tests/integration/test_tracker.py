@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 import yaml
 
 from pipelines.ingest.digits import ensure_digits
@@ -387,6 +388,7 @@ def fail_tracked(home, empty_tracker, error):
             writer="000000000001-00000",
             images=open_split(job, "train"),
             origin={"command": "python -m trainer.launch run=`x`", "user": "ada", "commit": "0a1b"},
+            device=torch.device("cpu"),
             unsent=[],
             report=told.append,
         ),

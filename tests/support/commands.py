@@ -5,6 +5,7 @@ from typing import Any
 
 from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
 from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.report import ReportConfig
 from trainer.cli.run_handle import RetentionSettings
 from trainer.cli.sample import SampleConfig
 from trainer.cli.track import ShipConfig
@@ -25,6 +26,7 @@ GIVEN: dict[type[Any], dict[str, Any]] = {
     VerifyConfig: {"uri": "/runs/a"},
     UiConfig: {},
     ShipConfig: {"uri": "/runs/a"},
+    ReportConfig: {},
 }
 """The configuration of each command, and what must be given of it."""
 

@@ -78,12 +78,12 @@ def run_command(
     Returns:
         The exit code: what the command says, or 2 for settings or a checkpoint that cannot be used.
     """
-    parser = command_parser(module, description=description, epilog=_settings(kind))
+    parser = command_parser(module, description=description, epilog=settings_epilog(kind))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--explain", action=ExplainAction, kind=lambda: kind)
     return run_logged(
         lambda words: parse_settings(parser, words),
-        lambda options: make(_read(kind, options.overrides, f"{parser.prog} {example}")),
+        lambda options: make(read_settings(kind, options.overrides, f"{parser.prog} {example}")),
         arguments,
     )
 
@@ -118,7 +118,7 @@ def run_subcommands(
             help=command.summary,
             description=as_typed(command.description),
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=_settings(command.kind),
+            epilog=settings_epilog(command.kind),
         )
         subparser.add_argument("--explain", action=ExplainAction, kind=partial(_kind, command))
         subparser.add_argument("uri", metavar="URI")
@@ -130,7 +130,7 @@ def run_subcommands(
     def make(options: argparse.Namespace) -> Outcome:
         command = commands[options.name]
         example = f"{parser.prog} {options.name} {command.example}"
-        return command.make(_read(command.kind, options.overrides, example))
+        return command.make(read_settings(command.kind, options.overrides, example))
 
     return run_logged(lambda words: _parse_subcommand(parser, words, commands), make, arguments)
 
@@ -160,7 +160,17 @@ def _parse_subcommand(
     return options
 
 
-def _read(kind: type[C], overrides: Sequence[str], example: str) -> C:
+def read_settings(kind: type[C], overrides: Sequence[str], example: str) -> C:
+    """Read the settings of a command from its words.
+
+    Args:
+        kind: Dataclass of the settings.
+        overrides: The words, `key=value`.
+        example: A command line that is enough, for the error where a setting is missing.
+
+    Raises:
+        ConfigError: A word is none, or a setting is missing or cannot have that value.
+    """
     # Not for those who refuse their words, or ask for help.
     from trainer.config.composition import MissingSettingError, parse_words
     from trainer.config.reading import ConfigError
@@ -175,7 +185,8 @@ def _flags(kind: type[Any]) -> list[str]:
     return [key for key, wanted in typing.get_type_hints(kind).items() if wanted is bool]
 
 
-def _settings(kind: type[Any]) -> str:
+def settings_epilog(kind: type[Any]) -> str:
+    """Return what the help of a command says of its settings."""
     return f"settings and their defaults (null is None):\n{settings_page(kind)}"
 
 

@@ -1,115 +1,35 @@
-"""What the user sees: progress while a job runs, its results, and how it ended."""
+"""What the user sees at the end of a launch: results, how it ended, and what to do next."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.command import Outcome
-from pipelines.console import say, say_error, visible, write
+from pipelines.console import say_error, typed, visible, write
 from pipelines.errors import DataError
 from pipelines.formats import format_duration, format_table
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.cli.worker_lines import WorkerLines
+from trainer.cli.console import Console
+from trainer.cli.report import put_page
 from trainer.config import paths
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_images
 from trainer.evaluation.reports import EvaluationReport, RunTime, evaluation_key
-from trainer.log_lines import was_shown
-from trainer.storage.errors import LeaseLost, StoreError
+from trainer.page.page import PAGE, make_page
+from trainer.page.story import read_story
+from trainer.storage.errors import CheckpointError, LeaseLost, StoreError
 from trainer.storage.kept import read_or_set_aside
 from trainer.storage.open import open_store
 from trainer.training.goodput import Timesheet, time_line, time_metrics
 from trainer.training.tracking import add_to_run, tracking_ui_hint
 
 logger = logging.getLogger(__name__)
-
-
-class Console:
-    """Prints notes and the workers' messages.
-
-    Attributes:
-        last_checkpoint: URI of the newest checkpoint heard of, or "".
-        images: Images that the run is known to have seen.
-        finished: Whether the workers said that the run reached its end.
-        begun: Whether training has made progress in this launch.
-        failed_saves: Why checkpoints could not be saved, by images.
-        unmeasured: Why the samples could not be measured at the end, or "".
-        unwritten: Why the report could not be written, or "".
-        figures: What that report tells; None if it was written.
-        tracked: MLflow's ID of the run, or "" as long as it is unknown.
-        identity: Tells the training from others under the run's name, or "" likewise.
-        token: Number of this launch of the run.
-        times: What this launch spends its time on.
-        lines: Shows the workers' lines.
-    """
-
-    def __init__(self) -> None:
-        self.last_checkpoint = ""
-        self.images = 0
-        self.finished = False
-        self.begun = False
-        self.failed_saves: dict[int, str] = {}
-        self.unmeasured = ""
-        self.unwritten = ""
-        self.figures: EvaluationReport | None = None
-        self.tracked = ""
-        self.identity = ""
-        self.token = 0
-        self.times = Timesheet()
-        self.lines = WorkerLines(self.note)
-
-    def cluster_line(self, text: str) -> None:
-        """Print a line of the cluster."""
-        self.times.hear_line(text)
-        self.note(text)
-
-    def note(self, text: str) -> None:
-        """Print a line."""
-        say(visible(text))
-
-    def message(self, message: Mapping[str, Any]) -> None:
-        """Show what a worker told."""
-        self.times.hear(message)
-        self.lines.look()
-        if message.get("kind") == "time":
-            self.images = max(self.images, int(message["images"]))
-        if message.get("kind") in ("progress", "resumed"):
-            self.images = int(message.get("images", self.images))
-        match message.get("kind"):
-            case "progress":
-                self.begun = True
-                self.note(str(message["text"]))
-            case "note":
-                self.note(str(message["text"]))
-            case "warning" if not was_shown(str(message["text"])):
-                self.note(f"warning: {message['text']}")
-            case "checkpoint":
-                self.last_checkpoint = str(message["uri"])
-                self.images = max(self.images, int(message["images"]))
-                # It was given up before, perhaps by workers that were started again since.
-                self.failed_saves.pop(int(message["images"]), None)
-                self.note(f"checkpoint: {message['uri']}")
-            case "checkpoint_failed":
-                self.failed_saves[int(message["images"])] = str(message["text"])
-                self.note(f"warning: {message['uri']} could not be saved: {message['text']}")
-            case "resumed":
-                self.last_checkpoint = str(message["uri"])
-                self.note(f"resumed after {message['images']:,} images from {message['uri']}")
-            case "unmeasured":
-                self.unmeasured = str(message["text"])
-            case "unwritten":
-                self.unwritten = str(message["text"])
-                self.figures = EvaluationReport.from_json(str(message["report"]).encode())
-            case "tracked":
-                self.identity = str(message["identity"])
-                self.tracked = str(message.get("run_id", ""))
-            case "end":
-                self.finished = message["end"] == "finished"
 
 
 def final_report(job: JobConfig) -> EvaluationReport | None:
@@ -306,14 +226,15 @@ def end_finished(job: JobConfig, console: Console) -> Outcome:
         console: What was heard of the run.
     """
     report = None
-    _track(job, console)
     try:
         report = final_report(job)
         if report is not None and (time := console.times.run_time) is not None:
             report = _add_time(job, report, time)
     except (StoreError, DataError) as error:
         console.note(f"warning: the results cannot be shown: {error}")
-    shown = complete(job, console, report)
+    page = write_page(job, console)
+    _track(job, console, documents={} if page is None else {PAGE: page.html})
+    shown = complete(job, console, report, page=page)
     if unsaved := _report_unsaved(console):
         return replace(shown, exit_code=UNSAVED, error=unsaved)
     trained = f"the run is trained to its end ({console.last_checkpoint}), but its"
@@ -331,23 +252,65 @@ def end_finished(job: JobConfig, console: Console) -> Outcome:
     return replace(shown, exit_code=FAILED, error=wrong)
 
 
-def complete(job: JobConfig, console: Console, report: EvaluationReport | None) -> Outcome:
-    """Answer with the results of a complete run.
+class WrittenPage(NamedTuple):
+    """The page about a run."""
+
+    place: str
+    html: str
+
+
+def write_page(job: JobConfig, console: Console) -> WrittenPage | None:
+    """Write the page about a run beside its checkpoints; None, and a warning, where that fails."""
+    try:
+        store = open_store(paths.runs_uri(job), job.store)
+        html = make_page([read_story(store, job.run)])
+        return WrittenPage(put_page(store, job.run, html), html)
+    except CheckpointError as error:
+        console.note(f"warning: there is no page about the run: {error}")
+        return None
+
+
+def complete(
+    job: JobConfig,
+    console: Console,
+    report: EvaluationReport | None,
+    *,
+    page: WrittenPage | None,
+) -> Outcome:
+    """Answer with the results of a complete run, and with what to do next.
 
     Args:
         job: The configuration.
         console: What was heard of the run.
         report: What its end has; without one, that which could not be written is shown.
+        page: The page about it; None if it could not be written.
     """
     hint = tracking_ui_hint(job, run_id=console.tracked)
     figures = report or console.figures
-    text = f"\nlook at the run: {visible(hint)}"
-    values = {**_values(job, console, "complete"), "look_at_it": hint}
+    lines = [] if page is None else [f"read the report: {page.place}"]
+    lines += [f"look at the run: {hint}", *_next_steps(job)]
+    text = "\n".join(["", *map(visible, lines)])
+    place = None if page is None else page.place
+    values = {**_values(job, console, "complete"), "look_at_it": hint, "report": place}
     if figures is not None:
         table, places = _summary(job, figures, times=console.times, written=report is not None)
         text = f"{table}\n{text}"
         values |= {**places, "figures": figures.metrics()}
     return Outcome(text, values)
+
+
+def _next_steps(job: JobConfig) -> list[str]:
+    """Say what a complete run is good for."""
+    words = [f"checkpoint={paths.run_uri(job)}"]
+    if job.store.endpoint_url is not None:
+        words.append(f"store.endpoint_url={job.store.endpoint_url}")
+    steps = [
+        f"draw more samples: {typed('trainer.sample', python=sys.executable)} {shlex.join(words)}"
+    ]
+    if job.optim.decay == "constant":  # other schedules end with the run
+        longer = 2 * job.train.total_images
+        steps.append(f"train it further: the same command with train.total_images={longer}")
+    return steps
 
 
 def _values(job: JobConfig, console: Console, outcome: str) -> dict[str, Any]:
@@ -379,6 +342,7 @@ def _track(
     *,
     status: str | None = None,
     reason: str = "",
+    documents: Mapping[str, str] | None = None,
     patience_s: float | None = None,
 ) -> None:
     """Tell MLflow what the workers, which are gone, could not: time, and how they ended."""
@@ -394,6 +358,7 @@ def _track(
         images=console.images,
         status=status,
         reason=reason,
+        documents=documents,
         patience_s=patience_s,
     )
 

@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "ui": _Command("trainer.ui", "show runs as MLflow's pages"),
     "track": _Command("trainer.track", "send MLflow what it has not taken of a run"),
+    "report": _Command("trainer.report", "write a page about runs, to read and to attach"),
     "compare-losses": _Command(
         "trainer.compare_losses", "tell whether two runs have the same losses"
     ),

@@ -24,7 +24,7 @@ from trainer.config.groups import check_members, members
 
 if TYPE_CHECKING:
     from cluster.contract import Outcome as ClusterOutcome
-    from trainer.cli.ending import Console
+    from trainer.cli.console import Console
     from trainer.config.job import JobConfig
     from trainer.storage.errors import LeaseLost
     from trainer.storage.lease import Lease
@@ -125,7 +125,7 @@ def _launch(job: JobConfig, words: Sequence[str]) -> Outcome:
     from cluster.contract import ClusterUnavailable
     from cluster.failure import WorkerFailed
     from trainer.cli import ending
-    from trainer.cli.ending import Console
+    from trainer.cli.console import Console
     from trainer.storage.open import open_store
     from trainer.training.preflight import preflight
     from trainer.training.tracking import has_unsent, send_unsent
@@ -139,7 +139,7 @@ def _launch(job: JobConfig, words: Sequence[str]) -> Outcome:
         if has_unsent(job, newest, store=store):
             with _hold(job, store, console, threading.Event(), []) as lease:
                 send_unsent(job, newest, report.metrics(), store=store, token=lease.token)
-        return ending.complete(job, console, report)
+        return ending.complete(job, console, report, page=ending.write_page(job, console))
 
     stop = threading.Event()
     lost: list[LeaseLost] = []
@@ -191,7 +191,11 @@ def _run_workers(
     from trainer.training.run_page import origin_of
     from trainer.training.worker import train_worker
 
-    with console.times.closing(store, lease), console.lines.kept_in(store, lease):
+    with (
+        console.times.closing(store, lease),
+        console.lines.kept_in(store, lease),
+        console.show_bar(f"training {job.run}", job.train.total_images),
+    ):
         return run(
             job.cluster,
             train_worker,
@@ -314,6 +318,11 @@ def _parser() -> CommandParser:
         help="print every setting with its meaning and value, and what the job costs, then stop",
     )
     parser.add_argument("--explain", action=ExplainAction, kind=_job_config)
+    parser.add_argument(
+        "--events",
+        action="store_true",
+        help="on standard output a JSON object a line for what happens; the last is the answer",
+    )
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     return parser
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cluster.contract import WorkerContext
 from models.codec import Codec
 from models.flow.flow import Flow
+from models.flow.sampler import SolverError
 from trainer.config.job import EvalConfig, JobConfig
 from trainer.config.shapes import flow_shape
 from trainer.engine.protocol import Engine
@@ -22,12 +23,16 @@ from trainer.evaluation.learned_features import LabelAgreement, join_batches, la
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import EvaluationReport, Origin, evaluation_key
 from trainer.evaluation.samples import ImageSampler
+from trainer.evaluation.strips import Moment, film, film_picture, png_of
 from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
+
+_FILMS = 2
+_MOMENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +55,22 @@ class Publisher:
     tracker: Tracker
     report: Callable[[dict[str, object]], None]
 
-    def publish(self, report: EvaluationReport, *, samples: bytes, grid: bytes) -> None:
+    def publish(
+        self, report: EvaluationReport, *, samples: bytes, grid: bytes, film: bytes | None
+    ) -> None:
         """Write results, and hand them to the driver where the store does not take them.
 
         Args:
             report: The figures; which checkpoint they are of is filled in.
             samples: The samples as an archive.
             grid: Some of them as a picture.
+            film: How one of each of the first classes came into being; None if it was not drawn.
         """
         try:
             whole = replace(report, origin=replace(report.origin, attempt=self.attempt()))
             # The report comes last: where it is, the evaluation is complete.
-            results = {"samples.npz": samples, "grid.png": grid, "report.json": whole.to_json()}
+            pictures = {"grid.png": grid} | ({} if film is None else {"film.png": film})
+            results = {"samples.npz": samples, **pictures, "report.json": whole.to_json()}
             for name, data in results.items():
                 self.store.put(evaluation_key(self.run, self.images, name), data)
         except CheckpointError as error:
@@ -117,6 +126,7 @@ class FinalEvaluation:
         with engine.ema_weights() as model:
             reached = self.reference.measure(self.image_sampler, model, labels, keep=taken)
             grid = self.sample_grid(model)
+            films = self._films(model)
         # Where training started, in the place of the trained weights: there may be no other.
         logger.info("drawing as many with the initial weights, to compare")
         with engine.initial_weights() as model:
@@ -141,7 +151,13 @@ class FinalEvaluation:
                 unusable_real_images=self.reference.unusable_real_images,
             )
             picture = grid_png(grid, columns=self.config.grid_columns)
-            results.publish(report, samples=taken.npz(), grid=picture)
+            strip = film_picture(self.image_sampler, films, range(len(films))) if films else None
+            results.publish(
+                report,
+                samples=taken.npz(),
+                grid=picture,
+                film=None if strip is None else png_of(strip),
+            )
 
         logger.info("writing the report")
         first = self.reference.ranks.rank == 0
@@ -162,6 +178,21 @@ class FinalEvaluation:
         ranks = self.reference.ranks
         batch = min(self.config.batch, -(-len(labels) // ranks.world_size))
         return replace(self.image_sampler, batch=batch).all(model, labels, ranks=ranks).images
+
+    def _films(self, model: nn.Module) -> list[list[Moment]]:
+        """Draw one sample of each of the first classes, and keep how it comes into being.
+
+        Every rank draws the same ones: what ranks compute together they have to begin together.
+        """
+        classes = min(_FILMS, self.image_sampler.shape.classes)
+        try:
+            return [
+                film(self.image_sampler, model, label, index=label, moments=_MOMENTS)
+                for label in range(classes)
+            ]
+        except SolverError as error:
+            logger.warning("no film of how samples come into being is drawn: %s", error)
+            return []
 
     def _label_agreement(self, taken: TakenSamples) -> LabelAgreement:
         return label_agreement(

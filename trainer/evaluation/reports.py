@@ -361,7 +361,7 @@ class MeasuredDistance(NamedTuple):
 
 
 def read_distances(
-    store: Store, run: str, images: int, *, keys: Iterable[str], attempts: Collection[str]
+    store: Store, run: str, images: int, *, keys: Iterable[str], attempts: Collection[str] | None
 ) -> list[MeasuredDistance]:
     """Read the run's own report, of its end, and those of later measurements.
 
@@ -371,6 +371,7 @@ def read_distances(
         images: Images of the checkpoint.
         keys: Keys of the store, at least those of the checkpoint's evaluations.
         attempts: The checkpoint's own attempts; others' reports are of one that it has replaced.
+            None takes all, as of a checkpoint that was deleted after it was measured.
 
     Returns:
         The distances, in the order of the keys. A report that is damaged is passed over with a
@@ -408,14 +409,14 @@ def _reports(run: str, images: int, keys: Iterable[str]) -> list[str]:
 
 
 def _distances(
-    key: str, values: Mapping[str, Any], attempts: Collection[str]
+    key: str, values: Mapping[str, Any], attempts: Collection[str] | None
 ) -> list[MeasuredDistance]:
     later = "measurement" in values
     report = (
         validate_as(CheckpointReport, values) if later else validate_as(EvaluationReport, values)
     )
     measurement = report.measurement
-    if measurement.attempt not in attempts:
+    if attempts is not None and measurement.attempt not in attempts:
         return []
     return [MeasuredDistance(key, measurement, each) for each in report.distances]
 

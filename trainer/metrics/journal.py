@@ -63,6 +63,7 @@ class Entry:
         "tags",
         "dataset",
         "page",
+        "report",
         "points",
         "picture",
         "checkpoint",

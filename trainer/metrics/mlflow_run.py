@@ -36,6 +36,7 @@ _REPLACED = {
     "settings": "settings",
     "tags": "tags",
     "page": "page",
+    "report": "report",
     "checkpoint": "checkpoint",
 }
 """What an entry of each kind has in place of what an earlier one has told."""
@@ -296,6 +297,9 @@ class MlflowRun:
         text = entry.text.replace("{run_id}", self.run_id)
         self._client.set_tag(self.run_id, _OWN_PAGE_TAG, _digest(text))
         self._client.set_tag(self.run_id, _PAGE_TAG, text)
+
+    def _send_report(self, entry: Entry) -> None:
+        self._client.log_text(self.run_id, entry.text, entry.name)
 
     def _send_checkpoint(self, entry: Entry) -> None:
         self._client.set_tag(self.run_id, "checkpoint", visible(entry.text))

@@ -192,6 +192,10 @@ class MlflowTracker(Tracker):
         self._page = text
         self.journal.append(Entry(kind="page", time_ms=_now_ms(), text=text))
 
+    def report(self, name: str, html: str) -> None:
+        """Record a document about the run as an artifact, in place of an older one."""
+        self.journal.append(Entry(kind="report", time_ms=_now_ms(), name=name, text=html))
+
     def checkpoint(self, uri: str, *, images: int) -> None:
         """Record a checkpoint as a model of the run.
 

@@ -194,7 +194,17 @@ class Progress:
         values["speed/images_per_s"] = pace.images_per_s
         self.tracker.metrics(values, images=report.images)
         line = self._line(report.images, values, pace)
-        self.report({"kind": "progress", "images": report.images, "text": line})
+        self.report(
+            {
+                "kind": "progress",
+                "images": report.images,
+                "total_images": self.total_images,
+                "images_per_s": pace.images_per_s,
+                "remaining_s": max(0.0, pace.remaining_s),
+                "loss": {n: value for n, value in values.items() if n.startswith("loss/")},
+                "text": line,
+            }
+        )
 
     def _line(self, images: int, values: Mapping[str, float], pace: Pace) -> str:
         losses = ", ".join(

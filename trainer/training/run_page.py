@@ -8,8 +8,12 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+
+import psutil
+import torch
 
 from pipelines.console import typed, visible
 from trainer.config import paths
@@ -82,6 +86,52 @@ def describe_run(
     tracker.page(_page(job, len(images), origin))
 
 
+def about_run(
+    job: JobConfig, *, origin: Mapping[str, str], images: int, device: torch.device
+) -> dict[str, str]:
+    """Tell what somebody needs to train the run again: command, commit, versions, machines, data.
+
+    Neither the user nor the machine is named.
+
+    Args:
+        job: The configuration.
+        origin: What `origin_of` told.
+        images: How many images it is trained on.
+        device: What the first rank computes on.
+    """
+    told = {
+        "command": origin.get("command", ""),
+        "commit": origin.get("commit", ""),
+        "training images": str(images),
+        "workers": str(job.cluster.workers),
+        "backend": job.cluster.backend,
+        "device": _device_name(device),
+        "host": f"{os.cpu_count()} processors, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": platform.platform(),
+        **_versions(),
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB"
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"version.python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[f"version.{package}"] = metadata.version(package)
+    return versions
+
+
 def _tags(
     job: JobConfig, science: Mapping[str, object], origin: Mapping[str, str]
 ) -> dict[str, str]:
@@ -92,13 +142,8 @@ def _tags(
         "mlflow.source.git.commit": origin.get("commit", ""),
         "fingerprint": config_fingerprint(science),
         "cluster": f"{job.cluster.workers} workers, {job.cluster.backend}",
-        "version.python": platform.python_version(),
+        **_versions(),
     }
-    for package in _PACKAGES:
-        try:
-            tags[f"version.{package}"] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {name: value for name, value in tags.items() if value}
 
 

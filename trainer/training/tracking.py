@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from pipelines.console import typed
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.upload import SaveReport
@@ -17,6 +19,7 @@ from trainer.config import paths
 from trainer.config.job import JobConfig, config_fingerprint, fingerprinted
 from trainer.config.reading import defaults, to_dict
 from trainer.data.splits import Split
+from trainer.metrics.history import keep_history
 from trainer.metrics.journal import JournalPlace, identities, recorded_address
 from trainer.metrics.mlflow_backend import (
     TrackerUnreachable,
@@ -31,7 +34,7 @@ from trainer.storage.errors import LeaseLost, SupersededAttempt
 from trainer.storage.lease import Lease
 from trainer.storage.store import Store
 from trainer.training.resume import SavedCounters
-from trainer.training.run_page import describe_run
+from trainer.training.run_page import about_run, describe_run
 
 _ALWAYS_TOLD = (
     *(("data", "name"), ("model", "depth"), ("model", "width"), ("flow", "scales")),
@@ -50,6 +53,7 @@ def track_run(
     writer: str,
     images: Split,
     origin: Mapping[str, str],
+    device: torch.device,
     unsent: Sequence[Point],
     report: Callable[[dict[str, Any]], None],
 ) -> Iterator[Tracker]:
@@ -62,6 +66,7 @@ def track_run(
         writer: This attempt's number among all of the run.
         images: What it is trained on.
         origin: What the launch comes from, as `origin_of` tells it.
+        device: What the first rank computes on.
         unsent: Points of its curves that an earlier launch could not send.
         report: Takes for the driver, which outlives this process, by what the run is found.
 
@@ -79,22 +84,35 @@ def track_run(
     )
     try:
         tracker.begin()
-        usual = defaults(JobConfig)
-        tracker.config(
-            to_dict(job),
-            lasting=_told_science(fingerprinted(chosen), usual),
-            present=_unusual_settings(fingerprinted(chosen), to_dict(job), usual),
-        )
+        _tell_settings(tracker, job, chosen)
         describe_run(tracker, job, chosen, images=images, origin=origin)
-        for point in unsent:
-            tracker.metrics(point.values, images=point.images)
-        yield tracker
+        with keep_history(
+            tracker,
+            store,
+            run=job.run,
+            writer=writer,
+            identity=tracked.identity,
+            about=about_run(job, origin=origin, images=len(images), device=device),
+            settings=to_dict(job),
+        ) as kept:
+            for point in unsent:
+                kept.metrics(point.values, images=point.images)
+            yield kept
     except (LeaseLost, SupersededAttempt):
         tracker.flush(is_last=False)  # how the run is now is for whoever trains it to say
         raise
     except BaseException as error:
         tracker.close("FAILED", f"{type(error).__name__}: {cause(error)}")
         raise
+
+
+def _tell_settings(tracker: MlflowTracker, job: JobConfig, chosen: Mapping[str, Any]) -> None:
+    settings, science, usual = to_dict(job), fingerprinted(chosen), defaults(JobConfig)
+    tracker.config(
+        settings,
+        lasting=_told_science(science, usual),
+        present=_unusual_settings(science, settings, usual),
+    )
 
 
 def identity_of(job: JobConfig, chosen: Mapping[str, Any]) -> str:
@@ -124,6 +142,7 @@ def add_to_run(
     images: int,
     status: str | None = None,
     reason: str = "",
+    documents: Mapping[str, str] | None = None,
     patience_s: float | None = None,
 ) -> None:
     """Tell MLflow what the driver knows once the workers are gone, after what those have left.
@@ -137,6 +156,7 @@ def add_to_run(
         images: Their position of the run.
         status: How the run ended, if its workers could not say so.
         reason: Why.
+        documents: Files about the run, by their names among its artifacts.
         patience_s: How long to wait for MLflow; None is as configured.
     """
     writer = f"{token:012d}-{_DRIVER}"
@@ -146,6 +166,8 @@ def add_to_run(
     tracker = MlflowTracker(config, _tracked(job, store, identity), writer=writer)
     if figures:
         tracker.totals(figures, images=images)
+    for name, html in (documents or {}).items():
+        tracker.report(name, html)
     if status is not None:
         tracker.end(status, reason, if_running=True)
     tracker.flush()

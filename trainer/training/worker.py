@@ -295,6 +295,7 @@ def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracke
         writer=run.fence.number,
         images=run.images,
         origin=run.origin,
+        device=run.device,
         unsent=restored.unsent,
         report=run.report,
     )

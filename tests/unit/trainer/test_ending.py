@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from tests.support.configuration import configuration
+from trainer.cli.console import Console
 from trainer.cli.ending import (
     FAILED,
     REFUSED,
     UNSAVED,
-    Console,
     end_failed,
     end_stopped,
     how_to_go_on,

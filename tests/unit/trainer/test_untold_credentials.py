@@ -15,7 +15,7 @@ from tests.support.job import ROOT
 from trainer.cli import lapflow
 from trainer.cli.checkpoints import main as checkpoints
 from trainer.cli.compare_losses import main as compare_losses
-from trainer.cli.ending import Console
+from trainer.cli.console import Console
 from trainer.cli.evaluate import main as evaluate
 from trainer.cli.latents import main as latents
 from trainer.cli.launch import main as launch

@@ -12,7 +12,7 @@ from cluster.contract import Line
 from pipelines.console import say, say_error, visible
 from trainer.cli import evaluate
 from trainer.cli.checkpoint_table import Entry, table
-from trainer.cli.ending import Console
+from trainer.cli.console import Console
 from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
 from trainer.export.model_card import _cell, _code
 from trainer.log_lines import forward_logs, show_logs

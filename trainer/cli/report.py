@@ -1,0 +1,155 @@
+"""The command that writes a page about runs: one HTML file to read, to print and to attach."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipelines.command import REFUSED, Outcome, command_parser
+from pipelines.console import visible
+from pipelines.domains import Checked
+from pipelines.files import write_atomic
+from trainer.cli.command import parse_settings, read_settings, run_logged, settings_epilog
+from trainer.cli.run_handle import open_run
+from trainer.cli.settings_page import ExplainAction
+from trainer.config import paths
+from trainer.config.reading import ConfigError
+from trainer.metrics.mlflow_backend import TrackerUnreachable, run_curves, tracking_uri
+from trainer.metrics.tracker import TrackingConfig
+from trainer.page.page import PAGE, make_page
+from trainer.page.story import RunStory, read_story
+from trainer.storage.open import open_store
+from trainer.storage.store import Store, StoreConfig
+
+logger = logging.getLogger(__name__)
+
+_MODULE = "trainer.report"
+_RUN = "~/lapflow/store/runs/digits"
+_DESCRIPTION = f"""\
+Write a page about a run, or about several side by side: samples, figures with their protocols,
+curves, time and cost, settings. It is one HTML file that loads nothing and runs no scripts.
+
+  python -m {_MODULE} {_RUN}
+  python -m {_MODULE} RUNS/digits-0 RUNS/digits-1 RUNS/one-scale-0 output=comparison.html
+  python -m {_MODULE} s3://bucket/runs/NAME store.endpoint_url=http://HOST:PORT output=report.html
+
+Runs that differ in their seed alone are drawn as one, with the spread between them. Of one run the
+page is {PAGE} in the run's own folder of the store, where the end of training has put it too."""
+_SETTING = re.compile(r"[+~]*[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Checked):
+    """Where the page goes, and where runs are.
+
+    Attributes:
+        output: HTML file to write, or one in `s3://…`; None is `report.html` in the run's folder of
+            the store, and of several runs in the working folder.
+        store: How to reach the stores of the runs.
+        tracking_uri: MLflow, which is asked for the curves of runs of older versions, whose stores
+            have none; None is the file in home.
+        experiment: MLflow's experiment with such runs.
+        home: Folder of MLflow's file; None is $LAPFLOW_HOME or ~/lapflow.
+    """
+
+    output: str | None = field(default=None, metadata={"place": "uri"})
+    store: StoreConfig = field(default_factory=StoreConfig)
+    tracking_uri: str | None = field(default=None, metadata={"place": "uri"})
+    experiment: str = TrackingConfig.experiment
+    home: str | None = field(default=None, metadata={"place": "path"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = command_parser(_MODULE, description=_DESCRIPTION, epilog=settings_epilog(ReportConfig))
+    parser.add_argument("overrides", nargs="*", metavar="RUN | key=value")
+    parser.add_argument("--explain", action=ExplainAction, kind=lambda: ReportConfig)
+    example = f"{parser.prog} {_RUN}"
+
+    def make(words: Sequence[str]) -> Outcome:
+        runs = [word for word in words if not _SETTING.fullmatch(word)]
+        if not runs:
+            return Outcome("", exit_code=REFUSED, error=f"name a run, for example: {example}")
+        settings = [word for word in words if _SETTING.fullmatch(word)]
+        return report(runs, read_settings(ReportConfig, settings, example))
+
+    return run_logged(
+        lambda words: parse_settings(parser, words),
+        lambda options: make(options.overrides),
+        arguments,
+    )
+
+
+def report(runs: Sequence[str], config: ReportConfig) -> Outcome:
+    """Write the page, and answer where it is.
+
+    Args:
+        runs: URIs of the runs.
+        config: Where the page goes.
+
+    Raises:
+        ConfigError: A URI names a checkpoint, or no run; the page cannot be written.
+        CheckpointError: A URI is no store's, or a store fails.
+    """
+    found = [_read(uri, config) for uri in dict.fromkeys(runs)]
+    html = make_page([story for _, story in found])
+    if config.output is not None or len(found) > 1:
+        place = _write(config.output or PAGE, html, config.store)
+    else:
+        ((store, story),) = found
+        place = put_page(store, story.name, html)
+    names = [story.name for _, story in found]
+    return Outcome(visible(place), {"output": place, "runs": names, "bytes": len(html.encode())})
+
+
+def put_page(store: Store, run: str, html: str) -> str:
+    """Write a run's page into its folder of the store, and return where it is.
+
+    Raises:
+        StoreError: The store fails.
+    """
+    key = f"{run}/{PAGE}"
+    store.put(key, html.encode())
+    return store.uri(key)
+
+
+def _read(uri: str, config: ReportConfig) -> tuple[Store, RunStory]:
+    handle = open_run(uri, config.store)
+    if handle.images is not None:
+        raise ConfigError(f"{uri} is one checkpoint; give its run, {handle.uri}")
+    story = read_story(handle.store, handle.run)
+    if story.is_empty:
+        handle.listing()  # says what is there instead
+    if not story.curves:
+        story = replace(story, curves=_tracked_curves(story, config))
+    return handle.store, story
+
+
+def _tracked_curves(story: RunStory, config: ReportConfig) -> dict[str, dict[int, float]]:
+    """Ask MLflow for the curves of a run whose store has none."""
+    tracking = TrackingConfig(uri=config.tracking_uri, experiment=config.experiment)
+    uri = tracking_uri(tracking, str(paths.home_folder(config.home)))
+    try:
+        curves = run_curves(uri, experiment=config.experiment, run=story.name)
+    except TrackerUnreachable as error:
+        logger.warning("the store of %s has no curves, and MLflow neither: %s", story.name, error)
+        return {}
+    logger.info("the curves of %s are those of MLflow's newest run of that name", story.name)
+    return curves
+
+
+def _write(output: str, html: str, config: StoreConfig) -> str:
+    if "://" in output:
+        folder, _, name = output.rpartition("/")
+        store = open_store(folder, config)
+        store.put(name, html.encode())
+        return store.uri(name)
+    path = Path(output).expanduser()
+    try:
+        write_atomic(path.resolve(), html.encode())
+    except OSError as error:
+        raise ConfigError(f"output={output} cannot be written: {error}") from error
+    return str(path)

@@ -23,7 +23,7 @@ from trainer.data.splits import open_images
 from trainer.evaluation.reports import EvaluationReport, RunTime, evaluation_key
 from trainer.page.page import PAGE, make_page
 from trainer.page.story import read_story
-from trainer.storage.errors import CheckpointError, LeaseLost, StoreError
+from trainer.storage.errors import LeaseLost, StoreError
 from trainer.storage.kept import read_or_set_aside
 from trainer.storage.open import open_store
 from trainer.training.goodput import Timesheet, time_line, time_metrics
@@ -265,8 +265,8 @@ def write_page(job: JobConfig, console: Console) -> WrittenPage | None:
         store = open_store(paths.runs_uri(job), job.store)
         html = make_page([read_story(store, job.run)])
         return WrittenPage(put_page(store, job.run, html), html)
-    except CheckpointError as error:
-        console.note(f"warning: there is no page about the run: {error}")
+    except Exception as error:  # what is trained to its end does not fail by a picture of it
+        console.note(f"warning: there is no page about the run: {type(error).__name__}: {error}")
         return None
 
 

@@ -55,7 +55,7 @@ class KeptCurve:
         values: One for each; None is no number.
     """
 
-    images: tuple[Annotated[int, Field(ge=0)], ...]
+    images: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
     values: tuple[float | None, ...]
 
 
@@ -145,11 +145,11 @@ class _Curve:
     def __init__(self) -> None:
         self._stride = 1
         self._count = 0
-        self._points: list[tuple[int, float]] = []
-        self._newest: tuple[int, float] | None = None
+        self._points: list[tuple[int, float | None]] = []
+        self._newest: tuple[int, float | None] | None = None
 
     def add(self, images: int, value: float) -> None:
-        self._newest = images, value
+        self._newest = images, _shortened(value)
         if self._count % self._stride == 0:
             self._points.append(self._newest)
             if len(self._points) > _MAX_POINTS:
@@ -164,7 +164,7 @@ class _Curve:
         shown = sorted(points.items())
         return KeptCurve(
             images=tuple(images for images, _ in shown),
-            values=tuple(_shortened(value) for _, value in shown),
+            values=tuple(value for _, value in shown),
         )
 
 
@@ -252,7 +252,7 @@ class _Keeper:
             if is_new:
                 told = {
                     **asdict(self._attempt),
-                    "curves": {k: asdict(v) for k, v in curves.items()},
+                    "curves": {name: vars(curve) for name, curve in curves.items()},
                 }
                 content = json.dumps(seal(told), separators=(",", ":")).encode()
                 self._store.put(f"{self._folder}{self._writer}.json", content)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trainer.page.chart import Series
+from trainer.page.chart import LARGEST, Series
 from trainer.page.story import RunStory
 
 _MAX_POINTS = 300
 _MAX_WORDS = 60
+_MAX_VALUE = 500
 _NOT_NAMED = ("data_set.", "autoencoder.")
 
 Curve = Mapping[int, float]
@@ -70,7 +70,8 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat |= flattened(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = "null" if value is None else str(value)
+            words = "null" if value is None else str(value)
+            flat[f"{prefix}{key}"] = words if len(words) <= _MAX_VALUE else f"{words[:_MAX_VALUE]}…"
     return flat
 
 
@@ -116,7 +117,7 @@ def _with_spread(arm: Arm, curves: Sequence[Curve]) -> list[Series]:
 
 
 def _known(curve: Curve) -> set[int]:
-    return {images for images, value in curve.items() if math.isfinite(value)}
+    return {images for images, value in curve.items() if abs(value) < LARGEST}
 
 
 def thinned(points: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

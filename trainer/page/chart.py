@@ -16,6 +16,9 @@ from trainer.page.markup import Html, join, tag
 COLOURS = 8
 """How many colours of lines the style sheet has."""
 
+LARGEST = 1e100
+"""Beyond it a value is drawn as none: arithmetic on it would be none either."""
+
 _WIDTH, _HEIGHT = 560.0, 290.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 10.0, 42.0
 _MAX_MARKERS = 48
@@ -80,11 +83,12 @@ def line_chart(
     Returns:
         A figure; nothing if there is no number to draw.
     """
-    drawn = [each for each in series if any(math.isfinite(y) for _, y in each.points)]
+    drawn = [each for each in series if any(_is_drawable(y) for _, y in each.points)]
     if not drawn:
         return Html()
     x_axis = _axis_of_images([x for each in drawn for x, _ in each.points])
-    values = [y for each in drawn for _, y in each.points if math.isfinite(y)]
+    levels = [(name, value) for name, value in levels if _is_drawable(value)]
+    values = [y for each in drawn for _, y in each.points if _is_drawable(y)]
     values += [value for each in drawn for _, low, high in each.band for value in (low, high)]
     values += [value for _, value in levels]
     y_axis = axis([*values, 0.0] if from_zero else values, log=log)
@@ -208,12 +212,17 @@ def _line(series: Series, across: Axis, up: Axis) -> Html:
 
 
 def _last_value(series: Series) -> str:
-    known = [(x, y) for x, y in series.points if math.isfinite(y)]
+    known = [(x, y) for x, y in series.points if _is_drawable(y)]
     return f"{series.label}: {known[-1][1]:.5g} at {known[-1][0]:,.0f}"
 
 
+def _is_drawable(value: float) -> bool:
+    """Tell whether a value is a number, and none beyond which arithmetic on it is none."""
+    return math.isfinite(value) and abs(value) < LARGEST
+
+
 def _can_be_drawn(value: float, up: Axis) -> bool:
-    return math.isfinite(value) and not (up.is_log and value <= 0)
+    return _is_drawable(value) and not (up.is_log and value <= 0)
 
 
 def _path(points: Sequence[tuple[float, float]], across: Axis, up: Axis) -> str:
@@ -255,7 +264,7 @@ def share_bar(title: str, about: str, parts: Sequence[tuple[str, float, str]]) -
     """
     sizes = [max(0.0, size) for _, size, _ in parts]
     whole = sum(sizes)
-    if whole <= 0:
+    if whole <= 0 or not _is_drawable(whole):
         return Html()
     edges = [sum(sizes[:count]) / whole * 1000 for count in range(len(sizes) + 1)]
     bars, items = [], []
@@ -302,7 +311,7 @@ def number_field(
         A figure; nothing if there is no number.
     """
     known = [value for _, row in rows for value in row if value is not None]
-    if not known:
+    if not known or not all(map(_is_drawable, known)):
         return Html()
     high = max(known)
     width, height = (_WIDTH - 70) / len(columns), 54.0

@@ -15,7 +15,7 @@ _COLOURS = "".join(
 )  # which lines, dots, bars and swatches take up
 
 STYLE = f"""
-:root{{color-scheme:light dark;{_LIGHT}}}
+:root{{{_LIGHT}}}
 @media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
 {_COLOURS}
 *{{box-sizing:border-box}}
@@ -24,7 +24,7 @@ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,
 font-variant-numeric:tabular-nums}}
 header,main,footer{{max-width:1180px;margin:0 auto;padding:0 28px}}
 header{{padding-top:44px}}
-.brand{{margin:0;color:var(--accent);font-weight:650;letter-spacing:.08em;text-transform:uppercase;
+.brand{{margin:0;color:var(--accent);font-weight:700;letter-spacing:.08em;text-transform:uppercase;
 font-size:.8rem}}
 h1{{margin:.1em 0 .15em;font-size:2.3rem;line-height:1.15;letter-spacing:-.02em;
 overflow-wrap:anywhere}}
@@ -33,7 +33,7 @@ h3{{margin:1.8em 0 .5em;font-size:1.02rem}}
 section{{margin:52px 0 0}}
 .chip{{display:inline-block;vertical-align:middle;margin-left:.35em;padding:.25em .75em;
 border:1px solid var(--rule);border-radius:99px;background:var(--card);color:var(--soft);
-font-size:.8rem;font-weight:550;letter-spacing:0;line-height:1.3}}
+font-size:.8rem;font-weight:600;letter-spacing:0;line-height:1.3}}
 .lead{{margin:0;color:var(--soft);font-size:1.06rem}}
 .note,.protocol,figcaption,footer{{color:var(--soft);font-size:.875rem}}
 .note{{margin:.8em 0;max-width:78ch}}
@@ -48,7 +48,7 @@ margin:30px 0 0}}
 padding:14px 16px 12px;border:1px solid var(--rule);border-radius:12px;
 background:var(--card)}}
 .tile dt{{color:var(--soft);font-size:.78rem;line-height:1.3}}
-.tile dd{{margin:.2em 0 0;font-size:1.38rem;font-weight:620;letter-spacing:-.02em;
+.tile dd{{margin:.2em 0 0;font-size:1.38rem;font-weight:600;letter-spacing:-.02em;
 white-space:nowrap}}
 .card{{padding:16px 18px;border:1px solid var(--rule);border-radius:12px;background:var(--card);
 margin-bottom:18px}}
@@ -77,8 +77,8 @@ table{{border-collapse:collapse;width:100%;font-size:.875rem}}
 th,td{{padding:.48em .9em .48em 0;border-bottom:1px solid var(--rule);text-align:left;
 vertical-align:top;font-weight:400}}
 thead th{{color:var(--soft);font-size:.8rem;line-height:1.3;vertical-align:bottom}}
-tbody th,tfoot th{{font-weight:570;white-space:nowrap}}
-tfoot td,tfoot th{{font-weight:620}}
+tbody th,tfoot th{{font-weight:600;white-space:nowrap}}
+tfoot td,tfoot th{{font-weight:600}}
 .number{{text-align:right;padding:.48em 0 .48em .9em}}
 tbody .number,tfoot .number{{white-space:nowrap}}
 .pairs th{{width:19em;color:var(--soft);font-weight:400;overflow-wrap:anywhere}}
@@ -86,7 +86,7 @@ tbody .number,tfoot .number{{white-space:nowrap}}
 pre{{margin:1.2em 0 .6em;padding:14px 16px;border:1px solid var(--rule);border-radius:10px;
 background:var(--card);font-size:.84rem;white-space:pre-wrap;overflow-wrap:anywhere}}
 code{{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
-summary{{cursor:pointer;padding:.35em 0;font-weight:570}}
+summary{{cursor:pointer;padding:.35em 0;font-weight:600}}
 img{{display:block;max-width:100%;height:auto;border-radius:8px}}
 .pixels{{image-rendering:pixelated;width:100%}}
 .hero{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:28px;
@@ -103,7 +103,7 @@ footer p{{margin:0;padding-top:16px;border-top:1px solid var(--rule)}}
 h1{{font-size:1.8rem}}}}
 @page{{margin:14mm}}
 @media print{{
-:root{{color-scheme:light;{_LIGHT}--paper:#fff}}
+:root{{{_LIGHT}--paper:#fff}}
 body{{font-size:10pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 header,main,footer{{max-width:none;padding:0}}
 section{{margin-top:26px}}

@@ -35,6 +35,8 @@ from trainer.evaluation.model_record import own_eval
 from trainer.evaluation.reports import read_scores
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
+from trainer.page.page import make_page
+from trainer.page.story import read_story
 from trainer.storage.errors import CheckpointError
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
@@ -203,6 +205,21 @@ def _scored(home: Path, _scratch: Path) -> Watched:
     return watched(lambda: read_scores(store(), RUN))
 
 
+def _page(home: Path, _scratch: Path) -> Watched:
+    def read() -> Any:
+        story = read_story(open_store(str(run_of(home).parent), StoreConfig()), RUN)
+        assert make_page([story]).endswith("</html>\n")
+        measured = {
+            f"{images} {each.distance.features} {each.measurement.name}": each.distance.frechet
+            for images, distances in story.distances.items()
+            for each in distances
+        }
+        newest = None if story.newest is None else story.newest.images
+        return {"newest": newest, "measured": measured, "curves": story.curves}
+
+    return watched(read)
+
+
 def _own_settings(home: Path, _scratch: Path) -> Watched:
     def read() -> Any:
         store = open_store(str(run_of(home).parent), StoreConfig())
@@ -299,6 +316,7 @@ READERS = {
     "ingest verify": Reader(_data_verified, (*_DATA, "ingest.json")),
     "final report": Reader(_reported, (*_RUNS, *_REPORTS, *_DATA), tidies=True),
     "scores for keep_best": Reader(_scored, (*_RUNS, *_REPORTS)),
+    "page": Reader(_page, (*_RUNS, *_REPORTS, "history of the run"), tidies=True),
     "own settings": Reader(_own_settings, (*_RUNS, *_REPORTS)),
     "evaluate": Reader(_evaluated, _MEASURED, tidies=True),
     "evaluate anew": Reader(_measured_anew, _MEASURED, share=0.5, tidies=True),

@@ -155,6 +155,15 @@ def _scored(case: Case) -> bool:
     )
 
 
+def _page(case: Case) -> bool:
+    """What is left of it is right; what is missing was named, or its file is gone."""
+    roles = ("manifest", "report of the run", "report of evaluate", "history of the run")
+    usual = case.usual["page"]
+    measured = usual["measured"].items() >= case.value["measured"].items()
+    curves = case.value["curves"] in ({}, usual["curves"])
+    return (case.named or case.struck.is_gone(*roles)) and measured and curves
+
+
 def _launched(case: Case) -> bool:
     """A complete run is told as such without a look at all its bytes, and stays as it is."""
     usual = case.usual["launch"]
@@ -171,6 +180,7 @@ RIGHT: Mapping[str, Callable[[Case], bool]] = {
     "names of classes": _about,
     "final report": _reported,
     "scores for keep_best": _scored,
+    "page": _page,
     "own settings": lambda case: case.older("own settings"),
     "launch": _launched,
     "evaluate": lambda case: case.older("evaluate"),

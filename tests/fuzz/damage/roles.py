@@ -10,6 +10,7 @@ ROLES = {
     "checkpoint object": r"store/runs/.*/rank-\d+\.safetensors",
     "report of the run": r"store/runs/.*/evaluation/\d+/report\.json",
     "report of evaluate": r"store/runs/.*/evaluation/\d+/\w+/report\.json",
+    "history of the run": r"store/runs/.*/history/[\d-]+\.json",
     "samples": r"store/runs/.*\.npz",
     "grid": r"store/runs/.*\.png",
     "index of shards": r"store/datasets/.*/index\.json",

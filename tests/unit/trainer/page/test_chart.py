@@ -53,6 +53,20 @@ def test_what_is_no_number_leaves_a_gap():
     assert line_chart("a", "b", []) == ""
 
 
+anything = st.floats() | st.just(1e308) | st.just(-1e308)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**63), anything), max_size=8), st.booleans(), anything)
+def test_whatever_a_store_holds_can_be_drawn(points, log, level):
+    shown = sorted(dict(points).items())
+    series = [Series(label="x", points=shown)]
+    drawn = line_chart("a", "b", series, log=log, from_zero=not log, levels=[("l", level)])
+    drawn += share_bar("a", "b", [("x", y, "") for _, y in shown if y >= 0])
+    drawn += number_field("a", "b", [("x", [y for _, y in shown])], ["t"] * max(1, len(shown)))
+    for value in re.findall(r' (?:x|y|cx|cy|x1|y1|width|d|points)="([^"]*)"', drawn):
+        assert not re.search("nan|inf", value)
+
+
 def test_what_is_not_positive_has_no_place_on_a_logarithmic_axis():
     drawn = line_chart("a", "b", [Series(label="x", points=[(0, 1.0), (1, 100.0)])], log=True)
     assert ">10<" in drawn

@@ -37,8 +37,9 @@ from trainer.evaluation.checkpoints import (
 )
 from trainer.evaluation.choice import open_checkpoint
 from trainer.evaluation.loading import SamplerChoice
+from trainer.evaluation.measures import RealFigures
 from trainer.evaluation.model_record import ModelRecord
-from trainer.evaluation.reports import CheckpointReport, RealFigures
+from trainer.evaluation.reports import CheckpointReport
 from trainer.storage.errors import CheckpointError
 from trainer.storage.store import StoreConfig
 

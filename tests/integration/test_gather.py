@@ -62,7 +62,7 @@ def test_figures_are_the_same_to_the_bit_on_any_number_of_ranks_and_in_any_batch
         images[17] = images[17][:40]
         labelled = [LabelledImage(image, n % 3) for n, image in enumerate(images)]
         write_dataset(labelled, f"{tmp_path}/data/{split}")
-    payload = {"prefix": f"{tmp_path}/data", "images": 40}
+    payload = {"prefix": f"{tmp_path}/data", "images": 40, "compared": 30}
     told = {
         (ranks, batch): on_ranks(
             gather_worker.measured,
@@ -81,6 +81,14 @@ def test_figures_are_the_same_to_the_bit_on_any_number_of_ranks_and_in_any_batch
     for figures in whole["figures"]:
         assert 0 < figures["real"]["frechet"] < figures["frechet"]
         assert figures["real"]["images"] in (39, 40)
+        more, real = figures["more"], figures["real"]["more"]
+        assert (more["compared"], more["compared_real"]) == (30, 30)
+        assert 0 < real["sliced_wasserstein"] < more["sliced_wasserstein"]
+        assert real["kernel_distance"] < more["kernel_distance"]
+        assert 0 <= more["precision"] < real["precision"] <= 1
+    parted = whole["figures"][0]["more"]
+    assert parted["spatial_frechet"] > 0
+    assert parted["inception_score"] > 1
 
 
 @pytest.mark.parametrize("unsolvable", [0, 1, 3, 4])

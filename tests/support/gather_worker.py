@@ -22,10 +22,12 @@ from models.flow.flow import Flow, FlowConfig
 from models.flow.sampler import SolverError
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
-from trainer.config.job import DataConfig, JobConfig
+from trainer.config.job import DataConfig, FeatureConfig, JobConfig
 from trainer.config.shapes import ImageShape
 from trainer.data.splits import open_split
+from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.grid import TakenSamples
+from trainer.evaluation.layout import Layout
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
@@ -166,6 +168,10 @@ def stranger(context: WorkerContext, _payload: dict[str, Any]) -> None:
     shake_hands(group, secret, timeout=timedelta(seconds=60))
 
 
+class _Parted(RandomConvFeatures):
+    layout = Layout(spatial=20, logits=4)
+
+
 def measured(context: WorkerContext, payload: dict[str, Any]) -> None:
     """Measure samples against a small data set; each rank tells all figures."""
     job = JobConfig(
@@ -180,9 +186,12 @@ def measured(context: WorkerContext, payload: dict[str, Any]) -> None:
         ranks=ranks,
         trained_on=open_split(job, "train").digest,
         features=("random_conv", "learned_conv"),
-        inception_weights=None,
+        weights=FeatureConfig(),
         samples=payload["images"],
+        compared=payload.get("compared", 5_000),
     )
+    # As Inception has them: spatial features, and logits that classes are read from.
+    reference.extractors["random_conv"] = _Parted(1)
     sampler = _image_sampler(payload["batch"], {"solver": "euler", "steps": 4})
     labels = torch.arange(payload["images"]) % 3
     taken = TakenSamples(picture_bytes=64, max_bytes=64 * 9, shown=[payload["images"] - 1])

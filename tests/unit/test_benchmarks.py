@@ -8,6 +8,7 @@ import torch
 from benchmarks import (
     beside,
     expert_matmul,
+    frechet,
     gpu_training,
     prefix_attention,
     restart,
@@ -40,6 +41,7 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
         (expert_matmul, [*TINY, "--sizes", "S/2", "--scales", "2", "--batch", "2"], 3),
         (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),
         (sample_sets, [*TINY_MODEL, "--steps", "2", "--samples", "3", "--batch", "2"], 4),
+        (frechet, [*TINY, "--features", "40"], 4),
         (decoding, [*TINY, *FEW_IMAGES, "--decode-threads", "1,2"], 3 + decoding.has_turbo()),
         (waiting, [*TINY_MODEL, "--batch", "4", "--steps", "1"], 1),
         (blocked, TINY_MODEL, 2),

@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from pipelines.command import Outcome
@@ -99,13 +99,7 @@ def _summary(
         *((("time", time_line(times.total)),) if times.total else ()),
         *((f"sample {name}" if name == "grid" else name, uri) for name, uri in samples.items()),
         ("checkpoint", checkpoint),
-        (
-            f"Fréchet distance ({report.features})",
-            f"{report.frechet:.4f} of {report.samples:,} samples to {_compared_with(report)} "
-            f"({report.network_evaluations:g} network evaluations per sample)",
-        ),
-        ("  real / untrained", _references(report)),
-        *_variety(report),
+        *_figures(report),
     ]
     if report.labels is not None:
         rows.append(
@@ -119,6 +113,52 @@ def _summary(
     return format_table(rows), values
 
 
+def _figures(report: EvaluationReport) -> list[tuple[str, str]]:
+    """Say how far samples are from real images, beside what that has to be compared with."""
+    calls = f"({report.network_evaluations:g} network evaluations per sample)"
+    name = f"Fréchet distance ({report.features})"
+    if report.frechet is None:
+        few = "not measured: there are too few held-out images, see the warning above"
+        return [("samples", f"{report.samples:,} {calls}"), (name, few)]
+    return [
+        (
+            name,
+            f"{report.frechet:.4f} of {report.samples:,} samples to {_compared_with(report)} "
+            f"{calls}",
+        ),
+        ("  real / untrained", _references(report, report.frechet)),
+        *_further(report),
+        *_variety(report),
+    ]
+
+
+_FURTHER = {
+    "spatial_frechet": "spatial Fréchet distance",
+    "inception_score": "Inception Score",
+    "kernel_distance": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+    "sliced_wasserstein": "sliced Wasserstein distance",
+}
+
+
+def _further(report: EvaluationReport) -> list[tuple[str, str]]:
+    """Lay out the other figures, each beside that of real images."""
+    if report.more is None:
+        return []
+    found, real = asdict(report.more), None if report.real is None else report.real.more
+    beside = {} if real is None else asdict(real)
+    return [
+        (words, f"{found[name]:.4g}" + _real_too(beside.get(name)))
+        for name, words in _FURTHER.items()
+        if found[name] is not None
+    ]
+
+
+def _real_too(value: float | None) -> str:
+    return "" if value is None else f" (real {value:.4g})"
+
+
 def _compared_with(report: EvaluationReport) -> str:
     """Say what samples are compared with."""
     reference = str(report.settings.get("reference", "test"))
@@ -130,13 +170,14 @@ def _compared_with(report: EvaluationReport) -> str:
     return f"{counted}{'held-out' if reference == 'test' else 'training'} images{more}"
 
 
-def _references(report: EvaluationReport) -> str:
+def _references(report: EvaluationReport, frechet: float) -> str:
     """Say what the distance has to be compared with."""
-    untrained = f"{report.frechet_untrained:.4f}"
+    before = report.frechet_untrained
+    untrained = "not measured" if before is None else f"{before:.4f}"
     if report.real is None:
         return f"no training images to compare with / {untrained}"
     real = report.real.frechet
-    times = f": {report.frechet / real:.3g} times that of real images" if real > 0 else ""
+    times = f": {frechet / real:.3g} times that of real images" if real > 0 else ""
     return f"{real:.4f} of {report.real.images:,} real images / {untrained}{times}"
 
 
@@ -144,7 +185,7 @@ def _variety(report: EvaluationReport) -> list[tuple[str, str]]:
     """Say whether samples are as varied as real images, and no copies of them."""
     rows, real = [], report.real
     if report.diversity is not None:
-        beside = "" if real is None or real.diversity is None else f" (real {real.diversity:.4g})"
+        beside = _real_too(None if real is None else real.diversity)
         rows.append(("diversity within classes", f"{report.diversity:.4g}{beside}"))
     if report.nearest is not None and real is not None:
         rows.append(

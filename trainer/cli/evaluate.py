@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.command import Outcome
 from pipelines.console import say
@@ -15,7 +15,8 @@ from trainer.evaluation.checkpoints import (
     UnwrittenReport,
     evaluate_checkpoints,
 )
-from trainer.evaluation.reports import CheckpointReport, Distance
+from trainer.evaluation.measures import Distance
+from trainer.evaluation.reports import CheckpointReport
 
 _FAILED = 1
 _EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
@@ -41,10 +42,13 @@ def _measure(config: CheckpointEvaluationConfig) -> Outcome:
 
 def table(reports: Sequence[CheckpointReport]) -> str:
     """Lay reports out for a terminal, one line for each checkpoint and extractor."""
+    further = _shown(reports)
     head = (
         *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n"),
         "reference",
-        *("Fréchet", "real", "diversity", "real", "nearest", "real", "close"),
+        *("Fréchet", "real"),
+        *(each.head for each in further),
+        *("diversity", "real", "nearest", "real", "close"),
         "extractor's accuracy",
     )
     rows = [
@@ -55,6 +59,8 @@ def table(reports: Sequence[CheckpointReport]) -> str:
             f"{report.measurement.samples:,}",
             report.measurement.reference,
             f"{distance.frechet:.4f}",
+            _or_nothing(None if distance.real is None else distance.real.frechet, ".4f"),
+            *(_or_nothing(each.of(distance), ".4g") for each in further),
             *_beside_real(distance),
             _or_nothing(distance.held_out_accuracy, ".1%"),
         )
@@ -62,6 +68,38 @@ def table(reports: Sequence[CheckpointReport]) -> str:
         for distance in report.distances
     ]
     return format_table([head, *rows])
+
+
+class _Column(NamedTuple):
+    """A figure beside the Fréchet distance."""
+
+    head: str
+    name: str
+    is_real: bool = False
+
+    def of(self, distance: Distance) -> float | None:
+        told = distance.real if self.is_real else distance
+        value: float | None = getattr(told.more, self.name) if told and told.more else None
+        return value
+
+
+_FURTHER = (
+    _Column("spatial", "spatial_frechet"),
+    _Column("IS", "inception_score"),
+    _Column("kernel", "kernel_distance"),
+    _Column("precision", "precision"),
+    _Column("recall", "recall"),
+    _Column("sliced", "sliced_wasserstein"),
+    _Column("real", "sliced_wasserstein", is_real=True),
+)
+
+
+def _shown(reports: Sequence[CheckpointReport]) -> list[_Column]:
+    """Return the columns of which some report has a figure."""
+    distances = [distance for report in reports for distance in report.distances]
+    return [
+        each for each in _FURTHER if any(each.of(distance) is not None for distance in distances)
+    ]
 
 
 def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:
@@ -75,10 +113,9 @@ def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _beside_real(distance: Distance) -> tuple[str, ...]:
-    """Return what real images reach, and variety and nearness of samples beside theirs."""
+    """Return variety and nearness of samples beside those of real images."""
     real, nearest = distance.real, distance.nearest
     return (
-        _or_nothing(None if real is None else real.frechet, ".4f"),
         _or_nothing(distance.diversity, ".4g"),
         _or_nothing(None if real is None else real.diversity, ".4g"),
         _or_nothing(None if nearest is None else nearest.mean, ".4g"),

@@ -33,7 +33,7 @@ from trainer.engine.protocol import EngineConfig
 from trainer.metrics.tracker import TrackingConfig
 from trainer.storage.store import StoreConfig
 
-FeatureName = Literal["random_conv", "learned_conv", "inception"]
+FeatureName = Literal["random_conv", "learned_conv", "inception", "clip", "dinov2", "module"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +92,36 @@ class TrainConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig(Checked):
-    """Which features measure distance.
+    """Which features measure distance, and where those who have weights find them.
+
+    Weights are files of tensors, of this machine or in an object store (`s3://…`).
 
     Attributes:
-        name: "random_conv", "learned_conv" or "inception".
-        inception_weights: Local file of the FID Inception weights
-            (pt_inception-2015-12-05-6726825d.pth); None downloads them when online.
+        name: "random_conv", "learned_conv", "inception", "clip", "dinov2", or "module".
+        inception_weights: The FID Inception weights (pt_inception-2015-12-05-6726825d.pth); None
+            downloads them when online.
+        clip_weights: CLIP's weights; None downloads those of ViT-B/32 when online.
+        dinov2_weights: DINOv2's weights, the safetensors of facebook/dinov2-large say.
+        module: For "module", the class to import: `package.module:Class`, a torch.nn.Module that
+            takes images in [-1, 1].
+        module_weights: Its weights; None leaves them as the class makes them, at a fixed seed.
     """
 
     name: FeatureName = "random_conv"
-    inception_weights: str | None = field(default=None, metadata={"place": "path"})
+    inception_weights: str | None = field(default=None, metadata={"place": "uri"})
+    clip_weights: str | None = field(default=None, metadata={"place": "uri"})
+    dinov2_weights: str | None = field(default=None, metadata={"place": "uri"})
+    module: str | None = None
+    module_weights: str | None = field(default=None, metadata={"place": "uri"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.name == "module") != (self.module is not None):
+            raise ConfigError(
+                f"eval.features.name={self.name} does not go with "
+                f"eval.features.module={self.module}: name=module needs module=package.module:Class"
+                ", and no other name takes one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +158,8 @@ class EvalConfig(Checked):
             `s3://…`).
         features: Feature extractor of the Fréchet distance.
         during: What is measured of checkpoints before the end.
+        compared: Most samples, and most real images, whose features are kept, to compare pairs for
+            precision, recall, kernel and sliced distances; memory grows with it. 50000 is ADM's.
         classifier: Train a classifier on the real images and let it read the samples; meant for
             small images, which it holds in memory.
         grid_interval_images: How often a sample grid is drawn during training; 0 is never.
@@ -152,6 +174,7 @@ class EvalConfig(Checked):
     reference: Literal["train", "test"] | str = field(default="test", metadata={"place": "uri"})
     features: FeatureConfig = field(default_factory=FeatureConfig)
     during: DuringConfig = field(default_factory=DuringConfig)
+    compared: Annotated[int, Field(ge=4, le=1_000_000)] = 5_000
     classifier: bool = False
     grid_interval_images: Annotated[int, Field(ge=0)] = 0
     grid_columns: Annotated[int, Field(ge=1)] = 10

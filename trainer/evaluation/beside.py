@@ -38,7 +38,8 @@ def evaluation_payload(job: JobConfig, *, checkpoint: str) -> dict[str, Any]:
         sampler=SamplerChoice(**asdict(asked.sampler)),
         reference=asked.reference,
         features=(asked.features.name,),
-        inception_weights=asked.features.inception_weights,
+        compared=asked.compared,
+        **{name: value for name, value in asdict(asked.features).items() if name != "name"},
         data=RealImagesConfig(
             prefix=job.data.prefix,
             streams=job.data.streams,

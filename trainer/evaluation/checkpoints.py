@@ -20,16 +20,22 @@ from pipelines.order import StreamConfig
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
-from trainer.config.job import EvalConfig, FeatureName, JobConfig, check_reference_name
+from trainer.config.job import (
+    EvalConfig,
+    FeatureConfig,
+    FeatureName,
+    JobConfig,
+    check_reference_name,
+)
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.grid import MAX_PICTURES_BYTES, TakenSamples, class_grid, grid_png
 from trainer.evaluation.loading import ModelSource, SamplerChoice, usable_device
+from trainer.evaluation.measures import Measured
 from trainer.evaluation.model_record import ModelRecord, own_eval
 from trainer.evaluation.reference import EvalReference, reference_of_run
 from trainer.evaluation.reports import (
     CheckpointReport,
-    Measured,
     Measurement,
     evaluation_key,
     reference_kind,
@@ -78,8 +84,10 @@ class CheckpointEvaluationConfig(ModelSource):
             `samples.npz`.
         features: One or more extractors, with each of which the same samples are measured; None is
             the run's own.
-        inception_weights: Local file for "inception"; None downloads it. What a run has recorded is
-            no file of this machine.
+        compared: Most images of a set that are compared pair by pair; None is the run's own.
+        inception_weights, clip_weights, dinov2_weights, module, module_weights: Where extractors
+            find their weights, see `eval.features`. What a run has recorded is no file of this
+            machine, and no code of it.
         data: The real images.
         output: Folder for the results; None is the run's own `evaluation/`.
     """
@@ -94,7 +102,12 @@ class CheckpointEvaluationConfig(ModelSource):
     )
     write_samples: bool = False
     features: tuple[FeatureName, ...] | None = None
-    inception_weights: str | None = field(default=None, metadata={"place": "path"})
+    compared: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    inception_weights: str | None = field(default=None, metadata={"place": "uri"})
+    clip_weights: str | None = field(default=None, metadata={"place": "uri"})
+    dinov2_weights: str | None = field(default=None, metadata={"place": "uri"})
+    module: str | None = None
+    module_weights: str | None = field(default=None, metadata={"place": "uri"})
     data: RealImagesConfig = field(default_factory=RealImagesConfig)
     output: str | None = field(default=None, metadata={"place": "uri"})
 
@@ -104,6 +117,23 @@ class CheckpointEvaluationConfig(ModelSource):
             check_reference_name(self.reference, key="reference")
         if self.features is not None and not self.features:
             raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
+        if ("module" in (self.features or ())) != (self.module is not None):
+            raise ConfigError(
+                f"module={self.module} does not go with features={list(self.features or ())}: "
+                "features=[module] needs module=package.module:Class, and no other takes one"
+            )
+
+    @property
+    def extractor_weights(self) -> FeatureConfig:
+        """Where extractors find their weights."""
+        return FeatureConfig(
+            name="random_conv" if self.module is None else "module",
+            inception_weights=self.inception_weights,
+            clip_weights=self.clip_weights,
+            dinov2_weights=self.dinov2_weights,
+            module=self.module,
+            module_weights=self.module_weights,
+        )
 
     def over(self, own: EvalConfig) -> EvalConfig:
         """Return a run's own settings with the changes; extractors are told by `features`."""
@@ -114,6 +144,7 @@ class CheckpointEvaluationConfig(ModelSource):
             seed=own.seed if self.seed is None else self.seed,
             sampler=self.sampler.over(own.sampler),
             reference=own.reference if self.reference is None else self.reference,
+            compared=own.compared if self.compared is None else self.compared,
         )
 
 
@@ -194,9 +225,10 @@ class _Evaluation:
             _job(config, manifest, record, runs=runs),
             trained_on=record.index_sha256,
             features=config.features or (own.features.name,),
-            inception_weights=config.inception_weights,
+            weights=config.extractor_weights,
             device=usable_device(config.device),
             samples=asked.samples,
+            compared=asked.compared,
             reference=asked.reference,
         )
 
@@ -232,6 +264,8 @@ class _Evaluation:
         uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
         loaded = replace(self._config, checkpoint=uri).load(precision="run")
         asked = self._asked
+        if self._reference.skipped:
+            self._report(f"warning: no figure is measured: {self._reference.skipped}")
         logger.info("drawing and measuring %d images on %s", asked.samples, loaded.device)
         measured = measure_model(
             loaded.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch),
@@ -277,6 +311,7 @@ def measurement_of(
         extractors=reference.digests,
         held_out_index=reference.digest,
         reference=reference_kind(asked.reference),
+        compared=asked.compared,
     )
 
 

@@ -84,9 +84,18 @@ class MeasuredCheckpoints:
 
     def _is_alike(self, measurement: Measurement) -> bool:
         asked = asked_during(self.config)
-        wanted = ("ema", asked.samples, asked.seed, reference_kind(asked.reference))
-        told = (measurement.weights, measurement.samples, measurement.seed, measurement.reference)
-        return told == wanted and measurement.sampler == to_dict(asked.sampler)
+        wanted = Measurement(
+            attempt=measurement.attempt,
+            weights="ema",
+            samples=asked.samples,
+            seed=asked.seed,
+            sampler=to_dict(asked.sampler),
+            extractors=measurement.extractors,
+            held_out_index=measurement.held_out_index,
+            reference=reference_kind(asked.reference),
+            compared=asked.compared,
+        )
+        return measurement == wanted
 
     def begin(self, images: int, *, again: bool) -> bool:
         """Note that a checkpoint is being measured, which may be the end of this process.

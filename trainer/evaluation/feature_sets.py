@@ -9,6 +9,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from trainer import rng
+from trainer.evaluation.layout import Layout
+from trainer.evaluation.scores import ScoreSums
 from trainer.evaluation.sums import FeatureSums
 from trainer.host_group import HostGroup
 
@@ -35,40 +37,78 @@ def spread_evenly(total: int, most: int) -> Tensor:
 
 
 class FeatureSet:
-    """Takes the features of a set of images, of which each rank sees a part.
+    """Takes what an extractor gives for a set of images, of which each rank sees a part.
 
     Args:
         classes: Number of classes.
-        summed: Indices of the images that are summed up; None is all.
         kept: Indices of the images whose features are kept on the rank that saw them.
+        summed: Indices of the images that are summed up, rising; None is all.
+        layout: Which of the extractor's values are what.
 
     Attributes:
-        sums: Of those of this rank, and of all ranks after `reduce`.
+        sums: Of the features of this rank's images, and of all ranks' after `reduce`.
+        spatial: The same of spatial features.
+        scores: The same for the Inception Score.
     """
 
-    def __init__(self, *, classes: int, kept: Tensor, summed: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        classes: int,
+        kept: Tensor,
+        summed: Tensor | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        self._layout = layout or Layout()
         self.sums = FeatureSums(classes=classes)
+        self.spatial, self.scores = FeatureSums(), ScoreSums()
         self._summed = summed
         self._chosen = kept
         self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, features: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Take features [n, d], labels [n] and indices [n]."""
-        summed = slice(None) if self._summed is None else torch.isin(indices, self._summed)
-        self.sums.add(features[summed], labels[summed])
+    def take(self, values: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Take an extractor's values [n, d], labels [n] and indices [n]."""
+        features, spatial, logits = self._layout.split(values)
+        summed, places = torch.ones(len(indices), dtype=torch.bool), indices
+        if self._summed is not None:
+            summed = torch.isin(indices, self._summed)
+            places = torch.searchsorted(self._summed, indices)
+        on_device = summed.to(values.device)
+        self.sums.add(features[on_device], labels[summed])
+        if self._layout.spatial:
+            self.spatial.add(spatial[on_device])
+        if self._layout.logits:
+            self.scores.add(logits[on_device], places[summed])
         kept = torch.isin(indices, self._chosen)
         if kept.any():
-            self._kept.append((indices[kept], features[kept].cpu()))
+            self._kept.append((indices[kept], features[kept.to(values.device)].cpu()))
 
-    @property
-    def kept(self) -> Tensor:
-        """The features [k, d] that this rank keeps."""
-        return torch.cat([features for _, features in self._kept] or [torch.zeros(0, 0)])
+    def reduce(self, ranks: HostGroup) -> None:
+        """Add up what all ranks have taken; a collective call, after which all have it."""
+        self.sums.reduce(ranks)
+        if self._layout.spatial:
+            self.spatial.reduce(ranks)
+        if self._layout.logits:
+            self.scores.reduce(ranks)
 
-    def gather(self, ranks: HostGroup) -> Tensor:
-        """Return the features that all ranks keep, by their indices; a collective call."""
+    def kept(self, of: Tensor | None = None) -> Tensor:
+        """Return the features [k, d] that this rank keeps of some images; None is all."""
+        found = self._kept
+        if of is not None:
+            chosen = [torch.isin(indices, of) for indices, _ in found]
+            found = [
+                (indices[mask], features[mask])
+                for (indices, features), mask in zip(found, chosen, strict=True)
+                if mask.any()
+            ]
+        return torch.cat([features for _, features in found] or [torch.zeros(0, 0)])
+
+    def gather(self, ranks: HostGroup, of: Tensor) -> Tensor:
+        """Return the features that all ranks keep of some images, by index; a collective call."""
         indices = torch.cat([indices for indices, _ in self._kept] or [torch.zeros(0).long()])
-        parts = ranks.gather(save({"indices": indices, "features": self.kept.contiguous()}))
+        indices = indices[torch.isin(indices, of)]
+        own = {"indices": indices, "features": self.kept(of).contiguous()}
+        parts = ranks.gather(save(own))
         whole = [part for part in map(load, parts) if len(part["indices"])]
         joined = torch.zeros(0, 0)
         if whole:

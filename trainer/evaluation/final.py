@@ -127,13 +127,16 @@ class FinalEvaluation:
             reached = self.reference.measure(self.image_sampler, model, labels, keep=taken)
             grid = self.sample_grid(model)
             films = self._films(model)
-        # Where training started, in the place of the trained weights: there may be no other.
-        logger.info("drawing as many with the initial weights, to compare")
-        with engine.initial_weights() as model:
-            untrained = self.reference.measure(self.image_sampler, model, labels)
+        before = None
+        if reached.distances:
+            # Where training started, in the place of the trained weights: there may be no other.
+            logger.info("drawing as many with the initial weights, to compare")
+            with engine.initial_weights() as model:
+                (before,) = self.reference.measure(self.image_sampler, model, labels).distances
 
         def publish() -> None:
-            (before,), (after,) = untrained.distances, reached.distances
+            after = reached.distances[0] if reached.distances else None
+            judged = self.config.classifier and after is not None
             report = EvaluationReport.of(
                 self.config,
                 images=results.images,
@@ -141,12 +144,12 @@ class FinalEvaluation:
                     run=results.run,
                     attempt="",
                     held_out_index=self.reference.digest,
-                    extractor=self.reference.digests[after.features],
+                    extractor=self.reference.digests[self.config.features.name],
                 ),
                 reached=after,
-                frechet_untrained=before.frechet,
+                frechet_untrained=None if before is None else before.frechet,
                 nfe=reached.nfe,
-                labels=self._label_agreement(taken) if self.config.classifier else None,
+                labels=self._label_agreement(taken) if judged else None,
                 real_images=self.reference.real_images,
                 unusable_real_images=self.reference.unusable_real_images,
             )
@@ -239,8 +242,9 @@ def final_evaluation(
             ranks=HostGroup(),
             trained_on=trained_on,
             features=(config.features.name,),
-            inception_weights=config.features.inception_weights,
+            weights=config.features,
             samples=config.samples,
+            compared=config.compared,
             reference=config.reference,
         ),
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipelines.documents import canonical
 from trainer import rng
+from trainer.evaluation.layout import Layout
 from trainer.storage.errors import StoreError
 from trainer.storage.kept import KeptFiles
 
@@ -52,6 +53,8 @@ class LearnedConvFeatures:
         held_out_accuracy: Share of held-out images it reads right: how well it knows the pictures.
         digest: SHA-256 of its weights. Distances of two extractors compare only if these are equal.
     """
+
+    layout = Layout()
 
     def __init__(self, network: _Classifier, *, held_out_accuracy: float) -> None:
         self._network = network.eval()

@@ -25,7 +25,13 @@ from trainer.autoencoder.codec import CodecConfig, load_codec
 from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
 from trainer.checkpoint.layout import manifest_key
 from trainer.checkpoint.manifest import MAX_ELEMENTS, Manifest
-from trainer.config.job import DataConfig, EvalConfig, TrainConfig, check_guidance
+from trainer.config.job import (
+    DataConfig,
+    EvalConfig,
+    FeatureConfig,
+    TrainConfig,
+    check_guidance,
+)
 from trainer.config.reading import ConfigError, from_dict
 from trainer.config.shapes import ImageShape, flow_shape
 from trainer.engine.protocol import EngineConfig
@@ -70,7 +76,15 @@ def _with_no_file(own: EvalConfig) -> EvalConfig:
             visible(reference),
         )
         reference = "test"
-    features = replace(own.features, inception_weights=None)
+    features = FeatureConfig()
+    if own.features.name == "module":
+        logger.warning(
+            "the run measures by the code of %s, which is not run on a store's word; here the "
+            "features are random_conv, unless features=[module] and module=… are given",
+            visible(own.features.module or ""),
+        )
+    else:
+        features = FeatureConfig(name=own.features.name)
     return replace(own, features=features, reference=reference)
 
 

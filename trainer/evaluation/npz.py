@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -73,6 +73,17 @@ class StoredReference:
             mean=mean.astype(np.float64), covariance=covariance.astype(np.float64)
         )
 
+    def count(self) -> int:
+        """Return how many pictures there are; 0 for statistics alone.
+
+        Raises:
+            BadReference: They are damaged.
+        """
+        if "arr_0.npy" not in self.archive.namelist():
+            return 0
+        with self._pictures() as (_, shape):
+            return shape[0]
+
     def pictures(self) -> Iterator[Tensor]:
         """Read the pictures in batches [b, c, h, w] in [-1, 1].
 
@@ -81,6 +92,19 @@ class StoredReference:
         """
         if "arr_0.npy" not in self.archive.namelist():
             raise self._bad("it has no pictures (arr_0), and no statistics of these features")
+        with self._pictures() as (file, shape):
+            for start in range(0, shape[0], _AT_ONCE):
+                count = min(_AT_ONCE, shape[0] - start)
+                data = file.read(count * math.prod(shape[1:]))
+                if len(data) < count * math.prod(shape[1:]):
+                    raise self._bad("arr_0 is cut short")
+                pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                images = pixels.reshape(count, *shape[1:]).permute(0, 3, 1, 2)
+                yield (images.float() - 127.5) / 127.5
+
+    @contextmanager
+    def _pictures(self) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+        """Open the pictures behind their header, which says their shape [n, h, w, c]."""
         form: Any = np.lib.format
         try:
             with self.archive.open("arr_0.npy") as file:
@@ -91,14 +115,7 @@ class StoredReference:
                     raise self._bad("arr_0 is not of the shape [n, height, width, 1 or 3] in uint8")
                 if not 0 < math.prod(shape) <= _MAX_PICTURES_BYTES:
                     raise self._bad(f"arr_0 has the shape {list(shape)}")
-                for start in range(0, shape[0], _AT_ONCE):
-                    count = min(_AT_ONCE, shape[0] - start)
-                    data = file.read(count * math.prod(shape[1:]))
-                    if len(data) < count * math.prod(shape[1:]):
-                        raise self._bad("arr_0 is cut short")
-                    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    images = pixels.reshape(count, *shape[1:]).permute(0, 3, 1, 2)
-                    yield (images.float() - 127.5) / 127.5
+                yield file, shape
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
             raise self._bad(str(error)) from error
 

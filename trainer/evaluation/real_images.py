@@ -39,7 +39,7 @@ _AT_ONCE = 256
 _TELLING_IMAGES = 4
 _REPORT_INTERVAL_S = 10.0
 _MAX_HELD_BYTES = 4 * 2**30
-_HOLD_OUT_MORE = (
+HOLD_OUT_MORE = (
     "hold out more images of the data set, as --hold-out of python -m pipelines.ingest does"
 )
 
@@ -167,17 +167,15 @@ def check_measurable(job: JobConfig, *, report: Callable[[str], None]) -> None:
         report: Takes a line for the user.
 
     Raises:
-        ConfigError: If there are too few held-out images, or more than fit into memory where they
-            have to.
+        ConfigError: If there are more images than fit into memory where they have to.
         DataError: If they are missing or out of reach.
         BadReference: If there is no file of statistics where one is named.
     """
-    held_out = check_held_out(job)
-    if held_out < _TELLING_IMAGES:
-        report(
-            f"warning: with {held_out} held-out images the Fréchet distance says little; "
-            f"{_HOLD_OUT_MORE}"
-        )
+    if few := few_held_out(len(open_images(job, "test"))):
+        left_out = "no figure is measured at the end, as samples are compared with held-out images"
+        if job.eval.reference != "test":
+            left_out = "what real images reach is left out of the figures"
+        report(f"warning: data.name={job.data.name} has {few}: {left_out}; {HOLD_OUT_MORE}")
     check_held(job, [job.eval.features.name], classifier=job.eval.classifier)
     if job.eval.reference == "train":
         open_images(job, "train")
@@ -185,21 +183,12 @@ def check_measurable(job: JobConfig, *, report: Callable[[str], None]) -> None:
         check_reference(job.eval.reference, job.store)
 
 
-def check_held_out(job: JobConfig) -> int:
-    """Return how many held-out images are stored.
-
-    Raises:
-        ConfigError: They are too few to measure anything by.
-        DataError: They are missing or out of reach.
-    """
-    held_out = len(open_images(job, "test"))
-    if held_out < MIN_IMAGES:
-        images = "image" if held_out == 1 else "images"
-        raise ConfigError(
-            f"data.name={job.data.name} has {held_out} held-out {images}, and a Fréchet distance "
-            f"needs at least {MIN_IMAGES}: {_HOLD_OUT_MORE}"
-        )
-    return held_out
+def few_held_out(images: int) -> str:
+    """Say that so many held-out images are too few to measure by; "" where they are not."""
+    if images >= _TELLING_IMAGES:
+        return ""
+    counted = f"{images} held-out image" if images == 1 else f"{images or 'no'} held-out images"
+    return f"{counted}, and figures need {_TELLING_IMAGES}"
 
 
 def check_held(job: JobConfig, features: Collection[str], *, classifier: bool) -> None:

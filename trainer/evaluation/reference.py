@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cluster.contract import WorkerContext
 from trainer.config import paths
-from trainer.config.job import FeatureName, JobConfig
+from trainer.config.job import FeatureConfig, FeatureName, JobConfig
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
 from trainer.data.splits import open_split
@@ -28,19 +27,20 @@ from trainer.evaluation.feature_sets import (
     nearest_distances,
     spread_evenly,
 )
-from trainer.evaluation.features import INCEPTION_FEATURES, FeatureExtractor, IndexedExtraction
-from trainer.evaluation.frechet import FeatureStatistics, frechet_distance
+from trainer.evaluation.features import FeatureExtractor, IndexedExtraction
+from trainer.evaluation.frechet import frechet_distance
 from trainer.evaluation.grid import TakenSamples
 from trainer.evaluation.learned_features import (
     KeptFeatures,
     LearnedConvFeatures,
     learned_features,
 )
-from trainer.evaluation.npz import StoredReference, open_reference
-from trainer.evaluation.real_images import RealImages, check_held, check_held_out
-from trainer.evaluation.reports import Distance, Measured, RealFigures
+from trainer.evaluation.measures import Distance, Measured, RealFigures, Target, measures
+from trainer.evaluation.npz import open_reference
+from trainer.evaluation.pairs import ComparedImages
+from trainer.evaluation.real_images import HOLD_OUT_MORE, RealImages, check_held, few_held_out
 from trainer.evaluation.samples import ImageSampler
-from trainer.evaluation.sums import FeatureSums
+from trainer.evaluation.stored import read_stored, stored_digest, stored_target
 from trainer.host_group import HostGroup
 from trainer.storage.kept import KeptFiles
 from trainer.storage.open import set_environment
@@ -51,18 +51,12 @@ logger = logging.getLogger(__name__)
 class _Read(NamedTuple):
     """Features of real images by one extractor."""
 
-    sums: FeatureSums
-    """Of those that are measured, on all ranks."""
-    kept: Tensor
-    """Held-out images that are compared; of training images, this rank's part."""
-
-
-class _Target(NamedTuple):
-    """What distances are measured to."""
-
-    images: int
-    """How many they are, or 0 where only statistics are stored."""
-    statistics: FeatureStatistics
+    images: FeatureSet
+    """Summed up over all ranks."""
+    compared: ComparedImages
+    """Those of the summed ones whose features are kept."""
+    near: Tensor
+    """Features of held-out images that are looked at closely; of training images, this rank's."""
 
 
 class _Yardstick(NamedTuple):
@@ -85,8 +79,9 @@ class EvalReference:
         ranks: Those that read and measure.
         trained_on: SHA-256 of the index of what the run was trained on.
         features: Names of the extractors.
-        inception_weights: Local file for "inception"; None downloads it when online.
+        weights: Where extractors find their weights; its name does not matter here.
         samples: How many samples are measured, and so real images beside them.
+        compared: Most images of a set whose features are kept, to compare pairs.
         reference: What distances are measured to: "test", "train", or a file of statistics.
     """
 
@@ -95,8 +90,9 @@ class EvalReference:
     ranks: HostGroup
     trained_on: str
     features: Sequence[FeatureName]
-    inception_weights: str | None
+    weights: FeatureConfig
     samples: int
+    compared: int
     reference: str = "test"
 
     @cached_property
@@ -122,7 +118,8 @@ class EvalReference:
                 name,
                 ranks=self.ranks,
                 channels=channels,
-                inception_weights=self.inception_weights,
+                config=self.weights,
+                store=self.job.store,
                 learn=self._learn,
             )
             for name in self.features
@@ -150,20 +147,31 @@ class EvalReference:
 
     def prepare(self) -> None:
         """Read the real images and find out what they reach."""
-        _ = self._target, self._real
+        _ = self.extractors
+        if not self.skipped:
+            _ = self._target, self._real
+
+    @cached_property
+    def skipped(self) -> str:
+        """Why no distance is measured: there are too few held-out images; "" where one is."""
+        if self.reference == "test" and (few := few_held_out(len(self.held_out))):
+            return f"{few}, and samples are compared with these: {HOLD_OUT_MORE}"
+        return ""
 
     @cached_property
     def _held_out(self) -> dict[str, _Read]:
         logger.info("reading the held-out images")
-        total = len(self.held_out)
-        sets = self._read(
-            self.held_out,
-            kept=spread_evenly(total, COMPARED_IMAGES),
-            summed=None if self.reference == "test" else spread_evenly(total, self.samples),
-        )
+        everything = torch.arange(len(self.held_out))
+        few = spread_evenly(len(everything), self.samples)
+        summed = everything if self.reference == "test" else few
+        near = spread_evenly(len(everything), COMPARED_IMAGES)
+        sets, compared = self._read(self.held_out, ids=everything, summed=summed, near=near)
         for each in sets.values():
             self.held_out.check_usable(each.sums.count)
-        return {name: _Read(each.sums, each.gather(self.ranks)) for name, each in sets.items()}
+        return {
+            name: _Read(each, compared[name], each.gather(self.ranks, near))
+            for name, each in sets.items()
+        }
 
     @cached_property
     def _train(self) -> dict[str, _Read]:
@@ -174,15 +182,15 @@ class EvalReference:
             most = total if self.reference == "train" else self.samples
             measured, near = spread_evenly(total, most), spread_evenly(total, NEIGHBOURS)
             ids = torch.tensor(sorted({*measured.tolist(), *near.tolist()}))
-            sets = self._read(
-                self.train,
-                ids=ids,
-                summed=torch.searchsorted(ids, measured),
-                kept=torch.searchsorted(ids, near),
+            near = torch.searchsorted(ids, near)
+            sets, compared = self._read(
+                self.train, ids=ids, summed=torch.searchsorted(ids, measured), near=near
             )
             for each in sets.values():
                 each.sums.statistics()
-            return {name: _Read(each.sums, each.kept) for name, each in sets.items()}
+            return {
+                name: _Read(each, compared[name], each.kept(near)) for name, each in sets.items()
+            }
         except ValueError as error:
             if not is_user_error(error) or self.reference == "train":
                 raise
@@ -194,64 +202,33 @@ class EvalReference:
             return {}
 
     @cached_property
-    def _target(self) -> dict[str, _Target]:
-        _ = self._held_out
+    def _target(self) -> dict[str, Target]:
         if self.reference in ("test", "train"):
             read = self._train if self.reference == "train" else self._held_out
-            return {
-                name: _Target(each.sums.count, each.sums.statistics())
-                for name, each in read.items()
-            }
+            return {name: Target.of(each.images, each.compared) for name, each in read.items()}
+        device = torch.device(self.context.device)
         return {
-            name: _Target(int(stored["count"]), _statistics(stored))
+            name: stored_target(self._stored, name, ranks=self.ranks, device=device)
             for name in self.features
-            for stored in [load(self._stored[name])]
         }
 
     @cached_property
-    def _stored(self) -> dict[str, bytes]:
+    def _stored(self) -> bytes:
         """Statistics of the reference's file, and its digest, which the first rank reads."""
         logger.info("reading the reference %s", self.reference)
+        extractors = self.extractors
 
         def read() -> bytes:
             with open_reference(self.reference, self.job.store) as stored:
-                found = {"digest": stored.digest.encode()}
-                for name in self.features:
-                    found[name] = save(self._stored_statistics(stored, name))
-            return save(
-                {
-                    name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    for name, data in found.items()
-                }
-            )
-
-        tensors = load(find_on_first(self.ranks, read))
-        return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-
-    def _stored_statistics(self, stored: StoredReference, name: str) -> dict[str, Tensor]:
-        found, count = None, 0
-        if name == "inception":
-            found = stored.statistics(features=INCEPTION_FEATURES)
-        if found is None:
-            sums, channels = FeatureSums(), picture_shape(self.job.data, self.job.codec).channels
-            extraction = IndexedExtraction(
-                self.extractors[name],
-                device=torch.device(self.context.device),
-                take=lambda features, labels, indices: sums.add(features),
-            )
-            for images in stored.pictures():
-                stored.check_channels(images, channels)
-                extraction.add(
-                    images, torch.zeros(len(images)).long(), torch.arange(len(images)) + count
+                return read_stored(
+                    stored,
+                    extractors,
+                    channels=picture_shape(self.job.data, self.job.codec).channels,
+                    compared=self.compared,
+                    device=torch.device(self.context.device),
                 )
-                count += len(images)
-            extraction.flush()
-            found = sums.statistics()
-        return {
-            "count": torch.tensor(count),
-            "mean": torch.from_numpy(found.mean),
-            "covariance": torch.from_numpy(found.covariance),
-        }
+
+        return find_on_first(self.ranks, read)
 
     @property
     def digest(self) -> str:
@@ -260,35 +237,45 @@ class EvalReference:
             return self.held_out.digest
         if self.reference == "train":
             return self.train.digest
-        return self._stored["digest"].decode()
+        return stored_digest(self._stored)
 
     @cached_property
     def _real(self) -> dict[str, _Yardstick]:
-        """What real images reach that are not the reference; nothing without training images."""
+        """What real images reach that are not the reference.
+
+        Nothing without training images, or without enough held-out ones.
+        """
+        if few := few_held_out(len(self.held_out)):
+            if self.ranks.rank == 0:
+                logger.warning("what real images reach is left out: %s", few)
+            return {}
         found = {}
         for name, train in self._train.items():
             held_out, target = self._held_out[name], self._target[name]
-            nearest = nearest_distances(held_out.kept, train.kept, ranks=self.ranks)
-            sums = held_out.sums if self.reference == "train" else train.sums
+            nearest = nearest_distances(held_out.near, train.near, ranks=self.ranks)
+            other = held_out if self.reference == "train" else train
             figures = RealFigures(
-                images=sums.count,
-                frechet=frechet_distance(sums.statistics(), target.statistics),
-                diversity=sums.within_class_variance(),
+                images=other.images.sums.count,
+                frechet=frechet_distance(other.images.sums.statistics(), target.statistics),
+                diversity=other.images.sums.within_class_variance(),
                 nearest=Nearness.of(nearest, held_out=nearest),
+                more=measures(other.images, other.compared, target),
             )
             found[name] = _Yardstick(nearest, figures)
         return found
 
     def _read(
-        self,
-        images: RealImages,
-        *,
-        kept: Tensor,
-        ids: Tensor | None = None,
-        summed: Tensor | None = None,
-    ) -> dict[str, FeatureSet]:
-        """Extract the features of real images, each rank those of its part."""
-        sets, extractions = self._sets(kept=kept, summed=summed)
+        self, images: RealImages, *, ids: Tensor, summed: Tensor, near: Tensor
+    ) -> tuple[dict[str, FeatureSet], dict[str, ComparedImages]]:
+        """Extract the features of real images, each rank those of its part.
+
+        Args:
+            images: The split.
+            ids: Places in it of what is read; the others are places in `ids`.
+            summed: What is measured.
+            near: What is looked at closely.
+        """
+        sets, extractions, chosen = self._sets(summed, near=near)
 
         def read() -> None:
             for batch in images.share(self.ranks, ids=ids):
@@ -299,34 +286,48 @@ class EvalReference:
 
         run_on_all(self.ranks, read)
         for each in sets.values():
-            each.sums.reduce(self.ranks)
-        return sets
+            each.reduce(self.ranks)
+        return sets, {name: self._compared(each, chosen) for name, each in sets.items()}
 
     def _sets(
-        self, *, kept: Tensor, summed: Tensor | None = None
-    ) -> tuple[dict[str, FeatureSet], list[IndexedExtraction]]:
-        """Make what takes the features of a set of images by each extractor."""
+        self, summed: Tensor, *, near: Tensor
+    ) -> tuple[dict[str, FeatureSet], list[IndexedExtraction], Tensor]:
+        """Make what takes the features of a set of images by each extractor.
+
+        The last is which of them are compared.
+        """
         classes = max(1, self.job.data.classes)
+        chosen = summed[spread_evenly(len(summed), self.compared)]
         sets = {
-            name: FeatureSet(classes=classes, kept=kept, summed=summed) for name in self.extractors
+            name: FeatureSet(
+                classes=classes,
+                kept=torch.cat((chosen, near)),
+                summed=summed,
+                layout=extractor.layout,
+            )
+            for name, extractor in self.extractors.items()
         }
         device = torch.device(self.context.device)
         extractions = [
             IndexedExtraction(extractor, device=device, take=sets[name].take)
             for name, extractor in self.extractors.items()
         ]
-        return sets, extractions
+        return sets, extractions, chosen
+
+    def _compared(self, images: FeatureSet, chosen: Tensor) -> ComparedImages:
+        device = torch.device(self.context.device)
+        return ComparedImages(images.kept(chosen), ranks=self.ranks, device=device)
 
     @property
     def real_images(self) -> int:
         """How many real images samples are compared with; 0 where only statistics are stored."""
-        return next(iter(self._target.values())).images
+        return 0 if self.skipped else next(iter(self._target.values())).images
 
     @property
     def unusable_real_images(self) -> int:
         """How many images of the reference could not be read or decoded."""
         images = {"test": self.held_out, "train": self.train}.get(self.reference)
-        return 0 if images is None else len(images) - self.real_images
+        return 0 if images is None or self.skipped else len(images) - self.real_images
 
     def measure(
         self,
@@ -352,7 +353,10 @@ class EvalReference:
             DataError: The held-out images are out of reach, or cannot be used.
         """
         self.prepare()
-        sets, extractions = self._sets(kept=spread_evenly(len(labels), COMPARED_IMAGES))
+        near = spread_evenly(len(labels), COMPARED_IMAGES)
+        sets, extractions, chosen = self._sets(torch.arange(len(labels)), near=near)
+        if self.skipped:
+            sets, extractions = {}, []
         evaluations = torch.zeros(image_sampler.flow.stages.scales, dtype=torch.int64)
         for turn in image_sampler.turns(model, labels, ranks=self.ranks):
             if turn.own is not None:
@@ -367,19 +371,24 @@ class EvalReference:
         for extraction in extractions:
             extraction.flush()
         for each in sets.values():
-            each.sums.reduce(self.ranks)
+            each.reduce(self.ranks)
         total = self.ranks.reduce_sum(evaluations)
         return Measured(
-            distances=tuple(self._distance(name, sets[name]) for name in self.features),
+            distances=tuple(
+                self._distance(name, images, near=near, chosen=chosen)
+                for name, images in sets.items()
+            ),
             nfe=tuple((total.double() / len(labels)).tolist()),
         )
 
-    def _distance(self, name: str, samples: FeatureSet) -> Distance:
-        real, nearest = self._real.get(name), None
-        frechet = frechet_distance(samples.sums.statistics(), self._target[name].statistics)
+    def _distance(
+        self, name: str, samples: FeatureSet, *, near: Tensor, chosen: Tensor
+    ) -> Distance:
+        real, nearest, target = self._real.get(name), None, self._target[name]
+        frechet = frechet_distance(samples.sums.statistics(), target.statistics)
         if real is not None:
-            compared = samples.gather(self.ranks)
-            distances = nearest_distances(compared, self._train[name].kept, ranks=self.ranks)
+            gathered = samples.gather(self.ranks, near)
+            distances = nearest_distances(gathered, self._train[name].near, ranks=self.ranks)
             nearest = Nearness.of(distances, held_out=real.held_out)
         extractor, accuracy = self.extractors[name], None
         if isinstance(extractor, LearnedConvFeatures):
@@ -389,13 +398,10 @@ class EvalReference:
             frechet=frechet,
             diversity=samples.sums.within_class_variance(),
             nearest=nearest,
+            more=measures(samples, self._compared(samples, chosen), target),
             real=None if real is None else real.figures,
             held_out_accuracy=accuracy,
         )
-
-
-def _statistics(tensors: Mapping[str, Tensor]) -> FeatureStatistics:
-    return FeatureStatistics(mean=tensors["mean"].numpy(), covariance=tensors["covariance"].numpy())
 
 
 def reference_of_run(
@@ -403,9 +409,10 @@ def reference_of_run(
     *,
     trained_on: str,
     features: Sequence[FeatureName],
-    inception_weights: str | None,
+    weights: FeatureConfig,
     device: torch.device,
     samples: int,
+    compared: int,
     reference: str = "test",
 ) -> EvalReference:
     """Open the real images of a run's data set, outside of the run.
@@ -432,7 +439,6 @@ def reference_of_run(
         stop_requested=lambda: False,
         report=lambda _: None,
     )
-    check_held_out(job)
     check_held(job, features, classifier=False)
     return EvalReference(
         job=job,
@@ -440,7 +446,8 @@ def reference_of_run(
         ranks=HostGroup(alone=True),
         trained_on=trained_on,
         features=features,
-        inception_weights=inception_weights,
+        weights=weights,
         samples=samples,
+        compared=compared,
         reference=reference,
     )

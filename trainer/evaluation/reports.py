@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,11 +18,20 @@ from trainer.checkpoint import layout
 from trainer.config.job import EvalConfig
 from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.learned_features import LabelAgreement
+from trainer.evaluation.measures import Distance, Measures, RealFigures
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
 from trainer.storage.store import Store, check_key
 
 logger = logging.getLogger(__name__)
+
+
+RESIZE_FILTER = "linear, antialiased"
+"""By which the decoders bring pictures to the size of the data set."""
+
+
+class NothingMeasured(ValueError):
+    """A report has no figures of what is asked for."""
 
 
 def evaluation_key(run: str, images: int, name: str) -> str:
@@ -32,71 +42,6 @@ def evaluation_key(run: str, images: int, name: str) -> str:
 def reference_kind(reference: str) -> str:
     """Return "test", "train" or "file", of which a digest says more than its place."""
     return reference if reference in ("test", "train") else "file"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RealFigures:
-    """What real training images reach in the place of the samples: the yardstick.
-
-    Attributes:
-        images: How many were measured: as many as there are samples, or all that there are.
-        frechet: Their Fréchet distance to the held-out images.
-        diversity: See `Distance`.
-        nearest: How near held-out images are to training images.
-    """
-
-    images: int
-    frechet: float
-    diversity: float | None
-    nearest: Nearness
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distance:
-    """One extractor's Fréchet distance with what it has to be compared with.
-
-    Attributes:
-        features: Name of the extractor; distances of different extractors do not compare.
-        frechet: Samples against held-out real images; lower is better.
-        diversity: Variance of the samples' features within classes, summed over features.
-        nearest: How near samples are to training images.
-        real: What real images reach; None where there are no training images to read, and in
-            reports of older versions.
-        held_out_accuracy: For "learned_conv": fraction of held-out images its classifier reads
-            right.
-    """
-
-    features: str
-    frechet: float
-    diversity: float | None = None
-    nearest: Nearness | None = None
-    real: RealFigures | None = None
-    held_out_accuracy: float | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """Return the figures under the names the tracker shows.
-
-        What no checkpoint changes is in a group of its own, or its dots would hide the curves.
-        """
-        name, real, nearest = self.features, self.real, self.nearest
-        values = {f"eval/frechet_{name}": self.frechet, f"eval/{name}_diversity": self.diversity}
-        if nearest is not None:
-            values[f"eval/{name}_nearest_train"] = nearest.mean
-            values[f"eval/{name}_close_to_train"] = nearest.close_share
-        if real is not None:
-            values[f"reference/frechet_{name}"] = real.frechet
-            values[f"reference/{name}_diversity"] = real.diversity
-            values[f"reference/{name}_nearest_train"] = real.nearest.mean
-        return {key: value for key, value in values.items() if value is not None}
-
-
-class Measured(NamedTuple):
-    """Figures of one set of samples."""
-
-    distances: tuple[Distance, ...]
-    """One for each extractor."""
-    nfe: tuple[float, ...]
-    """Network evaluations for a sample in each segment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +57,10 @@ class Measurement:
         extractors: Name of each extractor and, where it has weights of its own, their SHA-256.
         held_out_index: SHA-256 of the reference: of the index of its images, or of its file.
         reference: What distances are measured to: "test", "train" or "file".
+        compared: Most images of a set that are compared pair by pair.
+        labels: How often each class is drawn: "in turn" is equally often.
+        resize: By which filter the data set's pictures were brought to size. An extractor's own
+            filter is the extractor's.
     """
 
     attempt: str
@@ -122,6 +71,9 @@ class Measurement:
     extractors: Mapping[str, str]
     held_out_index: str
     reference: str = "test"
+    compared: int = 0
+    labels: str = "in turn"
+    resize: str = RESIZE_FILTER
 
     @property
     def name(self) -> str:
@@ -168,7 +120,7 @@ class CheckpointReport(_Report):
             them are stored.
         unusable_real_images: Real images that could not be read or decoded.
         network_evaluations: Network evaluations per sample; a guided pair counts as two.
-        distances: One for each extractor.
+        distances: One for each extractor; none where there are too few held-out images.
         measurement: How it was measured.
     """
 
@@ -186,9 +138,15 @@ class CheckpointReport(_Report):
         return (self.run, self.images, self.measurement.name) == (run, images, measurement.name)
 
     def distance(self, features: str) -> Distance:
-        """Return the figures of one extractor."""
-        (found,) = (each for each in self.distances if each.features == features)
-        return found
+        """Return the figures of one extractor.
+
+        Raises:
+            NothingMeasured: There are none.
+        """
+        for each in self.distances:
+            if each.features == features:
+                return each
+        raise NothingMeasured(f"{self.checkpoint} has no figures in the features of {features}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +195,10 @@ class EvaluationReport(_Report):
         images: Images the weights had been trained on.
         samples: Generated images measured.
         features: Name of the feature extractor; distances of different extractors do not compare.
-        frechet: Samples against held-out real images; lower is better.
+        frechet: Samples against held-out real images; lower is better. None where there are too
+            few of these.
         frechet_untrained: The same for the untrained model: where training started.
-        diversity, nearest, real: See `Distance`.
+        diversity, nearest, more, real: See `Distance`.
         network_evaluations: Network evaluations per image as counted; a guided pair counts as two.
         segment_evaluations: The same in each segment, from noise to data.
         settings: The evaluation's configuration.
@@ -253,14 +212,15 @@ class EvaluationReport(_Report):
     images: int
     samples: int
     features: str
-    frechet: float
-    frechet_untrained: float
+    frechet: float | None
+    frechet_untrained: float | None
     network_evaluations: float
     segment_evaluations: tuple[float, ...]
     settings: dict[str, Any]
     origin: Origin
     diversity: float | None = None
     nearest: Nearness | None = None
+    more: Measures | None = None
     real: RealFigures | None = None
     labels: LabelAgreement | None = None
     real_images: int | None = None
@@ -274,8 +234,8 @@ class EvaluationReport(_Report):
         *,
         images: int,
         origin: Origin,
-        reached: Distance,
-        frechet_untrained: float,
+        reached: Distance | None,
+        frechet_untrained: float | None,
         nfe: tuple[float, ...],
         labels: LabelAgreement | None,
         real_images: int,
@@ -287,15 +247,17 @@ class EvaluationReport(_Report):
         way from the initial weights, and `nfe` has the network evaluations per sample in each
         segment. The others go into the report as they are.
         """
+        told = reached or Distance(features=config.features.name, frechet=math.nan)
         return cls(
             images=images,
             samples=config.samples,
-            features=reached.features,
-            frechet=reached.frechet,
+            features=told.features,
+            frechet=None if reached is None else reached.frechet,
             frechet_untrained=frechet_untrained,
-            diversity=reached.diversity,
-            nearest=reached.nearest,
-            real=reached.real,
+            diversity=told.diversity,
+            nearest=told.nearest,
+            more=told.more,
+            real=told.real,
             network_evaluations=sum(nfe),
             segment_evaluations=nfe,
             # As JSON would hold them, so that a report read back compares equal.
@@ -308,13 +270,16 @@ class EvaluationReport(_Report):
 
     @property
     def distances(self) -> tuple[Distance, ...]:
-        """The distance, as a report of a checkpoint has it."""
+        """The distance, as a report of a checkpoint has it; none where there is none."""
+        if self.frechet is None:
+            return ()
         return (
             Distance(
                 features=self.features,
                 frechet=self.frechet,
                 diversity=self.diversity,
                 nearest=self.nearest,
+                more=self.more,
                 real=self.real,
             ),
         )
@@ -332,17 +297,19 @@ class EvaluationReport(_Report):
             extractors={self.features: self.origin.extractor},
             held_out_index=self.origin.held_out_index,
             reference=reference_kind(self.settings.get("reference", EvalConfig.reference)),
+            compared=self.settings.get("compared", 0),
         )
 
     def metrics(self) -> dict[str, float]:
         """Return the figures under the names the tracker shows."""
-        (distance,) = self.distances
         values = {
-            **distance.metrics(),
-            f"reference/frechet_{self.features}_untrained": self.frechet_untrained,
             "eval/network_evaluations": self.network_evaluations,
             "reference/unusable_real_images": float(self.unusable_real_images),
         }
+        for distance in self.distances:
+            values |= distance.metrics()
+        if self.frechet_untrained is not None:
+            values[f"reference/frechet_{self.features}_untrained"] = self.frechet_untrained
         if self.labels is not None:
             values["eval/label_agreement"] = self.labels.samples
             values["reference/classifier_held_out_accuracy"] = self.labels.held_out

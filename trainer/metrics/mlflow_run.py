@@ -307,8 +307,8 @@ class MlflowRun:
     def _send_measured(self, entry: Entry) -> None:
         model_id = self._models.find(entry.images)
         self._send_points([entry], model_id=model_id)
-        if model_id is not None:
-            value = entry.point().values[entry.name]
+        value = entry.point().values.get(entry.name)
+        if model_id is not None and value is not None:
             self._models.rank(
                 model_id, figure=entry.name, value=value, protocol=entry.text or "unknown"
             )

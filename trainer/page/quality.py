@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from trainer.evaluation.reports import Distance, Measurement
+from trainer.evaluation.measures import Distance, RealFigures
+from trainer.evaluation.reports import Measurement
 from trainer.page.arms import Arm, lines, mean_and_spread
 from trainer.page.chart import line_chart, swatch
 from trainer.page.markup import Html, join, tag
@@ -60,6 +61,17 @@ _COLUMNS: tuple[tuple[str, str, Callable[[_Figure], float | None]], ...] = (
     ("Fréchet of real images", ".4f", lambda each: _real(each.distance, "frechet")),
     ("times real", ".3g", lambda each: _times_real(each.distance)),
     ("untrained", ".4f", lambda each: each.untrained),
+    ("spatial Fréchet", ".4g", lambda each: _more(each.distance, "spatial_frechet")),
+    ("Inception Score", ".4g", lambda each: _more(each.distance, "inception_score")),
+    ("kernel distance", ".4g", lambda each: _more(each.distance, "kernel_distance")),
+    ("precision", ".3f", lambda each: _more(each.distance, "precision")),
+    ("recall", ".3f", lambda each: _more(each.distance, "recall")),
+    ("sliced Wasserstein", ".4g", lambda each: _more(each.distance, "sliced_wasserstein")),
+    (
+        "sliced Wasserstein of real images",
+        ".4g",
+        lambda each: _more(each.distance.real, "sliced_wasserstein"),
+    ),
     ("diversity", ".4g", lambda each: each.distance.diversity),
     ("diversity of real images", ".4g", lambda each: _real(each.distance, "diversity")),
     ("nearest training image to samples", ".4g", lambda each: _nearest(each.distance, "mean")),
@@ -75,6 +87,13 @@ _COLUMNS: tuple[tuple[str, str, Callable[[_Figure], float | None]], ...] = (
 
 def _real(distance: Distance, name: str) -> float | None:
     value: float | None = None if distance.real is None else getattr(distance.real, name)
+    return value
+
+
+def _more(figures: Distance | RealFigures | None, name: str) -> float | None:
+    if figures is None or figures.more is None:
+        return None
+    value: float | None = getattr(figures.more, name)
     return value
 
 

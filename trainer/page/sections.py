@@ -67,7 +67,8 @@ def _glance(story: RunStory, *, with_distance: bool) -> dict[str, str]:
     total = story.total_images
     of = f" of {compact(total)}" if total is not None and not story.is_complete else ""
     told = {"images": f"{compact(story.images)}{of}"}
-    if with_distance and (final := story.final) is not None:
+    final = story.final
+    if with_distance and final is not None and final.frechet is not None:
         told[f"Fréchet, {final.features}"] = f"{final.frechet:.4g}"
         if final.real is not None and final.real.frechet > 0:
             told["times real images"] = f"{final.frechet / final.real.frechet:.3g}"

@@ -296,6 +296,8 @@ def evaluations_of(
     )
     if during.every_images == 0 or (during.where == "beside" and context.rank > 0):
         return NoEvaluations()
+    if final.reference.skipped:  # which is told before a run
+        return NoEvaluations()
     if during.where == "beside":
         assert beside is not None, "`validate` refuses where=beside without Ray"
         place = CheckpointIndex(known.store, run=known.run)

@@ -15,7 +15,7 @@ from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
 from trainer.data.splits import Split, check_latents, open_split
 from trainer.evaluation.choice import open_checkpoint
-from trainer.evaluation.features import check_features
+from trainer.evaluation.extractors import check_features
 from trainer.evaluation.real_images import check_measurable
 from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker
 from trainer.storage.open import open_store, set_environment
@@ -42,6 +42,7 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
         TrackerUnreachable: If MLflow cannot be used and `tracking.required` is true.
         DataError: If the data set is missing or damaged.
         AutoencoderError: If the codec's autoencoder is missing or not as the settings say.
+        MissingWeights: If the weights of the extractor of features cannot be had.
     """
     logger.info("checking the store and MLflow")
     set_environment(job.store)
@@ -49,7 +50,7 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
     store = open_store(paths.runs_uri(job), job.store)
     _check_writable(store, job.run)
     # Missing weights are found now and not after the last image.
-    check_features(job.eval.features)
+    check_features(job.eval.features, job.store)
     try:
         check_tracker(job.tracking, str(paths.home(job)))
         report(f"look at the run: {tracking_ui_hint(job)}")

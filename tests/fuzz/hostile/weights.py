@@ -17,7 +17,7 @@ from tests.fuzz.verdict import Seen
 from tests.fuzz.watched import watched
 from tests.support.hostile_files import Payload
 from trainer.config.job import FeatureConfig
-from trainer.evaluation.features import check_features
+from trainer.evaluation.extractors import check_features
 
 
 def weights(attempt: Try) -> Seen:

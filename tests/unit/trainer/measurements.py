@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.config.job import EvalConfig
 from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.reports import (
     CheckpointReport,
@@ -55,6 +56,7 @@ def checkpoint_report(
             sampler=SAMPLER,
             extractors=dict.fromkeys(features, ""),
             held_out_index="c0ffee",
+            compared=EvalConfig.compared,
         ),
     )
 
@@ -77,7 +79,7 @@ def finished(
         frechet_untrained=9.0,
         network_evaluations=16.0,
         segment_evaluations=(8.0, 8.0),
-        settings={"seed": 1, "sampler": SAMPLER},
+        settings={"seed": 1, "sampler": SAMPLER, "compared": EvalConfig.compared},
         origin=Origin(run=RUN, attempt=attempt, held_out_index="c0ffee", extractor=""),
     )
     store.put(evaluation_key(RUN, images, "report.json"), report.to_json())

@@ -98,9 +98,10 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypa
         job,
         trained_on=ShardedDataset(f"{place}/datasets/kinds/train", config=ShardsConfig()).digest,
         features=(features,),
-        inception_weights=None,
+        weights=FeatureConfig(),
         device=CPU,
         samples=OWN.samples,
+        compared=OWN.compared,
     )
     engine = build_engine(
         randomised, config=EngineConfig(kind="plain"), placement=Placement((1, 1)),
@@ -221,16 +222,33 @@ def test_other_images_than_the_runs_own_are_refused(place, tmp_path):
         evaluate_checkpoints(config(place, data=wrong), report=quiet)
 
 
-def test_a_single_held_out_image_is_no_reference(place, tmp_path):
-    prefix = tmp_path / "one"
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
+def test_with_fewer_than_four_held_out_images_no_figure_is_measured(place, tmp_path, count):
+    prefix = tmp_path / "few"
     shutil.copytree(place / "datasets" / "kinds", prefix)
     shutil.rmtree(prefix / "test")
-    images, _ = two_kinds(1, 0)
+    images, _ = two_kinds(count, 0)
     pixels = (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    write_dataset([LabelledImage(as_png(pixels[0]), 0)], str(prefix / "test"))
+    held_out = [LabelledImage(as_png(each), 0) for each in pixels]
+    write_dataset(held_out, str(prefix / "test"))
     real = dataclasses.replace(config(place).data, prefix=str(prefix))
-    with pytest.raises(ConfigError, match=r"has 1 held-out image, .*--hold-out"):
-        evaluate_checkpoints(config(place, data=real), report=quiet)
+    lines: list[str] = []
+    few = config(place, data=real, output=str(tmp_path / "out"))
+    (report,) = evaluate_checkpoints(few, report=lines.append)
+    assert report.distances == ()
+    assert (report.real_images, report.unusable_real_images) == (0, 0)
+    assert "warning: no figure is measured: " in lines[0]
+    assert f"{count} held-out image" in lines[0]
+    assert "figures need 4" in lines[0]
+    assert list((tmp_path / "out").rglob("grid.png"))
+    # The training images are enough to compare with; only what real images reach is left out.
+    (report,) = evaluate_checkpoints(dataclasses.replace(few, reference="train"), report=quiet)
+    (distance,) = report.distances
+    assert distance.frechet > 0
+    assert distance.more is not None
+    assert distance.more.precision is not None
+    assert (distance.real, distance.nearest) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +275,8 @@ def test_the_command_prints_a_table_or_one_paragraph(place, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[-2].split() == [
         *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n", "reference"),
-        *("Fréchet", "real", "diversity", "real", "nearest", "real", "close"),
-        *("extractor's", "accuracy"),
+        *("Fréchet", "real", "kernel", "precision", "recall", "sliced", "real"),
+        *("diversity", "real", "nearest", "real", "close", "extractor's", "accuracy"),
     ]
     assert table[-1].split()[:9] == [
         *("small", "200", "ema", "random_conv", "midpoint", "20", "1.5", "80", "20")

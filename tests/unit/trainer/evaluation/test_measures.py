@@ -1,7 +1,6 @@
 """Evaluation figures against closed forms, and what they must not depend on."""
 
 import dataclasses
-import hashlib
 import io
 import os
 import zipfile
@@ -23,20 +22,17 @@ from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.trainer.measurements import real_figures
 from trainer.config.job import EvalConfig, FeatureConfig
 from trainer.config.shapes import ImageShape
+from trainer.evaluation.extractors import check_features
 from trainer.evaluation.feature_sets import Nearness
-from trainer.evaluation.features import (
-    InceptionFeatures,
-    MissingWeights,
-    RandomConvFeatures,
-    check_features,
-    read_inception,
-)
+from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.frechet import FeatureStatistics, frechet_distance
 from trainer.evaluation.grid import TakenSamples, grid_png
 from trainer.evaluation.learned_features import label_agreement, learned_features
-from trainer.evaluation.reports import Distance, EvaluationReport, Origin
+from trainer.evaluation.measures import Distance, Measures
+from trainer.evaluation.reports import EvaluationReport, Origin
 from trainer.evaluation.samples import ImageSampler, SampleBlock
 from trainer.evaluation.sums import FeatureSums
+from trainer.evaluation.weights import MissingWeights
 
 
 def statistics(mean, covariance):
@@ -179,27 +175,6 @@ def test_features_do_not_depend_on_the_number_of_threads():
         assert torch.equal(one, two)
 
 
-@pytest.mark.slow
-def test_inception_loads_a_local_file_and_gives_its_2048_features(tmp_path, monkeypatch, caplog):
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
-
-    # The constructor builds random weights before it loads a file: those are the file here.
-    torch.save({}, tmp_path / "nothing.pth")
-    built: dict[str, torch.Tensor] = {}
-    with monkeypatch.context() as patch:
-        patch.setattr(Network, "load_state_dict", lambda self, _: built.update(self.state_dict()))
-        Network("random", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth"))
-    weights = str(tmp_path / "inception.pth")
-    torch.save(built, weights)
-
-    extract = InceptionFeatures(read_inception(weights), weights=weights)
-    features = extract(torch.rand(2, 1, 16, 16) * 2 - 1)
-    assert features.shape == (2, 2048)
-    assert torch.isfinite(features).all()
-    assert extract.digest == hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    assert f"have the SHA-256 {extract.digest}, not that of the weights that FID" in caplog.text
-
-
 def test_a_grid_shows_every_image_in_its_place_with_a_gap_around_it():
     images = torch.stack([torch.full((3, 8, 8), value) for value in (-1.0, 0.0, 1.0)])
     picture = np.asarray(Image.open(io.BytesIO(grid_png(images, columns=2))))
@@ -304,6 +279,7 @@ def test_a_report_puts_each_figure_beside_its_references():
             frechet=0.3,
             diversity=1.5,
             nearest=Nearness(mean=0.5, close_share=0.25),
+            more=Measures(kernel_distance=-0.125, recall=0.0, compared=20, compared_real=200),
             real=real_figures(0.1),
         ),
         frechet_untrained=2.0,
@@ -314,17 +290,19 @@ def test_a_report_puts_each_figure_beside_its_references():
     )
     assert report.metrics() == {
         "eval/frechet_random_conv": 0.3,
-        "eval/frechet_random_conv_untrained": 2.0,
         "eval/random_conv_diversity": 1.5,
         "eval/random_conv_nearest_train": 0.5,
         "eval/random_conv_close_to_train": 0.25,
-        "eval/random_conv_real": 0.1,
-        "eval/random_conv_real_diversity": 2.0,
-        "eval/random_conv_real_nearest_train": 1.5,
+        "eval/random_conv_kernel_distance": -0.125,
+        "eval/random_conv_recall": 0.0,
         "eval/network_evaluations": 3.5,
-        "eval/unusable_real_images": 1.0,
         "eval/label_agreement": 1.0,
-        "eval/classifier_held_out_accuracy": 1.0,
+        "reference/frechet_random_conv": 0.1,
+        "reference/frechet_random_conv_untrained": 2.0,
+        "reference/random_conv_diversity": 2.0,
+        "reference/random_conv_nearest_train": 1.5,
+        "reference/unusable_real_images": 1.0,
+        "reference/classifier_held_out_accuracy": 1.0,
     }
     assert EvaluationReport.from_json(report.to_json()) == report
 

@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.evaluation.layout import Layout
+from trainer.evaluation.measures import Target
 from trainer.evaluation.npz import BadReference, check_reference, open_reference
+from trainer.evaluation.stored import read_stored, stored_digest, stored_target
+from trainer.host_group import HostGroup
 from trainer.storage.store import StoreConfig
 
 HERE = StoreConfig()
+ALONE = HostGroup(alone=True)
+CPU = torch.device("cpu")
 
 
 def adm_file(path: Path, **changes: Any) -> dict[str, np.ndarray]:
@@ -53,6 +59,55 @@ def test_statistics_and_pictures_are_read_as_they_are(tmp_path, scheme):
     pixels = (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert np.array_equal(pixels, members["arr_0"])
     check_reference(f"{scheme}{file}", HERE)
+
+
+class Columns:
+    """Six features, four spatial ones and two logits: the first pixels of a picture."""
+
+    digest = ""
+    layout = Layout(spatial=4, logits=2)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :12]
+
+
+def targets(file: Path) -> tuple[Target, Target]:
+    """What is measured against, in the features of Inception and of another extractor."""
+    extractors = {"inception": Columns(), "random_conv": Columns()}
+    with open_reference(str(file), HERE) as stored:
+        data = read_stored(stored, extractors, channels=3, compared=50, device=CPU)
+    assert stored_digest(data) == hashlib.sha256(file.read_bytes()).hexdigest()
+    one, two = (stored_target(data, name, ranks=ALONE, device=CPU) for name in extractors)
+    return one, two
+
+
+def test_statistics_are_taken_as_stored_and_what_is_missing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.stored.INCEPTION_FEATURES", 6)
+    file = tmp_path / "reference.npz"
+    members = adm_file(file)
+    inception, other = targets(file)
+    assert np.array_equal(inception.statistics.mean, members["mu"])
+    assert inception.spatial is not None
+    assert np.array_equal(inception.spatial.mean, members["mu_s"])
+    pixels = (members["arr_0"].transpose(0, 3, 1, 2).reshape(300, -1) - 127.5) / 127.5
+    assert other.spatial is not None
+    np.testing.assert_allclose(other.statistics.mean, pixels[:, :6].mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        other.spatial.covariance, np.cov(pixels[:, 6:10], rowvar=False), atol=1e-6
+    )
+    for each in (inception, other):
+        assert each.images == 300
+        assert each.compared is not None
+        assert (each.compared.count, each.compared.width) == (50, 6)
+    adm_file(file, mu_s=None)
+    assert targets(file)[0].spatial is not None
+    adm_file(file, arr_0=None, mu_s=None)
+    with pytest.raises(BadReference, match="no pictures"):
+        targets(file)
+    with open_reference(str(file), HERE) as stored:
+        alone = read_stored(stored, {"inception": Columns()}, channels=3, compared=9, device=CPU)
+    found = stored_target(alone, "inception", ranks=ALONE, device=CPU)
+    assert (found.images, found.spatial, found.compared) == (0, None, None)
 
 
 def test_what_is_not_there_is_none_or_said(tmp_path):

@@ -36,6 +36,12 @@ def test_a_report_of_the_run_tells_its_own_settings_before_its_checkpoint(place,
     of_machine = own_eval(store, manifest)
     assert of_machine is not None
     assert of_machine.features == FeatureConfig(name="inception")
+    # Or import what it likes.
+    code = FeatureConfig(name="module", module="this:that", module_weights="s3://bucket/weights")
+    store.put(key, report_of(dataclasses.replace(again, features=code)).to_json())
+    caplog.clear()
+    assert own_eval(store, manifest) == dataclasses.replace(again, features=FeatureConfig())
+    assert "the code of this:that, which is not run on a store's word" in caplog.text
     damaged = [dataclasses.replace(whole, settings={"samples": "x"}).to_json(), b"[]", b"{"]
     damaged.append(whole.to_json().replace(b'"samples": 30', b'"samples": 31'))
     for data in damaged:

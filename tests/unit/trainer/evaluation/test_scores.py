@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore, count_operations
 from tests.unit.trainer.measurements import RUN, finished, measured
 from trainer.checkpoint.index import CheckpointIndex
-from trainer.evaluation.reports import evaluation_key, frechet_scores, read_scores
+from trainer.evaluation.reports import Measurement, evaluation_key, frechet_scores, read_scores
 from trainer.storage.errors import StoreUnreachable
 
 
@@ -57,6 +58,33 @@ def test_figures_of_different_protocols_are_never_in_one_curve(store: MemoryStor
     assert frechet_scores(store, RUN, "random_conv") == {10: 3.0, 20: 2.0}
     measured(store, 20, 0.3, name="more", samples=50_000)
     assert frechet_scores(store, RUN, "random_conv") == {20: 0.3, 30: 0.1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compared": 30},
+        {"labels": "drawn"},
+        {"resize": "bicubic"},
+        {"reference": "train"},
+        {"extractors": {"random_conv": "other weights"}},
+    ],
+)
+def test_what_a_figure_depends_on_is_its_protocol(change) -> None:
+    asked = Measurement(
+        attempt="one",
+        weights="ema",
+        samples=100,
+        seed=1,
+        sampler={"solver": "heun"},
+        extractors={"random_conv": "", "inception": "a"},
+        held_out_index="c0ffee",
+    )
+    alike = dataclasses.replace(asked, attempt="two", extractors={"random_conv": ""})
+    assert alike.protocol("random_conv") == asked.protocol("random_conv")
+    other = dataclasses.replace(asked, **change)
+    assert other.protocol("random_conv") != asked.protocol("random_conv")
+    assert other.name != asked.name
 
 
 def test_what_is_no_measurement_of_what_stands_there_is_left_out(store: MemoryStore) -> None:

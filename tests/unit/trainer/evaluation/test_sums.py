@@ -191,8 +191,10 @@ def test_a_set_sums_and_keeps_what_it_was_told_to():
     for part in (torch.tensor([8, 0, 3]), torch.tensor([1, 2])):
         whole.take(features[part], torch.zeros(len(part)).long(), part)
     assert whole.sums.count == 3
-    assert torch.equal(whole.kept, features[[8, 1]])
-    assert torch.equal(whole.gather(ALONE), features[[1, 8]])
+    assert torch.equal(whole.kept(), features[[8, 1]])
+    assert torch.equal(whole.kept(torch.tensor([1])), features[[1]])
+    assert torch.equal(whole.gather(ALONE, torch.tensor([1, 8])), features[[1, 8]])
+    assert torch.equal(whole.gather(ALONE, torch.tensor([8])), features[[8]])
 
 
 def test_the_nearest_of_many_is_found_and_copies_are_counted():

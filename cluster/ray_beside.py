@@ -4,6 +4,7 @@ A worker asks for it, so it ends with that worker. It gets a process of its own,
 and gives its GPU's memory back; spare workers are left for workers.
 """
 
+import gc
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
@@ -99,5 +100,6 @@ class RayBesideTask:
 
 
 def _run(function: Callable[[Payload], Payload], payload: Payload) -> Generator[Payload]:
+    gc.enable()  # which what is loaded ahead on workers' nodes turns off
     yield {}
     yield function(payload)

@@ -184,6 +184,7 @@ def test_mlflow_has_the_configuration_the_curves_and_the_pictures(finished):
     shown = {path.partition("+timestamp")[0] for path in paths if path.startswith("images/")}
     assert sorted(shown) == [
         "images/evaluation+step+6400",
+        "images/samples+step+0",
         "images/samples+step+3200",
         "images/samples+step+6400",
     ]

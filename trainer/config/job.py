@@ -162,7 +162,8 @@ class EvalConfig(Checked):
             precision, recall, kernel and sliced distances; memory grows with it. 50000 is ADM's.
         classifier: Train a classifier on the real images and let it read the samples; meant for
             small images, which it holds in memory.
-        grid_interval_images: How often a sample grid is drawn during training; 0 is never.
+        grid_interval_images: How often a sample grid is drawn during training, from its start on; 0
+            is never.
         grid_columns: Images per class in a grid.
         grid_classes: Classes shown in a grid, from the first; at most all that there are.
     """

@@ -163,7 +163,8 @@ class MeasuredCheckpoints:
             protocol=report.measurement.protocol(distance.features),
         )
         if grid is not None:
-            self.tracker.image("evaluation", grid, images=report.images)
+            # One that is drawn there anyway is not told twice.
+            self.tracker.image("samples", grid, images=report.images)
         real = "" if distance.real is None else f", real images {distance.real.frechet:.4f}"
         self.report(
             {

@@ -208,9 +208,9 @@ class FinalEvaluation:
 def final_evaluation(
     job: JobConfig,
     context: WorkerContext,
-    *,
     flow: Flow,
     codec: Codec,
+    *,
     device: torch.device,
     trained_on: str,
 ) -> FinalEvaluation:

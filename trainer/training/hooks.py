@@ -431,21 +431,31 @@ class SampleGrids:
     rank: int
     pause: Callable[[], AbstractContextManager[None]]
 
-    def after_update(self, report: UpdateReport) -> None:
-        """Draw when the interval is due; a collective call.
+    def begin(self, images: int) -> None:
+        """Draw what a new run begins with; a collective call.
 
-        What cannot be drawn is told, and training goes on: later weights may do better.
+        MLflow's slider stands there at first. And if nothing can be drawn, that is told at once.
         """
-        if not due(report.images_before, report.images, self.interval_images):
-            return
+        if images == 0 and self.interval_images:
+            if self.rank == 0:
+                logger.info("drawing samples of the untrained model")
+            self._draw(images)
+
+    def after_update(self, report: UpdateReport) -> None:
+        """Draw when the interval is due; a collective call."""
+        if due(report.images_before, report.images, self.interval_images):
+            self._draw(report.images)
+
+    def _draw(self, images: int) -> None:
+        """Draw; what cannot be drawn is told, and training goes on: later weights may do better."""
         with self.pause():
             try:
                 with self.engine.ema_weights() as model:
-                    images = self.sample(model)
+                    samples = self.sample(model)
             except SolverError as error:  # on all ranks
                 if self.rank == 0:
-                    logger.warning("no samples are shown of %s images: %s", report.images, error)
+                    logger.warning("no samples are shown of %s images: %s", images, error)
                 return
             if self.rank == 0:
-                picture = grid_png(images, columns=self.columns)
-                self.tracker.image("samples", picture, images=report.images)
+                picture = grid_png(samples, columns=self.columns)
+                self.tracker.image("samples", picture, images=images)

@@ -101,12 +101,7 @@ def _train(run: Run) -> None:
         watch = _loss_watch(run)
         step = _train_step(run, watch)
         evaluation = final_evaluation(
-            job,
-            run.context,
-            flow=run.flow,
-            codec=run.codec,
-            device=run.device,
-            trained_on=run.images.digest,
+            job, run.context, run.flow, run.codec, device=run.device, trained_on=run.images.digest
         )
         throughput = Throughput(state.images)
         during = evaluations_of(
@@ -119,12 +114,12 @@ def _train(run: Run) -> None:
         )
         saver = _checkpoint_saver(run, tracker, restored, during)
         save = partial(_save, run, state, watch=watch, saver=saver, tracker=tracker)
-        hooks = _hooks(
-            run, throughput, watch, save, evaluation=evaluation, during=during, tracker=tracker
-        )
+        grids = _sample_grids(run, throughput, evaluation, tracker)
+        hooks = _hooks(run, throughput, watch, save, during=during, grids=grids, tracker=tracker)
         try:
             saver.prepare(run.engine.fragments(), science=run.science)
             during.catch_up(restored.position)
+            grids.begin(state.images)
             with _draw_goodput(run, tracker):
                 end = _loop(run, state, step=step, hooks=hooks)
             run.watchdog.be_patient(run.context.rank > 0)
@@ -398,14 +393,29 @@ def _leave_out(run: Run, throughput: Throughput) -> Iterator[None]:
         yield
 
 
+def _sample_grids(
+    run: Run, throughput: Throughput, evaluation: FinalEvaluation, tracker: Tracker
+) -> SampleGrids:
+    config = run.job.eval
+    return SampleGrids(
+        engine=run.engine,
+        sample=evaluation.sample_grid,
+        tracker=tracker,
+        interval_images=config.grid_interval_images,
+        columns=config.grid_columns,
+        rank=run.context.rank,
+        pause=partial(_leave_out, run, throughput),
+    )
+
+
 def _hooks(
     run: Run,
     throughput: Throughput,
     watch: LossWatch,
     save: Callable[[], bool],
     *,
-    evaluation: FinalEvaluation,
     during: Evaluations,
+    grids: SampleGrids,
     tracker: Tracker,
 ) -> list[Hook]:
     """Make the hooks in the order in which they are called: a save comes after the watch."""
@@ -433,15 +443,7 @@ def _hooks(
             intervals_images=(job.checkpoint.interval_images, job.eval.during.every_images),
             after_save=during.after_save,
         ),
-        SampleGrids(
-            engine=run.engine,
-            sample=evaluation.sample_grid,
-            tracker=tracker,
-            interval_images=job.eval.grid_interval_images,
-            columns=job.eval.grid_columns,
-            rank=rank,
-            pause=partial(_leave_out, run, throughput),
-        ),
+        grids,
     ]
 
 

@@ -105,7 +105,7 @@ def test_figures_that_do_not_compare_with_the_end_have_their_own_curve(known, sa
         f"reference{apart}/random_conv_nearest_train": {10: 1.5},
     }
     assert tracker.lowest == {f"eval{apart}/frechet_random_conv"}
-    assert tracker.pictures == [("evaluation", 10, b"picture")]
+    assert tracker.pictures == [("samples", 10, b"picture")]
     ((kind, text),) = [each.values() for each in known.told]
     assert kind == "note"
     assert "measured after 10 images: Fréchet distance (random_conv) 3.0000" in text

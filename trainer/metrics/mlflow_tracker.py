@@ -213,7 +213,7 @@ class MlflowTracker(Tracker):
         Args:
             values: The figures.
             images: The checkpoint's position of the run.
-            lowest: That of the figures which is the lowest for the best one.
+            lowest: That of the figures which is the lowest for the best one; it may be missing.
             protocol: How they were measured; only figures of the same are compared.
         """
         told = {name: float(value).hex() for name, value in values.items()}
@@ -228,7 +228,9 @@ class MlflowTracker(Tracker):
             )
         )
         rows = "\n".join(f"| `{name}` | {value:.5g} |" for name, value in values.items())
-        head = f"After {images:,} images **{lowest} = {values[lowest]:.4g}**\n\n"
+        head = ""
+        if lowest in values:
+            head = f"After {images:,} images **{lowest} = {values[lowest]:.4g}**\n\n"
         table = f"After {images:,} images:\n\n| figure | value |\n| --- | --- |\n{rows}\n"
         self.journal.append(
             Entry(kind="page", time_ms=_now_ms(), text=f"{head}{self._page}\n{table}")

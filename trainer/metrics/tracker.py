@@ -112,7 +112,7 @@ class Tracker:
         Args:
             values: The figures.
             images: The checkpoint's position of the run.
-            lowest: That of the figures which is the lowest for the best one.
+            lowest: That of the figures which is the lowest for the best one; it may be missing.
             protocol: How they were measured; only figures of the same are compared.
         """
 

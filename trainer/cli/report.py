@@ -34,7 +34,7 @@ curves, time and cost, settings. It is one HTML file that loads nothing and runs
 
   python -m {_MODULE} {_RUN}
   python -m {_MODULE} RUNS/digits-0 RUNS/digits-1 RUNS/one-scale-0 output=comparison.html
-  python -m {_MODULE} s3://bucket/runs/NAME store.endpoint_url=http://HOST:PORT output=report.html
+  python -m {_MODULE} s3://bucket/runs/NAME store.endpoint_url=http://HOST:PORT output=a.html
 
 Runs that differ in their seed alone are drawn as one, with the spread between them. Of one run the
 page is {PAGE} in the run's own folder of the store, where the end of training has put it too."""

@@ -31,12 +31,17 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Return |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), 0 for equal statistics.
 
-    The trace of the root is taken from eigenvalues of the symmetric product C1^½ C2 C1^½, which
-    is stable for the rank-deficient covariances of small samples, on one thread of the processor.
+    The trace of the root is taken from eigenvalues of the symmetric product R^T C2 R with R R^T =
+    C1, on one thread of the processor. R is C1's Cholesky factor. The rank-deficient covariances
+    of small samples have none: there R has the eigenvectors whose values are more than rounding.
     """
     with one_thread():
-        values, vectors = torch.linalg.eigh(torch.from_numpy(first.covariance))
-        root = vectors * values.clamp(min=0.0).sqrt()
+        covariance = torch.from_numpy(first.covariance)
+        root, is_deficient = torch.linalg.cholesky_ex(covariance)
+        if is_deficient:
+            values, vectors = torch.linalg.eigh(covariance)
+            rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
+            root = vectors[:, values > rounding] * values[values > rounding].sqrt()
         product = torch.linalg.eigvalsh(root.T @ torch.from_numpy(second.covariance) @ root)
         root_trace = float(product.clamp(min=0.0).sqrt().sum())
     shift = first.mean - second.mean

@@ -62,6 +62,21 @@ def test_frechet_distance_is_a_symmetric_zero_on_itself_even_when_rank_deficient
     )
 
 
+def test_frechet_distance_of_few_images_is_that_of_the_images_themselves():
+    """The trace of the root is the nuclear norm of the images' products."""
+    rng = np.random.default_rng(2)
+    images = [rng.normal(size=(n, 300)) + n / 100 for n in (40, 60)]
+    roots = [(each - each.mean(0)) / np.sqrt(len(each) - 1) for each in images]
+    shift = images[0].mean(0) - images[1].mean(0)
+    traces = sum((root**2).sum() for root in roots)
+    nuclear = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    found = frechet_distance(*(summarised(each) for each in images))
+    assert found == pytest.approx(shift @ shift + traces - 2 * nuclear, rel=1e-9)
+    same = statistics([1.0, 2.0], np.zeros((2, 2)))
+    assert frechet_distance(same, statistics([1.0, 5.0], np.eye(2))) == pytest.approx(9 + 2)
+    assert frechet_distance(same, same) == 0.0
+
+
 def test_frechet_distance_agrees_with_the_matrix_square_root():
     from scipy.linalg import sqrtm
 

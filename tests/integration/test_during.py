@@ -133,6 +133,7 @@ def test_what_cannot_be_measured_is_told_and_training_goes_on(home, capfd, forke
 
 def test_a_task_on_the_cluster_measures_while_training_goes_on(home, tmp_path):
     words = [*TINY, "cluster.workers=1", "cluster.address=local", "engine=plain"]
+    words += ["cluster.spares=true"]  # of whose environment the task has another
     words += ["eval.during.every_images=256", "eval.during.where=beside"]
     with job(*words, home=home) as first:
         assert first.wait() == 0, first.output

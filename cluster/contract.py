@@ -270,7 +270,8 @@ class BesideTask(Protocol):
 
 
 Beside: TypeAlias = Callable[[Callable[[Payload], Payload], Payload], BesideTask]
-"""Has an importable function run beside the workers, with plain data, on resources of its own."""
+"""Has an importable function run beside the workers, with plain data, on resources of its own; it
+raises `BesideFailed` where the cluster takes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

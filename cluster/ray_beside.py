@@ -45,7 +45,10 @@ class RayBeside:
                 "env_vars": {"OMP_NUM_THREADS": str(self._cpus), "LAPFLOW_PROCESS": "beside"}
             },
         )
-        return RayBesideTask(task.remote(function, payload))
+        try:
+            return RayBesideTask(task.remote(function, payload))
+        except ray.exceptions.RayError as error:
+            raise BesideFailed(f"it could not be begun ({type(error).__name__})") from error
 
 
 class RayBesideTask:

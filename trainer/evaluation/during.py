@@ -11,6 +11,7 @@ from pydantic import Field
 
 from pipelines.documents import seal
 from trainer.checkpoint import layout
+from trainer.checkpoint.errors import DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.config.job import EvalConfig
 from trainer.config.reading import to_dict
@@ -25,6 +26,8 @@ from trainer.metrics.tracker import Tracker
 from trainer.storage.kept import read_or_set_aside
 from trainer.storage.store import Store
 
+_TOLD_AGAIN = 2
+"""Reports of which the tracker is told again; those before are older than the last checkpoint."""
 MAX_TRIES = 2
 """How often measuring one checkpoint may end a process before it is left out."""
 
@@ -53,8 +56,11 @@ class MeasuredCheckpoints:
     tracker: Tracker
     report: Callable[[dict[str, object]], None]
 
-    def unmeasured(self, is_due: Callable[[int], bool]) -> list[int]:
-        """Return which committed checkpoints are still to be measured, oldest first.
+    def catch_up(self, is_due: Callable[[int], bool]) -> list[int]:
+        """Find out which committed checkpoints are still to be measured, oldest first.
+
+        Of the newest that are measured the tracker is told again: the process that measured them
+        may have died with what it had told. What is there already it passes over.
 
         Args:
             is_due: Tells of a checkpoint whether it is one that is measured.
@@ -64,23 +70,31 @@ class MeasuredCheckpoints:
         """
         keys = self.store.list(f"{self.run}/")
         index = CheckpointIndex(self.store, run=self.run)
-        due = [
-            images
-            for images in sorted(layout.folders(self.run, keys))
-            if is_due(images) and layout.manifest_key(self.run, images) in keys
-        ]
-        return [images for images in due if not self._is_measured(images, index, sorted(keys))]
+        unmeasured: list[int] = []
+        reports: list[str] = []
+        for images in sorted(layout.folders(self.run, keys)):
+            if is_due(images) and layout.manifest_key(self.run, images) in keys:
+                try:
+                    attempt = index.examine(images).attempt
+                except (DamagedCheckpoint, InvalidManifest):
+                    continue
+                found = self._find_report(images, attempt, sorted(keys))
+                if found is None:
+                    unmeasured.append(images)
+                elif found != evaluation_key(self.run, images, "report.json"):
+                    reports.append(found)  # and not that of an end, which its launch tells
+        for key in reports[-_TOLD_AGAIN:]:
+            if (report := read_or_set_aside(self.store, key, CheckpointReport)) is not None:
+                self._track(report, None)
+        return unmeasured
 
-    def _is_measured(self, images: int, index: CheckpointIndex, keys: list[str]) -> bool:
-        try:
-            attempt = index.examine(images).attempt
-        except ValueError:
-            return True  # it is damaged, so nothing can be measured
-        found = read_distances(self.store, self.run, images, keys=keys, attempts={attempt})
-        return any(
-            self._is_alike(each.measurement) and each.distance.features == self.config.features.name
-            for each in found
-        )
+    def _find_report(self, images: int, attempt: str, keys: list[str]) -> str | None:
+        """Return the key of the report of a checkpoint; None if it was not measured alike."""
+        for each in read_distances(self.store, self.run, images, keys=keys, attempts={attempt}):
+            is_own = each.distance.features == self.config.features.name
+            if is_own and self._is_alike(each.measurement):
+                return each.report
+        return None
 
     def _is_alike(self, measurement: Measurement) -> bool:
         asked = asked_during(self.config)
@@ -150,6 +164,19 @@ class MeasuredCheckpoints:
             report: The figures.
             grid: Some of the samples; None if they cannot be had.
         """
+        self._track(report, grid)
+        distance = report.distance(self.config.features.name)
+        real = "" if distance.real is None else f", real images {distance.real.frechet:.4f}"
+        self.report(
+            {
+                "kind": "note",
+                "text": f"measured after {report.images:,} images: Fréchet distance "
+                f"({distance.features}) {distance.frechet:.4f} of {report.measurement.samples:,} "
+                f"samples{real}",
+            }
+        )
+
+    def _track(self, report: CheckpointReport, grid: bytes | None) -> None:
         distance = report.distance(self.config.features.name)
         figures = {**distance.metrics(), "eval/network_evaluations": report.network_evaluations}
         lowest = f"eval/frechet_{distance.features}"
@@ -165,15 +192,6 @@ class MeasuredCheckpoints:
         if grid is not None:
             # One that is drawn there anyway is not told twice.
             self.tracker.image("samples", grid, images=report.images)
-        real = "" if distance.real is None else f", real images {distance.real.frechet:.4f}"
-        self.report(
-            {
-                "kind": "note",
-                "text": f"measured after {report.images:,} images: Fréchet distance "
-                f"({distance.features}) {distance.frechet:.4f} of {report.measurement.samples:,} "
-                f"samples{real}",
-            }
-        )
 
     def warn(self, images: int, reason: str) -> None:
         """Say why a checkpoint is not measured."""

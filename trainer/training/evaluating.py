@@ -29,7 +29,7 @@ from trainer.evaluation.final import FinalEvaluation
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import CheckpointReport
 from trainer.evaluation.samples import ImageSampler
-from trainer.storage.errors import StoreError
+from trainer.storage.errors import CheckpointError, StoreError
 from trainer.training.evaluating_beside import BesideEvaluations
 from trainer.training.hooks import due
 
@@ -160,7 +160,7 @@ class InlineEvaluations:
 
         def look() -> bytes:
             try:
-                return b"due" if self._known.unmeasured(lambda each: each == images) else b""
+                return b"due" if self._known.catch_up(lambda each: each == images) else b""
             except StoreError as error:
                 self._known.warn(images, str(error))
                 return b""
@@ -264,7 +264,7 @@ class InlineEvaluations:
             attempt = CheckpointIndex(known.store, run=known.run).examine(report.images).attempt
             report = replace(report, measurement=replace(report.measurement, attempt=attempt))
             known.keep(report, grid)
-        except ValueError as error:  # the store fails, or somebody has damaged it
+        except CheckpointError as error:  # the store fails, or somebody has damaged it
             known.warn(report.images, f"its report cannot be written: {error}")
         known.tell(report, grid)
 

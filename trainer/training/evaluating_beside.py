@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from cluster.contract import BesideFailed, BesideTask
@@ -14,7 +15,7 @@ from pipelines.console import typed
 from trainer.checkpoint.upload import SaveReport
 from trainer.evaluation.during import MeasuredCheckpoints
 from trainer.evaluation.reports import CheckpointReport
-from trainer.storage.errors import StoreError
+from trainer.storage.errors import CheckpointError, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class BesideEvaluations:
 
     def _run(self) -> None:
         try:
-            left = self._known.unmeasured(self._is_due)
+            left = self._known.catch_up(self._is_due)
         except StoreError as error:
             logger.warning("earlier checkpoints are not looked at: %s", error)
             left = []
@@ -106,7 +107,7 @@ class BesideEvaluations:
         while (images := self._next()) is not None:
             try:
                 self._measure(images)
-            except (BesideFailed, StoreError) as error:
+            except (BesideFailed, CheckpointError) as error:
                 self._known.warn(images, str(error))
 
     def _next(self) -> int | None:
@@ -158,5 +159,6 @@ class BesideEvaluations:
         if told["unwritten"]:
             logger.warning("%s", told["unwritten"])
         else:
-            grid = self._known.store.get(self._known.key(report, "grid.png"))
+            with suppress(CheckpointError):  # the figures are what counts
+                grid = self._known.store.get(self._known.key(report, "grid.png"))
         self._known.tell(report, grid)

@@ -44,7 +44,7 @@ class Known:
         self.told, self.warned = [], {}
         self.store = SimpleNamespace(get=lambda key: f"picture of {key}".encode())
 
-    def unmeasured(self, is_due):
+    def catch_up(self, is_due):
         return self.left
 
     def key(self, report, name):

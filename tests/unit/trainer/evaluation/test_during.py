@@ -18,6 +18,7 @@ from trainer.config.job import DuringConfig, EvalConfig
 from trainer.config.reading import to_dict
 from trainer.config.shapes import ImageShape
 from trainer.evaluation.during import MeasuredCheckpoints
+from trainer.evaluation.reports import evaluation_key
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
@@ -67,16 +68,29 @@ def test_what_is_measured_alike_is_not_measured_again(store, known, monkeypatch)
     measured(store, 20, 1.0, name="b", weights="master")
     measured(store, 20, 1.0, name="c", features=("inception",))
     finished(store, 30, 1.0)
-    assert known().unmeasured(lambda images: True) == [20, 40]
-    assert known().unmeasured(lambda images: images < 40) == [20]
-    assert known(seed=7).unmeasured(lambda images: images < 20) == [10]
+    assert known().catch_up(lambda images: True) == [20, 40]
+    assert known().catch_up(lambda images: images < 40) == [20]
+    assert known(seed=7).catch_up(lambda images: images < 20) == [10]
     few = known(during=DuringConfig(samples=50))
-    assert few.unmeasured(lambda images: True) == [10, 30, 40]
+    assert few.catch_up(lambda images: True) == [10, 30, 40]
+
+
+def test_the_tracker_is_told_again_of_the_newest(store, known, monkeypatch):
+    monkeypatch.setattr("tests.unit.trainer.measurements.SAMPLER", to_dict(SAMPLER))
+    for images in (10, 20, 40):
+        measured(store, images, float(images))
+    finished(store, 30, 30.0)
+    made = known()
+    assert made.catch_up(lambda images: True) == []
+    assert made.tracker.curves["eval/frechet_random_conv"] == {20: 20.0, 40: 40.0}
+    assert store.get(evaluation_key(RUN, 30, "report.json"))
+    assert made.tracker.pictures == []
+    assert known.told == []
 
 
 def test_a_damaged_checkpoint_is_left_alone(store, known):
     store.put(manifest_key(RUN, 40), b"{}")
-    assert known().unmeasured(lambda images: images > 20) == [30]
+    assert known().catch_up(lambda images: images > 20) == [30]
 
 
 def test_measuring_that_ends_the_process_is_tried_twice(known):

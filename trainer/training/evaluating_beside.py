@@ -23,6 +23,8 @@ LOOK_S = 1.0
 """How often a task is looked at."""
 PATIENT_S = 120.0
 """How long a task may wait for room before that is told, and the end of training for its start."""
+CLOSE_S = 10.0
+"""How long its thread gets to end."""
 LAST_S = 1800.0
 """How long the end of a run waits for a measurement that is under way."""
 
@@ -94,7 +96,8 @@ class BesideEvaluations:
             self._is_finished = is_finished
             self._end_s = time.monotonic() + (self._last_s if is_finished else 0.0)
             self._changed.notify()
-        self._thread.join()
+        # A store that does not answer may hold it, and a stop has no time for that.
+        self._thread.join(self._last_s * is_finished + CLOSE_S)
 
     def _run(self) -> None:
         try:

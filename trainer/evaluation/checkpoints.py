@@ -358,6 +358,7 @@ def measure_model(
     *,
     samples: int,
     max_picture_bytes: int = 0,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> MeasuredModel:
     """Draw samples, classes in equal parts, and measure them; a collective call.
 
@@ -367,9 +368,10 @@ def measure_model(
         reference: Real images, extractors, and the ranks that draw.
         samples: How many.
         max_picture_bytes: How much of them is kept as pictures, beside those of the grid.
+        stop_requested: Tells on any rank, after a block, that it is not to go on.
 
     Raises:
-        SolverError, FrechetError, DataError: As `EvalReference.measure` does.
+        MeasuringStopped, SolverError, FrechetError, DataError: As `EvalReference.measure` does.
     """
     classes = image_sampler.shape.classes
     labels = torch.arange(samples) % classes
@@ -377,7 +379,9 @@ def measure_model(
     taken = TakenSamples(
         picture_bytes=image_sampler.picture_bytes, shown=chosen, max_bytes=max_picture_bytes
     )
-    figures = reference.measure(image_sampler, model, labels, keep=taken)
+    figures = reference.measure(
+        image_sampler, model, labels, keep=taken, stop_requested=stop_requested
+    )
     return MeasuredModel(figures, taken, columns)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -46,6 +46,10 @@ from trainer.storage.kept import KeptFiles
 from trainer.storage.open import set_environment
 
 logger = logging.getLogger(__name__)
+
+
+class MeasuringStopped(ValueError):
+    """Somebody asked to stop before all samples were drawn."""
 
 
 class _Read(NamedTuple):
@@ -336,6 +340,7 @@ class EvalReference:
         labels: Tensor,
         *,
         keep: TakenSamples | None = None,
+        stop_requested: Callable[[], bool] | None = None,
     ) -> Measured:
         """Sample and measure block by block, each rank its own; a collective call.
 
@@ -344,11 +349,13 @@ class EvalReference:
             model: Velocity model.
             labels: Requested classes, shape [n].
             keep: Takes the blocks that it wants, on the first rank.
+            stop_requested: Tells on any rank, after a block, that it is not to go on.
 
         Returns:
             The same figures on all ranks.
 
         Raises:
+            MeasuringStopped: It was not to go on; on all ranks.
             FrechetError: There are too few images for a distance, or samples that are not finite.
             DataError: The held-out images are out of reach, or cannot be used.
         """
@@ -368,6 +375,8 @@ class EvalReference:
             if keep is not None:
                 for block in turn.gather(self.ranks, wanted=keep.wants):
                     keep.add(block)
+            if stop_requested is not None and self.ranks.reduce_min(int(not stop_requested())) == 0:
+                raise MeasuringStopped("nothing is measured, as a stop was asked for")
         for extraction in extractions:
             extraction.flush()
         for each in sets.values():

@@ -26,7 +26,7 @@ from trainer.evaluation.beside import evaluation_payload, measure_beside
 from trainer.evaluation.checkpoints import measure_model, measurement_of
 from trainer.evaluation.during import MeasuredCheckpoints, asked_during
 from trainer.evaluation.final import FinalEvaluation
-from trainer.evaluation.reference import EvalReference
+from trainer.evaluation.reference import EvalReference, MeasuringStopped
 from trainer.evaluation.reports import CheckpointReport
 from trainer.evaluation.samples import ImageSampler
 from trainer.storage.errors import CheckpointError, StoreError
@@ -112,6 +112,7 @@ class InlineEvaluations:
         image_sampler: Decides the samples.
         reference: Real images, extractor, and the ranks.
         known: What is known of the run's checkpoints.
+        stop_requested: Tells that this rank was asked to stop.
         pause: Leaves the time of a `with` block out of the run's speed.
     """
 
@@ -124,6 +125,7 @@ class InlineEvaluations:
         image_sampler: ImageSampler,
         reference: EvalReference,
         known: MeasuredCheckpoints,
+        stop_requested: Callable[[], bool],
         pause: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._plan = plan
@@ -132,6 +134,7 @@ class InlineEvaluations:
         self._image_sampler = image_sampler
         self._reference = reference
         self._known = known
+        self._stop_requested = stop_requested
         self._pause = pause
         self._agreement = Agreement(reference.ranks)
         self._lock = threading.Lock()
@@ -196,7 +199,9 @@ class InlineEvaluations:
             if not is_user_error(error):
                 raise
             if self._is_first:
-                self._known.warn(images, str(error))
+                # What a stop has kept from being measured is left to the next launch.
+                if not isinstance(error, MeasuringStopped):
+                    self._known.warn(images, str(error))
                 self._end(images)
             return
         if measured is None:
@@ -232,7 +237,11 @@ class InlineEvaluations:
         self._reference.prepare()
         with self._engine.ema_weights() as model:
             measured = measure_model(
-                self._image_sampler, model, self._reference, samples=self._asked.samples
+                self._image_sampler,
+                model,
+                self._reference,
+                samples=self._asked.samples,
+                stop_requested=self._stop_requested,
             )
         measurement = measurement_of(self._asked, self._reference, attempt="", weights="ema")
         if not self._is_first:
@@ -320,5 +329,6 @@ def evaluations_of(
         image_sampler=final.image_sampler,
         reference=reference,
         known=known,
+        stop_requested=context.stop_requested,
         pause=pause,
     )

@@ -36,11 +36,11 @@ from trainer.engine.build import build_engine
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluation import learned_features
-from trainer.evaluation.checkpoints import evaluate_checkpoints
+from trainer.evaluation.checkpoints import evaluate_checkpoints, measure_model
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.grid import class_grid
 from trainer.evaluation.loading import SamplerChoice
-from trainer.evaluation.reference import reference_of_run
+from trainer.evaluation.reference import MeasuringStopped, reference_of_run
 from trainer.evaluation.reports import (
     EvaluationReport,
     evaluation_key,
@@ -143,6 +143,12 @@ def test_the_end_of_a_run_is_measured_as_its_checkpoint_is_later(place, monkeypa
     assert own.frechet_untrained == own.frechet
     found = read_scores(store, run)
     assert found == {features: {300: own.frechet}}
+    # Whoever is asked to stop does so after the block that is being drawn.
+    asked = iter([False, True])
+    with engine.ema_weights() as model, pytest.raises(MeasuringStopped):
+        measure_model(
+            image_sampler, model, reference, samples=20, stop_requested=lambda: next(asked)
+        )
 
 
 @pytest.mark.slow

@@ -39,6 +39,11 @@ from trainer.engine.zero_partition import (
 from trainer.state import Fragment
 
 TESTED_DEEPSPEED = ">=0.19.8,<0.19.9"
+_UNUSED = {
+    "deepspeed.autotuning.autotuner": ("Autotuner",),
+    "deepspeed.runtime.zero.muon.original_muon": ("MuonWithAuxAdam", "adam_update", "muon_update"),
+}
+"""Modules of DeepSpeed that it imports, with what it takes from them."""
 
 
 class ZeroEngine:
@@ -278,10 +283,12 @@ def import_deepspeed() -> Any:
     require_tested("deepspeed", TESTED_DEEPSPEED)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Importing the autotuner, which nothing here uses, imports MLflow: more than a second.
-    unused = ModuleType("deepspeed.autotuning.autotuner")
-    unused.Autotuner = None  # type: ignore[attr-defined]
-    sys.modules.setdefault(unused.__name__, unused)
+    # Each takes about a second of every start, and nothing here uses it: the autotuner imports
+    # MLflow, and Muon's update is compiled as it is imported, for which torch loads its compiler.
+    for module, names in _UNUSED.items():
+        unused = ModuleType(module)
+        vars(unused).update((name, type(name, (), {})) for name in names)
+        sys.modules.setdefault(module, unused)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

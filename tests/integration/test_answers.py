@@ -32,6 +32,7 @@ from tests.fuzz.material import (
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.forked import forked, ranks_by_fork
 from tests.support.job import ROOT
+from tests.support.ports import free_port
 from trainer.cli import doctor, lapflow
 
 pytestmark = pytest.mark.slow
@@ -298,13 +299,15 @@ def test_what_is_made_is_told_to_programs(material, tmp_path):
 
 
 def test_pages_are_served_once_the_answer_is_out(material, tmp_path):
-    process = begin(tmp_path, ["ui", f"home={material.home}", "port=5067", "--json"], lapflow.main)
+    port = free_port()
+    words = ["ui", f"home={material.home}", f"port={port}", "--json"]
+    process = begin(tmp_path, words, lapflow.main)
     try:
         while process.is_alive() and not (tmp_path / "out").read_text().endswith("}\n"):
             time.sleep(0.1)
         values = json.loads((tmp_path / "out").read_text())
         assert values["served_here"] is True
-        assert values["address"].startswith("http://127.0.0.1:5067/#/experiments/")
+        assert values["address"].startswith(f"http://127.0.0.1:{port}/#/experiments/")
     finally:
         process.kill()
         process.join()

@@ -35,7 +35,7 @@ def test_who_takes_a_ranks_place_hears_nothing_and_is_told_of():
             foreign_peer.speak_in_groups,
             {"groups": 100},
             lambda told: intruder.aim_at(told["pid"]),
-            start_timeout_s=8,
+            start_timeout_s=20,
         )
     assert any(intruder.heard), "a rank believed it, else this proves nothing"
     assert not any(foreign_peer.SECRET_WORDS[:16] in told for told in intruder.heard)

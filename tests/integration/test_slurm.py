@@ -13,7 +13,7 @@ import pytest
 from cluster.manifests.deployment import Deployment
 from cluster.manifests.slurm import Slurm, batch_script
 from tests.support.job import ROOT
-from tests.support.ray_cluster import free_port
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.slow
 

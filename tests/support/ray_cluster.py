@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from socket import create_server
+
+from tests.support.ports import free_port
 
 START_TIMEOUT_S = 540
 HOST = "127.0.0.2"
@@ -99,7 +100,7 @@ def ray_cluster(
         stop_wait_s: What a job gets to end once it is asked to, unless it says otherwise.
     """
     scratch = Path(tempfile.mkdtemp(prefix="ray-"))
-    port, dashboard_port = free_port(), free_port()
+    port, dashboard_port = free_port(HOST), free_port(HOST)
     environment = {
         # `ray job submit -- python …` means this Python.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -130,7 +131,7 @@ def ray_cluster(
                 (
                     *(*role, "--node-ip-address", host, "--num-cpus", str(cpus)),
                     # Without it every cluster of this machine wants the same one.
-                    *("--dashboard-agent-listen-port", str(free_port())),
+                    *("--dashboard-agent-listen-port", str(free_port(HOST))),
                 ),
                 environment=environment,
                 log=log,
@@ -169,13 +170,6 @@ def _start(
 
 def _ray() -> str:
     return str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with create_server((HOST, 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 def _wait_until_up(node: subprocess.Popen[bytes], log: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pwd
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.ports import free_port
 
 RINGS = ("account", "container", "object")
 SERVERS = (*RINGS, "proxy")
@@ -115,7 +116,7 @@ def s3_server(directory: Path, *, secret_key: str = "testing") -> Iterator[S3Ser
     Raises:
         S3ServerStartError: A server ended early or the proxy did not answer in time.
     """
-    ports = dict(zip(SERVERS, _free_ports(len(SERVERS)), strict=True))
+    ports = {name: free_port() for name in SERVERS}
     _write_configuration(directory, ports, secret_key)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -147,18 +148,6 @@ def _binary(name: str) -> str:
             f"{path} is missing: install the development dependencies (pip install -e '.[dev]')."
         )
     return str(path)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on; all are held until the last is known, so they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def _write_configuration(directory: Path, ports: dict[str, int], secret_key: str) -> None:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from cluster.node_check import Judgement, NodeCheck, NodePlace, Sight
-from tests.support.ray_cluster import free_port
+from tests.support.ports import free_port
 from tests.support.worker_runs import TINY
 from trainer.config.composition import compose_job
 from trainer.storage.lease import hold_lease

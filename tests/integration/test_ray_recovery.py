@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -37,10 +38,63 @@ def cluster() -> Iterator[RayCluster]:
         yield cluster
 
 
+def processes(cluster: RayCluster, title: str) -> list[psutil.Process]:
+    """Those of the cluster whose title begins so."""
+    found: list[psutil.Process] = []
+    for node in cluster.nodes.values():
+        for one in psutil.Process(node.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # or it is a zombie
+                if " ".join(one.cmdline()).startswith(title):
+                    found.append(one)
+    return found
+
+
+def idle_with_hook(cluster: RayCluster) -> list[psutil.Process]:
+    """Processes without work that were started in the environment of a run's workers."""
+    found = []
+    for one in processes(cluster, "ray::IDLE"):
+        with suppress(psutil.NoSuchProcess):
+            if WORKER_PROCESS_SETUP_HOOK_ENV_VAR in one.environ():
+                found.append(one)
+    return found
+
+
+class Spares:
+    """Lets a run's faults happen as soon as each node has a spare process.
+
+    Attributes:
+        go: For the payload.
+        pids: The spare processes, by attempt.
+        seen: All of them.
+    """
+
+    def __init__(self, cluster: RayCluster, folder: Path) -> None:
+        self.go = folder / "go"
+        self.pids: list[set[int]] = []
+        self.seen: list[psutil.Process] = []
+        self._cluster = cluster
+
+    def watch(self, message: Message) -> None:
+        """Begin to look for them when an attempt begins."""
+        if "from" in message and message["rank"] == 1 and message["attempt"] < 3:
+            threading.Thread(target=self._wait, args=(message["attempt"],)).start()
+
+    def _wait(self, attempt: int) -> None:
+        limit = time.monotonic() + LIMIT_S
+        while len(there := idle_with_hook(self._cluster)) < 2:
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        self.seen += there
+        self.pids.append({one.pid for one in there})
+        self.go.with_suffix(f".{attempt}").touch()
+
+
 def test_failures_with_new_checkpoints_between_them_never_end_a_run(
-    cluster: RayCluster, tmp_path: Path
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    story = Story()
+    """Spare processes take the place of lost workers: new ones, each once, and none stays."""
+    monkeypatch.setattr(ray_spares, "AFTER_S", 0.0)
+    story, spares = Story(), Spares(cluster, tmp_path)
     outcome = launch(
         cluster,
         story,
@@ -48,10 +102,22 @@ def test_failures_with_new_checkpoints_between_them_never_end_a_run(
             "saved": str(tmp_path / "saved"),
             "total": 200,
             "faults": {"0:70": "kill", "1:120": "raise", "2:170": "end"},
+            "go": str(spares.go),
         },
+        watch=spares.watch,
         max_failures=1,
+        warm_up=warm_up,
     )
 
+    pids = [
+        {one["pid"] for one in story.messages if one.get("attempt") == attempt and "pid" in one}
+        for attempt in range(4)
+    ]
+    assert pids[1:] == spares.pids  # one on each node, and none of the attempts before
+    assert all(not one & other for one, other in pairwise(pids))
+    assert {one["warmed"] for one in story.messages if "warmed" in one} == {1}
+    _, alive = psutil.wait_procs(spares.seen, timeout=LIMIT_S)
+    assert not alive
     assert (outcome.status, outcome.restarts) == ("finished", 3)
     assert story.starts() == [0, 50, 100, 150]
     table = [line for line in story.lines if " attempt 0: " in line][:3]
@@ -167,75 +233,6 @@ def test_ray_knows_a_selector_of_all_nodes_but_some(cluster: RayCluster) -> None
             ray.util.remove_placement_group(group)
     finally:
         ray.shutdown()
-
-
-def processes(cluster: RayCluster, title: str) -> list[psutil.Process]:
-    """Those of the cluster whose title begins so."""
-    found: list[psutil.Process] = []
-    for node in cluster.nodes.values():
-        for one in psutil.Process(node.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # or it is a zombie
-                if " ".join(one.cmdline()).startswith(title):
-                    found.append(one)
-    return found
-
-
-def test_spare_processes_of_each_node_take_the_place_of_lost_workers(
-    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are new, each is used once, there are spares again afterwards, and none stays."""
-    monkeypatch.setattr(ray_spares, "AFTER_S", 0.0)
-    story = Story()
-    spares: list[set[int]] = []
-    seen: list[psutil.Process] = []
-
-    def wait_for_spares(attempt: int) -> None:
-        limit = time.monotonic() + LIMIT_S
-        while len(there := idle_with_hook(cluster)) < 2:
-            assert time.monotonic() < limit
-            time.sleep(0.1)
-        seen.extend(there)
-        spares.append({one.pid for one in there})
-        (tmp_path / f"go{attempt}").touch()
-
-    def watch(message: Message) -> None:
-        if "from" in message and message["rank"] == 1 and message["attempt"] < 2:
-            threading.Thread(target=wait_for_spares, args=(message["attempt"],)).start()
-
-    outcome = launch(
-        cluster,
-        story,
-        {
-            "saved": str(tmp_path / "saved"),
-            "total": 200,
-            "faults": {f"{n}:{60 + 50 * n}": str(tmp_path / f"go{n}") for n in range(2)},
-        },
-        watch=watch,
-        warm_up=warm_up,
-    )
-
-    assert (outcome.status, outcome.restarts) == ("finished", 2)
-    assert story.starts() == [0, 50, 100]
-    pids = [
-        {one["pid"] for one in story.messages if one.get("attempt") == attempt}
-        for attempt in range(3)
-    ]
-    assert pids[1:] == spares  # one on each node, and none of the attempts before
-    assert not pids[0] & pids[1]
-    assert not pids[1] & pids[2]
-    assert {one["warmed"] for one in story.messages if "warmed" in one} == {1}
-    _, alive = psutil.wait_procs(seen, timeout=LIMIT_S)
-    assert not alive
-
-
-def idle_with_hook(cluster: RayCluster) -> list[psutil.Process]:
-    """Processes without work that were started in the environment of a run's workers."""
-    found = []
-    for one in processes(cluster, "ray::IDLE"):
-        with suppress(psutil.NoSuchProcess):
-            if WORKER_PROCESS_SETUP_HOOK_ENV_VAR in one.environ():
-                found.append(one)
-    return found
 
 
 def test_workers_leave_a_driver_that_does_not_answer(

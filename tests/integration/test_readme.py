@@ -1,4 +1,7 @@
-"""What README.md, docs/first-steps.md and docs/scale-out.md say, typed on a machine of its own."""
+"""What README.md, docs/first-steps.md and docs/scale-out.md say, typed on a machine of its own.
+
+One machine and one run serve all tests, as one user types one page after the other.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,9 @@ def scale_out(words: str) -> str:
     return line("docs/scale-out.md", words, having="ray start --head")
 
 
-@pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[Machine]:
-    folder = tmp_path / "machine"
-    folder.mkdir()
-    with machine(folder) as up:
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    with machine(tmp_path_factory.mktemp("machine")) as up:
         yield up
 
 
@@ -91,30 +92,15 @@ def test_the_quick_start_and_its_pages(fresh: Machine, terminal: Terminal) -> No
         assert '"lapflow"' in terminal.type(f".venv/bin/python -c '{fetch}' '{ask}'")
 
 
-@pytest.mark.parametrize("had_a_token", [False, True])
-def test_a_cluster_and_the_same_job_on_it(
-    fresh: Machine, terminal: Terminal, had_a_token: bool
+def test_jobs_of_a_cluster_are_watched_stopped_and_go_on(
+    fresh: Machine, terminal: Terminal
 ) -> None:
-    terminal.type(first_steps("source") if not had_a_token else "source .venv/bin/activate")
-    if had_a_token:  # as an earlier use of Ray leaves it
-        terminal.type("ray get-auth-token --generate")
-    for words in ("(umask", "export", "ray start"):
+    for words in ("source", "(umask", "export", "ray start"):
         terminal.type(first_steps(words))
-    if had_a_token:
-        # A job that the cluster takes, runs and sees refused: the token was the right one.
-        refused = terminal.type(f"{first_steps('ray job submit')} train.total_images=-1", code=1)
-        assert "error: train.total_images=-1" in refused
-    else:
-        submitted = terminal.type(f"{first_steps('ray job submit')} {SHORT}")
-        assert "classifier reads the label" in submitted
-        assert "succeeded" in submitted
-        token = fresh.path("/tmp/home/.ray/auth_token")
-        assert token.stat().st_mode & 0o077 == 0
+    token = fresh.path("/tmp/home/.ray/auth_token")
+    assert token.stat().st_mode & 0o077 == 0
+    assert scale_out("ray start --head") == first_steps("ray start")
 
-
-def test_a_job_is_watched_stopped_and_goes_on(fresh: Machine, terminal: Terminal) -> None:
-    for words in ("source", "(umask", "export", "ray start --head"):
-        terminal.type(scale_out(words))
     long = f"{SHORT} train.total_images=640000 checkpoint.keep_last=1"
     jobs = "python -m cluster.jobs"
     submit, again = (scale_out(f"{jobs} submit --id {name}") for name in ("first", "again"))
@@ -129,14 +115,21 @@ def test_a_job_is_watched_stopped_and_goes_on(fresh: Machine, terminal: Terminal
     home = fresh.path("/tmp/home/lapflow")
     saved = newest_images(home)
     log = terminal.type(scale_out(f"{jobs} logs"), code=143)
+    # It is the run that the quick start has begun.
+    assert "resumed after 2,560 images" in log
     assert "stopped; run the same command again" in log
     assert f"{saved:012d}" in log
 
     total = 640 * (saved // 640 + 2)
-    on = terminal.type(f"{again} {SHORT} train.total_images={total}")
+    rest = f"{SHORT} train.total_images={total}"
+    on = terminal.type(f"{first_steps('ray job submit')} {rest}")
     assert f"resumed after {saved:,} images" in on
     assert "classifier reads the label" in on
+    assert "succeeded" in on
     assert newest_images(home) == total
+    complete = terminal.type(f"{again} {rest}")
+    assert "this run is complete" in complete
+    assert "job again: succeeded" in complete
     with sqlite3.connect(home / "mlflow.db") as database:
         runs = database.execute("SELECT name, status FROM runs").fetchall()
         steps = database.execute("SELECT step FROM metrics WHERE key = 'loss/total'").fetchall()
@@ -144,24 +137,14 @@ def test_a_job_is_watched_stopped_and_goes_on(fresh: Machine, terminal: Terminal
     assert sorted(step for (step,) in steps) == list(range(640, total + 1, 640))
 
 
-def test_a_run_in_a_bucket_goes_on(fresh: Machine, terminal: Terminal) -> None:
-    serve = (
-        "import time; from pathlib import Path; from tests.support.s3_server import s3_server\n"
-        "Path('/tmp/s3').mkdir()\n"
-        "with s3_server(Path('/tmp/s3')) as server:\n"
-        "    print(server.make_bucket('mine'), server.endpoint_url, flush=True)\n"
-        "    time.sleep(3600)"
-    )
-    with fresh.terminal() as bucket:
-        said = bucket.begin(f'.venv/bin/python -c "{serve}"', until="s3://mine http")
-        uri, endpoint = re.findall(r"(s3://mine) (http\S+)", said)[0]
-        stored = f"{SHORT} store.uri={uri}/runs store.endpoint_url={endpoint}"
-        terminal.type("export AWS_ACCESS_KEY_ID=test:tester AWS_SECRET_ACCESS_KEY=testing")
-        make = readme("make train")
-        terminal.type(f'{make} ARGS="{stored}"')
-        longer = terminal.type(f'{make} ARGS="{stored} train.total_images=3840"')
-        assert "resumed after 2,560 images" in longer
-        assert not fresh.path("/tmp/home/lapflow/store").exists()
+def test_a_cluster_takes_the_token_that_an_earlier_one_had(terminal: Terminal) -> None:
+    terminal.type(first_steps("source"))
+    terminal.type(scale_out("ray stop"))
+    for words in ("(umask", "export", "ray start"):
+        terminal.type(first_steps(words))
+    # A job that the cluster takes, runs and sees refused: the token was the right one.
+    refused = terminal.type(f"{first_steps('ray job submit')} train.total_images=-1", code=1)
+    assert "error: train.total_images=-1" in refused
 
 
 def test_what_the_commands_leave_stays_here(tmp_path: Path) -> None:

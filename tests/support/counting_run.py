@@ -66,7 +66,7 @@ def count(context: WorkerContext, payload: Payload) -> None:
         context.advance(images)
         if images % INTERVAL == 0:
             save()
-        hurt(context, payload.get("faults", {}), images, limit)
+        hurt(context, payload, images, limit)
         if "bad" in payload:
             be_bad(context, Path(payload["bad"]), images)
         stop = torch.tensor([float(context.stop_requested())])
@@ -77,16 +77,15 @@ def count(context: WorkerContext, payload: Payload) -> None:
             return
 
 
-def hurt(context: WorkerContext, faults: dict[str, str], images: int, limit: float) -> None:
+def hurt(context: WorkerContext, payload: Payload, images: int, limit: float) -> None:
     """Does what is to happen after so many images, to rank 1."""
     sys.stdout.write(f"printed {images} in attempt {context.attempt}\n")
     context.log("INFO", f"logged {images} in attempt {context.attempt}")
-    if context.rank != 1 or (fault := faults.get(f"{context.attempt}:{images}")) is None:
+    now = f"{context.attempt}:{images}"
+    if context.rank != 1 or (fault := payload.get("faults", {}).get(now)) is None:
         return
-    while fault.startswith("/"):  # a file to wait for
+    while "go" in payload and not Path(payload["go"]).with_suffix(f".{context.attempt}").exists():
         assert time.monotonic() < limit
-        if Path(fault).exists():
-            break
         time.sleep(0.1)
     if fault == "raise":
         raise KeyError("no such colour")
@@ -153,7 +152,9 @@ def launch(
         story: Takes what the run tells.
         payload: `saved` is the file of what was counted, `total` ends the run. `step_s` slows each
             update until the attempt `last_attempt`. `faults` names what rank 1 does to itself, by
-            attempt and images. `bad` is a file for the address of a node on which it fails.
+            attempt and images; if `go` is given, once there is the file of that name with the
+            number of the attempt as its suffix. `bad` is a file for the address of a node on which
+            it fails.
         watch: Sees each message.
         look: Sees each line for a person.
         fewer: For smaller worlds, see `cluster.launcher.run`.

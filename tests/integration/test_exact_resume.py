@@ -5,6 +5,7 @@ in MLflow, checkpoints uploaded while training goes on; and SIGKILL for all rank
 """
 
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +22,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
+from trainer.training import worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
@@ -201,3 +203,29 @@ def test_it_does_not_matter_when_a_run_is_killed_nor_how_often_nor_where_its_ave
     seen = run.train(UPDATES - 18)
     assert seen.resumed == THIRD
     assert_same_run(run, seen, undisturbed(2, SHARDED))
+
+
+def test_what_a_newer_version_goes_on_with_stays_one_run_of_mlflow(begin, monkeypatch):
+    """It knows a scientific setting that the first one does not, and would hash other science."""
+    run = begin(2, "replicated")
+    known = worker.science
+
+    def science_of_before(*words: Any, **digests: Any) -> dict[str, Any]:
+        chosen = known(*words, **digests)
+        del chosen["model"]["attention"]
+        return chosen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "science", science_of_before)
+        run.train(SAVE_EVERY)
+    for images in (FIRST, SECOND):
+        assert run.train(SAVE_EVERY).resumed == images
+    assert [
+        "attention" in run.saved(images)[1].science["model"] for images in (FIRST, SECOND, THIRD)
+    ] == [False, True, True]
+    with sqlite3.connect(run.home / "mlflow.db") as database:
+        ((_, status),) = database.execute("SELECT run_uuid, status FROM runs").fetchall()
+    assert status == "KILLED"  # as each launch was stopped
+    losses = {images for name, images in points(run.home) if name == "loss/total"}
+    step = LOG_EVERY * BATCH
+    assert losses == set(range(step, THIRD + 1, step))

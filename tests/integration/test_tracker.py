@@ -385,6 +385,7 @@ def fail_tracked(home, empty_tracker, error):
         track_run(
             job,
             chosen,
+            fingerprint=config_fingerprint(chosen),
             store=LocalStore(home / "store/runs"),
             writer="000000000001-00000",
             images=open_split(job, "train"),

@@ -212,7 +212,8 @@ class Manifest:
         saved_at: When that save began, by the clock of its first rank, in UTC and ISO 8601; for
             people, nothing is decided by it.
         world_size: Ranks of the run at that time.
-        config_fingerprint: Hash of `science`, as the caller computes it.
+        config_fingerprint: Hash of the science with which the training began, as the version that
+            began it computes it.
         science: The configuration that determines the result, as JSON values.
         train_state: Counters of the run, as JSON values.
         kinds: What each object holds of each slice: "ema", "exp_avg", "exp_avg_sq", "master".

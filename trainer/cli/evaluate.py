@@ -15,8 +15,11 @@ from trainer.evaluation.checkpoints import (
     UnwrittenReport,
     evaluate_checkpoints,
 )
+from trainer.evaluation.choice import open_checkpoint
 from trainer.evaluation.measures import Distance
 from trainer.evaluation.reports import CheckpointReport
+from trainer.evaluation.spread import MeasuredSet, Spread, spreads
+from trainer.storage.store import StoreConfig
 
 _FAILED = 1
 _EXAMPLE = "checkpoint=~/lapflow/store/runs/digits"
@@ -25,6 +28,7 @@ Draw samples from a checkpoint and measure their Fréchet distance to held-out r
 
   python -m trainer.evaluate {_EXAMPLE}            its newest checkpoint
   python -m trainer.evaluate {_EXAMPLE} checkpoints=all
+  python -m trainer.evaluate {_EXAMPLE} seeds=3    mean and spread
   python -m trainer.evaluate checkpoint=s3://bucket/runs/NAME/checkpoints/000001280000 \\
       store.endpoint_url=http://HOST:PORT samples=10000 features=[random_conv,learned_conv] \\
       sampler.solver=heun sampler.steps=20
@@ -37,37 +41,92 @@ def _measure(config: CheckpointEvaluationConfig) -> Outcome:
         reports = evaluate_checkpoints(config, report=say)
     except UnwrittenReport as error:
         return Outcome(table(error.reports), {"reports": error.reports}, _FAILED, f"{error}")
-    return Outcome(table(reports), {"reports": reports})
+    if config.seeds == 1 and not config.runs:
+        return Outcome(table(reports), {"reports": reports})
+    over_seeds = spreads(_sets(reports, config.store))
+    text = f"{table(reports)}\n\n{spread_table(over_seeds)}"
+    return Outcome(text, {"reports": reports, "spreads": [each.told() for each in over_seeds]})
 
 
-def table(reports: Sequence[CheckpointReport]) -> str:
-    """Lay reports out for a terminal, one line for each checkpoint and extractor."""
-    further = _shown(reports)
-    head = (
-        *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n"),
-        "reference",
-        *("Fréchet", "real"),
-        *(each.head for each in further),
-        *("diversity", "real", "nearest", "real", "close"),
-        "extractor's accuracy",
-    )
-    rows = [
-        (
-            *(report.run, f"{report.images:,}", report.measurement.weights, distance.features),
-            *_sampling(report.measurement.sampler),
-            f"{report.network_evaluations:g}",
-            f"{report.measurement.samples:,}",
-            report.measurement.reference,
-            f"{distance.frechet:.4f}",
-            _or_nothing(None if distance.real is None else distance.real.frechet, ".4f"),
-            *(_or_nothing(each.of(distance), ".4g") for each in further),
-            *_beside_real(distance),
-            _or_nothing(distance.held_out_accuracy, ".1%"),
+def _sets(reports: Sequence[CheckpointReport], config: StoreConfig) -> list[MeasuredSet]:
+    """Return the sets of samples with the settings of their runs."""
+    science = {
+        uri: open_checkpoint(uri, config)[2].science
+        for uri in {report.checkpoint for report in reports}
+    }
+    return [
+        MeasuredSet(
+            run=report.checkpoint.partition("/checkpoints/")[0],
+            images=report.images,
+            science=science[report.checkpoint],
+            measurement=report.measurement,
+            distance=distance,
         )
         for report in reports
         for distance in report.distances
     ]
-    return format_table([head, *rows])
+
+
+def table(reports: Sequence[CheckpointReport]) -> str:
+    """Lay reports out for a terminal, one line for each checkpoint, and a table for each protocol.
+
+    The seeds of sets of samples may differ, and are named then.
+    """
+    seeds = {report.measurement.seed for report in reports}
+    further = _shown(reports)
+    head = (
+        *("run", "images", *["seed"] * (len(seeds) > 1)),
+        *("weights", "extractor", "sampler", "guidance", "NFE", "n", "reference"),
+        *("Fréchet", "real", *(each.head for each in further)),
+        *("diversity", "real", "nearest", "real", "close", "extractor's accuracy"),
+    )
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    for report in reports:
+        for distance in report.distances:
+            measurement = report.measurement
+            protocol = measurement.protocol(distance.features, any_seed=True)
+            row = (
+                *(report.run, f"{report.images:,}", *[f"{measurement.seed}"] * (len(seeds) > 1)),
+                *(measurement.weights, distance.features),
+                *_sampling(measurement.sampler),
+                f"{report.network_evaluations:g}",
+                f"{measurement.samples:,}",
+                measurement.reference,
+                f"{distance.frechet:.4f}",
+                _or_nothing(None if distance.real is None else distance.real.frechet, ".4f"),
+                *(_or_nothing(each.of(distance), ".4g") for each in further),
+                *_beside_real(distance),
+                _or_nothing(distance.held_out_accuracy, ".1%"),
+            )
+            tables.setdefault(protocol, [head]).append(row)
+    return "\n\n".join(map(format_table, tables.values() or [[head]]))
+
+
+def spread_table(over_seeds: Sequence[Spread]) -> str:
+    """Lay figures out over seeds, one line for each, and a table for each protocol."""
+    head = (
+        *("runs", "images", "figure", "mean"),
+        *("± sampling", "seeds", "± training", "runs"),
+    )
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    for each in over_seeds:
+        rows = tables.setdefault(each.protocol, [head])
+        for name, figure in each.figures.items():
+            rows.append(
+                (
+                    *(_named(each.runs), f"{each.images:,}", name.removeprefix("eval/")),
+                    f"{figure.mean:.4g}",
+                    *(_or_nothing(figure.sampling, ".2g"), f"{len(each.seeds)}"),
+                    *(_or_nothing(figure.training, ".2g"), f"{len(each.runs)}"),
+                )
+            )
+    return "\n\n".join(map(format_table, tables.values()))
+
+
+def _named(runs: Sequence[str]) -> str:
+    """Name a run, or the first of several."""
+    first = runs[0].rpartition("/")[2]
+    return first if len(runs) == 1 else f"{first} and {len(runs) - 1} more"
 
 
 class _Column(NamedTuple):

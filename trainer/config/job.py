@@ -27,7 +27,8 @@ from pipelines.order import StreamConfig
 from pipelines.shards import ShardsConfig
 from trainer.autoencoder.codec import CodecConfig
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.config.reading import ConfigError, to_dict
+from trainer.config.reading import ConfigError, defaults, to_dict
+from trainer.config.renamed import with_current_names
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.metrics.tracker import TrackingConfig
@@ -317,6 +318,33 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str 
         elif old != new:
             lines.append(f"{prefix}{key}: {old} -> {new}")
     return lines
+
+
+def changed_science(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """List the scientific settings that count and differ, as `key: old -> new`.
+
+    Args:
+        before: What a checkpoint records of its run, perhaps of an older version. A setting that it
+            does not know came after it, and its default is what was done then.
+        after: The science of another one, or of a job.
+    """
+    trained = _fill_defaults(with_current_names(before), after, defaults(JobConfig))
+    return difference(fingerprinted(trained), fingerprinted(after))
+
+
+def _fill_defaults(
+    trained: Mapping[str, Any], wanted: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give settings that are wanted but were not recorded their defaults."""
+    completed = dict(trained)
+    for key in wanted.keys() & known.keys():
+        if isinstance(wanted[key], Mapping) and isinstance(known[key], Mapping):
+            own = trained.get(key, {})
+            if isinstance(own, Mapping):
+                completed[key] = _fill_defaults(own, wanted[key], known[key])
+        elif key not in trained:
+            completed[key] = known[key]
+    return completed
 
 
 def micro_batch(job: JobConfig) -> int:

@@ -48,6 +48,11 @@ def resolve_places(config: T, prefix: str = "") -> T:
             changed[spec.name] = tuple(
                 resolve_places(each, f"{key}.{number}.") for number, each in enumerate(value)
             )
+        elif "place" in spec.metadata and isinstance(value, tuple):
+            changed[spec.name] = tuple(
+                _absolute(f"{key}.{number}", each, spec.metadata["place"])
+                for number, each in enumerate(value)
+            )
         elif "place" in spec.metadata and value not in (None, *leaf_types(hints[spec.name])):
             changed[spec.name] = _absolute(key, value, spec.metadata["place"])
         elif isinstance(value, str) and not ("place" in spec.metadata or _is_line(value)):

@@ -7,8 +7,9 @@ there already is read instead of measured again, so an evaluation can be stopped
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from trainer.config.job import (
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.grid import MAX_PICTURES_BYTES, TakenSamples, class_grid, grid_png
-from trainer.evaluation.loading import ModelSource, SamplerChoice, usable_device
+from trainer.evaluation.loading import LoadedModel, ModelSource, SamplerChoice, usable_device
 from trainer.evaluation.measures import Measured
 from trainer.evaluation.model_record import ModelRecord, own_eval
 from trainer.evaluation.reference import EvalReference, reference_of_run
@@ -44,7 +45,6 @@ from trainer.evaluation.samples import ImageSampler
 from trainer.storage.errors import CheckpointError, StoreError
 from trainer.storage.kept import read_or_set_aside, set_aside
 from trainer.storage.open import open_store
-from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,14 @@ class CheckpointEvaluationConfig(ModelSource):
 
     Attributes:
         checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`).
+        runs: More of such URIs. Over runs that differ in their seed alone the spread is told.
         checkpoints: Which ones of a run: the "newest", or "all".
         samples: Images to draw, classes in equal parts; None is the run's own `eval.samples`.
         batch: Most images in one network call; None is the run's own.
         seed: Seed of the noise; image i depends on it, on i and on its class alone; None is the
             run's own.
+        seeds: How many sets of samples are measured, with `seed` and the numbers that follow it,
+            each as another would be by itself; their mean and spread are told.
         sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
         reference: What distances are measured to: "test", "train", or `FILE.npz` with statistics as
             ADM's evaluation reads them; None is the run's own.
@@ -92,10 +95,12 @@ class CheckpointEvaluationConfig(ModelSource):
         output: Folder for the results; None is the run's own `evaluation/`.
     """
 
+    runs: tuple[str, ...] = field(default=(), metadata={"place": "run"})
     checkpoints: Literal["newest", "all"] = "newest"
     samples: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
     batch: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 1
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
     reference: Literal["train", "test"] | str | None = field(
         default=None, metadata={"place": "uri"}
@@ -166,7 +171,7 @@ class UnwrittenReport(CheckpointError):
 def evaluate_checkpoints(
     config: CheckpointEvaluationConfig, *, report: Callable[[str], None]
 ) -> list[CheckpointReport]:
-    """Measure the checkpoints that the configuration names, oldest first.
+    """Measure the checkpoints that the configuration names, those of a run oldest first.
 
     Args:
         config: What to measure.
@@ -178,42 +183,53 @@ def evaluate_checkpoints(
         UnwrittenReport: If one was measured and its report cannot be written.
         DataError: If the real images are missing or damaged.
     """
-    runs, store, manifests = choose_checkpoints(
-        config.checkpoint, which=config.checkpoints, config=config.store
-    )
-    results = store if config.output is None else open_store(config.output, config.store)
-    own = own_eval(store, manifests[-1])
-    if own is None:
-        report(
-            "warning: this checkpoint is of a version that did not record how its run measures; "
-            "what is not set here takes its default"
-        )
-    evaluation = _Evaluation(config, own or EvalConfig(), manifests[-1], runs=runs, report=report)
+    evaluations: list[_Evaluation] = []
+    for uri in (config.checkpoint, *config.runs):
+        before = evaluations[-1] if evaluations else None
+        evaluations.append(_Evaluation(replace(config, checkpoint=uri), report, before=before))
     reports: list[CheckpointReport] = []
-    for manifest in manifests:
-        try:
-            reports.append(evaluation.evaluate(store, manifest, results=results))
-        except UnwrittenReport as error:
-            error.reports = [*reports, *error.reports]
-            raise
+    for evaluation in evaluations:
+        for one in evaluation.each():
+            try:
+                reports.append(one())
+            except UnwrittenReport as error:
+                error.reports = [*reports, *error.reports]
+                raise
     return reports
 
 
 class _Evaluation:
-    """Measures the checkpoints of one run."""
+    """Measures the checkpoints of one run.
+
+    Args:
+        config: What to measure; its `runs` are others'.
+        report: Takes a line for the user.
+        before: The evaluation of the run before, whose real images may serve again.
+    """
 
     def __init__(
         self,
         config: CheckpointEvaluationConfig,
-        own: EvalConfig,
-        manifest: Manifest,
-        *,
-        runs: str,
         report: Callable[[str], None],
+        *,
+        before: _Evaluation | None,
     ) -> None:
+        runs, store, manifests = choose_checkpoints(
+            config.checkpoint, which=config.checkpoints, config=config.store
+        )
+        self._store, self._manifests = store, manifests
+        self._results = store if config.output is None else open_store(config.output, config.store)
+        manifest = manifests[-1]
+        own = own_eval(store, manifest)
+        if own is None:
+            report(
+                f"warning: {config.checkpoint} is of a version that did not record how its run "
+                "measures; what is not set here takes its default"
+            )
         self._config = config
-        self._asked = asked = config.over(own)
+        self._asked = asked = config.over(own or EvalConfig())
         self._report = report
+        self._loaded: LoadedModel | None = None
         record = ModelRecord.of(manifest)
         if record.index_sha256 is None:
             raise ConfigError(
@@ -221,20 +237,31 @@ class _Evaluation:
                 "so nothing can be compared with them; evaluate another checkpoint"
             )
         record.check_guidance(asked.sampler)
-        self._reference = reference_of_run(
+        reference: EvalReference = reference_of_run(
             _job(config, manifest, record, runs=runs),
             trained_on=record.index_sha256,
-            features=config.features or (own.features.name,),
+            features=config.features or (asked.features.name,),
             weights=config.extractor_weights,
             device=usable_device(config.device),
             samples=asked.samples,
             compared=asked.compared,
             reference=asked.reference,
         )
+        if before is not None and before._reference.has_images_of(reference):
+            reference = before._reference
+        self._reference: EvalReference = reference
 
-    def evaluate(self, store: Store, manifest: Manifest, *, results: Store) -> CheckpointReport:
-        """Measure one checkpoint, or read what an earlier call has measured."""
-        measurement = self._measurement(manifest)
+    def each(self) -> Iterator[Callable[[], CheckpointReport]]:
+        """Return what measures each set of samples: of each checkpoint, of each seed."""
+        for manifest in self._manifests:
+            self._loaded = None
+            for number in range(self._config.seeds):
+                yield partial(self._evaluate, manifest, self._asked.seed + number)
+
+    def _evaluate(self, manifest: Manifest, seed: int) -> CheckpointReport:
+        """Measure one set of samples, or read what an earlier call has measured."""
+        results = self._results
+        measurement = self._measurement(manifest, seed)
 
         def key(name: str) -> str:
             return evaluation_key(manifest.run, manifest.images, f"{measurement.name}/{name}")
@@ -245,30 +272,32 @@ class _Evaluation:
             report = None
         wanted = self._config.write_samples and key("samples.npz") not in results.list(key(""))
         if report is None or wanted:
-            pictures, report = self._measure(store, manifest, measurement)
+            pictures, report = self._measure(manifest, measurement)
             try:
                 for name, data in pictures.items():
                     results.put(key(name), data)
                 results.put(key("report.json"), report.to_json())
             except StoreError as error:
                 raise UnwrittenReport(report, error) from error
+        which = f", seed {seed}" * (self._config.seeds > 1)
         self._report(
-            f"{manifest.run}, {manifest.images:,} images: {results.uri(key('report.json'))}"
+            f"{manifest.run}, {manifest.images:,} images{which}: {results.uri(key('report.json'))}"
         )
         return report
 
     def _measure(
-        self, store: Store, manifest: Manifest, measurement: Measurement
+        self, manifest: Manifest, measurement: Measurement
     ) -> tuple[dict[str, bytes], CheckpointReport]:
         """Draw and measure in parts, of which no more is kept than is written."""
-        uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
-        loaded = replace(self._config, checkpoint=uri).load(precision="run")
-        asked = self._asked
+        uri = CheckpointReader(self._store, run=manifest.run).uri(manifest.images)
+        if self._loaded is None:
+            self._loaded = replace(self._config, checkpoint=uri).load(precision="run")
+        loaded, asked = self._loaded, self._asked
         if self._reference.skipped:
             self._report(f"warning: no figure is measured: {self._reference.skipped}")
         logger.info("drawing and measuring %d images on %s", asked.samples, loaded.device)
         measured = measure_model(
-            loaded.image_sampler(asked.sampler, seed=asked.seed, batch=asked.batch),
+            loaded.image_sampler(asked.sampler, seed=measurement.seed, batch=asked.batch),
             loaded.model,
             self._reference,
             samples=asked.samples,
@@ -285,9 +314,12 @@ class _Evaluation:
             measurement=measurement,
         )
 
-    def _measurement(self, manifest: Manifest) -> Measurement:
+    def _measurement(self, manifest: Manifest, seed: int) -> Measurement:
         return measurement_of(
-            self._asked, self._reference, attempt=manifest.attempt, weights=self._config.weights
+            replace(self._asked, seed=seed),
+            self._reference,
+            attempt=manifest.attempt,
+            weights=self._config.weights,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -143,6 +143,21 @@ class EvalReference:
             held_out=self.held_out,
             kept=KeptFeatures(files=files, made_of=made_of),
         )
+
+    def has_images_of(self, other: EvalReference) -> bool:
+        """Tell whether another one, which need not have read anything, reads and measures alike.
+
+        The runs may be others, as long as their images are the same in size and decoded alike.
+        """
+        mine, others = (
+            (
+                replace(each.job, run=self.job.run, model=self.job.model, flow=self.job.flow),
+                (each.context.device, each.trained_on, tuple(each.features)),
+                (each.weights, each.samples, each.compared, each.reference),
+            )
+            for each in (self, other)
+        )
+        return mine == others
 
     @property
     def digests(self) -> dict[str, str]:

@@ -81,12 +81,15 @@ class Measurement:
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def protocol(self, features: str) -> str:
+    def protocol(self, features: str, *, any_seed: bool = False) -> str:
         """Return a digest of all that two figures of one extractor must have in common to compare.
 
-        That is everything but the checkpoint and the other extractors.
+        That is everything but the checkpoint, other extractors and, with `any_seed`, the seed.
         """
-        told = {**asdict(self), "attempt": "", "extractors": self.extractors.get(features)}
+        known = {features: self.extractors.get(features)}
+        told = {**asdict(self), "attempt": "", "extractors": known}
+        if any_seed:
+            del told["seed"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -15,9 +15,8 @@ from trainer.checkpoint.layout import manifest_key
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
-from trainer.config.job import JobConfig, config_fingerprint, difference, fingerprinted
-from trainer.config.reading import ConfigError, defaults
-from trainer.config.renamed import with_current_names
+from trainer.config.job import JobConfig, changed_science, config_fingerprint
+from trainer.config.reading import ConfigError
 from trainer.engine.protocol import Engine
 from trainer.evaluation.choice import open_checkpoint, parse_uri
 from trainer.host_group import HostGroup
@@ -76,9 +75,7 @@ def science_changes(
             raise _invalid(manifest, f"its {group} is no group of settings")
     if manifest.config_fingerprint == config_fingerprint(chosen):
         return []
-    # A setting that the checkpoint does not know came after it; its default is what was done then.
-    trained = _fill_defaults(with_current_names(manifest.science), chosen, defaults(JobConfig))
-    changes = difference(fingerprinted(trained), fingerprinted(chosen))
+    changes = changed_science(manifest.science, chosen)
     if changes and not job.resume_changed:
         raise ConfigError(
             f"the checkpoint of {manifest.images:,} images of {place} was trained with other "
@@ -165,6 +162,9 @@ class Restored(NamedTuple):
     """Points of its own curves that had not reached the tracker when the checkpoint was saved."""
     position: int | None
     """Images of the run's own checkpoint; None for a new run and for another run's checkpoint."""
+    fingerprint: str
+    """Digest of the science with which the training began that goes on: a version that knows more
+    settings would compute another one of the same."""
 
 
 def restore(
@@ -200,10 +200,11 @@ def restore(
     before: int | None = None
     while (manifest := checkpoints.newest_valid(before=before)) is not None:
         # It may have appeared since the start was checked, by another launch of the same name.
-        science_changes(job, chosen, manifest, place=f"run={job.run}")
+        changes = science_changes(job, chosen, manifest, place=f"run={job.run}")
         try:
             restored = _load(checkpoints, manifest, engine, metrics, report)
-            return restored._replace(position=manifest.images)
+            known = config_fingerprint(chosen) if changes else manifest.config_fingerprint
+            return restored._replace(position=manifest.images, fingerprint=known)
         except (DamagedCheckpoint, InvalidManifest) as damage:
             report({"kind": "warning", "text": str(damage)})
             before = manifest.images
@@ -215,10 +216,11 @@ def restore(
         science_changes(job, chosen, manifest, place=job.resume)
         try:
             restored = _load(source, manifest, engine, metrics, report)
-            return restored._replace(unsent=[])  # they are of the other run's curves
+            # Its points are of the other run's curves, and this training is not that one.
+            return restored._replace(unsent=[], fingerprint=config_fingerprint(chosen))
         except (DamagedCheckpoint, InvalidManifest) as damage:
             raise ConfigError(f"resume={job.resume} is damaged: {damage}") from damage
-    return Restored(TrainState(), [], None)
+    return Restored(TrainState(), [], None, config_fingerprint(chosen))
 
 
 def all_damaged_error(job: JobConfig) -> ConfigError:
@@ -244,19 +246,4 @@ def _load(
     engine.load_fragments(state.updates)
     uri = checkpoints.uri(manifest.images)
     report({"kind": "resumed", "images": state.images, "uri": uri})
-    return Restored(state, counters.unsent, None)
-
-
-def _fill_defaults(
-    trained: Mapping[str, Any], wanted: Mapping[str, Any], known: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Give settings that are wanted but were not recorded their defaults."""
-    completed = dict(trained)
-    for key in wanted.keys() & known.keys():
-        if isinstance(wanted[key], Mapping) and isinstance(known[key], Mapping):
-            own = trained.get(key, {})
-            if isinstance(own, Mapping):
-                completed[key] = _fill_defaults(own, wanted[key], known[key])
-        elif key not in trained:
-            completed[key] = known[key]
-    return completed
+    return Restored(state, counters.unsent, None, manifest.config_fingerprint)

@@ -17,7 +17,7 @@ import torch
 
 from pipelines.console import typed, visible
 from trainer.config import paths
-from trainer.config.job import JobConfig, config_fingerprint
+from trainer.config.job import JobConfig
 from trainer.data.splits import Split
 from trainer.metrics.mlflow_tracker import MlflowTracker
 
@@ -62,7 +62,7 @@ def _commit() -> str:
 def describe_run(
     tracker: MlflowTracker,
     job: JobConfig,
-    science: Mapping[str, object],
+    fingerprint: str,
     *,
     images: Split,
     origin: Mapping[str, str],
@@ -72,11 +72,11 @@ def describe_run(
     Args:
         tracker: The run's.
         job: The configuration.
-        science: Its science.
+        fingerprint: Digest of its science.
         images: What it is trained on.
         origin: What `origin_of` told.
     """
-    tracker.tags(_tags(job, science, origin))
+    tracker.tags(_tags(job, fingerprint, origin))
     tracker.dataset(
         job.data.name,
         digest=images.digest,
@@ -132,15 +132,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _tags(
-    job: JobConfig, science: Mapping[str, object], origin: Mapping[str, str]
-) -> dict[str, str]:
+def _tags(job: JobConfig, fingerprint: str, origin: Mapping[str, str]) -> dict[str, str]:
     tags = {
         "mlflow.source.name": origin.get("command", ""),
         "mlflow.source.type": "LOCAL",
         "mlflow.user": origin.get("user", ""),
         "mlflow.source.git.commit": origin.get("commit", ""),
-        "fingerprint": config_fingerprint(science),
+        "fingerprint": fingerprint,
         "cluster": f"{job.cluster.workers} workers, {job.cluster.backend}",
         **_versions(),
     }

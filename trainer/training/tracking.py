@@ -16,7 +16,7 @@ from pipelines.console import typed
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
-from trainer.config.job import JobConfig, config_fingerprint, fingerprinted
+from trainer.config.job import JobConfig, fingerprinted
 from trainer.config.reading import defaults, to_dict
 from trainer.data.splits import Split
 from trainer.metrics.history import keep_history
@@ -49,6 +49,7 @@ def track_run(
     job: JobConfig,
     chosen: Mapping[str, Any],
     *,
+    fingerprint: str,
     store: Store,
     writer: str,
     images: Split,
@@ -62,6 +63,7 @@ def track_run(
     Args:
         job: The configuration.
         chosen: Its science.
+        fingerprint: Digest of the science with which this training began: see `Restored`.
         store: Where runs are kept.
         writer: This attempt's number among all of the run.
         images: What it is trained on.
@@ -73,7 +75,7 @@ def track_run(
     Yields:
         The tracker; a failure of the block ends the run as FAILED, unless it is another's by now.
     """
-    tracked = _tracked(job, store, identity_of(job, chosen))
+    tracked = _tracked(job, store, identity_of(job, fingerprint))
     told = {"kind": "tracked", "identity": tracked.identity}
     report(told)
     tracker = MlflowTracker(
@@ -85,7 +87,7 @@ def track_run(
     try:
         tracker.begin()
         _tell_settings(tracker, job, chosen)
-        describe_run(tracker, job, chosen, images=images, origin=origin)
+        describe_run(tracker, job, fingerprint, images=images, origin=origin)
         with keep_history(
             tracker,
             store,
@@ -115,9 +117,9 @@ def _tell_settings(tracker: MlflowTracker, job: JobConfig, chosen: Mapping[str, 
     )
 
 
-def identity_of(job: JobConfig, chosen: Mapping[str, Any]) -> str:
-    """Tell a training from every other by its place and its science."""
-    text = f"{paths.run_uri(job)} {config_fingerprint(chosen)}"
+def identity_of(job: JobConfig, fingerprint: str) -> str:
+    """Tell a training from every other by its place and the science with which it began."""
+    text = f"{paths.run_uri(job)} {fingerprint}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -185,7 +187,7 @@ def has_unsent(job: JobConfig, complete: Manifest, *, store: Store) -> bool:
         InvalidManifest: The checkpoint holds something else than points.
         StoreError: The store fails.
     """
-    tracked = _tracked(job, store, identity_of(job, complete.science))
+    tracked = _tracked(job, store, identity_of(job, complete.config_fingerprint))
     return bool(SavedCounters.of(complete).unsent or tracked.journal.names())
 
 
@@ -204,7 +206,7 @@ def send_unsent(
     Raises:
         InvalidManifest: The checkpoint holds something else than points.
     """
-    tracked = _tracked(job, store, identity_of(job, complete.science))
+    tracked = _tracked(job, store, identity_of(job, complete.config_fingerprint))
     tracker = MlflowTracker(job.tracking, tracked, writer=f"{token:012d}-{_DRIVER}")
     points = (*SavedCounters.of(complete).unsent, Point(complete.images, dict(figures)))
     for point in points:

@@ -28,7 +28,7 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
-from trainer.config.job import JobConfig, config_fingerprint, micro_batch, science, with_workers
+from trainer.config.job import JobConfig, micro_batch, science, with_workers
 from trainer.config.reading import from_dict
 from trainer.config.shapes import encodes, flow_shape, picture_shape
 from trainer.data.loading import return_large_blocks, training_loader
@@ -113,7 +113,7 @@ def _train(run: Run) -> None:
             pause=partial(_leave_out, run, throughput),
         )
         saver = _checkpoint_saver(run, tracker, restored, during)
-        save = partial(_save, run, state, watch=watch, saver=saver, tracker=tracker)
+        save = partial(_save, run, restored, watch=watch, saver=saver, tracker=tracker)
         grids = _sample_grids(run, throughput, evaluation, tracker)
         hooks = _hooks(run, throughput, watch, save, during=during, grids=grids, tracker=tracker)
         try:
@@ -286,6 +286,7 @@ def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracke
     return track_run(
         run.job,
         run.science,
+        fingerprint=restored.fingerprint,
         store=run.store,
         writer=run.fence.number,
         images=run.images,
@@ -350,7 +351,7 @@ def _checkpoint_saver(
 
 def _save(
     run: Run,
-    state: TrainState,
+    restored: Restored,
     *,
     watch: LossWatch,
     saver: CheckpointSaver,
@@ -362,6 +363,7 @@ def _save(
     Returns:
         Whether the save has begun.
     """
+    state = restored.state
     why = "the loss is not finite" if watch.is_diverging() else ""
     if not (last or why) and watch.is_skipping():
         why = "updates are skipped, as gradients are not finite"
@@ -381,7 +383,7 @@ def _save(
                 "unsent_points": [point.to_json() for point in tracker.unsent()],
             },
             science=run.science,
-            config_fingerprint=config_fingerprint(run.science),
+            config_fingerprint=restored.fingerprint,
             last=last,
         )
 

@@ -40,7 +40,7 @@ def read(kind: type[Any], text: str) -> dict[str, Any]:
     keys = [
         each.key
         for each in leaves(kind)
-        if each.place not in (None, "url") and not each.key.endswith("reference")
+        if each.place not in (None, "url") and each.is_single and not each.key.endswith("reference")
     ]
     words = [f"{name}={value}" for name, value in GIVEN[kind].items() if name not in keys]
     words += [f"{key}={text}" for key in keys]
@@ -69,7 +69,12 @@ def test_a_place_is_made_absolute_in_the_process_that_reads_it(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("kind", "key", "place"),
-    [(kind, each.key, each.place) for kind in GIVEN for each in leaves(kind) if each.place],
+    [
+        (kind, each.key if each.is_single else f"{each.key}[]", each.place)
+        for kind in GIVEN
+        for each in leaves(kind)
+        if each.place
+    ],
 )
 def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
     def given(text: str) -> Any:
@@ -79,7 +84,8 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
             values["codec"]["kind"] = "autoencoder_kl"
         *groups, name = key.split(".")
         group = reduce(lambda group, name: group.setdefault(name, {}), groups, values)
-        group[name] = text + (".npz" if name == "reference" and text.strip() else "")
+        text += ".npz" if name == "reference" and text.strip() else ""
+        group[name.removesuffix("[]")] = [text] if name.endswith("[]") else text
         return resolve_places(from_dict(kind, values))
 
     for wrong in (
@@ -96,7 +102,8 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
         error = refusal(lambda wrong=wrong: given(wrong))
         assert error is not None
         assert "secret" not in error
-        assert "secret" not in wrong or key.rpartition(".")[2] in error or "endpoint" in error
+        shown = key.removesuffix("[]").rpartition(".")[2]
+        assert "secret" not in wrong or shown in error or "endpoint" in error
     for mistyped in (
         "s3:/me:secret@bucket/a",
         "S3:me:secret@bucket/a",
@@ -109,6 +116,14 @@ def test_a_place_is_an_address_without_secrets_or_a_path(kind, key, place):
     if place in ("uri", "hub"):
         assert refusal(lambda: given("s3://bucket/a#b=(c)")) is None
         assert "secret" not in (refusal(lambda: given("s3://me:secret@bucket/a")) or "secret")
+
+
+def test_places_in_a_list_are_made_absolute_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    words = ["checkpoint=a/b", 'runs=["~/runs/c", "runs/d", "s3://bucket/runs/e"]']
+    config = parse_words(CheckpointEvaluationConfig, words)
+    assert config.runs == (f"{tmp_path}/home/runs/c", f"{tmp_path}/runs/d", "s3://bucket/runs/e")
 
 
 @pytest.mark.parametrize("kind", [JobConfig, CheckpointEvaluationConfig])

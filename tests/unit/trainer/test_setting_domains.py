@@ -54,6 +54,7 @@ OTHER = {
     "relative_tolerance": lambda value: 1e-9 <= value <= 1,
     "samples": lambda value: 2 <= value <= 10**7,
     "port": lambda value: 1 <= value <= 65535,
+    "seeds": lambda value: 1 <= value <= 1000,
 }
 DOMAINS = {
     **dict.fromkeys(COUNTS.split(), lambda value: value >= 1),

@@ -1,0 +1,136 @@
+"""Figures over seeds: what is put together, and by which formulas."""
+
+from __future__ import annotations
+
+import copy
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+from tests.support.configuration import configuration
+from trainer.cli.evaluate import spread_table
+from trainer.config.job import science
+from trainer.evaluation.measures import Distance
+from trainer.evaluation.reports import Measurement
+from trainer.evaluation.spread import MeasuredSet, spreads
+
+SCIENCE = science(configuration("+exp=digits"), data_digest="digest")
+
+
+def trained_with(**train: Any) -> dict[str, Any]:
+    return {**SCIENCE, "train": {**SCIENCE["train"], **train}}
+
+
+def measured(
+    run: str,
+    frechet: float,
+    *,
+    seed: int = 1,
+    images: int = 100,
+    samples: int = 1000,
+    features: str = "random_conv",
+    chosen: dict[str, Any] = SCIENCE,
+) -> MeasuredSet:
+    return MeasuredSet(
+        run=run,
+        images=images,
+        science=chosen,
+        measurement=Measurement(
+            attempt=f"{run}-{images}",
+            weights="ema",
+            samples=samples,
+            seed=seed,
+            sampler={"solver": "heun", "steps": 10},
+            extractors={features: ""},
+            held_out_index="c0ffee",
+        ),
+        distance=Distance(features=features, frechet=frechet, diversity=10 * frechet),
+    )
+
+
+def test_noise_of_samples_and_seeds_of_training_are_told_apart():
+    values = {"a": (1.0, 1.2, 1.4), "b": (2.0, 2.1, 2.5), "c": (0.5, 0.9, 0.7)}
+    sets = [
+        measured(run, value, seed=seed, chosen=trained_with(seed=number))
+        for number, (run, each) in enumerate(values.items())
+        for seed, value in enumerate(each)
+    ]
+    (found,) = spreads(sets)
+    assert found.runs == ("a", "b", "c")
+    assert found.seeds == (0, 1, 2)
+    means = [fmean(each) for each in values.values()]
+    assert found.frechet.mean == pytest.approx(fmean(means))
+    assert found.frechet.training == pytest.approx(stdev(means))
+    within = fmean(stdev(each) ** 2 for each in values.values()) ** 0.5
+    assert found.frechet.sampling == pytest.approx(within)
+    diversity = found.figures["eval/random_conv_diversity"]
+    assert diversity.training == pytest.approx(10 * stdev(means))
+
+
+def test_one_run_has_no_spread_of_training_and_one_set_none_of_sampling():
+    (alone,) = spreads([measured("a", 1.0)])
+    assert (alone.frechet.mean, alone.frechet.sampling, alone.frechet.training) == (1.0, None, None)
+    (noise,) = spreads([measured("a", 1.0), measured("a", 3.0, seed=2)])
+    assert noise.frechet.sampling == pytest.approx(2**0.5)
+    assert noise.frechet.training is None
+    runs = [measured("a", 1.0), measured("b", 3.0, chosen=trained_with(seed=1))]
+    (training,) = spreads(runs)
+    assert training.frechet.training == pytest.approx(2**0.5)
+    assert training.frechet.sampling is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        measured("b", 9.0, samples=50_000),
+        measured("b", 9.0, features="inception"),
+        measured("b", 9.0, images=200),
+        measured("b", 9.0, chosen=trained_with(seed=1, label_dropout=0.2)),
+        measured("b", 9.0, chosen={**SCIENCE, "data_set": {"index_sha256": "other"}}),
+    ],
+)
+def test_what_does_not_compare_is_never_put_together(other):
+    """Another protocol, another length of training, another training, other images."""
+    first, second = spreads([measured("a", 1.0), other])
+    assert (first.frechet.mean, second.frechet.mean) == (1.0, 9.0)
+
+
+def test_runs_have_the_same_noise_where_they_can():
+    """Of a run that was measured by more sets, those count that the others have too."""
+    sets = [measured("a", 1.0), measured("a", 100.0, seed=2)]
+    sets += [measured("b", 2.0, chosen=trained_with(seed=1))]
+    (found,) = spreads(sets)
+    assert found.seeds == (1,)
+    assert found.frechet.mean == 1.5
+    assert found.frechet.sampling is None
+
+
+def test_the_last_of_two_measurements_of_a_set_counts():
+    (found,) = spreads([measured("a", 1.0), measured("a", 2.0)])
+    assert found.frechet.mean == 2.0
+    assert found.frechet.sampling is None
+
+
+@pytest.mark.parametrize("older", [0, 1])
+def test_runs_of_versions_that_know_different_settings_are_one_training(older):
+    """Whichever comes first, what it does not know has its default."""
+    of_before = copy.deepcopy(trained_with(seed=1))
+    del of_before["model"]["attention"]
+    sets = [measured("a", 1.0), measured("b", 2.0, chosen=of_before)]
+    (found,) = spreads(sets[::-1] if older else sets)
+    assert set(found.runs) == {"a", "b"}
+
+
+def test_the_table_has_a_part_for_each_protocol():
+    sets = [
+        measured("runs/a", 1.0),
+        measured("runs/b", 2.0, chosen=trained_with(seed=1)),
+        measured("runs/a", 7.0, samples=50_000),
+    ]
+    first, second = spread_table(spreads(sets)).split("\n\n")
+    assert first.splitlines()[1].split() == [
+        *("a", "and", "1", "more", "100", "frechet_random_conv"),
+        *("1.5", "1", "0.71", "2"),
+    ]
+    assert second.splitlines()[1].split() == ["a", "100", "frechet_random_conv", "7", "1", "1"]

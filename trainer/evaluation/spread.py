@@ -1,0 +1,161 @@
+"""Figures over seeds: what the noise of samples changes, and what the seed of training does.
+
+Only figures of one protocol are put together. Runs count as one training if their settings differ
+in `train.seed` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from trainer.config.job import changed_science
+from trainer.evaluation.measures import Distance
+from trainer.evaluation.reports import Measurement
+
+_SEED = "train.seed:"
+_REAL = "_real"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSpread:
+    """One figure over seeds.
+
+    Attributes:
+        mean: Over runs, of each run's mean over its sets of samples.
+        sampling: Standard deviation over sets of samples of one run, the mean over runs of its
+            square; None for one set each.
+        training: Standard deviation over runs of each run's mean; None for one run.
+    """
+
+    mean: float
+    sampling: float | None
+    training: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSet:
+    """One set of samples of one checkpoint, measured with one extractor.
+
+    Attributes:
+        run: What tells its run from all others.
+        images: Images that the weights were trained on.
+        science: Settings of the run, as its checkpoint records them.
+        measurement: How it was measured.
+        distance: What was.
+    """
+
+    run: str
+    images: int
+    science: Mapping[str, Any]
+    measurement: Measurement
+    distance: Distance
+
+    @property
+    def protocol(self) -> str:
+        """What sets must have in common to be put together: all but the seeds."""
+        return self.measurement.protocol(self.distance.features, any_seed=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Figures of one training, by one protocol, over seeds.
+
+    Attributes:
+        runs: Its runs.
+        images: Images that their weights were trained on.
+        features: The extractor.
+        protocol: Digest of how they were measured, without the seed.
+        measurement: The first of the measurements.
+        science: Settings of the first run.
+        seeds: Seeds of the samples' noise.
+        figures: Each by name, as the tracker shows it.
+    """
+
+    runs: tuple[str, ...]
+    images: int
+    features: str
+    protocol: str
+    measurement: Measurement
+    science: Mapping[str, Any] = field(repr=False)
+    seeds: tuple[int, ...]
+    figures: Mapping[str, FigureSpread]
+
+    def told(self) -> dict[str, Any]:
+        """Return what programs are told."""
+        told = ("runs", "images", "features", "protocol", "seeds", "figures")
+        return {name: getattr(self, name) for name in told}
+
+    @property
+    def frechet(self) -> FigureSpread:
+        """The Fréchet distance."""
+        return self.figures[f"eval/frechet_{self.features}"]
+
+
+def spreads(measured: Sequence[MeasuredSet]) -> list[Spread]:
+    """Put sets of samples together that differ in seeds alone.
+
+    Of a run's sets those count whose seed all runs of the training have, if there is such a seed:
+    the noise is then the same for all. Of two measurements of the same set the last counts.
+
+    Args:
+        measured: Sets of samples, in any number of runs and protocols.
+
+    Returns:
+        One for each training, number of images and protocol, in the order of their first sets.
+    """
+    groups: list[list[MeasuredSet]] = []
+    for each in measured:
+        for group in groups:
+            if _is_alike(group[0], each):
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return [_spread(group) for group in groups]
+
+
+def _is_alike(one: MeasuredSet, other: MeasuredSet) -> bool:
+    if (one.protocol, one.images) != (other.protocol, other.images):
+        return False
+    pairs = ((one.science, other.science), (other.science, one.science))  # either may be older
+    return one.run == other.run or any(
+        all(change.startswith(_SEED) for change in changed_science(*pair)) for pair in pairs
+    )
+
+
+def _spread(group: Sequence[MeasuredSet]) -> Spread:
+    runs: dict[str, dict[int, Mapping[str, float]]] = {}
+    for each in group:
+        runs.setdefault(each.run, {})[each.measurement.seed] = each.distance.metrics()
+    common = set.intersection(*map(set, runs.values()))
+    used = [[run[seed] for seed in sorted(common or run)] for run in runs.values()]
+    names = [name for name in used[0][0] if _REAL not in name]
+    first = group[0]
+    return Spread(
+        runs=tuple(runs),
+        images=first.images,
+        features=first.distance.features,
+        protocol=first.protocol,
+        measurement=first.measurement,
+        science=first.science,
+        seeds=tuple(sorted(common or {seed for run in runs.values() for seed in run})),
+        figures={
+            name: _over_seeds([[figures[name] for figures in run] for run in used])
+            for name in names
+            if all(name in figures for run in used for figures in run)
+        },
+    )
+
+
+def _over_seeds(values: Sequence[Sequence[float]]) -> FigureSpread:
+    """Summarise a figure: of each run, of each set of samples."""
+    means = [fmean(run) for run in values]
+    within = [stdev(run) ** 2 for run in values if len(run) > 1]
+    return FigureSpread(
+        mean=fmean(means),
+        sampling=fmean(within) ** 0.5 if within else None,
+        training=stdev(means) if len(means) > 1 else None,
+    )

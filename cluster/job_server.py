@@ -189,6 +189,15 @@ class JobServer:
             text: str = self._client.get_job_logs(job_id)
         return text
 
+    def last_lines(self, job_id: str) -> str:
+        """The last lines of what a job has written.
+
+        Raises:
+            JobServerError: There is none of that name, or the server does not answer.
+        """
+        with _refusals(f"The job server at {self.address} does not tell of job {job_id!r}"):
+            return self._log_end(job_id, self._client.get_job_info(job_id).driver_node_id)
+
     def _log_end(self, job_id: str, node: str | None) -> str:
         """The last lines of what a job has written on its node, which may be gigabytes in all."""
         words = {"submission_id": job_id, "node_id": node or "", "lines": str(_END_LINES)}

@@ -22,7 +22,6 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
-from trainer.training import worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
@@ -205,19 +204,10 @@ def test_it_does_not_matter_when_a_run_is_killed_nor_how_often_nor_where_its_ave
     assert_same_run(run, seen, undisturbed(2, SHARDED))
 
 
-def test_what_a_newer_version_goes_on_with_stays_one_run_of_mlflow(begin, monkeypatch):
+def test_what_a_newer_version_goes_on_with_stays_one_run_of_mlflow(begin):
     """It knows a scientific setting that the first one does not, and would hash other science."""
     run = begin(2, "replicated")
-    known = worker.science
-
-    def science_of_before(*words: Any, **digests: Any) -> dict[str, Any]:
-        chosen = known(*words, **digests)
-        del chosen["model"]["attention"]
-        return chosen
-
-    with monkeypatch.context() as patch:
-        patch.setattr(worker, "science", science_of_before)
-        run.train(SAVE_EVERY)
+    run.train(SAVE_EVERY, unknown="model.attention")
     for images in (FIRST, SECOND):
         assert run.train(SAVE_EVERY).resumed == images
     assert [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,6 +152,23 @@ def test_what_a_training_job_is_stands_beside_it(cluster, folder):
     assert sent.code == 0, sent.err
     told = json.loads(jobs(cluster, "status", "dry", "--json", cwd=folder).out)
     assert told["metadata"] == {"run": "dry", "uri": f"{folder}/store/runs/dry", "workers": "2"}
+
+
+def test_the_runs_of_a_sweep_are_jobs(cluster, folder, empty_tracker):
+    shutil.copy(empty_tracker, folder)
+    tiny = ("engine=plain", "cluster.backend=local", "cluster.workers=1", "model.width=16")
+    tiny += ("cluster.gpus_per_worker=0", "model.depth=1", "train.global_batch=64")
+    tiny += ("train.total_images=64", "eval.samples=20", "eval.sampler.steps=2")
+    words = ("-m", "+exp=digits", *tiny, "train.seed=0,1", f"home={folder}", "--jobs", "1")
+    sweep = end(begin(cluster, *words, "--json", cwd=ROOT, program=("-m", "trainer.launch")))
+    assert sweep.code == 0, sweep.err
+    told = json.loads(sweep.out)
+    assert [each["outcome"] for each in told["runs"]] == ["complete", "complete"]
+    (table,) = told["tables"]
+    assert table["rows"][0]["runs"] == ["digits-seed-0", "digits-seed-1"]
+    listed = json.loads(jobs(cluster, "status", "--json", cwd=folder).out)["jobs"]
+    sent = [each for each in listed if each["metadata"].get("run", "").startswith("digits-seed-")]
+    assert [each["driver_exit_code"] for each in sent] == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,10 @@ class Job:
         """Send a signal to the whole foreground process group, as a terminal does."""
         os.killpg(self._process.pid, number)
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the launch's own process alone."""
+        os.kill(self._process.pid, number)
+
     def workers(self) -> list[psutil.Process]:
         """Find the job's training workers."""
         return [process for process in self.processes() if "RayTrainWorker" in _title(process)]

@@ -22,6 +22,7 @@ from cluster.contract import Message, WorkerContext
 from cluster.launcher import run
 from trainer.config import paths
 from trainer.config.composition import compose_job
+from trainer.config.job import science as known_science
 from trainer.config.reading import to_dict
 from trainer.engine.build import build_engine
 from trainer.engine.protocol import Engine
@@ -100,6 +101,7 @@ def trained(
     updates: int,
     kill_when: Callable[[], bool] | None = None,
     hold: Hold | None = None,
+    unknown: str = "",
 ) -> Seen:
     """Train for some updates and stop as after a Ctrl-C, or kill all ranks.
 
@@ -109,6 +111,7 @@ def trained(
         kill_when: If given, the ranks stand still after the last update, while saves go on, and are
             killed as soon as this is true.
         hold: What is not written at once; for a run that is killed.
+        unknown: A scientific setting that the version which trains does not know, `GROUP.NAME`.
     """
     job = compose_job(overrides)
     validate(job)
@@ -129,7 +132,7 @@ def trained(
                 raise _Killed
 
     killed = kill_when is not None
-    asked = {"updates": updates, "killed": killed, "hold": hold}
+    asked = {"updates": updates, "killed": killed, "hold": hold, "unknown": unknown}
     unit = resolve_placement(job).unit
     stop = threading.Event()
     store = open_store(paths.runs_uri(job), job.store)
@@ -180,12 +183,22 @@ def observed(context: WorkerContext, payload: Mapping[str, Any]) -> None:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(assembly, "build_engine", build))
         stack.enter_context(mock.patch.object(worker, "StopVote", vote))
+        if payload["unknown"]:
+            science = partial(_science_of_before, payload["unknown"])
+            stack.enter_context(mock.patch.object(worker, "science", science))
         if hold is not None and hold.rank in (None, context.rank):
             release = standing if hold.released else threading.Event()
             store = partial(_SlowStore, hold.key, release)
             stack.enter_context(mock.patch.object(worker, "open_store", store))
         worker.train_worker(context, payload["job"])
     _tell_state(context, "left", engines[0])
+
+
+def _science_of_before(unknown: str, *words: Any, **digests: Any) -> dict[str, Any]:
+    chosen = known_science(*words, **digests)
+    group, _, name = unknown.partition(".")
+    del chosen[group][name]
+    return chosen
 
 
 def points(home: Path) -> dict[tuple[str, int], float]:

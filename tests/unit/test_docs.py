@@ -153,7 +153,9 @@ GROUPS = (
 )
 # Not a module (models.flow.path), a file (data.md) or a call (flow.noise_size(...)).
 NAMED = re.compile(rf"(?<![\w./])(?:{GROUPS})(?:\.[a-z_0-9]+)+(?![\w(/])")
-MEMBER = re.compile(r"(?<![\w./])\+?(exp|data|codec|model|flow|optim|engine|cluster)=(\w[\w/]*)")
+MEMBER = re.compile(
+    r"(?<![\w./])\+?(exp|data|codec|model|flow|optim|engine|cluster)=(\w[\w/]*)(?![\w/(])"
+)
 
 
 def shown(page: Path) -> str:

@@ -88,7 +88,7 @@ def table(reports: Sequence[CheckpointReport]) -> str:
             row = (
                 *(report.run, f"{report.images:,}", *[f"{measurement.seed}"] * (len(seeds) > 1)),
                 *(measurement.weights, distance.features),
-                *_sampling(measurement.sampler),
+                *sampling_words(measurement.sampler),
                 f"{report.network_evaluations:g}",
                 f"{measurement.samples:,}",
                 measurement.reference,
@@ -114,7 +114,7 @@ def spread_table(over_seeds: Sequence[Spread]) -> str:
         for name, figure in each.figures.items():
             rows.append(
                 (
-                    *(_named(each.runs), f"{each.images:,}", name.removeprefix("eval/")),
+                    *(named(each.runs), f"{each.images:,}", name.removeprefix("eval/")),
                     f"{figure.mean:.4g}",
                     *(_or_nothing(figure.sampling, ".2g"), f"{len(each.seeds)}"),
                     *(_or_nothing(figure.training, ".2g"), f"{len(each.runs)}"),
@@ -123,7 +123,7 @@ def spread_table(over_seeds: Sequence[Spread]) -> str:
     return "\n\n".join(map(format_table, tables.values()))
 
 
-def _named(runs: Sequence[str]) -> str:
+def named(runs: Sequence[str]) -> str:
     """Name a run, or the first of several."""
     first = runs[0].rpartition("/")[2]
     return first if len(runs) == 1 else f"{first} and {len(runs) - 1} more"
@@ -161,7 +161,7 @@ def _shown(reports: Sequence[CheckpointReport]) -> list[_Column]:
     ]
 
 
-def _sampling(settings: Mapping[str, Any]) -> tuple[str, str]:
+def sampling_words(settings: Mapping[str, Any]) -> tuple[str, str]:
     """Return solver with steps, and guidance with the times at which it acts."""
     solver = f"{settings['solver']}"
     steps = "" if solver == "dopri5" else f" {settings['steps']}"

@@ -99,8 +99,14 @@ def _needs(command: Sequence[str], working_dir: str) -> tuple[float, Mapping[str
         return TO_LEAVE_S, {}, None
     from trainer.config import paths
     from trainer.config.composition import compose_job
+    from trainer.config.sweeps import expand_sweep
 
-    job = compose_job([word for word in overrides if not word.startswith("-")])
+    settings = [word for word in overrides if "=" in word and not word.startswith("-")]
+    if {"-m", "--multirun"} & {*overrides}:
+        # Each run needs about the same; the job itself is none of them.
+        grace_s = max(point.job.checkpoint.grace_s for point in expand_sweep(settings).points)
+        return grace_s + TO_LEAVE_S, {}, None
+    job = compose_job(settings)
     told = {"run": job.run, "uri": paths.run_uri(job), "workers": str(job.cluster.workers)}
     return job.checkpoint.grace_s + TO_LEAVE_S, told, job.run
 

@@ -35,6 +35,7 @@ Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate 
 
   python -m trainer.launch +exp=digits                 train on real images in minutes, on a laptop
   python -m trainer.launch +exp=digits train.seed=1 run=digits-1
+  python -m trainer.launch --multirun +exp=digits train.seed=0,1,2     one run after the other
   python -m trainer.launch +exp=imagenet_xl dry_run=true    what XL costs, before anything starts
   ray job submit --working-dir . -- python -m trainer.launch +exp=digits
 
@@ -57,9 +58,7 @@ common settings (--explain KEY says what a setting, or each of a group, means; -
 exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end or was stopped but
 checkpoints could not be saved, 130 or 143 stopped by a signal, its last state saved"""
 
-_ONE_RUN = """\
---multirun: a launch makes one run; start one after the other, each with a run=NAME of its own: \
-for seed in 0 1; do python -m trainer.launch +exp=digits train.seed=$seed run=digits-$seed; done"""
+_MANY_RUNS = "--jobs and --address are for several runs: give --multirun too"
 
 _SAME_REQUEST_S = 5.0
 
@@ -73,9 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch_or_describe(options: argparse.Namespace) -> Outcome:
-    if options.multirun:
-        return Outcome("", exit_code=REFUSED, error=_ONE_RUN)
+    if not options.multirun and (options.jobs is not None or options.address is not None):
+        return Outcome("", exit_code=REFUSED, error=_MANY_RUNS)
     try:
+        if options.multirun:
+            return _sweep(options)
         job = _check(options.overrides)
         if options.cfg or job.dry_run:
             return describe(job, explained=bool(options.cfg))
@@ -88,12 +89,34 @@ def _check(overrides: Sequence[str]) -> JobConfig:
     """Compose and check the configuration; a name that does not exist costs no heavy import."""
     check_members(overrides)
     from trainer.config.composition import compose_job
+
+    return _checked(compose_job(overrides))
+
+
+def _checked(job: JobConfig) -> JobConfig:
     from trainer.data.splits import with_classes
     from trainer.training.validate import validate
 
-    job = with_classes(compose_job(overrides))
+    job = with_classes(job)
     validate(job)
     return job
+
+
+def _sweep(options: argparse.Namespace) -> Outcome:
+    """Make a run of each of the values that words have."""
+    words = options.overrides
+    check_members(words, several=True)
+    from trainer.cli.sweep import describe_sweep, make_here, plan_sweep, run_sweep
+
+    sweep = plan_sweep(words, check=_checked)
+    if options.cfg or sweep.points[0].job.dry_run:
+        return describe_sweep(sweep)
+    if options.jobs is None and options.address is None:
+        return run_sweep(sweep, words, make=make_here(quiet=options.quiet))
+    from trainer.cli.sweep_jobs import make_as_jobs  # jobs lack what sends jobs
+
+    make = make_as_jobs(options.jobs or 1, address=options.address)
+    return run_sweep(sweep, words, make=make)
 
 
 def describe(job: JobConfig, *, explained: bool = False) -> Outcome:
@@ -323,8 +346,32 @@ def _parser() -> CommandParser:
         action="store_true",
         help="on standard output a JSON object a line for what happens; the last is the answer",
     )
-    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        *("-m", "--multirun"),
+        action="store_true",
+        help="make a run of each value: train.seed=0,1,2 or '+exp=glob(ablation/*)'; what is "
+        "complete is not begun again (docs/sweeps.md)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_count,
+        metavar="N",
+        help="with --multirun: send the runs to a Ray cluster as jobs, N at a time",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="http://HOST:8265",
+        help="with --jobs: the job server; else $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, or this "
+        "machine's",
+    )
     return parser
+
+
+def _count(word: str) -> int:
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{word} is no number of jobs; give 1 or more")
+    return value
 
 
 def _job_config() -> type[JobConfig]:

@@ -38,8 +38,12 @@ def experiment(overrides: Sequence[str]) -> str | None:
     return None
 
 
-def check_members(overrides: Sequence[str]) -> None:
+def check_members(overrides: Sequence[str], *, several: bool = False) -> None:
     """Refuse a command line that names no experiment, or a member that is not there.
+
+    Args:
+        overrides: The words.
+        several: Whether a word may have several members, separated by commas, or a `glob(…)`.
 
     Raises:
         UnknownMember: With the members that there are.
@@ -53,8 +57,10 @@ def check_members(overrides: Sequence[str]) -> None:
         group = key.lstrip("+")
         if group not in groups():
             continue
-        if value not in members(group):
-            told = quote_address(value) if may_carry_credentials(value) else value
+        names = [each.strip() for each in value.split(",")] if several else [value]
+        is_function = several and "(" in value
+        if not is_function and (unknown := [each for each in names if each not in members(group)]):
+            told = quote_address(value) if may_carry_credentials(value) else unknown[0]
             raise UnknownMember(
                 f"there is no {group}={told}; configs/{group} has {', '.join(members(group))}"
             )

@@ -297,6 +297,8 @@ def fingerprinted(chosen: Mapping[str, Any]) -> dict[str, Any]:
         group: {
             key: value for key, value in settings.items() if key not in _RECORDED.get(group, set())
         }
+        if isinstance(settings, Mapping)
+        else settings
         for group, settings in chosen.items()
         if group != "eval"
     }

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Quote, QuotedString
 from hydra.core.override_parser.types import Override as HydraOverride
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from trainer.config.groups import groups
+from trainer.config.groups import groups, members
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, unknown_key
 from trainer.config.renamed import current_key
@@ -97,6 +98,73 @@ def split_range(word: str) -> list[str]:
     return [f"cluster.min_workers={found['least']}", f"cluster.workers={found['most']}"]
 
 
+MAX_POINTS = 1000
+"""More runs no sweep has."""
+
+_OPENING, _CLOSING, _QUOTES = "([{", ")]}", "\"'"
+
+
+def swept_words(word: str) -> list[str]:
+    """Return the words that one of a sweep stands for, in their order; itself if it is only one.
+
+    Several values are separated by commas outside of quotes and brackets, or told by Hydra's
+    functions `range(…)` and, of a group's members, `glob(…)`.
+
+    Args:
+        word: The word, `key=value,…`.
+
+    Raises:
+        ConfigError: They are none, too many, or not countable.
+    """
+    marked, equals, text = word.partition("=")
+    if len(values := _split(text)) == 1:
+        try:
+            parsed = _read(f"key={text}")
+        except _UNREADABLE:
+            return [word]  # a text, or wrong, which is told when it is read
+        values = _told_by_function(marked.lstrip("+"), text, parsed)
+    if len(values) > MAX_POINTS or not values:
+        count = "none" if not values else f"more than {MAX_POINTS:,}"
+        raise ConfigError(f"{_cut(word)} gives {count} of the values that a sweep could take")
+    return [f"{marked}{equals}{value}" for value in values]
+
+
+def _split(text: str) -> list[str]:
+    """Split a text at commas outside of quotes and brackets."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in _QUOTES:
+            quote = letter
+        depth += (letter in _OPENING) - (letter in _CLOSING) if not quote else 0
+        if letter == "," and not (quote or depth):
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts] if len(parts) > 1 else [text]
+
+
+def _told_by_function(key: str, text: str, parsed: HydraOverride) -> list[str]:
+    """Return the values that a function of Hydra's gives; the text itself if it calls none.
+
+    Raises:
+        ConfigError: It gives values that cannot be counted, or chooses among those of no group.
+    """
+    glob: Any = parsed.value()
+    if isinstance(glob, Glob):
+        if key not in ("exp", *groups()):
+            raise ConfigError(f"{key}={_cut(text)}: only members of groups are found by glob(…)")
+        return list(glob.filter(members(key)))
+    if not parsed.is_sweep_override():
+        return [text]
+    if parsed.is_interval_sweep():
+        raise ConfigError(
+            f"{key}={_cut(text)} gives values that cannot be counted; list them, or use range(…)"
+        )
+    return list(islice(parsed.sweep_string_iterator(), MAX_POINTS + 1))
+
+
 def _setting(key: str, kind: type[Any]) -> Setting:
     settings = {setting.key: setting for setting in settings_of(kind)}
     key = current_key(key, settings)
@@ -121,9 +189,9 @@ def _parse_value(key: str, text: str, prefix: str) -> Override:
         ) from error
     if parsed.is_sweep_override():
         raise ConfigError(
-            f"{key}={shown} gives several values, and a command takes one; run it once for each, "
-            f"and a launch with a run=NAME of its own, as in: for value in 0 1; do python -m "
-            f"trainer.launch … {key}=$value run=NAME-$value; done"
+            f"{key}={shown} gives several values, and a command takes one; run it once for each. "
+            f"A launch with --multirun makes a run of each: python -m trainer.launch -m … "
+            f"{key}={shown}"
         )
     return Override(key, parsed.value(), f"{prefix}{text}")
 

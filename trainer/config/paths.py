@@ -26,6 +26,16 @@ def runs_uri(job: JobConfig) -> str:
     return f"{store_uri(job)}/runs"
 
 
+def sweep_uri(job: JobConfig, sweep: str) -> str:
+    """Return the place of what is kept of a sweep beside its runs."""
+    return f"{sweeps_uri(job)}/{sweep}"
+
+
+def sweeps_uri(job: JobConfig) -> str:
+    """Return the place of all sweeps."""
+    return f"{store_uri(job)}/sweeps"
+
+
 def run_uri(job: JobConfig) -> str:
     """Return the place of this run's checkpoints, samples and reports."""
     return f"{runs_uri(job)}/{job.run}"

@@ -16,7 +16,7 @@ from trainer.evaluation.measures import Distance
 from trainer.evaluation.reports import Measurement
 
 _SEED = "train.seed:"
-_REAL = "_real"
+_SAMPLES = "eval/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Spread:
         measurement: The first of the measurements.
         science: Settings of the first run.
         seeds: Seeds of the samples' noise.
-        figures: Each by name, as the tracker shows it.
+        figures: Those of samples, by the names that the tracker shows.
     """
 
     runs: tuple[str, ...]
@@ -132,7 +132,7 @@ def _spread(group: Sequence[MeasuredSet]) -> Spread:
         runs.setdefault(each.run, {})[each.measurement.seed] = each.distance.metrics()
     common = set.intersection(*map(set, runs.values()))
     used = [[run[seed] for seed in sorted(common or run)] for run in runs.values()]
-    names = [name for name in used[0][0] if _REAL not in name]
+    names = [name for name in used[0][0] if name.startswith(_SAMPLES)]
     first = group[0]
     return Spread(
         runs=tuple(runs),

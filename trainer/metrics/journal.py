@@ -68,6 +68,7 @@ class Entry:
         "picture",
         "checkpoint",
         "measured",
+        "runs",
         "end",
     ]
     time_ms: Annotated[int, Field(ge=0, lt=2**53)]

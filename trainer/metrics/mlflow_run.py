@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.console import visible
 from trainer.metrics.journal import Entry
@@ -22,6 +22,7 @@ from trainer.metrics.mlflow_models import RunModels
 
 _RUN_TAG = "lapflow.run"
 _PLACE_TAG = "mlflow.lapflow.place"  # the pages show no tag that begins so
+_PARENT_TAG = "mlflow.parentRunId"
 _TRIED_TAG = "mlflow.lapflow.tried"
 _SETTING_TAG = "setting."
 _MAX_PARAMETER_CHARACTERS = 6000
@@ -43,6 +44,15 @@ _REPLACED = {
 _MAX_DIGEST_CHARACTERS = 36
 
 
+class TrackedSweep(NamedTuple):
+    """The sweep that a run belongs to, which has a run of its own in MLflow."""
+
+    name: str
+    """Its name."""
+    identity: str
+    """Tells it from all other sweeps and runs."""
+
+
 class MlflowRun:
     """One MLflow run per training run, found again when the training goes on.
 
@@ -53,10 +63,19 @@ class MlflowRun:
         run: The training run's name.
         place: Its place, `<store>/<run>`.
         identity: Tells the training from every other at this place, by its science.
+        sweep: The sweep that it belongs to.
     """
 
     def __init__(
-        self, uri: str, *, experiment: str, home: str, run: str, place: str, identity: str
+        self,
+        uri: str,
+        *,
+        experiment: str,
+        home: str,
+        run: str,
+        place: str,
+        identity: str,
+        sweep: TrackedSweep | None = None,
     ) -> None:
         self._uri = uri
         self._experiment = experiment
@@ -64,6 +83,7 @@ class MlflowRun:
         self._run = run
         self._place = place
         self._identity = identity
+        self._sweep = sweep
         self._client: Any = None
         self._newest: dict[str, tuple[int, int, float]] | None = None
         self._pictures: set[str] | None = None
@@ -80,11 +100,9 @@ class MlflowRun:
             return
         client = connect(self._uri)
         experiment = experiment_id(client, self._experiment, self._uri, self._home)
-        found = client.search_runs(
-            [experiment], f"tags.`{_RUN_TAG}` = '{self._identity}'", max_results=1
-        )
-        if found:
-            self.run_id = found[0].info.run_id
+        known = _find_run(client, experiment, self._identity)
+        if known is not None:
+            self.run_id = known.info.run_id
         else:
             tags = {_RUN_TAG: self._identity, _PLACE_TAG: self._place_digest}
             created = client.create_run(
@@ -94,10 +112,24 @@ class MlflowRun:
             self._is_new = True
         if self._is_new:
             self._end_others(client, experiment)
+        if self._sweep is not None:
+            self._put_below(client, experiment, self._sweep)
         self._client = client
         self._models = RunModels(
             client, experiment, run=self._run, run_id=self.run_id, place=self._place_digest
         )
+
+    def _put_below(self, client: Any, experiment: str, sweep: TrackedSweep) -> None:
+        """Have MLflow show the run below the sweep's, which is begun if there is none yet."""
+        parent = _find_run(client, experiment, sweep.identity)
+        if parent is None:
+            parent = client.create_run(
+                experiment, run_name=sweep.name, tags={_RUN_TAG: sweep.identity}
+            )
+            # Perhaps nobody comes who would end it; a sweep that is made says so itself.
+            client.set_terminated(parent.info.run_id, "FINISHED")
+        if client.get_run(self.run_id).data.tags.get(_PARENT_TAG) != parent.info.run_id:
+            client.set_tag(self.run_id, _PARENT_TAG, parent.info.run_id)
 
     def send(self, entries: Sequence[Entry], *, position: str) -> None:
         """Tell points, or one entry of another kind.
@@ -313,6 +345,14 @@ class MlflowRun:
                 model_id, figure=entry.name, value=value, protocol=entry.text or "unknown"
             )
 
+    def _send_runs(self, entry: Entry) -> None:
+        """Put runs below this one, the newest of each place, if they are in its experiment."""
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        for place in entry.values.values():
+            same_place = f"tags.`{_PLACE_TAG}` = '{_digest(place)}'"
+            for run in self._client.search_runs([experiment], same_place, max_results=1):
+                self._client.set_tag(run.info.run_id, _PARENT_TAG, self.run_id)
+
     def _send_end(self, entry: Entry) -> None:
         status = self._client.get_run(self.run_id).info.status
         if entry.is_for_another and status != entry.values["if"]:
@@ -322,6 +362,17 @@ class MlflowRun:
         else:
             self._forget_reason()
         self._client.set_terminated(self.run_id, entry.text, end_time=entry.time_ms)
+
+
+def _find_run(client: Any, experiment: str, identity: str) -> Any:
+    """Return the run of an identity that was begun first; None if there is none."""
+    found = client.search_runs(
+        [experiment],
+        f"tags.`{_RUN_TAG}` = '{identity}'",
+        max_results=1,
+        order_by=["attributes.start_time ASC"],
+    )
+    return found[0] if found else None
 
 
 def _digest(text: str) -> str:

@@ -23,7 +23,7 @@ from pipelines.console import visible
 from pipelines.proxies import proxy_hint
 from trainer.metrics.journal import Entry, Journal, JournalPlace
 from trainer.metrics.mlflow_backend import cause, is_refusal, tracking_uri
-from trainer.metrics.mlflow_run import MlflowRun
+from trainer.metrics.mlflow_run import MlflowRun, TrackedSweep
 from trainer.metrics.tracker import Point, Tracker, TrackingConfig
 from trainer.storage.errors import StoreError
 
@@ -57,6 +57,7 @@ class TrackedRun:
             run begun anew in the same place with other settings has not.
         journal: Where what it tells is written down.
         home: Folder of the default SQLite file and its artifacts.
+        sweep: The sweep that it belongs to.
     """
 
     name: str
@@ -64,6 +65,7 @@ class TrackedRun:
     identity: str
     journal: JournalPlace
     home: str
+    sweep: TrackedSweep | None = None
 
 
 class MlflowTracker(Tracker):
@@ -105,6 +107,8 @@ class MlflowTracker(Tracker):
             "run": tracked.name,
             "place": tracked.place,
         }
+        if tracked.sweep is not None:
+            address |= {"sweep": tracked.sweep.name, "sweep_identity": tracked.sweep.identity}
         self.journal = Journal(
             tracked.journal,
             writer=writer,
@@ -117,6 +121,7 @@ class MlflowTracker(Tracker):
             run=tracked.name,
             place=tracked.place,
             identity=tracked.identity,
+            sweep=tracked.sweep,
         )
         self._ending = threading.Event()
         self._wake = threading.Event()
@@ -195,6 +200,15 @@ class MlflowTracker(Tracker):
     def report(self, name: str, html: str) -> None:
         """Record a document about the run as an artifact, in place of an older one."""
         self.journal.append(Entry(kind="report", time_ms=_now_ms(), name=name, text=html))
+
+    def runs(self, places: Sequence[str]) -> None:
+        """Have runs shown below this one, which is that of a sweep.
+
+        Args:
+            places: Where each is, `<store>/<run>`.
+        """
+        told = {str(number): place for number, place in enumerate(places)}
+        self.journal.append(Entry(kind="runs", time_ms=_now_ms(), values=told))
 
     def checkpoint(self, uri: str, *, images: int) -> None:
         """Record a checkpoint as a model of the run.

@@ -48,6 +48,7 @@ class TrackingConfig(Checked):
         uri: MLflow tracking URI: `http(s)://…` for a server, `sqlite:///…` for a file; None is a
             SQLite file in the home folder of the job.
         experiment: MLflow experiment that holds the runs.
+        sweep: Name of a sweep, below whose own page MLflow shows the run; `--multirun` gives it.
         required: Refuse to start when the tracker cannot be reached. Once training runs, a lost
             tracker never stops it either way.
         flush_timeout_s: Longest wait at the end for points that are still on their way.
@@ -55,6 +56,7 @@ class TrackingConfig(Checked):
 
     uri: str | None = field(default=None, metadata={"place": "uri"})
     experiment: str = "lapflow"
+    sweep: str | None = None
     required: bool = True
     flush_timeout_s: Annotated[float, Field(ge=0)] = 30.0
 

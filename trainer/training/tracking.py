@@ -28,6 +28,7 @@ from trainer.metrics.mlflow_backend import (
     page,
     tracking_uri,
 )
+from trainer.metrics.mlflow_run import TrackedSweep
 from trainer.metrics.mlflow_tracker import MlflowTracker, TrackedRun
 from trainer.metrics.tracker import Point, Tracker, TrackingConfig
 from trainer.storage.errors import LeaseLost, SupersededAttempt
@@ -78,12 +79,11 @@ def track_run(
     tracked = _tracked(job, store, identity_of(job, fingerprint))
     told = {"kind": "tracked", "identity": tracked.identity}
     report(told)
-    tracker = MlflowTracker(
-        job.tracking,
-        tracked,
-        writer=writer,
-        opened=lambda run_id: report({**told, "run_id": run_id}),
-    )
+
+    def opened(run_id: str) -> None:
+        report({**told, "run_id": run_id})
+
+    tracker = MlflowTracker(job.tracking, tracked, writer=writer, opened=opened)
     try:
         tracker.begin()
         _tell_settings(tracker, job, chosen)
@@ -123,14 +123,45 @@ def identity_of(job: JobConfig, fingerprint: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def track_sweep(
+    job: JobConfig, sweep: str, store: Store, *, token: int, opened: Callable[[str], None]
+) -> MlflowTracker:
+    """Return the tracker of a sweep, below whose run MLflow shows those that it makes.
+
+    Args:
+        job: The configuration of one of its runs.
+        sweep: Its name.
+        store: Where sweeps are kept.
+        token: Number of this launch of the sweep.
+        opened: Takes MLflow's ID of the sweep's run, once that is known.
+    """
+    identity = _sweep_identity(job, sweep)
+    home = paths.home(job)
+    tracked = TrackedRun(
+        name=sweep,
+        place=paths.sweep_uri(job, sweep),
+        identity=identity,
+        journal=JournalPlace.of(home, store, run=sweep, identity=identity),
+        home=str(home),
+    )
+    writer = f"{token:012d}-{_DRIVER}"
+    return MlflowTracker(job.tracking, tracked, writer=writer, opened=opened)
+
+
+def _sweep_identity(job: JobConfig, sweep: str) -> str:
+    return hashlib.sha256(paths.sweep_uri(job, sweep).encode()).hexdigest()[:32]
+
+
 def _tracked(job: JobConfig, store: Store, identity: str) -> TrackedRun:
     home = paths.home(job)
+    name = job.tracking.sweep
     return TrackedRun(
         name=job.run,
         place=paths.run_uri(job),
         identity=identity,
         journal=JournalPlace.of(home, store, run=job.run, identity=identity),
         home=str(home),
+        sweep=None if name is None else TrackedSweep(name, _sweep_identity(job, name)),
     )
 
 
@@ -173,6 +204,24 @@ def add_to_run(
     if status is not None:
         tracker.end(status, reason, if_running=True)
     tracker.flush()
+
+
+def is_waiting(job: JobConfig, complete: Manifest, *, store: Store) -> bool:
+    """Tell whether the journal of a complete run holds anything still.
+
+    A launch looks more closely: what MLflow had not taken when the last checkpoint was saved it may
+    have since, which its journal would not tell if it was lost with its disk.
+
+    Args:
+        job: The configuration.
+        complete: The run's last checkpoint.
+        store: Where runs are kept.
+
+    Raises:
+        StoreError: The store fails.
+    """
+    identity = identity_of(job, complete.config_fingerprint)
+    return bool(_tracked(job, store, identity).journal.names())
 
 
 def has_unsent(job: JobConfig, complete: Manifest, *, store: Store) -> bool:
@@ -265,6 +314,9 @@ def ship(
             identity=identity,
             journal=journal,
             home=str(home),
+            sweep=TrackedSweep(told["sweep"], told.get("sweep_identity", ""))
+            if "sweep" in told
+            else None,
         )
         tracker = MlflowTracker(config, tracked, writer=f"{lease.token:012d}-{_DRIVER}")
         # Whoever would end it is gone.

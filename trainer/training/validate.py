@@ -29,6 +29,8 @@ def validate(job: JobConfig) -> None:
     """
     _check_name("run", job.run)
     _check_name("data.name", job.data.name)
+    if job.tracking.sweep is not None:
+        _check_name("tracking.sweep", job.tracking.sweep)
     _check_ranges(job)
     _check_batch(job)
     _check_data(job)

@@ -358,11 +358,7 @@ def _save(
     tracker: Tracker,
     last: bool = False,
 ) -> bool:
-    """Save the run as it is now, unless that is no state to keep; a collective call.
-
-    Returns:
-        Whether the save has begun.
-    """
+    """Begin to save the run as it is, or tell that this is no state to keep; a collective call."""
     state = restored.state
     why = "the loss is not finite" if watch.is_diverging() else ""
     if not (last or why) and watch.is_skipping():

@@ -80,8 +80,8 @@ def test_no_other_program_speaks_to_the_user(key):
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
-        ("train.seed=0,1", ["train.seed=0,1", "for value in 0 1; do", "train.seed=$value"]),
-        ("train.seed=range(0,3)", ["train.seed=range(0,3)", "for value in"]),
+        ("train.seed=0,1", ["train.seed=0,1", "trainer.launch -m … train.seed=0,1"]),
+        ("train.seed=range(0,3)", ["train.seed=range(0,3)", "--multirun"]),
         ("data.streams=[{prefix: ~/a}]", ["data.streams", "in quotes", "for the shell"]),
         ("~train.seed", ["~train.seed", "null"]),
         ("train.seed", ["key=value"]),
@@ -270,7 +270,7 @@ print(code, *sorted({name.partition(".")[0] for name in sys.modules}))
         (["+exp=nope"], "2"),
         (["model=b_2"], "2"),
         ([DIGITS, "model=nope"], "2"),
-        ([DIGITS, "-m", "train.seed=0"], "2"),
+        (["-m", "+exp=digits,nope", "train.seed=0,1"], "2"),
         (["--help"], "0"),
     ],
 )
@@ -283,6 +283,15 @@ def test_a_name_that_does_not_exist_costs_no_imports(words, code):
     assert HEAVY & {*modules} == set()
 
 
-def test_several_runs_at_once_are_refused_with_a_loop(capsys):
-    assert main(["-m", DIGITS, "train.seed=0,1"]) == 2
-    assert "for seed in 0 1; do" in capsys.readouterr().err
+def test_one_run_is_no_sweep(capsys):
+    assert main(["-m", DIGITS, "train.seed=0"]) == 2
+    assert "as in train.seed=0,1,2" in capsys.readouterr().err
+    assert main([DIGITS, "--jobs", "2"]) == 2
+    assert "give --multirun too" in capsys.readouterr().err
+
+
+def test_a_sweep_with_a_run_that_cannot_be_is_refused_before_the_first_one(capsys):
+    assert main(["-m", DIGITS, "train.global_batch=128,7"]) == 2
+    told = capsys.readouterr()
+    assert "run digits-global_batch-7 of this sweep: train.global_batch=7" in told.err
+    assert told.out == ""

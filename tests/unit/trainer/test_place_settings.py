@@ -20,7 +20,8 @@ from trainer.storage.open import open_store
 DIGITS = "+exp=digits"
 
 NO_PLACES = {
-    "run", "data.name", "cluster.address", "tracking.experiment", "experiment", "device",
+    "run", "data.name", "cluster.address", "tracking.experiment", "tracking.sweep", "experiment",
+    "device",
     "store.region", "store.profile", "interpolate", "weights",
 }  # fmt: skip
 

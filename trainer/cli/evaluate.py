@@ -19,6 +19,7 @@ from trainer.evaluation.choice import open_checkpoint
 from trainer.evaluation.measures import Distance
 from trainer.evaluation.reports import CheckpointReport
 from trainer.evaluation.spread import MeasuredSet, Spread, spreads
+from trainer.storage.checkpoint_uri import parse_checkpoint_uri
 from trainer.storage.store import StoreConfig
 
 _FAILED = 1
@@ -56,7 +57,7 @@ def _sets(reports: Sequence[CheckpointReport], config: StoreConfig) -> list[Meas
     }
     return [
         MeasuredSet(
-            run=report.checkpoint.partition("/checkpoints/")[0],
+            run=parse_checkpoint_uri(report.checkpoint).run_uri,
             images=report.images,
             science=science[report.checkpoint],
             measurement=report.measurement,

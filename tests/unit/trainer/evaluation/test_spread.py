@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support.configuration import configuration
+from trainer.cli import evaluate
 from trainer.cli.evaluate import spread_table
 from trainer.config.job import science
 from trainer.evaluation.measures import Distance
-from trainer.evaluation.reports import Measurement
+from trainer.evaluation.reports import CheckpointReport, Measurement
 from trainer.evaluation.spread import MeasuredSet, spreads
+from trainer.storage.store import StoreConfig
 
 SCIENCE = science(configuration("+exp=digits"), data_digest="digest")
 
@@ -134,3 +137,32 @@ def test_the_table_has_a_part_for_each_protocol():
         *("1.5", "1", "0.71", "2"),
     ]
     assert second.splitlines()[1].split() == ["a", "100", "frechet_random_conv", "7", "1", "1"]
+
+
+def test_runs_below_a_folder_called_checkpoints_are_told_apart(monkeypatch):
+    """Whatever stands above, the run is the folder that the checkpoint's own folder lies in."""
+    above = "/data/checkpoints/runs"
+    widths = {f"{above}/one": (16, 1.0), f"{above}/two": (32, 9.0)}
+    told = []
+    for run, (_, frechet) in widths.items():
+        one = measured(run, frechet)
+        report = CheckpointReport(
+            checkpoint=f"{run}/checkpoints/000000000100",
+            run=run.rpartition("/")[2],
+            images=one.images,
+            real_images=100,
+            network_evaluations=10.0,
+            distances=(one.distance,),
+            measurement=one.measurement,
+        )
+        told.append(report)
+
+    def opened(uri: str, _config: StoreConfig) -> tuple[None, None, Any]:
+        width, _ = widths[uri.removesuffix("/checkpoints/000000000100")]
+        return None, None, SimpleNamespace(science={**SCIENCE, "model": {"width": width}})
+
+    monkeypatch.setattr(evaluate, "open_checkpoint", opened)
+    found = spreads(evaluate._sets(told, StoreConfig()))
+    assert [(each.runs, each.frechet.mean) for each in found] == [
+        ((run,), frechet) for run, (_, frechet) in widths.items()
+    ]

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from trainer.evaluation.measures import Distance, RealFigures
@@ -23,8 +23,6 @@ _REFERENCES = {
     "file": "statistics of a file",
 }
 _TOLD_ELSEWHERE = ("attempt", "extractors", "reference", "held_out_index", "samples", "seed")
-_KNOWN = ("_diversity", "_nearest_train", "_close_to_train")
-_KNOWN_REAL = ("_real", "_real_diversity", "_real_nearest_train")
 
 
 class _Figure(NamedTuple):
@@ -40,7 +38,7 @@ class _Figure(NamedTuple):
     def protocol(self) -> tuple[str, str]:
         """What it has in common with figures that it compares with; seeds may differ."""
         features = self.distance.features
-        return features, replace(self.measurement, seed=0).protocol(features)
+        return features, self.measurement.protocol(features, any_seed=True)
 
     @property
     def untrained(self) -> float | None:
@@ -182,12 +180,11 @@ def _newest(figures: Sequence[_Figure]) -> list[_Figure]:
 
 
 def _table(figures: Sequence[_Figure]) -> Html:
-    others = sorted({name for each in figures for name in _other_figures(each.distance)})
     head = ["run", "seed", "images", "sampling seed"]
     columns = [
         column for column in _COLUMNS if any(column[2](each) is not None for each in figures)
     ]
-    head += [title for title, _, _ in columns] + others
+    head += [title for title, _, _ in columns]
     rows = [
         [
             join(swatch(each.arm.colour), each.story.name),
@@ -195,30 +192,15 @@ def _table(figures: Sequence[_Figure]) -> Html:
             f"{each.images:,}",
             str(each.measurement.seed),
             *(_written(value(each), how) for _, how, value in columns),
-            *(_written(_other_figures(each.distance).get(name), ".4g") for name in others),
         ]
         for each in figures
     ]
-    spreads = list(_spreads(figures, [value for _, _, value in columns], len(others)))
+    spreads = list(_spreads(figures, [value for _, _, value in columns]))
     return table(head, rows, last=spreads, numbers_from=1)
 
 
-def _other_figures(distance: Distance) -> dict[str, float]:
-    """Return figures that a report has beside those that stand in columns of their own."""
-    features = distance.features
-    known = {f"eval/{features}{name}" for name in (*_KNOWN, *_KNOWN_REAL)}
-    known.add(f"eval/frechet_{features}")
-    return {
-        name.rpartition("/")[2].replace("_", " "): value
-        for name, value in distance.metrics().items()
-        if name not in known
-    }
-
-
 def _spreads(
-    figures: Sequence[_Figure],
-    columns: Sequence[Callable[[_Figure], float | None]],
-    empty: int,
+    figures: Sequence[_Figure], columns: Sequence[Callable[[_Figure], float | None]]
 ) -> Iterator[list[str]]:
     """Return rows of mean and spread: over sampling seeds of a run, over runs of an arm."""
     by_arm: defaultdict[tuple[str, int], dict[str, list[_Figure]]] = defaultdict(dict)
@@ -229,14 +211,14 @@ def _spreads(
             if len(group) > 1:
                 name, count = group[0].story.name, f"{len(group)} seeds"
                 values = [[column(each) for each in group] for column in columns]
-                yield [name, "", f"{images:,}", count, *map(_spread, values), *[""] * empty]
+                yield [name, "", f"{images:,}", count, *map(_spread, values)]
         if len(runs) > 1:
             values = [
                 [_mean([column(each) for each in group]) for group in runs.values()]
                 for column in columns
             ]
             count = f"{len(runs)} seeds"
-            yield [label, count, f"{images:,}", "", *map(_spread, values), *[""] * empty]
+            yield [label, count, f"{images:,}", "", *map(_spread, values)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

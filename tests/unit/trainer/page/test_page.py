@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.documents import seal
 from tests.unit.trainer.page.told import ABOUT, SETTINGS, png, settings_of, tell_figures, tell_run
+from trainer.evaluation.measures import Measures
 from trainer.page.arms import arms_of
 from trainer.page.markup import Html, join, style_sheet, tag, text
 from trainer.page.page import make_page
@@ -133,6 +134,43 @@ def test_figures_of_different_protocols_share_no_table(store):
     figures = ("2.2500", "3.2500", "4.2500")
     with_one = [table for table in tables(page_of(store, "a")) if any(f in table for f in figures)]
     assert [sum(figure in table for figure in figures) for table in with_one] == [1, 1, 1]
+
+
+def test_each_figure_has_one_column_and_real_images_have_their_own(store):
+    def measures(value: float) -> Measures:
+        return Measures(
+            spatial_frechet=value,
+            inception_score=value,
+            kernel_distance=value,
+            precision=value,
+            recall=value,
+            sliced_wasserstein=value,
+        )
+
+    tell_run(store, "a")
+    tell_figures(store, "a", 6400, 2.25, more=measures(0.6), more_real=measures(0.99))
+    (table,) = (each for each in elements(page_of(store, "a")) if each.tag == "table"
+                and "sampling seed" in "".join(each.itertext()))  # fmt: skip
+    heads, row = (["".join(cell.itertext()) for cell in line] for line in table.iter("tr"))
+    assert dict(zip(heads, row, strict=True)) == {
+        "run": "a",
+        "seed": "0",
+        "images": "6,400",
+        "sampling seed": "1",
+        "Fréchet": "2.2500",
+        "Fréchet of real images": "0.5000",
+        "times real": "4.5",
+        "spatial Fréchet": "0.6",
+        "Inception Score": "0.6",
+        "kernel distance": "0.6",
+        "precision": "0.600",
+        "recall": "0.600",
+        "sliced Wasserstein": "0.6",
+        "sliced Wasserstein of real images": "0.99",
+        "diversity": "1",
+        "diversity of real images": "2",
+        "nearest to held-out images": "1.5",
+    }
 
 
 def test_seeds_of_one_arm_are_told_with_their_spread(store):

@@ -13,13 +13,8 @@ from PIL import Image
 
 from pipelines.documents import seal
 from trainer.evaluation.feature_sets import Nearness
-from trainer.evaluation.reports import (
-    CheckpointReport,
-    Distance,
-    Measurement,
-    RealFigures,
-    evaluation_key,
-)
+from trainer.evaluation.measures import Distance, Measures, RealFigures
+from trainer.evaluation.reports import CheckpointReport, Measurement, evaluation_key
 from trainer.metrics.history import keep_history
 from trainer.metrics.tracker import Tracker
 from trainer.storage.store import Store
@@ -99,18 +94,25 @@ def tell_figures(
     features: str = "random_conv",
     samples: int = 100,
     seed: int = 1,
+    more: Measures | None = None,
+    more_real: Measures | None = None,
 ) -> None:
     """Put down what a later measurement writes, and a grid."""
     real = RealFigures(
-        images=100, frechet=0.5, diversity=2.0, nearest=Nearness(mean=1.5, close_share=0.01)
+        images=100,
+        frechet=0.5,
+        diversity=2.0,
+        nearest=Nearness(mean=1.5, close_share=0.01),
+        more=more_real,
     )
+    distance = Distance(features=features, frechet=frechet, diversity=1.0, more=more, real=real)
     report = CheckpointReport(
         checkpoint="somewhere",
         run=run,
         images=images,
         real_images=50,
         network_evaluations=16.0,
-        distances=(Distance(features=features, frechet=frechet, diversity=1.0, real=real),),
+        distances=(distance,),
         measurement=Measurement(
             attempt="good",
             weights="ema",

@@ -47,11 +47,20 @@ def answered(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[
     return code, json.loads(told.out), told.err
 
 
+def runs_in_mlflow(home: Path) -> dict[str, Any]:
+    client = local_client(home)
+    experiment = client.get_experiment_by_name("lapflow")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
 def test_what_fails_leaves_the_rest_and_what_is_complete_is_not_made_again(home, capfd):
     words = ("train.seed=0,1,2", "tracking.sweep=seeds")
+    # One was launched before by itself, and the checkpoints of another are damaged.
+    assert main([*TINY[1:], "train.total_images=128", "run=digits-seed-0"]) == 0
     damaged = home / "store/runs/digits-seed-1/checkpoints/000000000064/MANIFEST.json"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{}")
+    capfd.readouterr()
     code, answer, said = answered(capfd, *words)
     assert code == 1
     assert [(each["run"], each["outcome"]) for each in answer["runs"]] == [
@@ -60,24 +69,24 @@ def test_what_fails_leaves_the_rest_and_what_is_complete_is_not_made_again(home,
         ("digits-seed-2", "complete"),
     ]
     assert "each of them is damaged" in answer["runs"][1]["error"]
-    assert "run 3 of 3: digits-seed-2" in said
+    assert "sweep seeds: 3 runs, 1 of them complete" in said
+    assert "run 2 of 2: digits-seed-2" in said
+    assert answer["tables"][0]["rows"][0]["runs"] == ["digits-seed-0", "digits-seed-2"]
+    assert runs_in_mlflow(home)["seeds"].info.status == "FAILED"
 
     damaged.unlink()
     code, answer, said = answered(capfd, *words)
     assert code == 0, said
-    assert "sweep seeds: 3 runs, 2 of them complete" in said
     assert "run 1 of 1: digits-seed-1" in said
     assert said.count("the first update is done") == 1
     (table,) = answer["tables"]
     (row,) = table["rows"]
-    assert sorted(row["runs"]) == ["digits-seed-0", "digits-seed-1", "digits-seed-2"]
+    assert row["runs"] == ["digits-seed-0", "digits-seed-1", "digits-seed-2"]
     assert row["figures"]["eval/frechet_random_conv"]["training"] > 0
 
-    client = local_client(home)
-    experiment = client.get_experiment_by_name("lapflow")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    runs = runs_in_mlflow(home)
     parent = runs.pop("seeds")
-    assert set(runs) == set(row["runs"])
+    assert sorted(runs) == row["runs"]
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
     assert "reason" not in parent.data.tags
@@ -86,37 +95,16 @@ def test_what_fails_leaves_the_rest_and_what_is_complete_is_not_made_again(home,
     assert "| run | images | GMAC |" in note
     assert "-m +exp=digits" in note
 
-    # Nothing is left to do, and what a dry run says of that.
-    code, answer, said = answered(capfd, *words, "dry_run=true")
-    assert (code, answer["flops"]) == (0, 0.0)
-    assert [each["is_complete"] for each in answer["runs"]] == [True, True, True]
+    # Nothing is left to do; with other settings none of these runs is a result.
     code, again, said = answered(capfd, *words)
     assert code == 0
     assert "loading libraries" not in said
-    assert [each["outcome"] for each in again["runs"]] == ["complete"] * 3
-
-
-def test_a_run_from_before_is_put_below_the_sweep_and_one_of_other_settings_is_no_result(
-    home, capfd
-):
-    alone = [word for word in TINY if word != "--multirun"]
-    assert main([*alone, "train.total_images=128", "run=digits-seed-0"]) == 0
-    changed = ["run=digits-seed-1", "train.seed=1", "optim.learning_rate=0.5"]
-    assert main([*alone, "train.total_images=128", *changed]) == 0
-    capfd.readouterr()
-    code, answer, _ = answered(capfd, "train.seed=0,1")
-    assert code == 1
-    assert [each["outcome"] for each in answer["runs"]] == ["complete", "refused"]
-    assert "optim.learning_rate: 0.5 -> 0.001" in answer["runs"][1]["error"]
-    (row,) = answer["tables"][0]["rows"]
-    assert row["runs"] == ["digits-seed-0"]
-    client = local_client(home)
-    experiment = client.get_experiment_by_name("lapflow")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    parent = runs["digits-seed"]
-    assert parent.info.status == "FAILED"
-    assert runs["digits-seed-0"].data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert "mlflow.parentRunId" not in runs["digits-seed-1"].data.tags
+    assert again["tables"] == answer["tables"]
+    for changed, is_complete in (((), True), (("optim.learning_rate=0.5",), False)):
+        code, told, _ = answered(capfd, *words, *changed, "dry_run=true")
+        assert code == 0
+        assert [each["is_complete"] for each in told["runs"]] == [is_complete] * 3
+        assert (told["flops"] == 0) == is_complete
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -91,6 +91,8 @@ def test_one_run_has_no_spread_of_training_and_one_set_none_of_sampling():
         measured("b", 9.0, images=200),
         measured("b", 9.0, chosen=trained_with(seed=1, label_dropout=0.2)),
         measured("b", 9.0, chosen={**SCIENCE, "data_set": {"index_sha256": "other"}}),
+        measured("b", 9.0, chosen={**SCIENCE, "train": [3], "eval": None}),
+        measured("b", 9.0, chosen={"train": {"seed": {"a": 1}}}),
     ],
 )
 def test_what_does_not_compare_is_never_put_together(other):

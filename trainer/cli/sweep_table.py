@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from models.transformer.cost import training_multiply_adds
@@ -78,11 +78,17 @@ def read_results(point: SweepPoint) -> RunResults:
 def tables_of(results: Sequence[RunResults]) -> list[SweepTable]:
     """Lay out what complete runs have come to, the tables of most rows first."""
     protocols: dict[str, list[Spread]] = {}
-    for each in spreads([one for result in results for one in result.measured]):
+    for each in spreads([one for result in results for one in _in_arm(result)]):
         protocols.setdefault(each.protocol, []).append(each)
     by_run = {result.point.job.run: result for result in results}
     tables = [_table(each, by_run) for each in protocols.values()]
     return sorted(tables, key=lambda table: -len(table.rows))
+
+
+def _in_arm(result: RunResults) -> list[MeasuredSet]:
+    """Keep runs apart that differ in more than their seed, also where that is no science."""
+    arm = {key: value for key, value in result.point.varied.items() if key != SEED}
+    return [replace(each, arm=arm) for each in result.measured]
 
 
 def _table(figures: Sequence[Spread], by_run: Mapping[str, RunResults]) -> SweepTable:

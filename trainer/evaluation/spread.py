@@ -24,10 +24,11 @@ class FigureSpread:
     """One figure over seeds.
 
     Attributes:
-        mean: Over runs, of each run's mean over its sets of samples.
+        mean: Over seeds of training, of the mean over each run's sets of samples.
         sampling: Standard deviation over sets of samples of one run, the mean over runs of its
             square; None for one set each.
-        training: Standard deviation over runs of each run's mean; None for one run.
+        training: Standard deviation of what the mean is taken over; None for one seed. Runs of the
+            same seed are one training done twice, whose agreement tells nothing of seeds.
     """
 
     mean: float
@@ -45,6 +46,8 @@ class MeasuredSet:
         science: Settings of the run, as its checkpoint records them.
         measurement: How it was measured.
         distance: What was.
+        arm: What the run has in common with those that it may be put together with, beside the
+            science: in a sweep what varies, but for the seed.
     """
 
     run: str
@@ -52,11 +55,19 @@ class MeasuredSet:
     science: Mapping[str, Any]
     measurement: Measurement
     distance: Distance
+    arm: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def protocol(self) -> str:
         """What sets must have in common to be put together: all but the seeds."""
         return self.measurement.protocol(self.distance.features, any_seed=True)
+
+    @property
+    def training_seed(self) -> str:
+        """The seed of its training; what tells the run where nothing tells the seed."""
+        train = self.science.get("train")
+        seed = train.get("seed") if isinstance(train, Mapping) else None
+        return f"run {self.run}" if seed is None else f"seed {seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +129,7 @@ def spreads(measured: Sequence[MeasuredSet]) -> list[Spread]:
 
 
 def _is_alike(one: MeasuredSet, other: MeasuredSet) -> bool:
-    if (one.protocol, one.images) != (other.protocol, other.images):
+    if (one.protocol, one.images, one.arm) != (other.protocol, other.images, other.arm):
         return False
     pairs = ((one.science, other.science), (other.science, one.science))  # either may be older
     return one.run == other.run or any(
@@ -128,12 +139,15 @@ def _is_alike(one: MeasuredSet, other: MeasuredSet) -> bool:
 
 def _spread(group: Sequence[MeasuredSet]) -> Spread:
     runs: dict[str, dict[int, Mapping[str, float]]] = {}
+    trained: dict[str, str] = {}
     for each in group:
         runs.setdefault(each.run, {})[each.measurement.seed] = each.distance.metrics()
+        trained[each.run] = each.training_seed
     common = set.intersection(*map(set, runs.values()))
     used = [[run[seed] for seed in sorted(common or run)] for run in runs.values()]
     names = [name for name in used[0][0] if name.startswith(_SAMPLES)]
     first = group[0]
+    seeds = [trained[run] for run in runs]
     return Spread(
         runs=tuple(runs),
         images=first.images,
@@ -143,16 +157,19 @@ def _spread(group: Sequence[MeasuredSet]) -> Spread:
         science=first.science,
         seeds=tuple(sorted(common or {seed for run in runs.values() for seed in run})),
         figures={
-            name: _over_seeds([[figures[name] for figures in run] for run in used])
+            name: _over_seeds(seeds, [[figures[name] for figures in run] for run in used])
             for name in names
             if all(name in figures for run in used for figures in run)
         },
     )
 
 
-def _over_seeds(values: Sequence[Sequence[float]]) -> FigureSpread:
-    """Summarise a figure: of each run, of each set of samples."""
-    means = [fmean(run) for run in values]
+def _over_seeds(seeds: Sequence[str], values: Sequence[Sequence[float]]) -> FigureSpread:
+    """Summarise a figure: of each run, of each set of samples; `seeds` are those of training."""
+    by_seed: dict[str, list[float]] = {}
+    for seed, run in zip(seeds, values, strict=True):
+        by_seed.setdefault(seed, []).append(fmean(run))
+    means = [fmean(runs) for runs in by_seed.values()]
     within = [stdev(run) ** 2 for run in values if len(run) > 1]
     return FigureSpread(
         mean=fmean(means),

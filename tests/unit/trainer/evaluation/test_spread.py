@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 from tests.support.configuration import configuration
 from trainer.cli import evaluate
 from trainer.cli.evaluate import spread_table
+from trainer.cli.sweep_table import RunResults, tables_of
 from trainer.config.job import science
+from trainer.config.sweeps import SweepPoint
 from trainer.evaluation.measures import Distance
 from trainer.evaluation.reports import CheckpointReport, Measurement
 from trainer.evaluation.spread import MeasuredSet, spreads
 from trainer.storage.store import StoreConfig
 
-SCIENCE = science(configuration("+exp=digits"), data_digest="digest")
+JOB = configuration("+exp=digits")
+SCIENCE = science(JOB, data_digest="digest")
 
 
 def trained_with(**train: Any) -> dict[str, Any]:
@@ -44,7 +48,12 @@ def measured(
             weights="ema",
             samples=samples,
             seed=seed,
-            sampler={"solver": "heun", "steps": 10},
+            sampler={
+                "solver": "heun",
+                "steps": 10,
+                "guidance_scale": 1.0,
+                "guidance_interval": None,
+            },
             extractors={features: ""},
             held_out_index="c0ffee",
         ),
@@ -99,6 +108,38 @@ def test_what_does_not_compare_is_never_put_together(other):
     """Another protocol, another length of training, another training, other images."""
     first, second = spreads([measured("a", 1.0), other])
     assert (first.frechet.mean, second.frechet.mean) == (1.0, 9.0)
+
+
+def test_a_training_done_twice_counts_once():
+    """Runs of one seed agree to the bit where nothing goes wrong: that is no spread over seeds."""
+    twice = [measured("a", 1.0), measured("b", 1.0)]
+    (found,) = spreads(twice)
+    assert found.runs == ("a", "b")
+    assert (found.frechet.mean, found.frechet.training) == (1.0, None)
+    (found,) = spreads([*twice, measured("c", 3.0, chosen=trained_with(seed=1))])
+    assert found.frechet.mean == 2.0
+    assert found.frechet.training == pytest.approx(2**0.5)
+
+
+def test_runs_whose_seed_nothing_tells_are_trainings_of_their_own():
+    (found,) = spreads([measured("a", 1.0, chosen={}), measured("b", 3.0, chosen={})])
+    assert found.frechet.training == pytest.approx(2**0.5)
+
+
+def test_runs_of_a_sweep_that_differ_in_more_than_the_seed_have_rows_of_their_own():
+    """What varies may be no science, as the number of workers is."""
+    values = {(0, 1): 10.0, (0, 2): 21.0, (1, 1): 12.0, (1, 2): 23.0}
+    results = []
+    for (seed, workers), frechet in values.items():
+        job = replace(JOB, run=f"digits-seed-{seed}-workers-{workers}")
+        varied = {"train.seed": f"{seed}", "cluster.workers": f"{workers}"}
+        one = measured(job.run, frechet, chosen=trained_with(seed=seed))
+        results.append(RunResults(SweepPoint(words=(), varied=varied, job=job), [one], 1e9))
+    (table,) = tables_of(results)
+    assert table.head[:4] == ("cluster.workers", "images", "GMAC", "Fréchet")
+    assert [(row[0], row[3], row[5], row[6]) for row in table.rows] == [
+        *(("1", "11.0000", "1.4", "2"), ("2", "22.0000", "1.4", "2"))
+    ]
 
 
 def test_runs_have_the_same_noise_where_they_can():

@@ -243,10 +243,9 @@ class Mailbox:
         """Sends a line for a person; unlike a sender's, notes may overtake each other."""
         self.sender(f"note {uuid.uuid4()}").send(Note(text))
 
-    def fetch(self) -> list[Event]:
-        """All events since the last call, in the order of arrival, each sender's in its own."""
-        events: list[Event] = ray.get(self._actor.fetch.remote())
-        return events
+    def inbox(self) -> "Inbox":
+        """What the driver reads events by; there is one."""
+        return Inbox(self._actor)
 
     def ask_to_stop(self) -> None:
         """Asks all workers to stop, of this attempt and of any later."""
@@ -307,6 +306,44 @@ class Sender:
         return self._actor.put.remote(self._name, next(self._numbers), event)
 
 
+class Inbox:
+    """The driver's way to what has come in, in the order of arrival, each sender's in its own.
+
+    A question lies at the mailbox all the time, which answers it with the next event: asking again
+    and again would take time from workers that keep all cores busy.
+
+    Args:
+        actor: The handle of the mailbox's actor.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._asked: Any = None
+
+    def fetch(self, wait_s: float) -> list[Event]:
+        """Gives the events since the last call.
+
+        Args:
+            wait_s: How long it waits for the first.
+        """
+        if self._asked is None:
+            self._asked = self._actor.fetch.remote(HEAR_S)
+        answered, _ = ray.wait([self._asked], timeout=wait_s)
+        return self._read() if answered else []
+
+    def fetch_rest(self) -> list[Event]:
+        """Gives the events since the last call, of which all that arrived before are some."""
+        ray.get(self._actor.answer.remote())
+        before = [] if self._asked is None else self._read()
+        rest: list[Event] = ray.get(self._actor.fetch.remote(0.0))
+        return before + rest
+
+    def _read(self) -> list[Event]:
+        asked, self._asked = self._asked, None
+        events: list[Event] = ray.get(asked)
+        return events
+
+
 def open_mailbox(config: ClusterConfig) -> Mailbox:
     """Starts a mailbox on the driver's node, as long-lived as the driver's connection to Ray.
 
@@ -340,6 +377,7 @@ class Box:
     def __init__(self, hear_s: float = HEAR_S) -> None:
         self._hear_s = hear_s
         self._events: list[Event] = []
+        self._arrived = asyncio.Event()
         self._next: Counter[str] = Counter()
         self._early: dict[tuple[str, int], Event] = {}
         self._attempts = 0
@@ -354,7 +392,7 @@ class Box:
 
     async def begin(self, seats: tuple[Seat, ...]) -> None:
         """Opens an attempt."""
-        self._events.append(Started(self._attempts, seats))
+        self._take(Started(self._attempts, seats))
         self._attempts += 1
 
     async def attempt(self) -> int:
@@ -365,18 +403,30 @@ class Box:
         """Takes a sender's event of that number, from 0."""
         self._early[sender, number] = event
         while (turn := (sender, self._next[sender])) in self._early:
-            self._events.append(self._early.pop(turn))
+            self._take(self._early.pop(turn))
             self._next[sender] += 1
 
-    async def fetch(self) -> list[Event]:
-        """Gives the events since the last call."""
+    async def fetch(self, wait_s: float) -> list[Event]:
+        """Waits for the first event since the last call, but not for long, and gives all."""
+        if not self._events:
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), wait_s)
         events, self._events = self._events, []
         return events
+
+    async def answer(self) -> None:
+        """Has a call of `fetch` wait no longer."""
+        self._arrived.set()
+
+    def _take(self, event: Event) -> None:
+        self._events.append(event)
+        self._arrived.set()
 
     async def ask(self, broken: Broken) -> None:
         """Returns once the controller may go on."""
         self._allowed.clear()
-        self._events.append(broken)
+        self._take(broken)
         await self._allowed.wait()
 
     async def allow(
@@ -393,7 +443,7 @@ class Box:
     async def readmit(self) -> None:
         """Leaves no node alone any more."""
         self._avoided = frozenset()
-        self._events.append(Readmitted())
+        self._take(Readmitted())
 
     async def wanted(self) -> int | None:
         """Gives how many workers are to be started."""

@@ -5,7 +5,7 @@ Every loss, wait and start is one line with its time, attempt, rank, node and ca
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -190,6 +190,7 @@ class RunMonitor:
     ) -> None:
         self._config = config
         self._mailbox = mailbox
+        self._inbox = mailbox.inbox()
         self._fit = fit
         self._caller = caller
         self._history = History()
@@ -223,7 +224,7 @@ class RunMonitor:
                 if self._caller.stop.is_set() and not stopped:
                     stopped = True
                     self._mailbox.ask_to_stop()
-                self._handle_events()
+                self._handle(self._inbox.fetch(_TICK_S))
                 if stopped and not self._standing.at_work and self._loss is None:
                     return Outcome(status="stopped", restarts=self._standing.restarts)
                 self._recover(stopped=stopped)
@@ -232,8 +233,7 @@ class RunMonitor:
                     self._gate.look()
                 self._tell_words()
                 self._wait.look()
-                time.sleep(_TICK_S)
-            self._handle_events()
+            self._handle(self._inbox.fetch_rest())
             self._tell_words()
             self._output.close(timeout_s=_WORDS_S)
         except ray.exceptions.RayError as error:
@@ -253,8 +253,8 @@ class RunMonitor:
             status="stopped" if stopped else "finished", restarts=self._standing.restarts
         )
 
-    def _handle_events(self) -> None:
-        for event in self._mailbox.fetch():
+    def _handle(self, events: Iterable[Event]) -> None:
+        for event in events:
             match event:
                 case Failure(kind="refused") if self._standing.ends_with(event):
                     raise event.error()

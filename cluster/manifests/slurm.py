@@ -21,11 +21,12 @@ scratch=${{SLURM_TMPDIR:-/tmp}}/lapflow-$SLURM_JOB_ID
 token=$PWD/.lapflow-token-$SLURM_JOB_ID
 port=$((20000 + SLURM_JOB_ID % 4000 * 3))
 {activate}
+trap 'rm -f "$token"' EXIT
 (umask 077; python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
 {exports}
 # Shards that a node has fetched stay for the next job.
-export LAPFLOW_HOME=${{LAPFLOW_HOME:-${{SLURM_TMPDIR:-/tmp}}/lapflow-$USER}}
+export LAPFLOW_HOME=${{LAPFLOW_HOME:-${{SLURM_TMPDIR:-/tmp}}/lapflow-$(id -un)}}
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 step=(srun --overlap --ntasks=1 --nodes=1 --kill-on-bad-exit=0)

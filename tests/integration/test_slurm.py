@@ -109,7 +109,6 @@ def test_ray_runs_on_all_nodes_and_ends_with_the_script(
         "SLURM_TMPDIR": "/tmp",
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "node-[a-b]",
-        "USER": "somebody",
         "LAPFLOW_HOME": str(tmp_path / "home"),
     }
     with subprocess.Popen(

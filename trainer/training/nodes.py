@@ -56,6 +56,8 @@ _ALL_REDUCE_BYTES = 1 << 24
 _CLOCK_S = 30.0
 _SLOW_NAME_S = 1.0
 _ANSWER_S = 10.0
+_TRIES = 3
+_TRY_AGAIN_S = 1.0
 _OF_PROXIES = (407, 502, 503, 504)
 """Answers of HTTP that tell of what is between here and a server."""
 _SHARED_MEMORY = Path("/dev/shm")
@@ -235,8 +237,19 @@ def _look_at_tracker(payload: Mapping[str, Any], faults: list[str], warnings: li
 def _why_silent(url: str) -> str | None:
     """Why no server answers at an address as MLflow's client asks it; None if one does.
 
-    What it answers does not count, but that only a proxy before it does.
+    What it answers does not count, but that only a proxy before it does, and goes on doing so:
+    where a server starts again, a proxy answers for a moment.
     """
+    for _ in range(_TRIES - 1):
+        why, is_of_proxy = _ask(url)
+        if not is_of_proxy:
+            return why
+        time.sleep(_TRY_AGAIN_S)
+    return _ask(url)[0]
+
+
+def _ask(url: str) -> tuple[str | None, bool]:
+    """Why no server answers, and whether a proxy says so."""
     import requests
 
     settings = os.environ
@@ -249,11 +262,12 @@ def _why_silent(url: str) -> str | None:
             cert=settings.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
             stream=True,
         ) as answer:
-            is_there = answer.status_code not in _OF_PROXIES
-            return None if is_there else f"{answer.status_code} {answer.reason}"
+            if answer.status_code in _OF_PROXIES:
+                return f"{answer.status_code} {answer.reason}", True
+            return None, False
     except (OSError, ValueError) as error:
         inner = error.args[0] if error.args else error
-        return str(getattr(inner, "reason", None) or error)
+        return str(getattr(inner, "reason", None) or error), False
 
 
 def _interface_fault(variable: str) -> str | None:

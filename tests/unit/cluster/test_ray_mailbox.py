@@ -17,7 +17,7 @@ def test_each_senders_news_come_in_its_own_order(arrivals: list[tuple[str, int]]
         box, fetched = Box(), []
         for sender, number in arrivals:
             await box.put(sender, number, {"told": (sender, number)})
-            fetched += [news["told"] for news in await box.fetch()]
+            fetched += [news["told"] for news in await box.fetch(0)]
         return fetched
 
     fetched = asyncio.run(deliver())
@@ -67,17 +67,33 @@ def test_a_controller_that_asks_waits_until_it_is_allowed_each_time() -> None:
             asked = asyncio.create_task(box.ask(Broken("workers", (), "lost")))
             await asyncio.sleep(0)
             seen.append(asked.done())
-            assert await box.fetch() == [Broken("workers", (), "lost")]
+            assert await box.fetch(0) == [Broken("workers", (), "lost")]
             await box.allow(workers, workers + 1, frozenset("a"))
             await asked
             assert (await box.wanted(), await box.most()) == (workers, workers + 1)
             assert await box.avoided() == {"a"}
             await box.readmit()
             assert await box.avoided() == frozenset()
-            assert await box.fetch() == [Readmitted()]
+            assert await box.fetch(0) == [Readmitted()]
         return seen
 
     assert asyncio.run(run()) == [False, False]
+
+
+def test_who_fetches_waits_for_the_first_event_until_it_is_told_to_wait_no_longer() -> None:
+    async def run() -> list[object]:
+        box = Box()
+        fetching = asyncio.create_task(box.fetch(60))
+        await asyncio.sleep(0)
+        seen: list[object] = [fetching.done()]
+        await box.put("rank 0", 0, {"step": 0})
+        seen.append(await fetching)
+        fetching = asyncio.create_task(box.fetch(60))
+        await asyncio.sleep(0)
+        await box.answer()
+        return [*seen, await fetching, await box.fetch(0.001)]
+
+    assert asyncio.run(run()) == [False, [{"step": 0}], [], []]
 
 
 def test_attempts_are_numbered_as_they_begin() -> None:
@@ -86,7 +102,7 @@ def test_attempts_are_numbered_as_they_begin() -> None:
         await box.begin((seat,))
         first = await box.attempt()
         await box.begin((seat, seat))
-        return [first, await box.attempt(), *await box.fetch()]
+        return [first, await box.attempt(), *await box.fetch(0)]
 
     seat = Seat(node="n", address="127.0.0.1", host="h", pid=1)
     assert asyncio.run(run()) == [0, 1, Started(0, (seat,)), Started(1, (seat, seat))]

@@ -42,6 +42,9 @@ class Way:
         self.asked: list[int] = []
         self.avoided: frozenset[str] = frozenset()
 
+    def inbox(self) -> "Way":
+        return self
+
     def fetch(self) -> list[Event]:
         events, self.events = self.events, []
         return events
@@ -98,7 +101,7 @@ class Driver:
     def hear(self, *events: Event) -> None:
         """One turn, and those in which a failure's cause is found out."""
         self.line.events += events
-        self.monitor._handle_events()
+        self.monitor._handle(self.line.fetch())
         before = len(self.line.allowed)
         breaks = any(isinstance(event, Broken) for event in events)
         while True:

@@ -236,12 +236,16 @@ def test_a_tracking_server_that_is_away_is_a_fault_if_it_is_required(check: Node
 
 
 @contextmanager
-def answering(status: int, certificate: Path | None = None) -> Iterator[str]:
-    """Answer all requests so, by TLS if there is a certificate; gives the address."""
+def answering(*statuses: int, certificate: Path | None = None) -> Iterator[str]:
+    """Answer one request after the other so, the rest as the last; gives the address.
+
+    By TLS if there is a certificate.
+    """
+    left = list(statuses)
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(status)
+            self.send_response(left.pop(0) if len(left) > 1 else left[0])
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
@@ -295,10 +299,21 @@ def test_a_tracking_server_is_there_whatever_it_answers(check: NodeCheck, status
 
 
 @pytest.mark.parametrize("status", [407, 502, 503, 504])
-def test_a_proxy_that_finds_no_tracking_server_is_none(check: NodeCheck, status: int) -> None:
+def test_a_proxy_that_finds_no_tracking_server_is_none(
+    check: NodeCheck, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TRY_AGAIN_S", 0.0)
     with answering(status) as uri:
         (fault,) = faults_of_tracker(check, uri)
     assert fault.startswith(f"MLflow at tracking.uri={uri} is not reached ({status} ")
+
+
+def test_a_tracking_server_that_starts_again_behind_its_proxy_is_there(
+    check: NodeCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TRY_AGAIN_S", 0.0)
+    with answering(502, 503, 200) as uri:
+        assert faults_of_tracker(check, uri) == ()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +334,7 @@ def test_a_tracking_server_is_trusted_as_by_mlflows_client(
     value: str,
 ) -> None:
     monkeypatch.setenv(variable, value.format(certificate=certificate))
-    with answering(200, certificate) as uri:
+    with answering(200, certificate=certificate) as uri:
         faults = faults_of_tracker(check, uri)
     assert ["CERTIFICATE_VERIFY_FAILED" in fault for fault in faults] == [True] * (value == "false")
 

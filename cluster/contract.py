@@ -51,8 +51,8 @@ class ClusterConfig:
         max_failures: Ray only. After how many failures the workers are started again: one of them
             died, was lost with its node, or raised anything but a ValueError. Each new checkpoint
             of the run gives one back.
-        max_failures_in_place: Ray only. So many failures in a row after the very same images end
-            the run; 0 does not look.
+        max_failures_in_place: Ray only. So many failures in a row at the same update, without a new
+            checkpoint in between, end the run; 0 does not look.
         max_failures_of_node: Ray only. So many failures in a row that began on one node have it
             avoided while other nodes suffice; 0 does not look.
         max_preemptions: Ray only. After how many announced losses of nodes, likewise given back.

@@ -75,6 +75,7 @@ class Standing:
         failures: What its workers told of theirs.
         left: The ranks that returned because they were asked to leave.
         saves: How many times the run has saved more images than before.
+        blur_images: The most images that were trained between two tellings of how many they are.
     """
 
     def __init__(self) -> None:
@@ -85,6 +86,7 @@ class Standing:
         self.failures: list[Failure] = []
         self.left: set[int] = set()
         self.saves = 0
+        self.blur_images = 0
         self._ended: set[int] = set()
         self._images: int | None = None
         self._kept: int | None = None
@@ -147,6 +149,8 @@ class Standing:
             case Left(attempt, rank) if attempt == self.attempt:
                 self.left.add(rank)
             case Advanced(attempt, images) if attempt == self.attempt:
+                if self._images is not None:
+                    self.blur_images = max(self.blur_images, images - self._images)
                 self._images, self._proven = images, self.seats
             case Kept(images) if self._kept is None or images > self._kept:
                 self._kept, self.saves = images, self.saves + 1
@@ -338,6 +342,7 @@ class RunMonitor:
             kind=loss.kind,
             at_s=time.monotonic(),
             images=images,
+            blur_images=standing.blur_images,
             saves=standing.saves,
             node=None if seat is None else seat.node,
         )

@@ -31,6 +31,8 @@ class Fault:
         kind: What happened.
         at_s: When, on a monotonic clock.
         images: After how many images of the run; None if none of this attempt was trained.
+        blur_images: How far apart these may be told where two faults come at the same update: one
+            rank may have ended it, and the driver is told now and then.
         saves: How many times the run has saved more images than ever before.
         node: On which node it began; None if that is not known.
     """
@@ -38,6 +40,7 @@ class Fault:
     kind: FaultKind
     at_s: float
     images: int | None = None
+    blur_images: int = 0
     saves: int = 0
     node: str | None = None
 
@@ -105,6 +108,7 @@ def decide(history: History, fault: Fault, config: ClusterConfig) -> tuple[Histo
         failures=max(0, history.failures - healed),
         preemptions=max(0, history.preemptions - healed),
         saves=max(fault.saves, history.saves),
+        in_place=0 if healed else history.in_place,
     )
     if fault.kind == "start":
         return _after_start(history, fault, config)
@@ -148,7 +152,7 @@ def _after_failure(
     history: History, fault: Fault, config: ClusterConfig
 ) -> tuple[History, Decision]:
     if fault.kind == "crash":
-        before = history.in_place if fault.images == history.images else 0
+        before = history.in_place if _is_in_place(history, fault) else 0
         in_place = 0 if fault.images is None else before + 1
         history = replace(history, in_place=in_place, images=fault.images)
     history = replace(history, failures=history.failures + 1)
@@ -164,6 +168,13 @@ def _after_failure(
         history.failures, config.max_failures, of="failures", setting="cluster.max_failures"
     )
     return history, replace(decision, avoids=avoids)
+
+
+def _is_in_place(history: History, fault: Fault) -> bool:
+    """Whether a crash came at the update of the one before."""
+    if history.images is None or fault.images is None:
+        return False
+    return abs(fault.images - history.images) <= fault.blur_images
 
 
 def _blame(history: History, fault: Fault, config: ClusterConfig) -> tuple[History, str | None]:

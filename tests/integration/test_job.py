@@ -26,6 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster.failure import WorkerFailed
 from cluster.launcher import run
 from tests.support.job import ROOT, SMALL, final_state, job
 from tests.support.ray_cluster import ray_cluster
@@ -363,7 +364,7 @@ SPOILED_FROM = 2560 + 3 * 64
 
 
 def spoiled(context, payload):
-    """A rank whose images are none any more, until the workers are started again."""
+    """A rank whose images are none any more, for as many attempts as the payload says."""
     bands = TrainStep._bands
 
     def lose(self, *arguments, first_image):
@@ -372,29 +373,47 @@ def spoiled(context, payload):
             return found
         return tuple(torch.full_like(band, torch.nan) for band in found)
 
-    is_here = context.rank == 1 and context.attempt == 0
+    is_here = context.rank == 1 and context.attempt < payload["spoiled_attempts"]
     with mock.patch.object(TrainStep, "_bands", lose if is_here else bands):
         train_worker(context, payload)
 
 
-def test_a_rank_that_spoils_all_updates_is_named_and_costs_nothing_but_time(finished, home):
-    settings = compose_job([*SMALL, f"home={home}", "eval.classifier=false"])
-    lines = []
-    told = []
-    preflight(settings, report=lines.append)
-    store = open_store(paths.runs_uri(settings), settings.store)
-    with hold_lease(store, settings.run, report=lines.append, on_lost=print) as lease:
-        outcome = run(
-            settings.cluster,
+def train_spoiled(home, lines, *settings, attempts):
+    """Trains with a spoiled rank for so many attempts, and notes what is told."""
+    job = compose_job([*SMALL, f"home={home}", "eval.classifier=false", *settings])
+    preflight(job, report=lines.append)
+    store = open_store(paths.runs_uri(job), job.store)
+    with hold_lease(store, job.run, report=lines.append, on_lost=print) as lease:
+        payload = {"job": to_dict(job), "lease": asdict(lease), "tracker_file": None}
+        return run(
+            job.cluster,
             spoiled,
-            {"job": to_dict(settings), "lease": asdict(lease), "tracker_file": None},
-            on_message=told.append,
+            {**payload, "spoiled_attempts": attempts},
+            on_message=lambda message: None,
             report=lines.append,
             stop=threading.Event(),
         )
+
+
+def test_a_rank_that_spoils_all_updates_is_named_and_costs_nothing_but_time(finished, home):
+    lines = []
+    outcome = train_spoiled(home, lines, attempts=1)
     assert (outcome.status, outcome.restarts) == ("finished", 1)
     (loss,) = [line for line in lines if " attempt 0: worker " in line and "start again" in line]
     assert re.search(r"attempt 0: worker 1 on \S+ failed with RankDiverged: the gradient was", loss)
     assert "its data or its device is at fault, and not the settings" in loss
     assert "2,560 images are saved; the workers start again at once" in loss
-    assert_same_state(final_state(f"{home}/store", settings.run), finished.state)
+    assert_same_state(final_state(f"{home}/store", "digits"), finished.state)
+
+
+def test_a_rank_that_spoils_every_attempt_ends_the_run_with_its_last_good_state(home):
+    lines = []
+    with pytest.raises(WorkerFailed, match="Worker 1 failed with RankDiverged: the gradient was"):
+        train_spoiled(home, lines, "cluster.max_failures_in_place=2", attempts=99)
+    (end,) = [line for line in lines if "the workers are not started again" in line]
+    assert "it is failure 2 in a row after the same" in end
+    assert "cluster.max_failures_in_place=2" in end
+    assert sum(" attempt " in line and "start again" in line for line in lines) == 1
+    state = final_state(f"{home}/store", "digits")
+    assert state["images"] == 2560
+    assert all(tensor.isfinite().all() for tensor in state.values())

@@ -136,6 +136,20 @@ def test_the_same_place_again_and_again_is_the_runs_fault(
         assert {one.action for one in decisions(elsewhere, config)} == {"retry"}
 
 
+@given(st.lists(st.integers(0, 64), min_size=3, max_size=3), st.integers(65, 10**6))
+def test_the_same_place_is_known_however_it_is_told_but_not_after_a_new_checkpoint(
+    told: list[int], far: int
+) -> None:
+    config = ClusterConfig(max_failures=10**6, max_failures_in_place=3)
+    crash = Fault(kind="crash", at_s=0, blur_images=64)
+    near = [replace(crash, images=10**6 + more) for more in told]
+    assert [one.action for one in decisions(near, config)] == ["retry", "retry", "stop"]
+    away = [replace(crash, images=index * far) for index in range(9)]
+    assert {one.action for one in decisions(away, config)} == {"retry"}
+    saving = [replace(one, saves=index) for index, one in enumerate(near)]
+    assert {one.action for one in decisions(saving, config)} == {"retry"}
+
+
 @given(CONFIGS)
 def test_announced_losses_have_a_budget_of_their_own(config: ClusterConfig) -> None:
     leave = Fault(kind="preemption", at_s=0)

@@ -368,9 +368,12 @@ def _parser() -> CommandParser:
 
 
 def _count(word: str) -> int:
-    value = int(word)
+    try:
+        value = int(word)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is no number of jobs; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of jobs; give 1 or more")
     return value
 
 

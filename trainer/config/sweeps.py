@@ -5,6 +5,7 @@ Names of runs and of the sweep follow from the words alone, so the same words me
 
 from __future__ import annotations
 
+import hashlib
 import os.path
 import re
 from collections import Counter
@@ -20,7 +21,8 @@ from trainer.config.overrides import MAX_POINTS, swept_words
 from trainer.config.reading import ConfigError
 
 SEED = "train.seed"
-_UNNAMED = re.compile(r"[^A-Za-z0-9_=+@.-]+")
+_UNNAMED = re.compile(r"[^A-Za-z0-9_.-]+")  # what no run may be called
+_MAX_EXPERIMENTS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +118,27 @@ def _short(keys: Sequence[str]) -> dict[str, str]:
 def _sweep_name(
     swept: Sequence[str], given: Mapping[str, str], choices: Sequence[Sequence[str]]
 ) -> str:
-    """Name a sweep after its experiment, or the folder of several, and the keys that vary."""
+    """Name a sweep after its experiments, or their folder, and the keys that vary."""
     chosen = [
         word.partition("=")[2] for options in choices for word in options if _key(word) == "exp"
     ]
     folders = {os.path.dirname(each) for each in chosen}
     base = chosen[0] if len(chosen) == 1 else folders.pop() if len(folders) == 1 else ""
+    base = base or _all_of(chosen)
     own = given.get("run", "")
     if own and "run" not in swept and "${" not in own:
         base = own
     parts = [base or "sweep", *_short([key for key in swept if key != "exp"]).values()]
     return "-".join(_UNNAMED.sub("-", part) for part in parts)
+
+
+def _all_of(experiments: Sequence[str]) -> str:
+    """Name experiments of no common folder so that others are not called alike."""
+    names = sorted({each.replace("/", "-") for each in experiments})
+    if len(joined := "-".join(names)) <= _MAX_EXPERIMENTS:
+        return joined
+    digest = hashlib.sha256(joined.encode()).hexdigest()[:8]
+    return f"{names[0]}-and-{len(names) - 1}-more-{digest}"
 
 
 def _check_names(points: Sequence[SweepPoint]) -> None:
@@ -143,6 +155,8 @@ def _check_names(points: Sequence[SweepPoint]) -> None:
                 " ".join(f"{key}={value}" for key, value in each.varied.items())
                 for each in (other, point)
             )
+            if one == two:
+                raise ConfigError(f"{one} is given twice, which would be one run; give it once")
             raise ConfigError(
                 f"run={point.job.run} would be the name of two runs, of {one} and of {two}; name "
                 "them by what differs, as in run='NAME-${train.seed}'"

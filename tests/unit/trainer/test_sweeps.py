@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tests.support.job import ROOT
+from trainer.cli import launch
 from trainer.cli.command import TO_LEAVE_S
 from trainer.cli.jobs import _needs
 from trainer.config.groups import members
 from trainer.config.job import JobConfig
 from trainer.config.overrides import MAX_POINTS, parse_override, swept_words
 from trainer.config.reading import ConfigError
-from trainer.config.sweeps import expand_sweep
+from trainer.config.sweeps import _all_of, expand_sweep
+from trainer.training.validate import _check_name
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,6 @@ def test_runs_and_sweep_are_named_after_what_varies():
     assert names("+exp=digits", "run='n${train.seed}'", "train.seed=0,1")[1] == ["n0", "n1"]
     assert names("+exp=digits", "run=a,b") == ("digits-run", ["a", "b"])
     assert names("+exp=cifar10,ablation/gvp", "tracking.sweep=table2")[0] == "table2"
-    assert names("+exp=cifar10,ablation/gvp")[0] == "sweep"
     assert names("+exp=digits", "flow=one_scale,two_scales", "optim.learning_rate=1e-3,1e-4") == (
         "digits-flow-learning_rate",
         [
@@ -94,6 +95,29 @@ def test_runs_and_sweep_are_named_after_what_varies():
             *("digits-flow-two_scales-learning_rate-1e-4",),
         ],
     )
+
+
+def test_sweeps_of_different_experiments_are_not_called_alike():
+    """One name is one lease, one table and one parent in MLflow."""
+    assert names("+exp=digits,cifar10")[0] == "cifar10-digits"
+    assert names("+exp=cifar10,ablation/gvp", "train.seed=0,1")[0] == "ablation-gvp-cifar10-seed"
+    assert _all_of(["cifar10", "ablation/gvp"]) == _all_of(["ablation/gvp", "cifar10"])
+    every = members("exp")
+    assert _all_of(every) != _all_of(every[1:]) != _all_of(every[:-1])
+    _check_name("tracking.sweep", f"{_all_of(every)}-learning_rate-seed")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optim.learning_rate=1e+0,1e-3",
+        "eval.reference=a=b.npz,c@d.npz",
+        "flow.critical_times=[0.1],[0.3]",
+    ],
+)
+def test_names_of_runs_are_names_of_folders(word):
+    for run in names("+exp=digits", word)[1]:
+        _check_name("run", run)
 
 
 def test_keys_of_the_same_last_part_are_told_in_full():
@@ -117,6 +141,7 @@ def test_the_words_of_a_point_make_its_run():
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (["+exp=digits", "train.seed=0,1,0"], "train.seed=0 is given twice"),
         (["+exp=digits", "eval.reference=a b.npz,a_b.npz"], "the name of two runs"),
         (["+exp=digits", "run=${data.name}", "train.seed=0,1"], "the name of two runs"),
         (["+exp=digits", "train.seed=range(100)", "eval.seed=range(100)"], "10,000 runs"),
@@ -125,6 +150,13 @@ def test_the_words_of_a_point_make_its_run():
 def test_runs_that_cannot_be_told_apart_or_are_too_many_are_refused(words, part):
     with pytest.raises(ConfigError, match=part):
         expand_sweep(words)
+
+
+@pytest.mark.parametrize("word", ["two", "0", "-1"])
+def test_what_is_no_number_of_jobs_is_refused_with_what_is(word, capsys):
+    with pytest.raises(SystemExit):
+        launch._parser().parse_args(["--jobs", word])
+    assert f"{word!r} is no number of jobs; give 1 or more" in capsys.readouterr().err
 
 
 def test_a_sweep_can_be_sent_to_a_cluster_as_one_job():

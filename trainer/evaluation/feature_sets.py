@@ -63,7 +63,7 @@ class FeatureSet:
         self.sums = FeatureSums(classes=classes)
         self.spatial, self.scores = FeatureSums(), ScoreSums()
         self._summed = summed
-        self._chosen = kept
+        self._chosen = kept.sort().values
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def take(self, values: Tensor, labels: Tensor, indices: Tensor) -> None:
@@ -71,15 +71,14 @@ class FeatureSet:
         features, spatial, logits = self._layout.split(values)
         summed, places = torch.ones(len(indices), dtype=torch.bool), indices
         if self._summed is not None:
-            summed = torch.isin(indices, self._summed)
-            places = torch.searchsorted(self._summed, indices)
+            summed, places = _found(indices, self._summed)
         on_device = summed.to(values.device)
         self.sums.add(features[on_device], labels[summed])
         if self._layout.spatial:
             self.spatial.add(spatial[on_device])
         if self._layout.logits:
             self.scores.add(logits[on_device], places[summed])
-        kept = torch.isin(indices, self._chosen)
+        kept, _ = _found(indices, self._chosen)
         if kept.any():
             self._kept.append((indices[kept], features[kept.to(values.device)].cpu()))
 
@@ -115,6 +114,15 @@ class FeatureSet:
             order = torch.cat([part["indices"] for part in whole]).argsort()
             joined = torch.cat([part["features"] for part in whole])[order]
         return load(ranks.broadcast(save({"features": joined}), source=0))["features"]
+
+
+def _found(indices: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell which indices there are among rising ones, and at which places; in time of their log."""
+    places = torch.searchsorted(among, indices)
+    there = torch.zeros(len(indices), dtype=torch.bool)
+    if len(among):
+        there = among[places.clamp(max=len(among) - 1)] == indices
+    return there, places
 
 
 def nearest_distances(features: Tensor, neighbours: Tensor, *, ranks: HostGroup) -> Tensor:

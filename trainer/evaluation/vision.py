@@ -67,13 +67,7 @@ class ClipFeatures:
     layout = Layout()
 
     def __init__(self, data: bytes, *, weights: WeightsFile) -> None:
-        try:
-            from torch_fidelity.feature_extractor_clip import build_model
-        except ImportError as error:
-            raise MissingWeights(
-                "eval.features.name=clip needs the package torch-fidelity: "
-                "pip install '.[inception]' in the folder of this project"
-            ) from error
+        build_model = _needed("torch_fidelity.feature_extractor_clip", by="clip").build_model
         self.digest = sha256(data)
         if self.digest == CLIP_PUBLISHED.sha256:
             program: Any = torch.jit
@@ -84,13 +78,14 @@ class ClipFeatures:
             self._network = build_model(dict(tensors), torch.float32).visual
         except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
             raise weights.unusable(f"it is no CLIP: {reason_of(error)}") from error
-        self._size = int(self._network.input_resolution)
+        self._show = _Shown(
+            "clip", size=int(self._network.input_resolution), mean=_CLIP_MEAN, std=_CLIP_STD
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Extract one embedding per image; grey is repeated to three channels."""
-        shown = _shown(images, size=self._size, mean=_CLIP_MEAN, std=_CLIP_STD)
-        embedded: Tensor = self._network.to(images.device)(shown)
+        embedded: Tensor = self._network.to(images.device)(self._show(images))
         return embedded.float()
 
 
@@ -105,19 +100,23 @@ class DinoFeatures:
         digest: SHA-256 of the weights file.
 
     Raises:
-        MissingWeights: The file holds anything but the network's tensors.
+        MissingWeights: The file holds anything but the network's tensors, or a package is not
+            installed.
     """
 
     layout = Layout()
 
     def __init__(self, data: bytes, *, weights: WeightsFile) -> None:
-        transformers: Any = importlib.import_module("transformers")
+        transformers = _needed("transformers", by="dinov2")
+        self._show = _Shown("dinov2", size=_DINO_SIZE, mean=_DINO_MEAN, std=_DINO_STD)
         self.digest, tensors = sha256(data), weights.tensors(data)
         tensors = {name.removeprefix("dinov2."): tensor for name, tensor in tensors.items()}
         try:
             places = tensors["embeddings.position_embeddings"]
             patches = tensors["embeddings.patch_embeddings.projection.weight"]
             width, patch = patches.shape[0], patches.shape[-1]
+            if width % _HEAD_WIDTH or width == 0:
+                raise ValueError(f"its width of {width} is no multiple of {_HEAD_WIDTH}")
             config = transformers.Dinov2Config(
                 hidden_size=width,
                 num_hidden_layers=len([name for name in tensors if name.endswith("norm1.weight")]),
@@ -134,8 +133,7 @@ class DinoFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Extract one class token per image; grey is repeated to three channels."""
-        shown = _shown(images, size=_DINO_SIZE, mean=_DINO_MEAN, std=_DINO_STD)
-        token: Tensor = self._network.to(images.device)(shown).last_hidden_state[:, 0]
+        token: Tensor = self._network.to(images.device)(self._show(images)).last_hidden_state[:, 0]
         return token
 
 
@@ -216,14 +214,47 @@ def _digest(name: str, tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _shown(images: Tensor, *, size: int, mean: Any, std: Any) -> Tensor:
-    """Resize 8-bit pictures as torch-fidelity does, and normalise them."""
-    from torch_fidelity.interpolate_compat_tensorflow import (
-        interpolate_bilinear_2d_like_tensorflow1x as resize,
-    )
+def _needed(module: str, *, by: str) -> Any:
+    """Import a module of a package that not every installation has.
 
-    pictures = resize(as_bytes(images).float(), size=(size, size), align_corners=False)
-    center = torch.tensor(mean, device=images.device).reshape(1, 3, 1, 1) * 255
-    spread = torch.tensor(std, device=images.device).reshape(1, 3, 1, 1) * 255
-    normalised: Tensor = (pictures - center) / spread
-    return normalised
+    Raises:
+        MissingWeights: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise MissingWeights(
+            f"eval.features.name={by} needs the package {package}: "
+            "pip install '.[inception]' in the folder of this project"
+        ) from error
+
+
+class _Shown:
+    """Resizes 8-bit pictures as torch-fidelity does, and normalises them.
+
+    Raises:
+        MissingWeights: torch-fidelity is not installed.
+    """
+
+    def __init__(
+        self,
+        features: str,
+        *,
+        size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+    ) -> None:
+        module = _needed("torch_fidelity.interpolate_compat_tensorflow", by=features)
+        self._resize = module.interpolate_bilinear_2d_like_tensorflow1x
+        self._size, self._mean, self._std = size, mean, std
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Show images in [-1, 1], [n, c, h, w]; grey is repeated to three channels."""
+        pictures = self._resize(
+            as_bytes(images).float(), size=(self._size, self._size), align_corners=False
+        )
+        center = torch.tensor(self._mean, device=images.device).reshape(1, 3, 1, 1) * 255
+        spread = torch.tensor(self._std, device=images.device).reshape(1, 3, 1, 1) * 255
+        normalised: Tensor = (pictures - center) / spread
+        return normalised

@@ -4,8 +4,9 @@ A rank that is stopped, a loader that hangs, a collective that one rank does not
 and NCCL alike all ranks then wait, for as long as a collective may take. Each rank watches itself,
 and since the ranks wait for one another in every update, all of them notice within moments.
 
-Before the loop and after it ranks wait for the first one, however long its store takes or its
-measuring. There it is watched alone: whoever stands still keeps it waiting.
+Before the loop and after it, and while they draw and measure in between, ranks wait for the first
+one, however long its store takes or its measuring. There it is watched alone: whoever stands still
+keeps it waiting.
 
 What holds Python's interpreter lock for ever stops the watch of its rank too; there the other ranks
 end the run, or Ray does, which asks each process whether it is there.
@@ -98,6 +99,16 @@ class Watchdog:
         """Say whether this rank may wait for others however long, from now on."""
         self._clock.show_life()
         self._is_patient = is_patient
+
+    @contextmanager
+    def patient(self, is_patient: bool) -> Iterator[None]:
+        """Say for a `with` block that this rank may wait; one that is patient already stays so."""
+        before = self._is_patient
+        self.be_patient(before or is_patient)
+        try:
+            yield
+        finally:
+            self.be_patient(before)
 
     @property
     def limit_s(self) -> float:

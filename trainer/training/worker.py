@@ -134,8 +134,8 @@ def _train(run: Run) -> None:
                     evaluation.run(run.engine, _publisher(run, state, tracker))
             during.close(is_finished=end == "finished")
         except BaseException:
-            during.close(is_finished=False)
             saver.leave(job.checkpoint.grace_s)
+            during.close(is_finished=False)  # what was measured of that save is told
             raise
         run.watchdog.be_patient(True)  # the tracker bounds its end itself
         tracker.close("FINISHED" if end == "finished" else "KILLED")
@@ -387,7 +387,9 @@ def _save(
 @contextmanager
 def _leave_out(run: Run, throughput: Throughput) -> Iterator[None]:
     """Count the time of a `with` block as evaluation, and not as training."""
-    with throughput.pause(), run.times.clock.during("evaluation"):
+    evaluation = run.times.clock.during("evaluation")
+    # The first rank alone tells how drawing gets on, and the others wait for it in every block.
+    with throughput.pause(), evaluation, run.watchdog.patient(run.context.rank > 0):
         yield
 
 

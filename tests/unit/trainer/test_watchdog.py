@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from cluster.failure import STOOD_STILL
 from tests.unit.trainer.checkpoint.stores import MemoryStore
 from trainer.storage.errors import StoreError
 from trainer.training import watchdog as module
-from trainer.training.hooks import UpdateReport
+from trainer.training.hooks import Throughput, UpdateReport
 from trainer.training.phases import PhaseClock, Sight
 from trainer.training.watchdog import (
     SLOWEST_UPDATES,
@@ -23,6 +25,7 @@ from trainer.training.watchdog import (
     Watchdog,
     hang_key,
 )
+from trainer.training.worker import Run, _leave_out
 
 LIMITS = {"start": 3600.0, "checkpoint": 3600.0, "evaluation": 3600.0}
 KEY = hang_key("night-1", images=640, attempt=1, rank=3)
@@ -157,6 +160,30 @@ def test_a_rank_that_may_wait_for_others_is_not_ended_until_it_may_not() -> None
         dog.be_patient(False)
         assert heard.wait(60)
     assert told[0].startswith("no sign of life for 0 s (start; the limit is 0 s)")
+
+
+def test_ranks_wait_for_the_first_one_that_measures_and_for_nothing_afterwards() -> None:
+    clock, told = PhaseClock(), threading.Event()
+    limits = {**LIMITS, "evaluation": 0.05}
+
+    def hear(_what: str) -> None:
+        told.set()
+
+    with Watchdog(clock, least_s=9.0, limits_s=limits, on_hang=hear, tick_s=0.01) as dog:
+        run = SimpleNamespace(
+            times=SimpleNamespace(clock=clock), watchdog=dog, context=SimpleNamespace(rank=1)
+        )
+        with _leave_out(cast(Run, run), Throughput(0)):
+            assert not told.wait(0.5)
+        dog.be_patient(True)
+        with _leave_out(cast(Run, run), Throughput(0)), clock.during("evaluation"):
+            pass
+        with clock.during("evaluation"):
+            assert not told.wait(0.5)  # it was patient before
+        dog.be_patient(False)
+        run.context.rank = 0
+        with _leave_out(cast(Run, run), Throughput(0)):
+            assert told.wait(60)
 
 
 def test_the_limit_grows_with_the_slowest_update_of_late_saves_and_grids_apart() -> None:

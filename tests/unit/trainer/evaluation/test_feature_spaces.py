@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,27 @@ def test_dinov2_is_the_class_token_of_transformers_network(tmp_path, swiglu):
         check_features(FeatureConfig(name="dinov2", dinov2_weights=str(file)))
     with pytest.raises(MissingWeights, match=r"no file is named.*eval\.features\.dinov2_weights"):
         check_features(FeatureConfig(name="dinov2"))
+
+
+@pytest.mark.parametrize("width", [0, 32, 96])
+def test_a_width_of_no_dinov2_is_refused(tmp_path, width):
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        "embeddings.position_embeddings": torch.zeros(1, 5, width),
+        "embeddings.patch_embeddings.projection.weight": torch.zeros(width, 3, 14, 14),
+    }
+    save_file(tensors, file)
+    with pytest.raises(MissingWeights, match=f"it is no DINOv2: .*width of {width} "):
+        check_features(FeatureConfig(name="dinov2", dinov2_weights=str(file)))
+
+
+@pytest.mark.parametrize("package", ["torch_fidelity", "transformers"])
+def test_a_package_that_is_missing_is_told_before_a_run(tmp_path, monkeypatch, package):
+    for name in [each for each in sys.modules if each.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights")
+    config = FeatureConfig(name="dinov2", dinov2_weights=str(tmp_path / "weights"))
+    named = package.replace("_", "-")
+    with pytest.raises(MissingWeights, match=f"name=dinov2 needs the package {named}: pip install"):
+        check_features(config)

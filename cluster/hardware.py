@@ -1,5 +1,6 @@
 """The GPUs of a cluster and what connects them, as the planner needs to know them."""
 
+import re
 from dataclasses import dataclass
 
 # Dense bfloat16 TFLOP/s from NVIDIA's data sheets; the first name that fits counts.
@@ -7,6 +8,7 @@ _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "A100": 312.0,
 }
@@ -21,7 +23,10 @@ def peak_tflops(name: str) -> float | None:
     Returns:
         What its data sheet promises; None for one that is not known.
     """
-    return next((peak for known, peak in _PEAK_TFLOPS.items() if known in name), None)
+    for known, peak in _PEAK_TFLOPS.items():
+        if re.search(rf"\b{known}\b", name):  # an A1000 is no A100
+            return peak
+    return None
 
 
 class HardwareError(ValueError):

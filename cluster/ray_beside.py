@@ -41,14 +41,20 @@ class RayBeside:
             # Not where Ray Train's workers are, whose resources are all taken.
             scheduling_strategy="DEFAULT",
             # Another environment than that of spare workers, or it would take one of them.
-            runtime_env={
-                "env_vars": {"OMP_NUM_THREADS": str(self._cpus), "LAPFLOW_PROCESS": "beside"}
-            },
+            runtime_env={"env_vars": _environment(self._cpus, self._gpus)},
         )
         try:
             return RayBesideTask(task.remote(function, payload))
         except ray.exceptions.RayError as error:
             raise BesideFailed(f"it could not be begun ({type(error).__name__})") from error
+
+
+def _environment(cpus: int, gpus: int) -> dict[str, str]:
+    found = {"OMP_NUM_THREADS": str(cpus), "LAPFLOW_PROCESS": "beside"}
+    if gpus == 0:
+        # Ray shows a task without GPUs all of its node's, and these are workers'.
+        found["CUDA_VISIBLE_DEVICES"] = ""
+    return found
 
 
 class RayBesideTask:

@@ -332,6 +332,7 @@ def test_checkpoints_are_models_and_the_best_has_an_alias(tmp_path, empty_tracke
     for images, distance in ((20, 1.0), (30, 2.0), (50, 1.5)):
         again.checkpoint(f"s3://bucket/{images}", images=images)
         again.measured({figure: distance}, images=images, lowest=figure, protocol="p")
+    again.measured({figure: 2.0}, images=30, lowest=figure, protocol="p")  # which comes late
     again.close("FINISHED")
     client = local_client(tmp_path)
     run = only_run(client)

@@ -23,6 +23,7 @@ from trainer.evaluation.reports import (
     reference_kind,
 )
 from trainer.metrics.tracker import Tracker
+from trainer.storage.errors import StoreError
 from trainer.storage.kept import read_or_set_aside
 from trainer.storage.store import Store
 
@@ -48,6 +49,7 @@ class MeasuredCheckpoints:
         config: How the run measures itself at its end.
         tracker: Takes figures and grids.
         report: Takes a message for the driver.
+        launch: Number of the launch that measures.
     """
 
     store: Store
@@ -55,6 +57,7 @@ class MeasuredCheckpoints:
     config: EvalConfig
     tracker: Tracker
     report: Callable[[dict[str, object]], None]
+    launch: int = 0
 
     def catch_up(self, is_due: Callable[[int], bool]) -> list[int]:
         """Find out which committed checkpoints are still to be measured, oldest first.
@@ -111,12 +114,21 @@ class MeasuredCheckpoints:
         )
         return measurement == wanted
 
+    def is_there(self, images: int) -> bool:
+        """Tell whether a checkpoint can be measured; True also if the store does not say."""
+        try:
+            return CheckpointIndex(self.store, run=self.run).is_committed(images)
+        except StoreError:
+            return True
+
     def begin(self, images: int, *, again: bool) -> bool:
         """Note that a checkpoint is being measured, which may be the end of this process.
 
         Args:
             images: Which checkpoint.
-            again: Whether it has been tried before, as far as is noted.
+            again: Whether tries of earlier launches count: they do for the same checkpoint, and not
+                where it was trained again. Those of this launch count in any case, since what ends
+                the process before the checkpoint is saved does so after it is trained again.
 
         Returns:
             Whether it may be tried.
@@ -125,10 +137,13 @@ class MeasuredCheckpoints:
             StoreError: The store fails.
         """
         key = self._begun_key(images)
-        before = read_or_set_aside(self.store, key, _Begun) if again else None
-        tries = 0 if before is None else before.tries
+        before = read_or_set_aside(self.store, key, _Begun)
+        tries = 0
+        if before is not None and (again or before.launch == self.launch):
+            tries = before.tries
         if tries < MAX_TRIES:
-            self.store.put(key, json.dumps(seal({"tries": tries + 1})).encode())
+            noted = {"tries": tries + 1, "launch": self.launch}
+            self.store.put(key, json.dumps(seal(noted)).encode())
         return tries < MAX_TRIES
 
     def end(self, images: int) -> None:
@@ -189,8 +204,8 @@ class MeasuredCheckpoints:
             lowest=lowest,
             protocol=report.measurement.protocol(distance.features),
         )
-        if grid is not None:
-            # One that is drawn there anyway is not told twice.
+        # Grids on the way show other samples, and their slider shows the same ones all along.
+        if grid is not None and self.config.grid_interval_images == 0:
             self.tracker.image("samples", grid, images=report.images)
 
     def warn(self, images: int, reason: str) -> None:
@@ -210,6 +225,8 @@ class _Begun:
 
     Attributes:
         tries: How often.
+        launch: Number of the launch that did so last.
     """
 
     tries: Annotated[int, Field(ge=1)]
+    launch: Annotated[int, Field(ge=0)] = 0

@@ -19,6 +19,7 @@ from models.flow.solver import Observer, unobserved
 from pipelines.progress import Progress, figures_in
 from trainer import rng
 from trainer.config.shapes import ImageShape
+from trainer.engine.expert_shards import shards_of
 from trainer.host_group import HostGroup
 
 logger = logging.getLogger(__name__)
@@ -247,6 +248,8 @@ class ImageSampler:
 
         Raises:
             SolverError: The solver comes to no end on some rank, or its device has no memory left.
+            torch.OutOfMemoryError: The same where ranks hold shards of experts: the others wait
+                for this one in the midst of the network, until it ends.
         """
         own, mistake = None, ""
         try:
@@ -254,9 +257,14 @@ class ImageSampler:
         except SolverError as error:
             mistake = str(error)
         except torch.OutOfMemoryError as error:
+            if shards_of(model):
+                raise
             torch.cuda.empty_cache()  # what it had got is for training again
             why = str(error).partition("\n")[0]
-            mistake = f"{size} images at once do not fit into memory; lower eval.batch ({why})"
+            mistake = (
+                f"{size} images at once do not fit into memory; lower eval.batch, or batch where a "
+                f"command draws of a checkpoint ({why})"
+            )
         if (told := ranks.first_mistake(mistake)) or own is None:
             raise SolverError(told)
         return own

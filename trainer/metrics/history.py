@@ -228,9 +228,11 @@ class _Keeper:
             try:
                 self._write()
                 self._has_failed = False
-            except StoreError as error:
+            except Exception as error:  # whatever it is, the next writing may succeed
                 if not self._has_failed:
-                    logger.warning("the history of the run is not kept for now: %s", error)
+                    expected = isinstance(error, StoreError)
+                    why = str(error) if expected else f"{type(error).__name__}: {error}"
+                    logger.warning("the history of the run is not kept for now: %s", why)
                 self._has_failed = True
             if is_last:
                 return
@@ -245,7 +247,12 @@ class _Keeper:
             is_new, self._is_new = self._is_new, False
         try:
             for name, png in pictures.items():
-                self._store.put(f"{self._folder}{name}", smaller(png))
+                try:
+                    shown = smaller(png)
+                except (OSError, ValueError) as error:
+                    logger.warning("the grid %s is not kept in the history: %s", name, error)
+                else:
+                    self._store.put(f"{self._folder}{name}", shown)
                 with self._lock:
                     if self._pictures.get(name) is png:
                         del self._pictures[name]
@@ -256,8 +263,9 @@ class _Keeper:
                 }
                 content = json.dumps(seal(told), separators=(",", ":")).encode()
                 self._store.put(f"{self._folder}{self._writer}.json", content)
-        except StoreError:
-            self._is_new = self._is_new or is_new
+        except Exception:
+            with self._lock:
+                self._is_new = self._is_new or is_new
             raise
 
 

@@ -30,6 +30,7 @@ _PARAMETERS_PER_CALL = 100
 _REASON_TAG = "reason"
 _PAGE_TAG = "mlflow.note.content"
 _OWN_PAGE_TAG = "mlflow.lapflow.page"
+_MEASURED_TAG = "mlflow.lapflow.measured"
 _TOLD_TAG = "mlflow.lapflow.told."
 _REPLACED = {
     "begin": "status",
@@ -321,11 +322,19 @@ class MlflowRun:
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, context)])
 
     def _send_page(self, entry: Entry) -> None:
-        """Describe the run, unless somebody has written something else there."""
+        """Describe the run, unless somebody has written something else there.
+
+        What was measured beside training may come late, and newer figures stay.
+        """
         tags = self._client.get_run(self.run_id).data.tags
         there = tags.get(_PAGE_TAG, "")
         if there and _digest(there) != tags.get(_OWN_PAGE_TAG):
             return
+        measured = tags.get(_MEASURED_TAG, "")
+        if 0 < entry.images < (int(measured) if measured.isdecimal() else 0):
+            return
+        if entry.images > 0:
+            self._client.set_tag(self.run_id, _MEASURED_TAG, str(entry.images))
         text = entry.text.replace("{run_id}", self.run_id)
         self._client.set_tag(self.run_id, _OWN_PAGE_TAG, _digest(text))
         self._client.set_tag(self.run_id, _PAGE_TAG, text)

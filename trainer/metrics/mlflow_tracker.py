@@ -247,7 +247,12 @@ class MlflowTracker(Tracker):
             head = f"After {images:,} images **{lowest} = {values[lowest]:.4g}**\n\n"
         table = f"After {images:,} images:\n\n| figure | value |\n| --- | --- |\n{rows}\n"
         self.journal.append(
-            Entry(kind="page", time_ms=_now_ms(), text=f"{head}{self._page}\n{table}")
+            Entry(
+                kind="page",
+                time_ms=_now_ms(),
+                images=images,
+                text=f"{head}{self._page}\n{table}",
+            )
         )
 
     def end(self, status: str, reason: str = "", *, if_running: bool = False) -> None:

@@ -15,7 +15,7 @@ from pipelines.console import typed
 from trainer.checkpoint.upload import SaveReport
 from trainer.evaluation.during import MeasuredCheckpoints
 from trainer.evaluation.reports import CheckpointReport
-from trainer.storage.errors import CheckpointError, StoreError
+from trainer.storage.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,11 @@ CLOSE_S = 10.0
 """How long its thread gets to end."""
 LAST_S = 1800.0
 """How long the end of a run waits for a measurement that is under way."""
+_DELETED = (
+    "it was deleted before its figures were there, as measuring takes longer than "
+    "checkpoint.keep_last saves; raise checkpoint.keep_last, keep some for good by "
+    "checkpoint.keep_every_images, or measure more seldom (eval.during.every_images)"
+)
 
 
 class BesideEvaluations:
@@ -102,16 +107,17 @@ class BesideEvaluations:
     def _run(self) -> None:
         try:
             left = self._known.catch_up(self._is_due)
-        except StoreError as error:
-            logger.warning("earlier checkpoints are not looked at: %s", error)
+        except Exception as error:  # whatever it is, later ones are measured
+            logger.warning("earlier checkpoints are not looked at: %s", _words(error))
             left = []
         with self._changed:
             self._waiting.extendleft(each for each in reversed(left) if each not in self._waiting)
         while (images := self._next()) is not None:
             try:
                 self._measure(images)
-            except (BesideFailed, CheckpointError) as error:
-                self._known.warn(images, str(error))
+            except Exception as error:  # whatever it is, the next one is measured
+                reason = _words(error) if self._known.is_there(images) else _DELETED
+                self._known.warn(images, reason)
 
     def _next(self) -> int | None:
         with self._changed:
@@ -124,6 +130,9 @@ class BesideEvaluations:
         return None
 
     def _measure(self, images: int) -> None:
+        if not self._known.is_there(images):
+            self._known.warn(images, _DELETED)
+            return
         task = self._begin(images)
         room_s, is_told = time.monotonic() + self._patient_s, False
         while not task.join(self._look_s):
@@ -165,3 +174,9 @@ class BesideEvaluations:
             with suppress(CheckpointError):  # the figures are what counts
                 grid = self._known.store.get(self._known.key(report, "grid.png"))
         self._known.tell(report, grid)
+
+
+def _words(error: Exception) -> str:
+    """Say what went wrong; what is not expected to is named by its type."""
+    expected = isinstance(error, BesideFailed | CheckpointError)
+    return str(error) if expected else f"{type(error).__name__}: {error}"

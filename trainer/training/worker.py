@@ -103,13 +103,13 @@ def _train(run: Run) -> None:
         evaluation = final_evaluation(
             job, run.context, run.flow, run.codec, device=run.device, trained_on=run.images.digest
         )
-        throughput = Throughput(state.images)
+        throughput, launch = Throughput(state.images), run.fence.lease.token
         during = evaluations_of(
             job,
             run.context,
             final=evaluation,
             engine=run.engine,
-            known=MeasuredCheckpoints(run.store, job.run, job.eval, tracker, run.report),
+            known=MeasuredCheckpoints(run.store, job.run, job.eval, tracker, run.report, launch),
             pause=partial(_leave_out, run, throughput),
         )
         saver = _checkpoint_saver(run, tracker, restored, during)

@@ -141,6 +141,34 @@ def test_a_store_that_was_away_gets_everything(tmp_path, caplog):
     assert caplog.text.count("is not kept for now") == 1
 
 
+class Peculiar(Exception):
+    """What nobody expects of a store."""
+
+
+def test_whatever_fails_the_history_goes_on(tmp_path, caplog, monkeypatch):
+    store, failed = LocalStore(tmp_path), threading.Event()
+    put = store.put
+
+    def fail_once(key, data):
+        if not failed.is_set():
+            failed.set()
+            raise Peculiar("of another kind")
+        put(key, data)
+
+    monkeypatch.setattr(store, "put", fail_once)
+    with kept(store) as tracker:
+        tracker.metrics({"x": 1.0}, images=1)
+        tracker.image("samples", b"no picture", images=1)
+        tracker.image("samples", png(), images=2)
+        tracker.checkpoint("somewhere", images=2)
+        assert failed.wait(60)
+    found = read_history(store, "a")
+    assert found.curves() == {"x": {1: 1.0}}
+    assert set(found.pictures) == {2}
+    assert "is not kept for now: Peculiar: of another kind" in caplog.text
+    assert caplog.text.count("000000000001-samples.png is not kept in the history") == 1
+
+
 def test_a_checkpoint_has_it_written_at_once(store):
     with kept(store) as tracker:
         tracker.metrics({"x": 1.0}, images=1)

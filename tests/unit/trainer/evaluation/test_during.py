@@ -13,7 +13,7 @@ from tests.unit.trainer.checkpoint.handmade import upload
 from tests.unit.trainer.checkpoint.stores import MemoryStore
 from tests.unit.trainer.measurements import RUN, checkpoint_report, finished, measured, real_figures
 from trainer.checkpoint.index import CheckpointIndex
-from trainer.checkpoint.layout import manifest_key
+from trainer.checkpoint.layout import manifest_key, object_key
 from trainer.config.job import DuringConfig, EvalConfig
 from trainer.config.reading import to_dict
 from trainer.config.shapes import ImageShape
@@ -22,6 +22,7 @@ from trainer.evaluation.reports import evaluation_key
 from trainer.evaluation.samples import ImageSampler
 from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
+from trainer.storage.errors import StoreUnreachable
 
 SAMPLER = SamplerConfig()
 
@@ -88,19 +89,41 @@ def test_the_tracker_is_told_again_of_the_newest(store, known, monkeypatch):
     assert known.told == []
 
 
-def test_a_damaged_checkpoint_is_left_alone(store, known):
-    store.put(manifest_key(RUN, 40), b"{}")
+@pytest.mark.parametrize("damage", ["manifest", "object"])
+def test_a_damaged_checkpoint_is_left_alone(store, known, damage):
+    if damage == "manifest":
+        store.put(manifest_key(RUN, 40), b"{}")
+    else:
+        store.delete(object_key(RUN, 40, "good", 0))
     assert known().catch_up(lambda images: images > 20) == [30]
 
 
+def test_a_checkpoint_is_there_until_the_store_says_it_is_not(store, known, monkeypatch):
+    assert known().is_there(40)
+    store.delete(manifest_key(RUN, 40))
+    assert not known().is_there(40)
+
+    def fail(*_):
+        raise StoreUnreachable("away")
+
+    monkeypatch.setattr(CheckpointIndex, "is_committed", fail)
+    assert known().is_there(40)
+
+
 def test_measuring_that_ends_the_process_is_tried_twice(known):
-    first, later = known(), known()
+    first = known()
+    later, last = (dataclasses.replace(first, launch=number) for number in (1, 2))
     assert first.begin(10, again=False)
     assert later.begin(10, again=True)
     assert not later.begin(10, again=True)
-    assert first.begin(10, again=False)  # it was trained again
-    first.end(10)
-    assert later.begin(10, again=True)
+    assert last.begin(10, again=False)  # it was trained again by another launch
+    last.end(10)
+    assert last.begin(10, again=True)
+
+
+def test_a_launch_does_not_try_for_ever_what_ends_it_before_the_checkpoint_is_saved(known):
+    for is_tried in (True, True, False, False):  # attempts that begin before the checkpoint
+        assert known().begin(10, again=False) == is_tried
 
 
 @pytest.mark.parametrize(("samples", "apart"), [(None, ""), (100, ""), (50, "_during")])
@@ -125,6 +148,12 @@ def test_figures_that_do_not_compare_with_the_end_have_their_own_curve(known, sa
     assert "measured after 10 images: Fréchet distance (random_conv) 3.0000" in text
 
 
+def test_grids_on_the_way_keep_their_series_to_themselves(known):
+    made = known(grid_interval_images=10)
+    made.tell(checkpoint_report(10), b"picture")
+    assert made.tracker.pictures == []
+
+
 def test_a_block_that_does_not_fit_is_told_with_the_setting(monkeypatch):
     sampler = ImageSampler(
         flow=Flow(FlowConfig()),
@@ -141,5 +170,10 @@ def test_a_block_that_does_not_fit_is_told_with_the_setting(monkeypatch):
 
     monkeypatch.setattr(ImageSampler, "block", full)
     turns = sampler.turns(torch.nn.Identity(), torch.zeros(6).long(), ranks=HostGroup(alone=True))
-    with pytest.raises(SolverError, match=r"3 images at once .* lower eval\.batch .*3 GiB\)$"):
+    with pytest.raises(SolverError, match=r"3 images at once .* lower eval\.batch, .*3 GiB\)$"):
+        next(turns)
+    # Where others wait in the midst of the network there is no agreement.
+    monkeypatch.setattr("trainer.evaluation.samples.shards_of", lambda _model: {"experts": None})
+    turns = sampler.turns(torch.nn.Identity(), torch.zeros(6).long(), ranks=HostGroup(alone=True))
+    with pytest.raises(torch.OutOfMemoryError):
         next(turns)

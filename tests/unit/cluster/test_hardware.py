@@ -1,0 +1,25 @@
+"""Peaks of GPUs by their names."""
+
+import pytest
+
+from cluster.hardware import peak_tflops
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_a_peak_is_of_the_very_device(name, peak):
+    assert peak_tflops(name) == peak

@@ -157,6 +157,8 @@ def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
             killed.wait_for("was deleted in MLflow")
             client.restore_run(run_id)
             server.kill()
+            last = saves(killed)[-1]
+            wait_until(lambda: saves(killed)[-1] > last)  # so none is being saved, and untold
             killed.kill_everything()
         end = saves(killed)[-1] + 2560
         words += [f"train.total_images={end}"]

@@ -35,8 +35,10 @@ from trainer.evaluation.grid import grid_png
 from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker
 from trainer.metrics.mlflow_tracker import MlflowTracker
 from trainer.metrics.tracker import TrackingConfig
+from trainer.state import TrainState
 from trainer.storage.errors import LeaseLost, SupersededAttempt
 from trainer.storage.local import LocalStore
+from trainer.training.resume import Restored
 from trainer.training.tracking import track_run
 
 pytestmark = pytest.mark.slow
@@ -388,13 +390,12 @@ def fail_tracked(home, empty_tracker, error):
         track_run(
             job,
             chosen,
-            fingerprint=config_fingerprint(chosen),
+            restored=Restored(TrainState(), [], None, config_fingerprint(chosen)),
             store=LocalStore(home / "store/runs"),
             writer="000000000001-00000",
             images=open_split(job, "train"),
             origin={"command": "python -m trainer.launch run=`x`", "user": "ada", "commit": "0a1b"},
             device=torch.device("cpu"),
-            unsent=[],
             report=told.append,
         ),
     ):

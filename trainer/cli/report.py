@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pipelines.console import visible
 from pipelines.domains import Checked
 from pipelines.files import write_atomic
 from trainer.cli.command import parse_settings, read_settings, run_logged, settings_epilog
-from trainer.cli.run_handle import open_run
+from trainer.cli.run_handle import RunHandle, open_run
 from trainer.cli.settings_page import ExplainAction
 from trainer.config import paths
 from trainer.config.reading import ConfigError
@@ -21,6 +22,7 @@ from trainer.metrics.mlflow_backend import TrackerUnreachable, run_curves, track
 from trainer.metrics.tracker import TrackingConfig
 from trainer.page.page import PAGE, make_page
 from trainer.page.story import RunStory, read_story
+from trainer.storage.checkpoint_uri import check_no_credentials
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
 
@@ -38,6 +40,8 @@ curves, time and cost, settings. It is one HTML file that loads nothing and runs
 
 Runs that differ in their seed alone are drawn as one, with the spread between them. Of one run the
 page is {PAGE} in the run's own folder of the store, where the end of training has put it too."""
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_OBJECT = re.compile(r"s3://[^/]+/.*[^/]")
 _SETTING = re.compile(r"[+~]*[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
 
 
@@ -46,8 +50,8 @@ class ReportConfig(Checked):
     """Where the page goes, and where runs are.
 
     Attributes:
-        output: HTML file to write, or one in `s3://…`; None is `report.html` in the run's folder of
-            the store, and of several runs in the working folder.
+        output: HTML file to write, `….html`, or one in `s3://…`; None is `report.html` in the run's
+            folder of the store, and of several runs in the working folder.
         store: How to reach the stores of the runs.
         tracking_uri: MLflow, which is asked for the curves of runs of older versions, whose stores
             have none; None is the file in home.
@@ -60,6 +64,27 @@ class ReportConfig(Checked):
     tracking_uri: str | None = field(default=None, metadata={"place": "uri"})
     experiment: str = TrackingConfig.experiment
     home: str | None = field(default=None, metadata={"place": "path"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output is not None:
+            _check_output(self.output)
+
+
+def _check_output(output: str) -> None:
+    """Refuse what is no file for a page, before anything is read."""
+    check_no_credentials(output)
+    scheme = _SCHEME.match(output)
+    if scheme is not None and not _OBJECT.fullmatch(output):
+        raise ConfigError(
+            f"output={output} is no place for a page: give the path of a file, or "
+            "s3://BUCKET/FOLDER/NAME.html"
+        )
+    if not output.endswith(".html"):
+        raise ConfigError(
+            f"output={output} does not end in .html: give the file to write, such as "
+            f"{output.rstrip('/')}/{PAGE}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +119,7 @@ def report(runs: Sequence[str], config: ReportConfig) -> Outcome:
         ConfigError: A URI names a checkpoint, or no run; the page cannot be written.
         CheckpointError: A URI is no store's, or a store fails.
     """
-    found = [_read(uri, config) for uri in dict.fromkeys(runs)]
+    found = [(handle.store, _read(handle, config)) for handle in _handles(runs, config.store)]
     html = make_page([story for _, story in found])
     if config.output is not None or len(found) > 1:
         place = _write(config.output or PAGE, html, config.store)
@@ -116,16 +141,27 @@ def put_page(store: Store, run: str, html: str) -> str:
     return store.uri(key)
 
 
-def _read(uri: str, config: ReportConfig) -> tuple[Store, RunStory]:
-    handle = open_run(uri, config.store)
-    if handle.images is not None:
-        raise ConfigError(f"{uri} is one checkpoint; give its run, {handle.uri}")
+def _handles(runs: Sequence[str], config: StoreConfig) -> Iterator[RunHandle]:
+    """Open runs, each once, however often and however written it is named."""
+    seen = set()
+    for uri in runs:
+        handle = open_run(uri, config)
+        if handle.images is not None:
+            raise ConfigError(f"{uri} is one checkpoint; give its run, {handle.uri}")
+        place = handle.store.uri(handle.run)
+        place = place if "://" in place else os.path.realpath(place)
+        if place not in seen:
+            seen.add(place)
+            yield handle
+
+
+def _read(handle: RunHandle, config: ReportConfig) -> RunStory:
     story = read_story(handle.store, handle.run)
     if story.is_empty:
         handle.listing()  # says what is there instead
     if not story.curves:
         story = replace(story, curves=_tracked_curves(story, config))
-    return handle.store, story
+    return story
 
 
 def _tracked_curves(story: RunStory, config: ReportConfig) -> dict[str, dict[int, float]]:

@@ -333,6 +333,24 @@ class MeasuredDistance(NamedTuple):
 def read_distances(
     store: Store, run: str, images: int, *, keys: Iterable[str], attempts: Collection[str] | None
 ) -> list[MeasuredDistance]:
+    """Read what the reports of a checkpoint tell: see `read_reports`."""
+    return distances_of(read_reports(store, run, images, keys=keys, attempts=attempts))
+
+
+def distances_of(
+    reports: Mapping[str, EvaluationReport | CheckpointReport],
+) -> list[MeasuredDistance]:
+    """Return the distances that reports tell, in their order."""
+    return [
+        MeasuredDistance(key, report.measurement, each)
+        for key, report in reports.items()
+        for each in report.distances
+    ]
+
+
+def read_reports(
+    store: Store, run: str, images: int, *, keys: Iterable[str], attempts: Collection[str] | None
+) -> dict[str, EvaluationReport | CheckpointReport]:
     """Read the run's own report, of its end, and those of later measurements.
 
     Args:
@@ -344,16 +362,18 @@ def read_distances(
             None takes all, as of a checkpoint that was deleted after it was measured.
 
     Returns:
-        The distances, in the order of the keys. A report that is damaged is passed over with a
-        warning that names it.
+        The reports by their keys, in the order of these. A report that is damaged is passed over
+        with a warning that names it.
 
     Raises:
         StoreError: The store fails, which does not mean that nothing was measured.
     """
-    found: list[MeasuredDistance] = []
+    found = {}
     for key in _reports(run, images, keys):
         try:
-            found += _distances(key, read_sealed(store, key), attempts)
+            report = _report(read_sealed(store, key))
+            if attempts is None or report.measurement.attempt in attempts:
+                found[key] = report
         except MissingObject:
             continue  # deleted since the listing
         except DocumentError as error:
@@ -378,17 +398,10 @@ def _reports(run: str, images: int, keys: Iterable[str]) -> list[str]:
     ]
 
 
-def _distances(
-    key: str, values: Mapping[str, Any], attempts: Collection[str] | None
-) -> list[MeasuredDistance]:
-    later = "measurement" in values
-    report = (
-        validate_as(CheckpointReport, values) if later else validate_as(EvaluationReport, values)
-    )
-    measurement = report.measurement
-    if attempts is not None and measurement.attempt not in attempts:
-        return []
-    return [MeasuredDistance(key, measurement, each) for each in report.distances]
+def _report(values: Mapping[str, Any]) -> EvaluationReport | CheckpointReport:
+    if "measurement" in values:
+        return validate_as(CheckpointReport, values)
+    return validate_as(EvaluationReport, values)
 
 
 def frechet_scores(store: Store, run: str, features: str) -> dict[int, float]:

@@ -1,10 +1,11 @@
 """The history of a run in its store: its curves, its settings, and what it ran on.
 
     <store>/<run>/history/000000000007-00002.json       one for each attempt of each launch
-    <store>/<run>/history/000000012800-samples.png      grids on the way, made smaller
+    <store>/<run>/history/000000012800-samples-IDENTITY.png     grids on the way, made smaller
 
 A tracker has more, and may be away, or gone together with a machine. What is here is enough to draw
-a run's page, is bounded however long the run is, and lies beside its checkpoints.
+a run's page, and lies beside its checkpoints. A document is bounded however long the run is; grids
+are one for each that the run draws, of at most 640 pixels a side.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _SHARE = 0.01
 _LEAVE_S = 15.0
 _MAX_SIDE = 640
 _NODE = re.compile(r"system/node_\d+/(\w+)")
-_PICTURE = re.compile(r"(\d{12})-samples\.png")
+_PICTURE = re.compile(r"(\d{12})-samples-(\w+)\.png")
+_IDENTITY_LENGTH = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,10 @@ class AttemptHistory:
         about: The command, the commit, versions and machines, by name.
         settings: All of its settings.
         curves: Its metrics.
+        science: Those that decide its weights, as its checkpoints record them, with the digests of
+            data set and autoencoder; none in documents of older versions.
+        began_images: How many images the weights had seen that it went on from; None in documents
+            of older versions.
     """
 
     identity: str
@@ -76,6 +82,8 @@ class AttemptHistory:
     about: dict[str, str]
     settings: dict[str, Any]
     curves: dict[str, KeptCurve]
+    science: dict[str, Any] = field(default_factory=dict)
+    began_images: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +99,20 @@ class RunHistory:
     pictures: Mapping[int, str] = field(default_factory=dict)
 
     def curves(self) -> dict[str, dict[int, float]]:
-        """Return the values of all metrics by images; where attempts overlap the newest counts."""
+        """Return the values of all metrics by images.
+
+        What came after the checkpoint from which a later attempt went on is lost work. Where
+        attempts overlap the newest counts.
+        """
         joined: defaultdict[str, dict[int, float]] = defaultdict(dict)
         for attempt in self.attempts:
+            if (began := attempt.began_images) is not None:
+                for name, points in joined.items():
+                    joined[name] = {at: value for at, value in points.items() if at <= began}
             for name, curve in attempt.curves.items():
                 for images, value in zip(curve.images, curve.values, strict=False):
                     joined[name][images] = math.nan if value is None else value
-        return {name: dict(sorted(points.items())) for name, points in joined.items()}
+        return {name: dict(sorted(points.items())) for name, points in joined.items() if points}
 
 
 @contextmanager
@@ -110,6 +125,8 @@ def keep_history(
     identity: str,
     about: Mapping[str, str],
     settings: Mapping[str, Any],
+    science: Mapping[str, Any],
+    began_images: int,
 ) -> Iterator[Tracker]:
     """Keep what a tracker is told in the store too, for the length of a `with` block.
 
@@ -121,6 +138,8 @@ def keep_history(
         identity: Tells the training from others under the run's name.
         about: See `AttemptHistory`; credentials of addresses that it quotes are left out.
         settings: All settings.
+        science: See `AttemptHistory`.
+        began_images: See `AttemptHistory`.
 
     Yields:
         A tracker that keeps and passes on.
@@ -131,6 +150,8 @@ def keep_history(
         about={name: hide_credentials(text) for name, text in about.items()},
         settings=dict(settings),
         curves={},
+        science=dict(science),
+        began_images=began_images,
     )
     keeper = _Keeper(store, run=run, writer=writer, attempt=attempt)
     try:
@@ -188,6 +209,7 @@ class _Keeper:
         self._folder = _folder(run)
         self._writer = writer
         self._attempt = attempt
+        self._owner = _owner(attempt.identity)
         self._curves: dict[str, _Curve] = {}
         self._pictures: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -209,7 +231,7 @@ class _Keeper:
     def add_picture(self, png: bytes, images: int) -> None:
         """Take a grid."""
         with self._lock:
-            self._pictures[f"{images:012d}-samples.png"] = png
+            self._pictures[f"{images:012d}-samples-{self._owner}.png"] = png
 
     def hurry(self) -> None:
         """Have it written now: a run may go on from here without this process."""
@@ -369,8 +391,17 @@ def read_history(store: Store, run: str, *, keys: Sequence[str] | None = None) -
     found = {name: _PICTURE.fullmatch(name.removeprefix(folder)) for name in names}
     return RunHistory(
         attempts=tuple(each for each in attempts if each.identity == newest),
-        pictures={int(match[1]): name for name, match in found.items() if match},
+        pictures={
+            int(match[1]): name
+            for name, match in found.items()
+            if match is not None and match[2] == _owner(newest)
+        },
     )
+
+
+def _owner(identity: str) -> str:
+    """Return what the names of a training's grids end in."""
+    return identity[:_IDENTITY_LENGTH]
 
 
 def _folder(run: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def _with_spread(arm: Arm, curves: Sequence[Curve]) -> list[Series]:
     columns = [(images, [each[images] for each in curves]) for images in sorted(common)]
     mean = Series(
         label=f"{arm.label} (mean of {len(curves)})",
-        points=thinned([(images, statistics.fmean(values)) for images, values in columns]),
+        points=thinned([(images, average(values)) for images, values in columns]),
         colour=arm.colour,
         band=[(x, min(values), max(values)) for x, values in thinned(columns)],
     )
@@ -129,7 +130,19 @@ def thinned(points: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Write the mean of several values with their standard deviation, if they differ."""
+    """Write the mean of several values with their standard deviation, if they differ.
+
+    Nothing is written of what is no number: a ratio may be larger than a number can be.
+    """
     if len(set(values)) == 1:
         return f"{values[0]:.4g}"
-    return f"{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}"
+    if not all(map(math.isfinite, values)):
+        return ""
+    size = max(map(abs, values))
+    spread = statistics.stdev([value / size for value in values]) * size
+    return f"{average(values):.4g} ± {spread:.2g}"
+
+
+def average(values: Sequence[float]) -> float:
+    """Return the mean of values, of which the sum may be larger than a number can be."""
+    return sum(value / len(values) for value in values)

@@ -55,6 +55,7 @@ def _drawn_anew(content: bytes, max_side: int) -> bytes:
         if width * height > _MAX_PIXELS:
             raise ValueError(f"it has {width} x {height} pixels")
         drawn = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    drawn.info.clear()  # a profile of its colours would be saved with them
     drawn.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     drawn.save(buffer, format="PNG", optimize=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from trainer.evaluation.measures import Distance, RealFigures
 from trainer.evaluation.reports import Measurement
-from trainer.page.arms import Arm, lines, mean_and_spread
+from trainer.page.arms import Arm, average, lines, mean_and_spread
 from trainer.page.chart import line_chart, swatch
 from trainer.page.markup import Html, join, tag
 from trainer.page.story import RunStory
@@ -223,7 +222,7 @@ def _spreads(
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+    return average(known) if len(known) == len(values) else None
 
 
 def _spread(values: Sequence[float | None]) -> str:
@@ -247,8 +246,8 @@ def _curve(arms: Sequence[Arm], figures: Sequence[_Figure], features: str) -> Ht
         "over the run, lower is better; by the protocol above",
         lines(
             arms,
-            lambda story: {x: statistics.fmean(y) for x, y in sorted(curves[story.uri].items())},
+            lambda story: {x: average(y) for x, y in sorted(curves[story.uri].items())},
         ),
         log=True,
-        levels=[("real images", statistics.fmean(real))] if real else [],
+        levels=[("real images", average(real))] if real else [],
     )

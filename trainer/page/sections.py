@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from pipelines.formats import format_duration
+from trainer.evaluation.reports import CheckpointReport, EvaluationReport
 from trainer.page.arms import Arm, Curve, flattened, lines
 from trainer.page.chart import compact, line_chart, number_field, share_bar, swatch
 from trainer.page.markup import Html, join, tag
@@ -17,6 +18,7 @@ from trainer.page.tables import pairs, table
 from trainer.training.goodput import KINDS, goodput
 
 _MAX_GRIDS = 6
+_WEIGHTS = {"ema": "EMA", "master": "trained"}
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _BIN = re.compile(r"loss_by_time/(scale_\d+)_(\d\.\d-\d\.\d)")
 _CHARTS = (
@@ -91,8 +93,8 @@ def samples_section(arms: Sequence[Arm]) -> Html:
     parts = [
         tag(
             "figure",
-            picture(grid, about=f"Grid of samples of {story.name}", class_="grid-picture"),
-            tag("figcaption", _grid_words(story, alone=len(stories) == 1)),
+            picture(grid.content, about=f"Grid of samples of {story.name}", class_="grid-picture"),
+            tag("figcaption", _grid_words(story.name, grid.report, alone=len(stories) == 1)),
         )
         for story, grid in grids[:_MAX_GRIDS]
     ]
@@ -106,13 +108,16 @@ def samples_section(arms: Sequence[Arm]) -> Html:
     return tag("section", tag("h2", "Samples"), *shown, id="samples") if shown else Html()
 
 
-def _grid_words(story: RunStory, *, alone: bool) -> str:
+def _grid_words(name: str, report: EvaluationReport | CheckpointReport, *, alone: bool) -> str:
+    weights = _WEIGHTS.get(report.measurement.weights, report.measurement.weights)
     if not alone:
-        return f"{story.name}, {story.images:,} images"
-    words = "Samples of the EMA weights, a class in each row"
-    if (final := story.final) is not None:
-        words += f", {final.network_evaluations:g} network evaluations each"
-    return f"{words}. None is chosen: they are the first by number."
+        other = "" if report.measurement.weights == "ema" else f", {weights} weights"
+        return f"{name}, {report.images:,} images{other}"
+    return (
+        f"Samples of the {weights} weights after {report.images:,} images, a class in each row, "
+        f"{report.network_evaluations:g} network evaluations each. None is chosen: they are the "
+        "first by number."
+    )
 
 
 def _on_the_way(story: RunStory) -> list[Html]:
@@ -136,9 +141,12 @@ def _film(story: RunStory) -> list[Html]:
         return []
     words = (
         "What each scale held at each time, from noise (t = 0) to the picture (t = 1), and what "
-        "the scales add up to. A finer scale enters once the coarser ones have taken shape."
+        "the scales add up to. A finer scale enters once the coarser ones have taken shape. After "
+        f"{film.report.images:,} images."
     )
-    shown = picture(film, about="How samples come into being, scale by scale", class_="film")
+    shown = picture(
+        film.content, about="How samples come into being, scale by scale", class_="film"
+    )
     return [tag("figure", shown, tag("figcaption", words))]
 
 

@@ -7,25 +7,25 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.hardware import peak_tflops
 from models.transformer.cost import ModelShape, parameters, training_multiply_adds
-from pipelines.documents import DocumentError, validate_as
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config.job import fingerprinted
 from trainer.evaluation.model_record import ModelRecord
 from trainer.evaluation.reports import (
+    CheckpointReport,
     EvaluationReport,
     MeasuredDistance,
+    distances_of,
     evaluation_key,
-    read_distances,
+    read_reports,
 )
 from trainer.metrics.history import RunHistory, read_history
 from trainer.page.pictures import fetch_picture
-from trainer.storage.errors import CheckpointError, MissingObject, StoreError
-from trainer.storage.kept import read_sealed
+from trainer.storage.errors import CheckpointError, StoreError
 from trainer.storage.store import Store
 from trainer.training.goodput import KINDS, Kind, LaunchTime, read_launches, total_time
 
@@ -34,21 +34,33 @@ logger = logging.getLogger(__name__)
 _FLOPS_PER_MULTIPLY_ADD = 6
 """Of the forward pass: 2 there, and twice as many in the backward pass."""
 _MAX_ON_THE_WAY = 6
+_Report = EvaluationReport | CheckpointReport
 _SCIENCE = ("data", "data_set", "codec", "autoencoder", "model", "flow", "optim", "train")
+
+
+class Drawn(NamedTuple):
+    """A picture of samples, and of which weights they are."""
+
+    content: bytes
+    """As `fetch_picture` returns it."""
+    report: EvaluationReport | CheckpointReport
+    """What was measured of the same samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What a page shows of a run, each as `fetch_picture` returns it.
+    """What a page shows of a run.
 
     Attributes:
-        grid: Samples of the newest weights that were measured.
+        grid: Samples of the newest averaged weights that were measured, or of others if no averaged
+            ones were.
         film: How samples come into being, scale by scale.
-        on_the_way: Smaller grids by images, the first, the last and some between.
+        on_the_way: Smaller grids by images, the first, the last and some between, each as
+            `fetch_picture` returns it.
     """
 
-    grid: bytes | None = None
-    film: bytes | None = None
+    grid: Drawn | None = None
+    film: Drawn | None = None
     on_the_way: Mapping[int, bytes] = field(default_factory=dict)
 
 
@@ -108,7 +120,7 @@ class RunStory:
     @property
     def science(self) -> Mapping[str, Any]:
         """The settings that decide its weights, but for the seed, as runs of one arm share them."""
-        told = self.newest.science if self.newest is not None else self.settings
+        told = self._recorded_science
         science = fingerprinted(
             {group: told[group] for group in _SCIENCE if isinstance(told.get(group), Mapping)}
         )
@@ -118,6 +130,13 @@ class RunStory:
             "train": train,
             "engine": {"precision": _of(told, "engine", "precision")},
         }
+
+    @property
+    def _recorded_science(self) -> Mapping[str, Any]:
+        # Of equal runs one may have no checkpoint yet, so what every attempt records comes first.
+        if self.history.attempts and self.history.attempts[-1].science:
+            return self.history.attempts[-1].science
+        return self.settings if self.newest is None else self.newest.science
 
     @property
     def seed(self) -> object:
@@ -226,8 +245,13 @@ def read_story(store: Store, run: str) -> RunStory:
     reader = CheckpointReader(store, run=run)
     newest = reader.newest_valid()
     history = read_history(store, run, keys=list(keys))
-    final = None if newest is None else _final(store, run, newest.images)
     manifests = reader.index.listing().manifests
+    reports = _reports(store, run, keys, manifests)
+    final = None
+    if newest is not None:
+        final = reports.get(newest.images, {}).get(
+            evaluation_key(run, newest.images, "report.json")
+        )
     return RunStory(
         name=run,
         uri=store.uri(run),
@@ -235,41 +259,51 @@ def read_story(store: Store, run: str) -> RunStory:
         checkpoints=tuple(sorted(manifests)),
         history=history,
         curves=history.curves(),
-        distances=_distances(store, run, keys, manifests),
-        final=final,
-        launches=tuple(read_launches(store, run)),
-        pictures=_pictures(store, run, keys, history),
+        distances={
+            images: distances
+            for images, measured in reports.items()
+            if (distances := distances_of(measured))
+        },
+        final=final if isinstance(final, EvaluationReport) else None,
+        launches=tuple(read_launches(store, run, only_read=True)),
+        pictures=_pictures(store, keys, history, reports),
     )
 
 
-def _final(store: Store, run: str, images: int) -> EvaluationReport | None:
-    key = evaluation_key(run, images, "report.json")
-    try:
-        return validate_as(EvaluationReport, read_sealed(store, key))
-    except (MissingObject, DocumentError):
-        return None  # what is damaged was told of when all that was measured was read
-
-
-def _distances(
+def _reports(
     store: Store, run: str, keys: Mapping[str, int], manifests: Mapping[int, Manifest]
-) -> dict[int, list[MeasuredDistance]]:
+) -> dict[int, dict[str, _Report]]:
     """Read all that was ever measured, also of checkpoints that were deleted since."""
     folders = {key.split("/")[2] for key in keys if key.startswith(f"{run}/evaluation/")}
     found = {}
     for images in sorted(int(name) for name in folders if name.isdecimal()):
         manifest = manifests.get(images)
         attempts = None if manifest is None else [manifest.attempt]
-        if measured := read_distances(store, run, images, keys=sorted(keys), attempts=attempts):
+        if measured := read_reports(store, run, images, keys=sorted(keys), attempts=attempts):
             found[images] = measured
     return found
 
 
-def _pictures(store: Store, run: str, keys: Mapping[str, int], history: RunHistory) -> Pictures:
-    def newest(name: str) -> bytes | None:
-        found = [key for key in keys if key.startswith(f"{run}/evaluation/")]
-        for key in sorted((key for key in found if key.endswith(f"/{name}")), reverse=True):
-            if (drawn := fetch_picture(store, key, max_side=1600)) is not None:
-                return drawn
+def _rank(report: _Report) -> tuple[bool, int, bool]:
+    """Return what decides which samples stand for a run: of the same weights those of its end."""
+    is_own = isinstance(report, EvaluationReport)
+    return report.measurement.weights == "ema", report.images, is_own
+
+
+def _pictures(
+    store: Store,
+    keys: Mapping[str, int],
+    history: RunHistory,
+    reports: Mapping[int, Mapping[str, _Report]],
+) -> Pictures:
+    by_key = {key: report for measured in reports.values() for key, report in measured.items()}
+    ranked = sorted(by_key, key=lambda key: (_rank(by_key[key]), key), reverse=True)
+
+    def newest(name: str) -> Drawn | None:
+        for report in ranked:
+            key = f"{report.removesuffix('report.json')}{name}"
+            if key in keys and (content := fetch_picture(store, key, max_side=1600)) is not None:
+                return Drawn(content, by_key[report])
         return None
 
     on_the_way = {}

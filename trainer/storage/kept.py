@@ -65,6 +65,21 @@ def read_or_set_aside(store: Store, key: str, kind: type[T]) -> T | None:
         return None
 
 
+def read_or_pass_over(store: Store, key: str, kind: type[T]) -> T | None:
+    """Read a document as `read_or_set_aside` does, and leave a damaged one where it is.
+
+    Raises:
+        StoreError: The store fails.
+    """
+    try:
+        return validate_as(kind, read_sealed(store, key))
+    except MissingObject:
+        return None
+    except DocumentError as error:
+        logger.warning("passing over %s, which cannot be believed: %s", store.uri(key), error)
+        return None
+
+
 def set_aside(store: Store, key: str, *, reason: str) -> None:
     """Move what cannot be believed out of the way, where somebody can look at it, and tell so.
 

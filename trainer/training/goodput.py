@@ -23,7 +23,7 @@ from pipelines.documents import seal
 from pipelines.formats import format_duration
 from trainer.evaluation.reports import GoodputPoint, RunTime
 from trainer.storage.errors import StoreError
-from trainer.storage.kept import read_or_set_aside
+from trainer.storage.kept import read_or_pass_over, read_or_set_aside
 from trainer.storage.lease import Lease
 from trainer.storage.store import Store, check_key
 from trainer.training.hooks import UpdateReport
@@ -380,13 +380,16 @@ class Timesheet:
         self._attempts[-1] = replace(self._attempts[-1], **changes)
 
 
-def read_launches(store: Store, run: str, *, before: int | None = None) -> list[LaunchTime]:
+def read_launches(
+    store: Store, run: str, *, before: int | None = None, only_read: bool = False
+) -> list[LaunchTime]:
     """Read the sheets of a run's launches, in their order; damaged ones are set aside.
 
     Args:
         store: Where runs are kept.
         run: Name of the run.
         before: Only those of launches with a lower token.
+        only_read: Leave damaged ones where they are, as who does not train the run has to.
 
     Raises:
         StoreError: The store fails.
@@ -394,7 +397,8 @@ def read_launches(store: Store, run: str, *, before: int | None = None) -> list[
     keys = [key for key in store.list(_folder(run)) if key.endswith(".json")]
     if before is not None:
         keys = [key for key in keys if key < f"{_folder(run)}{before:012d}.json"]
-    found = (read_or_set_aside(store, key, LaunchTime) for key in keys)
+    read = read_or_pass_over if only_read else read_or_set_aside
+    found = (read(store, key, LaunchTime) for key in keys)
     return [launch for launch in found if launch is not None]
 
 

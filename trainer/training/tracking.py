@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from trainer.metrics.tracker import Point, Tracker, TrackingConfig
 from trainer.storage.errors import LeaseLost, SupersededAttempt
 from trainer.storage.lease import Lease
 from trainer.storage.store import Store
-from trainer.training.resume import SavedCounters
+from trainer.training.resume import Restored, SavedCounters
 from trainer.training.run_page import about_run, describe_run
 
 _ALWAYS_TOLD = (
@@ -50,13 +50,12 @@ def track_run(
     job: JobConfig,
     chosen: Mapping[str, Any],
     *,
-    fingerprint: str,
+    restored: Restored,
     store: Store,
     writer: str,
     images: Split,
     origin: Mapping[str, str],
     device: torch.device,
-    unsent: Sequence[Point],
     report: Callable[[dict[str, Any]], None],
 ) -> Iterator[Tracker]:
     """Track a run for the length of a `with` block, which closes the tracker when all went well.
@@ -64,19 +63,18 @@ def track_run(
     Args:
         job: The configuration.
         chosen: Its science.
-        fingerprint: Digest of the science with which this training began: see `Restored`.
+        restored: Where the run goes on.
         store: Where runs are kept.
         writer: This attempt's number among all of the run.
         images: What it is trained on.
         origin: What the launch comes from, as `origin_of` tells it.
         device: What the first rank computes on.
-        unsent: Points of its curves that an earlier launch could not send.
         report: Takes for the driver, which outlives this process, by what the run is found.
 
     Yields:
         The tracker; a failure of the block ends the run as FAILED, unless it is another's by now.
     """
-    tracked = _tracked(job, store, identity_of(job, fingerprint))
+    tracked = _tracked(job, store, identity_of(job, restored.fingerprint))
     told = {"kind": "tracked", "identity": tracked.identity}
     report(told)
 
@@ -87,7 +85,7 @@ def track_run(
     try:
         tracker.begin()
         _tell_settings(tracker, job, chosen)
-        describe_run(tracker, job, fingerprint, images=images, origin=origin)
+        describe_run(tracker, job, restored.fingerprint, images=images, origin=origin)
         with keep_history(
             tracker,
             store,
@@ -96,8 +94,10 @@ def track_run(
             identity=tracked.identity,
             about=about_run(job, origin=origin, images=len(images), device=device),
             settings=to_dict(job),
+            science=fingerprinted(chosen),
+            began_images=restored.state.images,
         ) as kept:
-            for point in unsent:
+            for point in restored.unsent:
                 kept.metrics(point.values, images=point.images)
             yield kept
     except (LeaseLost, SupersededAttempt):

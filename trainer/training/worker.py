@@ -286,13 +286,12 @@ def _open_tracker(run: Run, restored: Restored) -> AbstractContextManager[Tracke
     return track_run(
         run.job,
         run.science,
-        fingerprint=restored.fingerprint,
+        restored=restored,
         store=run.store,
         writer=run.fence.number,
         images=run.images,
         origin=run.origin,
         device=run.device,
-        unsent=restored.unsent,
         report=run.report,
     )
 

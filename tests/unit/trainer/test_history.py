@@ -20,15 +20,17 @@ def store(tmp_path):
     return LocalStore(tmp_path)
 
 
-def kept(store, *, attempt=0, tracker=None, about=None):
+def kept(store, *, attempt=0, tracker=None, about=None, identity="one", began_images=0):
     return keep_history(
         tracker or Tracker(),
         store,
         run="a",
         writer=f"000000000001-{attempt:05d}",
-        identity="one",
+        identity=identity,
         about=about or {},
         settings={"train": {"seed": 1}},
+        science={"train": {"seed": 1}},
+        began_images=began_images,
     )
 
 
@@ -36,14 +38,39 @@ def test_attempts_are_joined_and_the_newest_counts(store):
     with kept(store) as tracker:
         for images in (10, 20, 30):
             tracker.metrics({"loss/total": float(images)}, images=images)
-    with kept(store, attempt=1) as tracker:
-        tracker.metrics({"loss/total": 21.0, "new": math.nan}, images=20)
+    with kept(store, attempt=1, began_images=30) as tracker:
+        tracker.metrics({"loss/total": 21.0, "new": math.nan}, images=20)  # told late
     found = read_history(store, "a")
     assert len(found.attempts) == 2
     assert found.attempts[0].settings == {"train": {"seed": 1}}
     curves = found.curves()
     assert curves["loss/total"] == {10: 10.0, 20: 21.0, 30: 30.0}
     assert math.isnan(curves["new"][20])
+
+
+def test_work_that_was_lost_is_in_no_curve(store):
+    with kept(store) as tracker:
+        for images in (10, 20, 30):
+            tracker.metrics({"loss/total": float(images), "eval/x": 1.0}, images=images)
+        tracker.metrics({"late": 1.0}, images=30)
+    with kept(store, attempt=1, began_images=20):
+        pass
+    assert read_history(store, "a").curves() == {
+        "loss/total": {10: 10.0, 20: 20.0},
+        "eval/x": {10: 1.0, 20: 1.0},
+    }
+    with kept(store, attempt=2, began_images=10) as tracker:
+        tracker.metrics({"loss/total": 16.0}, images=16)
+    assert read_history(store, "a").curves()["loss/total"] == {10: 10.0, 16: 16.0}
+
+
+def test_grids_of_another_training_are_not_told(store):
+    with kept(store) as tracker:
+        tracker.image("samples", png(), images=64)
+        tracker.image("samples", png(), images=128)
+    with kept(store, attempt=1, identity="two") as tracker:
+        tracker.image("samples", png(), images=64)
+    assert set(read_history(store, "a").pictures) == {64}
 
 
 def test_a_curve_is_bounded_and_keeps_its_first_and_last_point(store):
@@ -79,7 +106,7 @@ def test_grids_are_kept_smaller(store):
         tracker.image("samples", png(1000), images=64)
         tracker.image("evaluation", png(), images=64)
     found = read_history(store, "a").pictures
-    assert found == {64: "a/history/000000000064-samples.png"}
+    assert found == {64: "a/history/000000000064-samples-one.png"}
     assert Image.open(io.BytesIO(store.get(found[64]))).size == (640, 640)
 
 

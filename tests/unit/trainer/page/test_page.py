@@ -1,15 +1,31 @@
 """The page of runs: valid, whole, without scripts or secrets, and honest in its tables."""
 
+import io
 import json
+import math
 import re
+import statistics
 
 import html5lib
 import pytest
+from PIL import Image
 
 from pipelines.documents import seal
-from tests.unit.trainer.page.told import ABOUT, SETTINGS, png, settings_of, tell_figures, tell_run
+from tests.support.saved import save_random_model
+from tests.unit.trainer.page.told import (
+    ABOUT,
+    SETTINGS,
+    png,
+    settings_of,
+    tell_end,
+    tell_figures,
+    tell_run,
+)
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.evaluation.measures import Measures
 from trainer.page.arms import arms_of
+from trainer.page.chart import compact
 from trainer.page.markup import Html, join, style_sheet, tag, text
 from trainer.page.page import make_page
 from trainer.page.story import read_story
@@ -220,26 +236,117 @@ def test_arms_are_called_after_what_tells_them_apart(store):
     assert [arm.label for arm in arms_of(stories)] == ["scales=1", "scales=2"]
 
 
-def test_what_cannot_be_believed_is_passed_over(store, caplog):
+def test_what_cannot_be_believed_is_passed_over_and_left_where_it_is(store, caplog):
     tell_run(store, "a")
-    tell_figures(store, "a", 6400, 2.0)
+    tell_figures(store, "a", 6400, 2.0, grid=png()[:40])
     store.put("a/history/000000000002-00000.json", b"{}")
-    store.put("a/history/000000003200-samples.png", b"GIF89a")
-    store.put("a/evaluation/000000006400/grid.png", png()[:40])
+    store.put("a/history/000000003200-samples-one.png", b"GIF89a")
+    store.put("a/goodput/000000000002.json", b"{}")
+    before = store.list("")
     page = page_of(store, "a")
     assert parsed(page)
     told = caplog.text
-    for name in ("000000000002-00000.json", "000000003200-samples.png", "000000006400/grid.png"):
+    for name in ("2-00000.json", "3200-samples-one.png", "grid.png", "goodput/000000000002.json"):
         assert name in told
+    assert store.list("") == before
 
 
 def test_a_picture_of_too_many_pixels_is_not_decoded(store, caplog):
     tell_run(store, "a")
     bomb = bytearray(png())
     bomb[16:24] = (60_000).to_bytes(4) * 2
-    store.put("a/evaluation/000000006400/grid.png", bytes(bomb))
+    tell_figures(store, "a", 6400, 2.0, grid=bytes(bomb))
     assert parsed(page_of(store, "a"))
     assert "grid.png" in caplog.text
+
+
+def test_a_profile_of_colours_does_not_come_into_a_page(store):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, format="PNG", icc_profile=b"written by whoever" * 9)
+    tell_run(store, "a")
+    tell_figures(store, "a", 6400, 2.0, grid=buffer.getvalue())
+    grid = read_story(store, "a").pictures.grid
+    assert grid is not None
+    assert set(Image.open(io.BytesIO(grid.content)).info) == set()
+
+
+def save_checkpoint(store, run: str, images: int = 6400, **groups) -> Manifest:
+    """Saves a small model under a run's name, with settings by group beside those of its shape."""
+    save_random_model(store, run=run, images=images, science=groups)
+    newest = CheckpointReader(store, run=run).newest_valid()
+    assert newest is not None
+    assert newest.images == images
+    return newest
+
+
+def test_a_page_tells_what_only_checkpoints_know(store):
+    tell_run(store, "a")
+    manifest = save_checkpoint(store, "a")
+    tell_end(store, "a", 6400, 2.25, attempt=manifest.attempt)
+    story = read_story(store, "a")
+    count = sum(math.prod(shape) for shape in manifest.parameters.values())
+    assert story.parameters == count
+    speed = statistics.median(story.curves["speed/images_per_s"].values())
+    assert story.flops_per_image is not None
+    assert story.flops_per_image > 6 * count  # every weight is used by at least one token
+    assert story.mfu == pytest.approx(story.flops_per_image * speed / 989e12)
+    assert story.device_hours == pytest.approx(30 / 3600)
+    told = words(page_of(store, "a"))
+    for part in (
+        "complete",
+        "Fréchet, random_conv 2.25",
+        f"parameters {compact(count)}",
+        "device hours 0.00833",
+        "untrained",
+        "9.0000",
+        f"newest checkpoint 6,400 images, {manifest.saved_at}",
+    ):
+        assert part in told, part
+
+
+def test_figures_of_a_checkpoint_that_was_replaced_head_no_page(store):
+    tell_run(store, "a")
+    tell_end(store, "a", 6400, 2.25, attempt="replaced")
+    save_checkpoint(store, "a")
+    story = read_story(store, "a")
+    assert story.final is None
+    assert story.pictures.grid is None
+    assert "2.25" not in words(page_of(store, "a"))
+
+
+def test_grids_are_of_what_they_are_called(store):
+    tell_run(store, "a")
+    tell_figures(store, "a", 640, 3.0)
+    assert "EMA weights after 640 images" in words(page_of(store, "a"))
+    tell_figures(store, "a", 6400, 2.0, weights="master")
+    assert "EMA weights after 640 images" in words(page_of(store, "a"))
+    tell_run(store, "b", settings=settings_of(train={"seed": 1}))
+    tell_figures(store, "b", 3200, 2.0, weights="master")
+    told = words(page_of(store, "a", "b"))
+    assert "a, 640 images" in told
+    assert "b, 3,200 images, trained weights" in told
+
+
+def test_a_run_without_a_checkpoint_shares_the_arm_of_its_siblings(store):
+    science = settings_of(data_set={"index_sha256": "c0ffee"})
+    for seed in range(3):
+        extra = {"seed": seed, "max_skipped_updates": 10}
+        told = settings_of(data_set=science["data_set"], train={"seed": seed})
+        tell_run(store, f"a-{seed}", settings=settings_of(train=extra), science=told)
+    save_checkpoint(store, "a-0")
+    save_checkpoint(store, "a-1", train={"seed": 1})
+    (arm,) = arms_of([read_story(store, f"a-{seed}") for seed in range(3)])
+    assert len(arm.stories) == 3
+
+
+@pytest.mark.parametrize("value", [1.5e308, -1.5e308, 5e-324, 1e100])
+def test_figures_of_any_size_are_told(store, value):
+    for seed in (0, 1):
+        tell_run(store, f"a-{seed}", settings=settings_of(train={"seed": seed}), offset=value)
+        for images in (3200, 6400):
+            for sampling in (1, 2):
+                tell_figures(store, f"a-{seed}", images, value * (0.5 + seed / 2), seed=sampling)
+    assert parsed(page_of(store, "a-0", "a-1"))
 
 
 def test_a_run_that_has_hardly_begun_has_a_page(store):

@@ -14,7 +14,13 @@ from PIL import Image
 from pipelines.documents import seal
 from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.measures import Distance, Measures, RealFigures
-from trainer.evaluation.reports import CheckpointReport, Measurement, evaluation_key
+from trainer.evaluation.reports import (
+    CheckpointReport,
+    EvaluationReport,
+    Measurement,
+    Origin,
+    evaluation_key,
+)
 from trainer.metrics.history import keep_history
 from trainer.metrics.tracker import Tracker
 from trainer.storage.store import Store
@@ -60,6 +66,7 @@ def tell_run(
     about: Mapping[str, str] = ABOUT,
     offset: float = 0.0,
     metrics: tuple[str, ...] = METRICS,
+    science: Mapping[str, Any] | None = None,
 ) -> None:
     """Put down what a run leaves in its store beside checkpoints and figures."""
     with keep_history(
@@ -70,6 +77,8 @@ def tell_run(
         identity="one",
         about=about,
         settings=settings,
+        science=settings if science is None else science,
+        began_images=0,
     ) as tracker:
         for images in range(640, 6401, 640):
             values = {name: 1000 / images + number + offset for number, name in enumerate(metrics)}
@@ -96,6 +105,9 @@ def tell_figures(
     seed: int = 1,
     more: Measures | None = None,
     more_real: Measures | None = None,
+    attempt: str = "good",
+    weights: str = "ema",
+    grid: bytes | None = None,
 ) -> None:
     """Put down what a later measurement writes, and a grid."""
     real = RealFigures(
@@ -114,8 +126,8 @@ def tell_figures(
         network_evaluations=16.0,
         distances=(distance,),
         measurement=Measurement(
-            attempt="good",
-            weights="ema",
+            attempt=attempt,
+            weights=weights,
             samples=samples,
             seed=seed,
             sampler={"solver": "heun", "steps": 10},
@@ -125,4 +137,21 @@ def tell_figures(
     )
     name = report.measurement.name
     store.put(evaluation_key(run, images, f"{name}/report.json"), report.to_json())
-    store.put(evaluation_key(run, images, f"{name}/grid.png"), png())
+    store.put(evaluation_key(run, images, f"{name}/grid.png"), png() if grid is None else grid)
+
+
+def tell_end(store: Store, run: str, images: int, frechet: float, *, attempt: str) -> None:
+    """Put down what a run writes at its end."""
+    report = EvaluationReport(
+        images=images,
+        samples=100,
+        features="random_conv",
+        frechet=frechet,
+        frechet_untrained=9.0,
+        network_evaluations=16.0,
+        segment_evaluations=(8.0, 8.0),
+        settings={"seed": 1, "sampler": {"solver": "heun", "steps": 10}},
+        origin=Origin(run=run, attempt=attempt, held_out_index="c0ffee", extractor=""),
+    )
+    store.put(evaluation_key(run, images, "report.json"), report.to_json())
+    store.put(evaluation_key(run, images, "grid.png"), png(shade=10))

@@ -7,6 +7,7 @@ others. What is complete is not begun again: the state of a sweep is that of its
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import subprocess
@@ -102,10 +103,22 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
+        is_first = not self.received
         self.received = self.received or number
-        # A terminal's Ctrl-C reaches the launch by itself, which would take two for an order.
-        if number == signal.SIGTERM and self.process is not None:
-            self.process.send_signal(number)
+        # A terminal's Ctrl-C reaches the launch by itself too. To that a SIGTERM just after it is
+        # the same request; further ones are a person's orders, which it is to hear once.
+        is_heard = number == signal.SIGINT and not is_first and _is_in_foreground()
+        if self.process is not None and not is_heard:
+            self.process.send_signal(signal.SIGTERM)
+
+
+def _is_in_foreground() -> bool:
+    """Tell whether a terminal sends its Ctrl-C to this process and those that it has started."""
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 Make = Callable[[Sequence[SweepPoint], StopRequest], Iterator[Ended]]
@@ -210,7 +223,7 @@ def _launch_here(point: SweepPoint, stop: StopRequest, *, quiet: bool) -> Ended:
         [*command, *["--quiet"] * quiet], stdout=subprocess.PIPE, text=True
     ) as process:
         stop.process = process
-        if stop.received == signal.SIGTERM:  # it came while the process was made
+        if stop.received:  # it came while the process was made
             process.terminate()
         out, _ = process.communicate()
         stop.process = None

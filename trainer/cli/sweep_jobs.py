@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import re
 import threading
@@ -15,6 +16,8 @@ from trainer.cli.command import TO_LEAVE_S
 from trainer.cli.sweep import Ended, Make, StopRequest, ended
 from trainer.config import paths
 from trainer.config.sweeps import SweepPoint
+
+logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.2
 _SENDING_S = 60.0
@@ -52,6 +55,10 @@ def make_as_jobs(count: int, *, address: str | None) -> Make:
             del left[one.point.job.run]
             yield one
         sent = {point.job.run: job_id for point, job_id in filter(None, map(_under_way, senders))}
+        while not told.empty():  # it has ended meanwhile
+            one = told.get()
+            del left[one.point.job.run]
+            yield one
         for run, point in left.items():
             job_id = sent.get(run, "")
             hint = f"job {job_id} goes on: python -m cluster.jobs stop {job_id} stops it"
@@ -106,12 +113,17 @@ class _Sender(threading.Thread):
 
     def run(self) -> None:
         """Work until nothing waits."""
-        while not self._stop_request.received:
+        while True:
             try:
                 point = self._waiting.get_nowait()
             except queue.Empty:
                 return
             self.job_id, self.point = "", point
+            if (
+                self._stop_request.received
+            ):  # asked now, as who has asked for the stop sees the point
+                self.point = None
+                return
             began = time.monotonic()
             try:
                 self.job_id = self._known(point) or self._send(point)
@@ -120,9 +132,12 @@ class _Sender(threading.Thread):
                 error = "" if code == 0 else self._reason(job)
             except (JobServerError, JobServerLost) as lost:
                 code, error = 1, str(lost)
+            except Exception as mistake:  # who waits for the run would wait for ever
+                logger.exception("run %s", point.job.run)
+                code, error = 1, f"{type(mistake).__name__}: {mistake}"
             spent = time.monotonic() - began
-            self.point = None
             self._told.put(ended(point, code, error=error, seconds=spent))
+            self.point = None
 
     def _known(self, point: SweepPoint) -> str:
         """Return the job that makes the run already; "" if there is none."""

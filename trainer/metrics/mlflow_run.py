@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -101,16 +101,16 @@ class MlflowRun:
             return
         client = connect(self._uri)
         experiment = experiment_id(client, self._experiment, self._uri, self._home)
-        known = _find_run(client, experiment, self._identity)
-        if known is not None:
-            self.run_id = known.info.run_id
-        else:
-            tags = {_RUN_TAG: self._identity, _PLACE_TAG: self._place_digest}
-            created = client.create_run(
-                experiment, run_name=self._run, tags=tags, start_time=time_ms
-            )
-            self.run_id = created.info.run_id
-            self._is_new = True
+        found, is_new = _find_or_begin(
+            client,
+            experiment,
+            self._identity,
+            run_name=self._run,
+            tags={_PLACE_TAG: self._place_digest},
+            start_time=time_ms,
+        )
+        self.run_id = found.info.run_id
+        self._is_new = self._is_new or is_new
         if self._is_new:
             self._end_others(client, experiment)
         if self._sweep is not None:
@@ -122,11 +122,8 @@ class MlflowRun:
 
     def _put_below(self, client: Any, experiment: str, sweep: TrackedSweep) -> None:
         """Have MLflow show the run below the sweep's, which is begun if there is none yet."""
-        parent = _find_run(client, experiment, sweep.identity)
-        if parent is None:
-            parent = client.create_run(
-                experiment, run_name=sweep.name, tags={_RUN_TAG: sweep.identity}
-            )
+        parent, is_new = _find_or_begin(client, experiment, sweep.identity, run_name=sweep.name)
+        if is_new:
             # Perhaps nobody comes who would end it; a sweep that is made says so itself.
             client.set_terminated(parent.info.run_id, "FINISHED")
         if client.get_run(self.run_id).data.tags.get(_PARENT_TAG) != parent.info.run_id:
@@ -371,6 +368,30 @@ class MlflowRun:
         else:
             self._forget_reason()
         self._client.set_terminated(self.run_id, entry.text, end_time=entry.time_ms)
+
+
+def _find_or_begin(
+    client: Any,
+    experiment: str,
+    identity: str,
+    *,
+    tags: Mapping[str, str] | None = None,
+    **how: Any,
+) -> tuple[Any, bool]:
+    """Return the run of an identity, begun if there is none, and whether it was.
+
+    MLflow has no names that only one run can take. So of several that look at the same time, as
+    runs of a sweep do for the sweep's, each looks again, and deletes its own if that is not first.
+    """
+    known = _find_run(client, experiment, identity)
+    if known is not None:
+        return known, False
+    begun = client.create_run(experiment, tags={_RUN_TAG: identity, **(tags or {})}, **how)
+    first = _find_run(client, experiment, identity)
+    if first is None or first.info.run_id == begun.info.run_id:
+        return begun, True
+    client.delete_run(begun.info.run_id)
+    return first, False
 
 
 def _find_run(client: Any, experiment: str, identity: str) -> Any:

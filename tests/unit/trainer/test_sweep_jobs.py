@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import queue
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from cluster.job_server import Job, JobServerLost
-from trainer.cli import sweep_jobs
+from trainer.cli import sweep, sweep_jobs
 from trainer.cli.sweep import StopRequest, answer_in, ended
 from trainer.cli.sweep_jobs import make_as_jobs
 from trainer.config.sweeps import SweepPoint, expand_sweep
@@ -24,7 +29,7 @@ class Cluster:
         self.codes: dict[str, int] = {}
         self.over = threading.Event()
         self.running = self.most = 0
-        self.is_lost = False
+        self.error: Exception | None = None
         self._lock = threading.Lock()
 
     def __call__(self, _address: str | None) -> Cluster:
@@ -53,8 +58,8 @@ class Cluster:
         with self._lock:
             self.running += 1
             self.most = max(self.most, self.running)
-        if self.is_lost:
-            raise JobServerLost("it is away")
+        if self.error is not None:
+            raise self.error
         self.over.wait()
         with self._lock:
             self.running -= 1
@@ -126,10 +131,62 @@ def test_a_stop_leaves_jobs_to_themselves_and_sends_no_more(cluster, points):
     cluster.over.set()
 
 
-def test_a_server_that_goes_away_fails_its_runs(cluster, points):
-    cluster.is_lost = True
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (JobServerLost("it is away"), "it is away"),
+        (KeyError("metadata"), "KeyError: 'metadata'"),
+    ],
+)
+def test_a_server_that_goes_away_or_answers_nonsense_fails_its_runs(cluster, points, error, told):
+    cluster.error = error
     found = list(make_as_jobs(3, address=None)(points, StopRequest()))
-    assert [(each.what, each.error) for each in found] == [("failed", "it is away")] * 3
+    assert [(each.what, each.error) for each in found] == [("failed", told)] * 3
+
+
+def test_a_stop_just_before_a_run_is_sent_sends_nothing(cluster, points):
+    """Who has looked by then tells the run as not begun."""
+    stop = StopRequest()
+    cluster.over.set()
+
+    class Waiting(queue.SimpleQueue[SweepPoint]):
+        def get_nowait(self) -> SweepPoint:
+            stop.received = signal.SIGINT
+            return super().get_nowait()
+
+    waiting = Waiting()
+    waiting.put(points[0])
+    sender = sweep_jobs._Sender(cluster, waiting, queue.SimpleQueue(), stop)
+    sender.run()
+    assert cluster.sent == {}
+    assert sender.point is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "in_foreground", "passed_on"),
+    [
+        # Where a terminal sends signals too, the launch takes the first pair for one request.
+        ([signal.SIGINT], True, 1),
+        ([signal.SIGINT, signal.SIGINT], True, 1),
+        ([signal.SIGINT], False, 1),
+        ([signal.SIGINT, signal.SIGINT], False, 2),
+        ([signal.SIGTERM], True, 1),
+        ([signal.SIGTERM, signal.SIGTERM], True, 2),
+    ],
+)
+def test_what_asks_the_sweep_to_stop_asks_the_launch_too(
+    monkeypatch, numbers, in_foreground, passed_on
+):
+    """As a SIGTERM, which a launch takes for the same request where it follows a Ctrl-C."""
+    monkeypatch.setattr(sweep, "_is_in_foreground", lambda: in_foreground)
+    sent: list[int] = []
+    stop = StopRequest()
+    stop.process = cast("subprocess.Popen[str]", SimpleNamespace(send_signal=sent.append))
+    with stop.listening():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    assert stop.received == numbers[0]
+    assert sent == [signal.SIGTERM] * passed_on
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ in `train.seed` alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -128,6 +128,15 @@ def spreads(measured: Sequence[MeasuredSet]) -> list[Spread]:
     return [_spread(group) for group in groups]
 
 
+def common_seeds(runs: Iterable[Collection[int]]) -> set[int]:
+    """Return the seeds of sets of samples that all runs have: the noise is then the same for all.
+
+    Args:
+        runs: Of each run, at least one, the seeds of its sets.
+    """
+    return set.intersection(*map(set, runs))
+
+
 def _is_alike(one: MeasuredSet, other: MeasuredSet) -> bool:
     if (one.protocol, one.images, one.arm) != (other.protocol, other.images, other.arm):
         return False
@@ -143,7 +152,7 @@ def _spread(group: Sequence[MeasuredSet]) -> Spread:
     for each in group:
         runs.setdefault(each.run, {})[each.measurement.seed] = each.distance.metrics()
         trained[each.run] = each.training_seed
-    common = set.intersection(*map(set, runs.values()))
+    common = common_seeds(runs.values())
     used = [[run[seed] for seed in sorted(common or run)] for run in runs.values()]
     names = [name for name in used[0][0] if name.startswith(_SAMPLES)]
     first = group[0]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from trainer.evaluation.measures import Distance, RealFigures
 from trainer.evaluation.reports import Measurement
+from trainer.evaluation.spread import common_seeds
 from trainer.page.arms import Arm, average, lines, mean_and_spread
 from trainer.page.chart import line_chart, swatch
 from trainer.page.markup import Html, join, tag
@@ -212,10 +213,14 @@ def _spreads(
                 values = [[column(each) for each in group] for column in columns]
                 yield [name, "", f"{images:,}", count, *map(_spread, values)]
         if len(runs) > 1:
-            values = [
-                [_mean([column(each) for each in group]) for group in runs.values()]
-                for column in columns
+            common = common_seeds(
+                [{each.measurement.seed for each in run} for run in runs.values()]
+            )
+            used = [
+                [each for each in run if not common or each.measurement.seed in common]
+                for run in runs.values()
             ]
+            values = [[_mean([column(each) for each in run]) for run in used] for column in columns]
             count = f"{len(runs)} seeds"
             yield [label, count, f"{images:,}", "", *map(_spread, values)]
 

@@ -217,6 +217,15 @@ def test_sampling_seeds_are_averaged_before_training_seeds(store):
         assert spread in told
 
 
+def test_runs_are_compared_by_the_sampling_seeds_that_all_have(store):
+    """As the tables of sweeps and of evaluation do: more sets of one run are no other noise."""
+    for seed, sets in ((0, {1: 2.0, 2: 8.0}), (1, {1: 3.0})):
+        tell_run(store, f"a-{seed}", settings=settings_of(train={"seed": seed}))
+        for sampling, frechet in sets.items():
+            tell_figures(store, f"a-{seed}", 6400, frechet, seed=sampling)
+    assert "2.5 ± 0.71" in words(page_of(store, "a-0", "a-1"))
+
+
 def test_what_was_measured_twice_alike_counts_once(store):
     tell_run(store, "a")
     tell_figures(store, "a", 6400, 2.0)

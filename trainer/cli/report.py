@@ -65,14 +65,9 @@ class ReportConfig(Checked):
     experiment: str = TrackingConfig.experiment
     home: str | None = field(default=None, metadata={"place": "path"})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.output is not None:
-            _check_output(self.output)
-
 
 def _check_output(output: str) -> None:
-    """Refuse what is no file for a page, before anything is read."""
+    """Refuse what is no file for a page."""
     check_no_credentials(output)
     scheme = _SCHEME.match(output)
     if scheme is not None and not _OBJECT.fullmatch(output):
@@ -119,6 +114,8 @@ def report(runs: Sequence[str], config: ReportConfig) -> Outcome:
         ConfigError: A URI names a checkpoint, or no run; the page cannot be written.
         CheckpointError: A URI is no store's, or a store fails.
     """
+    if config.output is not None:
+        _check_output(config.output)
     found = [(handle.store, _read(handle, config)) for handle in _handles(runs, config.store)]
     html = make_page([story for _, story in found])
     if config.output is not None or len(found) > 1:

@@ -43,13 +43,13 @@ def test_a_page_goes_where_output_says(runs):
         *("a/checkpoints", "folder/", "page", "s3://bucket/page"),
     ],
 )
-def test_what_is_no_place_for_a_page_is_refused_by_name(output):
+def test_what_is_no_place_for_a_page_is_refused_before_runs_are_read(output):
     with pytest.raises(ConfigError, match=r"^output=.*html") as refused:
-        ReportConfig(output=output)
+        report(["./nothing"], ReportConfig(output=output))
     assert output in str(refused.value)
 
 
 def test_credentials_of_a_place_are_not_quoted():
     with pytest.raises(InvalidStoreUri) as refused:
-        ReportConfig(output="s3://key:hunter2@bucket/x.html")
+        report(["./nothing"], ReportConfig(output="s3://key:hunter2@bucket/x.html"))
     assert "hunter2" not in str(refused.value)

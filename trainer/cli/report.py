@@ -41,7 +41,8 @@ curves, time and cost, settings. It is one HTML file that loads nothing and runs
 Runs that differ in their seed alone are drawn as one, with the spread between them. Of one run the
 page is {PAGE} in the run's own folder of the store, where the end of training has put it too."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_OBJECT = re.compile(r"s3://[^/]+/.*[^/]")
+_FILE = "file://"
+_OBJECT = re.compile(r"(s3://[^/]+|file://)/.*[^/]")
 _SETTING = re.compile(r"[+~]*[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
 
 
@@ -175,12 +176,12 @@ def _tracked_curves(story: RunStory, config: ReportConfig) -> dict[str, dict[int
 
 
 def _write(output: str, html: str, config: StoreConfig) -> str:
-    if "://" in output:
+    if "://" in output and not output.startswith(_FILE):
         folder, _, name = output.rpartition("/")
         store = open_store(folder, config)
         store.put(name, html.encode())
         return store.uri(name)
-    path = Path(output).expanduser()
+    path = Path(output.removeprefix(_FILE)).expanduser()
     try:
         write_atomic(path.resolve(), html.encode())
     except OSError as error:

@@ -193,7 +193,7 @@ def test_whatever_fails_the_history_goes_on(tmp_path, caplog, monkeypatch):
     assert found.curves() == {"x": {1: 1.0}}
     assert set(found.pictures) == {2}
     assert "is not kept for now: Peculiar: of another kind" in caplog.text
-    assert caplog.text.count("000000000001-samples.png is not kept in the history") == 1
+    assert caplog.text.count("000000000001-samples-one.png is not kept in the history") == 1
 
 
 def test_a_checkpoint_has_it_written_at_once(store):

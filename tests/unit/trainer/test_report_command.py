@@ -28,9 +28,10 @@ def test_a_run_that_is_named_twice_is_one_run(runs):
     assert "several seeds" not in (runs / "a/report.html").read_text()
 
 
-def test_a_page_goes_where_output_says(runs):
-    told = report(["./a"], ReportConfig(output="x.html")).values
-    assert told["output"] == "x.html"
+@pytest.mark.parametrize("folder", ["", "{runs}/", "file://{runs}/"])
+def test_a_page_goes_where_output_says(runs, folder):
+    told = report(["./a"], ReportConfig(output=f"{folder.format(runs=runs)}x.html")).values
+    assert told["output"] == f"{folder.format(runs=runs).removeprefix('file://')}x.html"
     assert (runs / "x.html").stat().st_size == told["bytes"]
     assert not (runs / "a/report.html").exists()
 

@@ -30,6 +30,7 @@ BUILT = ("torch", "torchvision", "deepspeed", "antlr4-python3-runtime")
 """Of several builds under one version (ADR 18), or built where they are installed."""
 
 STATED = {
+    "cuda-toolkit": "LicenseRef-NVIDIA-Proprietary",
     "huey": "MIT",
     "mosaicml-streaming": "Apache-2.0",
     "nvidia-libnvcomp-cu13": "LicenseRef-NVIDIA-Proprietary",

@@ -48,6 +48,7 @@ IMPORTS = {
     "filelock": "import filelock",
     "tenacity": "import tenacity",
     "psutil": "import psutil",
+    "requests": "import requests",
     "rich": "import rich.progress",
     "xxhash": "import xxhash",
     "scikit-learn": "import sklearn.datasets",

@@ -120,8 +120,8 @@ class FeatureConfig(Checked):
         if (self.name == "module") != (self.module is not None):
             raise ConfigError(
                 f"eval.features.name={self.name} does not go with "
-                f"eval.features.module={self.module}: name=module needs module=package.module:Class"
-                ", and no other name takes one"
+                f"eval.features.module={self.module!r}: name=module needs "
+                "module=package.module:Class, and no other name takes one"
             )
 
 

@@ -124,7 +124,7 @@ class CheckpointEvaluationConfig(ModelSource):
             raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
         if ("module" in (self.features or ())) != (self.module is not None):
             raise ConfigError(
-                f"module={self.module} does not go with features={list(self.features or ())}: "
+                f"module={self.module!r} does not go with features={list(self.features or ())}: "
                 "features=[module] needs module=package.module:Class, and no other takes one"
             )
 

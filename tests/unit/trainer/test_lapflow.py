@@ -133,6 +133,6 @@ def test_help_calls_every_command_by_what_was_typed(words, capsys):
 def test_hints_of_what_lies_far_below_call_commands_by_what_was_typed(capsys):
     several = ["train", "+exp=digits", "train.seed=1,2"]
     assert main(several) == 2
-    assert "in 0 1; do lapflow train" in capsys.readouterr().err
+    assert "run of each: lapflow train -m … train.seed=1,2" in capsys.readouterr().err
     assert main(several, prog="python -m trainer") == 2
-    assert "in 0 1; do python -m trainer train" in capsys.readouterr().err
+    assert "run of each: python -m trainer train -m … train.seed=1,2" in capsys.readouterr().err

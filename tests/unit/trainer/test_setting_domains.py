@@ -53,6 +53,7 @@ OTHER = {
     "absolute_tolerance": lambda value: 1e-9 <= value <= 1,
     "relative_tolerance": lambda value: 1e-9 <= value <= 1,
     "samples": lambda value: 2 <= value <= 10**7,
+    "compared": lambda value: 4 <= value <= 10**6,
     "port": lambda value: 1 <= value <= 65535,
     "seeds": lambda value: 1 <= value <= 1000,
 }

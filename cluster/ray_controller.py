@@ -79,6 +79,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         self._sizes = sizes
         self._patience_s = patience_s
         self._mailbox = mailbox
+        self._controller: Any = None
 
     def fit(self) -> Result:
         """Runs the controller to its end.
@@ -93,7 +94,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         actor = ray.remote(
             num_cpus=0, label_selector={"ray.io/node-id": here}, runtime_env={"env_vars": env}
         )(Controller)
-        controller = actor.remote(
+        self._controller = controller = actor.remote(
             train_fn_ref=Packed(cloudpickle.dumps(self._get_train_func())),
             scaling_policy=RoomPolicy(
                 self.scaling_config,
@@ -111,6 +112,11 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         if result.error is not None:
             raise result.error
         return result
+
+    def abandon(self) -> None:
+        """Ends the controller, and with it its workers and the wait of `fit`."""
+        if self._controller is not None:
+            ray.kill(self._controller)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         # Those of Ray's data sets, and what tidies up behind a controller whose driver lives on,

@@ -53,8 +53,8 @@ from cluster.ray_worker import RendezvousConfig, work
 
 _TICK_S = 0.1
 """How often the driver looks for room and a stop request."""
-_CLOSE_S = 5.0
-"""What Ray Train's thread gets to end after the connection was closed under it."""
+_CLOSE_S = 20.0
+"""What Ray Train's thread gets to end after its controller was."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,9 +81,9 @@ def run(
         warm_up: What spare processes do ahead.
     """
     with (
-        contextlib.ExitStack() as at_last,
         session(config, caller.report) as connected,
         _environment(config, connected),
+        contextlib.ExitStack() as at_last,
     ):
         gpus = gpus_per_worker(config, connected.nodes)
         require_room(config, connected.nodes, workers=min(group_sizes), gpus=gpus)
@@ -111,8 +111,7 @@ def run(
         fit.start()
         number = " to ".join(map(str, sorted({sizes[0].workers, sizes[-1].workers})))
         caller.report(f"workers: waiting for {number} of them to load and to meet")
-        # If Ray Train is not done in the block, its thread ends once the connection is closed.
-        at_last.callback(fit.join, _CLOSE_S)
+        at_last.callback(fit.close)
         # Nobody takes a private cluster's only node away and leaves this process.
         watch = None if connected.private else _leave_watch(config, sizes, gate)
         here = ray.get_runtime_context().get_node_id()
@@ -296,3 +295,14 @@ class TrainThread(threading.Thread):
             self._trainer.fit()
         except BaseException as error:
             self.error = error
+
+    def close(self) -> None:
+        """End Ray Train if it is still at work.
+
+        No thread may be left waiting when the connection is closed: Ray aborts the whole process if
+        another one is opened then.
+        """
+        if self.is_alive():
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._trainer.abandon()
+            self.join(_CLOSE_S)

@@ -149,7 +149,7 @@ def test_a_stop_during_an_upload_waits_for_a_final_checkpoint(
 
     # The same with a grace that is too short for any save to come through.
     remote.proxy.heal()
-    slow = FirstSight(r"digits/checkpoints/.*safetensors", delay_s=6)
+    slow = FirstSight(r"digits/checkpoints/.*safetensors", delay_s=30)
     remote.proxy.inject(Answer(), when=slow.slows)
     ask_to_stop_at(slow)
     hasty = [*settings(remote, *LONG), "checkpoint.grace_s=1", f"home={home}"]

@@ -101,8 +101,8 @@ def test_the_wheel_brings_a_command_for_all(elsewhere, installed):
             "inception",
             [
                 "-c",
-                "from trainer.evaluation import features; "
-                "features.InceptionFeatures(b'', weights=None)",
+                "from trainer.evaluation import inception; "
+                "inception.InceptionFeatures(b'', weights=None)",
             ],
         ),
     ],

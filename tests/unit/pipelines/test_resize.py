@@ -46,7 +46,9 @@ _LIMITED = """
 import resource, sys
 from pathlib import Path
 from pipelines.ingest.images import Resize
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (1 << 29)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.stdout.buffer.write(Resize(image_size=256, encoding="png")(Path(sys.argv[1]).read_bytes()))
 """
 

@@ -42,8 +42,10 @@ def kill_rank(stand: Stand, chance: random.Random) -> str:
 def stop_rank(stand: Stand, chance: random.Random) -> str:
     host = chance.choice(stand.cluster.others)
     assert host.signal(WORKER, signal.SIGSTOP) == 1
-    time.sleep(20)
-    host.signal(WORKER, signal.SIGCONT)
+    try:
+        time.sleep(20)
+    finally:
+        host.signal(WORKER, signal.SIGCONT)
     return f"the rank on {host.name} stood still for 20 s"
 
 
@@ -93,8 +95,10 @@ def spoil_memory(stand: Stand, chance: random.Random) -> str:
     (rank,) = host.processes(WORKER)
     tables = stand.constants()
     rank.suspend()  # or what is free now may be in use when it is written to
-    changed = sum(_overwrite(rank, table, NAN) for table in tables)
-    rank.resume()
+    try:
+        changed = sum(_overwrite(rank, table, NAN) for table in tables)
+    finally:
+        rank.resume()
     assert changed >= len(tables)
     return f"memory of the rank on {host.name} was spoiled: its losses were not finite"
 

@@ -140,8 +140,10 @@ class Stand:
         fill = f"rm -r {_CACHE}/*; ! head -c {2 * _CACHE_BYTES} /dev/zero > {_CACHE}/other"
         if (done := host.run("sh", "-c", fill)).returncode:
             raise LabError(f"The disk of {host.name} is not full: {done.stderr}")
-        yield
-        host.run("rm", f"{_CACHE}/other")
+        try:
+            yield
+        finally:
+            host.run("rm", f"{_CACHE}/other")
 
     def constants(self) -> list[bytes]:
         """What a rank's model holds and no update changes, each as it lies in memory."""

@@ -11,51 +11,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from cluster.contract import WorkerContext
-from models.codec import Codec
-from models.flow.flow import Flow
 from models.flow.objective import Objective
 from pipelines.errors import PassingFaultError
-from trainer.autoencoder.codec import load_codec
-from trainer.checkpoint.agreement import Agreement
-from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.saver import CheckpointSaver
 from trainer.checkpoint.upload import SaveReport
 from trainer.config import paths
-from trainer.config.job import JobConfig, micro_batch, science, with_workers
+from trainer.config.job import JobConfig, micro_batch, with_workers
 from trainer.config.reading import from_dict
-from trainer.config.shapes import encodes, flow_shape, picture_shape
-from trainer.data.loading import return_large_blocks, training_loader
-from trainer.data.splits import Split, open_split
-from trainer.engine.protocol import Engine
+from trainer.config.shapes import encodes, flow_shape
+from trainer.data.loading import training_loader
 from trainer.errors import is_user_error
 from trainer.evaluation.during import MeasuredCheckpoints
 from trainer.evaluation.final import FinalEvaluation, Publisher, final_evaluation
 from trainer.evaluation.reports import frechet_scores
 from trainer.host_group import HostGroup
 from trainer.log_lines import forward_logs
-from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.node_use import NodeUse
 from trainer.metrics.tracker import Tracker
 from trainer.state import TrainState
-from trainer.storage.lease import Fence, Lease
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
-from trainer.training.assembly import build_run_engine
 from trainer.training.evaluating import Evaluations, evaluations_of
 from trainer.training.goodput import TimeTeller
 from trainer.training.goodput_curve import draw_goodput
 from trainer.training.hooks import Hook, LossWatch, PeriodicSave, Progress, SampleGrids, Throughput
 from trainer.training.loop import LoopEnd, StopVote, train
-from trainer.training.nodes import measure_all_reduce
 from trainer.training.phases import PhaseClock
 from trainer.training.resume import Restored, restore
+from trainer.training.run import Run, build_run, reporter_of
 from trainer.training.step import TrainStep
 from trainer.training.tracking import CheckpointReporter, track_run
 from trainer.training.watchdog import Watchdog, hang_key, watch
@@ -75,7 +62,7 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
     try:
         with forward_logs(context.log, heard=clock.show_life):
             logger.info("%d of %d workers have met", context.world_size, context.world_size)
-            times = TimeTeller(clock, _reporter(context), attempt=context.attempt)
+            times = TimeTeller(clock, reporter_of(context), attempt=context.attempt)
             times.tell(0)
             # An elastic job has as many workers as there is room for.
             job = with_workers(from_dict(JobConfig, payload["job"]), context.world_size)
@@ -83,7 +70,7 @@ def train_worker(context: WorkerContext, payload: Mapping[str, Any]) -> None:
             store = open_store(paths.runs_uri(job), job.store)
             with _watch(context, job, store, clock) as watchdog:
                 watchdog.be_patient(context.rank > 0)
-                _train(_build_run(context, job, payload, times, store=store, watchdog=watchdog))
+                _train(build_run(context, job, payload, times, store=store, watchdog=watchdog))
     except ValueError as error:
         # A store that is out of reach or a full disk is a mistake only until training works.
         has_trained = context.attempt > 0 or clock.sight().phase != "start"
@@ -150,122 +137,6 @@ def _grace_s(run: Run) -> float:
     left = run.context.grace_s()
     configured = run.job.checkpoint.grace_s
     return configured if left is None else min(configured, left)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run is made of on one rank, before its checkpoint is read.
-
-    Attributes:
-        context: Rank, device and the line to the driver.
-        job: The configuration.
-        report: Sends a message to the driver on the first rank; does nothing on the others.
-        device: Where this rank computes.
-        flow: The flow between noise and images.
-        engine: Holds the model, freshly initialised.
-        store: Where checkpoints and results are.
-        fence: Tells whether the run is still this attempt's.
-        ranks: How this rank agrees with the others.
-        checkpoints: The run's own checkpoints.
-        images: The training images.
-        codec: Between images and what the flow works on.
-        science: The settings that decide results, with the digests of data and codec.
-        metrics: What is recorded between two points of the curves.
-        times: What this rank is at, and what it spends its time on.
-        origin: What the launch comes from.
-        watchdog: Ends this rank where it stands still.
-    """
-
-    context: WorkerContext
-    job: JobConfig
-    report: Callable[[dict[str, Any]], None]
-    device: torch.device
-    flow: Flow
-    engine: Engine
-    store: Store
-    fence: Fence
-    ranks: HostGroup
-    checkpoints: CheckpointReader
-    images: Split
-    codec: Codec
-    science: dict[str, Any]
-    metrics: MetricBuffer
-    times: TimeTeller
-    origin: Mapping[str, str]
-    watchdog: Watchdog
-
-
-def _build_run(
-    context: WorkerContext,
-    job: JobConfig,
-    payload: Mapping[str, Any],
-    times: TimeTeller,
-    *,
-    store: Store,
-    watchdog: Watchdog,
-) -> Run:
-    ranks = HostGroup()
-    fence = Fence(store, Lease(**payload["lease"]), attempt=context.attempt)
-    report = _reporter(context)
-    _enter(fence, ranks)
-    if context.attempt == 0 and context.local_world_size < context.world_size:
-        # Over a slow link it takes seconds, and the network stays.
-        report({"kind": "note", "text": measure_all_reduce(context.device)})
-    device = torch.device(context.device)
-    if device.type == "cpu":
-        return_large_blocks()
-    flow = Flow(job.flow)
-    engine = build_run_engine(job, world_size=context.world_size, device=device)
-    logger.info("the model is there")
-    checkpoints = CheckpointReader(store, run=job.run, ranks=ranks, on_read=times.clock.show_life)
-    images = open_split(job, "train")
-    codec, codec_digest = load_codec(
-        job.codec,
-        cache=paths.cache(job),
-        store=job.store,
-        device=device,
-        image_channels=picture_shape(job.data, job.codec).channels,
-    )
-    return Run(
-        context=context,
-        job=job,
-        report=report,
-        device=device,
-        flow=flow,
-        engine=engine,
-        store=store,
-        fence=fence,
-        ranks=ranks,
-        checkpoints=checkpoints,
-        images=images,
-        codec=codec,
-        science=science(job, data_digest=images.digest, codec_digest=codec_digest),
-        metrics=MetricBuffer(device),
-        times=times,
-        origin=payload.get("origin", {}),
-        watchdog=watchdog,
-    )
-
-
-def _enter(fence: Fence, ranks: HostGroup) -> None:
-    """Take the run from attempts of before, whose workers may still live; a collective call."""
-
-    def enter() -> bytes:
-        fence.enter()
-        return b""
-
-    Agreement(ranks).run_on_rank0(enter)
-
-
-def _reporter(context: WorkerContext) -> Callable[[dict[str, Any]], None]:
-    """The way of the first rank's messages to the driver; the others' go nowhere."""
-
-    def report(message: dict[str, Any]) -> None:
-        if message.get("kind") in ("resumed", "checkpoint"):
-            context.keep(message["images"])
-        context.report(message)
-
-    return report if context.rank == 0 else lambda _message: None
 
 
 def _restore(run: Run) -> Restored:

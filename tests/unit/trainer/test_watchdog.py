@@ -18,6 +18,7 @@ from trainer.storage.errors import StoreError
 from trainer.training import watchdog as module
 from trainer.training.hooks import Throughput, UpdateReport
 from trainer.training.phases import PhaseClock, Sight
+from trainer.training.run import Run
 from trainer.training.watchdog import (
     SLOWEST_UPDATES,
     HangReport,
@@ -25,7 +26,7 @@ from trainer.training.watchdog import (
     Watchdog,
     hang_key,
 )
-from trainer.training.worker import Run, _leave_out
+from trainer.training.worker import _leave_out
 
 LIMITS = {"start": 3600.0, "checkpoint": 3600.0, "evaluation": 3600.0}
 KEY = hang_key("night-1", images=640, attempt=1, rank=3)

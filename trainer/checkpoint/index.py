@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from trainer.checkpoint import layout
 from trainer.checkpoint.config import CheckpointConfig
@@ -196,7 +196,12 @@ class CheckpointIndex:
         return CheckpointListing(run=self._run, sizes=sizes, manifests=manifests, damaged=damaged)
 
     def prune(
-        self, saved: Manifest, *, policy: CheckpointConfig, scores: Mapping[int, float]
+        self,
+        saved: Manifest,
+        *,
+        policy: CheckpointConfig,
+        scores: Mapping[int, float],
+        in_use: Collection[int] = (),
     ) -> None:
         """Delete what the policy does not keep, after a save.
 
@@ -204,11 +209,13 @@ class CheckpointIndex:
             saved: The checkpoint just saved.
             policy: What to keep.
             scores: Measured distances of the run's checkpoints by images, lower is better.
+            in_use: Checkpoints that somebody reads now.
 
         Raises:
             StoreError: The store fails; what is left over goes at the next save.
         """
-        self.clear(self.listing(saved=saved).deletion_plan(policy, scores=scores, saved=saved))
+        listing = self.listing(saved=saved)
+        self.clear(listing.deletion_plan(policy, scores=scores, saved=saved, in_use=in_use))
 
     def clear(self, plan: DeletionPlan) -> int:
         """Delete what can go; a manifest goes before its objects.

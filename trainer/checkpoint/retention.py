@@ -11,7 +11,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manifest import Manifest
 
-NEWEST, LAST, SAVED = "newest valid", "last", "just saved"
+NEWEST, LAST, SAVED, IN_USE = "newest valid", "last", "just saved", "being measured"
 DAMAGED = "damaged, to be looked at"
 
 
@@ -21,6 +21,7 @@ def reasons_to_keep(
     *,
     scores: Mapping[int, float],
     saved: int | None = None,
+    in_use: Collection[int] = (),
 ) -> dict[int, tuple[str, ...]]:
     """Tell of each checkpoint why it stays.
 
@@ -33,6 +34,7 @@ def reasons_to_keep(
         scores: Measured distances, lower is better; what is not finite does not count, and of
             equal ones the newer is better.
         saved: The checkpoint just saved, which stays in any case.
+        in_use: Those that somebody reads now; they stay until they were read.
 
     Returns:
         Reasons such as "last" or "best (12.31)", oldest checkpoint first. Without a reason a
@@ -53,6 +55,8 @@ def reasons_to_keep(
         reasons[images].append(f"best ({scores[images]:.4g})")
     if saved in reasons:
         reasons[saved].append(SAVED)
+    for images in reasons.keys() & set(in_use):
+        reasons[images].append(IN_USE)
     for images, good in checkpoints.items():
         if not good and (not last or images > last[0]):
             reasons[images].append(DAMAGED)
@@ -157,6 +161,7 @@ class CheckpointListing:
         *,
         scores: Mapping[int, float],
         saved: Manifest | None = None,
+        in_use: Collection[int] = (),
     ) -> DeletionPlan:
         """Decide what can go.
 
@@ -165,12 +170,14 @@ class CheckpointListing:
             scores: Measured distances by images, lower is better.
             saved: The checkpoint just saved; None takes the newest valid one for that which all
                 saves at fewer images have come too late for.
+            in_use: Checkpoints that somebody reads now.
         """
         reasons = reasons_to_keep(
             {images: images in self.manifests for images in (*self.manifests, *self.damaged)},
             policy,
             scores=scores,
             saved=None if saved is None else saved.images,
+            in_use=in_use,
         )
         reference = saved or self.newest_valid
         if reference is None:

@@ -12,7 +12,7 @@ import importlib.metadata
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -74,6 +74,7 @@ class CheckpointSaver:
         aside: The same, for the threads that upload: they agree while the ranks do.
         report: Called on the first rank, in a thread, when a save has ended.
         scores: Fréchet distances measured so far, by images; retention asks for them.
+        in_use: Checkpoints that somebody reads now; retention leaves them.
         position: Images of the run's own checkpoint from which it was restored, if it was.
         stop_requested: Tells that the run was asked to stop: then no save waits for another.
         fence: Called on the first rank, in a thread, before each commit; raises `LeaseLost` or
@@ -90,6 +91,7 @@ class CheckpointSaver:
         aside: HostGroup,
         report: Callable[[SaveReport], None] = lambda _report: None,
         scores: Callable[[], Mapping[int, float]] = dict,
+        in_use: Callable[[], Collection[int]] = tuple,
         position: int | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         fence: Callable[[], object] = lambda: None,
@@ -109,6 +111,7 @@ class CheckpointSaver:
             retry=self._retry,
             policy=config,
             scores=scores,
+            in_use=in_use,
             fence=fence,
         )
         self._report = report if self._rank == 0 else lambda _report: None

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -63,6 +63,7 @@ class UploadContext:
         retry: How long the store is tried again.
         policy: Which checkpoints stay.
         scores: Gives the Fréchet distances measured so far, by images.
+        in_use: Gives the checkpoints that somebody reads now.
         fence: Called on the first rank before each commit; raises if the run is another's by now.
     """
 
@@ -72,6 +73,7 @@ class UploadContext:
     retry: RetryPolicy
     policy: CheckpointConfig
     scores: Callable[[], Mapping[int, float]]
+    in_use: Callable[[], Collection[int]]
     fence: Callable[[], object]
 
 
@@ -219,7 +221,9 @@ class Upload:
     def _prune(self, standing: Manifest) -> None:
         try:
             scores = self._to.scores() if self._to.policy.keep_best else {}
-            self._to.index.prune(standing, policy=self._to.policy, scores=scores)
+            self._to.index.prune(
+                standing, policy=self._to.policy, scores=scores, in_use=self._to.in_use()
+            )
         except Exception as error:
             # The save is done; what could not be deleted goes after the next one.
             logger.warning("old checkpoints are still there: %s: %s", type(error).__name__, error)

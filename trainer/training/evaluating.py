@@ -81,6 +81,10 @@ class Evaluations(Protocol):
         """Hear on the first rank, in a thread, how a save has ended."""
         ...
 
+    def in_use(self) -> tuple[int, ...]:
+        """Tell which checkpoints are read now, so that none is deleted meanwhile."""
+        ...
+
     def close(self, *, is_finished: bool) -> None:
         """End, after what is under way if the run is at its end."""
         ...
@@ -97,6 +101,10 @@ class NoEvaluations:
 
     def saved(self, report: SaveReport) -> None:
         """Do nothing."""
+
+    def in_use(self) -> tuple[int, ...]:
+        """None is."""
+        return ()
 
     def close(self, *, is_finished: bool) -> None:
         """Do nothing."""
@@ -181,6 +189,10 @@ class InlineEvaluations:
             self._committed = report.images
             measured = self._take()
         self._publish(measured)
+
+    def in_use(self) -> tuple[int, ...]:
+        """None is: the weights in memory are measured."""
+        return ()
 
     def close(self, *, is_finished: bool) -> None:
         """Say of which checkpoint that was measured there is none."""

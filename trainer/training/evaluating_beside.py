@@ -67,6 +67,7 @@ class BesideEvaluations:
         self._last_s = last_s
         self._waiting: deque[int] = deque()
         self._changed = threading.Condition()
+        self._measured: int | None = None
         self._is_finished = False
         self._end_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="evaluations", daemon=True)
@@ -85,6 +86,11 @@ class BesideEvaluations:
                 if report.images not in self._waiting:
                     self._waiting.append(report.images)
                 self._changed.notify()
+
+    def in_use(self) -> tuple[int, ...]:
+        """Tell which checkpoint a task reads now, which is not to be deleted meanwhile."""
+        measured = self._measured
+        return () if measured is None else (measured,)
 
     def close(self, *, is_finished: bool) -> None:
         """End: a run that is stopped or fails leaves what is under way to its next launch.
@@ -113,11 +119,14 @@ class BesideEvaluations:
         with self._changed:
             self._waiting.extendleft(each for each in reversed(left) if each not in self._waiting)
         while (images := self._next()) is not None:
+            self._measured = images
             try:
                 self._measure(images)
             except Exception as error:  # whatever it is, the next one is measured
                 reason = _words(error) if self._known.is_there(images) else _DELETED
                 self._known.warn(images, reason)
+            finally:
+                self._measured = None
 
     def _next(self) -> int | None:
         with self._changed:

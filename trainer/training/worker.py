@@ -213,6 +213,7 @@ def _checkpoint_saver(
         aside=HostGroup(),
         report=report,
         scores=lambda: frechet_scores(run.store, run=job.run, features=job.eval.features.name),
+        in_use=during.in_use,
         position=restored.position,
         stop_requested=run.context.stop_requested,
         fence=run.fence.check,

@@ -133,10 +133,12 @@ def test_checkpoints_are_measured_one_after_the_other_those_of_before_first(star
     for number in range(4):
         wait_until(lambda number=number: len(tasks) > number)
         assert len(tasks) == number + 1
+        assert evaluations.in_use() == (tasks[number].images,)
         if number == 1:
             tasks[1].error = BesideFailed("ConfigError: no images")
         tasks[number].ended.set()
     wait_until(lambda: len(known.told) == 3)
+    wait_until(lambda: evaluations.in_use() == ())
     assert [task.images for task in tasks] == [100, 200, 300, 400]
     assert known.told[0] == (100, b"picture of 100/grid.png")
     assert known.warned == {200: "ConfigError: no images"}

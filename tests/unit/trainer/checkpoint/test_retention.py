@@ -140,6 +140,13 @@ def test_reasons_are_for_people() -> None:
     }
 
 
+def test_what_is_read_stays_until_it_was_read() -> None:
+    found = dict.fromkeys((100, 200, 300), True)
+    policy = CheckpointConfig(keep_last=1)
+    reasons = reasons_to_keep(found, policy, scores={}, in_use=[100, 700])
+    assert reasons == {100: ("being measured",), 200: (), 300: ("newest valid",)}
+
+
 def test_damaged_ones_go_when_they_are_older_than_all_of_the_last() -> None:
     found = {10: False, 20: True, 30: False, 40: True, 50: False}
     assert kept(found, CheckpointConfig(keep_last=2), {}) == {20, 30, 40, 50}

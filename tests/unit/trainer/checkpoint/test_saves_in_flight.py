@@ -27,6 +27,7 @@ from tests.unit.trainer.checkpoint.worlds import (
     split,
 )
 from trainer.checkpoint.errors import CheckpointConflict
+from trainer.checkpoint.index import CheckpointIndex
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.storage.errors import StoreError, StoreUnreachable
 from trainer.storage.local import LocalStore
@@ -228,6 +229,19 @@ def test_a_state_that_is_not_finite_is_no_checkpoint() -> None:
     images, _ = load_newest(store) or (None, None)
     assert images == 10
     assert len(store.objects) == 2
+
+
+def test_what_is_read_is_deleted_once_it_was_read() -> None:
+    store = MemoryStore()
+    fragments = split(random_state(0), [])[0]
+    read = {10}
+    mine = Savings(store, keep_last=1, in_use=lambda: read)
+    for images in (10, 20, 30):
+        mine.save(images=images, fragments=fragments, **SETTINGS)
+    assert sorted(CheckpointIndex(store, run=RUN).listing().manifests) == [10, 30]
+    read.clear()
+    mine.save(images=40, fragments=fragments, **SETTINGS)
+    assert sorted(CheckpointIndex(store, run=RUN).listing().manifests) == [40]
 
 
 def test_a_conflict_ends_the_run_at_the_next_save() -> None:

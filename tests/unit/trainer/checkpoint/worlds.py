@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -199,6 +199,7 @@ class Savings:
         index: The run's checkpoints, if a reader has looked at them.
         stop_requested: Tells that the run was asked to stop.
         fence: Raises before a commit if the run is another's.
+        in_use: Checkpoints that somebody reads.
         changes: Settings other than two checkpoints to keep and no patience.
     """
 
@@ -210,6 +211,7 @@ class Savings:
         index: CheckpointIndex | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         fence: Callable[[], object] = lambda: None,
+        in_use: Callable[[], Collection[int]] = tuple,
         **changes: Any,
     ) -> None:
         self.reports: list[SaveReport] = []
@@ -223,6 +225,7 @@ class Savings:
             report=self._keep,
             stop_requested=stop_requested,
             fence=fence,
+            in_use=in_use,
         )
 
     def _keep(self, report: SaveReport) -> None:

@@ -6,6 +6,7 @@ in `train.seed` alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -179,9 +180,9 @@ def _over_seeds(seeds: Sequence[str], values: Sequence[Sequence[float]]) -> Figu
     for seed, run in zip(seeds, values, strict=True):
         by_seed.setdefault(seed, []).append(fmean(run))
     means = [fmean(runs) for runs in by_seed.values()]
-    within = [stdev(run) ** 2 for run in values if len(run) > 1]
+    within = [stdev(run) for run in values if len(run) > 1]
     return FigureSpread(
         mean=fmean(means),
-        sampling=fmean(within) ** 0.5 if within else None,
+        sampling=math.hypot(*within) / len(within) ** 0.5 if within else None,
         training=stdev(means) if len(means) > 1 else None,
     )

@@ -86,6 +86,8 @@ def test_one_run_has_no_spread_of_training_and_one_set_none_of_sampling():
     (noise,) = spreads([measured("a", 1.0), measured("a", 3.0, seed=2)])
     assert noise.frechet.sampling == pytest.approx(2**0.5)
     assert noise.frechet.training is None
+    (far,) = spreads([measured("a", 1e200), measured("a", 3e200, seed=2)])
+    assert far.frechet.sampling == pytest.approx(2**0.5 * 1e200)
     runs = [measured("a", 1.0), measured("b", 3.0, chosen=trained_with(seed=1))]
     (training,) = spreads(runs)
     assert training.frechet.training == pytest.approx(2**0.5)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -85,7 +85,6 @@ class _Lane(NamedTuple):
     """One scale's way through a block."""
 
     scale: int
-    expert: BlockExpert
     tokens: Tokens
     for_attention: Modulation
     for_mlp: Modulation
@@ -154,11 +153,10 @@ class Block(nn.Module):
         lanes = []
         for position in positions:
             k = len(self.experts) - 1 - position
-            expert = cast(BlockExpert, self.experts[f"scale{k}"])
             modulation = self.layers.modulation(k, conditions[position])
             parts = modulation.unsqueeze(1).chunk(6, dim=-1)
             halves = Modulation(*parts[:3]), Modulation(*parts[3:])
-            lanes.append(_Lane(k, expert, tokens[position], *halves))
+            lanes.append(_Lane(k, tokens[position], *halves))
         return lanes
 
     def _project(self, lanes: Sequence[_Lane]) -> tuple[tuple[HeadTokens, ...], ...]:
@@ -172,21 +170,12 @@ class Block(nn.Module):
     def _attention_inputs(
         self, lanes: Sequence[_Lane]
     ) -> list[tuple[HeadTokens, HeadTokens, HeadTokens]]:
-        normed = [lane.for_attention.norm(lane.tokens) for lane in lanes]
-        projected = self.layers.qkv([lane.scale for lane in lanes], normed)
-        return [lane.expert.heads_of(qkv) for lane, qkv in zip(lanes, projected, strict=True)]
+        scales, tokens, for_attention, _ = zip(*lanes, strict=True)
+        return self.layers.attention_inputs(scales, tokens, for_attention)
 
     def _feed_forward(self, lanes: Sequence[_Lane], gathered: Gathered) -> list[Tokens]:
-        tokens = [
-            torch.addcmul(lane.tokens, lane.for_attention.gate, lane.expert.projection(mixed))
-            for lane, mixed in zip(lanes, gathered, strict=True)
-        ]
-        normed = [lane.for_mlp.norm(own) for lane, own in zip(lanes, tokens, strict=True)]
-        outputs = self.layers.mlp([lane.scale for lane in lanes], normed)
-        return [
-            torch.addcmul(own, lane.for_mlp.gate, output)
-            for lane, own, output in zip(lanes, tokens, outputs, strict=True)
-        ]
+        scales, tokens, for_attention, for_mlp = zip(*lanes, strict=True)
+        return self.layers.feed_forward(scales, tokens, gathered, for_attention, for_mlp)
 
     def _compute(
         self,

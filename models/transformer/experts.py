@@ -167,9 +167,30 @@ class BlockExpert(nn.Module):
         self, qkv: Float[Tensor, "_b _n _d3"]
     ) -> tuple[HeadTokens, HeadTokens, HeadTokens]:
         """Cut what queries, keys and values are projected to into heads, and norm the first two."""
-        parts = rearrange(qkv, "b n (i heads e) -> i b n heads e", i=3, heads=self.heads)
-        query, key, value = parts.unbind(0)
+        # Side by side in the last dimensions, so that the backward pass joins the three gradients
+        # as the projection wants them and has nothing to copy.
+        query, key, value = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1).unbind(2)
         return self.query_norm(query), self.key_norm(key), value
+
+    def attention_inputs(
+        self, tokens: Tokens, modulation: Modulation
+    ) -> tuple[HeadTokens, HeadTokens, HeadTokens]:
+        """Make queries, keys and values of the scale's tokens."""
+        return self.heads_of(self.qkv(modulation.norm(tokens)))
+
+    def mlp_inputs(
+        self, tokens: Tokens, gathered: Tokens, for_attention: Modulation, for_mlp: Modulation
+    ) -> tuple[Tokens, Tokens]:
+        """Add what attention gathered to the tokens; return them and what the MLP is given."""
+        tokens = torch.addcmul(tokens, for_attention.gate, self.projection(gathered))
+        return tokens, for_mlp.norm(tokens)
+
+    def feed_forward(
+        self, tokens: Tokens, gathered: Tokens, for_attention: Modulation, for_mlp: Modulation
+    ) -> Tokens:
+        """Add what attention gathered, and then the MLP's output, to the tokens."""
+        tokens, normed = self.mlp_inputs(tokens, gathered, for_attention, for_mlp)
+        return torch.addcmul(tokens, for_mlp.gate, self.mlp(normed))
 
     def mlp(self, tokens: Tokens) -> Tokens:
         """Apply the MLP."""
@@ -184,6 +205,17 @@ class BlockExpert(nn.Module):
         return nn.Identity()
 
 
+class Regions(NamedTuple):
+    """What is computed of one scale between two attentions; compiled functions may stand for it."""
+
+    attention_inputs: Callable[..., tuple[HeadTokens, HeadTokens, HeadTokens]] = (
+        BlockExpert.attention_inputs
+    )
+    feed_forward: Callable[..., Tokens] = BlockExpert.feed_forward
+    mlp_inputs: Callable[..., tuple[Tokens, Tokens]] = BlockExpert.mlp_inputs
+    norm: Callable[[Modulation, Tokens], Tokens] = Modulation.norm
+
+
 class ExpertLayers:
     """Applies layers of a block's experts, each to what its own scale has, one after the other.
 
@@ -191,7 +223,12 @@ class ExpertLayers:
 
     Args:
         experts: The block's experts by name, ``scale{k}``.
+
+    Attributes:
+        regions: How the layers of one scale are computed.
     """
+
+    regions = Regions()
 
     def __init__(self, experts: nn.ModuleDict) -> None:
         self._experts = [cast(BlockExpert, experts[f"scale{k}"]) for k in range(len(experts))]
@@ -201,13 +238,30 @@ class ExpertLayers:
         modulation: Tensor = self._experts[scale].modulation(condition)
         return modulation
 
-    def qkv(self, scales: Sequence[int], tokens: Sequence[Tokens]) -> Sequence[Tensor]:
-        """Project each scale's tokens, ``[b, n, d]``, to queries, keys and values, ``3 d``."""
-        return [self._experts[k].qkv(own) for k, own in zip(scales, tokens, strict=True)]
+    def attention_inputs(
+        self, scales: Sequence[int], tokens: Sequence[Tokens], modulations: Sequence[Modulation]
+    ) -> list[tuple[HeadTokens, HeadTokens, HeadTokens]]:
+        """Make queries, keys and values of each scale's tokens, [b, n, d]."""
+        compute = self.regions.attention_inputs
+        return [
+            compute(self._experts[k], own, modulation)
+            for k, own, modulation in zip(scales, tokens, modulations, strict=True)
+        ]
 
-    def mlp(self, scales: Sequence[int], tokens: Sequence[Tokens]) -> Sequence[Tokens]:
-        """Apply each scale's MLP to its tokens."""
-        return [self._experts[k].mlp(own) for k, own in zip(scales, tokens, strict=True)]
+    def feed_forward(
+        self,
+        scales: Sequence[int],
+        tokens: Sequence[Tokens],
+        gathered: Sequence[Tokens],
+        for_attention: Sequence[Modulation],
+        for_mlp: Sequence[Modulation],
+    ) -> list[Tokens]:
+        """Add what attention gathered, and the MLP's output, to each scale's tokens."""
+        compute = self.regions.feed_forward
+        return [
+            compute(self._experts[k], *own)
+            for k, *own in zip(scales, tokens, gathered, for_attention, for_mlp, strict=True)
+        ]
 
 
 class FinalExpert(nn.Module):

@@ -10,14 +10,16 @@ Modulation depends on the condition alone, so that of all blocks is made at once
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models.transformer.experts import ExpertLayers, InputMajorLinear
+from models.transformer.experts import ExpertLayers, InputMajorLinear, Modulation
 from trainer.engine.exchange import Exchange
 from trainer.engine.joint_functions import MlpFunction, ModulationFunction, ProjectionFunction
+
+T = TypeVar("T")
 
 
 class ExpertShard(nn.Module):
@@ -138,27 +140,59 @@ class ShardedLayers(nn.Module, ExpertLayers):
             return condition
         return super().modulation(scale, condition)
 
-    def qkv(self, scales: Sequence[int], tokens: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Project each scale's tokens to queries, keys and values."""
-        return self._by_group(self._projections, super().qkv, scales, tokens)
+    def attention_inputs(
+        self, scales: Sequence[int], tokens: Sequence[Tensor], modulations: Sequence[Modulation]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Make queries, keys and values of each scale's tokens."""
+        return self._by_group(
+            self._joint_inputs, super().attention_inputs, scales, tokens, modulations
+        )
 
-    def mlp(self, scales: Sequence[int], tokens: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Apply each scale's MLP to its tokens."""
-        return self._by_group(self._mlps, super().mlp, scales, tokens)
+    def feed_forward(
+        self,
+        scales: Sequence[int],
+        tokens: Sequence[Tensor],
+        gathered: Sequence[Tensor],
+        for_attention: Sequence[Modulation],
+        for_mlp: Sequence[Modulation],
+    ) -> list[Tensor]:
+        """Add what attention gathered, and the MLP's output, to each scale's tokens."""
+        given = (tokens, gathered, for_attention, for_mlp)
+        return self._by_group(self._joint_feed_forward, super().feed_forward, scales, *given)
+
+    def _joint_inputs(
+        self, scales: Sequence[int], tokens: Sequence[Tensor], modulations: Sequence[Modulation]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        normed = map(self.regions.norm, modulations, tokens)
+        projected = self._projections[_name(scales)](*normed)
+        return [self._experts[k].heads_of(qkv) for k, qkv in zip(scales, projected, strict=True)]
+
+    def _joint_feed_forward(self, scales: Sequence[int], *given: Sequence[Any]) -> list[Tensor]:
+        experts = [self._experts[k] for k in scales]
+        tokens, normed = zip(*map(self.regions.mlp_inputs, experts, *given), strict=True)
+        outputs = self._mlps[_name(scales)](*normed)
+        gates = [modulation.gate for modulation in given[-1]]
+        return list(map(torch.addcmul, tokens, gates, outputs))
 
     def _by_group(
         self,
-        joint: nn.ModuleDict,
-        one_by_one: Callable[[Sequence[int], Sequence[Tensor]], Sequence[Tensor]],
+        joint: Callable[..., list[T]],
+        one_by_one: Callable[..., list[T]],
         scales: Sequence[int],
-        tokens: Sequence[Tensor],
-    ) -> list[Tensor]:
-        given = dict(zip(scales, tokens, strict=True))
-        made: dict[int, Tensor] = {}
+        *given: Sequence[Any],
+    ) -> list[T]:
+        """Call one function for the scales of each expert group, another for those of none."""
+        own = dict(zip(scales, zip(*given, strict=True), strict=True))
+        made: dict[int, T] = {}
         for exchange, members in _grouped(scales, self._exchanges):
-            own = [given[k] for k in members]
-            outputs = joint[_name(members)](*own) if exchange else one_by_one(members, own)
-            made.update(zip(members, outputs, strict=True))
+            compute = joint if exchange else one_by_one
+            made.update(
+                zip(
+                    members,
+                    compute(members, *zip(*(own[k] for k in members), strict=True)),
+                    strict=True,
+                )
+            )
         return [made[k] for k in scales]
 
 

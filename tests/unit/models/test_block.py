@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations, product
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.transformer.block import Block, Streams, scales_at_once
 from models.transformer.config import AttentionKind, TransformerConfig
-from models.transformer.experts import ExpertLayers
+from models.transformer.experts import ExpertLayers, Modulation
 from models.transformer.lapflow import LapFlowTransformer
 
 SCALES = 3
@@ -24,13 +24,15 @@ class ListedLayers(ExpertLayers):
         super().__init__(block.experts)
         self.asked = asked
 
-    def qkv(self, scales: Sequence[int], tokens: Sequence[Tensor]) -> Sequence[Tensor]:
+    def attention_inputs(
+        self, scales: Sequence[int], tokens: Sequence[Tensor], modulations: Sequence[Modulation]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         self.asked.add(tuple(scales))
-        return super().qkv(scales, tokens)
+        return super().attention_inputs(scales, tokens, modulations)
 
-    def mlp(self, scales: Sequence[int], tokens: Sequence[Tensor]) -> Sequence[Tensor]:
+    def feed_forward(self, scales: Sequence[int], *given: Any) -> list[Tensor]:
         self.asked.add(tuple(scales))
-        return super().mlp(scales, tokens)
+        return super().feed_forward(scales, *given)
 
 
 class ListedStreams(Streams):

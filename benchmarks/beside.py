@@ -15,7 +15,8 @@ from benchmarks import command
 from benchmarks.interleaved import interleave, stopwatch_of
 from benchmarks.workload import Latents, TrainingWork, fill
 from models.codec import IdentityCodec
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from trainer.config.shapes import ImageShape

@@ -14,7 +14,8 @@ from benchmarks.interleaved import interleave, stopwatch_of
 from benchmarks.workload import fill
 from cluster.contract import Message, WorkerContext
 from models.codec import IdentityCodec
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from trainer.config.reading import to_dict

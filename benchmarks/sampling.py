@@ -12,7 +12,8 @@ from benchmarks import command
 from benchmarks.interleaved import interleave, stopwatch_of
 from benchmarks.workload import Latents, fill
 from models.axes import Bands, VelocityModel
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.lapflow import LapFlowTransformer

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.axes import Bands
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.path import LinearPath
 from models.flow.sampler_config import SamplerConfig
 from models.pyramid import merge, split, up

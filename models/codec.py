@@ -1,14 +1,13 @@
 """Codecs: between images and the space the flow works in (paper section 4: latents of a VAE)."""
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Posterior = Literal["sample", "mean"]
-EncodePrecision = Literal["fp32", "bf16"]
+from models.codec_choices import EncodePrecision, Posterior
 
 
 class CodecError(ValueError):

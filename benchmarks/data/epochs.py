@@ -13,7 +13,8 @@ from benchmarks.data.photographs import label_files
 from pipelines.augment import AugmentConfig
 from pipelines.decode.contract import DecodeConfig
 from pipelines.ingest.write import write_dataset
-from pipelines.loading.loader import Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Cursor, Loader
 from pipelines.shards import ShardedDataset, ShardsConfig
 from trainer.data.loading import return_large_blocks
 

@@ -23,7 +23,8 @@ from models.flow.flow import Flow
 from models.flow.path import Coefficients
 from models.flow.sampler import NfeCounter, Samples, guide
 from models.flow.sampler_config import Piece, SamplerConfig
-from models.flow.solver import SOLVERS, VelocityFunction, integrate
+from models.flow.solver import VelocityFunction, integrate
+from models.flow.tableaus import SOLVERS
 from models.pyramid import down, merge, split, up
 
 NoiseSource = Callable[[int], Float[Tensor, "b n"]]

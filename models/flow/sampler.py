@@ -10,7 +10,8 @@ from torch import Tensor
 from models.axes import Bands, VelocityModel
 from models.flow.flow import Flow
 from models.flow.sampler_config import MAX_STEPS, Piece, SamplerConfig, SamplerConfigError
-from models.flow.solver import SOLVERS, Observer, VelocityFunction, integrate, unobserved
+from models.flow.solver import Observer, VelocityFunction, integrate, unobserved
+from models.flow.tableaus import SOLVERS
 from models.pyramid import merge
 
 _FIRST_STEP = 0.05

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Literal
 
-from models.flow.flow import Flow
-from models.flow.solver import SOLVERS
 from models.flow.stages import Segment, Stages
+from models.flow.tableaus import SOLVERS
 
 
 class StepsError(ValueError):
@@ -184,12 +183,12 @@ class SamplerConfig:
         )
 
 
-def nfe_per_segment(config: SamplerConfig, flow: Flow) -> tuple[int, ...]:
+def nfe_per_segment(config: SamplerConfig, stages: Stages) -> tuple[int, ...]:
     """Count by formula the network evaluations of one sample in each segment.
 
     Args:
         config: Sampler with fixed steps; a guided pair counts as two.
-        flow: The flow.
+        stages: The flow's.
 
     Raises:
         SamplerConfigError: The solver chooses its own steps.
@@ -203,5 +202,5 @@ def nfe_per_segment(config: SamplerConfig, flow: Flow) -> tuple[int, ...]:
     solver = SOLVERS[config.solver]
     return tuple(
         sum(solver.evaluations(piece.steps) * (1 + piece.guided) for piece in pieces)
-        for pieces in config.plan(flow.stages)
+        for pieces in config.plan(stages)
     )

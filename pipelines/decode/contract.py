@@ -6,14 +6,15 @@ size than asked for, and perhaps mirrored. Values become float32 in [-1, 1] and 
 by 2 x 2 means. Of latents one is drawn from the moments stored, scaled and split alike.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipelines.augment import AugmentConfig, CropParams, SampleKey, crop_of
 from pipelines.errors import (
@@ -24,7 +25,10 @@ from pipelines.errors import (
 )
 from pipelines.latent_format import LatentFormat, Moments
 
-Bands = tuple[Tensor, ...]
+if TYPE_CHECKING:  # who only has settings read waits for no torch
+    from torch import Tensor
+
+Bands: TypeAlias = "tuple[Tensor, ...]"
 """Laplacian bands of a batch of images, coarse to fine."""
 Prepared = TypeVar("Prepared")
 

@@ -11,7 +11,8 @@ from pipelines.decode.cpu import LatentDecoder, PillowDecoder
 from pipelines.decode.dali import DaliDecoder, DaliLatentDecoder
 from pipelines.errors import UndecodableImageError
 from pipelines.latent_format import LatentFormat
-from pipelines.loading.loader import Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Cursor, Loader
 from tests.support.synthetic import SyntheticImages
 from tests.unit.pipelines import pictures
 

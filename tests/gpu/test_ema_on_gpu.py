@@ -14,7 +14,8 @@ from cluster.placement import Placement
 from models.ema import EmaConfig
 from tests.support.engine_worker import OPTIM, tiny_model
 from trainer.engine.build import build_engine
-from trainer.engine.ema import CHUNK_ELEMENTS, LANES, MovingAverage
+from trainer.engine.ema import MovingAverage
+from trainer.engine.ema_room import CHUNK_ELEMENTS, LANES
 from trainer.engine.protocol import EngineConfig
 
 pytestmark = [

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.axes import Bands
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.path import GvpPath, LinearPath, Path
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
-from models.flow.solver import SOLVERS
+from models.flow.tableaus import SOLVERS
 from models.pyramid import split
 
 QUICK = settings(max_examples=40, deadline=None)

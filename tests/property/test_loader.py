@@ -21,7 +21,8 @@ from pipelines.dataset import SampleDataset
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import DecoderName, make_decoder
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.loading.loader import Batch, Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Batch, Cursor, Loader
 from pipelines.order import ConcatenatedDataset, MixedOrder, SampleOrder
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.unit.pipelines import pictures

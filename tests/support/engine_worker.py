@@ -12,7 +12,8 @@ from torch.distributed import distributed_c10d
 from cluster.contract import WorkerContext
 from cluster.placement import Placement
 from models.ema import EmaConfig
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.pyramid import split
 from models.transformer.config import TransformerConfig

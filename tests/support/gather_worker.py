@@ -18,7 +18,8 @@ from cluster.contract import WorkerContext
 from cluster.process_group import shake_hands
 from models.axes import Bands
 from models.codec import IdentityCodec
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler import SolverError
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models.flow.flow import FlowConfig
+from models.flow.config import FlowConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from trainer.checkpoint.config import CheckpointConfig

@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from pipelines.decode.contract import DecodeConfig
-from pipelines.loading.loader import Batch, Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Batch, Cursor, Loader
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.forked import forked
 

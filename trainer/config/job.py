@@ -17,15 +17,15 @@ from pydantic import Field
 
 from cluster.contract import ClusterConfig
 from models.ema import EmaConfig
-from models.flow.flow import FlowConfig
+from models.flow.config import FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from pipelines.augment import AugmentConfig
 from pipelines.domains import Checked
-from pipelines.loading.loader import LoaderConfig
+from pipelines.loading.config import LoaderConfig
 from pipelines.order import StreamConfig
 from pipelines.shards import ShardsConfig
-from trainer.autoencoder.codec import CodecConfig
+from trainer.autoencoder.config import CodecConfig
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.reading import ConfigError, defaults, to_dict
 from trainer.config.renamed import with_current_names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.autoencoder.codec import CodecConfig
+from trainer.autoencoder.config import CodecConfig
 from trainer.config.job import DataConfig, JobConfig
 
 

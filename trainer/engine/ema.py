@@ -17,27 +17,8 @@ import torch
 from torch import Tensor
 
 from models.ema import EmaConfig, EmaDevice
+from trainer.engine.ema_room import LANES, room_elements
 from trainer.host_memory import host_buffer
-
-CHUNK_ELEMENTS = 4 * 2**20
-"""Of a lane's room: 16 MiB, long enough for a copy to run at the speed of the link."""
-
-LANES = 2
-"""While one chunk is copied in, the one before is copied back."""
-
-
-def room_bytes(largest: int) -> int:
-    """Bytes on the device in which an average that is kept on the host follows the weights.
-
-    Args:
-        largest: Elements of the largest of its tensors.
-    """
-    return LANES * _room_elements(largest) * torch.float32.itemsize
-
-
-def _room_elements(largest: int) -> int:
-    """Elements of a lane's room."""
-    return min(CHUNK_ELEMENTS, largest)
 
 
 class Lane(NamedTuple):
@@ -105,7 +86,7 @@ class MovingAverage:
             stream = torch.cuda.Stream(weights[0].device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 room = torch.empty(
-                    _room_elements(max(numels)), dtype=torch.float32, device=stream.device
+                    room_elements(max(numels)), dtype=torch.float32, device=stream.device
                 )
             self._lanes.append(Lane(room, stream))
             # Or what is under way would be written into memory that is given back.

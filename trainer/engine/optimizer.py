@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from pipelines.domains import Checked
+
+if TYPE_CHECKING:  # who only has settings read waits for no torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ def adamw(
     parameters: Iterable[Tensor] | Iterable[dict[str, Any]], optim: OptimConfig
 ) -> torch.optim.AdamW:
     """Build torch's AdamW, fused on GPUs and in host memory, from settings that engines share."""
+    import torch
+
     return torch.optim.AdamW(
         parameters,
         lr=optim.learning_rate,
@@ -69,6 +73,8 @@ def adamw(
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """Return AdamW's state of a parameter, creating the zeros that its first step would create."""
+    import torch
+
     state: dict[str, Tensor] = optimizer.state[parameter]
     if "exp_avg" not in state:
         state["step"] = torch.tensor(0.0, device=parameter.device)

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from pipelines.domains import Checked
-from trainer.state import Fragment
 
-BuildModel: TypeAlias = Callable[[OnBuilt], LapFlowTransformer]
+if TYPE_CHECKING:  # who only has settings read waits for no torch
+    import torch
+    from torch import Tensor, nn
+
+    from models.transformer.lapflow import LapFlowTransformer, OnBuilt
+    from trainer.state import Fragment
+
+BuildModel: TypeAlias = "Callable[[OnBuilt], LapFlowTransformer]"
 """Builds a model with its initial weights, letting each part settle as soon as it is built."""
 
-Arrange: TypeAlias = Callable[[LapFlowTransformer], None]
+Arrange: TypeAlias = "Callable[[LapFlowTransformer], None]"
 """Says how a built model is computed: what recomputes, what is joined, on which streams."""
 
 
@@ -105,6 +108,8 @@ class EngineConfig(Checked):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights that the model computes with."""
+        import torch
+
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def sum_precision(self, grad_accum_steps: int) -> Literal["fp32", "bf16"]:

@@ -13,15 +13,16 @@ import torch
 
 from models.codec import Codec
 from models.ema import EmaConfig, ema_kind
-from models.flow.flow import FlowConfig
+from models.flow.config import FlowConfig
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig, TransformerConfigError
 from models.transformer.cost import ModelShape, parameters
 from models.transformer.lapflow import LapFlowTransformer
 from pipelines.console import visible
 from pipelines.documents import validate_as
-from pipelines.loading.loader import LoaderConfig
-from trainer.autoencoder.codec import CodecConfig, load_codec
+from pipelines.loading.config import LoaderConfig
+from trainer.autoencoder.codec import load_codec
+from trainer.autoencoder.config import CodecConfig
 from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
 from trainer.checkpoint.layout import manifest_key
 from trainer.checkpoint.manifest import MAX_ELEMENTS, Manifest

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-from models.flow.flow import FlowConfig
+from models.flow.config import FlowConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from trainer.config.reading import from_dict

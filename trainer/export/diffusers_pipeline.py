@@ -14,7 +14,8 @@ from diffusers.pipelines.pipeline_utils import (
 from torch import Tensor
 
 from models.codec import AutoencoderKlCodec
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from trainer.config.job import check_guidance

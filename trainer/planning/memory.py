@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 from cluster.placement import Placement
-from trainer.engine.ema import room_bytes
+from trainer.engine.ema_room import room_bytes
 from trainer.planning.exchange import bundles
 from trainer.planning.workload import FULL_BYTES, Workload
 

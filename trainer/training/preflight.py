@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Callable
 
-from trainer.autoencoder.codec import codec_digest
+from trainer.autoencoder.config import codec_digest
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths

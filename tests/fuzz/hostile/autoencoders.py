@@ -18,7 +18,8 @@ from tests.fuzz.hostile.judging import judged
 from tests.fuzz.verdict import Seen
 from tests.fuzz.watched import watched
 from tests.support.hostile_files import Payload
-from trainer.autoencoder.codec import CodecConfig, load_codec
+from trainer.autoencoder.codec import load_codec
+from trainer.autoencoder.config import CodecConfig
 from trainer.storage.store import StoreConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

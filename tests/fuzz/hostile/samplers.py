@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from models.flow.solver import SOLVERS
+from models.flow.tableaus import SOLVERS
 from tests.fuzz import mutation
 from tests.fuzz.attempt import Try, announce
 from tests.fuzz.damage.resealed import write_sealed

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.axes import Bands
-from models.flow.flow import FlowConfig
+from models.flow.config import FlowConfig
 
 Sees = Literal["causal", "full"]
 """Whether a scale's velocity knows its own and coarser states, or those of all active scales."""

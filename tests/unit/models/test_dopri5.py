@@ -5,7 +5,8 @@ import torch
 from torchdiffeq import odeint
 
 from models.axes import Bands
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler import SolverError, integrate_adaptive, sample
 from models.flow.sampler_config import SamplerConfig
 from models.flow.solver import VelocityFunction

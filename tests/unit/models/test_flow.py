@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from models.flow.flow import Flow, FlowConfig, FlowConfigError
+from models.flow.config import FlowConfig, FlowConfigError
+from models.flow.flow import Flow
 from models.flow.stages import StagesError
 from models.pyramid import PyramidError
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from models.axes import Bands, VelocityModel
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from models.axes import Bands
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.inpaint import InpaintError, inpaint
 from models.flow.sampler import Samples, sample
 from models.flow.sampler_config import SamplerConfig, nfe_per_segment
-from models.flow.solver import SOLVERS
+from models.flow.tableaus import SOLVERS
 from models.pyramid import split
 from tests.unit.models.gaussian import Gaussian, OptimalVelocity
 
@@ -126,7 +127,7 @@ def test_repeats_cost_what_they_say(repeats: int) -> None:
     flow = Flow(FlowConfig(scales=2))
     known = torch.ones(3, 1, SIZE, SIZE, dtype=torch.bool).tril()
     settings = {"solver": "heun", "guidance_scale": 2.0}
-    once = nfe_per_segment(SamplerConfig(steps=8, **settings), flow)
+    once = nfe_per_segment(SamplerConfig(steps=8, **settings), flow.stages)
     drawn = filled(flow, known, repeats=repeats, **settings)
     assert drawn.nfe == tuple(repeats * count for count in once)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.axes import Bands
-from models.flow.flow import Flow, FlowConfig, FlowConfigError
+from models.flow.config import FlowConfig, FlowConfigError
+from models.flow.flow import Flow
 from models.flow.objective import BatchError, Objective
 from models.pyramid import split
 from tests.unit.models.reference import tiny_model

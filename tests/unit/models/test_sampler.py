@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.axes import Bands
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler import Samples, guide, images_per_call, sample
 from models.flow.sampler_config import (
     SamplerConfig,
@@ -12,7 +13,7 @@ from models.flow.sampler_config import (
     StepsError,
     nfe_per_segment,
 )
-from models.flow.solver import SOLVERS
+from models.flow.tableaus import SOLVERS
 from models.pyramid import merge, split
 from tests.unit.models.reference import tiny_model, tiny_states
 
@@ -220,8 +221,8 @@ def test_evaluations_are_counted_as_made(
     config = SamplerConfig(steps=7, solver=solver, guidance_scale=guidance_scale)
     pair = 1 if guidance_scale == 1 else 2
     total = pair * (7 * per_step + scales * per_segment)
-    assert sum(nfe_per_segment(config, flow)) == total
-    assert nfe_per_segment(config, flow) == counted(config, flow)
+    assert sum(nfe_per_segment(config, flow.stages)) == total
+    assert nfe_per_segment(config, flow.stages) == counted(config, flow)
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 14), ("heun", 28), ("ab2", 20)])
@@ -232,13 +233,13 @@ def test_guidance_acts_inside_its_interval_only(solver: str, evaluations: int) -
     )
     # Four of ten steps are guided. The multistep solver starts anew in each of four pieces, and
     # each fresh start takes one evaluation more: two guided pairs, two without a pair.
-    assert sum(nfe_per_segment(config, flow)) == evaluations
-    assert nfe_per_segment(config, flow) == counted(config, flow)
+    assert sum(nfe_per_segment(config, flow.stages)) == evaluations
+    assert nfe_per_segment(config, flow.stages) == counted(config, flow)
 
 
 def test_evaluations_of_an_adaptive_solver_have_no_formula() -> None:
     with pytest.raises(SamplerConfigError, match=r"Samples\.nfe"):
-        nfe_per_segment(SamplerConfig(solver="dopri5"), Flow(FlowConfig()))
+        nfe_per_segment(SamplerConfig(solver="dopri5"), FlowConfig().stages)
 
 
 def counted(config: SamplerConfig, flow: Flow) -> tuple[float, ...]:
@@ -283,7 +284,7 @@ def test_settings_that_cannot_be_carried_out_are_refused(
 def test_fewer_steps_than_segments_are_refused() -> None:
     flow = Flow(FlowConfig(scales=3))
     with pytest.raises(StepsError, match="3 segments"):
-        nfe_per_segment(SamplerConfig(steps=2), flow)
+        nfe_per_segment(SamplerConfig(steps=2), flow.stages)
     with pytest.raises(StepsError, match="3 segments"):
         draw(
             tiny_model(scales=3),

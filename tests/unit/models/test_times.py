@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from models.flow.flow import Flow, FlowConfig, logit_normal, uniform
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow, logit_normal, uniform
 
 GRID = (torch.arange(60_000, dtype=torch.float64) + 0.5) / 60_000
 

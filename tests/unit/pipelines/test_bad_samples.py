@@ -14,7 +14,8 @@ from pipelines.decode.make import DecoderName
 from pipelines.errors import BadDataError
 from pipelines.index import parse_index
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.loading.loader import Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Cursor, Loader
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.unit.pipelines import pictures
 

@@ -13,7 +13,8 @@ from pipelines.decode.contract import LatentDecodeConfig
 from pipelines.decode.make import make_decoder
 from pipelines.errors import DataError, UndecodableImageError, UnsplittableImageError
 from pipelines.latent_format import LatentFormat
-from pipelines.loading.loader import Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Cursor, Loader
 from pipelines.shards import ShardedDataset
 
 DECODERS = ("dali", "pillow")

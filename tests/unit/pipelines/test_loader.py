@@ -24,7 +24,8 @@ from pipelines.errors import (
     IndivisibleBatchError,
     LabelOutOfRangeError,
 )
-from pipelines.loading.loader import Batch, Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Batch, Cursor, Loader
 from pipelines.order import SampleOrder, replacement
 from pipelines.shards import ShardedDataset
 from tests.support.synthetic import SyntheticImages

@@ -18,7 +18,8 @@ from pipelines.ingest.__main__ import main
 from pipelines.ingest.target import has_dataset
 from pipelines.ingest.verify import verify
 from pipelines.ingest.write import LabelledImage, write_dataset
-from pipelines.loading.loader import Cursor, Loader, LoaderConfig
+from pipelines.loading.config import LoaderConfig
+from pipelines.loading.loader import Cursor, Loader
 from pipelines.shards import ShardedDataset, ShardsConfig
 from tests.support.clock import Clock
 from tests.support.s3_server import S3Server

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from models.codec import AutoencoderKlCodec, IdentityCodec
 from tests.support.autoencoder import saved_autoencoder, tiny_autoencoder
 from tests.support.saved import manifest_of
-from trainer.autoencoder.codec import CodecConfig, codec_digest, load_codec, open_codec
+from trainer.autoencoder.codec import load_codec, open_codec
+from trainer.autoencoder.config import CodecConfig, codec_digest
 from trainer.autoencoder.files import AutoencoderError, AutoencoderSettings, find_autoencoder
 from trainer.config.reading import ConfigError
 from trainer.evaluation.model_record import ModelRecord

@@ -22,7 +22,8 @@ from pipelines.shards import ShardedDataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.configuration import configuration
 from tests.unit.pipelines import pictures
-from trainer.autoencoder.codec import codec_digest, load_codec
+from trainer.autoencoder.codec import load_codec
+from trainer.autoencoder.config import codec_digest
 from trainer.autoencoder.files import AutoencoderError
 from trainer.cli.latents import main as encode
 from trainer.config.job import JobConfig

@@ -6,7 +6,8 @@ import torch
 from cluster.placement import Placement
 from models.codec import AutoencoderKlCodec
 from models.ema import EmaConfig
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.objective import Objective
 from models.pyramid import band_statistics, split
 from models.transformer.config import TransformerConfig

@@ -9,7 +9,8 @@ import torch
 from cluster.placement import Placement
 from models.codec import IdentityCodec
 from models.ema import EmaConfig
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.transformer.lapflow import LapFlowTransformer, OnBuilt
 from pipelines.encoded import as_png

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.codec import IdentityCodec
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler import SolverError
 from models.flow.sampler_config import SamplerConfig
 from tests.unit.trainer.checkpoint.handmade import upload

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.codec import IdentityCodec
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler_config import SamplerConfig, SamplerConfigError
 from models.pyramid import up
 from models.transformer.config import TransformerConfig

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from models.flow.flow import FlowConfig
+from models.flow.config import FlowConfig
 from models.transformer.config import Ties, TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from tests.support.saved import save_now
-from trainer.autoencoder.codec import CodecConfig
+from trainer.autoencoder.config import CodecConfig
 from trainer.config.job import DataConfig, JobConfig, config_fingerprint, science
 from trainer.config.shapes import flow_shape
 from trainer.evaluation.choice import open_checkpoint

@@ -19,7 +19,7 @@ from tests.unit.trainer.export.runs import (
     same_outputs,
     save_run,
 )
-from trainer.autoencoder.codec import CodecConfig
+from trainer.autoencoder.config import CodecConfig
 from trainer.config.job import DataConfig
 from trainer.config.reading import ConfigError
 

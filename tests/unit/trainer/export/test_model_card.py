@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from models.flow.sampler_config import SamplerConfig
 from tests.unit.trainer.export.runs import IMAGES, RUN, export, same_outputs, save_run
 from tests.unit.trainer.measurements import real_figures
-from trainer.autoencoder.codec import CodecConfig
+from trainer.autoencoder.config import CodecConfig
 from trainer.config.job import DataConfig, EvalConfig
 from trainer.config.reading import to_dict
 from trainer.evaluation.choice import open_checkpoint

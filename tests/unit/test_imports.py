@@ -17,17 +17,33 @@ from streaming.base.format.mds import MDSWriter
 from streaming.base.storage import CloudDownloader
 from streaming.base.storage.upload import CloudUploader
 """
+DRY_RUN = """
+from trainer.cli.launch import main
+main(["+exp=imagenet_xl", "dry_run=true"])
+"""
+REFUSED = """
+from trainer.cli.launch import main
+main(["+exp=digits", "train.global_batch=7"])
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "needed", "unused"),
     [
+        (DRY_RUN, "trainer.planning.planner", {"torch", "ray", "mlflow", "boto3"}),
+        (REFUSED, "trainer.training.validate", {"torch", "ray", "mlflow", "boto3"}),
         ("import cluster.ray_train", "cluster.process_group", {"torch"}),
         (WORKER, "deepspeed", {"mlflow", "scipy", "pandas", "ray", "streaming"}),
         (DATA, "streaming", {"transformers", "sklearn", "torchvision", "scipy", "pandas"}),
     ],
-    ids=["who drives a cluster", "a worker", "who reads or writes data"],
+    ids=[
+        "who plans a job",
+        "who is refused",
+        "who drives a cluster",
+        "a worker",
+        "who reads or writes data",
+    ],
 )
 def test_what_nothing_uses_is_not_imported(script, needed, unused):
     found = subprocess.run(

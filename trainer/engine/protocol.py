@@ -57,6 +57,10 @@ class EngineConfig(Checked):
         overlap_exchange: On GPUs, compute coarse scales, their exchange included, on a stream of
             their own beside the finest scale. It does nothing with ZeRO-3, which gathers weights on
             one stream, if the finest scale is sharded too, or with full attention.
+        compile: "blocks" has torch compile what each scale computes in a block between attentions,
+            when the first update meets it: fewer kernels, which is what a GPU waits for where a
+            batch is small. Losses differ in their last digits from those of "off". It needs a C
+            compiler on every node (C++ without a GPU), and does not go with ZeRO-3.
         offload_optimizer: Keep moments, fp32 weights and EMA in host memory and update them there.
         deepspeed: Passed on to DeepSpeed's own configuration, over what the fields above render.
             With `placement` "auto" and ZeRO-3, stage3_max_live_parameters and
@@ -73,6 +77,7 @@ class EngineConfig(Checked):
     activation_checkpointing: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     regather_tokens: bool | None = None
     overlap_exchange: bool = True
+    compile: Literal["off", "blocks"] = "off"
     offload_optimizer: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 

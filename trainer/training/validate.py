@@ -88,6 +88,12 @@ def _check_engine(job: JobConfig) -> None:
             f"{stray[0]}; the scales are 0 (finest) to {job.flow.scales - 1}"
         )
     partitioned = engine.kind == "zero" and engine.zero_stage == 3
+    if partitioned and engine.compile != "off":
+        raise ConfigError(
+            f"engine.compile={engine.compile} does not go with engine.zero_stage=3, which gathers "
+            "a layer's weights when Python calls it, while compiled code calls no layer; set "
+            "engine.zero_stage=2 or 1, or engine.compile=off"
+        )
     sharded = resolve_placement(job).sharded
     if (partitioned or sharded) and job.eval.sampler.adaptive:
         cause = f"engine.zero_stage={engine.zero_stage}" if partitioned else "sharded experts"

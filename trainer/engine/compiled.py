@@ -42,7 +42,12 @@ def compile_blocks(model: LapFlowTransformer) -> None:
         model: Its layers are in their places.
     """
     eager = Regions()
-    compiled = Regions(*(_while_training(compute) for compute in eager))
+    compiled = Regions(
+        attention_inputs=_while_training(eager.attention_inputs),
+        feed_forward=_while_training(eager.feed_forward),
+        mlp_inputs=_while_training(eager.mlp_inputs),
+        norm=_while_training(eager.norm),
+    )
     for block in model.blocks:
         cast(Block, block).layers.regions = compiled
     logger.info(
@@ -51,7 +56,8 @@ def compile_blocks(model: LapFlowTransformer) -> None:
 
 
 def _while_training(compute: Callable[..., T]) -> Callable[..., T]:
-    compiled = torch.compile(compute, dynamic=False, fullgraph=True, recompile_limit=_MOST_SIZES)
+    settings: dict[str, Any] = {"recompile_limit": _MOST_SIZES}  # which torch's own types lack
+    compiled = torch.compile(compute, dynamic=False, fullgraph=True, **settings)
 
     @functools.wraps(compute)
     def choose(*arguments: Any) -> T:

@@ -20,6 +20,7 @@ from trainer.config.job import JobConfig, science
 from trainer.config.shapes import picture_shape
 from trainer.data.loading import return_large_blocks
 from trainer.data.splits import Split, open_split
+from trainer.engine.compiled import prepare_compiler
 from trainer.engine.protocol import Engine
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
@@ -106,6 +107,8 @@ def build_run(
     if device.type == "cpu":
         return_large_blocks()
     flow = Flow(job.flow)
+    if job.engine.compile == "blocks":
+        prepare_compiler(paths.cache(job), ranks=context.local_world_size)
     engine = build_run_engine(job, world_size=context.world_size, device=device)
     logger.info("the model is there")
     checkpoints = CheckpointReader(store, run=job.run, ranks=ranks, on_read=times.clock.show_life)

@@ -24,6 +24,7 @@ from trainer.config.job import JobConfig, micro_batch, with_workers
 from trainer.config.reading import from_dict
 from trainer.config.shapes import encodes, flow_shape
 from trainer.data.loading import training_loader
+from trainer.engine.compiled import CompileReport
 from trainer.errors import is_user_error
 from trainer.evaluation.during import MeasuredCheckpoints
 from trainer.evaluation.final import FinalEvaluation, Publisher, final_evaluation

@@ -3,15 +3,28 @@
 import re
 from dataclasses import dataclass
 
-# Dense bfloat16 TFLOP/s from NVIDIA's data sheets; the first name that fits counts.
+# Dense bfloat16 TFLOP/s with sums in float32, from NVIDIA's data sheets of each product; where a
+# sheet gives the figure of sparse products alone, half of it. The first name that fits counts.
 _PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
     "H200 NVL": 835.0,
+    "GH200": 989.0,
     "H200": 989.0,
     "A100": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX A6000": 154.8,
 }
+_PART_OF_A_DEVICE = r"\bMIG\b"
 
 
 def peak_tflops(name: str) -> float | None:
@@ -21,8 +34,10 @@ def peak_tflops(name: str) -> float | None:
         name: As its driver calls it.
 
     Returns:
-        What its data sheet promises; None for one that is not known.
+        What its data sheet promises; None for one that is not known, or a part of one.
     """
+    if re.search(_PART_OF_A_DEVICE, name):
+        return None
     for known, peak in _PEAK_TFLOPS.items():
         if re.search(rf"\b{known}\b", name):  # an A1000 is no A100
             return peak

@@ -189,6 +189,11 @@ def training_multiply_adds(shape: ModelShape) -> float:
     return sum(multiply_adds(shape, active=a) for a in range(1, shape.scales + 1)) / shape.scales
 
 
+def training_flops(shape: ModelShape) -> float:
+    """Average the FLOPs of an image's forward and backward pass: 6 for each multiply-add."""
+    return 6 * training_multiply_adds(shape)
+
+
 def check_active(shape: ModelShape, active: int | None) -> int:
     """Return the number of active scales, all by default.
 

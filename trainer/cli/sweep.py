@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Literal
 
-from models.transformer.cost import training_multiply_adds
+from models.transformer.cost import training_flops
 from pipelines.command import Outcome
 from pipelines.console import say, typed, visible
 from pipelines.documents import DocumentError, parse_json
@@ -158,7 +158,7 @@ def describe_sweep(sweep: Sweep) -> Outcome:
     total = 0.0
     for point in sweep.points:
         job = point.job
-        flops = 6 * training_multiply_adds(model_shape(job)) * job.train.total_images
+        flops = training_flops(model_shape(job)) * job.train.total_images
         is_done = is_complete(job)
         total += 0 if is_done else flops
         told = " ".join(f"{key}={value}" for key, value in point.varied.items())

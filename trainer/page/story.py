@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from cluster.hardware import peak_tflops
-from models.transformer.cost import ModelShape, parameters, training_multiply_adds
+from models.transformer.cost import ModelShape, parameters, training_flops
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config.job import fingerprinted
@@ -31,8 +31,6 @@ from trainer.training.goodput import KINDS, Kind, LaunchTime, read_launches, tot
 
 logger = logging.getLogger(__name__)
 
-_FLOPS_PER_MULTIPLY_ADD = 6
-"""Of the forward pass: 2 there, and twice as many in the backward pass."""
 _MAX_ON_THE_WAY = 6
 _Report = EvaluationReport | CheckpointReport
 _SCIENCE = ("data", "data_set", "codec", "autoencoder", "model", "flow", "optim", "train")
@@ -184,7 +182,7 @@ class RunStory:
         """What training takes for an image, by formula."""
         if self.shape is None:
             return None
-        return _FLOPS_PER_MULTIPLY_ADD * training_multiply_adds(self.shape)
+        return training_flops(self.shape)
 
     @property
     def images_per_s(self) -> float | None:

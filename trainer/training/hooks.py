@@ -6,9 +6,8 @@ Only `LossWatch` may end the run: one that diverges.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +24,7 @@ from trainer.evaluation.grid import grid_png
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.node_use import NodeUse
 from trainer.metrics.tracker import Tracker
+from trainer.training.speed import Load, Pace, Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -70,81 +70,6 @@ class Hook(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """Speed over one window.
-
-    Attributes:
-        images_per_s: Images of the global batch per second of training.
-        data_wait_share: Part of the window in which this rank waited for the loader, 0 to 1.
-        remaining_s: Seconds until the run's last image at this speed, with as many interruptions
-            on the way as there were so far.
-    """
-
-    images_per_s: float
-    data_wait_share: float
-    remaining_s: float
-
-
-class Throughput:
-    """Measures the window between two calls of `pace`, interruptions left out.
-
-    Args:
-        images: Images already seen when measuring starts.
-        now: Monotonic clock in seconds.
-    """
-
-    def __init__(self, images: int, *, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._first_images = images
-        self._images = images
-        self._time = now()
-        self._waited_s = 0.0
-        self._interrupted_s = 0.0
-        self._interrupted_before_s = 0.0
-
-    def restart(self, *, images: int, waited_s: float) -> None:
-        """Begin the window here: what came before was a start, which is slower than training.
-
-        Args:
-            images: Images seen so far.
-            waited_s: Seconds waited for data since the run began.
-        """
-        self._images, self._time, self._waited_s = images, self._now(), waited_s
-        self._interrupted_before_s = self._interrupted_s
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time of a `with` block out of the speed."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # what was asked of the device before is training
-        began = self._now()
-        yield
-        self._interrupted_s += self._now() - began
-
-    def pace(self, *, images: int, total_images: int, waited_s: float) -> Pace:
-        """Close the window and open the next.
-
-        Args:
-            images: Images seen so far.
-            total_images: Images of the whole run.
-            waited_s: Seconds waited for data since the run began.
-
-        Returns:
-            The pace of the window just closed.
-        """
-        interrupted_s = self._interrupted_s - self._interrupted_before_s
-        elapsed = max(self._now() - self._time - interrupted_s, 1e-9)
-        speed = (images - self._images) / elapsed
-        share = min(1.0, max(0.0, (waited_s - self._waited_s) / elapsed))
-        self.restart(images=images, waited_s=waited_s)
-        remaining_s = float("inf")
-        if speed > 0:
-            interruption = self._interrupted_s / (images - self._first_images)
-            remaining_s = (total_images - images) * (1 / speed + interruption)
-        return Pace(images_per_s=speed, data_wait_share=share, remaining_s=remaining_s)
-
-
 @dataclass(kw_only=True, eq=False)
 class Progress:
     """Every `interval_images`, reduces the metrics over ranks and reports them.
@@ -156,6 +81,7 @@ class Progress:
         interval_images: How often; 0 is never.
         total_images: Length of the run.
         throughput: Measures how fast the run is.
+        load: Tells what that takes of the devices.
         rank: This rank.
         node: Tells what its node uses.
     """
@@ -166,6 +92,7 @@ class Progress:
     interval_images: int
     total_images: int
     throughput: Throughput
+    load: Load
     rank: int
     node: NodeUse
     _begun: bool = field(default=False, init=False)
@@ -192,6 +119,7 @@ class Progress:
         if self.rank != 0:
             return
         values["speed/images_per_s"] = pace.images_per_s
+        values |= self.load.figures(pace.images_per_s)
         self.tracker.metrics(values, images=report.images)
         line = self._line(report.images, values, pace)
         self.report(
@@ -214,7 +142,8 @@ class Progress:
         )
         return (
             f"{images:,}/{self.total_images:,} images ({images / self.total_images:.0%})  "
-            f"{pace.images_per_s:,.0f} images/s  loss: {losses}  "
+            f"{pace.images_per_s:,.0f} images/s{self.load.text(pace.images_per_s)}  "
+            f"loss: {losses}  "
             f"ETA {format_duration(max(0.0, pace.remaining_s))}"
         )
 

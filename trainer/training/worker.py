@@ -33,17 +33,19 @@ from trainer.host_group import HostGroup
 from trainer.log_lines import forward_logs
 from trainer.metrics.node_use import NodeUse
 from trainer.metrics.tracker import Tracker
+from trainer.planning.placing import model_shape
 from trainer.state import TrainState
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
 from trainer.training.evaluating import Evaluations, evaluations_of
 from trainer.training.goodput import TimeTeller
 from trainer.training.goodput_curve import draw_goodput
-from trainer.training.hooks import Hook, LossWatch, PeriodicSave, Progress, SampleGrids, Throughput
+from trainer.training.hooks import Hook, LossWatch, PeriodicSave, Progress, SampleGrids
 from trainer.training.loop import LoopEnd, StopVote, train
 from trainer.training.phases import PhaseClock
 from trainer.training.resume import Restored, restore
 from trainer.training.run import Run, build_run, reporter_of
+from trainer.training.speed import Load, Throughput
 from trainer.training.step import TrainStep
 from trainer.training.tracking import CheckpointReporter, track_run
 from trainer.training.watchdog import Watchdog, hang_key, watch
@@ -302,6 +304,7 @@ def _hooks(
             interval_images=job.runtime.log_interval_images,
             total_images=job.train.total_images,
             throughput=throughput,
+            load=Load.of(model_shape(job), devices=run.context.world_size, device=run.device),
             rank=rank,
             node=NodeUse(
                 rank=rank,

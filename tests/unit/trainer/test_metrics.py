@@ -2,11 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from models.transformer.cost import training_multiply_adds
 from pipelines.formats import format_duration
+from tests.support.configuration import configuration
 from trainer.metrics.buffer import MetricBuffer
 from trainer.metrics.node_use import NodeUse
 from trainer.metrics.tracker import (
@@ -14,7 +17,9 @@ from trainer.metrics.tracker import (
     Tracker,
     TrackingConfig,
 )
-from trainer.training.hooks import Progress, Throughput, UpdateReport, due
+from trainer.planning.placing import model_shape
+from trainer.training.hooks import Progress, UpdateReport, due
+from trainer.training.speed import Load, Throughput
 
 
 def test_values_are_reduced_as_declared_and_forgotten_by_the_flush():
@@ -183,6 +188,7 @@ def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
             interval_images=100,
             total_images=260,
             throughput=Throughput(0),
+            load=Load(flops_per_image=1e9, devices=2, peak_tflops=None),
             rank=rank,
             node=NodeUse(rank=rank, local_rank=rank, world_size=2, device=torch.device("cpu")),
         )
@@ -195,6 +201,27 @@ def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
     assert "104/260 images (40%)" in told[0][0]["text"]
     assert "total 0.5000" in told[0][0]["text"]
     assert told[1] == []
+
+
+def test_the_share_of_the_peak_is_of_each_device_where_that_is_known():
+    load = Load(flops_per_image=3e11, devices=8, peak_tflops=989.0)
+    figures = load.figures(8000.0)
+    assert figures == {
+        "speed/images_per_s_per_device": 1000.0,
+        "speed/tflops_per_device": 300.0,
+        "speed/mfu": 300.0 / 989.0,
+    }
+    assert load.text(8000.0) == " (1,000 a GPU, 300 TFLOP/s, MFU 30.3%)"
+    unknown = replace(load, peak_tflops=None)
+    assert "speed/mfu" not in unknown.figures(8000.0)
+    assert unknown.text(8000.0) == ""
+
+
+def test_a_processor_has_no_peak_and_the_flops_are_those_of_the_formula():
+    shape = model_shape(configuration("+exp=digits"))
+    load = Load.of(shape, devices=2, device=torch.device("cpu"))
+    assert load.peak_tflops is None
+    assert load.flops_per_image == 6 * training_multiply_adds(shape)
 
 
 def test_credentials_in_the_tracking_uri_are_refused_and_not_repeated():

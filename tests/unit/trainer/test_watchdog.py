@@ -16,9 +16,10 @@ from cluster.failure import STOOD_STILL
 from tests.unit.trainer.checkpoint.stores import MemoryStore
 from trainer.storage.errors import StoreError
 from trainer.training import watchdog as module
-from trainer.training.hooks import Throughput, UpdateReport
+from trainer.training.hooks import UpdateReport
 from trainer.training.phases import PhaseClock, Sight
 from trainer.training.run import Run
+from trainer.training.speed import Throughput
 from trainer.training.watchdog import (
     SLOWEST_UPDATES,
     HangReport,

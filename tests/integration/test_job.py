@@ -7,6 +7,7 @@ gloo, fp32 on CPU), and with the same weights but for roundings where a node is 
 undisturbed run serves all tests.
 """
 
+import gzip
 import io
 import json
 import re
@@ -199,6 +200,21 @@ def test_mlflow_has_the_configuration_the_curves_and_the_pictures(finished):
         "images/samples+step+3200",
         "images/samples+step+6400",
     ]
+
+
+def test_every_rank_is_profiled_into_the_store_and_mlflow(finished):
+    kept = {key: finished.store.get(key) for key in finished.store.list("digits/profile/")}
+    after = f"{(3 + 2) * 64:012d}"
+    folder = f"digits/profile/{after}-attempt-00000"
+    assert sorted(kept) == [f"{folder}/rank-{rank:05d}.json.gz" for rank in range(2)]
+    for key, trace in kept.items():
+        names = {event.get("name") for event in json.loads(gzip.decompress(trace))["traceEvents"]}
+        assert "aten::scaled_dot_product_attention" in names, key
+    shown = finished.client.list_artifacts(finished.record.info.run_id, f"profile/{after}")
+    assert [each.path.rpartition("/")[2] for each in shown] == [
+        key.rpartition("/")[2] for key in sorted(kept)
+    ]
+    assert f"profiled 2 updates of each rank: {finished.uri}/runs/{folder}" in finished.output
 
 
 def test_no_credential_is_written_anywhere(finished):

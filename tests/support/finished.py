@@ -62,6 +62,7 @@ def finished(
             f"store.uri={uri}",
             f"store.endpoint_url={s3.endpoint_url}",
             f"tracking.uri={server.uri}",
+            "runtime.profile=3:2",
         ]
         with job(*arguments, home=home, environment=credentials) as running:
             assert running.wait() == 0, running.output

@@ -198,10 +198,30 @@ class RuntimeConfig(Checked):
             loader may wait for a file (`shards.download_patience_s` and three times
             `shards.download_timeout_s`), or for 20 times as long as the slowest update of late,
             whichever is longer; 0 waits for ever.
+        profile: `START:COUNT` has torch's profiler look at COUNT updates of every rank after START
+            updates of the launch; their traces go into the store and to MLflow. None looks at none.
     """
 
     log_interval_images: Annotated[int, Field(ge=0)] = 5000
     hang_s: Annotated[float, Field(ge=0)] = 300.0
+    profile: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = (self.profile or "0:1").split(":")
+        if not (len(parts) == 2 and all(map(str.isdecimal, parts)) and 1 <= int(parts[1]) <= 100):
+            raise ConfigError(
+                f"runtime.profile={self.profile} is not START:COUNT, two whole numbers of updates "
+                "of which COUNT is from 1 to 100, as in runtime.profile=20:3"
+            )
+
+    @property
+    def profiled_updates(self) -> range:
+        """Updates of a launch that are profiled, counted from 0."""
+        if self.profile is None:
+            return range(0)
+        start, count = map(int, self.profile.split(":"))
+        return range(start, start + count)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -344,6 +344,9 @@ class _KeptTracker(Tracker):
             self._keeper.add_picture(png, images)
         self._tracker.image(name, png, images=images)
 
+    def file(self, name: str, data: bytes) -> None:
+        self._tracker.file(name, data)
+
     def tags(self, values: Mapping[str, str]) -> None:
         self._tracker.tags(values)
 

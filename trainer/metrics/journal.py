@@ -51,7 +51,7 @@ class Entry:
         images: Its position of the run.
         name: Of a picture or a data set, of the metric to compare by; why a run has ended; "total"
             of points that are the last word.
-        text: A picture as base64, a file, a page, an address, a status.
+        text: A picture or a file as base64, a document, a page, an address, a status.
         values: Metrics as hexadecimal floats, or texts by name.
         tags: More texts by name.
     """
@@ -64,6 +64,7 @@ class Entry:
         "dataset",
         "page",
         "report",
+        "file",
         "points",
         "picture",
         "checkpoint",

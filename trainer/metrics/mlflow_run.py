@@ -10,9 +10,11 @@ import base64
 import hashlib
 import io
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.console import visible
@@ -338,6 +340,13 @@ class MlflowRun:
 
     def _send_report(self, entry: Entry) -> None:
         self._client.log_text(self.run_id, entry.text, entry.name)
+
+    def _send_file(self, entry: Entry) -> None:
+        folder, _, name = entry.name.rpartition("/")
+        with tempfile.TemporaryDirectory() as written:
+            path = Path(written) / name
+            path.write_bytes(base64.b64decode(entry.text))
+            self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def _send_checkpoint(self, entry: Entry) -> None:
         self._client.set_tag(self.run_id, "checkpoint", visible(entry.text))

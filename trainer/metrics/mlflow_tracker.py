@@ -180,6 +180,11 @@ class MlflowTracker(Tracker):
             Entry(kind="picture", time_ms=_now_ms(), images=images, name=name, text=text)
         )
 
+    def file(self, name: str, data: bytes) -> None:
+        """Record a file as an artifact."""
+        text = base64.b64encode(data).decode()
+        self.journal.append(Entry(kind="file", time_ms=_now_ms(), name=name, text=text))
+
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run, without credentials of addresses that they quote."""
         told = {name: hide_credentials(visible(text)) for name, text in values.items()}

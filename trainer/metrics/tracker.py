@@ -100,6 +100,9 @@ class Tracker:
     def image(self, name: str, png: bytes, *, images: int) -> None:
         """Record a picture at a position of the run."""
 
+    def file(self, name: str, data: bytes) -> None:
+        """Record a file about the run, in place of an older one of this name."""
+
     def tags(self, values: Mapping[str, str]) -> None:
         """Attach or replace named texts."""
 

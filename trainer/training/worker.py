@@ -43,6 +43,7 @@ from trainer.training.goodput_curve import draw_goodput
 from trainer.training.hooks import Hook, LossWatch, PeriodicSave, Progress, SampleGrids
 from trainer.training.loop import LoopEnd, StopVote, train
 from trainer.training.phases import PhaseClock
+from trainer.training.profiling import Profile, profile_folder
 from trainer.training.resume import Restored, restore
 from trainer.training.run import Run, build_run, reporter_of
 from trainer.training.speed import Load, Throughput
@@ -106,12 +107,15 @@ def _train(run: Run) -> None:
         save = partial(_save, run, restored, watch=watch, saver=saver, tracker=tracker)
         grids = _sample_grids(run, throughput, evaluation, tracker)
         hooks = _hooks(run, throughput, watch, save, during=during, grids=grids, tracker=tracker)
+        profile = _profile(run, throughput, tracker)
         try:
             saver.prepare(run.engine.fragments(), science=run.science)
             during.catch_up(restored.position)
             grids.begin(state.images)
             with _draw_goodput(run, tracker):
-                end = _loop(run, state, step=step, hooks=hooks)
+                profile.begin()
+                end = _loop(run, state, step=step, hooks=[*hooks, profile])
+                profile.end(state.images)
             run.watchdog.be_patient(run.context.rank > 0)
             if end == "stopped":
                 saver.set_deadline(_grace_s(run))
@@ -278,6 +282,20 @@ def _sample_grids(
         interval_images=config.grid_interval_images,
         columns=config.grid_columns,
         rank=run.context.rank,
+        pause=partial(_leave_out, run, throughput),
+    )
+
+
+def _profile(run: Run, throughput: Throughput, tracker: Tracker) -> Profile:
+    return Profile(
+        run.job.runtime.profiled_updates,
+        store=run.store,
+        folder=lambda images: profile_folder(
+            run.job.run, images=images, attempt=run.context.attempt
+        ),
+        ranks=run.ranks,
+        tracker=tracker,
+        report=run.report,
         pause=partial(_leave_out, run, throughput),
     )
 

@@ -9,7 +9,7 @@ import torch
 from cluster.placement import Placement
 from models.ema import EmaConfig
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.engine.compiled import check_compiler, compile_blocks
+from trainer.engine.compiled import compile_as_asked
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.plain import PlainEngine
@@ -44,12 +44,7 @@ def build_engine(
         rank_batch: Images per rank and update; a multiple of `micro_batch`.
         world_size: Number of ranks.
         device: Where this rank computes.
-
-    Raises:
-        EngineConfigError: Blocks are to be compiled, and there is no compiler.
     """
-    if config.compile == "blocks":
-        check_compiler(device)
     logger.info("building the model, its optimizer and EMA on %s", device)
     grad_accum_steps = rank_batch // micro_batch
     shards = ExpertShards.of(placement, regather=config.regathers)
@@ -57,8 +52,7 @@ def build_engine(
     def arrange(model: LapFlowTransformer) -> None:
         model.checkpoint_activations(config.recomputed)
         shards.join(model)
-        if config.compile == "blocks":
-            compile_blocks(model)
+        compile_as_asked(model, config)
         # A finest scale that is sharded exchanges on the communicators of coarse ones.
         if config.has_overlap and placement.ranks[-1] == 1 and device.type == "cuda":
             model.queue(CudaStreams(device))

@@ -22,7 +22,7 @@ import torch
 from models.transformer.block import Block
 from models.transformer.experts import Regions
 from models.transformer.lapflow import LapFlowTransformer
-from trainer.engine.protocol import EngineConfigError
+from trainer.engine.protocol import EngineConfig, EngineConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,17 @@ _MOST_SIZES = 64
 """A scale has one, or one for each number of images it is given; torch's own limit is 8."""
 
 
-def compile_blocks(model: LapFlowTransformer) -> None:
+def compile_as_asked(model: LapFlowTransformer, config: EngineConfig) -> None:
     """Let the blocks of a model compute their experts by compiled code while it is trained.
 
     The code is made in the first forward and backward pass.
 
     Args:
-        model: Its layers are in their places.
+        model: Its layers are in their places, if not its weights.
+        config: Whether they are to be compiled.
     """
+    if config.compile == "off":
+        return
     eager = Regions()
     compiled = Regions(
         attention_inputs=_while_training(eager.attention_inputs),

@@ -20,7 +20,7 @@ from trainer.config.job import JobConfig, science
 from trainer.config.shapes import picture_shape
 from trainer.data.loading import return_large_blocks
 from trainer.data.splits import Split, open_split
-from trainer.engine.compiled import prepare_compiler
+from trainer.engine.compiled import check_compiler, prepare_compiler
 from trainer.engine.protocol import Engine
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
@@ -106,11 +106,7 @@ def build_run(
     device = torch.device(context.device)
     if device.type == "cpu":
         return_large_blocks()
-    flow = Flow(job.flow)
-    if job.engine.compile == "blocks":
-        prepare_compiler(paths.cache(job), ranks=context.local_world_size)
-    engine = build_run_engine(job, world_size=context.world_size, device=device)
-    logger.info("the model is there")
+    flow, engine = Flow(job.flow), _engine(context, job, device)
     checkpoints = CheckpointReader(store, run=job.run, ranks=ranks, on_read=times.clock.show_life)
     images = open_split(job, "train")
     codec, codec_digest = load_codec(
@@ -139,6 +135,15 @@ def build_run(
         origin=payload.get("origin", {}),
         watchdog=watchdog,
     )
+
+
+def _engine(context: WorkerContext, job: JobConfig, device: torch.device) -> Engine:
+    if job.engine.compile == "blocks":
+        check_compiler(device)
+        prepare_compiler(paths.cache(job), ranks=context.local_world_size)
+    engine = build_run_engine(job, world_size=context.world_size, device=device)
+    logger.info("the model is there")
+    return engine
 
 
 def _enter(fence: Fence, ranks: HostGroup) -> None:

@@ -113,9 +113,7 @@ def _train(run: Run) -> None:
             during.catch_up(restored.position)
             grids.begin(state.images)
             with _draw_goodput(run, tracker):
-                profile.begin()
-                end = _loop(run, state, step=step, hooks=[*hooks, profile])
-                profile.end(state.images)
+                end = _loop(run, state, step=step, hooks=hooks, profile=profile)
             run.watchdog.be_patient(run.context.rank > 0)
             if end == "stopped":
                 saver.set_deadline(_grace_s(run))
@@ -341,21 +339,26 @@ def _hooks(
     ]
 
 
-def _loop(run: Run, state: TrainState, *, step: TrainStep, hooks: list[Hook]) -> LoopEnd:
+def _loop(
+    run: Run, state: TrainState, *, step: TrainStep, hooks: list[Hook], profile: Profile
+) -> LoopEnd:
     job, watchdog = run.job, run.watchdog
     watchdog.images = state.images
     watchdog.be_patient(False)
     with training_loader(job, run.images, run.context, codec=run.codec) as loader:
-        return train(
+        profile.begin()
+        end = train(
             state,
             loader=loader,
             step=step,
-            hooks=[*hooks, watchdog] if job.runtime.hang_s else hooks,
+            hooks=[*hooks, *([watchdog] if job.runtime.hang_s else []), profile],
             stop=StopVote(run.context.stop_requested),
             total_images=job.train.total_images,
             rank=run.context.rank,
             advance=run.context.advance,
         )
+        profile.end(state.images)
+        return end
 
 
 def _draw_goodput(run: Run, tracker: Tracker) -> AbstractContextManager[None]:

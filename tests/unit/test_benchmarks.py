@@ -15,6 +15,7 @@ from benchmarks import (
     sample_sets,
     sampling,
     tracking,
+    training_loop,
     training_step,
 )
 from benchmarks.checkpoints import blocked, transfer
@@ -37,6 +38,7 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
     ("benchmark", "arguments", "rows"),
     [
         (training_step, [*TINY_MODEL, "--batch", "6", "--optimizer"], 3),
+        (training_loop, [*TINY_MODEL, "--batch", "6", "--depth", "1"], 7),
         (prefix_attention, [*TINY, "--pixels", "256", "--batch", "1", "--heads", "1"], 6),
         (expert_matmul, [*TINY, "--sizes", "S/2", "--scales", "2", "--batch", "2"], 3),
         (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),

@@ -233,10 +233,9 @@ class InMemory:
             size = len(self._batches[0][1])
             bands, labels = self._batches[cursor.images // size % len(self._batches)]
             cursor = replace(cursor, images=cursor.images + size)
-            yield (
-                Batch(bands=bands, labels=labels, sample_ids=torch.arange(size), skipped=0),
-                cursor,
-            )
+            ids = torch.arange(size)
+            batch = Batch(bands=bands, labels=labels, sample_ids=ids, skipped=0)
+            yield batch, cursor
 
 
 def _dit(subject: Subject) -> BareLoop:

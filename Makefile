@@ -7,6 +7,7 @@
 #   make check       linters, types, import contracts;     make format     apply ruff's format
 #   make house       how the source is built, counted; AGAINST=REV compares with that revision
 #   make bench       the benchmarks that run on a CPU, their JSON files under $LAPFLOW_HOME/bench
+#   make bench-gpu   the tests and benchmarks that need a GPU, in 25 minutes, into one JSON file
 #   make pictures    draw the pictures of the documentation anew
 #   make settings    write docs/settings.md anew from the configuration dataclasses
 #   make ui          open the MLflow pages of the runs on this machine
@@ -30,7 +31,7 @@ export DO_NOT_TRACK ?= 1
 # Threads of several processes that wait for each other by spinning cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train data-demo test test-fast check format house fuzz chaos bench pictures settings ui setup clean-venv golden doctor audit
+.PHONY: train data-demo test test-fast check format house fuzz chaos bench bench-gpu pictures settings ui setup clean-venv golden doctor audit
 
 train: setup
 	$(BIN)/python -m trainer.launch +exp=$(EXP) $(ARGS)
@@ -90,6 +91,7 @@ golden: setup
 
 bench: setup
 	mkdir -p "$(LAPFLOW_HOME)/bench"
+	$(BIN)/python -m benchmarks.training_loop --output "$(LAPFLOW_HOME)/bench/training_loop.json"
 	$(BIN)/python -m benchmarks.training_step --output "$(LAPFLOW_HOME)/bench/training_step.json"
 	$(BIN)/python -m benchmarks.prefix_attention --output "$(LAPFLOW_HOME)/bench/prefix_attention.json"
 	$(BIN)/python -m benchmarks.expert_matmul --output "$(LAPFLOW_HOME)/bench/expert_matmul.json"
@@ -100,6 +102,9 @@ bench: setup
 	    $(BIN)/python -m benchmarks.experts $$name --output "$(LAPFLOW_HOME)/bench/experts_$$name.json" || exit 1; done
 	for name in blocked transfer memory; do \
 	    $(BIN)/python -m benchmarks.checkpoints $$name --output "$(LAPFLOW_HOME)/bench/checkpoints_$$name.json" || exit 1; done
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu --output "$(LAPFLOW_HOME)/bench/gpu.json" $(ARGS)
 
 pictures: setup
 	$(BIN)/python docs/pictures.py $(ARGS)

@@ -41,7 +41,7 @@ class BareLoop:
         self._objective, self._batches = objective, batches
         self._noise_size, self._bf16, self._updates = noise_size, precision == "bf16", updates
         self._null_label, self._config = null_label, TrainConfig()
-        self._weights = list(network.parameters())
+        self._weights: list[Tensor] = list(network.parameters())
         self._average = [weight.detach().clone() for weight in self._weights]
         self._adamw = adamw(self._weights, OptimConfig())
         self._done = 0

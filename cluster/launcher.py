@@ -25,6 +25,19 @@ def _say_nothing(_line: str) -> None:
     """Stand in for a caller's lines."""
 
 
+def prepare(config: ClusterConfig, warm_up: Callable[[], None]) -> None:
+    """Begins what `run` will need and can be begun before all is checked; does not wait for it.
+
+    Args:
+        config: Where, and how many.
+        warm_up: As for `run`.
+    """
+    if config.backend == "local":
+        from cluster import local
+
+        local.prepare(config, warm_up)
+
+
 def run(
     config: ClusterConfig,
     worker: Worker,
@@ -58,7 +71,8 @@ def run(
         group_size: How many consecutive ranks always share a node; divides `config.workers`.
         fewer: Ray only. Numbers of processes that will do, and the group size of each.
         check: What to look for on each node before any worker is placed on it.
-        warm_up: An importable function that imports what workers need; spares call it ahead.
+        warm_up: An importable function that imports what workers need. Spares call it ahead, and
+            so does what workers of one machine are forked from.
 
     Returns:
         How the run ended.
@@ -94,7 +108,7 @@ def _run(
     if config.backend == "local":
         from cluster import local  # one machine: everything shares a node
 
-        return local.run(config, worker, payload, caller, check=check)
+        return local.run(config, worker, payload, caller, check=check, warm_up=warm_up)
     require_tested("ray", TESTED_RAY)  # before its private parts are imported
     # Under `uv run` Ray would have uv make the environment anew for every worker, on every node.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

@@ -2,7 +2,8 @@
 
 A worker that dies or raises fails the run and its peers are ended: nothing is started again.
 Everything listens on the loopback interface. A Ctrl-C in the terminal reaches the caller alone,
-since the workers ignore SIGINT and SIGTERM; they end with their caller, however it ends.
+since the workers ignore SIGINT and SIGTERM; they end with their caller, however it ends. On the CPU
+they are forks of a process that has imported what they need (`cluster.warm_start`).
 """
 
 import multiprocessing
@@ -11,12 +12,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
+from cluster import warm_start
 from cluster.assignment import oversubscription_warning
 from cluster.contract import (
     Caller,
@@ -42,6 +44,19 @@ _EXIT_GRACE_S = 10.0
 """How long a worker that returned may take to end its process."""
 
 
+def prepare(config: ClusterConfig, warm_up: Callable[[], None]) -> None:
+    """Begins to import what workers need, where they can start as forks."""
+    if config.gpus_per_worker == 0 or not _may_have_gpus():
+        warm_start.start(warm_up, threads=config.cpus_per_worker)
+
+
+def _may_have_gpus() -> bool:
+    """Whether a driver of GPUs is there; torch, which knows for sure, takes a second to ask."""
+    devices = Path("/dev")
+    drivers = ("kfd", "dxg")  # of AMD, and of Windows below WSL
+    return any(devices.glob("nvidia*")) or any((devices / name).exists() for name in drivers)
+
+
 def run(
     config: ClusterConfig,
     worker: Worker,
@@ -49,6 +64,7 @@ def run(
     caller: Caller,
     *,
     check: NodeCheck | None = None,
+    warm_up: Callable[[], None] | None = None,
 ) -> Outcome:
     """Runs the worker in `config.workers` processes; see `cluster.launcher.run`."""
     devices = _devices(config)
@@ -57,12 +73,16 @@ def run(
         check_this_machine(check, workers=config.workers, gpus=gpus, report=caller.report)
     if "cpu" in devices and (word := oversubscription_warning(config, cores=os.cpu_count() or 1)):
         caller.report(word)
-    with _processes(config, devices, worker, payload) as processes:
+    environment = None
+    if warm_up is not None and set(devices) == {"cpu"}:
+        warm_start.start(warm_up, threads=config.cpus_per_worker)
+        environment = dict(os.environ)
+    with _processes(config, devices, worker, payload, environment) as processes:
         stopped = _monitor(processes, caller)
     return Outcome(status="stopped" if stopped else "finished")
 
 
-def _monitor(processes: dict[Connection, SpawnProcess], caller: Caller) -> bool:
+def _monitor(processes: dict[Connection, BaseProcess], caller: Caller) -> bool:
     """Passes messages and the stop on until every worker returned; True if a stop was asked."""
     running = dict(zip(processes, range(len(processes)), strict=True))
     failures: list[Failure] = []
@@ -106,11 +126,18 @@ def _ask_to_stop(channel: Connection) -> None:
 
 @contextmanager
 def _processes(
-    config: ClusterConfig, devices: list[str], worker: Worker, payload: Payload
-) -> Iterator[dict[Connection, SpawnProcess]]:
-    """Starts the workers, in the order of ranks and keyed by channel; ends them after the block."""
-    context = multiprocessing.get_context("spawn")
-    processes: dict[Connection, SpawnProcess] = {}
+    config: ClusterConfig,
+    devices: list[str],
+    worker: Worker,
+    payload: Payload,
+    environment: Mapping[str, str] | None,
+) -> Iterator[dict[Connection, BaseProcess]]:
+    """Starts the workers, in the order of ranks and keyed by channel; ends them after the block.
+
+    With the variables of an environment they are forks.
+    """
+    context = multiprocessing.get_context("spawn" if environment is None else "forkserver")
+    processes: dict[Connection, BaseProcess] = {}
     scratch = make_scratch(config.scratch_dir)
     rendezvous = Rendezvous(
         place=str(scratch / "rendezvous"),
@@ -118,7 +145,7 @@ def _processes(
         secret=new_secret(),
     )
     try:
-        with _block_interrupts():
+        with warm_start.block_interrupts():
             for rank, device in enumerate(devices):
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -136,6 +163,7 @@ def _processes(
                         "worker": worker,
                         "payload": payload,
                         "channel": theirs,
+                        "environment": environment,
                     },
                     name=f"worker-{rank}",
                 )
@@ -147,7 +175,9 @@ def _processes(
             process.join(_EXIT_GRACE_S)
     finally:
         for channel, process in processes.items():
-            process.kill()
+            # The number of a fork that has ended may be another process's by now.
+            if process.is_alive():
+                process.kill()
             process.join()
             channel.close()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -170,18 +200,6 @@ def _devices(config: ClusterConfig) -> list[str]:
     return [f"cuda:{index}" for index in range(config.workers)]
 
 
-@contextmanager
-def _block_interrupts() -> Iterator[None]:
-    """Blocks SIGINT in this thread, so that processes started meanwhile are born deaf to it."""
-    # Python starts this process of its own together with the first one, and then unblocks SIGINT.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _main(
     *,
     rank_info: RankInfo,
@@ -191,8 +209,11 @@ def _main(
     worker: Worker,
     payload: Payload,
     channel: Connection,
+    environment: Mapping[str, str] | None,
 ) -> None:
     """A worker's process."""
+    if environment is not None:
+        warm_start.become(environment)
     # `ray job stop` and service managers signal every process; the caller decides what it means.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stop = threading.Event()

@@ -1,12 +1,15 @@
 """How a command ends by what nobody catches: Ctrl-C, as in other programs, and what is a bug.
 
 Ctrl-C leaves no traceback, and the exit code 130. Other tracebacks are said without credentials.
+Whatever the end, the process does not take a last look for garbage.
 
 A module of its own that imports next to nothing: what is imported before it is not yet covered.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import signal
 import sys
 from types import TracebackType
@@ -27,6 +30,8 @@ def end_quietly_when_interrupted() -> None:
     if program not in ("-m", _SCRIPT) or sys.excepthook is not sys.__excepthook__:
         return
     sys.excepthook = _end
+    # Of all that torch and MLflow have made, that look takes a second, and then all of it goes.
+    atexit.register(gc.freeze)
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

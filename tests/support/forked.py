@@ -51,6 +51,7 @@ def ranks_by_fork() -> Iterator[None]:
         context = SimpleNamespace(Pipe=forked.Pipe, Process=_process)
         start_methods = SimpleNamespace(get_context=lambda method: context)
         patch.setattr("cluster.local.multiprocessing", start_methods)
+        patch.setattr("cluster.warm_start.start", lambda *_, **__: None)  # this one has started
         yield
 
 

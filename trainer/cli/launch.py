@@ -145,6 +145,9 @@ def _launch(job: JobConfig, words: Sequence[str]) -> Outcome:
 
     say(f"run {job.run}: {paths.run_uri(job)}")
     logger.info("loading libraries")
+    from cluster.launcher import prepare
+
+    prepare(job.cluster, warm_up)
     from cluster.contract import ClusterUnavailable
     from cluster.failure import WorkerFailed
     from trainer.cli import ending
@@ -193,9 +196,13 @@ def warm_up() -> None:
     from trainer.metrics.mlflow_backend import import_mlflow
 
     import_deepspeed()
-    for module in ("trainer.training.worker", "pipelines.decode.dali"):
-        importlib.import_module(module)
     import_mlflow()
+    # The second last of them is imported by the first optimizer that torch makes.
+    for module in (
+        *("trainer.training.worker", "pipelines.decode.dali"),
+        *("torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"),
+    ):
+        importlib.import_module(module)
 
 
 def _run_workers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from trainer.autoencoder.config import codec_digest
 from trainer.checkpoint.manifest import Manifest
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | None:
     """Check the home folder, the store, the tracker, the data set and the start.
 
+    MLflow is asked beside the rest, which need not wait for its server, nor for its import.
+
     Args:
         job: The validated configuration.
         report: Takes a line for the user.
@@ -49,16 +52,16 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
     _check_home(job)
     store = open_store(paths.runs_uri(job), job.store)
     _check_writable(store, job.run)
-    # Missing weights are found now and not after the last image.
-    check_features(job.eval.features, job.store)
-    try:
-        check_tracker(job.tracking, str(paths.home(job)))
-        report(f"look at the run: {tracking_ui_hint(job)}")
-    except TrackerUnreachable as error:
-        if job.tracking.required:
-            raise
-        report(f"warning: {error}")
-    images = _prepared_data(job, report)
+    with ThreadPoolExecutor(1) as beside:
+        pages = beside.submit(_check_tracker, job)
+        # Missing weights are found now and not after the last image.
+        check_features(job.eval.features, job.store)
+        images, held_out = _prepared_data(job)
+        report(pages.result())
+    report(
+        f"data {' '.join(paths.data_prefixes(job))}: {len(images):,} training and "
+        f"{len(held_out):,} held-out images"
+    )
     logger.info("looking for checkpoints of the run")
     newest = _newest(job, store)
     digest = codec_digest(
@@ -82,6 +85,17 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
     if changes:
         report(f"warning: resuming with changed settings: {'; '.join(changes)}")
     return newest
+
+
+def _check_tracker(job: JobConfig) -> str:
+    """Say where the run is to be looked at, or why that cannot be."""
+    try:
+        check_tracker(job.tracking, str(paths.home(job)))
+        return f"look at the run: {tracking_ui_hint(job)}"
+    except TrackerUnreachable as error:
+        if job.tracking.required:
+            raise
+        return f"warning: {error}"
 
 
 def _newest(job: JobConfig, store: Store) -> Manifest | None:
@@ -112,15 +126,10 @@ def _check_writable(store: Store, run: str) -> None:
     store.delete(key)
 
 
-def _prepared_data(job: JobConfig, report: Callable[[str], None]) -> Split:
+def _prepared_data(job: JobConfig) -> tuple[Split, Split]:
     if job.data.prepare == "digits":
         from pipelines.ingest.digits import ensure_digits
 
         logger.info("writing scikit-learn's digits into shards, unless they are there")
         ensure_digits(paths.data_prefix(job))
-    train, test = open_split(job, "train"), open_split(job, "test")
-    report(
-        f"data {' '.join(paths.data_prefixes(job))}: {len(train):,} training and {len(test):,} "
-        "held-out images"
-    )
-    return train
+    return open_split(job, "train"), open_split(job, "test")

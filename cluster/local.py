@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -136,7 +137,11 @@ def _processes(
 
     With the variables of an environment they are forks.
     """
-    context = multiprocessing.get_context("spawn" if environment is None else "forkserver")
+    context: SpawnContext | ForkServerContext
+    if environment is None:
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
     processes: dict[Connection, BaseProcess] = {}
     scratch = make_scratch(config.scratch_dir)
     rendezvous = Rendezvous(
@@ -148,7 +153,7 @@ def _processes(
         with warm_start.block_interrupts():
             for rank, device in enumerate(devices):
                 ours, theirs = context.Pipe()
-                process = context.Process(
+                process: BaseProcess = context.Process(
                     target=_main,
                     kwargs={
                         "rank_info": RankInfo(

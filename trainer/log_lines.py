@@ -14,8 +14,10 @@ from pipelines.addresses import hide_credentials
 from pipelines.console import SayingHandler, WarningLines, visible
 from pipelines.formats import format_duration
 
-# The last is the module that `python -m` runs.
-_PACKAGES = ("trainer", "pipelines", "models", "cluster", "__main__")
+OWN_PACKAGES = ("trainer", "pipelines", "models", "cluster", "__main__")
+"""Whose loggers tell what the program is at; the last is the module that `python -m` runs."""
+FIRST_UPDATE = "the first update is done; training"
+"""What each worker says when the start is over."""
 _ROOT = ""
 
 
@@ -86,14 +88,14 @@ def forward_logs(
         heard: Called with each line.
     """
     handler = _ForwardingHandler(log, heard)
-    with _set_levels(handler.level), _attach(handler, _PACKAGES), _keep_from_root():
+    with _set_levels(handler.level), _attach(handler, OWN_PACKAGES), _keep_from_root():
         yield
 
 
 @contextmanager
 def _keep_from_root() -> Iterator[None]:
     """Have no handler of the whole process write a second time what our packages log."""
-    before = {name: logging.getLogger(name).propagate for name in _PACKAGES}
+    before = {name: logging.getLogger(name).propagate for name in OWN_PACKAGES}
     for name in before:
         logging.getLogger(name).propagate = False
     try:
@@ -105,7 +107,7 @@ def _keep_from_root() -> Iterator[None]:
 
 @contextmanager
 def _set_levels(level: int) -> Iterator[None]:
-    before = {name: logging.getLogger(name).level for name in _PACKAGES}
+    before = {name: logging.getLogger(name).level for name in OWN_PACKAGES}
     for name in before:
         logging.getLogger(name).setLevel(level)
     try:

@@ -12,6 +12,7 @@ from pipelines.command import tell_event
 from pipelines.console import say, visible
 from pipelines.formats import format_duration
 from pipelines.progress import Pace, Progress
+from trainer.cli.start_times import StartTimes
 from trainer.cli.worker_lines import WorkerLines
 from trainer.evaluation.reports import EvaluationReport
 from trainer.log_lines import was_shown
@@ -20,6 +21,9 @@ from trainer.training.goodput import Timesheet
 
 class Console:
     """Prints notes and the workers' messages.
+
+    Args:
+        start: Hears what the cluster and the workers are at until training begins.
 
     Attributes:
         last_checkpoint: URI of the newest checkpoint heard of, or "".
@@ -37,7 +41,8 @@ class Console:
         lines: Shows the workers' lines.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: StartTimes | None = None) -> None:
+        self._start = start
         self.last_checkpoint = ""
         self.images = 0
         self.finished = False
@@ -50,13 +55,15 @@ class Console:
         self.identity = ""
         self.token = 0
         self.times = Timesheet()
-        self.lines = WorkerLines(self.note)
+        self.lines = WorkerLines(self.note, heard=start.hear_worker if start else None)
         self._bar: Progress | None = None
         self._speed: tuple[float | None, float | None] = None, None
 
     def cluster_line(self, text: str) -> None:
         """Print a line of the cluster."""
         self.times.hear_line(text)
+        if self._start is not None:
+            self._start.hear_driver(text)
         self.note(text)
 
     def note(self, text: str) -> None:

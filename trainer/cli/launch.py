@@ -25,6 +25,7 @@ from trainer.config.groups import check_members, members
 if TYPE_CHECKING:
     from cluster.contract import Outcome as ClusterOutcome
     from trainer.cli.console import Console
+    from trainer.cli.start_times import StartTimes
     from trainer.config.job import JobConfig
     from trainer.storage.errors import LeaseLost
     from trainer.storage.lease import Lease
@@ -80,7 +81,12 @@ def _launch_or_describe(options: argparse.Namespace) -> Outcome:
         job = _check(options.overrides)
         if options.cfg or job.dry_run:
             return describe(job, explained=bool(options.cfg))
-        return _launch(job, options.overrides)
+        if not job.runtime.timing:
+            return _launch(job, options.overrides)
+        from trainer.cli.start_times import StartTimes
+
+        with StartTimes(say).listening() as start:
+            return _launch(job, options.overrides, start)
     except KeyboardInterrupt:
         return Outcome("", {"outcome": "interrupted", "error": "interrupted"}, 128 + signal.SIGINT)
 
@@ -140,7 +146,7 @@ def describe(job: JobConfig, *, explained: bool = False) -> Outcome:
     return Outcome(text, {"configuration": values, "costs": costs.splitlines()})
 
 
-def _launch(job: JobConfig, words: Sequence[str]) -> Outcome:
+def _launch(job: JobConfig, words: Sequence[str], start: StartTimes | None = None) -> Outcome:
     from trainer.config import paths
 
     say(f"run {job.run}: {paths.run_uri(job)}")
@@ -156,7 +162,7 @@ def _launch(job: JobConfig, words: Sequence[str]) -> Outcome:
     from trainer.training.preflight import preflight
     from trainer.training.tracking import has_unsent, send_unsent
 
-    console = Console()
+    console = Console(start)
     newest = preflight(job, report=console.note)
     store = open_store(paths.runs_uri(job), job.store)
     complete = newest is not None and newest.images >= job.train.total_images

@@ -34,13 +34,19 @@ class WorkerLines:
     Args:
         show: Takes a line for the user.
         now: Monotonic clock in seconds.
+        heard: Takes each line as it comes.
     """
 
     def __init__(
-        self, show: Callable[[str], None], *, now: Callable[[], float] = time.monotonic
+        self,
+        show: Callable[[str], None],
+        *,
+        now: Callable[[], float] = time.monotonic,
+        heard: Callable[[Line], None] | None = None,
     ) -> None:
         self._show = show
         self._now = now
+        self._heard = heard
         self._attempt = -1
         self._told: set[str] = set()
         self._waiting: dict[str, tuple[float, Line]] = {}
@@ -66,6 +72,8 @@ class WorkerLines:
         elif line.text not in self._told:
             self._waiting.setdefault(line.text, (self._now(), line))
         self.look()
+        if self._heard is not None:
+            self._heard(line)
 
     def look(self) -> None:
         """Show what has waited long enough."""

@@ -200,11 +200,13 @@ class RuntimeConfig(Checked):
             whichever is longer; 0 waits for ever.
         profile: `START:COUNT` has torch's profiler look at COUNT updates of every rank after START
             updates of the launch; their traces go into the store and to MLflow. None looks at none.
+        timing: Print a table of where the time from the command to the first update went.
     """
 
     log_interval_images: Annotated[int, Field(ge=0)] = 5000
     hang_s: Annotated[float, Field(ge=0)] = 300.0
     profile: str | None = None
+    timing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from cluster.process_group import prove_peers
 from pipelines.loading.loader import Batch, Cursor, Loader
+from trainer.log_lines import FIRST_UPDATE
 from trainer.state import TrainState
 from trainer.training.hooks import Hook, UpdateReport
 from trainer.training.step import TrainStep
@@ -101,7 +102,7 @@ def train(
             logger.info("the first batch is there; the first update takes longer than others")
         outcome = step(batch, state, first_image=before + rank * len(batch.labels))
         if first:
-            logger.info("the first update is done; training")
+            logger.info(FIRST_UPDATE)
         first = False
         state.images = cursor.images
         state.updates += outcome.applied

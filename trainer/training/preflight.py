@@ -57,6 +57,8 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
         # Missing weights are found now and not after the last image.
         check_features(job.eval.features, job.store)
         images, held_out = _prepared_data(job)
+        if not pages.done():
+            logger.info("waiting for MLflow")
         report(pages.result())
     report(
         f"data {' '.join(paths.data_prefixes(job))}: {len(images):,} training and "

@@ -2,11 +2,12 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, planner
 from benchmarks.gpu import PARTS, Part, run_parts
 
 WRITES = "import json, sys; json.dump({'rows': [1]}, open(sys.argv[2], 'w')); print('measured')"
@@ -68,3 +69,15 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--output", str(tmp_path / "gpu.json"), "--only", "training,tea"])
     assert "--only tea is no part" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", planner.MEASURED, ids=lambda step: step.what)
+def test_the_planner_promises_less_than_was_measured_as_the_page_says(step):
+    predicted = planner.predicted_ms(step)
+    factor = step.ms / sum(predicted)
+    # Nothing runs faster than what it is made of, and where products are many they are most of it.
+    assert factor > 1
+    if predicted[0] + predicted[2] > 100:
+        assert factor < 2.5
+    page = (Path(planner.__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    assert f"{predicted[0]:.0f} ms" in page or f"{predicted[0]:.1f} ms" in page

@@ -26,7 +26,7 @@ from trainer.planning.placing import (
     zero_stage,
 )
 from trainer.planning.planner import Candidate, best, candidates
-from trainer.planning.report import as_json, explain, placement_table, simulated_ms
+from trainer.planning.report import as_json, assumptions, explain, placement_table, simulated_ms
 
 _DESCRIPTION = """\
 Plan where the experts of each scale go: memory of a rank and time of a step for every placement
@@ -119,6 +119,7 @@ def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) ->
             f"{format_bytes(own.memory.total)}{fits}; its queues, simulated block by block, take "
             f"{simulated_ms(own):,.1f} ms."
         )
+    words.append(assumptions(job.cluster.hardware))
     return words
 
 

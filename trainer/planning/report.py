@@ -62,6 +62,17 @@ def explain(
     return words
 
 
+def assumptions(hardware: HardwareConfig) -> str:
+    """Say in a sentence what times stand on, and how far from it measured steps were."""
+    return (
+        f"Times count matrix products at {hardware.matmul_tflops:g} TFLOP/s and what is sent, at "
+        f"{hardware.node_link_gb_per_s:g} GB/s inside a node and {hardware.network_gb_per_s:g} "
+        "between nodes (cluster.hardware). Norms, the update, encoding images online and kernels "
+        "that are waited for are left out: one H200 took 2.0 to 2.4 times the time of its products "
+        "with 64 images and more, and many times that with six (docs/benchmarks.md)."
+    )
+
+
 def _describe_whole_scale(
     workload: Workload, hardware: HardwareConfig, choices: Choices, chosen: Candidate
 ) -> list[str]:

@@ -24,11 +24,26 @@ Band = Float[Tensor, "_b _c _h _w"]
 """One scale of a pyramid."""
 
 Bands = tuple[Band, ...]
-"""Scales of a pyramid, coarse to fine; each has a batch no larger than the one before it."""
+"""Scales of a pyramid, coarse to fine."""
 
 VelocityModel = Callable[[Bands, Tensor, Tensor], Bands]
 """``(states, time [b], labels [b]) -> velocities``: one velocity for each state, same shapes.
 
 ``states`` may be any prefix of the scales. The state at position ``p`` may hold fewer images than
-the one before it: its image ``i`` is then image ``i`` of the batch too.
+the one before it: its image ``i`` is then image ``i`` of the batch too. In sampling it may also
+hold ``n`` times as many: its images ``n i … n i + n - 1`` are then variations of image ``i``.
 """
+
+
+def to_images(rows: Tensor, images: int) -> Tensor:
+    """Hand what the images of a scale have to those of a finer one.
+
+    Args:
+        rows: One row for each image of the scale, along the first dimension.
+        images: How many images the finer scale holds: as many, fewer (the first ones), or a
+            multiple, of which neighbours get the same row.
+    """
+    held = rows.shape[0]
+    if images <= held:
+        return rows[:images]
+    return rows.unsqueeze(1).expand(-1, images // held, *rows.shape[1:]).flatten(0, 1)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from models.axes import Bands, VelocityModel
+from models.axes import Band, Bands, VelocityModel, to_images
 from models.flow.flow import Flow
 from models.flow.sampler_config import MAX_STEPS, Piece, SamplerConfig, SamplerConfigError
 from models.flow.solver import Observer, VelocityFunction, integrate, unobserved
@@ -65,9 +65,15 @@ def sample(
     image_size: int,
     null_label: int,
     finest_batch: int | None = None,
+    share_coarse: int = 1,
     observe: Observer = unobserved,
 ) -> Samples:
     """Turn noise into images; an image depends on its own noise and label.
+
+    With ``share_coarse`` images are variations of one layout, so many after the other: they have
+    the noise of the first of them on all scales but the finest, and its label. No coarse scale
+    depends on finer ones, so its states, and in every network call its keys and values, are
+    computed once for all of them. They are the images that would be drawn one by one of that noise.
 
     Args:
         velocity_model: The network.
@@ -80,16 +86,18 @@ def sample(
         null_label: Label that stands for "no class"; used by guidance.
         finest_batch: Images in one network call when all scales are active; segments with fewer
             tokens take more at once, see ``images_per_call``. None takes all images at once.
+        share_coarse: How many images share their coarse scales; 1 shares nothing.
         observe: Called after each step and once more where a scale has entered, with the images of
             one network call.
 
     Raises:
         StepsError: There are fewer steps than segments.
-        SamplerConfigError: ``finest_batch`` is below 1.
+        SamplerConfigError: ``finest_batch`` is below 1, or coarse scales cannot be shared.
         FlowConfigError: ``noise`` holds another count of numbers.
         SolverError: The solver chooses its own steps, and comes to no end.
     """
     images, scales = noise.shape[0], flow.stages.scales
+    check_shared(share_coarse, flow=flow, config=config, images=images)
     counter = NfeCounter(velocity_model)
     guided_model = guide(counter, scale=config.guidance_scale, null_label=null_label)
     advance = partial(_integrate, config=config, observe=observe)
@@ -97,15 +105,20 @@ def sample(
     if config.adaptive:
         sizes = (config.adaptive_group,) * scales
     noise_bands = flow.noise_bands(noise, channels=channels, image_size=image_size)
+    # Of the images of a layout the first one stands for all, but on the finest scale.
+    noise_bands = (*(band[::share_coarse] for band in noise_bands[:-1]), noise_bands[-1])
+    labels = labels[::share_coarse]
     states: Bands = ()
     nfe = []
     plan = zip(flow.stages.segments, config.plan(flow.stages), sizes, strict=True)
     for segment, pieces, size in plan:
         states = (*states, flow.path.entry(noise_bands[segment.active - 1], segment.start))
+        varied = share_coarse if segment.active == scales else 1
+        layouts = max(1, size // varied)
         parts = []
-        for first in range(0, images, size):
-            batch = slice(first, first + size)
-            some = tuple(state[batch] for state in states)
+        for first in range(0, len(labels), layouts):
+            batch = slice(first, first + layouts)
+            some = (*(state[batch] for state in states[:-1]), _varied(states[-1], batch, varied))
             observe(segment.start, some)
             for piece in pieces:
                 model = guided_model if piece.guided else counter
@@ -113,7 +126,41 @@ def sample(
             parts.append(some)
         states = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         nfe.append(counter.take() / images)
-    return Samples(images=merge(states), nfe=tuple(nfe))
+    coarse = (to_images(state, images) for state in states[:-1])
+    return Samples(images=merge((*coarse, states[-1])), nfe=tuple(nfe))
+
+
+def check_shared(share_coarse: int, *, flow: Flow, config: SamplerConfig, images: int) -> None:
+    """Refuse to share coarse scales where that cannot be done.
+
+    Args:
+        share_coarse: How many images share them; 1 is always possible.
+        flow: The flow.
+        config: The sampler.
+        images: How many images there are.
+
+    Raises:
+        SamplerConfigError: Naming what is in the way.
+    """
+    if share_coarse < 1 or images % share_coarse:
+        raise SamplerConfigError(
+            f"share_coarse={share_coarse} must be at least 1 and divide the {images} images."
+        )
+    if share_coarse > 1 and flow.stages.scales == 1:
+        raise SamplerConfigError(
+            f"share_coarse={share_coarse} needs two or more scales: with one there is nothing "
+            "coarse to share."
+        )
+    if share_coarse > 1 and config.adaptive:
+        raise SamplerConfigError(
+            f"share_coarse={share_coarse} needs a solver of fixed steps, such as heun: with "
+            f"solver={config.solver} the steps of the coarse scales depend on the finest."
+        )
+
+
+def _varied(state: Band, layouts: slice, variations: int) -> Band:
+    """The images of some layouts, of a scale that has so many for each."""
+    return state[layouts.start * variations : layouts.stop * variations]
 
 
 def _integrate(
@@ -272,7 +319,10 @@ def guide(velocity_model: VelocityModel, *, scale: float, null_label: int) -> Ve
 
 
 class NfeCounter:
-    """A velocity model that counts the images it is called with; a guided pair counts as two."""
+    """A velocity model that counts the images it is called with; a guided pair counts as two.
+
+    They are those of the finest state: coarse scales that images share count once.
+    """
 
     def __init__(self, model: VelocityModel) -> None:
         self._model = model
@@ -280,7 +330,7 @@ class NfeCounter:
 
     def __call__(self, states: Bands, time: Tensor, labels: Tensor) -> Bands:
         """Call the model."""
-        self._images += time.shape[0]
+        self._images += states[-1].shape[0]
         return self._model(states, time, labels)
 
     def take(self) -> int:

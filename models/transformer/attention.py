@@ -6,8 +6,9 @@ masked call over all tokens would, without the work that the mask throws away an
 kernel. The two ablations of the paper need no mask either.
 
 In all of them image ``i`` of a scale is image ``i`` of every coarser scale; a finer scale may hold
-fewer images. Arguments and results are tuples over the scales, coarse to fine; results hold heads
-side by side.
+fewer images. But with full attention, it may also hold a multiple of them, so that several images
+see the same coarser tokens (``models.axes.to_images``). Arguments and results are tuples over the
+scales, coarse to fine; results hold heads side by side.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.transformer.config import AttentionKind
+from models.transformer.config import AttentionKind, TransformerConfigError
 
 HeadTokens = Float[Tensor, "_b _n _heads _e"]
 """Queries, keys or values of one scale."""
@@ -56,9 +57,17 @@ def full_attention(
     """Attend from each scale to all scales that the image carries (the ablation without a mask).
 
     Images that carry the same scales are neighbours, so there is one call for each number of them.
+
+    Raises:
+        TransformerConfigError: Images share coarser scales, which here depend on the finest.
     """
     tokens = [query.shape[1] for query in queries]
     batches = [query.shape[0] for query in queries]
+    if max(batches) > batches[0]:
+        raise TransformerConfigError(
+            f"with attention=full coarse scales see the finest, so {max(batches)} images cannot "
+            f"share those of {batches[0]}; draw each image with coarse scales of its own"
+        )
     gathered: list[list[Tensor]] = [[] for _ in queries]
     # From the images that carry all scales, the first of the batch, to those with the coarsest.
     for first, last in pairwise((0, *reversed(batches))):
@@ -112,5 +121,17 @@ def _prefix(scales: tuple[HeadTokens, ...]) -> HeadTokens:
     """Join the tokens of all scales, for the images that the last one holds."""
     if len(scales) == 1:
         return scales[0]
-    images = scales[-1].shape[0]
-    return torch.cat([tokens[:images] for tokens in scales], dim=1)
+    images, layouts = scales[-1].shape[0], scales[0].shape[0]
+    if images <= layouts:
+        return torch.cat([tokens[:images] for tokens in scales], dim=1)
+    variations = images // layouts
+    # Copied once: what several images share is read where it is.
+    parts = [_of_layouts(tokens, layouts, variations) for tokens in scales]
+    return torch.cat(parts, dim=2).flatten(0, 1)
+
+
+def _of_layouts(tokens: HeadTokens, layouts: int, variations: int) -> Tensor:
+    """View tokens as ``[layouts, variations, n, heads, e]``."""
+    if tokens.shape[0] == layouts:
+        return tokens.unsqueeze(1).expand(-1, variations, -1, -1, -1)
+    return tokens.view(layouts, variations, *tokens.shape[1:])

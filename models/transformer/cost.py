@@ -181,6 +181,28 @@ def average_multiply_adds(
     )
 
 
+def varied_multiply_adds(shape: ModelShape, *, variations: int) -> float:
+    """Count the multiply-adds for one of several images that share all scales but the finest.
+
+    It is a forward pass with all scales active, in which coarse scales are computed once for all
+    the variations.
+
+    Args:
+        shape: The model.
+        variations: How many images share their coarse scales.
+
+    Raises:
+        CostError: There is no coarse scale, or it depends on the finest.
+    """
+    if shape.scales < 2 or shape.attention == "full":
+        raise CostError(
+            f"images of a model with scales={shape.scales} and attention={shape.attention} share "
+            "nothing: that takes a coarse scale which does not see the finest."
+        )
+    coarse = multiply_adds(shape, active=shape.scales - 1)
+    return multiply_adds(shape) - coarse + coarse / variations
+
+
 def training_multiply_adds(shape: ModelShape) -> float:
     """Average the forward multiply-adds of a training image: every stage has an equal share.
 

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.axes import Band, Bands
+from models.axes import Band, Bands, to_images
 from models.transformer.block import Block, Streams, scales_ahead
 from models.transformer.config import TransformerConfig, check_image
 from models.transformer.experts import (
@@ -153,7 +153,9 @@ class LapFlowTransformer(nn.Module):
 
         Args:
             states: States of the active scales, coarse to fine, any number from 1 to K. The first
-                holds the whole batch; each other one the first images of the one before it.
+                holds the whole batch; each other one the first images of the one before it, or, but
+                with full attention, variations of them: a multiple of its images, of which
+                neighbours see the same coarser tokens.
             time: Time of each image, in [0, 1]; float32, for bfloat16 cannot tell times apart.
             labels: Class of each image, or the null label.
 
@@ -162,7 +164,7 @@ class LapFlowTransformer(nn.Module):
         """
         label = self.label_embed(labels)
         condition = F.silu(self.time_embed(time) + label)
-        own_conditions = [condition[: state.shape[0]] for state in states]
+        own_conditions = [to_images(condition, state.shape[0]) for state in states]
         tokens = tuple(
             embed(state) for embed, state in zip(self.patch_embed.values(), states, strict=False)
         )

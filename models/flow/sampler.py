@@ -9,7 +9,13 @@ from torch import Tensor
 
 from models.axes import Band, Bands, VelocityModel, to_images
 from models.flow.flow import Flow
-from models.flow.sampler_config import MAX_STEPS, Piece, SamplerConfig, SamplerConfigError
+from models.flow.sampler_config import (
+    MAX_STEPS,
+    Piece,
+    SamplerConfig,
+    SamplerConfigError,
+    check_shared,
+)
 from models.flow.solver import Observer, VelocityFunction, integrate, unobserved
 from models.flow.tableaus import SOLVERS
 from models.pyramid import merge
@@ -97,7 +103,11 @@ def sample(
         SolverError: The solver chooses its own steps, and comes to no end.
     """
     images, scales = noise.shape[0], flow.stages.scales
-    check_shared(share_coarse, flow=flow, config=config, images=images)
+    check_shared(share_coarse, stages=flow.stages, config=config)
+    if images % share_coarse:
+        raise SamplerConfigError(
+            f"{images} images are no whole layouts of share_coarse={share_coarse} images each."
+        )
     counter = NfeCounter(velocity_model)
     guided_model = guide(counter, scale=config.guidance_scale, null_label=null_label)
     advance = partial(_integrate, config=config, observe=observe)
@@ -128,34 +138,6 @@ def sample(
         nfe.append(counter.take() / images)
     coarse = (to_images(state, images) for state in states[:-1])
     return Samples(images=merge((*coarse, states[-1])), nfe=tuple(nfe))
-
-
-def check_shared(share_coarse: int, *, flow: Flow, config: SamplerConfig, images: int) -> None:
-    """Refuse to share coarse scales where that cannot be done.
-
-    Args:
-        share_coarse: How many images share them; 1 is always possible.
-        flow: The flow.
-        config: The sampler.
-        images: How many images there are.
-
-    Raises:
-        SamplerConfigError: Naming what is in the way.
-    """
-    if share_coarse < 1 or images % share_coarse:
-        raise SamplerConfigError(
-            f"share_coarse={share_coarse} must be at least 1 and divide the {images} images."
-        )
-    if share_coarse > 1 and flow.stages.scales == 1:
-        raise SamplerConfigError(
-            f"share_coarse={share_coarse} needs two or more scales: with one there is nothing "
-            "coarse to share."
-        )
-    if share_coarse > 1 and config.adaptive:
-        raise SamplerConfigError(
-            f"share_coarse={share_coarse} needs a solver of fixed steps, such as heun: with "
-            f"solver={config.solver} the steps of the coarse scales depend on the finest."
-        )
 
 
 def _varied(state: Band, layouts: slice, variations: int) -> Band:

@@ -183,6 +183,31 @@ class SamplerConfig:
         )
 
 
+def check_shared(share_coarse: int, *, stages: Stages, config: SamplerConfig) -> None:
+    """Refuse to share coarse scales where that cannot be done.
+
+    Args:
+        share_coarse: How many images share them; 1 is always possible.
+        stages: Those of the flow.
+        config: The sampler.
+
+    Raises:
+        SamplerConfigError: Naming what is in the way.
+    """
+    if share_coarse < 1:
+        raise SamplerConfigError(f"share_coarse={share_coarse} must be at least 1.")
+    if share_coarse > 1 and stages.scales == 1:
+        raise SamplerConfigError(
+            f"share_coarse={share_coarse} needs two or more scales: with one there is nothing "
+            "coarse to share."
+        )
+    if share_coarse > 1 and config.adaptive:
+        raise SamplerConfigError(
+            f"share_coarse={share_coarse} needs a solver of fixed steps, such as heun: with "
+            f"solver={config.solver} the steps of the coarse scales depend on the finest."
+        )
+
+
 def nfe_per_segment(config: SamplerConfig, stages: Stages) -> tuple[int, ...]:
     """Count by formula the network evaluations of one sample in each segment.
 

@@ -30,6 +30,7 @@ Draw samples from a checkpoint and measure their Fréchet distance to held-out r
   python -m trainer.evaluate {_EXAMPLE}            its newest checkpoint
   python -m trainer.evaluate {_EXAMPLE} checkpoints=all
   python -m trainer.evaluate {_EXAMPLE} seeds=3    mean and spread
+  python -m trainer.evaluate {_EXAMPLE} precision=[fp32,bf16]   and how much they differ
   python -m trainer.evaluate checkpoint=s3://bucket/runs/NAME/checkpoints/000001280000 \\
       store.endpoint_url=http://HOST:PORT samples=10000 features=[random_conv,learned_conv] \\
       sampler.solver=heun sampler.steps=20
@@ -42,11 +43,17 @@ def _measure(config: CheckpointEvaluationConfig) -> Outcome:
         reports = evaluate_checkpoints(config, report=say)
     except UnwrittenReport as error:
         return Outcome(table(error.reports), {"reports": error.reports}, _FAILED, f"{error}")
-    if config.seeds == 1 and not config.runs:
-        return Outcome(table(reports), {"reports": reports})
-    over_seeds = spreads(_sets(reports, config.store))
-    text = f"{table(reports)}\n\n{spread_table(over_seeds)}"
-    return Outcome(text, {"reports": reports, "spreads": [each.told() for each in over_seeds]})
+    tables = [table(reports)]
+    values: dict[str, Any] = {"reports": reports}
+    if len(config.precisions) > 1:
+        differences = differences_of_precision(reports)
+        tables.append(precision_table(differences))
+        values["precisions"] = [each._asdict() for each in differences]
+    if config.seeds > 1 or config.runs:
+        over_seeds = spreads(_sets(reports, config.store))
+        tables.append(spread_table(over_seeds))
+        values["spreads"] = [each.told() for each in over_seeds]
+    return Outcome("\n\n".join(tables), values)
 
 
 def _sets(reports: Sequence[CheckpointReport], config: StoreConfig) -> list[MeasuredSet]:
@@ -77,7 +84,7 @@ def table(reports: Sequence[CheckpointReport]) -> str:
     further = _shown(reports)
     head = (
         *("run", "images", *["seed"] * (len(seeds) > 1)),
-        *("weights", "extractor", "sampler", "guidance", "NFE", "n", "reference"),
+        *("weights", "drawn in", "extractor", "sampler", "guidance", "NFE", "n", "reference"),
         *("Fréchet", "real", *(each.head for each in further)),
         *("diversity", "real", "nearest", "real", "close", "extractor's accuracy"),
     )
@@ -88,7 +95,7 @@ def table(reports: Sequence[CheckpointReport]) -> str:
             protocol = measurement.protocol(distance.features, any_seed=True)
             row = (
                 *(report.run, f"{report.images:,}", *[f"{measurement.seed}"] * (len(seeds) > 1)),
-                *(measurement.weights, distance.features),
+                *(measurement.weights, measurement.precision, distance.features),
                 *sampling_words(measurement.sampler),
                 f"{report.network_evaluations:g}",
                 f"{measurement.samples:,}",
@@ -101,6 +108,65 @@ def table(reports: Sequence[CheckpointReport]) -> str:
             )
             tables.setdefault(protocol, [head]).append(row)
     return "\n\n".join(map(format_table, tables.values() or [[head]]))
+
+
+class PrecisionDifference(NamedTuple):
+    """What another precision changes of a checkpoint's distance, of the same noise and classes."""
+
+    run: str
+    images: int
+    seed: int
+    features: str
+    of: str
+    """The precision that was asked for first."""
+    frechet: float
+    """The distance in it."""
+    to: str
+    """The other precision."""
+    other: float
+    """The distance in that."""
+
+    @property
+    def change(self) -> float:
+        """The change, as a share of the distance; 0 where both are 0."""
+        return (self.other - self.frechet) / self.frechet if self.frechet else 0.0
+
+
+def differences_of_precision(reports: Sequence[CheckpointReport]) -> list[PrecisionDifference]:
+    """Put each set of samples beside the one that was drawn of the same noise before it.
+
+    Args:
+        reports: Those of several precisions, each checkpoint's in the order that was asked for.
+    """
+    first: dict[tuple[object, ...], tuple[str, float]] = {}
+    found = []
+    for report in reports:
+        precision, seed = report.measurement.precision, report.measurement.seed
+        for distance in report.distances:
+            place = (report.checkpoint, seed, distance.features)
+            of, frechet = first.setdefault(place, (precision, distance.frechet))
+            if of != precision:
+                found.append(
+                    PrecisionDifference(
+                        *(report.run, report.images, seed, distance.features),
+                        *(of, frechet, precision, distance.frechet),
+                    )
+                )
+    return found
+
+
+def precision_table(differences: Sequence[PrecisionDifference]) -> str:
+    """Lay out what precisions change, one line for each set of samples."""
+    head = ("run", "images", "seed", "extractor", "drawn in", "Fréchet", "then in", "Fréchet", "")
+    rows = [
+        (
+            *(each.run, f"{each.images:,}", f"{each.seed}", each.features),
+            *(each.of, f"{each.frechet:.4f}", each.to, f"{each.other:.4f}"),
+            f"{each.change:+.2%}",
+        )
+        for each in differences
+    ]
+    return format_table([head, *rows])
 
 
 def spread_table(over_seeds: Sequence[Spread]) -> str:

@@ -19,6 +19,7 @@ from trainer.cli.command import run_command
 from trainer.cli.pictures import read_picture, write_picture
 from trainer.evaluation.grid import grid_png
 from trainer.evaluation.loading import LoadedModel, ModelSource
+from trainer.evaluation.precision import PrecisionChoice, products_in
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class InpaintConfig(ModelSource):
         repeats: How often each solver step is made from fresh noise; more follow the known part
             more closely and cost as many times more.
         seed: Seed of the noise.
+        precision: What the network computes in: "fp32", "tf32" or "bf16"; "auto" is bf16 on a GPU
+            and fp32 elsewhere.
         sampler: Solver with fixed steps, and guidance.
     """
 
@@ -53,6 +56,7 @@ class InpaintConfig(ModelSource):
     columns: Annotated[int, Field(ge=1)] = 6
     repeats: Annotated[int, Field(ge=1)] = 5
     seed: Annotated[int, Field(ge=0)] = 1
+    precision: PrecisionChoice = "auto"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
@@ -66,7 +70,7 @@ def fill_in(config: InpaintConfig) -> Outcome:
         AutoencoderError: If the autoencoder of the checkpoint's latents cannot be had.
         CheckpointError: If the checkpoint is missing or damaged.
     """
-    trained = config.load()
+    trained = config.load(precision=config.precision)
     trained.record.check_classes([config.label])
     trained.record.check_guidance(config.sampler)
     channels = trained.codec.image_channels(trained.shape.channels)
@@ -74,7 +78,8 @@ def fill_in(config: InpaintConfig) -> Outcome:
     picture = read_picture("image", config.image, channels=channels, size=size)
     mask = read_picture("mask", config.mask, channels=1, size=size)
     logger.info("drawing %d images on %s", config.columns, trained.device)
-    results = _results(config, trained, picture, mask > 0)
+    with products_in(trained.precision, trained.device):
+        results = _results(config, trained, picture, mask > 0)
     row = torch.cat([picture, mask.expand_as(picture), results])
     output = write_picture(config.output, grid_png(row, columns=len(row)))
     return Outcome(
@@ -83,6 +88,7 @@ def fill_in(config: InpaintConfig) -> Outcome:
             "output": output,
             "checkpoint": trained.checkpoint,
             "weights": config.weights,
+            "precision": trained.precision,
             "label": config.label,
             "images": config.columns,
         },

@@ -30,6 +30,7 @@ from trainer.config.shapes import picture_shape
 from trainer.evaluation.drawing import draw_samples
 from trainer.evaluation.grid import grid_png
 from trainer.evaluation.loading import ChosenModel, ModelSource, SamplerChoice
+from trainer.evaluation.precision import Precision, PrecisionChoice, auto_precision
 from trainer.evaluation.sample_formats import FormatName
 from trainer.evaluation.sample_set import SamplePlan, SampleSet, WholeSet, part_size
 from trainer.evaluation.samples import ImageSampler
@@ -50,6 +51,7 @@ being, what lies between two seeds, or n=N of them into a folder.
       store.endpoint_url=http://HOST:PORT classes=[207,360] columns=4 sampler.guidance_scale=4
   python -m trainer.sample {_EXAMPLE} film=true
   python -m trainer.sample {_EXAMPLE} interpolate=3:5
+  python -m trainer.sample {_EXAMPLE} share_coarse=8   8 variations of a layout
   python -m trainer.sample {_EXAMPLE} n=50000 format=npz \\
       output=s3://bucket/samples cluster.backend=ray cluster.workers=8
 
@@ -69,10 +71,16 @@ class SampleConfig(ModelSource):
         classes: Classes to draw: a row of the grid each, or equal parts of a set. None draws the
             first ten in a grid, the first three in a film, and all in a set.
         columns: Images per class in a grid; times of a film; samples of an interpolation.
+        share_coarse: So many samples are variations of one layout: they share the noise of all
+            scales but the finest, which is drawn once for all of them. A grid has a row for each
+            layout, of each class as many as `columns` has room for, or one. With 1 each sample
+            has a layout of its own.
         film: Draw instead what each scale held at each time, for one sample of each class.
         interpolate: Two seeds, `3:5`; draw what lies between their samples, a row for each class.
         seed: Seed of the noise.
         batch: Most images in one network call.
+        precision: What the network computes in: "fp32", "tf32" (a GPU's faster products of
+            float32) or "bf16"; "auto" is bf16 on a GPU and fp32 elsewhere.
         sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
         cluster: Who draws a set; one process of this machine, unless set.
     """
@@ -82,10 +90,12 @@ class SampleConfig(ModelSource):
     format: FormatName = "png"
     classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     columns: Annotated[int, Field(ge=1)] = 10
+    share_coarse: Annotated[int, Field(ge=1)] = 1
     film: bool = False
     interpolate: str | None = None
     seed: Annotated[int, Field(ge=0)] = 1
     batch: Annotated[int, Field(ge=1)] = 64
+    precision: PrecisionChoice = "auto"
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
     cluster: ClusterConfig = field(
         default_factory=lambda: ClusterConfig(backend="local", workers=1)
@@ -102,6 +112,11 @@ class SampleConfig(ModelSource):
         asked = [name for name in ("n", "film", "interpolate") if getattr(self, name)]
         if len(asked) > 1:
             raise ConfigError(f"{' and '.join(asked)} are asked for at once; draw one by one")
+        if self.share_coarse > 1 and asked not in ([], ["n"]):
+            raise ConfigError(
+                f"share_coarse={self.share_coarse} is for grids and sets; leave it out with "
+                f"{asked[0]}"
+            )
         if self.n is None:
             return
         if self.device != "auto":
@@ -146,13 +161,17 @@ def draw(config: SampleConfig) -> Outcome:
 
 
 def _draw_picture(config: SampleConfig) -> Outcome:
-    trained = config.load()
+    trained = config.load(precision=config.precision)
     shown = 3 if config.film else 10
     classes = tuple(config.classes or range(min(shown, trained.shape.classes)))
     trained.record.check_classes(classes)
     sampler = trained.image_sampler(
-        config.sampler.over(trained.own.sampler), seed=config.seed, batch=config.batch
+        config.sampler.over(trained.own.sampler),
+        seed=config.seed,
+        batch=config.batch,
+        share_coarse=config.share_coarse,
     )
+    columns = config.columns
     values: dict[str, Any] = {"images": len(classes)}
     if config.film:
         png = _film(config, trained.model, sampler, classes)
@@ -160,10 +179,14 @@ def _draw_picture(config: SampleConfig) -> Outcome:
         png = _interpolation(config, trained.model, sampler, classes, seeds)
         values = {"images": len(classes) * config.columns, "seeds": seeds}
     else:
-        labels = torch.tensor(classes).repeat_interleave(config.columns)
+        images_per_class = columns
+        if config.share_coarse > 1:
+            columns = config.share_coarse
+            images_per_class = max(1, config.columns // columns) * columns
+        labels = torch.tensor(classes).repeat_interleave(images_per_class)
         logger.info("drawing %d images on %s", len(labels), trained.device)
         drawn = sampler.all(trained.model, labels)
-        png = grid_png(drawn.images, columns=config.columns)
+        png = grid_png(drawn.images, columns=columns)
         values = {"images": len(labels), "network_evaluations": sum(drawn.nfe)}
     output = _write_picture(config, png)
     return Outcome(
@@ -172,8 +195,9 @@ def _draw_picture(config: SampleConfig) -> Outcome:
             "output": output,
             "checkpoint": trained.checkpoint,
             "weights": config.weights,
+            "precision": trained.precision,
             "classes": classes,
-            "columns": config.columns,
+            "columns": columns,
             **values,
         },
     )
@@ -248,7 +272,14 @@ def _plan(config: SampleConfig, chosen: ChosenModel, count: int) -> SamplePlan:
     record.check_classes(config.classes or ())
     sampler = config.sampler.over(chosen.own.sampler)
     record.check_guidance(sampler)
+    record.check_shared(config.share_coarse, sampler)
+    if config.share_coarse > config.batch:
+        raise ConfigError(
+            f"share_coarse={config.share_coarse} images of one layout are drawn together, and "
+            f"batch={config.batch} has no room for them; raise batch"
+        )
     sampler.plan(record.flow.stages)  # refuses fewer steps than segments
+    batch = config.batch - config.batch % config.share_coarse
     picture = picture_shape(record.data, record.codec)
     sample_bytes = picture.channels * picture.size**2
     return SamplePlan(
@@ -258,12 +289,24 @@ def _plan(config: SampleConfig, chosen: ChosenModel, count: int) -> SamplePlan:
         weights=config.weights,
         sampler=to_dict(sampler),
         seed=config.seed,
-        batch=config.batch,
+        batch=batch,
         classes=config.classes or tuple(range(record.shape.classes)),
         samples=count,
-        part_samples=part_size(count, batch=config.batch, sample_bytes=sample_bytes),
+        part_samples=part_size(count, batch=batch, sample_bytes=sample_bytes),
         format=config.format,
+        precision=_precision_of_set(config),
+        share_coarse=config.share_coarse,
     )
+
+
+def _precision_of_set(config: SampleConfig) -> Precision:
+    """Decide it before there are workers, for it decides the samples."""
+    if config.precision != "auto":
+        return config.precision
+    gpus = config.cluster.gpus_per_worker
+    found = auto_precision(is_on_gpu=torch.cuda.is_available() if gpus == "auto" else gpus > 0)
+    logger.info("drawing in %s; precision=… draws in another", found)
+    return found
 
 
 def _run_workers(
@@ -329,9 +372,11 @@ def _tell(whole: WholeSet, plan: SamplePlan, output: str, checkpoint: str) -> Ou
     guidance = "no guidance" if scale == 1 else f"guidance {scale:g}"
     if scale != 1 and interval is not None:
         guidance += f" in [{interval[0]:g}, {interval[1]:g}]"
+    layouts = f", {plan.share_coarse} of each layout" if plan.share_coarse > 1 else ""
     return Outcome(
         f"{output}\n{plan.samples:,} samples of {len(plan.classes):,} classes: {sampler['solver']}"
-        f"{steps}, {guidance}, {evaluations:g} network evaluations each",
+        f"{steps}, {guidance}, {evaluations:g} network evaluations each, in {plan.precision}"
+        f"{layouts}",
         {
             "output": output,
             "checkpoint": checkpoint,
@@ -339,6 +384,8 @@ def _tell(whole: WholeSet, plan: SamplePlan, output: str, checkpoint: str) -> Ou
             "classes": plan.classes,
             "images": plan.samples,
             "format": plan.format,
+            "precision": plan.precision,
+            "share_coarse": plan.share_coarse,
             "sampler": sampler,
             "network_evaluations": evaluations,
             "segment_evaluations": whole.segment_evaluations,

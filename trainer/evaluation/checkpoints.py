@@ -34,6 +34,7 @@ from trainer.evaluation.grid import MAX_PICTURES_BYTES, TakenSamples, class_grid
 from trainer.evaluation.loading import LoadedModel, ModelSource, SamplerChoice, usable_device
 from trainer.evaluation.measures import Measured
 from trainer.evaluation.model_record import ModelRecord, own_eval
+from trainer.evaluation.precision import Precision, drawing_precision, precision_of_training
 from trainer.evaluation.reference import EvalReference, reference_of_run
 from trainer.evaluation.reports import (
     CheckpointReport,
@@ -81,6 +82,9 @@ class CheckpointEvaluationConfig(ModelSource):
         seeds: How many sets of samples are measured, with `seed` and the numbers that follow it,
             each as another would be by itself; their mean and spread are told.
         sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
+        precision: What the network computes in: "fp32", "tf32" (a GPU's faster products of
+            float32) or "bf16"; of several each is measured, and how the figures differ is told.
+            None is what the run was trained in, on a GPU "tf32" for "fp32".
         reference: What distances are measured to: "test", "train", or `FILE.npz` with statistics as
             ADM's evaluation reads them; None is the run's own.
         write_samples: Write the samples beside the report, up to 1 GiB of pictures, as
@@ -102,6 +106,7 @@ class CheckpointEvaluationConfig(ModelSource):
     seed: Annotated[int, Field(ge=0)] | None = None
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
+    precision: Precision | tuple[Precision, ...] | None = None
     reference: Literal["train", "test"] | str | None = field(
         default=None, metadata={"place": "uri"}
     )
@@ -122,11 +127,23 @@ class CheckpointEvaluationConfig(ModelSource):
             check_reference_name(self.reference, key="reference")
         if self.features is not None and not self.features:
             raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
+        if self.precision == () or len(set(self.precisions)) < len(self.precisions):
+            raise ConfigError(
+                f"precision={list(self.precisions)} must name different ones, as in "
+                "precision=[fp32,bf16]"
+            )
         if ("module" in (self.features or ())) != (self.module is not None):
             raise ConfigError(
                 f"module={self.module!r} does not go with features={list(self.features or ())}: "
                 "features=[module] needs module=package.module:Class, and no other takes one"
             )
+
+    @property
+    def precisions(self) -> tuple[Precision | Literal["run"], ...]:
+        """What is measured in, one after the other; "run" is the run's own."""
+        if self.precision is None:
+            return ("run",)
+        return self.precision if isinstance(self.precision, tuple) else (self.precision,)
 
     @property
     def extractor_weights(self) -> FeatureConfig:
@@ -237,12 +254,19 @@ class _Evaluation:
                 "so nothing can be compared with them; evaluate another checkpoint"
             )
         record.check_guidance(asked.sampler)
+        device = usable_device(config.device)
+        self._precisions = [
+            precision_of_training(record.engine.precision, device)
+            if each == "run"
+            else drawing_precision(each, device)
+            for each in config.precisions
+        ]
         reference: EvalReference = reference_of_run(
             _job(config, manifest, record, runs=runs),
             trained_on=record.index_sha256,
             features=config.features or (asked.features.name,),
             weights=config.extractor_weights,
-            device=usable_device(config.device),
+            device=device,
             samples=asked.samples,
             compared=asked.compared,
             reference=asked.reference,
@@ -254,14 +278,21 @@ class _Evaluation:
     def each(self) -> Iterator[Callable[[], CheckpointReport]]:
         """Return what measures each set of samples: of each checkpoint, of each seed."""
         for manifest in self._manifests:
-            self._loaded = None
-            for number in range(self._config.seeds):
-                yield partial(self._evaluate, manifest, self._asked.seed + number)
+            for precision in self._precisions:
+                self._loaded = None
+                for number in range(self._config.seeds):
+                    yield partial(self._evaluate, manifest, self._asked.seed + number, precision)
 
-    def _evaluate(self, manifest: Manifest, seed: int) -> CheckpointReport:
+    def _evaluate(self, manifest: Manifest, seed: int, precision: Precision) -> CheckpointReport:
         """Measure one set of samples, or read what an earlier call has measured."""
         results = self._results
-        measurement = self._measurement(manifest, seed)
+        measurement = measurement_of(
+            replace(self._asked, seed=seed),
+            self._reference,
+            attempt=manifest.attempt,
+            weights=self._config.weights,
+            precision=precision,
+        )
 
         def key(name: str) -> str:
             return evaluation_key(manifest.run, manifest.images, f"{measurement.name}/{name}")
@@ -272,7 +303,7 @@ class _Evaluation:
             report = None
         wanted = self._config.write_samples and key("samples.npz") not in results.list(key(""))
         if report is None or wanted:
-            pictures, report = self._measure(manifest, measurement)
+            pictures, report = self._measure(manifest, measurement, precision)
             try:
                 for name, data in pictures.items():
                     results.put(key(name), data)
@@ -286,12 +317,12 @@ class _Evaluation:
         return report
 
     def _measure(
-        self, manifest: Manifest, measurement: Measurement
+        self, manifest: Manifest, measurement: Measurement, precision: Precision
     ) -> tuple[dict[str, bytes], CheckpointReport]:
         """Draw and measure in parts, of which no more is kept than is written."""
         uri = CheckpointReader(self._store, run=manifest.run).uri(manifest.images)
         if self._loaded is None:
-            self._loaded = replace(self._config, checkpoint=uri).load(precision="run")
+            self._loaded = replace(self._config, checkpoint=uri).load(precision=precision)
         loaded, asked = self._loaded, self._asked
         if self._reference.skipped:
             self._report(f"warning: no figure is measured: {self._reference.skipped}")
@@ -314,17 +345,14 @@ class _Evaluation:
             measurement=measurement,
         )
 
-    def _measurement(self, manifest: Manifest, seed: int) -> Measurement:
-        return measurement_of(
-            replace(self._asked, seed=seed),
-            self._reference,
-            attempt=manifest.attempt,
-            weights=self._config.weights,
-        )
-
 
 def measurement_of(
-    asked: EvalConfig, reference: EvalReference, *, attempt: str, weights: str
+    asked: EvalConfig,
+    reference: EvalReference,
+    *,
+    attempt: str,
+    weights: str,
+    precision: Precision,
 ) -> Measurement:
     """Return what decides the figures of a checkpoint; a collective call.
 
@@ -333,6 +361,7 @@ def measurement_of(
         reference: Real images and extractors.
         attempt: The checkpoint's own random name.
         weights: Which of its weights.
+        precision: What the network computes in.
     """
     return Measurement(
         attempt=attempt,
@@ -344,6 +373,7 @@ def measurement_of(
         held_out_index=reference.digest,
         reference=reference_kind(asked.reference),
         compared=asked.compared,
+        precision=precision,
     )
 
 

@@ -75,14 +75,17 @@ def _draw_share(context: WorkerContext, payload: Mapping[str, Any]) -> None:
     )
     there = set(parse_json(kept))
     missing = [number for number in range(plan.parts) if number not in there]
-    trained = source.load()
+    trained = source.load(precision=plan.precision)
     if trained.attempt != plan.attempt:
         raise ConfigError(
             f"the checkpoint {trained.checkpoint} was saved anew since these samples were begun; "
             "choose another output"
         )
     sampler = trained.image_sampler(
-        from_dict(SamplerConfig, plan.sampler), seed=plan.seed, batch=plan.batch
+        from_dict(SamplerConfig, plan.sampler),
+        seed=plan.seed,
+        batch=plan.batch,
+        share_coarse=plan.share_coarse,
     )
     images = sum(len(plan.indices(number)) for number in there)
     drawer = PartDrawer(context, sampler, trained.model, plan, samples, images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from trainer.checkpoint.errors import DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.config.job import EvalConfig
 from trainer.config.reading import to_dict
+from trainer.evaluation.precision import is_of_training
 from trainer.evaluation.reports import (
     CheckpointReport,
     Measurement,
@@ -50,6 +51,7 @@ class MeasuredCheckpoints:
         tracker: Takes figures and grids.
         report: Takes a message for the driver.
         launch: Number of the launch that measures.
+        engine_precision: `engine.precision` of the run.
     """
 
     store: Store
@@ -58,6 +60,7 @@ class MeasuredCheckpoints:
     tracker: Tracker
     report: Callable[[dict[str, object]], None]
     launch: int = 0
+    engine_precision: Literal["fp32", "bf16"] = "fp32"
 
     def catch_up(self, is_due: Callable[[int], bool]) -> list[int]:
         """Find out which committed checkpoints are still to be measured, oldest first.
@@ -111,8 +114,11 @@ class MeasuredCheckpoints:
             held_out_index=measurement.held_out_index,
             reference=reference_kind(asked.reference),
             compared=asked.compared,
+            precision=measurement.precision,
         )
-        return measurement == wanted
+        # What measures beside the workers may do so on a processor.
+        is_own = is_of_training(measurement.precision, self.engine_precision)
+        return is_own and measurement == wanted
 
     def is_there(self, images: int) -> bool:
         """Tell whether a checkpoint can be measured; True also if the store does not say."""

@@ -20,6 +20,7 @@ from trainer.errors import is_user_error
 from trainer.evaluation.extractors import run_on_all
 from trainer.evaluation.grid import TakenSamples, grid_png
 from trainer.evaluation.learned_features import LabelAgreement, join_batches, label_agreement
+from trainer.evaluation.precision import precision_of_training
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import EvaluationReport, Origin, evaluation_key
 from trainer.evaluation.samples import ImageSampler
@@ -145,6 +146,7 @@ class FinalEvaluation:
                     attempt="",
                     held_out_index=self.reference.digest,
                     extractor=self.reference.digests[self.config.features.name],
+                    precision=self.image_sampler.precision,
                 ),
                 reached=after,
                 frechet_untrained=None if before is None else before.frechet,
@@ -235,6 +237,7 @@ def final_evaluation(
             seed=config.seed,
             batch=config.batch,
             device=device,
+            precision=precision_of_training(job.engine.precision, device),
         ),
         reference=EvalReference(
             job=job,

@@ -24,11 +24,18 @@ from trainer.config.job import EvalConfig
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import ImageShape
 from trainer.evaluation.choice import choose_checkpoints
+from trainer.evaluation.graphs import with_graphs
 from trainer.evaluation.model_record import (
     ModelRecord,
     check_weights,
     kind_of_weights,
     own_eval,
+)
+from trainer.evaluation.precision import (
+    Precision,
+    PrecisionChoice,
+    drawing_precision,
+    precision_of_training,
 )
 from trainer.evaluation.samples import ImageSampler
 from trainer.storage.store import Store, StoreConfig
@@ -104,6 +111,7 @@ class LoadedModel:
         flow: The flow it was trained with.
         codec: Between images and what the flow works on.
         device: Where model and codec are.
+        precision: What the model computes in.
         own: How the run samples and measures itself; the defaults for older checkpoints, which do
             not record it.
     """
@@ -115,6 +123,7 @@ class LoadedModel:
     flow: Flow
     codec: Codec
     device: torch.device
+    precision: Precision
     own: EvalConfig
 
     @property
@@ -122,19 +131,24 @@ class LoadedModel:
         """Shape of what the flow works on."""
         return self.record.shape
 
-    def image_sampler(self, sampler: SamplerConfig, *, seed: int, batch: int) -> ImageSampler:
+    def image_sampler(
+        self, sampler: SamplerConfig, *, seed: int, batch: int, share_coarse: int = 1
+    ) -> ImageSampler:
         """Decide how to sample.
 
         Args:
             sampler: Solver, steps and guidance.
             seed: Seed of the noise.
             batch: Most images in one network call.
+            share_coarse: How many images are variations of one layout.
 
         Raises:
-            ConfigError: For guidance by a null label that was never trained.
-            SamplerConfigError: For a batch below 1.
+            ConfigError: For guidance by a null label that was never trained, or coarse scales that
+                cannot be shared.
+            SamplerConfigError: For a batch below 1 or below `share_coarse`.
         """
         self.record.check_guidance(sampler)
+        self.record.check_shared(share_coarse, sampler)
         return ImageSampler(
             flow=self.flow,
             sampler=sampler,
@@ -143,6 +157,8 @@ class LoadedModel:
             seed=seed,
             batch=batch,
             device=self.device,
+            precision=self.precision,
+            share_coarse=share_coarse,
         )
 
 
@@ -173,6 +189,8 @@ class ModelSource(Checked):
         weights: "ema", "ema:0.999" for one of `train.ema.decays`, or "master" for the weights
             without averaging.
         device: "auto" takes a GPU when there is one.
+        graphs: Record network calls as CUDA graphs, one for each shape, and replay them: small
+            batches on a GPU are drawn faster. Where that cannot be done a warning says so.
         codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
             run had it.
         home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
@@ -182,6 +200,7 @@ class ModelSource(Checked):
     checkpoint: str = field(metadata={"place": "run"})
     weights: str = "ema"
     device: str = "auto"
+    graphs: bool = False
     codec_source: str | None = field(default=None, metadata={"place": "hub"})
     home: str | None = field(default=None, metadata={"place": "path"})
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -207,20 +226,25 @@ class ModelSource(Checked):
         uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
         return ChosenModel(store, manifest, record, uri)
 
-    def load(self, *, precision: Literal["fp32", "run"] = "fp32") -> LoadedModel:
+    def load(self, *, precision: PrecisionChoice | Literal["run"] = "auto") -> LoadedModel:
         """Load the model.
 
         Args:
-            precision: Of the weights: "fp32", or that in which the run computed with them.
+            precision: What it is to compute in; "run" is what the run draws its own samples in.
 
         Raises:
-            ConfigError: If there is no valid checkpoint there, or the device cannot be used.
+            ConfigError: If there is no valid checkpoint there, or the device cannot be used, or
+                not in this precision.
             AutoencoderError: If the autoencoder of its latents cannot be had.
             CheckpointError: If the checkpoint is damaged, or the store fails.
         """
         device = usable_device(self.device)
+        if precision != "run":
+            precision = drawing_precision(precision, device)
         chosen = self.choose()
         record = chosen.record
+        if precision == "run":
+            precision = precision_of_training(record.engine.precision, device)
         codec = record.load_codec(
             source=self.codec_source,
             cache=paths.cache_folder(self.home),
@@ -232,17 +256,19 @@ class ModelSource(Checked):
         weights = load_weights(chosen.store, chosen.manifest, kind)
         model = record.build()
         model.load_state_dict(weights)
-        if precision == "run":
+        if precision == "bf16":
             # As the engines have it: buffers stay in float32.
             for parameter in model.parameters():
-                parameter.data = parameter.data.to(record.engine.dtype)
+                parameter.data = parameter.data.bfloat16()
+        model = model.to(device).eval()
         return LoadedModel(
             checkpoint=chosen.uri,
             attempt=chosen.manifest.attempt,
-            model=model.to(device).eval(),
+            model=with_graphs(model, device) if self.graphs else model,
             record=record,
             flow=Flow(record.flow),
             codec=codec,
             device=device,
+            precision=precision,
             own=chosen.own,
         )

@@ -14,7 +14,7 @@ import torch
 from models.codec import Codec
 from models.ema import EmaConfig, ema_kind
 from models.flow.config import FlowConfig
-from models.flow.sampler_config import SamplerConfig
+from models.flow.sampler_config import SamplerConfig, check_shared
 from models.transformer.config import TransformerConfig, TransformerConfigError
 from models.transformer.cost import ModelShape, parameters
 from models.transformer.lapflow import LapFlowTransformer
@@ -343,6 +343,20 @@ class ModelRecord:
         check_guidance(
             sampler.guidance_scale, label_dropout=self.label_dropout, key="sampler.guidance_scale"
         )
+
+    def check_shared(self, share_coarse: int, sampler: SamplerConfig) -> None:
+        """Refuse variations of one layout that the model or the sampler cannot draw.
+
+        Raises:
+            ConfigError: Coarse scales of the model depend on the finest.
+            SamplerConfigError: There is no coarse scale, or the solver chooses its own steps.
+        """
+        check_shared(share_coarse, stages=self.flow.stages, config=sampler)
+        if share_coarse > 1 and self.transformer.attention == "full":
+            raise ConfigError(
+                f"share_coarse={share_coarse} cannot be drawn by a model of attention=full: its "
+                "coarse scales see the finest; leave share_coarse out"
+            )
 
     def load_codec(
         self, *, source: str | None, cache: Path, store: StoreConfig, device: torch.device

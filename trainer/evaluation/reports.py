@@ -61,6 +61,8 @@ class Measurement:
         labels: How often each class is drawn: "in turn" is equally often.
         resize: By which filter the data set's pictures were brought to size. An extractor's own
             filter is the extractor's.
+        precision: What the network computed in, see `trainer.evaluation.precision`; empty in
+            reports of older versions, which do not tell.
     """
 
     attempt: str
@@ -74,6 +76,7 @@ class Measurement:
     compared: int = 0
     labels: str = "in turn"
     resize: str = RESIZE_FILTER
+    precision: str = ""
 
     @property
     def name(self) -> str:
@@ -161,12 +164,14 @@ class Origin:
         attempt: The random name of the checkpoint that was measured.
         held_out_index: SHA-256 of the reference: of the index of its images, or of its file.
         extractor: SHA-256 of the extractor's weights; empty where the code decides them.
+        precision: What the network computed in; empty in reports of older versions.
     """
 
     run: str
     attempt: str
     held_out_index: str
     extractor: str
+    precision: str = ""
 
 
 class GoodputPoint(NamedTuple):
@@ -301,6 +306,7 @@ class EvaluationReport(_Report):
             held_out_index=self.origin.held_out_index,
             reference=reference_kind(self.settings.get("reference", EvalConfig.reference)),
             compared=self.settings.get("compared", 0),
+            precision=self.origin.precision,
         )
 
     def metrics(self) -> dict[str, float]:

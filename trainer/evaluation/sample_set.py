@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipelines.documents import DocumentError, parse_json, seal, validate_as
 from trainer.config.reading import ConfigError
+from trainer.evaluation.precision import Precision
 from trainer.evaluation.sample_formats import (
     FORMATS,
     PARTS,
@@ -67,10 +68,14 @@ class SamplePlan:
         sampler: Solver, steps and guidance.
         seed: Seed of the noise; sample i has the i-th noise of it.
         batch: Samples in one network call.
-        classes: Sample i has the class at place i, going round.
+        classes: Sample i has the class at place i, going round; where samples share a layout,
+            layout i has it.
         samples: How many there are.
         part_samples: Samples of a part; the last one may have fewer.
         format: How they are kept.
+        precision: What the model computes in; older versions drew in fp32.
+        share_coarse: So many samples, one after the other, are variations of one layout and have
+            one class.
     """
 
     run: str
@@ -84,6 +89,8 @@ class SamplePlan:
     samples: int
     part_samples: int
     format: FormatName
+    precision: Precision = "fp32"
+    share_coarse: int = 1
 
     @property
     def digest(self) -> str:
@@ -102,11 +109,8 @@ class SamplePlan:
 
     def labels(self, indices: range) -> Tensor:
         """Return the classes of samples, shape [n]."""
-        return torch.tensor(self.classes)[torch.arange(indices.start, indices.stop) % self._round]
-
-    @property
-    def _round(self) -> int:
-        return len(self.classes)
+        layouts = torch.arange(indices.start, indices.stop) // self.share_coarse
+        return torch.tensor(self.classes)[layouts % len(self.classes)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from pipelines.progress import Progress, figures_in
 from trainer import rng
 from trainer.config.shapes import ImageShape
 from trainer.engine.expert_shards import shards_of
+from trainer.evaluation.precision import Precision, products_in
 from trainer.host_group import HostGroup
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,9 @@ class Turn:
 class ImageSampler:
     """Everything that decides samples but the model; image i depends on (seed, i, its label) alone.
 
+    Where images share their coarse scales, it depends also on the first image of its layout: images
+    `share_coarse` times i and those that follow it have that one's coarse noise, and its label.
+
     Images are drawn in blocks of equal size, at most `batch`, which do not depend on the number of
     ranks. So neither does any bit of them, on one kind of processor.
 
@@ -125,9 +129,11 @@ class ImageSampler:
         seed: Seed of the noise.
         batch: Most images in one network call.
         device: Where the model is.
+        precision: What the model computes in.
+        share_coarse: How many images are variations of one layout.
 
     Raises:
-        SamplerConfigError: ``batch`` is below 1.
+        SamplerConfigError: ``batch`` is below 1, or no layout fits into it.
     """
 
     flow: Flow
@@ -137,10 +143,22 @@ class ImageSampler:
     seed: int
     batch: int
     device: torch.device
+    precision: Precision = "fp32"
+    share_coarse: int = 1
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise SamplerConfigError(f"a batch of {self.batch} images must have at least 1.")
+        if self.batch < self.share_coarse:
+            raise SamplerConfigError(
+                f"share_coarse={self.share_coarse} images of one layout are drawn together, and "
+                f"batch={self.batch} has no room for them; raise batch, or share among fewer."
+            )
+
+    @property
+    def most(self) -> int:
+        """Most images in one network call that are whole layouts."""
+        return self.batch - self.batch % self.share_coarse
 
     @property
     def picture_bytes(self) -> int:
@@ -188,7 +206,8 @@ class ImageSampler:
         Raises:
             SolverError: The solver comes to no end; on all ranks, whose ever images they are.
         """
-        size = -(-len(labels) // -(-len(labels) // self.batch)) if len(labels) else 1
+        blocks = max(1, -(-len(labels) // self.most))
+        size = max(1, -(-len(labels) // (blocks * self.share_coarse))) * self.share_coarse
         starts = range(0, len(labels), size)
         with Progress(
             "drawing images",
@@ -286,10 +305,16 @@ class ImageSampler:
         drawn = self.from_noise(model, self.noise(first=first, count=size), padded)
         return SampleBlock(
             first=first,
-            images=self.codec.decode(drawn.images[: len(labels)]).cpu(),
+            images=self.decoded(drawn.images[: len(labels)]),
             labels=labels,
             nfe=drawn.nfe,
         )
+
+    @torch.no_grad()
+    def decoded(self, drawn: Tensor) -> Tensor:
+        """Return what was drawn as images, [n, c, h, w], on the host."""
+        with products_in(self.precision, self.device):
+            return self.codec.decode(drawn).cpu()
 
     def noise(self, *, first: int, count: int) -> Tensor:
         """Return the noise of consecutive images, [count, numbers for one], on the device."""
@@ -307,20 +332,22 @@ class ImageSampler:
         Args:
             model: Velocity model.
             noise: As `noise` gives it, for n images.
-            labels: Requested classes, shape [n].
+            labels: Requested classes, shape [n]; of images of one layout the first one's counts.
             observe: Sees the states on the way, see `models.flow.sampler.sample`.
 
         Raises:
             SolverError: The solver comes to no end.
         """
-        return sample(
-            model,
-            flow=self.flow,
-            config=self.sampler,
-            noise=noise,
-            labels=labels.to(self.device),
-            channels=self.shape.channels,
-            image_size=self.shape.size,
-            null_label=self.shape.classes,
-            observe=observe,
-        )
+        with products_in(self.precision, self.device):
+            return sample(
+                model,
+                flow=self.flow,
+                config=self.sampler,
+                noise=noise,
+                labels=labels.to(self.device),
+                channels=self.shape.channels,
+                image_size=self.shape.size,
+                null_label=self.shape.classes,
+                share_coarse=self.share_coarse,
+                observe=observe,
+            )

@@ -70,7 +70,7 @@ def picture_of(sampler: ImageSampler, bands: Bands) -> Tensor:
     image = merge(bands)
     for _ in range(sampler.flow.stages.scales - len(bands)):
         image = up(image)
-    return sampler.codec.decode(image.to(sampler.device)).cpu()
+    return sampler.decoded(image.to(sampler.device))
 
 
 def film_picture(
@@ -205,6 +205,5 @@ def interpolation(
     parts = []
     for first in range(0, len(noise), sampler.batch):
         some = slice(first, first + sampler.batch)
-        drawn = sampler.from_noise(model, noise[some], classes[some]).images
-        parts.append(sampler.codec.decode(drawn).cpu())
+        parts.append(sampler.decoded(sampler.from_noise(model, noise[some], classes[some]).images))
     return torch.cat(parts)

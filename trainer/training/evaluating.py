@@ -255,7 +255,13 @@ class InlineEvaluations:
                 samples=self._asked.samples,
                 stop_requested=self._stop_requested,
             )
-        measurement = measurement_of(self._asked, self._reference, attempt="", weights="ema")
+        measurement = measurement_of(
+            self._asked,
+            self._reference,
+            attempt="",
+            weights="ema",
+            precision=self._image_sampler.precision,
+        )
         if not self._is_first:
             return None
         known = self._known

@@ -100,7 +100,10 @@ def _train(run: Run) -> None:
             run.context,
             final=evaluation,
             engine=run.engine,
-            known=MeasuredCheckpoints(run.store, job.run, job.eval, tracker, run.report, launch),
+            known=MeasuredCheckpoints(
+                *(run.store, job.run, job.eval, tracker, run.report, launch),
+                engine_precision=job.engine.precision,
+            ),
             pause=partial(_leave_out, run, throughput),
         )
         saver = _checkpoint_saver(run, tracker, restored, during)

@@ -125,7 +125,7 @@ def test_a_guided_step_is_one_call_of_the_network(scale: float) -> None:
 
 def test_what_cannot_be_shared_is_refused() -> None:
     flow = Flow(FlowConfig(scales=2))
-    with pytest.raises(SamplerConfigError, match=r"share_coarse=4 must .* divide the 6 images"):
+    with pytest.raises(SamplerConfigError, match="6 images are no whole layouts of share_coarse=4"):
         draw(tiny_model(scales=2), flow, share_coarse=4)
     with pytest.raises(SamplerConfigError, match="share_coarse=0 must be at least 1"):
         draw(tiny_model(scales=2), flow, share_coarse=0)

@@ -281,12 +281,13 @@ def test_the_command_prints_a_table_or_one_paragraph(place, capsys):
     assert main([*words, "features=[random_conv]"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[-2].split() == [
-        *("run", "images", "weights", "extractor", "sampler", "guidance", "NFE", "n", "reference"),
+        *("run", "images", "weights", "drawn", "in"),
+        *("extractor", "sampler", "guidance", "NFE", "n", "reference"),
         *("Fréchet", "real", "kernel", "precision", "recall", "sliced", "real"),
         *("diversity", "real", "nearest", "real", "close", "extractor's", "accuracy"),
     ]
-    assert table[-1].split()[:9] == [
-        *("small", "200", "ema", "random_conv", "midpoint", "20", "1.5", "80", "20")
+    assert table[-1].split()[:10] == [
+        *("small", "200", "ema", "fp32", "random_conv", "midpoint", "20", "1.5", "80", "20")
     ]
     assert main([*words, "samples=1"]) == 2
     assert "samples=1" in capsys.readouterr().err

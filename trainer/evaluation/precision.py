@@ -1,0 +1,87 @@
+"""In which precision samples are drawn: weights and activations, and products on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from trainer.config.reading import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+"""What a network computes in; states, times and what a codec decodes are in float32 always.
+
+"fp32" rounds every product as float32 does; "tf32" lets a GPU round what goes into a product to 10
+bits of mantissa and add up in float32; "bf16" has weights and activations in bfloat16, and products
+of float32 as "tf32" has them.
+"""
+PrecisionChoice = Literal["auto", "fp32", "tf32", "bf16"]
+"""A precision; "auto" is bf16 on a GPU that has it, and fp32 elsewhere."""
+
+
+def drawing_precision(choice: PrecisionChoice, device: torch.device) -> Precision:
+    """Return what a command draws in.
+
+    Args:
+        choice: What it was asked for.
+        device: Where it draws.
+
+    Raises:
+        ConfigError: The device does not have it.
+    """
+    if choice == "tf32" and device.type != "cuda":
+        raise ConfigError(
+            f"precision=tf32 is for NVIDIA's GPUs, and this draws on device={device}; give "
+            "precision=fp32, or precision=bf16"
+        )
+    if choice != "auto":
+        return choice
+    return auto_precision(is_on_gpu=device.type == "cuda")
+
+
+def auto_precision(*, is_on_gpu: bool) -> Precision:
+    """Return what "auto" is: bf16 on a GPU, unless this machine has one without it."""
+    lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    return "bf16" if is_on_gpu and not lacks else "fp32"
+
+
+def precision_of_training(engine: Literal["fp32", "bf16"], device: torch.device) -> Precision:
+    """Return what a run draws its own samples in: what it trains in.
+
+    Args:
+        engine: `engine.precision` of the run; on a GPU its fp32 is TF32.
+        device: Where it draws.
+    """
+    return "tf32" if engine == "fp32" and device.type == "cuda" else engine
+
+
+def is_of_training(precision: str, engine: Literal["fp32", "bf16"]) -> bool:
+    """Tell whether a run of such an engine may have drawn in a precision, wherever it did.
+
+    Older versions do not name it, and had no other.
+    """
+    return precision in ("", "bf16") if engine == "bf16" else precision in ("", "fp32", "tf32")
+
+
+@contextmanager
+def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Let products of float32 on a GPU be as a precision has them, for the time of a block.
+
+    Args:
+        precision: The precision.
+        device: Where the block computes; on a processor nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = precision != "fp32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before

@@ -42,6 +42,7 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
         (prefix_attention, [*TINY, "--pixels", "256", "--batch", "1", "--heads", "1"], 6),
         (expert_matmul, [*TINY, "--sizes", "S/2", "--scales", "2", "--batch", "2"], 3),
         (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),
+        (sampling, [*TINY_MODEL, "--batches", "4", "--ways", "fp32", "--share-coarse", "2"], 2),
         (sample_sets, [*TINY_MODEL, "--steps", "2", "--samples", "3", "--batch", "2"], 4),
         (frechet, [*TINY, "--features", "40"], 4),
         (decoding, [*TINY, *FEW_IMAGES, "--decode-threads", "1,2"], 3 + decoding.has_turbo()),

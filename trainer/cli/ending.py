@@ -115,7 +115,9 @@ def _summary(
 
 def _figures(report: EvaluationReport) -> list[tuple[str, str]]:
     """Say how far samples are from real images, beside what that has to be compared with."""
-    calls = f"({report.network_evaluations:g} network evaluations per sample)"
+    drawn_in = report.origin.precision
+    calls = f"({report.network_evaluations:g} network evaluations per sample"
+    calls += f", in {drawn_in})" if drawn_in else ")"
     name = f"Fréchet distance ({report.features})"
     if report.frechet is None:
         few = "not measured: there are too few held-out images, see the warning above"

@@ -127,7 +127,9 @@ def kind_of(wanted: Any) -> str:
     bounds = " and ".join(_bounds(wanted))
     domain = f", {bounds}" if bounds else ""
     if _is_list(wanted):
-        return f"list of {' | '.join([*words, *(f'{kind}s' for kind in kinds)])}{domain}"
+        several = dict.fromkeys([*words, *(f"{kind}s" for kind in kinds)])
+        one = "one or a " if _may_be_one(wanted) else ""
+        return f"{one}list of {' | '.join(several)}{domain}"
     return f"{' | '.join(dict.fromkeys([*words, *kinds]))}{domain}"
 
 
@@ -145,6 +147,12 @@ def _bounds(wanted: Any) -> Iterator[str]:
 def _is_list(wanted: Any) -> bool:
     is_list = typing.get_origin(wanted) is tuple
     return is_list or any(_is_list(each) for each in typing.get_args(wanted))
+
+
+def _may_be_one(wanted: Any) -> bool:
+    """Tell whether what may be a list may be a single value too."""
+    parts = () if typing.get_origin(wanted) is tuple else typing.get_args(wanted)
+    return any(leaf_types(part) and not _is_list(part) for part in parts)
 
 
 def _wrap(text: str, first: str, rest: str | None = None) -> list[str]:

@@ -288,7 +288,7 @@ class ModelCard:
                 f"{distance.frechet:.4g}",
                 "" if real is None else f"{real.frechet:.4g}",
                 f"{measurement.samples:,}",
-                _code(_sampler(measurement.sampler)),
+                _code(_sampler(measurement.sampler)) + _drawn_in(measurement.precision),
             )
             for _, measurement, distance in self.results
             for real in [distance.real]
@@ -323,6 +323,10 @@ class _Science:
 
 def _metric(features: str) -> str:
     return "fid" if features == "inception" else f"frechet_{features}"
+
+
+def _drawn_in(precision: str) -> str:
+    return f", in {precision}" if precision else ""  # older reports do not tell
 
 
 def _sampler(settings: Mapping[str, Any]) -> str:

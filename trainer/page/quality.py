@@ -160,7 +160,8 @@ def _protocol_words(measurement: Measurement, features: str) -> str:
     words = [f"extractor {features}" + (f" (SHA-256 {digest[:12]}…)" if digest else "")]
     words.append(f"reference SHA-256 {measurement.held_out_index[:12]}…")
     for name, value in told.items():
-        if name not in _TOLD_ELSEWHERE and value is not None:
+        # Older reports do not tell everything.
+        if name not in _TOLD_ELSEWHERE and value not in (None, ""):
             words.append(f"{name.replace('_', ' ')} {_in_words(value)}")
     return "; ".join(words)
 

@@ -215,7 +215,7 @@ def _by_formula(options: argparse.Namespace) -> float:
         image_size=options.image_size,
         classes=_CLASSES,
     )
-    *coarse, finest = nfe_per_segment(_sampler(options), Flow(FlowConfig(scales=options.scales)))
+    *coarse, finest = nfe_per_segment(_sampler(options), FlowConfig(scales=options.scales).stages)
     before = sum(
         calls * multiply_adds(shape, active=active) for active, calls in enumerate(coarse, 1)
     )

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from models.axes import Bands
-from models.flow.flow import Flow, FlowConfig
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
 from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig

@@ -115,8 +115,9 @@ def axis(values: Sequence[float], *, log: bool = False) -> Axis:
     low, high = min(values), max(values)
     if log and low > 0 and high / low >= 10:
         return Axis(low / 1.05, high * 1.05, True, _log_ticks(low, high))
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        spare = abs(high) * 0.5 or 1.0
+    # Beside 1e-300 there are too few numbers for ticks.
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):
+        spare = abs(high) * 0.5 if abs(high) > 1e-300 else 1.0
         low, high = (0.0, high + spare) if low >= 0 else (low - spare, high + spare)
     step = _round_step((high - low) / 4.5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -23,7 +23,8 @@ DIGITS = "+exp=digits"
 # Least value, and the largest or the first that is too large, of every number by its last words.
 COUNTS = (
     "image_size data.channels codec.factor codec.channels width heads patch_size flow.scales "
-    "total_images global_batch batch adaptive_group grid_columns grid_classes micro_batch "
+    "total_images global_batch batch adaptive_group share_coarse grid_columns grid_classes "
+    "micro_batch "
     "workers min_workers cpus_per_worker beside_cpus gpus_per_node prefetch_batches decode_threads "
     "shuffle_block_samples "
     "download_threads open_files retries keep_last columns repeats zero_stage n"

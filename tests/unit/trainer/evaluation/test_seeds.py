@@ -76,9 +76,9 @@ def test_each_set_of_samples_is_what_its_seed_gives_alone(place, tmp_path, monke
     measured: list[int] = []
     measure = checkpoints._Evaluation._measure
 
-    def counted(self, manifest, measurement):
+    def counted(self, manifest, measurement, precision):
         measured.append(measurement.seed)
-        return measure(self, manifest, measurement)
+        return measure(self, manifest, measurement, precision)
 
     monkeypatch.setattr(checkpoints._Evaluation, "_measure", counted)
     again = evaluate_checkpoints(dataclasses.replace(config, seeds=4), report=quiet)

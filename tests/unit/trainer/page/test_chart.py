@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.page.chart import Series, axis, compact, line_chart, number_field, share_bar
@@ -57,6 +57,7 @@ anything = st.floats() | st.just(1e308) | st.just(-1e308)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**63), anything), max_size=8), st.booleans(), anything)
+@example([(0, 5e-324)], False, 0.0)
 def test_whatever_a_store_holds_can_be_drawn(points, log, level):
     shown = sorted(dict(points).items())
     series = [Series(label="x", points=shown)]

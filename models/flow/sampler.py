@@ -1,5 +1,6 @@
 """Sampling: integrate the flow segment by segment, coarse scales first."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from models.axes import Band, Bands, VelocityModel, to_images
+from models.axes import Bands, VelocityModel, to_images
 from models.flow.flow import Flow
 from models.flow.sampler_config import (
     MAX_STEPS,
@@ -76,10 +77,9 @@ def sample(
 ) -> Samples:
     """Turn noise into images; an image depends on its own noise and label.
 
-    With ``share_coarse`` images are variations of one layout, so many after the other: they have
-    the noise of the first of them on all scales but the finest, and its label. No coarse scale
-    depends on finer ones, so its states, and in every network call its keys and values, are
-    computed once for all of them. They are the images that would be drawn one by one of that noise.
+    With ``share_coarse`` so many images, one after the other, are variations of one layout: they
+    have the first one's noise on all scales but the finest, and its label. What no finer scale
+    changes, coarse states, keys and values, is computed once for all of them.
 
     Args:
         velocity_model: The network.
@@ -93,8 +93,7 @@ def sample(
         finest_batch: Images in one network call when all scales are active; segments with fewer
             tokens take more at once, see ``images_per_call``. None takes all images at once.
         share_coarse: How many images share their coarse scales; 1 shares nothing.
-        observe: Called after each step and once more where a scale has entered, with the images of
-            one network call.
+        observe: Called after each step, and where a scale has entered, with the images of a call.
 
     Raises:
         StepsError: There are fewer steps than segments.
@@ -103,17 +102,12 @@ def sample(
         SolverError: The solver chooses its own steps, and comes to no end.
     """
     images, scales = noise.shape[0], flow.stages.scales
-    check_shared(share_coarse, stages=flow.stages, config=config)
-    if images % share_coarse:
-        raise SamplerConfigError(
-            f"{images} images are no whole layouts of share_coarse={share_coarse} images each."
-        )
+    check_shared(share_coarse, stages=flow.stages, config=config, images=images)
     counter = NfeCounter(velocity_model)
-    guided_model = guide(counter, scale=config.guidance_scale, null_label=null_label)
-    advance = partial(_integrate, config=config, observe=observe)
+    guided = guide(counter, scale=config.guidance_scale, null_label=null_label)
+    advance = partial(_advance, counter, guided, config=config, observe=observe)
     sizes = images_per_call(scales, finest_batch=images if finest_batch is None else finest_batch)
-    if config.adaptive:
-        sizes = (config.adaptive_group,) * scales
+    sizes = (config.adaptive_group,) * scales if config.adaptive else sizes
     noise_bands = flow.noise_bands(noise, channels=channels, image_size=image_size)
     # Of the images of a layout the first one stands for all, but on the finest scale.
     noise_bands = (*(band[::share_coarse] for band in noise_bands[:-1]), noise_bands[-1])
@@ -123,26 +117,46 @@ def sample(
     plan = zip(flow.stages.segments, config.plan(flow.stages), sizes, strict=True)
     for segment, pieces, size in plan:
         states = (*states, flow.path.entry(noise_bands[segment.active - 1], segment.start))
-        varied = share_coarse if segment.active == scales else 1
-        layouts = max(1, size // varied)
-        parts = []
-        for first in range(0, len(labels), layouts):
-            batch = slice(first, first + layouts)
-            some = (*(state[batch] for state in states[:-1]), _varied(states[-1], batch, varied))
-            observe(segment.start, some)
-            for piece in pieces:
-                model = guided_model if piece.guided else counter
-                some = advance(model, some, labels[batch], piece=piece)
-            parts.append(some)
-        states = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        variations = share_coarse if segment.active == scales else 1
+        states = advance(states, labels, pieces=pieces, size=size, variations=variations)
         nfe.append(counter.take() / images)
-    coarse = (to_images(state, images) for state in states[:-1])
-    return Samples(images=merge((*coarse, states[-1])), nfe=tuple(nfe))
+    return Samples(images=merge(tuple(to_images(s, images) for s in states)), nfe=tuple(nfe))
 
 
-def _varied(state: Band, layouts: slice, variations: int) -> Band:
-    """The images of some layouts, of a scale that has so many for each."""
-    return state[layouts.start * variations : layouts.stop * variations]
+def _advance(
+    model: VelocityModel,
+    guided: VelocityModel,
+    states: Bands,
+    labels: Tensor,
+    *,
+    pieces: Sequence[Piece],
+    size: int,
+    variations: int,
+    config: SamplerConfig,
+    observe: Observer,
+) -> Bands:
+    """Bring states through a segment, so many images of the finest in a call.
+
+    There is a label for each layout, and the finest state has so many variations of each.
+    """
+    layouts = max(1, size // variations)
+    parts = []
+    for first in range(0, len(labels), layouts):
+        batch = slice(first, first + layouts)
+        varied = slice(first * variations, (first + layouts) * variations)
+        some = (*(state[batch] for state in states[:-1]), states[-1][varied])
+        observe(pieces[0].start, some)
+        for piece in pieces:
+            some = _integrate(
+                guided if piece.guided else model,
+                some,
+                labels[batch],
+                piece=piece,
+                config=config,
+                observe=observe,
+            )
+        parts.append(some)
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def _integrate(

@@ -183,19 +183,24 @@ class SamplerConfig:
         )
 
 
-def check_shared(share_coarse: int, *, stages: Stages, config: SamplerConfig) -> None:
+def check_shared(share_coarse: int, *, stages: Stages, config: SamplerConfig, images: int) -> None:
     """Refuse to share coarse scales where that cannot be done.
 
     Args:
         share_coarse: How many images share them; 1 is always possible.
         stages: Those of the flow.
         config: The sampler.
+        images: How many images are drawn.
 
     Raises:
         SamplerConfigError: Naming what is in the way.
     """
     if share_coarse < 1:
         raise SamplerConfigError(f"share_coarse={share_coarse} must be at least 1.")
+    if images % share_coarse:
+        raise SamplerConfigError(
+            f"{images} images are no whole layouts of share_coarse={share_coarse} images each."
+        )
     if share_coarse > 1 and stages.scales == 1:
         raise SamplerConfigError(
             f"share_coarse={share_coarse} needs two or more scales: with one there is nothing "

@@ -171,8 +171,9 @@ def precision_table(differences: Sequence[PrecisionDifference]) -> str:
 
 def spread_table(over_seeds: Sequence[Spread]) -> str:
     """Lay figures out over seeds, one line for each, and a table for each protocol."""
+    several = len({each.measurement.precision for each in over_seeds}) > 1
     head = (
-        *("runs", "images", "figure", "mean"),
+        *("runs", "images", *["drawn in"] * several, "figure", "mean"),
         *("± sampling", "seeds", "± training", "runs"),
     )
     tables: dict[str, list[tuple[str, ...]]] = {}
@@ -181,7 +182,9 @@ def spread_table(over_seeds: Sequence[Spread]) -> str:
         for name, figure in each.figures.items():
             rows.append(
                 (
-                    *(named(each.runs), f"{each.images:,}", name.removeprefix("eval/")),
+                    *(named(each.runs), f"{each.images:,}"),
+                    *([each.measurement.precision] * several),
+                    name.removeprefix("eval/"),
                     f"{figure.mean:.4g}",
                     *(_or_nothing(figure.sampling, ".2g"), f"{len(each.seeds)}"),
                     *(_or_nothing(figure.training, ".2g"), f"{len(each.runs)}"),

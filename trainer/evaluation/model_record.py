@@ -351,7 +351,8 @@ class ModelRecord:
             ConfigError: Coarse scales of the model depend on the finest.
             SamplerConfigError: There is no coarse scale, or the solver chooses its own steps.
         """
-        check_shared(share_coarse, stages=self.flow.stages, config=sampler)
+        # However many layouts there are; here it is one.
+        check_shared(share_coarse, stages=self.flow.stages, config=sampler, images=share_coarse)
         if share_coarse > 1 and self.transformer.attention == "full":
             raise ConfigError(
                 f"share_coarse={share_coarse} cannot be drawn by a model of attention=full: its "

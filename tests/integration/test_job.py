@@ -2,9 +2,9 @@
 
 An S3 server reached over HTTP, an MLflow server, Ray, DeepSpeed, streaming and DALI.
 Nothing is replaced by a stand-in. However it is ended, by Ctrl-C, with a worker, with everything,
-or since a rank computes nonsense, it goes on and ends bit-equal to the undisturbed run (ZeRO-2 on
-gloo, fp32 on CPU), and with the same weights but for roundings where a node is lost for good. One
-undisturbed run serves all tests.
+since a rank stands still or computes nonsense, it goes on and ends bit-equal to the undisturbed run
+(ZeRO-2 on gloo, fp32 on CPU), and with the same weights but for roundings where a node is lost for
+good. One undisturbed run serves all tests.
 """
 
 import gzip
@@ -269,22 +269,52 @@ def assert_no_point_twice(home):
     assert len(points) == len(set(points))
 
 
-def test_a_run_goes_on_after_ctrl_c_a_killed_worker_and_a_killed_job(
+HANGS = r"warning: worker (\d): no update for \d+ s .*it stands in (.*);"
+
+
+def assert_hang_is_told(told, output, store):
+    """By the peer of a rank that stands still, which may be any of them, and its last words."""
+    rank, place = told.groups()
+    # It waits for the stopped one in a collective call, or for that of the vote.
+    assert re.match(r"\w+ \((distributed_c10d|loop)\.py:\d+\)", place), place
+    (key,) = store.list("digits/hangs/")
+    assert key.endswith(f"/rank-{int(rank):05d}.txt")
+    stacks = store.get(key).decode()
+    assert "in train_worker" in stacks
+    assert "watchdog" in stacks
+    assert re.search(
+        rf"attempt 0: worker {rank} on \S+ stood still, .*, and ended itself with exit code 75",
+        output,
+    )
+    lost = [key for key in store.list("digits/lost/") if key.endswith(f"/rank-{int(rank):05d}.txt")]
+    assert any("ERROR: no update for" in store.get(key).decode() for key in lost)
+
+
+def test_a_run_goes_on_after_a_hang_ctrl_c_a_killed_worker_and_a_killed_job(
     finished, s3, home, monkeypatch
 ):
-    """One run through all three, so that each has to leave what the next goes on from."""
+    """One run through all of it, so that each has to leave what the next goes on from."""
     uri = f"{s3.make_bucket('killed')}/lapflow"
     words = (*SMALL, f"store.uri={uri}", f"store.endpoint_url={s3.endpoint_url}")
+    words += ("checkpoint.interval_images=640",)  # so that there is room for all of it
 
-    def launch():
-        return job(*words, home=home, environment=finished.credentials)
+    def launch(*settings):
+        return job(*words, *settings, home=home, environment=finished.credentials)
 
-    with launch() as interrupted:
-        interrupted.wait_for(r"checkpoint: \S+/000000001280")
+    soon = ("runtime.hang_s=4", "shards.download_patience_s=1", "shards.download_timeout_s=1")
+    with launch(*soon) as interrupted:
+        interrupted.wait_for("the hang watchdog is armed: after 8 s without an update")
+        interrupted.wait_for(r"checkpoint: \S+")
+        stopped = interrupted.workers()[0]
+        stopped.send_signal(signal.SIGSTOP)
+        told = interrupted.wait_for(HANGS)
+        # It restarts by itself, from a checkpoint.
+        interrupted.wait_for(r"(?s)resumed after [\d,]+ images.+checkpoint: \S+")
+        assert not stopped.is_running()
         interrupted.signal_group(signal.SIGINT)
         assert interrupted.wait() == 128 + signal.SIGINT, interrupted.output
         final = interrupted.wait_for(r"stopped; .* (\S+/checkpoints/(\d+))")
-        assert 1280 < int(final[2]) < 6400
+        assert 640 < int(final[2]) < 6400
         assert interrupted.processes() == []
     with launch() as killed:
         killed.wait_for(r"(?s)resumed after .+checkpoint: \S+")
@@ -301,8 +331,12 @@ def test_a_run_goes_on_after_ctrl_c_a_killed_worker_and_a_killed_job(
     config = StoreConfig(endpoint_url=s3.endpoint_url)
     assert_same_state(final_state(uri, "digits", config), finished.state)
     assert_no_point_twice(home)
-    launches = read_launches(open_store(f"{uri}/runs", config), "digits")
+    store = open_store(f"{uri}/runs", config)
+    assert_hang_is_told(told, interrupted.output, store)
+    launches = read_launches(store, "digits")
     assert len(launches) == 3
+    assert len(launches[0].attempts) == 2
+    assert total_time(launches[:1])["restart"] > 8
     assert sum(total_time(launches).values()) == pytest.approx(
         sum(each.wall_s for each in launches)
     )

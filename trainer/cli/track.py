@@ -20,7 +20,6 @@ from trainer.storage.checkpoint_uri import parse_checkpoint_uri
 from trainer.storage.lease import hold_lease
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
-from trainer.training.tracking import ship
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,8 @@ def ship_journal(config: ShipConfig) -> Outcome:
             )
         text = f"nothing of {address.run_uri} waits for MLflow, neither there nor in {home}"
         return Outcome(text, {"run": address.run_uri, "sent": []})
+    from trainer.training.tracking import ship  # not for those who ask for help
+
     # Nobody else may send it meanwhile.
     with hold_lease(store, address.run, report=say, on_lost=lambda _: None) as lease:
         shipped = ship(

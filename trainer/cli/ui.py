@@ -18,9 +18,14 @@ from pipelines.domains import Checked
 from trainer.cli.command import run_command
 from trainer.config import paths
 from trainer.config.reading import ConfigError
-from trainer.metrics.mlflow_backend import ExperimentDeleted, check_tracker, page, tracking_uri
+from trainer.metrics.mlflow_backend import (
+    PORT,
+    ExperimentDeleted,
+    check_tracker,
+    page,
+    tracking_uri,
+)
 from trainer.metrics.tracker import TrackingConfig
-from trainer.training.tracking import PORT
 
 _HOST = "127.0.0.1"
 _DESCRIPTION = """\

@@ -24,6 +24,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
+PORT = 5000
+"""Where the pages of runs in a local file are shown unless told otherwise."""
 _SQLITE = "sqlite:///"
 _MEMORY = "/dev/shm"
 _TRAINING = "?workflowType=machine_learning"  # or the pages open on what concerns language models

@@ -22,6 +22,7 @@ from trainer.data.splits import Split
 from trainer.metrics.history import keep_history
 from trainer.metrics.journal import JournalPlace, identities, recorded_address
 from trainer.metrics.mlflow_backend import (
+    PORT,
     TrackerUnreachable,
     cause,
     check_tracker,
@@ -353,10 +354,6 @@ def _told_science(lasting: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[
         told[group][name] = lasting[group][name]
     del told["data_set"]  # of which the page has more than the digest
     return told
-
-
-PORT = 5000
-"""Where the pages of runs in a local file are shown unless told otherwise."""
 
 
 def tracking_ui_hint(job: JobConfig, *, run_id: str = "") -> str:

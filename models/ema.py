@@ -42,7 +42,7 @@ class EmaConfig:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Names of all averages: "ema" is that of ``decay``, and "ema_0.999" a further one."""
-        return tuple(ema_kind(decay, main=self.decay) for decay in self._all)
+        return tuple(ema_kind(decay, main=self.decay) for decay in self.long_decays)
 
     def decays_at(self, update: int) -> tuple[float, ...]:
         """Decays to use at one update, in the order of ``kinds``.
@@ -50,10 +50,13 @@ class EmaConfig:
         Args:
             update: Number of updates before this one.
         """
-        return tuple(ema_decay(update, decay=decay, warmup=self.warmup) for decay in self._all)
+        return tuple(
+            ema_decay(update, decay=decay, warmup=self.warmup) for decay in self.long_decays
+        )
 
     @property
-    def _all(self) -> tuple[float, ...]:
+    def long_decays(self) -> tuple[float, ...]:
+        """Decays in the long run, in the order of ``kinds``."""
         return tuple(dict.fromkeys((self.decay, *self.decays)))
 
 

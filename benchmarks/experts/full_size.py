@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -33,6 +33,7 @@ from trainer.planning.placing import model_shape, resolve_placement, workload, z
 from trainer.training.assembly import build_run_engine, initial_model
 
 _GIB = 2**30
+_Told = TypeVar("_Told")
 
 
 IMAGES = {1: 33, 2: 34, 3: 33}
@@ -88,7 +89,7 @@ def measure(variant: Variant, job: JobConfig) -> dict[str, Any]:
     }
 
 
-def apart(function: Callable[[dict[str, Any]], int], values: dict[str, Any]) -> int:
+def apart(function: Callable[[dict[str, Any]], _Told], values: dict[str, Any]) -> _Told:
     """Call a function in a process of its own: DeepSpeed keeps groups for all engines of one."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, values).result()
@@ -98,7 +99,7 @@ def count(values: dict[str, Any]) -> int:
     """Build the engine of a job as rank 0 of its ranks; return the bytes of its tensors."""
     job = from_dict(JobConfig, values)
     context = join_alone(job)
-    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "to", _stay):
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "to", stay):
         engine = build_run_engine(
             job, world_size=context.world_size, device=torch.device(context.device)
         )
@@ -163,6 +164,6 @@ def join_alone(job: JobConfig) -> WorkerContext:
     )
 
 
-def _stay(module: nn.Module, *_: object, **__: object) -> nn.Module:
+def stay(module: nn.Module, *_: object, **__: object) -> nn.Module:
     """Stand in for moving a module: fake tensors are where they should be and cannot be moved."""
     return module

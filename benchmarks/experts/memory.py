@@ -17,7 +17,7 @@ from cluster.contract import WorkerContext
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.planning.memory import rank_memory
-from trainer.planning.placing import resolve_placement, workload, zero_stage
+from trainer.planning.placing import is_zero, resolve_placement, workload, zero_stage
 
 _MIB = 2**20
 _BUCKET = 100_000
@@ -88,7 +88,7 @@ def shrink_buckets(job: JobConfig) -> JobConfig:
 
     Its buffers for collectives, and small weights, which ZeRO-3 otherwise leaves whole.
     """
-    if job.engine.kind == "zero":
+    if is_zero(job):
         job.engine.deepspeed["zero_optimization"] = {
             "reduce_bucket_size": _BUCKET,
             "stage3_prefetch_bucket_size": _BUCKET,

@@ -115,7 +115,9 @@ class Objective:
 
     def _report(self, velocities: Bands, targets: list[Tensor], time: Tensor) -> LossReport:
         absent = self.flow.stages.scales - len(targets)
-        bins = F.one_hot((time * TIME_BINS).long().clamp(max=TIME_BINS - 1), TIME_BINS)
+        # Not by `one_hot`, which looks at what it is given and so waits for it.
+        places = torch.arange(TIME_BINS, device=time.device)
+        bins = (time * TIME_BINS).long().clamp(max=TIME_BINS - 1)[:, None] == places
         losses, shares, sums, counts = [], [], [], []
         for velocity, target, weight in zip(
             velocities, targets, self.flow.scale_weights, strict=False

@@ -27,7 +27,7 @@ def judge(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         for loss in case[context.rank]:
             watched.record(torch.tensor(1.0))  # of the first micro-batch
             watched.record(torch.tensor(loss))
-            watched.note_update(is_applied=False)
+            watched.note_update(torch.tensor(False))
         try:
             told = "spoiled" if watched.is_spoiled("no update was applied") else "settings"
         except RankDiverged:

@@ -14,9 +14,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_job_runs_on_one_gpu_and_resumes(precision, tmp_path):
-    settings = [*SMALL, "cluster.workers=1", f"engine.precision={precision}"]
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("plain", "fp32"), ("plain", "bf16"), ("zero", "bf16")]
+)
+def test_the_job_runs_on_one_gpu_and_resumes(kind, precision, tmp_path):
+    engine = [f"engine.kind={kind}", f"engine.precision={precision}"]
+    settings = [*SMALL, "cluster.workers=1", *engine]
     with job(*settings, home=tmp_path) as first:
         assert first.wait() == 0, first.output
     longer = [*settings, "train.total_images=7680"]

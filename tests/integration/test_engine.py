@@ -67,16 +67,12 @@ def courses() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def bf16() -> list[dict[str, Any]]:
-    """What the engines do that can train in bf16, one of each ZeRO stage with a NaN at the end."""
-    whole = [
-        each | {"precision": "bf16", "poisoned": each in ENGINES[1:4]}
-        for each in ENGINES
-        if each["kind"] == "zero"
-    ]
+    """What the engines do in bf16, the plain one and each ZeRO stage with a NaN at the end."""
+    whole = [each | {"precision": "bf16", "poisoned": each in ENGINES[:4]} for each in ENGINES]
     # In two micro-batches, whose gradients are added up in fp32.
     summed = [
-        each | {"precision": "bf16", "micro_batch": 2, "poisoned": each in ENGINES[1:4]}
-        for each in (*ENGINES[1:4], ENGINES[5], *ENGINES[8:10])
+        each | {"precision": "bf16", "micro_batch": 2, "poisoned": each in ENGINES[:4]}
+        for each in (*ENGINES[:6], *ENGINES[8:10])
     ]
     variants = [*whole, *summed]
     told = on_ranks(engine_worker.conformance, 2, {"variants": variants})
@@ -141,11 +137,10 @@ def test_bf16_keeps_fp32_masters_and_stays_near(reference, bf16):
 @pytest.fixture(scope="module")
 def sums() -> dict[str, list[float]]:
     """What 15 gradients of 1/512 add to one, by precision and with every engine that has it."""
-    zero = [each for each in ENGINES if each["kind"] == "zero"]
     by_precision: dict[str, list[dict[str, Any]]] = {
         "fp32": [{"kind": "plain"}],
-        "bf16 added up in fp32": [each | {"precision": "bf16"} for each in zero],
-        "bf16": [each | {"precision": "bf16", "grad_accum_dtype": "bf16"} for each in ENGINES[1:4]],
+        "bf16 added up in fp32": [each | {"precision": "bf16"} for each in ENGINES],
+        "bf16": [each | {"precision": "bf16", "grad_accum_dtype": "bf16"} for each in ENGINES[:4]],
     }
     variants = [each for group in by_precision.values() for each in group]
     told = iter(on_ranks(engine_worker.adding_up, 2, {"variants": variants, "passes": 16}))
@@ -161,7 +156,7 @@ def test_small_gradients_are_not_lost_in_the_sum(sums):
 
 
 def test_adding_up_in_bf16_loses_them(sums):
-    assert sums["bf16"] == pytest.approx([1.0] * 3, abs=2e-3)
+    assert sums["bf16"] == pytest.approx([1.0] * 4, abs=2e-3)
 
 
 def test_moved_state_trains_on_bit_for_bit(courses):
@@ -182,7 +177,7 @@ def test_ema_and_initial_weights_are_in_the_model_only_inside_the_block(courses)
 
 def test_a_nan_on_one_rank_is_skipped_by_all_and_training_goes_on(courses, bf16):
     poisoned = [*courses, *(result for result in bf16 if "applied" in result)]
-    assert len(poisoned) == len(ENGINES) + 2 * 3
+    assert len(poisoned) == len(ENGINES) + 2 * 4
     for number, result in enumerate(poisoned):
         assert result["applied"] == [False, False], number
         assert result["unmoved"], number

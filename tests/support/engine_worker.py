@@ -117,7 +117,7 @@ def updates(
             total += loss.item() * micro_batch / share
         outcome = engine.update(learning_rate=rate, ema_decays=EMA.decays_at(0))
         assert outcome.applied
-        results.append((mean_over_ranks(total), outcome.gradient_norm))
+        results.append((mean_over_ranks(total), float(outcome.gradient_norm)))
     return results
 
 
@@ -231,7 +231,7 @@ def adding_up(context: WorkerContext, payload: dict[str, Any]) -> None:
                 engine.backward(loss * (small if number else 1), last=number == passes - 1)
             # Nothing moves, so that the second gradient is that of the same weights.
             outcome = engine.update(learning_rate=0.0, ema_decays=EMA.decays_at(0))
-            norms.append(outcome.gradient_norm)
+            norms.append(float(outcome.gradient_norm))
         tell_once(context, {"sum": norms[1] / norms[0]})
 
 
@@ -281,7 +281,7 @@ def poison(
         bad = context.rank == 1 and number == 0
         engine.backward(loss * (float("nan") if bad else 1.0), last=number == passes - 1)
     outcome = engine.update(learning_rate=1e-2, ema_decays=EMA.decays_at(0))
-    applied = of_all_ranks(outcome.applied)
+    applied = of_all_ranks(bool(outcome.applied))
     unmoved = state(engine) == before
     history = updates(engine, context, count=1, first=4, micro_batch=micro_batch)
     return {"applied": applied, "unmoved": unmoved, "next": history}

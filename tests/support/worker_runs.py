@@ -32,6 +32,7 @@ from trainer.storage.local import LocalStore
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
 from trainer.training import assembly, worker
+from trainer.training import run as run_page
 from trainer.training.loop import StopVote
 from trainer.training.validate import validate
 
@@ -185,7 +186,7 @@ def observed(context: WorkerContext, payload: Mapping[str, Any]) -> None:
         stack.enter_context(mock.patch.object(worker, "StopVote", vote))
         if payload["unknown"]:
             science = partial(_science_of_before, payload["unknown"])
-            stack.enter_context(mock.patch.object(worker, "science", science))
+            stack.enter_context(mock.patch.object(run_page, "science", science))
         if hold is not None and hold.rank in (None, context.rank):
             release = standing if hold.released else threading.Event()
             store = partial(_SlowStore, hold.key, release)

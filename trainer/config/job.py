@@ -80,7 +80,8 @@ class TrainConfig(Checked):
         label_dropout: Share of labels replaced by the null label, which guidance needs.
         ema: The weights' moving average.
         max_skipped_updates: Updates in a row that may be skipped for a non-finite gradient before
-            the run stops.
+            the run stops. It is looked once in so many updates and one, for the host to wait for
+            the device no more often.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0

@@ -13,9 +13,8 @@ from trainer.engine.compiled import compile_as_asked
 from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.plain import PlainEngine
-from trainer.engine.protocol import BuildModel, Engine, EngineConfig
+from trainer.engine.protocol import Arrange, BuildModel, Engine, EngineConfig
 from trainer.engine.streams import CudaStreams
-from trainer.engine.zero import ZeroEngine
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +48,10 @@ def build_engine(
     grad_accum_steps = rank_batch // micro_batch
     shards = ExpertShards.of(placement, regather=config.regathers)
 
-    def arrange(model: LapFlowTransformer) -> None:
-        model.checkpoint_activations(config.recomputed)
-        shards.join(model)
-        compile_as_asked(model, config)
-        # A finest scale that is sharded exchanges on the communicators of coarse ones.
-        if config.has_overlap and placement.ranks[-1] == 1 and device.type == "cuda":
-            model.queue(CudaStreams(device))
-
-    if config.kind == "plain":
+    arrange = _arrangement(config, placement, shards, device)
+    if config.precision == "fp32" and device.type == "cuda":
+        allow_tf32(config.tf32)
+    if config.kind_of(world_size) == "plain":
         return PlainEngine(
             build_model,
             arrange=arrange,
@@ -66,7 +60,12 @@ def build_engine(
             ema=ema,
             grad_accum_steps=grad_accum_steps,
             device=device,
+            dtype=config.dtype,
+            sum_dtype=config.sum_dtype(grad_accum_steps),
         )
+    # Here, for one device does without DeepSpeed, whose import takes seconds.
+    from trainer.engine.zero import ZeroEngine
+
     return ZeroEngine(
         build_model,
         arrange=arrange,
@@ -79,3 +78,28 @@ def build_engine(
         world_size=world_size,
         device=device,
     )
+
+
+def _arrangement(
+    config: EngineConfig, placement: Placement, shards: ExpertShards, device: torch.device
+) -> Arrange:
+    def arrange(model: LapFlowTransformer) -> None:
+        model.checkpoint_activations(config.recomputed)
+        shards.join(model)
+        compile_as_asked(model, config)
+        # A finest scale that is sharded exchanges on the communicators of coarse ones.
+        if config.has_overlap and placement.ranks[-1] == 1 and device.type == "cuda":
+            model.queue(CudaStreams(device))
+
+    return arrange
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Say how GPUs multiply float32 matrices from here on, in this process."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    if allowed:
+        logger.info(
+            "engine.precision=fp32 on a GPU: matrices are multiplied in TF32, with 10 bits of "
+            "mantissa; engine.tf32=false multiplies them in full"
+        )

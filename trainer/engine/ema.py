@@ -21,6 +21,23 @@ from trainer.engine.ema_room import LANES, room_elements
 from trainer.host_memory import host_buffer
 
 
+def decays_on_device(config: EmaConfig, updates: Tensor) -> Tensor:
+    """Decays of the update that follows so many applied ones, which only the device may know.
+
+    Args:
+        config: The averages.
+        updates: Number of updates before this one, float64, 0-D.
+
+    Returns:
+        To the bit what `EmaConfig.decays_at` says, float64 [averages], on the device of `updates`.
+    """
+    long = [torch.full_like(updates, decay) for decay in config.long_decays]
+    if config.warmup:
+        ramp = (1 + updates) / (10 + updates)
+        long = [torch.minimum(decay, ramp) for decay in long]
+    return torch.stack(long)
+
+
 class Lane(NamedTuple):
     """A queue of chunks that are updated one after the other, beside those of other lanes.
 
@@ -35,14 +52,18 @@ class Lane(NamedTuple):
 
 @torch.no_grad()
 def follow_in_chunks(
-    averages: Sequence[Tensor], weights: Sequence[Tensor], share: float, *, lanes: Sequence[Lane]
+    averages: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    share: float | Tensor,
+    *,
+    lanes: Sequence[Lane],
 ) -> None:
     """Queue what moves averages towards weights that are in another memory.
 
     Args:
         averages: Contiguous float32 tensors, overwritten.
         weights: As many, of the same sizes.
-        share: Weight of the weights; the averages keep the rest.
+        share: Weight of the weights, a number or one on their device; the averages keep the rest.
         lanes: Take chunks in turn; their rooms are of one length.
     """
     turns = cycle(lanes)
@@ -99,20 +120,29 @@ class MovingAverage:
             stream.synchronize()
         return self._values
 
-    def follow(self, weights: Sequence[Tensor], *, decay: float) -> None:
+    def follow(self, weights: Sequence[Tensor], *, decay: float | Tensor) -> None:
         """Keep a share of the average, `decay`, and take the rest from the weights.
 
         On the host the average may still be under way when this returns, so the weights must stay
         as they are until `join`.
+
+        Args:
+            weights: What is averaged.
+            decay: A number, or one that the device knows, which the host does not wait for.
         """
+        share: float | Tensor = 1.0 - decay
+        if isinstance(share, Tensor):
+            share = share.to(weights[0].device, torch.float32)
         if self._lanes:
             for stream in self._streams():
                 stream.wait_stream(torch.cuda.current_stream(stream.device))
-            follow_in_chunks(self._values, weights, 1.0 - decay, lanes=self._lanes)
+                if isinstance(share, Tensor):
+                    share.record_stream(stream)
+            follow_in_chunks(self._values, weights, share, lanes=self._lanes)
             return
         with torch.no_grad():
             for value, weight in zip(self._values, weights, strict=True):
-                value.lerp_(weight, 1.0 - decay)
+                value.lerp_(weight, share)
 
     def join(self) -> None:
         """Have the current stream wait until weights may be overwritten; the host does not wait."""
@@ -158,7 +188,7 @@ class MovingAverages:
         """Return each average by its kind, after all updates so far: see `MovingAverage.values`."""
         return {kind: average.values for kind, average in self._by_kind.items()}
 
-    def follow(self, weights: Sequence[Tensor], *, decays: Sequence[float]) -> None:
+    def follow(self, weights: Sequence[Tensor], *, decays: Sequence[float] | Tensor) -> None:
         """Have each follow the weights by its decay, in the order of `EmaConfig.kinds`."""
         for average, decay in zip(self._by_kind.values(), decays, strict=True):
             average.follow(weights, decay=decay)

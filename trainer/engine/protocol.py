@@ -34,9 +34,13 @@ class EngineConfig(Checked):
     """How weights, gradients and optimizer state are held and updated.
 
     Attributes:
-        kind: "zero" is DeepSpeed ZeRO; "plain" is the torch reference, which spreads no state.
+        kind: "zero" is DeepSpeed ZeRO; "plain" is torch alone, which spreads no state, and on one
+            device holds the same with fewer operations; "auto" is "plain" with one worker, unless
+            `offload_optimizer` or `deepspeed` asks for DeepSpeed, and "zero" with more.
         zero_stage: ZeRO stage, 1 (optimizer state sharded), 2 (gradients too) or 3 (weights too).
         precision: Weights and activations; "bf16" keeps fp32 master weights, moments and EMA.
+        tf32: On GPUs with precision "fp32", multiply matrices in TF32: 10 bits of mantissa instead
+            of 23, at several times the speed. Sums stay in fp32.
         grad_accum_dtype: In what the gradients of an update's micro-batches are added up, with
             precision "bf16". In "bf16" a sum loses what is below 1/256 of it, and takes half the
             memory: 2 bytes less for each gradient that a rank keeps, which with ZeRO-1 are all.
@@ -67,9 +71,10 @@ class EngineConfig(Checked):
             stage3_max_reuse_distance are chosen by `memory`, unless one of them is given.
     """
 
-    kind: Literal["zero", "plain"] = "zero"
+    kind: Literal["auto", "zero", "plain"] = "auto"
     zero_stage: int = 2
     precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = True
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     placement: Literal["auto", "replicated"] | dict[int, int] = "replicated"
@@ -108,7 +113,14 @@ class EngineConfig(Checked):
     @property
     def has_overlap(self) -> bool:
         """Whether coarse scales have a stream of their own, where there are streams."""
-        return self.overlap_exchange and not (self.kind == "zero" and self.zero_stage == 3)
+        return self.overlap_exchange and not (self.kind != "plain" and self.zero_stage == 3)
+
+    def kind_of(self, world_size: int) -> Literal["zero", "plain"]:
+        """Which engine trains on so many ranks."""
+        if self.kind != "auto":
+            return self.kind
+        wants_deepspeed = self.offload_optimizer or bool(self.deepspeed)
+        return "plain" if world_size == 1 and not wants_deepspeed else "zero"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,6 +128,12 @@ class EngineConfig(Checked):
         import torch
 
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def sum_dtype(self, grad_accum_steps: int) -> torch.dtype:
+        """Type of the sum of the gradients of so many micro-batches."""
+        import torch
+
+        return torch.bfloat16 if self.sum_precision(grad_accum_steps) == "bf16" else torch.float32
 
     def sum_precision(self, grad_accum_steps: int) -> Literal["fp32", "bf16"]:
         """Precision in which the gradients of so many micro-batches are added up."""
@@ -127,13 +145,16 @@ class EngineConfig(Checked):
 class UpdateOutcome:
     """What one optimizer update did.
 
+    Both are on the device, and to look at them is to wait for it.
+
     Attributes:
-        applied: False when a non-finite gradient on any rank made every rank skip the update.
-        gradient_norm: Global gradient norm before clipping; infinite when skipped.
+        applied: Bool, 0-D: false when a non-finite gradient on any rank made every rank skip the
+            update.
+        gradient_norm: Float32, 0-D: global gradient norm before clipping; infinite when skipped.
     """
 
-    applied: bool
-    gradient_norm: float
+    applied: Tensor
+    gradient_norm: Tensor
 
 
 class Engine(Protocol):
@@ -149,12 +170,15 @@ class Engine(Protocol):
         """Add the gradient of one micro-batch; `last` closes the accumulation of an update."""
         ...
 
-    def update(self, *, learning_rate: float, ema_decays: Sequence[float]) -> UpdateOutcome:
+    def update(
+        self, *, learning_rate: float, ema_decays: Sequence[float] | Tensor
+    ) -> UpdateOutcome:
         """Apply the accumulated gradient on all ranks, or on none when it is not finite.
 
         Args:
             learning_rate: Of this update.
-            ema_decays: Of this update, one for each average, in the order of `EmaConfig.kinds`.
+            ema_decays: Of this update, one for each average, in the order of `EmaConfig.kinds`;
+                numbers, or a tensor on the device, for which the host does not wait.
         """
         ...
 

@@ -36,6 +36,7 @@ from trainer.engine.zero_partition import (
     mark_expert_groups,
     partition_on_built,
 )
+from trainer.engine.zero_update import ZeroUpdate
 from trainer.state import Fragment
 
 TESTED_DEEPSPEED = ">=0.19.8,<0.19.9"
@@ -77,7 +78,7 @@ class ZeroEngine:
         device: torch.device,
     ) -> None:
         deepspeed = import_deepspeed()
-        self._dtype = config.dtype
+        self._dtype, self._device = config.dtype, device
         settings = zero_config(
             config,
             micro_batch=micro_batch,
@@ -108,7 +109,12 @@ class ZeroEngine:
         self._partition: ZeroPartition = (
             WeightPartition(self._zero) if stage == 3 else StatePartition(self._zero)
         )
-        self._averages = MovingAverages(self._partition.masters, config=ema)
+        self._own_update: ZeroUpdate | None = None
+        if stage == 3 or config.offload_optimizer:
+            self._averages = MovingAverages(self._partition.masters, config=ema)
+        else:
+            self._own_update = ZeroUpdate(self._zero, optim=optim, ema=ema)
+            self._averages = self._own_update.averages
 
     def __call__(
         self, states: tuple[Tensor, ...], time: Tensor, labels: Tensor
@@ -124,18 +130,32 @@ class ZeroEngine:
             # DeepSpeed counts micro-batches in step(), which updates nothing before the last one.
             self._deepspeed.step()
 
-    def update(self, *, learning_rate: float, ema_decays: Sequence[float]) -> UpdateOutcome:
+    def update(
+        self, *, learning_rate: float, ema_decays: Sequence[float] | Tensor
+    ) -> UpdateOutcome:
         """Apply the update; a non-finite global norm makes every rank skip it alike."""
+        if self._own_update is None:
+            return self._update_by_deepspeed(learning_rate, ema_decays)
+        outcome = self._own_update.apply(learning_rate=learning_rate, ema_decays=ema_decays)
+        self._deepspeed.step()  # which counts micro-batches, and lets go of gradients
+        return outcome
+
+    def _update_by_deepspeed(
+        self, learning_rate: float, ema_decays: Sequence[float] | Tensor
+    ) -> UpdateOutcome:
+        """Have DeepSpeed update what ZeRO-3, or host memory, holds; the host waits for the norm."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         self._averages.join()
         self._deepspeed.step()
         self._partition.zero_stale_grads()
-        if self._zero.overflow:
-            return UpdateOutcome(applied=False, gradient_norm=float("inf"))
-        self._averages.follow(self._partition.masters, decays=ema_decays)
+        applied = not self._zero.overflow
+        if applied:
+            self._averages.follow(self._partition.masters, decays=ema_decays)
+        norm = float(self._deepspeed.get_global_grad_norm()) if applied else float("inf")
         return UpdateOutcome(
-            applied=True, gradient_norm=float(self._deepspeed.get_global_grad_norm())
+            applied=torch.tensor(applied, device=self._device),
+            gradient_norm=torch.tensor(norm, device=self._device),
         )
 
     def fragments(self) -> Sequence[Fragment]:

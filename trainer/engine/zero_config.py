@@ -44,6 +44,10 @@ def zero_config(
         # DeepSpeed's default of 500 million elements is a buffer of a gigabyte on each rank.
         "reduce_bucket_size": 50_000_000,
         "overlap_comm": True,
+        # DeepSpeed's `reduce_scatter` is none: by default ranks all-reduce whole buckets, and keep
+        # their part. Off, each part is reduced to the rank that keeps it, which is half the bytes.
+        # Not with state in host memory, where DeepSpeed would wait for the device at each of them.
+        "use_multi_rank_bucket_allreduce": config.offload_optimizer,
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -60,6 +64,8 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        # It would wait for the device at the beginning and at the end of every step.
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merge(rendered, config.deepspeed)
 

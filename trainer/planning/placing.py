@@ -117,7 +117,12 @@ def predict_configured(job: JobConfig) -> Candidate | None:
 
 def zero_stage(job: JobConfig) -> int:
     """ZeRO stage of the job, 0 for the plain engine."""
-    return job.engine.zero_stage if job.engine.kind == "zero" else 0
+    return job.engine.zero_stage if is_zero(job) else 0
+
+
+def is_zero(job: JobConfig) -> bool:
+    """Whether DeepSpeed trains the job, with as many workers as it has."""
+    return job.engine.kind_of(job.cluster.workers) == "zero"
 
 
 def workload(job: JobConfig) -> Workload:
@@ -227,14 +232,14 @@ def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
         jobs["all scales tied (model.ties.scales)"] = replace(
             job, model=replace(job.model, ties=Ties(scales=every))
         )
-    if job.engine.kind == "zero" and not job.engine.offload_optimizer:
+    if is_zero(job) and not job.engine.offload_optimizer:
         if job.train.ema.device == "device":
             ema = replace(job.train.ema, device="host")
             jobs["train.ema.device=host"] = replace(job, train=replace(job.train, ema=ema))
         jobs["engine.offload_optimizer=true"] = replace(
             job, engine=replace(job.engine, offload_optimizer=True)
         )
-    if job.engine.kind == "zero":
+    if is_zero(job):
         jobs |= {
             f"engine.deepspeed.zero_optimization={words}": _with_zero(job, settings)
             for words, settings in _zero_settings(job)

@@ -81,7 +81,7 @@ def step_time(
     `workload.hides_reduction`; with `workload.overlaps_exchange`, and not with stage 3, what coarse
     scales exchange with what the finest scale computes, and the reverse; the weights that stage 3
     gathers for a block of the forward pass with the block before it; and an EMA on the host with
-    passes until DeepSpeed waits for it. Whatever travels at the same time shares the link. The rest
+    all passes. Whatever travels at the same time shares the link. The rest
     waits: weights that are gathered after an update, or again for the backward pass.
 
     Args:
@@ -114,7 +114,7 @@ def step_time(
     waiting = _waiting_seconds(workload, placement, hardware, zero_stage)
     if not hidden:
         waiting += reducing * sum(each.link + each.network for each in reduced)
-    hidden_s = _share_beside_host(workload, zero_stage) * max(compute, without, with_exchange)
+    hidden_s = max(compute, without, with_exchange)
     return StepTime(
         compute=compute,
         reduction=max(0.0, without - compute) + waiting,
@@ -365,8 +365,9 @@ def _reductions(
 ) -> tuple[Transfer, ...]:
     """Gradients of one pass, bucket by bucket, from the last block to the first.
 
-    Stages 0 to 2 all-reduce gradients, as DeepSpeed does by default, or send each to the rank that
-    keeps it; stage 3 reduce-scatters them.
+    Stage 0 all-reduces gradients. Stages 1 and 2 send each to the rank that keeps it, or with
+    state in host memory all-reduce them too; stage 3 reduce-scatters them. No stage knows another
+    way with another backend.
     """
     rings = 1 if zero_stage == 3 else 2
     if workload.reduces_to_owners and zero_stage in (1, 2):
@@ -454,21 +455,6 @@ def _rate(workload: Workload, ranks: int, hardware: HardwareConfig) -> float:
     if workload.world_size > ranks_per_node:
         rate = min(rate, hardware.network_gb_per_s * max(1, ranks_per_node // ranks))
     return 1e9 * rate
-
-
-def _share_beside_host(workload: Workload, zero_stage: int) -> float:
-    """Share of a step's passes that goes on while an EMA on the host follows.
-
-    It ends where DeepSpeed waits for the whole GPU. With ZeRO 1 and 2 that is where gradients that
-    the backward pass hides have all been reduced: ZeRO-2 does that in each micro-batch, ZeRO-1 in
-    the last one. If they go to their owners it is at the first bucket, so that only the forward
-    pass of that micro-batch is sure, a third of it. ZeRO-3 waits for its own streams alone.
-    """
-    if zero_stage not in (1, 2) or not workload.hides_reduction(zero_stage):
-        return 1.0
-    steps = workload.grad_accum_steps
-    before = steps - 1 if zero_stage == 1 else 0
-    return (before + (1 / 3 if workload.reduces_to_owners else 1)) / steps
 
 
 def _host_seconds(

@@ -52,13 +52,11 @@ class UpdateReport:
     Attributes:
         images_before: Images seen before the update.
         images: Images seen after it.
-        updates: Updates applied so far.
         waited_s: Seconds this rank has waited for data since the loop began.
     """
 
     images_before: int
     images: int
-    updates: int
     waited_s: float
 
 
@@ -202,7 +200,7 @@ class LossWatch:
         self._finite = torch.zeros((), dtype=torch.bool, device=device)
         self._whole = torch.ones((), dtype=torch.bool, device=device)
         self._own = torch.zeros((), dtype=torch.int64, device=device)
-        self._skipped = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._lost = torch.zeros((), dtype=torch.int64, device=device)
         self._interval_updates = 0
 
@@ -212,20 +210,23 @@ class LossWatch:
         self._finite = self._finite | is_finite
         self._whole = self._whole & is_finite
 
-    def note_update(self, *, is_applied: bool) -> int:
-        """Note, before `after_update`, whether the update could be applied, which all ranks know.
+    def note_update(self, applied: Tensor) -> None:
+        """Note, before `after_update`, whether the update could be applied, without waiting.
 
-        Returns:
-            How many updates in a row could not be.
+        Args:
+            applied: Bool, 0-D, the same on all ranks.
         """
         self._own = torch.where(self._whole, 0, self._own + 1)
         self._whole = torch.ones_like(self._whole)
-        self._skipped = 0 if is_applied else self._skipped + 1
-        return self._skipped
+        self._skipped = torch.where(applied, 0, self._skipped + 1)
+
+    def skipped_in_a_row(self) -> int:
+        """Return how many updates, up to now, could not be applied; the same on all ranks."""
+        return int(self._skipped)
 
     def is_skipping(self) -> bool:
         """Tell whether updates are skipped, and no stray one, as all ranks know alike."""
-        return self._skipped > _STRAY_UPDATES
+        return self.skipped_in_a_row() > _STRAY_UPDATES
 
     def is_spoiled(self, what: str) -> bool:
         """Tell whether few other ranks spoil the updates of all; a collective call.

@@ -100,18 +100,15 @@ def train(
         before = state.images
         if first:
             logger.info("the first batch is there; the first update takes longer than others")
-        outcome = step(batch, state, first_image=before + rank * len(batch.labels))
+        step(batch, state, first_image=before + rank * len(batch.labels))
         if first:
             logger.info(FIRST_UPDATE)
         first = False
         state.images = cursor.images
-        state.updates += outcome.applied
-        state.skipped_updates += not outcome.applied
         advance(state.images)
         report = UpdateReport(
             images_before=before,
             images=state.images,
-            updates=state.updates,
             waited_s=loader.data_wait_s,
         )
         for hook in hooks:
@@ -119,6 +116,8 @@ def train(
         if state.images >= total_images:
             break
         if stop():
+            step.settle()
             return "stopped"
+    step.settle()
     stop.finish()
     return "finished"

@@ -7,7 +7,7 @@ sums, and exactly the same when it is repeated after a crash.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ from models.pyramid import band_statistics, split
 from pipelines.loading.loader import Batch
 from trainer import rng
 from trainer.config.job import TrainConfig
+from trainer.engine.ema import decays_on_device
 from trainer.engine.optimizer import OptimConfig, learning_rate
 from trainer.engine.protocol import Engine, UpdateOutcome
 from trainer.metrics.buffer import MetricBuffer
 from trainer.state import TrainState
 from trainer.training.hooks import LossWatch
+from trainer.training.update_counts import UpdateCounts
 
 
 @dataclass(kw_only=True, eq=False)
@@ -56,13 +58,16 @@ class TrainStep:
     device: torch.device
     watch: LossWatch
     encoder: Codec | None = None
+    _counts: UpdateCounts | None = field(default=None, init=False)
+    _unwatched: int = field(default=0, init=False)
 
     def __call__(self, batch: Batch, state: TrainState, *, first_image: int) -> UpdateOutcome:
-        """Run one update.
+        """Queue one update. On a GPU the host does not wait for it.
 
         Args:
             batch: This rank's images.
-            state: The run's counters before the update.
+            state: The run's counters before the update; how many were applied is written into it by
+                `settle`.
             first_image: Position in the run of the batch's first image.
 
         Returns:
@@ -81,12 +86,24 @@ class TrainStep:
             )
             self.engine.backward(loss, last=stop >= count)
         rate = learning_rate(self.optim, images=state.images, total_images=self.config.total_images)
+        counts = self._counts_of(state)
         outcome = self.engine.update(
-            learning_rate=rate, ema_decays=self.config.ema.decays_at(state.updates)
+            learning_rate=rate, ema_decays=decays_on_device(self.config.ema, counts.applied)
         )
+        counts.note(outcome.applied)
         self.metrics.record("training_data/skipped_images", float(batch.skipped), reduction="sum")
         self._record(outcome, rate)
         return outcome
+
+    def settle(self) -> None:
+        """Write into the state of the last call how many updates were applied; waits for them."""
+        if self._counts is not None:
+            self._counts.settle()
+
+    def _counts_of(self, state: TrainState) -> UpdateCounts:
+        if self._counts is None or not self._counts.belongs_to(state):
+            self._counts = UpdateCounts(state, self.device)
+        return self._counts
 
     def _stage(self, images: int) -> int | None:
         """The stage of the update at a position of the run, alike on all ranks."""
@@ -158,11 +175,24 @@ class TrainStep:
             self.metrics.record_each(names, values, weights=ones)
 
     def _record(self, outcome: UpdateOutcome, rate: float) -> None:
+        applied = outcome.applied
         self.metrics.record("optim/learning_rate", rate)
-        self.metrics.record("optim/skipped_updates", float(not outcome.applied), reduction="max")
-        skipped = self.watch.note_update(is_applied=outcome.applied)
-        if outcome.applied:
-            self.metrics.record("optim/gradient_norm", outcome.gradient_norm)
+        self.metrics.record("optim/skipped_updates", applied.logical_not(), reduction="max")
+        self.metrics.record_each(
+            ("optim/gradient_norm",),
+            torch.where(applied, outcome.gradient_norm, 0.0).reshape(1),
+            weights=applied.reshape(1),
+        )
+        self.watch.note_update(applied)
+        self._unwatched += 1
+        # To look is to wait for the device, so it is done as seldom as it need be.
+        if self._unwatched > self.config.max_skipped_updates:
+            self._unwatched = 0
+            self._look()
+
+    def _look(self) -> None:
+        """End the run where no update comes through any more."""
+        skipped = self.watch.skipped_in_a_row()
         if skipped > self.config.max_skipped_updates:
             what = (
                 f"the gradient was not finite in {skipped} updates in a row "

@@ -8,7 +8,7 @@ from trainer.config.job import JobConfig, check_guidance, micro_batch, with_work
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import encodes, flow_shape
 from trainer.engine.zero_config import zero_config
-from trainer.planning.placing import resolve_placement
+from trainer.planning.placing import resolve_placement, zero_stage
 
 _ZERO_TUNING = (
     "allgather_bucket_size",
@@ -75,11 +75,10 @@ def fewer_workers(job: JobConfig) -> dict[int, int]:
 
 def _check_engine(job: JobConfig) -> None:
     engine = job.engine
-    if engine.kind == "plain" and (engine.precision != "fp32" or engine.offload_optimizer):
-        key = "precision" if engine.precision != "fp32" else "offload_optimizer"
+    if engine.kind == "plain" and engine.offload_optimizer:
         raise ConfigError(
-            f"engine.{key}={getattr(engine, key)} needs engine.kind=zero; the plain engine is "
-            "the fp32 reference"
+            "engine.offload_optimizer=True needs engine.kind=zero: the plain engine keeps its "
+            "state on the device"
         )
     stray = sorted(set(engine.recomputed) - set(range(job.flow.scales)))
     if stray:
@@ -87,7 +86,7 @@ def _check_engine(job: JobConfig) -> None:
             f"engine.activation_checkpointing={list(engine.recomputed)} names scale "
             f"{stray[0]}; the scales are 0 (finest) to {job.flow.scales - 1}"
         )
-    partitioned = engine.kind == "zero" and engine.zero_stage == 3
+    partitioned = zero_stage(job) == 3
     if partitioned and engine.compile != "off":
         raise ConfigError(
             f"engine.compile={engine.compile} does not go with engine.zero_stage=3, which gathers "

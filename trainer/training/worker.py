@@ -107,7 +107,7 @@ def _train(run: Run) -> None:
             pause=partial(_leave_out, run, throughput),
         )
         saver = _checkpoint_saver(run, tracker, restored, during)
-        save = partial(_save, run, restored, watch=watch, saver=saver, tracker=tracker)
+        save = partial(_save, run, restored, step=step, watch=watch, saver=saver, tracker=tracker)
         grids = _sample_grids(run, throughput, evaluation, tracker)
         hooks = _hooks(run, throughput, watch, save, during=during, grids=grids, tracker=tracker)
         profile = _profile(run, throughput, tracker)
@@ -232,12 +232,14 @@ def _save(
     run: Run,
     restored: Restored,
     *,
+    step: TrainStep,
     watch: LossWatch,
     saver: CheckpointSaver,
     tracker: Tracker,
     last: bool = False,
 ) -> bool:
     """Begin to save the run as it is, or tell that this is no state to keep; a collective call."""
+    step.settle()
     state = restored.state
     why = "the loss is not finite" if watch.is_diverging() else ""
     if not (last or why) and watch.is_skipping():

@@ -108,9 +108,8 @@ def _trained() -> Curves:
             sample_ids=torch.arange(taken.start, taken.stop),
             skipped=0,
         )
-        outcome = step(batch, state, first_image=state.images)
+        step(batch, state, first_image=state.images)
         state.images += _BATCH
-        state.updates += outcome.applied
         values = metrics.flush()
         for name, curve in curves.items():
             curve[state.images] = values[name]

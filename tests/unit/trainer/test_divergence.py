@@ -19,9 +19,7 @@ def go(watched, losses, *, micro_batches=1):
         for _ in range(micro_batches):
             watched.record(torch.tensor(loss))
         images = BATCH * (update + 1)
-        report = UpdateReport(
-            images_before=images - BATCH, images=images, updates=update + 1, waited_s=0.0
-        )
+        report = UpdateReport(images_before=images - BATCH, images=images, waited_s=0.0)
         try:
             watched.after_update(report)
         except Diverged:
@@ -83,5 +81,5 @@ def test_updates_that_are_skipped_are_no_state_to_keep_but_a_stray_one_is():
     watched = watch()
     for is_applied, skipping in [(True, False), (False, False), (False, True), (True, False)]:
         watched.record(torch.tensor(1.0))
-        watched.note_update(is_applied=is_applied)
+        watched.note_update(torch.tensor(is_applied))
         assert watched.is_skipping() == skipping

@@ -195,7 +195,7 @@ def test_progress_tells_when_due_and_at_the_end_and_only_on_the_first_rank():
         for before in range(0, 260, 52):
             metrics.record("loss/total", 0.5)
             progress.after_update(
-                UpdateReport(images_before=before, images=before + 52, updates=1, waited_s=0.0)
+                UpdateReport(images_before=before, images=before + 52, waited_s=0.0)
             )
     assert [message["images"] for message in told[0]] == [104, 208, 260]
     assert "104/260 images (40%)" in told[0][0]["text"]

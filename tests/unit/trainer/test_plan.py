@@ -305,12 +305,13 @@ def test_settings_of_deepspeed_count(xl):
     own = {
         "reduce_bucket_size": 1000,
         "overlap_comm": True,
-        "use_multi_rank_bucket_allreduce": False,
+        "use_multi_rank_bucket_allreduce": True,
     }
     work = workload(with_engine(xl, deepspeed={"zero_optimization": own}))
     assert (work.bucket_elements, work.reduces_in_backward) == (1000, True)
-    assert work.reduces_to_owners
-    assert not workload(xl).reduces_to_owners
+    assert not work.reduces_to_owners
+    assert workload(xl).reduces_to_owners
+    assert not workload(with_engine(xl, offload_optimizer=True)).reduces_to_owners
 
 
 def test_where_tokens_and_the_average_are_kept_counts(xl):

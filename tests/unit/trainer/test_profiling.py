@@ -52,9 +52,7 @@ class Profiled:
             with torch.profiler.record_function(f"update {update}"):
                 torch.zeros(2, 2) @ torch.zeros(2, 2)
             self.profile.after_update(
-                UpdateReport(
-                    images_before=10 * update - 10, images=10 * update, updates=update, waited_s=0
-                )
+                UpdateReport(images_before=10 * update - 10, images=10 * update, waited_s=0)
             )
         self.profile.end(10 * updates)
 

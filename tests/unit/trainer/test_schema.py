@@ -122,7 +122,6 @@ def test_the_command_line_wins_over_the_experiment():
         ),
         (["+exp=digits", "engine.placement=auto"], ["engine.placement=auto", "gpu_memory_gib"]),
         (["+exp=digits", "engine.placement=somewhere"], ["engine.placement='somewhere'"]),
-        (["+exp=digits", "engine=plain", "engine.precision=bf16"], ["bf16", "engine.kind=zero"]),
         (["+exp=digits", "train.label_dropout=0"], ["guidance_scale=1.5", "label_dropout=0"]),
         (["+exp=digits", "train.label_dropout=1.5"], ["train.label_dropout=1.5"]),
         (["+exp=digits", "flow.critical_times=[0.2,0.5]"], ["critical_times"]),

@@ -40,7 +40,7 @@ class Linear:
         loss.backward()
 
     def update(self, *, learning_rate: float, ema_decays: Sequence[float]) -> UpdateOutcome:
-        return UpdateOutcome(applied=True, gradient_norm=1.0)
+        return UpdateOutcome(applied=torch.tensor(True), gradient_norm=torch.tensor(1.0))
 
     def fragments(self) -> list:
         return []

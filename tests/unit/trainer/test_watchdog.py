@@ -34,7 +34,7 @@ KEY = hang_key("night-1", images=640, attempt=1, rank=3)
 
 
 def update(images: int, *, waited_s: float = 0.0) -> UpdateReport:
-    return UpdateReport(images_before=images - 1, images=images, updates=images, waited_s=waited_s)
+    return UpdateReport(images_before=images - 1, images=images, waited_s=waited_s)
 
 
 class Seconds:

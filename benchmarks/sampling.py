@@ -161,7 +161,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ways = options.ways.split(",")
     if unknown := set(ways) - {*_WAYS, *_GPU_WAYS}:
         parser.error(f"--ways {sorted(unknown)} are unknown; there are {(*_WAYS, *_GPU_WAYS)}")
-    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     if not on_gpu and (absent := set(ways) & {*_GPU_WAYS}):
         parser.error(f"--ways {sorted(absent)} need a GPU")
     if uneven := [each for each in options.batches if each % options.share_coarse]:

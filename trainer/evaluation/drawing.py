@@ -143,15 +143,16 @@ class PartDrawer:
         for start in range(0, len(indices), self.plan.batch):
             if self.context.stop_requested():
                 return None
-            block = self.sampler.block(
+            # Pixels are made where images are: a quarter of the bytes leaves a GPU.
+            drawn = self.sampler.on_device(
                 self.model,
                 labels[start : start + self.plan.batch],
                 first=indices.start + start,
                 size=self.plan.batch,
             )
-            pixels.append(pixels_of(block.images))
-            nfe += len(block.images) * torch.tensor(block.nfe, dtype=torch.float64)
-            done = start + len(block.images)
+            pixels.append(pixels_of(drawn.images))
+            nfe += len(drawn.images) * torch.tensor(drawn.nfe, dtype=torch.float64)
+            done = start + len(drawn.images)
             self.context.report({"kind": "drawn", "part": number, "images": done})
         part = DrawnPart(number, indices.start, np.concatenate(pixels), labels.numpy())
         return part, tuple(nfe.tolist())

@@ -301,20 +301,22 @@ class ImageSampler:
         Raises:
             SolverError: The solver comes to no end.
         """
+        drawn = self.on_device(model, labels, first=first, size=size)
+        return SampleBlock(first=first, images=drawn.images.cpu(), labels=labels, nfe=drawn.nfe)
+
+    @torch.no_grad()
+    def on_device(self, model: nn.Module, labels: Tensor, *, first: int, size: int) -> Samples:
+        """Draw images as `block` does, and leave them where they are made: [n, c, h, w]."""
         padded = torch.nn.functional.pad(labels, (0, size - len(labels)))
         drawn = self.from_noise(model, self.noise(first=first, count=size), padded)
-        return SampleBlock(
-            first=first,
-            images=self.decoded(drawn.images[: len(labels)]),
-            labels=labels,
-            nfe=drawn.nfe,
-        )
+        images = self.decoded(drawn.images[: len(labels)])
+        return Samples(images=images, nfe=drawn.nfe)
 
     @torch.no_grad()
     def decoded(self, drawn: Tensor) -> Tensor:
-        """Return what was drawn as images, [n, c, h, w], on the host."""
+        """Return what was drawn as images, [n, c, h, w], on the device."""
         with products_in(self.precision, self.device):
-            return self.codec.decode(drawn).cpu()
+            return self.codec.decode(drawn)
 
     def noise(self, *, first: int, count: int) -> Tensor:
         """Return the noise of consecutive images, [count, numbers for one], on the device."""

@@ -70,7 +70,7 @@ def picture_of(sampler: ImageSampler, bands: Bands) -> Tensor:
     image = merge(bands)
     for _ in range(sampler.flow.stages.scales - len(bands)):
         image = up(image)
-    return sampler.decoded(image.to(sampler.device))
+    return sampler.decoded(image.to(sampler.device)).cpu()
 
 
 def film_picture(
@@ -205,5 +205,6 @@ def interpolation(
     parts = []
     for first in range(0, len(noise), sampler.batch):
         some = slice(first, first + sampler.batch)
-        parts.append(sampler.decoded(sampler.from_noise(model, noise[some], classes[some]).images))
+        drawn = sampler.from_noise(model, noise[some], classes[some]).images
+        parts.append(sampler.decoded(drawn).cpu())
     return torch.cat(parts)

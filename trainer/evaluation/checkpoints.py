@@ -256,7 +256,7 @@ class _Evaluation:
         record.check_guidance(asked.sampler)
         device = usable_device(config.device)
         self._precisions = [
-            precision_of_training(record.engine.precision, device)
+            precision_of_training(record.engine, device)
             if each == "run"
             else drawing_precision(each, device)
             for each in config.precisions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from trainer.checkpoint.errors import DamagedCheckpoint, InvalidManifest
 from trainer.checkpoint.index import CheckpointIndex
 from trainer.config.job import EvalConfig
 from trainer.config.reading import to_dict
+from trainer.engine.protocol import EngineConfig
 from trainer.evaluation.precision import is_of_training
 from trainer.evaluation.reports import (
     CheckpointReport,
@@ -51,7 +52,7 @@ class MeasuredCheckpoints:
         tracker: Takes figures and grids.
         report: Takes a message for the driver.
         launch: Number of the launch that measures.
-        engine_precision: `engine.precision` of the run.
+        engine: How the run trains.
     """
 
     store: Store
@@ -60,7 +61,7 @@ class MeasuredCheckpoints:
     tracker: Tracker
     report: Callable[[dict[str, object]], None]
     launch: int = 0
-    engine_precision: Literal["fp32", "bf16"] = "fp32"
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def catch_up(self, is_due: Callable[[int], bool]) -> list[int]:
         """Find out which committed checkpoints are still to be measured, oldest first.
@@ -117,7 +118,7 @@ class MeasuredCheckpoints:
             precision=measurement.precision,
         )
         # What measures beside the workers may do so on a processor.
-        is_own = is_of_training(measurement.precision, self.engine_precision)
+        is_own = is_of_training(measurement.precision, self.engine)
         return is_own and measurement == wanted
 
     def is_there(self, images: int) -> bool:

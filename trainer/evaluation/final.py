@@ -237,7 +237,7 @@ def final_evaluation(
             seed=config.seed,
             batch=config.batch,
             device=device,
-            precision=precision_of_training(job.engine.precision, device),
+            precision=precision_of_training(job.engine, device),
         ),
         reference=EvalReference(
             job=job,

@@ -244,7 +244,7 @@ class ModelSource(Checked):
         chosen = self.choose()
         record = chosen.record
         if precision == "run":
-            precision = precision_of_training(record.engine.precision, device)
+            precision = precision_of_training(record.engine, device)
         codec = record.load_codec(
             source=self.codec_source,
             cache=paths.cache_folder(self.home),

@@ -258,7 +258,7 @@ class ModelRecord:
             codec=_recorded(manifest, "codec", CodecConfig) or CodecConfig(),
             autoencoder_sha256=None if autoencoder is None else autoencoder.sha256,
             label_dropout=(train or TrainConfig()).label_dropout,
-            engine=_recorded(manifest, "engine", EngineConfig, only=["precision"])
+            engine=_recorded(manifest, "engine", EngineConfig, only=["precision", "tf32"])
             or EngineConfig(),
             loader=_recorded(manifest, "loader", LoaderConfig, only=["decoder"]) or LoaderConfig(),
         )

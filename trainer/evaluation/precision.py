@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from trainer.config.reading import ConfigError
+from trainer.engine.protocol import EngineConfig
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """What a network computes in; states, times and what a codec decodes are in float32 always.
@@ -49,22 +50,25 @@ def auto_precision(*, is_on_gpu: bool) -> Precision:
     return "bf16" if is_on_gpu and not lacks else "fp32"
 
 
-def precision_of_training(engine: Literal["fp32", "bf16"], device: torch.device) -> Precision:
+def precision_of_training(engine: EngineConfig, device: torch.device) -> Precision:
     """Return what a run draws its own samples in: what it trains in.
 
     Args:
-        engine: `engine.precision` of the run; on a GPU its fp32 is TF32.
+        engine: The run's engine.
         device: Where it draws.
     """
-    return "tf32" if engine == "fp32" and device.type == "cuda" else engine
+    if engine.precision == "bf16":
+        return "bf16"
+    return "tf32" if engine.tf32 and device.type == "cuda" else "fp32"
 
 
-def is_of_training(precision: str, engine: Literal["fp32", "bf16"]) -> bool:
+def is_of_training(precision: str, engine: EngineConfig) -> bool:
     """Tell whether a run of such an engine may have drawn in a precision, wherever it did.
 
     Older versions do not name it, and had no other.
     """
-    return precision in ("", "bf16") if engine == "bf16" else precision in ("", "fp32", "tf32")
+    drawn = {precision_of_training(engine, torch.device(kind)) for kind in ("cpu", "cuda")}
+    return precision in {"", *drawn}
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def _train(run: Run) -> None:
             engine=run.engine,
             known=MeasuredCheckpoints(
                 *(run.store, job.run, job.eval, tracker, run.report, launch),
-                engine_precision=job.engine.precision,
+                engine=job.engine,
             ),
             pause=partial(_leave_out, run, throughput),
         )

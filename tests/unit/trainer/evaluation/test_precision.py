@@ -14,6 +14,7 @@ from tests.support.saved import save_random_model
 from tests.unit.trainer.evaluation.small_run import CPU, config, quiet, science_of
 from trainer.cli import evaluate, sample
 from trainer.config.reading import ConfigError
+from trainer.engine.protocol import EngineConfig
 from trainer.evaluation.checkpoints import evaluate_checkpoints
 from trainer.evaluation.loading import ModelSource
 from trainer.evaluation.precision import (
@@ -40,16 +41,16 @@ def test_a_processor_draws_in_fp32_and_a_gpu_in_bf16_unless_it_is_told() -> None
 
 
 def test_a_run_draws_its_own_samples_as_it_trains() -> None:
-    found = {(e, d): precision_of_training(e, d) for e in ("fp32", "bf16") for d in (CPU, GPU)}
-    assert found == {
-        ("fp32", CPU): "fp32",
-        ("fp32", GPU): "tf32",
-        ("bf16", CPU): "bf16",
-        ("bf16", GPU): "bf16",
+    full, half = EngineConfig(), EngineConfig(precision="bf16")
+    exact = EngineConfig(tf32=False)
+    found = {
+        device: [precision_of_training(e, device) for e in (full, half, exact)]
+        for device in (CPU, GPU)
     }
-    assert all(is_of_training(precision, engine) for (engine, _), precision in found.items())
-    assert not is_of_training("fp32", "bf16")
-    assert not is_of_training("bf16", "fp32")
+    assert found == {CPU: ["fp32", "bf16", "fp32"], GPU: ["tf32", "bf16", "fp32"]}
+    every = ("", "fp32", "tf32", "bf16")
+    for engine, own in ((full, {"", "fp32", "tf32"}), (half, {"", "bf16"}), (exact, {"", "fp32"})):
+        assert {each for each in every if is_of_training(each, engine)} == own
 
 
 def test_a_model_is_loaded_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:

@@ -258,12 +258,19 @@ def _dit(subject: Subject) -> BareLoop:
         (state,) = states
         return (model(state, timestep=1000 * time, class_labels=labels).sample,)
 
-    return _bare(subject, model, velocity)
+    return bare_loop(subject, model, velocity)
 
 
-def _bare(subject: Subject, network: nn.Module, velocity: Any = None) -> BareLoop:
+def bare_loop(subject: Subject, network: nn.Module | None = None, velocity: Any = None) -> BareLoop:
+    """Make the bare loop of a subject.
+
+    Args:
+        subject: What is trained.
+        network: Another network than the subject's.
+        velocity: Calls it; None if it is called as it is.
+    """
     return BareLoop(
-        network,
+        network or subject.model().to(subject.device),
         velocity=velocity,
         objective=Objective(subject.flow),
         batches=subject.batches(),
@@ -278,7 +285,7 @@ def _measure(subject: Subject, report: command.Report) -> None:
     given = subject.options
     candidates: dict[str, Callable[[], object]] = {}
     if given.against != "none":
-        candidates["bare"] = _bare(subject, subject.model().to(subject.device))
+        candidates["bare"] = bare_loop(subject)
     candidates["loop"] = Looped(subject)
     if given.against == "all" and subject.scales == 1:
         candidates["diffusers' DiT"] = _dit(subject)

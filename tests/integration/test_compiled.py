@@ -18,25 +18,48 @@ COMPILED: list[dict[str, Any]] = [
 ]
 
 
+def courses(engines: list[dict[str, Any]], *, ranks: int, backend: str) -> list[dict[str, Any]]:
+    """What happened to engines with compiled blocks."""
+    compiled = [each | {"compile": "blocks"} for each in engines]
+    told = on_ranks(engine_worker.course, ranks, {"engines": compiled, "backend": backend})
+    assert len(told) == len(engines)
+    return told
+
+
 @pytest.fixture(scope="module")
-def courses(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What happened to the engines on two ranks, with a cache of compiled code of their own."""
+def alone() -> dict[str, Any]:
+    (told,) = on_ranks(engine_worker.conformance, 1, {"variants": [{"kind": "plain"}]})
+    return told
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """One process whose blocks are C++, in a cache of its own."""
     cache: Path = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
         patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        engines = [each | {"compile": "blocks"} for each in COMPILED]
-        told = on_ranks(engine_worker.course, 2, {"engines": engines})
-    assert len(told) == len(COMPILED)
+        told = courses(COMPILED[:1], ranks=1, backend="inductor")
     assert any(cache.rglob("*.so"))  # or something else was compared
     return told
 
 
-def test_losses_and_weights_are_those_of_blocks_as_they_are(courses):
-    (alone,) = on_ranks(engine_worker.conformance, 1, {"variants": [{"kind": "plain"}]})
-    assert_trained_alike(courses, alone)
+@pytest.fixture(scope="module")
+def traced() -> list[dict[str, Any]]:
+    """Two ranks whose blocks are graphs of forward and backward pass, without a C++ compiler."""
+    return courses(COMPILED, ranks=2, backend="aot_eager")
 
 
-def test_moved_state_trains_on_bit_for_bit(courses):
-    for engine, result in zip(COMPILED, courses, strict=True):
-        assert result["resumed"] == result["state"], engine
+def test_losses_and_weights_are_those_of_blocks_as_they_are(alone, generated, traced):
+    assert_trained_alike([*generated, *traced], alone)
+
+
+def test_moved_state_trains_on_bit_for_bit(generated, traced):
+    for result in (*generated, *traced):
+        assert result["resumed"] == result["state"]
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all(traced):
+    for result in traced:
+        assert result["applied"] == [False, False]
+        assert result["unmoved"]

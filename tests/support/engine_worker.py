@@ -19,6 +19,7 @@ from models.pyramid import split
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer, OnBuilt, no_op
 from trainer import rng
+from trainer.engine import compiled
 from trainer.engine.build import build_engine
 from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import Engine, EngineConfig
@@ -185,6 +186,7 @@ def course(context: WorkerContext, payload: dict[str, Any]) -> None:
     fresh engine goes on from the copy, and gets a NaN at the end.
     """
     _refuse_unpickling()
+    compiled.BACKEND = payload.get("backend", compiled.BACKEND)
     micro = BATCH // context.world_size
     for settings in payload["engines"]:
         straight, resumed = (build(context, micro_batch=micro, **settings) for _ in range(2))

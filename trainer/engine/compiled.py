@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+BACKEND = "inductor"
+"""What makes code of the graphs that torch has traced."""
+
 _MOST_PROCESSES = 4
 _MOST_SIZES = 64
 """A scale has one, or one for each number of images it is given; torch's own limit is 8."""
@@ -60,7 +63,7 @@ def compile_as_asked(model: LapFlowTransformer, config: EngineConfig) -> None:
 
 def _while_training(compute: Callable[..., T]) -> Callable[..., T]:
     settings: dict[str, Any] = {"recompile_limit": _MOST_SIZES}  # which torch's own types lack
-    compiled = torch.compile(compute, dynamic=False, fullgraph=True, **settings)
+    compiled = torch.compile(compute, backend=BACKEND, dynamic=False, fullgraph=True, **settings)
 
     @functools.wraps(compute)
     def choose(*arguments: Any) -> T:

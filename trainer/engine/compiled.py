@@ -80,8 +80,10 @@ def prepare_compiler(cache: Path, *, ranks: int) -> None:
         ranks: Ranks of this node, which all compile.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
-    processes = max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) // ranks))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(processes))
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        from torch._inductor import config  # which has read the variable by now
+
+        config.compile_threads = max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) // ranks))
 
 
 def check_compiler(device: torch.device) -> None:

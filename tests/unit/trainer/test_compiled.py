@@ -51,15 +51,18 @@ def test_zero_3_is_refused_with_the_reason():
 
 
 def test_compiled_code_is_kept_in_the_nodes_cache_unless_told_otherwise(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "compile_threads", 7)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
     prepare_compiler(Path("/home/cache"), ranks=1000)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/home/cache/compiled"
-    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "7"
+    assert config.compile_threads == 7
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     prepare_compiler(Path("/elsewhere"), ranks=1000)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/home/cache/compiled"
-    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    assert config.compile_threads == 1
 
 
 def test_the_first_update_tells_how_long_it_compiled_and_a_later_one_warns(caplog):

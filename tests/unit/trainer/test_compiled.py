@@ -54,7 +54,8 @@ def test_compiled_code_is_kept_in_the_nodes_cache_unless_told_otherwise(monkeypa
     from torch._inductor import config
 
     monkeypatch.setattr(config, "compile_threads", 7)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "of this test")  # so that it is undone
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
     prepare_compiler(Path("/home/cache"), ranks=1000)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/home/cache/compiled"

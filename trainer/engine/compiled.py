@@ -117,13 +117,14 @@ class CompileReport:
     """Tells once updates have compiled how long that took; a hook of the training loop.
 
     Args:
+        rank: This rank; the first one tells the time, for all take much the same.
         now: Monotonic clock in seconds.
     """
 
-    def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, rank: int, now: Callable[[], float] = time.monotonic) -> None:
         from torch._dynamo.callback import callback_handler
 
-        self._now = now
+        self._rank, self._now = rank, now
         self._began = 0.0
         self._seconds, self._times = 0.0, 0
         self._is_first = True
@@ -133,17 +134,17 @@ class CompileReport:
 
     def after_update(self, _report: object) -> None:
         """Tell what was compiled since the last update, if anything."""
-        if self._times:
+        if self._times and self._rank == 0:
             logger.info(
-                "compiled %d passes of blocks in %.1f s; what is made again after a restart of the "
-                "run comes from the node's cache",
+                "compiled %d passes of blocks in %.1f s; a restart on this node finds them in its "
+                "cache",
                 self._times,
                 self._seconds,
             )
-            if not self._is_first:
-                logger.warning(
-                    "an update after the first one was compiled again, for its sizes are others"
-                )
+        if self._times and not self._is_first:
+            logger.warning(
+                "an update after the first one was compiled again, for its sizes are others"
+            )
         self._is_first = False
         self._seconds, self._times = 0.0, 0
 

@@ -103,8 +103,8 @@ class Profile:
                 self._tracker.file(f"profile/{images:012d}/rank-{rank:05d}.json.gz", trace)
         where = self._store.uri(self._folder(images))
         text = (
-            f"profiled {self._done - self._updates.start} updates of each rank: {where}, to open "
-            "in https://ui.perfetto.dev"
+            f"updates of each rank that were profiled: {self._done - self._updates.start}; their "
+            f"traces are in {where}, to open in https://ui.perfetto.dev"
         )
         if traces and not all(traces):
             text += "; traces of some ranks are too large for MLflow"

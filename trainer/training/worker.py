@@ -317,7 +317,7 @@ def _hooks(
     job, rank = run.job, run.context.rank
     return [
         run.times,
-        *([CompileReport()] if job.engine.compile == "blocks" else []),
+        *([CompileReport(rank=rank)] if job.engine.compile == "blocks" else []),
         Progress(
             metrics=run.metrics,
             tracker=tracker,

@@ -68,7 +68,7 @@ def test_compiled_code_is_kept_in_the_nodes_cache_unless_told_otherwise(monkeypa
 
 def test_the_first_update_tells_how_long_it_compiled_and_a_later_one_warns(caplog):
     clock = itertools.count()
-    report = CompileReport(now=lambda: next(clock))
+    report = CompileReport(rank=0, now=lambda: next(clock))
     compiled = torch.compile(lambda x: x.sin() + 1, backend="eager", dynamic=False)
     with caplog.at_level(logging.INFO):
         compiled(torch.zeros(2))

@@ -78,7 +78,7 @@ def test_whole_updates_are_in_the_trace_and_no_other(updates, profiled, images, 
     trace = run.store.get(key)
     assert updates_of(trace) == profiled
     assert run.files.kept == {f"profile/{images:012d}/rank-00000.json.gz": trace}
-    assert f"profiled {len(profiled)} updates" in run.told[0]["text"]
+    assert f"were profiled: {len(profiled)}; their" in run.told[0]["text"]
 
 
 @pytest.mark.parametrize("updates", [range(0), range(5, 6), range(9, 10)])

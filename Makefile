@@ -48,13 +48,13 @@ data-demo: setup
 
 # Compiled once, whatever is set: each process of pytest, and each that a test starts, would compile everything anew.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
-# A process that crashes ends the tests: replaced, it may leave the others waiting for its files. Three at a time keep two
+# A process that crashes ends the tests: replaced, it may leave the others waiting for its files. Four at a time keep two
 # cores busy, for much is waited for: a store that is away, a node that does not answer. Whole jobs, which take longest,
 # come first, so that none is left over at the end.
 JOBS := tests/chaos tests/integration
 REST := $(filter-out $(JOBS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 test: test-fast
-	$(PYTEST) -m slow -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(JOBS) $(REST) $(ARGS)
+	$(PYTEST) -m slow -n 4 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(JOBS) $(REST) $(ARGS)
 
 test-fast: setup
 	$(PYTEST) -m "not slow" -n auto --dist loadfile $(ARGS)

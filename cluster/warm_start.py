@@ -10,6 +10,7 @@ around a fork. It ends with the caller and the workers. It ignores Ctrl-C and SI
 since it alone can tell the caller how a worker ended.
 """
 
+import atexit
 import gc
 import importlib
 import os
@@ -90,6 +91,7 @@ def _load(what: str) -> None:
         traceback.print_exc()
     gc.freeze()  # pages that nobody writes to are shared
     gc.enable()
+    atexit.register(os._exit, 0)  # to take all of it apart would take a second; forks have no part
 
 
 if _what := os.environ.pop(_WHAT, ""):  # in the server alone

@@ -37,7 +37,7 @@ device, to have gradients added up over ranks; collectives themselves are not in
   python -m benchmarks.update --model b_2 --scales 2 --ranks 4"""
 
 _FULL_BYTES = 4
-_WRITES_ALONE = ("copy_", "fill_", "zero_")
+_WRITES_ALONE = ("copy_", "fill_", "zero_", "_foreach_copy_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +97,10 @@ def _moved(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     for argument in schema.arguments:
         numbers = _bytes(given.get(argument.name))
         if argument in written:
-            is_target = name.rpartition(".")[2] in _WRITES_ALONE or name in (
-                *_WRITES_ALONE,
-                "_foreach_copy_",
-            )
+            is_only_written = argument.name == "out" or name in _WRITES_ALONE
             # A gradient that is divided as it is read is written where there is a divisor.
-            reads_alone = argument.name == "grads" and given.get("grad_scale") is None
-            total += numbers * (1 if argument.name == "out" or is_target or reads_alone else 2)
+            is_only_read = argument.name == "grads" and given.get("grad_scale") is None
+            total += numbers * (1 if is_only_written or is_only_read else 2)
         else:
             total += numbers
     if not written:
@@ -122,10 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scales", type=command.positive, default=3, help="default 3")
     parser.add_argument("--ranks", type=command.positive, default=8, help="default 8")
     parser.add_argument("--top", type=command.positive, default=3, help="operations named")
+    names = [each.name for each in _variants(2)]
+    parser.add_argument(
+        "--engines", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
     options = parser.parse_args(arguments)
     setting = command.setting("update", options)
     alone = 0
     for variant in _variants(options.ranks):
+        if variant.name not in options.engines:
+            continue
         job = compose_job(
             [
                 "+exp=imagenet_xl",
@@ -141,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = apart(_measure, {"job": to_dict(job), "top": options.top})
         backward, weights = found.pop("backward"), found.pop("weights")
         alone = alone or backward
-        reducing = (backward - alone) / weights if variant.ranks > 1 else None
+        known = variant.ranks > 1 and options.engines[0] == names[0]
+        reducing = (backward - alone) / weights if known else None
         setting.report.add(**{"engine": variant.name, "reducing": reducing, **found})
     setting.deliver()
     return 0

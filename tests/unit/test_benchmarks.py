@@ -17,6 +17,7 @@ from benchmarks import (
     tracking,
     training_loop,
     training_step,
+    update,
 )
 from benchmarks.checkpoints import blocked, transfer
 from benchmarks.checkpoints import memory as save_memory
@@ -83,6 +84,19 @@ def test_the_command_prints_a_table_and_writes_its_rows(
         timed = [value for name, value in row.items() if name.endswith(("_s", "_ms"))]
         assert timed
         assert min(timed) > 0
+
+
+@pytest.mark.slow
+def test_an_update_moves_little_more_than_it_must(tmp_path):
+    file = tmp_path / "out.json"
+    words = ["--model", "digits", "--scales", "2", "--ranks", "4", "--output", str(file)]
+    assert update.main([*words, "--engines", "one device", "ZeRO-1"]) == 0
+    alone, sharded = json.loads(file.read_text())["rows"]
+    # Beside those of the weights, a few numbers for the whole update.
+    assert alone["ratio"] == pytest.approx(56 / 38, rel=0.02)
+    assert sharded["ratio"] == pytest.approx(54 / 38, rel=0.02)
+    # Of each gradient 4 bytes into the bucket, and 4 of this rank's quarter out of it.
+    assert sharded["reducing"] == pytest.approx(5, rel=0.05)
 
 
 def test_a_restart_is_divided_by_what_the_launch_says():

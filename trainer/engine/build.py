@@ -96,8 +96,7 @@ def _arrangement(
 
 def allow_tf32(allowed: bool) -> None:
     """Say how GPUs multiply float32 matrices from here on, in this process."""
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     if allowed:
         logger.info(
             "engine.precision=fp32 on a GPU: matrices are multiplied in TF32, with 10 bits of "

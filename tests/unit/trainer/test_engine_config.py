@@ -5,7 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+from trainer.engine.build import allow_tf32
 from trainer.engine.protocol import EngineConfig
 
 
@@ -33,3 +35,37 @@ def test_deepspeed_has_the_switch_that_orders_gradients_of_two_streams():
         rf"if {switch}:\n +stream = .*\n +for event in .*ready_events.*\n +stream\.wait_event",
     ):
         assert re.search(guarded, source), guarded
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone", "together"),
+    [
+        ({}, "plain", "zero"),
+        ({"zero_stage": 3, "precision": "bf16"}, "plain", "zero"),
+        ({"kind": "zero"}, "zero", "zero"),
+        ({"kind": "plain"}, "plain", "plain"),
+        ({"offload_optimizer": True}, "zero", "zero"),
+        ({"deepspeed": {"zero_optimization": {"overlap_comm": False}}}, "zero", "zero"),
+    ],
+)
+def test_one_device_does_without_deepspeed_unless_it_is_asked_for(settings, alone, together):
+    config = EngineConfig(**settings)
+    assert (config.kind_of(1), config.kind_of(2), config.kind_of(8)) == (alone, together, together)
+
+
+def test_float32_on_a_gpu_is_multiplied_in_tf32_and_that_is_said(caplog):
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    try:
+        with caplog.at_level("INFO"):
+            allow_tf32(False)
+            assert not matmul.allow_tf32
+            assert not convolution.allow_tf32
+            assert not caplog.messages
+            allow_tf32(True)
+            assert matmul.allow_tf32
+            assert convolution.allow_tf32
+        (said,) = caplog.messages
+        assert "engine.tf32=false" in said
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before

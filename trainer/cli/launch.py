@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from types import FrameType
@@ -153,7 +153,7 @@ def _launch(job: JobConfig, words: Sequence[str], start: StartTimes | None = Non
     logger.info("loading libraries")
     from cluster.launcher import prepare
 
-    prepare(job.cluster, warm_up)
+    prepare(job.cluster, _warming(job))
     from cluster.contract import ClusterUnavailable
     from cluster.failure import WorkerFailed
     from trainer.cli import ending
@@ -196,17 +196,29 @@ def _launch(job: JobConfig, words: Sequence[str], start: StartTimes | None = Non
         return ending.end_finished(job, console)
 
 
+def _warming(job: JobConfig) -> Callable[[], None]:
+    """What a process that waits to become a worker of this job imports."""
+    return warm_up if job.engine.kind_of(job.cluster.workers) == "zero" else warm_up_alone
+
+
 def warm_up() -> None:
-    """Import all that a worker of most jobs needs, in a process that waits to become one."""
+    """Import all that one of several workers needs."""
     from trainer.engine.zero import import_deepspeed
-    from trainer.metrics.mlflow_backend import import_mlflow
 
     import_deepspeed()
+    # It is imported by the first optimizer that torch makes.
+    importlib.import_module("torch._dynamo")
+    warm_up_alone()
+
+
+def warm_up_alone() -> None:
+    """Import all that a worker needs which trains without DeepSpeed."""
+    from trainer.metrics.mlflow_backend import import_mlflow
+
     import_mlflow()
-    # The second last of them is imported by the first optimizer that torch makes.
     for module in (
         *("trainer.training.worker", "pipelines.decode.dali"),
-        *("torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"),
+        "mlflow.store.tracking.sqlalchemy_store",
     ):
         importlib.import_module(module)
 
@@ -243,7 +255,7 @@ def _run_workers(
             group_size=resolve_placement(job).unit,
             fewer=_fewer_workers(job, console),
             check=node_check(job, lease),
-            warm_up=warm_up,
+            warm_up=_warming(job),
         )
 
 

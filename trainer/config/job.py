@@ -278,10 +278,12 @@ class JobConfig(Checked):
 
 
 # Recorded with the science, but free to change, like all of `eval`: what it takes to find the run's
-# images and its autoencoder again, and to measure as the run does.
+# images and its autoencoder again, and to measure as the run does. Before there was `engine.tf32`
+# no run was trained in TF32, so its user may choose for the rest.
 _RECORDED = {
     "codec": {"source"},
     "data": {"prefix", "streams", "prepare", "images_prefix"},
+    "engine": {"tf32"},
     "loader": {"decoder"},
 }
 
@@ -304,7 +306,7 @@ def science(job: JobConfig, *, data_digest: str, codec_digest: str | None = None
     chosen["data_set"] = {"index_sha256": data_digest}
     if codec_digest is not None:
         chosen["autoencoder"] = {"sha256": codec_digest}
-    numbers = ("precision", "grad_accum_dtype", "deepspeed")
+    numbers = ("precision", "tf32", "grad_accum_dtype", "deepspeed")
     chosen["engine"] = {key: everything["engine"][key] for key in numbers}
     kept = ("shuffle_block_samples", "decoder")
     chosen["loader"] = {key: everything["loader"][key] for key in kept}

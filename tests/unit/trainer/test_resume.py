@@ -11,6 +11,7 @@ from tests.support.saved import manifest_of
 from trainer.checkpoint.errors import InvalidManifest
 from trainer.config.job import science
 from trainer.config.reading import ConfigError
+from trainer.evaluation.model_record import ModelRecord
 from trainer.metrics.tracker import MAX_POINTS, Point
 from trainer.state import TrainState
 from trainer.training.resume import SavedCounters, check_start
@@ -38,6 +39,16 @@ def test_a_setting_that_came_later_continues_at_its_default_only(trained):
         start(trained, "model.attention=full")
     with pytest.raises(ConfigError, match=r"model\.ties\.parts: .*embedding.* -> .*mlp"):
         start(trained, "model.ties.parts=[mlp]")
+
+
+def test_whether_products_are_in_tf32_is_recorded_and_free_to_change(trained):
+    assert trained["engine"]["tf32"] is True
+    start(trained, "engine.tf32=false")
+    del trained["engine"]["tf32"]  # before there was a choice a GPU multiplied in full
+    start(trained, "engine.tf32=false")
+    job = configuration("+exp=digits", "engine.tf32=false")
+    record = ModelRecord.of(manifest_of(science(job, data_digest="digest")))
+    assert record.engine.tf32 is False
 
 
 def test_a_changed_and_a_removed_setting_are_refused(trained):

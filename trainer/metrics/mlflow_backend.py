@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -167,9 +168,14 @@ def connect(uri: str) -> Any:
 
 
 def import_mlflow() -> Any:
-    """Import MLflow, which takes more than a second, and keep it quiet."""
-    import mlflow
-
+    """Import MLflow, which takes a second, and keep it quiet."""
+    is_enabled = gc.isenabled()
+    gc.disable()  # its imports make no garbage, and would be a third longer
+    try:
+        import mlflow
+    finally:
+        if is_enabled:
+            gc.enable()
     # MLflow and Alembic report every schema migration of a new SQLite file.
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

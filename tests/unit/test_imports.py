@@ -27,12 +27,19 @@ main(["+exp=digits", "train.global_batch=7"])
 """
 
 
+COMMANDS = """
+import trainer.cli.compare_losses, trainer.cli.plan, trainer.cli.track, trainer.cli.ui
+import cluster.jobs.__main__, cluster.manifests.__main__, pipelines.ingest.__main__
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "needed", "unused"),
     [
         (DRY_RUN, "trainer.planning.planner", {"torch", "ray", "mlflow", "boto3"}),
         (REFUSED, "trainer.training.validate", {"torch", "ray", "mlflow", "boto3"}),
+        (COMMANDS, "trainer.cli.plan", {"torch", "ray", "mlflow"}),
         ("import cluster.ray_train", "cluster.process_group", {"torch"}),
         (WORKER, "deepspeed", {"mlflow", "scipy", "pandas", "ray", "streaming"}),
         (DATA, "streaming", {"transformers", "sklearn", "torchvision", "scipy", "pandas"}),
@@ -40,6 +47,7 @@ main(["+exp=digits", "train.global_batch=7"])
     ids=[
         "who plans a job",
         "who is refused",
+        "who asks for help",
         "who drives a cluster",
         "a worker",
         "who reads or writes data",

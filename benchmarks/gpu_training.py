@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", choices=["both", "on", "off"], default="both")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument(
-        "--peak-tflops", type=float, help="of the device; known for H100, H200 and A100"
+        "--peak-tflops",
+        type=float,
+        help="of the device; known for most of NVIDIA's of data centres",
     )
     options = parser.parse_args(arguments)
     if any(options.batch % scales for scales in options.scales):

@@ -117,6 +117,14 @@ def _recorded(
         raise _invalid(manifest, str(error)) from error
 
 
+def _engine(manifest: Manifest) -> EngineConfig:
+    """Read how a run computes; before `engine.tf32` was recorded no run did so in TF32."""
+    engine = _recorded(manifest, "engine", EngineConfig, only=["precision", "tf32"])
+    engine = engine or EngineConfig()
+    is_told = "tf32" in manifest.science.get("engine", {})
+    return engine if is_told else replace(engine, tf32=False)
+
+
 def _invalid(manifest: Manifest, reason: str) -> InvalidManifest:
     return InvalidManifest(
         f"The manifest {manifest_key(manifest.run, manifest.images)} cannot be used: what it says "
@@ -258,8 +266,7 @@ class ModelRecord:
             codec=_recorded(manifest, "codec", CodecConfig) or CodecConfig(),
             autoencoder_sha256=None if autoencoder is None else autoencoder.sha256,
             label_dropout=(train or TrainConfig()).label_dropout,
-            engine=_recorded(manifest, "engine", EngineConfig, only=["precision", "tf32"])
-            or EngineConfig(),
+            engine=_engine(manifest),
             loader=_recorded(manifest, "loader", LoaderConfig, only=["decoder"]) or LoaderConfig(),
         )
         try:

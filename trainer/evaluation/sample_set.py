@@ -95,7 +95,12 @@ class SamplePlan:
     @property
     def digest(self) -> str:
         """SHA-256 of the plan."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        values = asdict(self)
+        # Parts of before there was a choice are the same samples.
+        for name, value in (("precision", "fp32"), ("share_coarse", 1)):
+            if values[name] == value:
+                del values[name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def parts(self) -> int:

@@ -89,8 +89,8 @@ class BesideEvaluations:
 
     def in_use(self) -> tuple[int, ...]:
         """Tell which checkpoint a task reads now, which is not to be deleted meanwhile."""
-        measured = self._measured
-        return () if measured is None else (measured,)
+        with self._changed:
+            return () if self._measured is None else (self._measured,)
 
     def close(self, *, is_finished: bool) -> None:
         """End: a run that is stopped or fails leaves what is under way to its next launch.
@@ -119,20 +119,21 @@ class BesideEvaluations:
         with self._changed:
             self._waiting.extendleft(each for each in reversed(left) if each not in self._waiting)
         while (images := self._next()) is not None:
-            self._measured = images
             try:
                 self._measure(images)
             except Exception as error:  # whatever it is, the next one is measured
                 reason = _words(error) if self._known.is_there(images) else _DELETED
                 self._known.warn(images, reason)
             finally:
-                self._measured = None
+                with self._changed:
+                    self._measured = None
 
     def _next(self) -> int | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._end_s is not None)
             if self._end_s is None:
-                return self._waiting.popleft()
+                self._measured = self._waiting.popleft()
+                return self._measured
             left = list(self._waiting)
         for images in left:
             self._leave(images)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from threading import Thread
 
 from trainer.autoencoder.config import codec_digest
 from trainer.checkpoint.manifest import Manifest
@@ -52,14 +54,13 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
     _check_home(job)
     store = open_store(paths.runs_uri(job), job.store)
     _check_writable(store, job.run)
-    with ThreadPoolExecutor(1) as beside:
-        pages = beside.submit(_check_tracker, job)
-        # Missing weights are found now and not after the last image.
-        check_features(job.eval.features, job.store)
-        images, held_out = _prepared_data(job)
-        if not pages.done():
-            logger.info("waiting for MLflow")
-        report(pages.result())
+    pages = _beside(partial(_check_tracker, job))
+    # Missing weights are found now and not after the last image.
+    check_features(job.eval.features, job.store)
+    images, held_out = _prepared_data(job)
+    if not pages.done():
+        logger.info("waiting for MLflow")
+    report(pages.result())
     report(
         f"data {' '.join(paths.data_prefixes(job))}: {len(images):,} training and "
         f"{len(held_out):,} held-out images"
@@ -87,6 +88,20 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
     if changes:
         report(f"warning: resuming with changed settings: {'; '.join(changes)}")
     return newest
+
+
+def _beside(work: Callable[[], str]) -> Future[str]:
+    """Begin something in a thread, which neither a refusal nor Ctrl-C waits for."""
+    result: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=run, name="preflight", daemon=True).start()
+    return result
 
 
 def _check_tracker(job: JobConfig) -> str:

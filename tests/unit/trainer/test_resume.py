@@ -49,6 +49,7 @@ def test_whether_products_are_in_tf32_is_recorded_and_free_to_change(trained):
     job = configuration("+exp=digits", "engine.tf32=false")
     record = ModelRecord.of(manifest_of(science(job, data_digest="digest")))
     assert record.engine.tf32 is False
+    assert ModelRecord.of(manifest_of(trained)).engine.tf32 is False
 
 
 def test_a_changed_and_a_removed_setting_are_refused(trained):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,18 @@ def plan(source: ModelSource) -> SamplePlan:
         part_samples=4,
         format="npz",
     )
+
+
+def test_a_plan_of_before_there_were_precisions_is_the_same(plan: SamplePlan) -> None:
+    of_before = {
+        name: value
+        for name, value in asdict(plan).items()
+        if name not in ("precision", "share_coarse")
+    }
+    text = json.dumps(of_before, sort_keys=True)
+    assert plan.digest == hashlib.sha256(text.encode()).hexdigest()
+    others = {replace(plan, precision="bf16").digest, replace(plan, share_coarse=2).digest}
+    assert len(others | {plan.digest}) == 3
 
 
 def put_down(folder: Path, plan: SamplePlan) -> SampleSet:

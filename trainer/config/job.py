@@ -211,11 +211,11 @@ class RuntimeConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = (self.profile or "0:1").split(":")
+        parts = ("0:1" if self.profile is None else self.profile).split(":")
         if not (len(parts) == 2 and all(map(str.isdecimal, parts)) and 1 <= int(parts[1]) <= 100):
             raise ConfigError(
-                f"runtime.profile={self.profile} is not START:COUNT, two whole numbers of updates "
-                "of which COUNT is from 1 to 100, as in runtime.profile=20:3"
+                f"runtime.profile={self.profile!r} is not START:COUNT, two whole numbers of "
+                "updates of which COUNT is from 1 to 100, as in runtime.profile=20:3"
             )
 
     @property

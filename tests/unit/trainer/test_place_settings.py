@@ -23,7 +23,7 @@ NO_PLACES = {
     "run", "data.name", "cluster.address", "tracking.experiment", "tracking.sweep", "experiment",
     "device",
     "store.region", "store.profile", "interpolate", "weights",
-    "eval.features.module", "module",
+    "eval.features.module", "module", "runtime.profile",
 }  # fmt: skip
 
 

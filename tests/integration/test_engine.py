@@ -106,6 +106,22 @@ def test_accumulating_and_recomputing_change_nothing(reference):
     assert_trained_alike(told, reference)
 
 
+def test_ways_of_reducing_change_nothing(reference):
+    """Buckets of few weights, on the stream of the backward pass, to all ranks or to owners."""
+    ways: list[dict[str, Any]] = [
+        {"reduce_bucket_size": 300},
+        {"reduce_bucket_size": 300, "use_multi_rank_bucket_allreduce": True},
+        {"overlap_comm": False},
+    ]
+    engines = (ENGINES[1], ENGINES[2], ENGINES[5], ENGINES[1] | {"micro_batch": 2})
+    variants = [
+        each | {"deepspeed": {"zero_optimization": way}} for each in engines for way in ways
+    ]
+    told = on_ranks(engine_worker.conformance, 2, {"variants": variants})
+    assert len(told) == len(variants)
+    assert_trained_alike(told, reference)
+
+
 def test_one_block_has_nothing_to_divide():
     shallow = {"model": {"depth": 1}}
     (alone,) = on_ranks(engine_worker.conformance, 1, {"variants": [{"kind": "plain"} | shallow]})

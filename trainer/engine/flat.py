@@ -29,9 +29,17 @@ class FlatWeights:
         self._parameters = list(parameters)
         self._starts: list[int] = []
         self._numel = 0
+        # Shapes of all that a flat tensor is cut into: each weight, and what fills up behind it.
+        self._shapes: list[Tensor] = []
+        self._places: list[int] = []
         for parameter in self._parameters:
             self._starts.append(self._numel)
-            self._numel += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            self._places.append(len(self._shapes))
+            self._shapes.append(torch.empty(parameter.shape, device="meta"))
+            self._numel += parameter.numel()
+            if left := -self._numel % ALIGNMENT:
+                self._shapes.append(torch.empty(left, device="meta"))
+                self._numel += left
         self.master = self.like()
         self._working = self.master if dtype == torch.float32 else self.like(dtype)
         working = self.views(self._working)
@@ -48,10 +56,9 @@ class FlatWeights:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The part of each weight in a flat tensor, in the weight's shape."""
-        return [
-            flat[start : start + parameter.numel()].view(parameter.shape)
-            for start, parameter in zip(self._starts, self._parameters, strict=True)
-        ]
+        # In one call, for there may be a thousand of them in every update.
+        cut = torch._C._nn.unflatten_dense_tensors(flat, self._shapes)
+        return [cut[place] for place in self._places]
 
     def span(self, first: int, stop: int) -> slice:
         """Where the weights of a range of numbers lie in a flat tensor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,13 @@ from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import Arrange, BuildModel, UpdateOutcome
 from trainer.engine.update import FlatAdamW, MasterUpdate
 from trainer.state import Fragment
+
+
+class _Sums(NamedTuple):
+    """Gradients in fp32: one flat tensor, and the part of each parameter in it."""
+
+    flat: Tensor
+    views: list[Tensor]
 
 
 class PlainEngine:
@@ -88,7 +96,7 @@ class PlainEngine:
             optim=optim,
             ema=ema,
         )
-        self._sums: Tensor | None = None
+        self._sums: _Sums | None = None
         self._adds_up = grad_accum_steps > 1 and dtype != sum_dtype
 
     def __call__(
@@ -131,8 +139,7 @@ class PlainEngine:
                 torch.zeros_like(each) if each.grad is None else each.grad
                 for each in self._parameters
             ]
-        flat = self._sums if self._adds_up and self._sums is not None else self._joined(None)
-        self._sums = None
+        flat, views = self._sums if self._sums is not None else self._joined(None)
         if self._ranks > 1:
             first = 0
             for exchange, names in self._groups.items():
@@ -144,28 +151,29 @@ class PlainEngine:
                 stop = first + len(names)
                 dist.all_reduce(flat[self._flat.span(first, stop)], group=group)
                 first = stop
-        return self._flat.views(flat)
+        return views
 
     @torch.no_grad()
-    def _joined(self, flat: Tensor | None) -> Tensor:
+    def _joined(self, sums: _Sums | None) -> _Sums:
         """Add what autograd has left to one fp32 tensor, and let go of it."""
-        used = [p.grad is not None for p in self._parameters]
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
-        if flat is None:
+        is_first = sums is None
+        if sums is None:
             flat = torch.empty_like(self._flat.master)
-            places = self._flat.views(flat)
-            # AdamW passes over a parameter without a gradient, decay included. Sharded engines give
-            # it zeros, and so does this one.
-            for place, is_used in zip(places, used, strict=True):
-                if not is_used:
-                    place.zero_()
-            torch._foreach_copy_([v for v, has in zip(places, used, strict=True) if has], gradients)
-        else:
-            places = self._flat.views(flat)
-            torch._foreach_add_([v for v, has in zip(places, used, strict=True) if has], gradients)
-        return flat
+            sums = _Sums(flat, self._flat.views(flat))
+        into, used = [], []
+        for place, gradient in zip(sums.views, gradients, strict=True):
+            if gradient is not None:
+                into.append(place)
+                used.append(gradient)
+            elif is_first:
+                # AdamW passes over a parameter without a gradient, decay included. Sharded engines
+                # give it zeros, and so does this one.
+                place.zero_()
+        (torch._foreach_copy_ if is_first else torch._foreach_add_)(into, used)
+        return sums
 
     def _global_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of the mean over ranks, parts of other ranks included; alike on every rank."""

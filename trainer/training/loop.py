@@ -102,6 +102,7 @@ def train(
             logger.info("the first batch is there; the first update takes longer than others")
         step(batch, state, first_image=before + rank * len(batch.labels))
         if first:
+            step.settle()  # so that it is done when that is said
             logger.info(FIRST_UPDATE)
         first = False
         state.images = cursor.images
@@ -119,5 +120,6 @@ def train(
             step.settle()
             return "stopped"
     step.settle()
+    step.check_applied()
     stop.finish()
     return "finished"

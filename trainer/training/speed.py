@@ -59,8 +59,7 @@ class Throughput:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of a `with` block out of the speed."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # what was asked of the device before is training
+        _wait_for_device()  # what was asked of it before is training
         began = self._now()
         yield
         self._interrupted_s += self._now() - began
@@ -76,6 +75,7 @@ class Throughput:
         Returns:
             The pace of the window just closed.
         """
+        _wait_for_device()  # or it would be the pace at which updates are queued
         interrupted_s = self._interrupted_s - self._interrupted_before_s
         elapsed = max(self._now() - self._time - interrupted_s, 1e-9)
         speed = (images - self._images) / elapsed
@@ -86,6 +86,11 @@ class Throughput:
             interruption = self._interrupted_s / (images - self._first_images)
             remaining_s = (total_images - images) * (1 / speed + interruption)
         return Pace(images_per_s=speed, data_wait_share=share, remaining_s=remaining_s)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,10 +188,14 @@ class TrainStep:
         # To look is to wait for the device, so it is done as seldom as it need be.
         if self._unwatched > self.config.max_skipped_updates:
             self._unwatched = 0
-            self._look()
+            self.check_applied()
 
-    def _look(self) -> None:
-        """End the run where no update comes through any more."""
+    def check_applied(self) -> None:
+        """End a run of which no update comes through any more; a collective call, which waits.
+
+        Raises:
+            Diverged: That is so, on all ranks alike.
+        """
         skipped = self.watch.skipped_in_a_row()
         if skipped > self.config.max_skipped_updates:
             what = (

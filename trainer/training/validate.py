@@ -80,6 +80,11 @@ def _check_engine(job: JobConfig) -> None:
             "engine.offload_optimizer=True needs engine.kind=zero: the plain engine keeps its "
             "state on the device"
         )
+    if engine.kind == "plain" and engine.deepspeed:
+        raise ConfigError(
+            f"engine.deepspeed.{sorted(engine.deepspeed)[0]} needs engine.kind=zero: the plain "
+            "engine has nothing of DeepSpeed; leave it out, or give engine=zero1 or zero2"
+        )
     stray = sorted(set(engine.recomputed) - set(range(job.flow.scales)))
     if stray:
         raise ConfigError(

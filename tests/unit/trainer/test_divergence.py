@@ -1,16 +1,28 @@
 """A loss that is no number: which updates count, when the run ends, and what is advised."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.placement import Placement
+from pipelines.loading.loader import Cursor
+from tests.support.engine_worker import OPTIM, tiny_model
 from tests.support.loss_watch import watch
+from tests.support.whole_step import EMA, IMAGES, MICRO_BATCH, some_images, whole_step
+from trainer.engine.expert_shards import ExpertShards
 from trainer.engine.optimizer import OptimConfig
+from trainer.engine.plain import PlainEngine
+from trainer.state import TrainState
 from trainer.training.hooks import Diverged, UpdateReport
+from trainer.training.loop import StopVote, train
 
 BATCH = 10
+CPU = torch.device("cpu")
 
 
 def go(watched, losses, *, micro_batches=1):
@@ -83,3 +95,39 @@ def test_updates_that_are_skipped_are_no_state_to_keep_but_a_stray_one_is():
         watched.record(torch.tensor(1.0))
         watched.note_update(torch.tensor(is_applied))
         assert watched.is_skipping() == skipping
+
+
+@pytest.mark.parametrize(("updates", "good"), [(16, 5), (32, 12), (11, 0)])
+def test_a_run_whose_last_updates_did_not_come_through_is_not_complete(updates, good):
+    """However its end lies to the updates at which the host asks."""
+    engine = PlainEngine(
+        tiny_model,
+        arrange=lambda _model: None,
+        shards=ExpertShards.of(Placement.of({}, scales=2), regather=False),
+        optim=OPTIM,
+        ema=EMA,
+        grad_accum_steps=IMAGES // MICRO_BATCH,
+        device=CPU,
+    )
+    passes = itertools.count()
+    weight = next(engine._model.parameters())
+    spoiled_from = good * IMAGES // MICRO_BATCH
+    weight.register_hook(lambda each: each * math.inf if next(passes) >= spoiled_from else each)
+
+    def batches(_start):
+        for update in range(updates):
+            yield some_images(CPU), Cursor(images=(update + 1) * IMAGES)
+
+    state = TrainState()
+    with pytest.raises(Diverged, match="the gradient was not finite in"):
+        train(
+            state,
+            loader=SimpleNamespace(batches=batches, data_wait_s=0.0),
+            step=whole_step(engine, CPU),
+            hooks=[],
+            stop=StopVote(lambda: False),
+            total_images=updates * IMAGES,
+            rank=0,
+            advance=lambda _images: None,
+        )
+    assert state.images > good * IMAGES

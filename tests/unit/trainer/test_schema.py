@@ -70,6 +70,10 @@ def test_the_command_line_wins_over_the_experiment():
         (["+exp=digits", "model.heads=5"], ["heads=5", "width=96"]),
         (["+exp=digits", "engine.zero_stage=4"], ["engine.zero_stage=4", "3 (weights too)"]),
         (
+            ["+exp=digits", "engine=plain", "+engine.deepspeed.communication_data_type=fp16"],
+            ["engine.deepspeed.communication_data_type", "engine.kind=zero", "engine=zero1"],
+        ),
+        (
             ["+exp=digits", "engine=plain", "engine.offload_optimizer=true"],
             ["engine.offload_optimizer=True", "engine.kind=zero"],
         ),

@@ -70,6 +70,15 @@ def add_size(
         made.add_argument("--batch", type=positive, default=batch, help=f"default {batch}")
 
 
+def add_processor_time(made: argparse.ArgumentParser) -> None:
+    """Add the option for a busy machine."""
+    made.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count this process's computing instead of the clock's time; GPUs have their own",
+    )
+
+
 def sizes(options: argparse.Namespace) -> TransformerConfig:
     """Return the sizes that the options of `add_size` choose."""
     chosen = _TINY if options.size == "tiny" else preset(options.size)

@@ -86,15 +86,29 @@ def interleave(
     )
 
 
-def stopwatch_of(device: torch.device) -> Stopwatch:
-    """Return the stopwatch that fits a device: CUDA events, or the wall clock."""
-    return _cuda_seconds if device.type == "cuda" else _wall_seconds
+def stopwatch_of(device: torch.device, *, processor: bool = False) -> Stopwatch:
+    """Return the stopwatch that fits a device: CUDA events, or the wall clock.
+
+    Args:
+        device: Where work is done.
+        processor: On a processor, count the time that all threads of this process compute, instead:
+            waiting for a core is not in it, and neither is waiting for a disk.
+    """
+    if device.type == "cuda":
+        return _cuda_seconds
+    return _processor_seconds if processor else _wall_seconds
 
 
 def _wall_seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def _processor_seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 def _cuda_seconds(work: Callable[[], object]) -> float:

@@ -108,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = command.parser("sample_sets", description=_DESCRIPTION, rounds=3)
     command.add_size(parser, size="tiny", depth=None, batch=16)
+    command.add_processor_time(parser)
     parser.set_defaults(channels=3)
     parser.add_argument("--samples", type=command.positive, default=64)
     parser.add_argument("--part", type=command.positive, default=32, help="samples in a part")
@@ -139,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sets = Sets(sampler, network, count=options.samples, part=options.part, folder=folder)
         works: dict[str, Callable[[], object]] = {"bare": sets.bare}
         works.update((form, partial(sets.kept, form)) for form in FORMATS)
-        timings = interleave(works, rounds=options.rounds, stopwatch=stopwatch_of(setting.device))
+        stopwatch = stopwatch_of(setting.device, processor=options.processor_time)
+        timings = interleave(works, rounds=options.rounds, stopwatch=stopwatch)
     for timing in timings:
         setting.report.add(
             way=timing.name,

@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Graphs of other batch sizes would count against the limit of graphs for one network.
             torch.compiler.reset()
         works = _works(options, networks, ways, images=images, device=device)
-        timings = interleave(works, rounds=options.rounds, stopwatch=stopwatch_of(device))
+        stopwatch = stopwatch_of(device, processor=options.processor_time)
+        timings = interleave(works, rounds=options.rounds, stopwatch=stopwatch)
         for timing in timings:
             setting.report.add(
                 batch=images,
@@ -145,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.parser("sampling", description=_DESCRIPTION, rounds=3)
     command.add_size(parser, size="tiny", depth=None, batch=None)
+    command.add_processor_time(parser)
     parser.add_argument("--batches", type=command.whole_numbers, default=(1, 16, 128))
     parser.add_argument("--scales", type=command.positive, default=2, metavar="K")
     parser.add_argument("--solver", choices=["euler", "midpoint", "heun", "ab2"], default="heun")

@@ -1,6 +1,7 @@
 """The benchmarks' harness: turns, minima and ratios on a clock that the test moves."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -93,3 +94,15 @@ def test_kept_bytes_are_those_of_what_backward_needs():
     assert kept_bytes(lambda: a @ b) == 4 * (a.numel() + b.numel())
     assert kept_bytes(lambda: a + 1) == 0
     assert kept_bytes(lambda: a * a) == 4 * a.numel()  # one storage, saved twice
+
+
+def test_processor_time_leaves_waiting_out() -> None:
+    watch = stopwatch_of(torch.device("cpu"), processor=True)
+    assert watch(lambda: time.sleep(0.5)) < 0.4
+    end = time.process_time() + 0.1
+
+    def compute() -> None:
+        while time.process_time() < end:
+            pass
+
+    assert watch(compute) > 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
@@ -45,13 +46,14 @@ def build_engine(
         device: Where this rank computes.
     """
     logger.info("building the model, its optimizer and EMA on %s", device)
+    config = replace(config, kind=config.kind_of(world_size))
     grad_accum_steps = rank_batch // micro_batch
     shards = ExpertShards.of(placement, regather=config.regathers)
 
     arrange = _arrangement(config, placement, shards, device)
     if config.precision == "fp32" and device.type == "cuda":
         allow_tf32(config.tf32)
-    if config.kind_of(world_size) == "plain":
+    if config.kind == "plain":
         return PlainEngine(
             build_model,
             arrange=arrange,

@@ -104,7 +104,7 @@ class ZeroEngine:
             self._deepspeed, self._zero, _, _ = deepspeed.initialize(
                 model=model, optimizer=adamw(self._optimizer_groups(), optim), config=settings
             )
-        if stage < 3 and config.has_overlap and device.type == "cuda":
+        if stage < 3 and device.type == "cuda":
             _order_gradients(self._zero)
         self._partition: ZeroPartition = (
             WeightPartition(self._zero) if stage == 3 else StatePartition(self._zero)

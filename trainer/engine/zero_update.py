@@ -81,6 +81,8 @@ class ZeroUpdate:
     def __init__(self, zero: Any, *, optim: OptimConfig, ema: EmaConfig) -> None:
         self._zero = zero
         self._ranks = dist.get_world_size(zero.dp_process_group)
+        # Of one dimension, so that a mean is rounded once, to the precision that it is kept in.
+        self._share = torch.tensor([1 / self._ranks], device=zero.bit16_groups[0][0].device)
         self._to_owners = not zero.use_multi_rank_bucket_allreduce
         self._groups = [_group_of(zero, number) for number in range(len(zero.bit16_groups))]
         masters: list[Tensor] = zero.single_partition_of_fp32_groups
@@ -158,7 +160,7 @@ class ZeroUpdate:
         if parameter_id in group.written:
             place.add_(total, alpha=1 / self._ranks)
         else:
-            torch.div(total, self._ranks, out=place)
+            torch.mul(total, self._share, out=place)
             group.written.add(parameter_id)
 
     def _end_backward(self) -> None:

@@ -19,7 +19,8 @@ class RankMemory:
         gradients: Gradients.
         optimizer: Two AdamW moments, and the float32 master weights where they are a copy.
         ema: Moving averages of the weights, in float32.
-        activations: Estimate of what the forward pass keeps for the backward pass.
+        activations: Estimate of what the forward pass keeps for the backward pass, or of what the
+            update of the plain engine needs in its place, if that is more.
         buffers: What collectives send from and receive into.
         host: Optimizer state and moving average in host memory, where they are offloaded.
     """
@@ -87,12 +88,16 @@ def rank_memory(workload: Workload, placement: Placement, *, zero_stage: int) ->
         # What is used at once has to be there at once.
         least = max(held // workload.depth, *_largest_modulation(workload, placement))
         buffers += element * min(held, max(workload.kept_parameters, least))
+    activations = activation_bytes(workload, placement)
+    if zero_stage == 0 and element < FULL_BYTES and workload.grad_accum_steps == 1:
+        # When they are gone, all gradients are there once more, in float32.
+        activations = max(activations, FULL_BYTES * held)
     return RankMemory(
         weights=element * (split if zero_stage >= 3 else held),
         gradients=workload.gradient_bytes * (split if adds_up_split else held),
         optimizer=0 if workload.offload else optimizer,
         ema=0 if away else ema,
-        activations=activation_bytes(workload, placement),
+        activations=activations,
         buffers=buffers,
         host=away,
     )

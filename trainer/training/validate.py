@@ -80,9 +80,10 @@ def _check_engine(job: JobConfig) -> None:
             "engine.offload_optimizer=True needs engine.kind=zero: the plain engine keeps its "
             "state on the device"
         )
-    if engine.kind == "plain" and engine.deepspeed:
+    # What tunes ZeRO alone may stay, for it is part of a run that moves from one engine to another.
+    if engine.kind == "plain" and (given := sorted(set(engine.deepspeed) - {"zero_optimization"})):
         raise ConfigError(
-            f"engine.deepspeed.{sorted(engine.deepspeed)[0]} needs engine.kind=zero: the plain "
+            f"engine.deepspeed.{given[0]} needs engine.kind=zero: the plain "
             "engine has nothing of DeepSpeed; leave it out, or give engine=zero1 or zero2"
         )
     stray = sorted(set(engine.recomputed) - set(range(job.flow.scales)))
@@ -164,6 +165,12 @@ def _check_passed_on(job: JobConfig) -> None:
             f"engine.deepspeed.{own[0]} is decided by other settings (train.global_batch, "
             "engine.micro_batch, optim.clip_norm, engine.precision, engine.grad_accum_dtype); "
             "change those"
+        )
+    scaling = sorted(set(passed) & {"prescale_gradients", "gradient_predivide_factor"})
+    if scaling:
+        raise ConfigError(
+            f"engine.deepspeed.{scaling[0]} would have no effect: gradients are added up as they "
+            "are, and divided where they are kept; leave it out"
         )
     strange = sorted(
         name

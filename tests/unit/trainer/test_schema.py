@@ -154,6 +154,10 @@ def test_the_command_line_wins_over_the_experiment():
             ["engine.deepspeed.data_types", "engine.grad_accum_dtype"],
         ),
         (
+            ["+exp=digits", "+engine.deepspeed.prescale_gradients=true"],
+            ["engine.deepspeed.prescale_gradients", "leave it out"],
+        ),
+        (
             ["+exp=digits", "+engine.deepspeed.gradient_accumulation_steps=4"],
             ["engine.deepspeed.gradient_accumulation_steps", "engine.micro_batch"],
         ),

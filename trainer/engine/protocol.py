@@ -110,10 +110,10 @@ class EngineConfig(Checked):
         """Whether tokens are gathered again, where nothing is planned."""
         return self.regather_tokens is not False
 
-    @property
-    def has_overlap(self) -> bool:
+    def has_overlap(self, world_size: int) -> bool:
         """Whether coarse scales have a stream of their own, where there are streams."""
-        return self.overlap_exchange and not (self.kind != "plain" and self.zero_stage == 3)
+        partitioned = self.kind_of(world_size) == "zero" and self.zero_stage == 3
+        return self.overlap_exchange and not partitioned
 
     def kind_of(self, world_size: int) -> Literal["zero", "plain"]:
         """Which engine trains on so many ranks."""

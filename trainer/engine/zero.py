@@ -266,7 +266,8 @@ def _order_gradients(zero: Any) -> None:
 
     DeepSpeed orders each stream with the reduction of a bucket where it offloads gradients. Else
     only the stream that fills a bucket waits until the one before it is reduced, and another one
-    would write into that.
+    would write into that. A parameter larger than a bucket is reduced where its gradient is, which
+    must not be given back before that.
     """
     switch = "_offload_gradient_safety_enabled"
     assert hasattr(zero, switch)  # in every tested version

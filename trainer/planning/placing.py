@@ -166,7 +166,7 @@ def workload(job: JobConfig) -> Workload:
         offload=job.engine.offload_optimizer,
         ema_on_host=job.train.ema.device == "host",
         averages=len(job.train.ema.kinds),
-        overlaps_exchange=job.engine.has_overlap,
+        overlaps_exchange=job.engine.has_overlap(workers),
         regathers=job.engine.regathers,
         reduces_to_owners=not zero.get("use_multi_rank_bucket_allreduce", True),
         # What comes next, and so what to keep, is known to ZeRO-3 where all passes are alike.

@@ -24,7 +24,12 @@ from trainer.engine.protocol import EngineConfig
     ],
 )
 def test_coarse_scales_have_a_stream_but_with_zero_3(config: EngineConfig, expected: bool) -> None:
-    assert config.has_overlap is expected
+    assert config.has_overlap(world_size=2) is expected
+
+
+def test_one_device_has_no_zero_3_to_gather_weights() -> None:
+    assert EngineConfig(zero_stage=3).has_overlap(world_size=1)
+    assert not EngineConfig(kind="zero", zero_stage=3).has_overlap(world_size=1)
 
 
 def test_deepspeed_has_the_switch_that_orders_gradients_of_two_streams():

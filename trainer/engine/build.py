@@ -50,8 +50,7 @@ def build_engine(
     grad_accum_steps = rank_batch // micro_batch
     shards = ExpertShards.of(placement, regather=config.regathers)
 
-    has_overlap = config.has_overlap(world_size)
-    arrange = _arrangement(config, placement, shards, device, has_overlap=has_overlap)
+    arrange = _arrangement(config, placement, shards, device, world_size=world_size)
     if config.precision == "fp32" and device.type == "cuda":
         allow_tf32(config.tf32)
     if config.kind == "plain":
@@ -89,14 +88,14 @@ def _arrangement(
     shards: ExpertShards,
     device: torch.device,
     *,
-    has_overlap: bool,
+    world_size: int,
 ) -> Arrange:
     def arrange(model: LapFlowTransformer) -> None:
         model.checkpoint_activations(config.recomputed)
         shards.join(model)
         compile_as_asked(model, config)
         # A finest scale that is sharded exchanges on the communicators of coarse ones.
-        if has_overlap and placement.ranks[-1] == 1 and device.type == "cuda":
+        if config.has_overlap(world_size) and placement.ranks[-1] == 1 and device.type == "cuda":
             model.queue(CudaStreams(device))
 
     return arrange

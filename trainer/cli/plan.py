@@ -22,6 +22,7 @@ from trainer.planning.placing import (
     choices,
     one_scale_job,
     predict_configured,
+    stage_words,
     workload,
     zero_stage,
 )
@@ -105,11 +106,11 @@ def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) ->
         choices(job, _stages(job)),
         one_scale=workload(one_scale_job(job)) if job.flow.scales > 1 else None,
         changes={
-            change: (workload(changed), changed.cluster.hardware)
+            change: (workload(changed), changed.cluster.hardware, _stages(changed))
             for change, changed in changed_jobs(job).items()
         },
     )
-    settings = f"engine.placement={_format_placement(job)} engine.zero_stage={zero_stage(job)}"
+    settings = f"engine.placement={_format_placement(job)} {stage_words(zero_stage(job))}"
     if own is None:
         words.append(f"As configured ({settings}) nothing fits.")
     else:

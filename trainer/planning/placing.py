@@ -120,6 +120,11 @@ def zero_stage(job: JobConfig) -> int:
     return job.engine.zero_stage if is_zero(job) else 0
 
 
+def stage_words(stage: int) -> str:
+    """The setting by which a ZeRO stage is asked for; 0 is the plain engine."""
+    return f"engine.zero_stage={stage}" if stage else "engine.kind=plain"
+
+
 def is_zero(job: JobConfig) -> bool:
     """Whether DeepSpeed trains the job, with as many workers as it has."""
     return job.engine.kind_of(job.cluster.workers) == "zero"
@@ -333,7 +338,7 @@ def _no_room(job: JobConfig, found: Candidate | None) -> str:
     table = placement_table(every[:_ROWS])
     fitting = best(every)
     if fitting is not None:
-        fix = f"{fitting} does: engine.zero_stage={fitting.zero_stage} engine.placement="
+        fix = f"{fitting} does: {stage_words(fitting.zero_stage)} engine.placement="
         fix += "auto" if fitting.placement.sharded or fitting.extras else "replicated"
         if job.engine.memory == "fastest":
             fix += " engine.memory=fit"
@@ -346,7 +351,7 @@ def _no_room(job: JobConfig, found: Candidate | None) -> str:
             "tells which of them is enough)"
         )
     return (
-        f"engine.placement={found.placement if found else 'auto'} with engine.zero_stage={stage} "
+        f"engine.placement={found.placement if found else 'auto'} with {stage_words(stage)} "
         f"does not fit {limit}; {fix}. "
         f"What is predicted:\n{table}"
     )

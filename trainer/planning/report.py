@@ -28,7 +28,7 @@ def explain(
     choices: Choices,
     *,
     one_scale: Workload | None = None,
-    changes: Mapping[str, tuple[Workload, HardwareConfig]],
+    changes: Mapping[str, tuple[Workload, HardwareConfig, Sequence[int]]],
 ) -> list[str]:
     """Say in words what is chosen, what binds it, what it costs, and what would change it.
 
@@ -38,8 +38,8 @@ def explain(
         hardware: What it runs on.
         choices: What to choose from.
         one_scale: The step with one scale and the same images, to compare with.
-        changes: By what is changed, the step and the hardware with the change, which are planned
-            anew.
+        changes: By what is changed, the step, the hardware and the ZeRO stages to choose from with
+            the change, which are planned anew.
 
     Returns:
         Sentences.
@@ -56,8 +56,8 @@ def explain(
             single = choose(one_scale, hardware, choices)
             words.append(_compare_one_scale(chosen, single, scales=len(workload.scales)))
         words += _describe_whole_scale(workload, hardware, choices, chosen)
-    for change, (changed, on) in changes.items():
-        other = choose(changed, on, choices)
+    for change, (changed, on, stages) in changes.items():
+        other = choose(changed, on, replace(choices, zero_stages=stages))
         words.append(f"With {change}: {_describe_change(chosen, other)}.")
     return words
 

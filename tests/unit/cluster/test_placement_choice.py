@@ -77,9 +77,9 @@ def test_no_sharding_is_said_when_none_is_needed():
 def test_changes_are_planned_anew():
     small = replace(NODE, gpu_memory_gib=15)
     changes = {
-        "more memory": (HIDING, NODE),
-        "no change": (HIDING, small),
-        "next to no memory": (HIDING, replace(NODE, gpu_memory_gib=1)),
+        "more memory": (HIDING, NODE, [2]),
+        "no change": (HIDING, small, [2]),
+        "next to no memory": (HIDING, replace(NODE, gpu_memory_gib=1), [2]),
     }
     chosen = best(candidates(HIDING, small, Choices(zero_stages=[2])))
     words = explained(HIDING, small, Choices(zero_stages=[2]), changes=changes)
@@ -93,7 +93,9 @@ def test_changes_are_planned_anew():
 
 def test_it_is_said_what_is_missing_when_nothing_fits():
     low = replace(NODE, gpu_memory_gib=8)
-    words = explained(xl(), low, changes={"80 GB": (xl(), NODE), "nothing": (xl(), low)})
+    stages = (1, 2, 3)
+    changes = {"80 GB": (xl(), NODE, stages), "nothing": (xl(), low, stages)}
+    words = explained(xl(), low, changes=changes)
     assert words[0].startswith("Nothing fits: the smallest, ")
     assert "may have 7.2 GiB" in words[0]
     assert words[1].startswith("With 80 GB: ")

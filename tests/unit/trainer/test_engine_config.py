@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.config.composition import compose_job
-from trainer.config.job import changed_science, config_fingerprint, science
 from trainer.engine.build import allow_tf32
 from trainer.engine.protocol import EngineConfig
 
@@ -76,14 +74,3 @@ def test_float32_on_a_gpu_is_multiplied_in_tf32_and_that_is_said(caplog):
         assert "engine.tf32=false" in said
     finally:
         matmul.allow_tf32, convolution.allow_tf32 = before
-
-
-def test_a_checkpoint_records_tf32_and_a_resumed_run_may_change_it():
-    before, after = (
-        science(compose_job(["+exp=digits", f"engine.tf32={each}"]), data_digest="d")
-        for each in ("true", "false")
-    )
-    assert before["engine"]["tf32"] is True
-    assert after["engine"]["tf32"] is False
-    assert not changed_science(before, after)
-    assert config_fingerprint(before) == config_fingerprint(after)

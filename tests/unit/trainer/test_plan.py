@@ -386,3 +386,13 @@ def test_a_placement_survives_the_way_to_the_workers(xl):
     assert plain["engine"]["placement"] == {"2": 4}
     assert plain["cluster"]["hardware"]["gpus_per_node"] == 8
     assert HardwareConfig(**plain["cluster"]["hardware"]) == xl.cluster.hardware
+
+
+def test_one_gpu_is_planned_without_zero_and_two_with_it(capsys):
+    words = ["+exp=imagenet_xl_latents", "cluster=h100_8", "cluster.workers=1"]
+    assert main([*words, "train.global_batch=64"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "As configured (engine.placement=replicated engine.kind=plain)" in told
+    (together,) = re.findall(r"With 2 GPUs and as many images on each: ([^.]*)\.", told)
+    assert "no ZeRO" not in together
+    assert "engine.zero_stage=0" not in told

@@ -59,7 +59,6 @@ class TrainStep:
     watch: LossWatch
     encoder: Codec | None = None
     _counts: UpdateCounts | None = field(default=None, init=False)
-    _unwatched: int = field(default=0, init=False)
 
     def __call__(self, batch: Batch, state: TrainState, *, first_image: int) -> UpdateOutcome:
         """Queue one update. On a GPU the host does not wait for it.
@@ -93,6 +92,8 @@ class TrainStep:
         counts.note(outcome.applied)
         self.metrics.record("training_data/skipped_images", float(batch.skipped), reduction="sum")
         self._record(outcome, rate)
+        if self._is_watched(state.images):
+            self.check_applied()
         return outcome
 
     def settle(self) -> None:
@@ -184,11 +185,16 @@ class TrainStep:
             weights=applied.reshape(1),
         )
         self.watch.note_update(applied)
-        self._unwatched += 1
-        # To look is to wait for the device, so it is done as seldom as it need be.
-        if self._unwatched > self.config.max_skipped_updates:
-            self._unwatched = 0
-            self.check_applied()
+
+    def _is_watched(self, images: int) -> bool:
+        """Tell whether the update at a position of the run is one at which the host looks.
+
+        To look is to wait for the device, so it is done as seldom as it need be, and always at the
+        same updates: a run that is begun again ends where it has ended before, by which it is known
+        that it repeats itself.
+        """
+        updates = images // self.config.global_batch + 1
+        return updates % (self.config.max_skipped_updates + 1) == 0
 
     def check_applied(self) -> None:
         """End a run of which no update comes through any more; a collective call, which waits.

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.codec_choices import EncodePrecision, Posterior
+from models.products import float32_products
 
 
 class CodecError(ValueError):
@@ -190,12 +191,15 @@ class AutoencoderKlCodec:
     def moments(self, images: Float[Tensor, "b c h w"]) -> Moments:
         """Encode images in [-1, 1] to distributions of the autoencoder's own latents, in float32.
 
+        No product of float32 is taken in TF32, whatever the process has allowed.
+
         Args:
             images: Square images whose size is a multiple of ``factor``.
         """
-        posterior = self._autoencoder.encode(
-            images.to(self._encode_dtype, memory_format=self._memory_format)
-        ).latent_dist
+        images = images.to(self._encode_dtype, memory_format=self._memory_format)
+        # However a training multiplies: the same image has the same latent, online and stored.
+        with float32_products(images.device, tf32=False):
+            posterior = self._autoencoder.encode(images).latent_dist
         # diffusers' own deviation would be an exponential in the encoder's precision.
         return Moments(posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float()))
 

@@ -213,6 +213,26 @@ def check_shared(share_coarse: int, *, stages: Stages, config: SamplerConfig, im
         )
 
 
+def whole_layouts(batch: int, share_coarse: int) -> int:
+    """Return the most images of one network call that are whole layouts.
+
+    Args:
+        batch: Most images of a call.
+        share_coarse: How many images are variations of one layout; 1 or more.
+
+    Raises:
+        SamplerConfigError: There is room for none.
+    """
+    if batch < 1:
+        raise SamplerConfigError(f"a batch of {batch} images must have at least 1.")
+    if batch < share_coarse:
+        raise SamplerConfigError(
+            f"share_coarse={share_coarse} images of one layout are drawn together, and "
+            f"batch={batch} has no room for them; raise batch, or share among fewer."
+        )
+    return batch - batch % share_coarse
+
+
 def nfe_per_segment(config: SamplerConfig, stages: Stages) -> tuple[int, ...]:
     """Count by formula the network evaluations of one sample in each segment.
 

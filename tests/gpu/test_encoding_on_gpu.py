@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from models.codec import AutoencoderKlCodec
+from models.products import float32_products
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.shards import ShardedDataset
-from tests.support.autoencoder import saved_autoencoder
+from tests.support.autoencoder import saved_autoencoder, tiny_autoencoder
 from tests.unit.pipelines import pictures
 from trainer.cli.latents import main
+from trainer.evaluation.features import IndexedExtraction, RandomConvFeatures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,5 +49,22 @@ def test_latents_are_those_of_the_cpu_but_for_rounding(tmp_path: Path) -> None:
     deviation = cpu.std()
     for other, limit in ((one, 2**-8), (two, 2**-8), (rounded, 2**-5)):
         assert other.shape == cpu.shape
-        # Convolutions in float32 may take TF32, whose mantissa has 10 bits.
+        # Float32 is added up in other orders, and bf16 has 7 bits of mantissa.
         assert np.sqrt(np.square(other - cpu).mean()) < limit * deviation
+
+
+def test_latents_and_features_do_not_depend_on_what_a_training_allows() -> None:
+    device = torch.device("cuda")
+    codec = AutoencoderKlCodec(tiny_autoencoder(channels=3).to(device))
+    images = torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    places, features, moments = torch.arange(32), [], []
+    extraction = IndexedExtraction(
+        RandomConvFeatures(3), device=device, take=lambda values, *_: features.append(values)
+    )
+    for allowed in (True, False):
+        with float32_products(device, tf32=allowed):
+            extraction.add(images, places, places)
+            extraction.flush()
+            moments.append(codec.moments(images.to(device)))
+    for ones, others in (features, *zip(*moments, strict=True)):
+        torch.testing.assert_close(ones, others, rtol=1e-6, atol=1e-6)

@@ -18,6 +18,7 @@ from torch import nn
 from cluster.contract import ClusterConfig, ClusterUnavailable
 from cluster.failure import WorkerFailed, WorkerRefused
 from cluster.launcher import run
+from models.flow.sampler_config import whole_layouts
 from pipelines.command import Outcome
 from pipelines.console import say, visible
 from pipelines.formats import format_duration
@@ -273,13 +274,8 @@ def _plan(config: SampleConfig, chosen: ChosenModel, count: int) -> SamplePlan:
     sampler = config.sampler.over(chosen.own.sampler)
     record.check_guidance(sampler)
     record.check_shared(config.share_coarse, sampler)
-    if config.share_coarse > config.batch:
-        raise ConfigError(
-            f"share_coarse={config.share_coarse} images of one layout are drawn together, and "
-            f"batch={config.batch} has no room for them; raise batch"
-        )
+    batch = whole_layouts(config.batch, config.share_coarse)
     sampler.plan(record.flow.stages)  # refuses fewer steps than segments
-    batch = config.batch - config.batch % config.share_coarse
     picture = picture_shape(record.data, record.codec)
     sample_bytes = picture.channels * picture.size**2
     return SamplePlan(

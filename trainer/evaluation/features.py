@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.evaluation.layout import Layout
 from trainer.evaluation.learned_features import one_thread
+from trainer.evaluation.precision import products_in
 
 
 class FeatureExtractor(Protocol):
@@ -82,7 +83,8 @@ class IndexedExtraction:
 
     Libraries round a batch's last bits by its size. So every call has 32 images: image i is in
     place i mod 32, whatever batches the images come in and whichever rank has its neighbours,
-    whose places then hold grey.
+    whose places then hold grey. On a GPU products are those of float32, whatever the process has
+    allowed.
 
     Args:
         extractor: Maps images to features.
@@ -124,7 +126,9 @@ class IndexedExtraction:
         places = torch.tensor(list(self._images))
         images = torch.stack(list(self._images.values()))
         call = torch.zeros(_UNIT, *images.shape[1:]).index_copy_(0, places, images.float())
-        features = self._extractor(call.to(self._device))[places.to(self._device)]
+        # Features are compared to 5e-10, in processes that train in TF32 and in those that do not.
+        with products_in("fp32", self._device):
+            features = self._extractor(call.to(self._device))[places.to(self._device)]
         # Whatever an extractor makes of values that are not finite, it is no measurement.
         diverged = ~images.flatten(1).isfinite().all(1)
         features[diverged.to(self._device)] = math.nan

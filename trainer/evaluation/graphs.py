@@ -44,7 +44,8 @@ class CudaRecorder:
                 compute()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads ask of the GPU meanwhile, such as pinned memory, is no part of it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = compute()
 
         def replay() -> Bands:
@@ -71,8 +72,8 @@ class _Recorded(NamedTuple):
 class GraphedNetwork(nn.Module):
     """A velocity model that records its network's calls, one graph for each shape of inputs.
 
-    What cannot be recorded is computed as without, which one warning says. The network's weights
-    must stay where they are.
+    What cannot be recorded is computed as without, which one warning says, and so are shapes beyond
+    the sixteenth. The network's weights must stay where they are.
 
     Args:
         network: The network, in evaluation mode.
@@ -98,13 +99,21 @@ class GraphedNetwork(nn.Module):
         """Predict velocities, see `models.axes.VelocityModel`; without gradients."""
         inputs = (*states, time, labels)
         shapes = tuple((*each.shape, each.dtype) for each in inputs)
-        if shapes not in self._recorded and self._recorder and self.graphs < _MOST_GRAPHS:
+        if shapes not in self._recorded and self._recorder:
             self._record(shapes, inputs)
         recorded = self._recorded.get(shapes)
         return self._compute(inputs) if recorded is None else recorded(inputs)
 
     def _record(self, shapes: tuple[tuple[object, ...], ...], inputs: tuple[Tensor, ...]) -> None:
         assert self._recorder is not None
+        if self.graphs >= _MOST_GRAPHS:
+            self._recorder = None
+            logger.warning(
+                "graphs=true: calls of %d shapes are recorded, and those of further shapes are "
+                "computed without; draw with fewer sizes of batch to have them all recorded",
+                self.graphs,
+            )
+            return
         held = tuple(each.clone() for each in inputs)
         try:
             replay = self._recorder(lambda: self._compute(held))

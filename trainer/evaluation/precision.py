@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from models.products import float32_products
 from trainer.config.reading import ConfigError
 from trainer.engine.protocol import EngineConfig
 
@@ -79,13 +80,5 @@ def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
         precision: The precision.
         device: Where the block computes; on a processor nothing changes.
     """
-    if device.type != "cuda":
+    with float32_products(device, tf32=precision != "fp32"):
         yield
-        return
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = precision != "fp32"
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before

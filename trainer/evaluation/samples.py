@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.codec import Codec
 from models.flow.flow import Flow
 from models.flow.sampler import Samples, SolverError, sample
-from models.flow.sampler_config import SamplerConfig, SamplerConfigError
+from models.flow.sampler_config import SamplerConfig, whole_layouts
 from models.flow.solver import Observer, unobserved
 from pipelines.progress import Progress, figures_in
 from trainer import rng
@@ -147,18 +147,12 @@ class ImageSampler:
     share_coarse: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise SamplerConfigError(f"a batch of {self.batch} images must have at least 1.")
-        if self.batch < self.share_coarse:
-            raise SamplerConfigError(
-                f"share_coarse={self.share_coarse} images of one layout are drawn together, and "
-                f"batch={self.batch} has no room for them; raise batch, or share among fewer."
-            )
+        _ = self.most
 
     @property
     def most(self) -> int:
         """Most images in one network call that are whole layouts."""
-        return self.batch - self.batch % self.share_coarse
+        return whole_layouts(self.batch, self.share_coarse)
 
     @property
     def picture_bytes(self) -> int:

@@ -1,9 +1,13 @@
 """Codecs against diffusers called directly."""
 
+from functools import partial
+
 import pytest
 import torch
 
+import models.codec
 from models.codec import AutoencoderKlCodec, Codec, CodecError, IdentityCodec, Moments
+from models.products import float32_products
 from tests.support.autoencoder import tiny_autoencoder
 
 LATENT = (4, 4, 4)
@@ -91,6 +95,23 @@ def test_bf16_rounds_the_encoder_and_leaves_the_decoder() -> None:
         assert 2**-12 < error < 2**-5, error
     latents = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(2))
     assert torch.equal(exact.decode(latents), rounded.decode(latents))
+
+
+def test_an_encoder_multiplies_in_float32_whatever_a_training_has_allowed(
+    monkeypatch: pytest.MonkeyPatch, images
+) -> None:
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    on_a_gpu = partial(float32_products, torch.device("cuda"))
+    monkeypatch.setattr(models.codec, "float32_products", lambda _, *, tf32: on_a_gpu(tf32=tf32))
+    autoencoder, seen = tiny_autoencoder(channels=3), []
+    autoencoder.encoder.register_forward_pre_hook(
+        lambda *_: seen.append((matmul.allow_tf32, convolution.allow_tf32))
+    )
+    with on_a_gpu(tf32=True):
+        AutoencoderKlCodec(autoencoder).moments(images)
+        assert matmul.allow_tf32
+        assert convolution.allow_tf32
+    assert seen == [(False, False)]
 
 
 def test_bf16_weights_are_in_half_the_memory_and_in_the_layout_of_tensor_cores() -> None:

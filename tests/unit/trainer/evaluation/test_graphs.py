@@ -111,7 +111,9 @@ def test_a_result_outlives_the_next_call() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_beyond_so_many_shapes_calls_are_made_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_so_many_shapes_calls_are_made_without_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
     network = Counted()
     graphed = GraphedNetwork(network, trace)
@@ -122,6 +124,9 @@ def test_beyond_so_many_shapes_calls_are_made_without(monkeypatch: pytest.Monkey
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert graphed.graphs == 1
     assert network.calls == 2 + 2
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "calls of 1 shapes are recorded, and those of further shapes" in record.getMessage()
 
 
 def test_what_cannot_be_recorded_is_computed_and_said_once(

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.evaluation import features
 from trainer.evaluation.feature_sets import (
     FeatureSet,
     Nearness,
@@ -19,6 +20,7 @@ from trainer.evaluation.feature_sets import (
 )
 from trainer.evaluation.features import IndexedExtraction, RandomConvFeatures
 from trainer.evaluation.frechet import FrechetError, frechet_distance
+from trainer.evaluation.precision import products_in
 from trainer.evaluation.sums import FeatureSums
 from trainer.host_group import HostGroup
 
@@ -117,6 +119,26 @@ def test_diversity_is_the_variance_within_classes():
     single = FeatureSums(classes=3)
     single.add(torch.eye(3), torch.arange(3))
     assert single.within_class_variance() is None
+
+
+def test_features_are_of_float32_whatever_a_training_has_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    gpu, seen = torch.device("cuda"), []
+    monkeypatch.setattr(features, "products_in", lambda precision, _: products_in(precision, gpu))
+
+    def extractor(images: torch.Tensor) -> torch.Tensor:
+        seen.append((matmul.allow_tf32, convolution.allow_tf32))
+        return images.flatten(1)
+
+    extraction = IndexedExtraction(extractor, device=CPU, take=Parts().take)
+    with products_in("tf32", gpu):
+        extraction.add(torch.zeros(40, 1, 2, 2), torch.arange(40) % 7, torch.arange(40))
+        extraction.flush()
+        assert matmul.allow_tf32
+        assert convolution.allow_tf32
+    assert seen == 2 * [(False, False)]
 
 
 class Parts:

@@ -21,7 +21,7 @@ class BareLoop:
         batches: Bands and labels, one after the other, over and over.
         noise_size: Normal numbers an image needs.
         null_label: Label index that stands for "no class".
-        precision: "bf16" computes under autocast; weights stay float32.
+        precision: "bf16" computes with copies of the weights, which float32 masters update.
         updates: Updates of one call.
     """
 
@@ -42,8 +42,13 @@ class BareLoop:
         self._noise_size, self._bf16, self._updates = noise_size, precision == "bf16", updates
         self._null_label, self._config = null_label, TrainConfig()
         self._weights: list[Tensor] = list(network.parameters())
-        self._average = [weight.detach().clone() for weight in self._weights]
-        self._adamw = adamw(self._weights, OptimConfig())
+        self.masters: list[Tensor] = [*self._weights]
+        if self._bf16:
+            self.masters = [weight.detach().clone() for weight in self._weights]
+            for weight in self._weights:
+                weight.data = weight.data.bfloat16()
+        self._average = [master.detach().clone() for master in self.masters]
+        self._adamw = adamw(self.masters, OptimConfig())
         self._done = 0
 
     def __call__(self) -> None:
@@ -52,17 +57,33 @@ class BareLoop:
             bands, labels = self._batches[self._done % len(self._batches)]
             device, count = labels.device, len(labels)
             dropped = torch.rand(count, device=device) < self._config.label_dropout
-            with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-                loss = self._objective(
-                    self._velocity,
-                    bands=bands,
-                    labels=labels.masked_fill(dropped, self._null_label),
-                    uniforms=torch.rand(count, device=device),
-                    noise=torch.randn(count, self._noise_size, device=device),
-                ).total
+            loss = self._objective(
+                self._in_bf16 if self._bf16 else self._velocity,
+                bands=bands,
+                labels=labels.masked_fill(dropped, self._null_label),
+                uniforms=torch.rand(count, device=device),
+                noise=torch.randn(count, self._noise_size, device=device),
+            ).total
             loss.backward()  # type: ignore[no-untyped-call]
-            self._adamw.step()
-            self._adamw.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                torch._foreach_lerp_(self._average, self._weights, 1 - self._config.ema.decay)
+            self._update()
             self._done += 1
+
+    def _in_bf16(self, states: Bands, time: Tensor, labels: Tensor) -> Bands:
+        velocities = self._velocity(tuple(state.bfloat16() for state in states), time, labels)
+        return tuple(velocity.float() for velocity in velocities)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if self._bf16:
+            gradients = [torch.empty_like(master) for master in self.masters]
+            left = [weight.grad for weight in self._weights if weight.grad is not None]
+            torch._foreach_copy_(gradients, left)
+            for master, weight, gradient in zip(
+                self.masters, self._weights, gradients, strict=True
+            ):
+                master.grad, weight.grad = gradient, None
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        if self._bf16:
+            torch._foreach_copy_(self._weights, self.masters)
+        torch._foreach_lerp_(self._average, self.masters, 1 - self._config.ema.decay)

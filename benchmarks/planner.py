@@ -70,14 +70,14 @@ MEASURED: tuple[Measured, ...] = (
     ),
     Measured(
         what="XL/2, K = 3, ZeRO-1 of one rank",
-        settings=(*_THREE_SCALES, "engine.zero_stage=1"),
+        settings=(*_THREE_SCALES, "engine=zero1"),
         images=6,
         ms=520,
         averages=True,
     ),
     Measured(
         what="XL/2, K = 3, ZeRO-2 of one rank",
-        settings=(*_THREE_SCALES, "engine.zero_stage=2"),
+        settings=(*_THREE_SCALES, "engine=zero2"),
         images=6,
         ms=457,
         averages=True,

@@ -16,11 +16,12 @@ COMPILED: list[dict[str, Any]] = [
     {"kind": "zero", "zero_stage": 2, "placement": {1: 2}},
     {"kind": "plain", "placement": {0: 2, 1: 2}, "activation_checkpointing": (0, 1)},
 ]
+IN_BF16: dict[str, Any] = {"kind": "zero", "zero_stage": 1, "precision": "bf16"}
 
 
 def courses(engines: list[dict[str, Any]], *, ranks: int, backend: str) -> list[dict[str, Any]]:
-    """What happened to engines with compiled blocks."""
-    compiled = [each | {"compile": "blocks"} for each in engines]
+    """What happened to engines, whose blocks are compiled unless they say otherwise."""
+    compiled = [{"compile": "blocks"} | each for each in engines]
     told = on_ranks(engine_worker.course, ranks, {"engines": compiled, "backend": backend})
     assert len(told) == len(engines)
     return told
@@ -46,12 +47,20 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def traced() -> list[dict[str, Any]]:
-    """Two ranks whose blocks are graphs of forward and backward pass, without a C++ compiler."""
-    return courses(COMPILED, ranks=2, backend="aot_eager")
+    """Two ranks whose blocks are graphs of forward and backward pass, without a C++ compiler.
+
+    The last two are in bf16, and of the very last the blocks are as they are.
+    """
+    return courses([*COMPILED, IN_BF16, IN_BF16 | {"compile": "off"}], ranks=2, backend="aot_eager")
 
 
 def test_losses_and_weights_are_those_of_blocks_as_they_are(alone, generated, traced):
-    assert_trained_alike([*generated, *traced], alone)
+    assert_trained_alike([*generated, *traced[: len(COMPILED)]], alone)
+
+
+def test_in_bf16_they_are_those_of_blocks_as_they_are_too(traced):
+    compiled, plain = traced[-2:]
+    assert_trained_alike([compiled], plain)
 
 
 def test_moved_state_trains_on_bit_for_bit(generated, traced):

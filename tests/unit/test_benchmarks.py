@@ -19,6 +19,7 @@ from benchmarks import (
     training_step,
     update,
 )
+from benchmarks.bare_loop import BareLoop
 from benchmarks.checkpoints import blocked, transfer
 from benchmarks.checkpoints import memory as save_memory
 from benchmarks.data import decoding, starting, streaming, waiting
@@ -27,7 +28,11 @@ from benchmarks.data.photographs import photographs
 from benchmarks.gpu_training import kind_of, shares_by_kind
 from benchmarks.prefix_attention import Attention, kept_bytes
 from benchmarks.workload import Latents, TrainingWork
+from models.flow.config import FlowConfig
+from models.flow.flow import Flow
+from models.flow.objective import Objective
 from models.transformer.config import TransformerConfig
+from tests.support.engine_worker import tiny_model
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--rounds", "1"]
@@ -40,6 +45,11 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
     [
         (training_step, [*TINY_MODEL, "--batch", "6", "--optimizer"], 3),
         (training_loop, [*TINY_MODEL, "--batch", "6", "--depth", "1"], 7),
+        (
+            training_loop,
+            [*TINY_MODEL, "--batch", "6", "--depth", "1", "--scales", "1", "--precision", "bf16"],
+            3,
+        ),
         (prefix_attention, [*TINY, "--pixels", "256", "--batch", "1", "--heads", "1"], 6),
         (expert_matmul, [*TINY, "--sizes", "S/2", "--scales", "2", "--batch", "2"], 3),
         (sampling, [*TINY_MODEL, "--batches", "1,3", "--finest-batch", "2", "--ways", "fp32"], 4),
@@ -84,6 +94,35 @@ def test_the_command_prints_a_table_and_writes_its_rows(
         timed = [value for name, value in row.items() if name.endswith(("_s", "_ms"))]
         assert timed
         assert min(timed) > 0
+
+
+def test_the_bare_loop_in_bf16_updates_fp32_masters():
+    def trained(precision: str) -> BareLoop:
+        model = tiny_model()
+        bands = (torch.randn(6, 1, 4, 4), torch.randn(6, 1, 8, 8))
+        loop = BareLoop(
+            model,
+            objective=Objective(Flow(FlowConfig(scales=2))),
+            batches=[(bands, torch.arange(6) % 3)],
+            noise_size=64,
+            null_label=3,
+            precision=precision,
+            updates=3,
+        )
+        loop()
+        return loop
+
+    full, half = (trained(precision) for precision in ("fp32", "bf16"))
+    begun = list(tiny_model().parameters())
+    for weight, master in zip(half.network.parameters(), half.masters, strict=True):
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, master.bfloat16())
+    moved = [
+        torch.cat([(now - was).flatten() for now, was in zip(loop.masters, begun, strict=True)])
+        for loop in (full, half)
+    ]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+    assert not torch.equal(half.masters[0], half.masters[0].bfloat16().float())
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Profile:
         self._report = report
         self._pause = pause
         self._done = 0
+        self._is_due = False
         self._running: profile | None = None
 
     def begin(self) -> None:
@@ -70,30 +71,61 @@ class Profile:
         self._start_if_due()
 
     def end(self, images: int) -> None:
-        """Write what was profiled until now, if anything was; a collective call."""
-        if self._running is None:
+        """Write what was profiled until now, if anything was; a collective call.
+
+        What goes wrong on a rank is told, and training goes on.
+        """
+        if not self._is_due:
             return
+        self._is_due = False
         with self._pause():
-            self._running.stop()
+            data = self._stop()
             if self._done == self._updates.start:  # the run was over
-                self._running = None
                 return
-            data = _trace_of(self._running)
-            self._running = None
-            key = f"{self._folder(images)}/rank-{self._ranks.rank:05d}.json.gz"
-            try:
-                self._store.put(key, data)
-            except StoreError as error:
-                logger.warning("the profile of rank %d is not kept: %s", self._ranks.rank, error)
+            if data:
+                with self._told_alone():
+                    key = f"{self._folder(images)}/rank-{self._ranks.rank:05d}.json.gz"
+                    self._store.put(key, data)
             self._tell(images, data)
+
+    def drop(self) -> None:
+        """Keep nothing of what is being profiled, for a run that was stopped has no time for it."""
+        if self._is_due:
+            self._is_due = False
+            with self._told_alone():
+                if self._running is not None:
+                    self._running.stop()
+            self._running = None
+            self._report({"kind": "note", "text": "no profile is kept, as the run was stopped"})
 
     def _start_if_due(self) -> None:
         if self._updates and self._done == self._updates.start:
+            self._is_due = True
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
-            self._running = profile(activities=activities)
-            self._running.start()
+            with self._told_alone():
+                running = profile(activities=activities)
+                running.start()
+                self._running = running
+
+    def _stop(self) -> bytes:
+        """The trace of what was profiled; nothing where there is none, or it is of no use."""
+        running, self._running = self._running, None
+        with self._told_alone():
+            if running is not None:
+                running.stop()
+                if self._done > self._updates.start:
+                    return _trace_of(running)
+        return b""
+
+    @contextmanager
+    def _told_alone(self) -> Iterator[None]:
+        """Only tell what goes wrong in a `with` block: disks, stores, and torch's profiler."""
+        try:
+            yield
+        except (OSError, RuntimeError, StoreError) as error:
+            logger.warning("the profile of rank %d is not kept: %s", self._ranks.rank, error)
 
     def _tell(self, images: int, data: bytes) -> None:
         small = len(data) <= _TRACKED_BYTES // self._ranks.world_size
@@ -107,7 +139,7 @@ class Profile:
             f"traces are in {where}, to open in https://ui.perfetto.dev"
         )
         if traces and not all(traces):
-            text += "; traces of some ranks are too large for MLflow"
+            text += "; those of some ranks are too large for MLflow, or could not be written"
         self._report({"kind": "note", "text": text})
 
 

@@ -124,6 +124,7 @@ def _train(run: Run) -> None:
                 save(last=True)
             with run.times.clock.during("checkpoint"):
                 saver.finish()
+            profile.drop()  # only now: until a stopped run is saved, its time is short
             if end == "finished" and saver.is_saved(state.images):
                 with run.times.clock.during("evaluation"):
                     evaluation.run(run.engine, _publisher(run, state, tracker))
@@ -362,7 +363,8 @@ def _loop(
             rank=run.context.rank,
             advance=run.context.advance,
         )
-        profile.end(state.images)
+        if end == "finished":
+            profile.end(state.images)
         return end
 
 

@@ -103,9 +103,37 @@ def test_a_store_that_is_away_and_a_large_trace_are_told(tmp_path, monkeypatch, 
     assert "too large for MLflow" in run.told[0]["text"]
 
 
+@pytest.mark.parametrize("fails", ["start", "stop", "export_chrome_trace"])
+def test_a_profile_that_fails_is_told_and_training_goes_on(fails, tmp_path, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise PermissionError("nothing can be written")
+
+    run = Profiled(tmp_path, range(1, 2))
+    monkeypatch.setattr(torch.profiler.profile, fails, fail)
+    run.train(3)
+    assert "rank 0 is not kept: nothing can be written" in caplog.text
+    assert not run.store.list("run/")
+    assert not run.files.kept
+    assert "could not be written" in run.told[0]["text"]
+
+
+def test_of_a_run_that_is_stopped_nothing_is_kept(tmp_path):
+    run = Profiled(tmp_path, range(9))
+    run.profile.begin()
+    run.profile.drop()
+    assert [note["text"] for note in run.told] == ["no profile is kept, as the run was stopped"]
+    run.profile.drop()
+    run.profile.end(0)
+    assert not run.store.list("run/")
+    assert len(run.told) == 1
+    again = Profiled(tmp_path, range(1))  # torch has one profiler, and it is free again
+    again.train(2)
+    assert again.store.list("run/")
+
+
 @pytest.mark.parametrize("words", ["3", "3:0", "3:101", "-1:2", "a:b", "1:2:3", ":"])
 def test_what_is_no_range_of_updates_is_refused(words):
-    with pytest.raises(ConfigError, match=rf"runtime\.profile={words} is not START:COUNT"):
+    with pytest.raises(ConfigError, match=rf"runtime\.profile='{words}' is not START:COUNT"):
         RuntimeConfig(profile=words)
     assert RuntimeConfig(profile="20:3").profiled_updates == range(20, 23)
     assert not RuntimeConfig().profiled_updates

@@ -390,6 +390,7 @@ def cost_table(job: JobConfig) -> str:
         ("training, FLOPs in all", _si(6 * average * job.train.total_images, "FLOP")),
         ("updates", f"{updates:,} of {job.train.global_batch:,} images"),
         ("batch", f"{job.cluster.workers} ranks x {share} images, {micro_batch(job)} in one pass"),
+        ("engine", f"DeepSpeed, ZeRO-{found.zero_stage}" if found.zero_stage else "torch alone"),
         ("experts", ", ".join(filter(None, (str(found.placement), found.extras)))),
         ("memory per rank", ""),
         ("  weights", _gib(memory.weights)),

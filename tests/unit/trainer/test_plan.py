@@ -369,6 +369,16 @@ def test_the_plain_engine_has_no_stages_to_choose_from(capsys):
     assert {one["zero_stage"] for one in plan["candidates"]} == {0}
 
 
+def test_the_dry_run_tells_which_engine_trains(xl):
+    one = replace(xl, cluster=replace(xl.cluster, workers=1))
+    for job, engine in (
+        (xl, "DeepSpeed, ZeRO-2"),
+        (with_engine(xl, zero_stage=3), "DeepSpeed, ZeRO-3"),
+        (with_engine(one, zero_stage=3), "torch alone"),
+    ):
+        assert re.search(rf"^engine +{engine}$", cost_table(job), re.MULTILINE)
+
+
 def test_the_dry_run_tells_of_the_placement_it_would_take(xl):
     whole = cost_table(xl)
     sharded = cost_table(with_engine(xl, placement={2: 8, 1: 8, 0: 8}))

@@ -6,13 +6,16 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from benchmarks import comparison
+from benchmarks import comparison, convergence
 from benchmarks.comparison import Arm, UnlikeRuns, as_json, as_markdown, check_alike, measure_arm
 from benchmarks.comparison_picture import draw_picture
+from models.transformer.cost import training_flops
 from tests.support.saved import manifest_of
 from tests.unit.trainer.measurements import real_figures
+from trainer.config.composition import compose_job
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
+from trainer.planning.placing import model_shape
 
 SCIENCE = {
     "data": {"name": "d", "image_size": 16, "channels": 3, "classes": 10},
@@ -124,3 +127,17 @@ def test_arms_that_were_measured_otherwise_are_refused():
     with pytest.raises(UnlikeRuns, match="two-0/checkpoints/000000001000 was measured with random"):
         check_alike([ONE, other])
     check_alike([ONE, TWO])
+
+
+@pytest.mark.parametrize("images", [64, 64_000, 1_000_000])
+def test_trainings_of_one_cost_differ_by_less_than_an_update(images):
+    words = ["+exp=cifar10", "data.image_size=32"]
+    one, two = [*words, "flow=one_scale"], [*words, "flow=two_scales"]
+    jobs = compose_job(one), compose_job(two)
+    per_image, of_two = (training_flops(model_shape(job)) for job in jobs)
+    batch = jobs[0].train.global_batch
+    found = convergence.images_of_cost(one, two, images)
+    assert found % batch == 0
+    assert found >= batch
+    assert found == batch or abs(found * per_image - images * of_two) <= batch * per_image / 2
+    assert convergence.images_of_cost(two, two, images) == images

@@ -74,8 +74,9 @@ def outage(s3: S3Server) -> Iterator[Future[Outage]]:
 @pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (503, "SlowDown")])
 def test_errors_for_half_of_the_requests(remote: RemoteStore, status: int, code: str) -> None:
     remote.proxy.inject(Answer(status=status, code=code), share=0.5)
-    store = remote.open(retries=20)
     for images in (10, 20, 30):
+        # boto3 bounds the tries that a client makes in vain, whatever one request may have.
+        store = remote.open(retries=20)
         assert save_state(store, random_state(images), images=images, keep_last=1) == [
             store.uri(layout.checkpoint_key(RUN, images))
         ]

@@ -17,7 +17,10 @@ from cluster.launcher import run
 from cluster.tested import TESTED_RAY, TESTED_TORCH, UntestedVersion, require_tested
 from pipelines.errors import DataError
 from pipelines.source import TESTED_STREAMING, Source, SourceConfig
+from tests.support.engine_worker import tiny_model
 from trainer.engine import zero
+from trainer.engine.compiled import compile_as_asked
+from trainer.engine.protocol import EngineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -48,12 +51,17 @@ def prove_peers():
         process_group._Proofs.rendezvous = None
 
 
-DOORS = {
-    "ray": run_on_ray,
-    "torch": prove_peers,
-    "deepspeed": zero.import_deepspeed,
-    "mosaicml-streaming": lambda: Source("s3://bucket/prefix", config=SourceConfig()),
-}
+def compile_blocks():
+    compile_as_asked(tiny_model(), EngineConfig(compile="blocks"))
+
+
+DOORS = [
+    ("ray", run_on_ray),
+    ("torch", prove_peers),
+    ("torch", compile_blocks),
+    ("deepspeed", zero.import_deepspeed),
+    ("mosaicml-streaming", lambda: Source("s3://bucket/prefix", config=SourceConfig())),
+]
 
 
 def test_pip_is_asked_for_the_tested_versions():
@@ -70,15 +78,17 @@ def test_the_tested_versions_include_the_pinned_ones():
         require_tested(name, tested)
 
 
-@pytest.mark.parametrize("package", DOORS)
-def test_another_version_is_refused_before_anything_is_touched(package, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("package", "enter"), DOORS)
+def test_another_version_is_refused_before_anything_is_touched(
+    package, enter, tmp_path, monkeypatch
+):
     there = tmp_path / f"{package.replace('-', '_')}-99.1.dist-info"
     there.mkdir()
     (there / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 99.1\n")
     monkeypatch.syspath_prepend(tmp_path)  # metadata are looked for there first
     assert version(package) == "99.1"
     with pytest.raises((UntestedVersion, DataError)) as told:
-        DOORS[package]()
+        enter()
     assert str(told.value) == (
         f"{package} 99.1 is installed. Private parts of it are used here, which were tested with "
         f"{package} {TESTED[package]} alone: pip install '{package}{TESTED[package]}'"
@@ -98,4 +108,4 @@ def test_modules_that_are_private_are_imported_of_tested_packages_alone():
                 else:
                     continue
                 private |= {name.split(".")[0] for name in names if re.search(r"\._[a-z]", name)}
-    assert private - {"__future__"} == {"ray"}
+    assert private - {"__future__"} == {"ray", "torch"}

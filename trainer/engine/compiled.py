@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from cluster.tested import TESTED_TORCH, require_tested
 from models.transformer.block import Block
 from models.transformer.experts import Regions
 from models.transformer.lapflow import LapFlowTransformer
@@ -47,6 +48,7 @@ def compile_as_asked(model: LapFlowTransformer, config: EngineConfig) -> None:
     """
     if config.compile == "off":
         return
+    require_tested("torch", TESTED_TORCH)  # what compiles is told by private parts of it
     eager = Regions()
     compiled = Regions(
         attention_inputs=_while_training(eager.attention_inputs),

@@ -48,7 +48,7 @@ class ArmFailed(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure and compare; return the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     shards = options.output / "shards"
     classes = sum(each.is_dir() for each in options.images.iterdir())
     took_in = ["image-folder", options.images, shards, "--image-size", options.image_size]
@@ -125,8 +125,10 @@ def train_to(words: Sequence[str], images: int, *, home: Path) -> None:
     if code:
         raise ArmFailed(f"{' '.join(words)} ended with exit code {code}:\n{running.output}")
     taken = format_duration(time.monotonic() - began)
-    grid = next(line for line in running.output.splitlines() if line.startswith("sample grid"))
-    say(f"{words[-1]}: {images:,} images, the last launch took {taken}; {' '.join(grid.split())}")
+    say(f"{words[-1]}: {images:,} images, the last launch took {taken}")
+    for line in running.output.splitlines():
+        if line.startswith(("sample grid", "Fréchet distance")):
+            say(f"  {' '.join(line.split())}")
 
 
 def _parser() -> argparse.ArgumentParser:

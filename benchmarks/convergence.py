@@ -48,9 +48,15 @@ class ArmFailed(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure and compare; return the exit code."""
-    options = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
     shards = options.output / "shards"
-    classes = sum(each.is_dir() for each in options.images.iterdir())
+    classes = _count_classes(options.images)
+    if classes == 0:  # before the training, at whose end guidance would be refused
+        parser.error(
+            f"{options.images} holds no folder of pictures; give a folder that has one for each "
+            "class, such as cifar10/ with cifar10/cat/"
+        )
     took_in = ["image-folder", options.images, shards, "--image-size", options.image_size]
     if code := ingest([*map(str, took_in), "--encoding", "png", "--hold-out", "0.1"]):
         return code
@@ -73,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arms = ("--arm", "one scale", runs / "one-scale", "--arm", "two scales", runs / "two-scales")
     ended = [*map(str, arms), "--home", str(options.output), "--output", str(options.output)]
     return comparison.main([*ended, "--samples", str(options.samples), "--guidance", "1.5"])
+
+
+def _count_classes(folder: Path) -> int:
+    return sum(each.is_dir() for each in folder.iterdir()) if folder.is_dir() else 0
 
 
 def images_of_cost(words: Sequence[str], other: Sequence[str], images: int) -> int:

@@ -16,6 +16,7 @@ from trainer.config.composition import compose_job
 from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
 from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
 from trainer.planning.placing import model_shape
+from trainer.training.validate import validate
 
 SCIENCE = {
     "data": {"name": "d", "image_size": 16, "channels": 3, "classes": 10},
@@ -141,3 +142,25 @@ def test_trainings_of_one_cost_differ_by_less_than_an_update(images):
     assert found >= batch
     assert found == batch or abs(found * per_image - images * of_two) <= batch * per_image / 2
     assert convergence.images_of_cost(two, two, images) == images
+
+
+@pytest.mark.parametrize("folder", ["missing", "flat", "file"])
+def test_pictures_without_classes_are_refused_before_they_are_trained_on(folder, tmp_path, capsys):
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat/one.png")
+    (tmp_path / "file").write_text("no folder")
+    images, output = tmp_path / folder, tmp_path / "output"
+    # As the help has it: settings come last.
+    with pytest.raises(SystemExit) as told:
+        convergence.main([str(images), "--minutes", "4", "--output", str(output), "model.depth=4"])
+    assert told.value.code == 2
+    assert f"{images} holds no folder of pictures" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("flow", ["one_scale", "two_scales"])
+def test_what_a_gpu_trains_can_be_trained(flow):
+    words = ["+exp=cifar10", "data.image_size=32", "cluster.backend=local", "cluster.workers=1"]
+    job = compose_job([*words, f"flow={flow}", *convergence._ON_GPU])
+    validate(job)
+    assert job.engine.precision == "bf16"

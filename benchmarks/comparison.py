@@ -30,14 +30,10 @@ from pipelines.command import CommandParser
 from pipelines.console import say_error
 from trainer.config.job import FeatureName, difference, fingerprinted
 from trainer.errors import is_user_error
-from trainer.evaluation.checkpoints import (
-    CheckpointEvaluationConfig,
-    RealImagesConfig,
-    evaluate_checkpoints,
-)
+from trainer.evaluation.checkpoints import evaluate_checkpoints
 from trainer.evaluation.choice import open_checkpoint
-from trainer.evaluation.loading import SamplerChoice
-from trainer.evaluation.measures import RealFigures
+from trainer.evaluation.config import CheckpointEvaluationConfig, RealImagesConfig, SamplerChoice
+from trainer.evaluation.figures import RealFigures
 from trainer.evaluation.model_record import ModelRecord
 from trainer.evaluation.reports import CheckpointReport
 from trainer.storage.errors import CheckpointError

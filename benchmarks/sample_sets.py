@@ -20,8 +20,9 @@ from models.flow.sampler_config import SamplerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from trainer.config.reading import to_dict
 from trainer.config.shapes import ImageShape
+from trainer.evaluation.config import FormatName
 from trainer.evaluation.drawing import PartDrawer
-from trainer.evaluation.sample_formats import FORMATS, FormatName
+from trainer.evaluation.sample_formats import FORMATS
 from trainer.evaluation.sample_set import SamplePlan, SampleSet
 from trainer.evaluation.samples import ImageSampler
 from trainer.storage.open import open_store

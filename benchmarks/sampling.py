@@ -19,8 +19,9 @@ from models.flow.sampler import sample
 from models.flow.sampler_config import SamplerConfig, nfe_per_segment
 from models.transformer.cost import ModelShape, multiply_adds, varied_multiply_adds
 from models.transformer.lapflow import LapFlowTransformer
+from trainer.evaluation.config import Precision
 from trainer.evaluation.graphs import CudaRecorder, GraphedNetwork
-from trainer.evaluation.precision import Precision, products_in
+from trainer.evaluation.precision import products_in
 
 _CLASSES = 1000
 _WAYS = ("fp32", "bf16", "fp32 compiled", "bf16 compiled")

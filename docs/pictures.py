@@ -151,10 +151,11 @@ def attention() -> Figure:
 
 def sampling(checkpoint: str, *, images: int = 10, steps: int = 48) -> Figure:
     """Draw samples of a checkpoint as they come into being: one image in each column."""
-    from trainer.evaluation.loading import ModelSource
+    from trainer.evaluation.config import ModelSource
+    from trainer.evaluation.loading import load_model
     from trainer.evaluation.strips import picture_of
 
-    trained = ModelSource(checkpoint=checkpoint, device="cpu").load()
+    trained = load_model(ModelSource(checkpoint=checkpoint, device="cpu"))
     flow = trained.flow
     euler = SamplerConfig(solver="euler", steps=steps)
     sampler = trained.image_sampler(euler, seed=1, batch=images)

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
-from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.drawing_config import InpaintConfig, SampleConfig
 from trainer.cli.report import ReportConfig
 from trainer.cli.run_handle import RetentionSettings
-from trainer.cli.sample import SampleConfig
 from trainer.cli.settings_page import format_value, kind_of
 from trainer.cli.track import ShipConfig
 from trainer.cli.ui import UiConfig
 from trainer.config.job import JobConfig
 from trainer.config.settings import MISSING, Setting, settings_of
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
+from trainer.evaluation.config import CheckpointEvaluationConfig
 
 PAGE = Path(__file__).parent / "settings.md"
 

@@ -6,6 +6,7 @@ Whatever takes seconds says so beforehand with `logger.info`, so that no silence
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -126,3 +127,45 @@ def _attach(handler: logging.Handler, names: Sequence[str]) -> Iterator[None]:
     finally:
         for name in names:
             logging.getLogger(name).removeHandler(handler)
+
+
+class HeldLines(logging.Filter):
+    """Holds back what one thread logs until it is its turn to be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.RLock()  # what is released passes this filter
+        self._held: list[logging.LogRecord] | None = []
+        self._thread: int | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let a line through, unless it is one of the thread's before the release."""
+        if record.thread != self._thread:
+            return True
+        with self._lock:
+            if self._held is None:
+                return True
+            if record not in self._held[-1:]:  # every handler asks
+                self._held.append(record)
+            return False
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold back what the calling thread logs in a `with` block, from all handlers of now."""
+        self._thread = threading.get_ident()
+        names = (_ROOT, *OWN_PACKAGES)
+        handlers = {each for name in names for each in logging.getLogger(name).handlers}
+        for each in handlers:
+            each.addFilter(self)
+        try:
+            yield
+        finally:
+            for each in handlers:
+                each.removeFilter(self)
+
+    def release(self) -> None:
+        """Tell what was held back, and from now on what comes."""
+        with self._lock:
+            held, self._held = self._held or [], None
+            for record in held:
+                logging.getLogger(record.name).handle(record)

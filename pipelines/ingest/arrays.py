@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pipelines.documents import read_json
 from pipelines.errors import BadLatentError, DataError, EmptyDatasetError, UnreadableSourceError
 from pipelines.index import LABEL_COLUMN
-from pipelines.ingest.latent_origin import RECIPE, Encoder, LatentPart, LatentsConfig, Origin
+from pipelines.ingest.latent_config import Encoder, LatentsConfig
+from pipelines.ingest.latent_origin import RECIPE, LatentPart, Origin
 from pipelines.ingest.listing import Listing, SourceImage, class_names, number_classes
 from pipelines.ingest.plan import Plan, check_seed, cut, plan_digest
 from pipelines.ingest.source_files import Entry, Wanted, count, in_words, walk

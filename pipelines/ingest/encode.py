@@ -5,7 +5,7 @@ which process of a machine encodes it, and after how many interruptions, changes
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,79 +17,17 @@ from torch import Tensor
 
 from pipelines.dataset import RawSample
 from pipelines.decode.contract import DecodeConfig, decode_threads
-from pipelines.decode.make import DecoderName, make_decoder
+from pipelines.decode.make import make_decoder
 from pipelines.errors import BadLatentError, IngestSettingError, UndecodableImageError
 from pipelines.index import LABEL_COLUMN
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latent_origin import RECIPE, Encoder, LatentPart, LatentsConfig, Origin
+from pipelines.ingest.latent_config import EncodeConfig, Encoder
+from pipelines.ingest.latent_origin import RECIPE, LatentPart, Origin
 from pipelines.ingest.plan import Plan, cut, plan_digest
 from pipelines.ingest.write import Filled, Part, WriteSample
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat
-from pipelines.shards import ShardedDataset, ShardsConfig
+from pipelines.shards import ShardedDataset
 from pipelines.source import is_url
-
-_RGB = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeConfig(LatentsConfig):
-    """How images are encoded.
-
-    Attributes:
-        image_size: Height and width that images are cropped and resized to first, in pixels.
-        flips: Encode the mirrored images too.
-        decoder: What decodes the images.
-        batch: Images encoded at a time.
-        devices: "cpu" or "cuda:N", which processes take in turn.
-        shards: How the images' shards are fetched and kept.
-
-    Raises:
-        IngestSettingError: A number is out of its range.
-    """
-
-    image_size: int
-    flips: bool = True
-    decoder: DecoderName = "dali"
-    batch: int = 32
-    devices: tuple[str, ...] = ("cpu",)
-    shards: ShardsConfig
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch < 1:
-            raise IngestSettingError(f"batch={self.batch} must be at least 1.")
-        if not self.devices:
-            raise IngestSettingError("devices is empty; name one at least.")
-
-    def device(self, process: int) -> str:
-        """Say on which device a process works, by its number."""
-        return self.devices[process % len(self.devices)]
-
-    def format(self, encoder: Encoder) -> LatentFormat:
-        """Say how the latents of an autoencoder are stored.
-
-        Raises:
-            IngestSettingError: It does not take such images.
-        """
-        if encoder.image_channels != _RGB:
-            raise IngestSettingError(
-                f"The autoencoder at {encoder.place} takes images of {encoder.image_channels} "
-                "channels; latents are made of RGB images. Choose an autoencoder of 3 channels."
-            )
-        factor = encoder.factor
-        if self.image_size < factor or self.image_size % factor:
-            near = max(1, round(self.image_size / factor)) * factor
-            raise IngestSettingError(
-                f"Images of image_size={self.image_size} cannot be encoded by the autoencoder at "
-                f"{encoder.place}, which makes one element of {factor} x {factor} pixels. Choose a "
-                f"multiple of {factor}, such as {near}."
-            )
-        return LatentFormat(
-            dtype=self.dtype,
-            views=2 if self.flips else 1,
-            channels=encoder.channels,
-            size=self.image_size // factor,
-        )
 
 
 def plan_encoding(source: str, prefix: str, *, encoder: Encoder, config: EncodeConfig) -> Plan:

@@ -7,79 +7,26 @@ cut into parts only by the rounding within each, and not at all on who sums them
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipelines.augment import SampleKey
 from pipelines.decode.contract import DrawnLatent, LatentDecodeConfig
 from pipelines.decode.cpu import LatentDecoder, split_bands
-from pipelines.errors import EmptyDatasetError, IngestSettingError
+from pipelines.errors import EmptyDatasetError
 from pipelines.index import LABEL_COLUMN
-from pipelines.ingest.plan import Documents, WriteConfig
+from pipelines.ingest.latent_config import Encoder
+from pipelines.ingest.plan import Documents
 from pipelines.ingest.write import Filled, FinishedShard, WriteSample
 from pipelines.latent_format import MOMENTS_COLUMN, LatentFormat, Moments
 from pipelines.latent_record import MAX_SCALES, RECORD_NAME, BandStatistics, LatentRecord
 
 RECIPE = 1
 """Counts up when the same settings come to give other latents."""
-
-_MAX_SHARD_BYTES = 1 << 31
-
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps images [b, c, h, w] in [-1, 1] to means and standard deviations of latents, in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentsConfig(WriteConfig):
-    """How latents are written, wherever they come from.
-
-    Attributes:
-        dtype: Type of the stored numbers.
-
-    Raises:
-        IngestSettingError: A number is out of its range.
-    """
-
-    dtype: Literal["float16", "float32"] = "float16"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shard_bytes > _MAX_SHARD_BYTES:
-            raise IngestSettingError(
-                f"shard_bytes={self.shard_bytes} must lie between 1 and {_MAX_SHARD_BYTES}."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """An autoencoder to encode with.
-
-    Attributes:
-        place: Where it is.
-        sha256: Digest of its architecture, scaling and weights.
-        factor: Pixels for one element of a latent, along each side.
-        channels: Channels of its latents.
-        image_channels: Channels of the images it takes.
-        scale: Factor that brings its latents near unit variance.
-        shift: What is subtracted before.
-        precision: What it computes in.
-        load: Loads it onto "cpu" or "cuda:N"; it is pickled.
-    """
-
-    place: str
-    sha256: str
-    factor: int
-    channels: int
-    image_channels: int
-    scale: float
-    shift: float
-    precision: Literal["fp32", "bf16"]
-    load: Callable[[str], Encode]
 
 
 @dataclass(frozen=True, kw_only=True)

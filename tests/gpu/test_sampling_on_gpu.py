@@ -14,8 +14,9 @@ from models.flow.sampler_config import SamplerConfig
 from models.transformer.config import TransformerConfig
 from models.transformer.lapflow import LapFlowTransformer
 from tests.support.saved import save_random_model
+from trainer.evaluation.config import ModelSource
 from trainer.evaluation.graphs import CudaRecorder, GraphedNetwork
-from trainer.evaluation.loading import ModelSource
+from trainer.evaluation.loading import load_model
 from trainer.evaluation.precision import products_in
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
@@ -128,7 +129,7 @@ def test_precisions_are_kept_to_and_put_back(tmp_path) -> None:
         assert errors["tf32"] > 20 * errors["fp32"]
     images = {}
     for precision in ("fp32", "tf32", "bf16", "auto"):
-        trained = ModelSource(checkpoint=f"{tmp_path}/runs/small").load(precision=precision)
+        trained = load_model(ModelSource(checkpoint=f"{tmp_path}/runs/small"), precision=precision)
         sampler = trained.image_sampler(SamplerConfig(steps=8), seed=1, batch=4)
         images[precision] = sampler.all(trained.model, torch.tensor([0, 1, 0, 1])).images
     for precision, apart in (("tf32", 0.05), ("bf16", 0.2)):
@@ -143,7 +144,7 @@ def test_a_model_is_loaded_with_graphs(tmp_path) -> None:
     labels, images = torch.tensor([0, 1, 0, 1]), {}
     for graphs in (False, True):
         source = ModelSource(checkpoint=f"{tmp_path}/runs/small", graphs=graphs)
-        trained = source.load(precision="fp32")
+        trained = load_model(source, precision="fp32")
         assert isinstance(trained.model, GraphedNetwork) == graphs
         sampler = trained.image_sampler(SamplerConfig(steps=8), seed=1, batch=2)
         images[graphs] = sampler.all(trained.model, labels).images

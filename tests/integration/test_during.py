@@ -11,7 +11,8 @@ import torch
 
 from tests.support.job import final_state, job
 from trainer.cli.launch import main
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.evaluation.checkpoints import evaluate_checkpoints
+from trainer.evaluation.config import CheckpointEvaluationConfig
 from trainer.evaluation.reports import CheckpointReport
 
 pytestmark = pytest.mark.slow

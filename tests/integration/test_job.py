@@ -34,7 +34,8 @@ from trainer.cli.sample import main as sample
 from trainer.config import paths
 from trainer.config.composition import compose_job
 from trainer.config.reading import to_dict
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.evaluation.checkpoints import evaluate_checkpoints
+from trainer.evaluation.config import CheckpointEvaluationConfig
 from trainer.storage.lease import hold_lease
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
@@ -66,9 +67,8 @@ def test_no_silence_lasts_before_the_first_progress_line(finished):
     phases = re.findall(r"^\[\S+s\] (.*)$", finished.output.split("640/6,400")[0], re.MULTILINE)
     expected = (
         "loading libraries",
-        "checking the store and MLflow",
+        "checking the store, the data set and MLflow",
         "writing scikit-learn's digits",
-        "looking for checkpoints",
         "starting 2 workers",
         "2 of 2 workers have met",
         "building the model",

@@ -11,11 +11,8 @@ from pipelines.ingest.digits import ensure_digits
 from tests.support.autoencoder import saved_autoencoder
 from tests.support.latent_job import LatentJobs
 from trainer.cli import sample
-from trainer.evaluation.checkpoints import (
-    CheckpointEvaluationConfig,
-    RealImagesConfig,
-    evaluate_checkpoints,
-)
+from trainer.evaluation.checkpoints import evaluate_checkpoints
+from trainer.evaluation.config import CheckpointEvaluationConfig, RealImagesConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 

@@ -4,16 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.cli.checkpoints import ExportConfig, PruneConfig, VerifyConfig
-from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.drawing_config import InpaintConfig, SampleConfig
 from trainer.cli.report import ReportConfig
 from trainer.cli.run_handle import RetentionSettings
-from trainer.cli.sample import SampleConfig
 from trainer.cli.track import ShipConfig
 from trainer.cli.ui import UiConfig
 from trainer.config.job import JobConfig
 from trainer.config.settings import Setting, settings_of
 from trainer.errors import is_user_error
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
+from trainer.evaluation.config import CheckpointEvaluationConfig
 
 GIVEN: dict[type[Any], dict[str, Any]] = {
     JobConfig: {},

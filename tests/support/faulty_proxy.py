@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from urllib.parse import urlsplit
 
-from tests.support.http_faults import Answer, Fault, Silence
+from tests.support.http_faults import Answer, Fault, Held, Silence
 from tests.support.http_message import ClosedError, Head
 
 LATE_S = 1.0  # between the end of an answer and the end of the request it answers
@@ -191,6 +191,9 @@ class FaultyProxy:
         head = Head.read(reader)
         method, path, _ = head.words
         fault = self._fault_for(Request(method, path, head.headers))
+        if isinstance(fault, Held):
+            fault.wait()
+            fault = None
         if isinstance(fault, Silence):
             while client.recv(1 << 16):  # until one side gives up
                 pass

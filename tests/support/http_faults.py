@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -76,4 +76,11 @@ class Drip:
                 yield piece[start : start + step]
 
 
-Fault = Answer | Silence | Cut | Flip | Drip
+@dataclass(frozen=True)
+class Held:
+    """The request waits for something before it goes on."""
+
+    wait: Callable[[], object]
+
+
+Fault = Answer | Silence | Cut | Flip | Drip | Held

@@ -13,8 +13,9 @@ from models.transformer.cost import training_flops
 from tests.support.saved import manifest_of
 from tests.unit.trainer.measurements import real_figures
 from trainer.config.composition import compose_job
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
-from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
+from trainer.evaluation.config import CheckpointEvaluationConfig
+from trainer.evaluation.figures import Distance
+from trainer.evaluation.reports import CheckpointReport, Measurement
 from trainer.planning.placing import model_shape
 from trainer.training.validate import validate
 

@@ -44,17 +44,17 @@ def interrupted(tmp_path, at: str, *words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("command", "at"),
     [
-        ("trainer.sample", "torch"),
-        ("trainer.inpaint", "torch"),
+        ("trainer.sample", "pydantic"),
+        ("trainer.inpaint", "pydantic"),
         ("trainer.evaluate", "pipelines.console"),
         ("trainer.checkpoints", "trainer.cli.checkpoints"),
         ("trainer.plan", "cluster.hardware"),
         ("trainer.compare_losses", "pipelines.console"),
         ("trainer.launch", "pipelines.console"),
         ("trainer", "trainer.cli.lapflow"),
-        ("trainer sample", "torch"),
+        ("trainer sample", "pydantic"),
         ("pipelines.ingest", "pipelines.errors"),
-        ("pipelines.ingest.latents", "torch"),
+        ("pipelines.ingest.latents", "numpy"),
         ("benchmarks.sampling", "torch"),
         ("tests.fuzz", "pipelines.console"),
         ("benchmarks.data", "benchmarks.command"),
@@ -89,7 +89,7 @@ def test_an_interrupt_during_the_work_is_quiet(tmp_path, words):
 def test_an_interrupt_of_the_console_script_is_quiet(tmp_path):
     script = tmp_path / "lapflow"  # as pip writes it
     script.write_text("import sys\nfrom trainer.cli.lapflow import main\nsys.exit(main())\n")
-    assert interrupted(tmp_path, "torch", str(script), "sample", "--help") == (130, "")
+    assert interrupted(tmp_path, "pydantic", str(script), "sample", "--help") == (130, "")
 
 
 def test_programs_that_use_the_packages_keep_their_tracebacks():

@@ -16,14 +16,13 @@ from pipelines.command import Outcome
 from pipelines.console import say, visible
 from pipelines.domains import Checked
 from pipelines.formats import format_bytes, format_count
-from trainer.checkpoint.content import ReadProgress, damaged_objects
 from trainer.checkpoint.errors import DamagedCheckpoint
 from trainer.checkpoint.retention import CheckpointListing, DeletionPlan
 from trainer.cli.checkpoint_table import STATES, Entry, table
 from trainer.cli.command import Subcommand, run_subcommands
 from trainer.cli.run_handle import RetentionSettings, RunHandle, open_run, retained_checkpoints
 from trainer.config.reading import ConfigError
-from trainer.export.export import ExportSettings, export_checkpoint
+from trainer.export.config import ExportSettings
 from trainer.storage.store import StoreConfig
 
 logger = logging.getLogger(__name__)
@@ -67,6 +66,9 @@ def export_chosen_checkpoint(config: ExportConfig) -> Outcome:
         logger.warning(
             "passing over checkpoint %s: %s", handle.index.uri(newer), found.damaged[newer]
         )
+    # Not for those who ask for help, or list what is there: it needs torch.
+    from trainer.export.export import export_checkpoint
+
     output = export_checkpoint(handle.store, found.newest_valid, config)
     uri = handle.index.uri(found.newest_valid.images)
     values = {"output": output, "checkpoint": uri, "weights": config.weights, "file": config.file}
@@ -218,6 +220,9 @@ def verify_checkpoints(config: VerifyConfig) -> Outcome:
 
 def _damage(handle: RunHandle, listing: CheckpointListing) -> dict[int, list[str]]:
     """Return what is wrong with each checkpoint, oldest first."""
+    # Not for those who ask for help, or list what is there: it needs torch.
+    from trainer.checkpoint.content import ReadProgress, damaged_objects
+
     total = sum(each.size_bytes for found in listing.manifests.values() for each in found.objects)
     damage = {}
     with ReadProgress(total, report=partial(say, to=sys.stderr), what=handle.run) as progress:

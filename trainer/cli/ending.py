@@ -15,13 +15,13 @@ from pipelines.errors import DataError
 from pipelines.formats import format_duration, format_table
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.cli.console import Console
-from trainer.cli.report import put_page
+from trainer.cli.report import PAGE, put_page
 from trainer.config import paths
 from trainer.config.job import JobConfig
 from trainer.config.reading import to_dict
 from trainer.data.splits import open_images
 from trainer.evaluation.reports import EvaluationReport, RunTime, evaluation_key
-from trainer.page.page import PAGE, make_page
+from trainer.page.page import make_page
 from trainer.page.story import read_story
 from trainer.storage.errors import LeaseLost, StoreError
 from trainer.storage.kept import read_or_set_aside

@@ -10,13 +10,8 @@ from pipelines.command import Outcome
 from pipelines.console import say
 from pipelines.formats import format_table
 from trainer.cli.command import run_command
-from trainer.evaluation.checkpoints import (
-    CheckpointEvaluationConfig,
-    UnwrittenReport,
-    evaluate_checkpoints,
-)
-from trainer.evaluation.choice import open_checkpoint
-from trainer.evaluation.measures import Distance
+from trainer.evaluation.config import CheckpointEvaluationConfig
+from trainer.evaluation.figures import Distance
 from trainer.evaluation.reports import CheckpointReport
 from trainer.evaluation.spread import MeasuredSet, Spread, spreads
 from trainer.storage.checkpoint_uri import parse_checkpoint_uri
@@ -39,6 +34,9 @@ Reports and grids are written below the run's evaluation/ folder, or below outpu
 
 
 def _measure(config: CheckpointEvaluationConfig) -> Outcome:
+    # Not for those who ask for help, nor for who lays figures out: it needs torch.
+    from trainer.evaluation.checkpoints import UnwrittenReport, evaluate_checkpoints
+
     try:
         reports = evaluate_checkpoints(config, report=say)
     except UnwrittenReport as error:
@@ -58,6 +56,8 @@ def _measure(config: CheckpointEvaluationConfig) -> Outcome:
 
 def _sets(reports: Sequence[CheckpointReport], config: StoreConfig) -> list[MeasuredSet]:
     """Return the sets of samples with the settings of their runs."""
+    from trainer.evaluation.choice import open_checkpoint
+
     science = {
         uri: open_checkpoint(uri, config)[2].science
         for uri in {report.checkpoint for report in reports}

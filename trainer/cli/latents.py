@@ -1,41 +1,28 @@
 """The command `python -m pipelines.ingest.latents`: encodes images once, or takes in latents."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-
-import torch
 
 from pipelines.addresses import find_path_fault
 from pipelines.command import REFUSED, Outcome, command_parser, run
 from pipelines.console import show_warnings
-from pipelines.errors import IngestSettingError, MissingDatasetError
-from pipelines.ingest.arrays import ArrayLayout, ArraysConfig, list_arrays, plan_arrays
-from pipelines.ingest.encode import EncodeConfig, plan_encoding
-from pipelines.ingest.latent_origin import Encoder
-from pipelines.ingest.listing import read_class_names
+from pipelines.errors import IngestSettingError
+from pipelines.ingest.latent_config import EncodeConfig
 from pipelines.ingest.options import (
-    Splits,
     add_classes,
     add_hold_out,
     add_target,
     add_writing_options,
     carry_out_all,
     local_path,
-    writing_settings,
 )
-from pipelines.ingest.plan import Plan
-from pipelines.ingest.target import has_dataset
 from pipelines.shards import ShardsConfig
-from trainer.autoencoder.codec import open_encoder
-from trainer.autoencoder.files import find_autoencoder
 from trainer.cli.command import is_refusal
 from trainer.config import paths
 from trainer.storage.errors import CheckpointError
-from trainer.storage.store import StoreConfig
 
-_SPLITS = ("train", "test")
 _DESCRIPTION = """\
 Encode the images of a dataset with an autoencoder, so that training reads latents.
 
@@ -77,7 +64,10 @@ def _ingest(options: argparse.Namespace) -> Outcome:
         cache = paths.cache_folder(None)
         if options.cache is not None:
             cache = options.cache.expanduser().resolve()
-        make_plans = _plan_arrays if options.arrays else _plan_encodings
+        # Not for those who ask for help, or whose words are refused: it needs torch.
+        from trainer.cli.latent_plans import plan_all_arrays, plan_encodings
+
+        make_plans = plan_all_arrays if options.arrays else plan_encodings
         return carry_out_all(make_plans(options, cache))
     except (ValueError, CheckpointError) as error:
         if not is_refusal(error):
@@ -205,103 +195,4 @@ def _add_arrays(parser: argparse.ArgumentParser) -> tuple[argparse.Action, ...]:
         ),
         *add_classes(group.add_argument),
         *add_hold_out(group.add_argument),
-    )
-
-
-def _plan_encodings(options: argparse.Namespace, cache: Path) -> list[Plan]:
-    """Plan to encode the images of each split."""
-    devices = _devices(options.devices)
-    config = EncodeConfig(
-        image_size=options.image_size,
-        dtype=options.dtype,
-        flips=not options.no_flips,
-        decoder=options.decoder,
-        batch=options.batch,
-        devices=devices,
-        workers=len(devices) if options.workers is None else options.workers,
-        shards=ShardsConfig(cache_dir=str(cache), anonymous=options.anonymous),
-        **writing_settings(options),
-    )
-    source, prefix = options.source.rstrip("/"), options.prefix.rstrip("/")
-    splits = _splits(options.splits, source=source)
-    encoder = _encoder(options, cache=cache)
-    return [
-        plan_encoding(f"{source}/{split}", f"{prefix}/{split}", encoder=encoder, config=config)
-        for split in splits
-    ]
-
-
-def _plan_arrays(options: argparse.Namespace, cache: Path) -> list[Plan]:
-    """Plan to take in the arrays of each split."""
-    if not options.split or "/" in options.split:
-        raise IngestSettingError(f"--split {options.split} is no name. Give one, such as train.")
-    splits = Splits.from_options(options, split=options.split, what="arrays")
-    encoder = _encoder(options, cache=cache)
-    config = ArraysConfig(
-        layout=ArrayLayout(
-            holds=options.arrays,
-            views=options.views,
-            channels=encoder.channels,
-            scale=encoder.scale if options.scaled else 1.0,
-            shift=encoder.shift if options.scaled else 0.0,
-        ),
-        dtype=options.dtype,
-        seed=options.seed,
-        workers=2 if options.workers is None else options.workers,
-        **writing_settings(options),
-    )
-    folder = Path(options.source).expanduser().resolve()
-    classes = read_class_names(options.classes) if options.classes else None
-    listing = list_arrays(folder, classes=classes)
-    return [
-        plan_arrays(part, place, folder=folder, encoder=encoder, config=config)
-        for place, part in splits.divide(listing).items()
-    ]
-
-
-def _splits(wanted: str | None, *, source: str) -> tuple[str, ...]:
-    """Choose the splits: those wanted, or those of train and test that are there."""
-    if wanted is not None:
-        names = tuple(filter(None, wanted.split(",")))
-        if not names or len(set(names)) < len(names) or any("/" in name for name in names):
-            raise IngestSettingError(
-                f"--splits {wanted} is no list of different names. Give some, such as train,test."
-            )
-        return names
-    found = tuple(split for split in _SPLITS if has_dataset(f"{source}/{split}"))
-    if not found:
-        raise MissingDatasetError(
-            f"There is no dataset at {source}/train or {source}/test. Give the prefix above the "
-            "splits of a dataset of images, and --splits if they have other names."
-        )
-    return found
-
-
-def _devices(wanted: str | None) -> tuple[str, ...]:
-    """Say which devices are to be worked on."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = tuple(f"cuda:{number}" for number in range(gpus))
-    if wanted is None:
-        return here or ("cpu",)
-    devices = tuple(filter(None, wanted.split(",")))
-    if not devices or any(device not in ("cpu", *here) for device in devices):
-        raise IngestSettingError(
-            f"--devices {wanted} cannot be used: this machine has {', '.join((*here, 'cpu'))}. "
-            "Choose among them."
-        )
-    return devices
-
-
-def _encoder(options: argparse.Namespace, *, cache: Path) -> Encoder:
-    files = find_autoencoder(options.autoencoder, cache=cache, store=StoreConfig())
-    return Encoder(
-        place=options.autoencoder,
-        sha256=files.sha256,
-        factor=files.settings.factor,
-        channels=files.settings.latent_channels,
-        image_channels=files.settings.in_channels,
-        scale=files.settings.scaling_factor,
-        shift=files.settings.shift_factor or 0.0,
-        precision=options.precision,
-        load=partial(open_encoder, files, precision=options.precision),
     )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.command import REFUSED, Outcome, command_parser
 from pipelines.console import visible
@@ -20,13 +21,17 @@ from trainer.config import paths
 from trainer.config.reading import ConfigError
 from trainer.metrics.mlflow_backend import TrackerUnreachable, run_curves, tracking_uri
 from trainer.metrics.tracker import TrackingConfig
-from trainer.page.page import PAGE, make_page
-from trainer.page.story import RunStory, read_story
 from trainer.storage.checkpoint_uri import check_no_credentials
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig
 
+if TYPE_CHECKING:
+    from trainer.page.story import RunStory
+
 logger = logging.getLogger(__name__)
+
+PAGE = "report.html"
+"""Name of a run's page, in its folder of the store and among the artifacts of its tracker."""
 
 _MODULE = "trainer.report"
 _RUN = "~/lapflow/store/runs/digits"
@@ -117,6 +122,9 @@ def report(runs: Sequence[str], config: ReportConfig) -> Outcome:
     """
     if config.output is not None:
         _check_output(config.output)
+    # Not for those who ask for help: it needs torch.
+    from trainer.page.page import make_page
+
     found = [(handle.store, _read(handle, config)) for handle in _handles(runs, config.store)]
     html = make_page([story for _, story in found])
     if config.output is not None or len(found) > 1:
@@ -154,6 +162,8 @@ def _handles(runs: Sequence[str], config: StoreConfig) -> Iterator[RunHandle]:
 
 
 def _read(handle: RunHandle, config: ReportConfig) -> RunStory:
+    from trainer.page.story import read_story
+
     story = read_story(handle.store, handle.run)
     if story.is_empty:
         handle.listing()  # says what is there instead

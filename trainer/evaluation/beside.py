@@ -11,14 +11,9 @@ import torch
 from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
 from trainer.errors import is_user_error
-from trainer.evaluation.checkpoints import (
-    CheckpointEvaluationConfig,
-    RealImagesConfig,
-    UnwrittenReport,
-    evaluate_checkpoints,
-)
+from trainer.evaluation.checkpoints import UnwrittenReport, evaluate_checkpoints
+from trainer.evaluation.config import CheckpointEvaluationConfig, RealImagesConfig, SamplerChoice
 from trainer.evaluation.during import asked_during
-from trainer.evaluation.loading import SamplerChoice
 from trainer.evaluation.reports import CheckpointReport
 
 

@@ -8,33 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from pipelines.domains import Checked
-from pipelines.order import StreamConfig
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import paths
-from trainer.config.job import (
-    EvalConfig,
-    FeatureConfig,
-    FeatureName,
-    JobConfig,
-    check_reference_name,
-)
+from trainer.config.job import EvalConfig, JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.choice import choose_checkpoints
+from trainer.evaluation.config import CheckpointEvaluationConfig, Precision
 from trainer.evaluation.grid import MAX_PICTURES_BYTES, TakenSamples, class_grid, grid_png
-from trainer.evaluation.loading import LoadedModel, ModelSource, SamplerChoice, usable_device
+from trainer.evaluation.loading import LoadedModel, load_model, usable_device
 from trainer.evaluation.measures import Measured
 from trainer.evaluation.model_record import ModelRecord, own_eval
-from trainer.evaluation.precision import Precision, drawing_precision, precision_of_training
+from trainer.evaluation.precision import drawing_precision, precision_of_training
 from trainer.evaluation.reference import EvalReference, reference_of_run
 from trainer.evaluation.reports import (
     CheckpointReport,
@@ -48,126 +40,6 @@ from trainer.storage.kept import read_or_set_aside, set_aside
 from trainer.storage.open import open_store
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RealImagesConfig(Checked):
-    """Where the real images are.
-
-    Attributes:
-        prefix: Folder or `s3://…` with the shards' `train/` and `test/`; None is where the run
-            read them.
-        streams: The streams of a run that read several, with their weights; none are the run's own.
-        images_prefix: For a run that read latents, where the images are; None is where the run
-            looked for them.
-    """
-
-    prefix: str | None = field(default=None, metadata={"place": "uri"})
-    streams: tuple[StreamConfig, ...] = ()
-    images_prefix: str | None = field(default=None, metadata={"place": "uri"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointEvaluationConfig(ModelSource):
-    """What to measure.
-
-    Attributes:
-        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`).
-        runs: More of such URIs. Over runs that differ in their seed alone the spread is told.
-        checkpoints: Which ones of a run: the "newest", or "all".
-        samples: Images to draw, classes in equal parts; None is the run's own `eval.samples`.
-        batch: Most images in one network call; None is the run's own.
-        seed: Seed of the noise; image i depends on it, on i and on its class alone; None is the
-            run's own.
-        seeds: How many sets of samples are measured, with `seed` and the numbers that follow it,
-            each as another would be by itself; their mean and spread are told.
-        sampler: Changes to the run's own `eval.sampler`: solver, steps and guidance.
-        precision: What the network computes in: "fp32", "tf32" (a GPU's faster products of
-            float32) or "bf16"; of several each is measured, and how the figures differ is told.
-            None is what the run was trained in, on a GPU "tf32" for "fp32".
-        reference: What distances are measured to: "test", "train", or `FILE.npz` with statistics as
-            ADM's evaluation reads them; None is the run's own.
-        write_samples: Write the samples beside the report, up to 1 GiB of pictures, as
-            `samples.npz`.
-        features: One or more extractors, with each of which the same samples are measured; None is
-            the run's own.
-        compared: Most images of a set that are compared pair by pair; None is the run's own.
-        inception_weights, clip_weights, dinov2_weights, module, module_weights: Where extractors
-            find their weights, see `eval.features`. What a run has recorded is no file of this
-            machine, and no code of it.
-        data: The real images.
-        output: Folder for the results; None is the run's own `evaluation/`.
-    """
-
-    runs: tuple[str, ...] = field(default=(), metadata={"place": "run"})
-    checkpoints: Literal["newest", "all"] = "newest"
-    samples: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
-    batch: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
-    seeds: Annotated[int, Field(ge=1, le=1000)] = 1
-    sampler: SamplerChoice = field(default_factory=SamplerChoice)
-    precision: Precision | tuple[Precision, ...] | None = None
-    reference: Literal["train", "test"] | str | None = field(
-        default=None, metadata={"place": "uri"}
-    )
-    write_samples: bool = False
-    features: tuple[FeatureName, ...] | None = None
-    compared: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
-    inception_weights: str | None = field(default=None, metadata={"place": "uri"})
-    clip_weights: str | None = field(default=None, metadata={"place": "uri"})
-    dinov2_weights: str | None = field(default=None, metadata={"place": "uri"})
-    module: str | None = None
-    module_weights: str | None = field(default=None, metadata={"place": "uri"})
-    data: RealImagesConfig = field(default_factory=RealImagesConfig)
-    output: str | None = field(default=None, metadata={"place": "uri"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reference is not None:
-            check_reference_name(self.reference, key="reference")
-        if self.features is not None and not self.features:
-            raise ConfigError("features=[] must name an extractor, as in features=[random_conv]")
-        if self.precision == () or len(set(self.precisions)) < len(self.precisions):
-            raise ConfigError(
-                f"precision={list(self.precisions)} must name different ones, as in "
-                "precision=[fp32,bf16]"
-            )
-        if ("module" in (self.features or ())) != (self.module is not None):
-            raise ConfigError(
-                f"module={self.module!r} does not go with features={list(self.features or ())}: "
-                "features=[module] needs module=package.module:Class, and no other takes one"
-            )
-
-    @property
-    def precisions(self) -> tuple[Precision | Literal["run"], ...]:
-        """What is measured in, one after the other; "run" is the run's own."""
-        if self.precision is None:
-            return ("run",)
-        return self.precision if isinstance(self.precision, tuple) else (self.precision,)
-
-    @property
-    def extractor_weights(self) -> FeatureConfig:
-        """Where extractors find their weights."""
-        return FeatureConfig(
-            name="random_conv" if self.module is None else "module",
-            inception_weights=self.inception_weights,
-            clip_weights=self.clip_weights,
-            dinov2_weights=self.dinov2_weights,
-            module=self.module,
-            module_weights=self.module_weights,
-        )
-
-    def over(self, own: EvalConfig) -> EvalConfig:
-        """Return a run's own settings with the changes; extractors are told by `features`."""
-        return replace(
-            own,
-            samples=own.samples if self.samples is None else self.samples,
-            batch=own.batch if self.batch is None else self.batch,
-            seed=own.seed if self.seed is None else self.seed,
-            sampler=self.sampler.over(own.sampler),
-            reference=own.reference if self.reference is None else self.reference,
-            compared=own.compared if self.compared is None else self.compared,
-        )
 
 
 class UnwrittenReport(CheckpointError):
@@ -322,7 +194,7 @@ class _Evaluation:
         """Draw and measure in parts, of which no more is kept than is written."""
         uri = CheckpointReader(self._store, run=manifest.run).uri(manifest.images)
         if self._loaded is None:
-            self._loaded = replace(self._config, checkpoint=uri).load(precision=precision)
+            self._loaded = load_model(replace(self._config, checkpoint=uri), precision=precision)
         loaded, asked = self._loaded, self._asked
         if self._reference.skipped:
             self._report(f"warning: no figure is measured: {self._reference.skipped}")

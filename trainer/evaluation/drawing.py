@@ -18,8 +18,9 @@ from models.flow.sampler_config import SamplerConfig
 from pipelines.documents import parse_json, validate_as
 from trainer.config.reading import ConfigError, from_dict
 from trainer.errors import is_user_error
+from trainer.evaluation.config import ModelSource
 from trainer.evaluation.grid import pixels_of
-from trainer.evaluation.loading import ModelSource
+from trainer.evaluation.loading import load_model
 from trainer.evaluation.sample_formats import DrawnPart
 from trainer.evaluation.sample_set import SamplePlan, SampleSet
 from trainer.evaluation.samples import ImageSampler
@@ -75,7 +76,7 @@ def _draw_share(context: WorkerContext, payload: Mapping[str, Any]) -> None:
     )
     there = set(parse_json(kept))
     missing = [number for number in range(plan.parts) if number not in there]
-    trained = source.load(precision=plan.precision)
+    trained = load_model(source, precision=plan.precision)
     if trained.attempt != plan.attempt:
         raise ConfigError(
             f"the checkpoint {trained.checkpoint} was saved anew since these samples were begun; "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -19,8 +17,6 @@ COMPARED_IMAGES = 1000
 NEIGHBOURS = 10_000
 """Training images among which it is looked for."""
 
-_CLOSE = 0.01
-"""Share of the held-out images that count as close to a training image."""
 _AT_ONCE = 256
 
 
@@ -146,25 +142,3 @@ def nearest_distances(features: Tensor, neighbours: Tensor, *, ranks: HostGroup)
             found = torch.cdist(wide[rows], part, compute_mode=mode).amin(1)
             least[rows] = torch.minimum(least[rows], found)
     return ranks.reduce_least(least)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nearness:
-    """How near images are to training images, beside held-out ones.
-
-    Attributes:
-        mean: Mean distance to the nearest training image.
-        close_share: Share of them that are nearer to a training image than 99 % of the held-out
-            images are: 0.01 for new images, and more where training images are copied.
-    """
-
-    mean: float
-    close_share: float
-
-    @classmethod
-    def of(cls, distances: Tensor, *, held_out: Tensor) -> Nearness:
-        """Summarise distances beside those of held-out images."""
-        bound = held_out.quantile(_CLOSE)
-        return cls(
-            mean=float(distances.mean()), close_share=float((distances < bound).double().mean())
-        )

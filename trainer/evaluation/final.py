@@ -18,8 +18,9 @@ from trainer.config.shapes import flow_shape
 from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.extractors import run_on_all
+from trainer.evaluation.figures import LabelAgreement
 from trainer.evaluation.grid import TakenSamples, grid_png
-from trainer.evaluation.learned_features import LabelAgreement, join_batches, label_agreement
+from trainer.evaluation.learned_features import join_batches, label_agreement
 from trainer.evaluation.precision import precision_of_training
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import EvaluationReport, Origin, evaluation_key

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipelines.documents import canonical
 from trainer import rng
+from trainer.evaluation.figures import LabelAgreement
 from trainer.evaluation.layout import Layout
 from trainer.storage.errors import StoreError
 from trainer.storage.kept import KeptFiles
@@ -236,19 +237,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelAgreement:
-    """How often a classifier reads the requested class.
-
-    Attributes:
-        samples: Share of generated images read as the class they were asked to show.
-        held_out: Share of held-out real images read right; the classifier's own limit.
-    """
-
-    samples: float
-    held_out: float
 
 
 def label_agreement(

@@ -6,7 +6,7 @@ The checkpoint's own manifest says what model it is, so nothing else has to be c
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from torch import nn
 from models.codec import Codec
 from models.flow.flow import Flow
 from models.flow.sampler_config import SamplerConfig
-from pipelines.domains import Checked
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
@@ -24,21 +23,19 @@ from trainer.config.job import EvalConfig
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import ImageShape
 from trainer.evaluation.choice import choose_checkpoints
+from trainer.evaluation.config import ModelSource, Precision, PrecisionChoice
 from trainer.evaluation.graphs import with_graphs
 from trainer.evaluation.model_record import (
     ModelRecord,
-    check_weights,
     kind_of_weights,
     own_eval,
 )
 from trainer.evaluation.precision import (
-    Precision,
-    PrecisionChoice,
     drawing_precision,
     precision_of_training,
 )
 from trainer.evaluation.samples import ImageSampler
-from trainer.storage.store import Store, StoreConfig
+from trainer.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -65,38 +62,6 @@ def usable_device(name: str) -> torch.device:
             "a GPU when there is one"
         ) from error
     return device
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerChoice(Checked):
-    """What a command changes of the run's own sampler, `eval.sampler`; None changes nothing.
-
-    Attributes:
-        solver: "euler", "midpoint", "heun" or "ab2" with fixed steps, or "dopri5".
-        steps: Steps over the whole time axis; dopri5 does not use them.
-        absolute_tolerance: Error that dopri5 allows in one step, whatever the state.
-        relative_tolerance: Error that dopri5 allows in one step, in proportion to the state.
-        adaptive_group: Images that dopri5 integrates together, with common steps.
-        guidance_scale: Classifier-free guidance scale; 1 is no guidance.
-        guidance_interval: First and last time at which guidance acts; [0,1] is always.
-    """
-
-    solver: Literal["euler", "midpoint", "heun", "ab2", "dopri5"] | None = None
-    steps: int | None = None
-    absolute_tolerance: float | None = None
-    relative_tolerance: float | None = None
-    adaptive_group: int | None = None
-    guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.over(SamplerConfig())  # refuses values that no sampler takes
-
-    def over(self, own: SamplerConfig) -> SamplerConfig:
-        """Return a run's own sampler with the changes."""
-        changes = {name: value for name, value in asdict(self).items() if value is not None}
-        return replace(own, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,95 +145,73 @@ class ChosenModel(NamedTuple):
         return own_eval(self.store, self.manifest) or EvalConfig()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSource(Checked):
-    """Which checkpoint a model is loaded from, and how.
+def choose_model(source: ModelSource) -> ChosenModel:
+    """Find the checkpoint, and see whether it holds the model that it describes.
 
-    Attributes:
-        checkpoint: URI of a checkpoint, or of a run (`…/runs/NAME`), whose newest one is taken.
-        weights: "ema", "ema:0.999" for one of `train.ema.decays`, or "master" for the weights
-            without averaging.
-        device: "auto" takes a GPU when there is one.
-        graphs: Record network calls as CUDA graphs, one for each shape, and replay them: small
-            batches on a GPU are drawn faster. Where that cannot be done a warning says so.
-        codec_source: Where the autoencoder is of a checkpoint in latent space; None looks where the
-            run had it.
-        home: Folder for caches; None is $LAPFLOW_HOME, or ~/lapflow.
-        store: How to reach the store.
+    Args:
+        source: Which checkpoint.
+
+    Raises:
+        ConfigError: If there is no valid checkpoint there.
+        CheckpointError: If what it says makes no sense, or the store fails.
     """
+    logger.info("reading the checkpoint %s", source.checkpoint)
+    _, store, (manifest,) = choose_checkpoints(
+        source.checkpoint, which="newest", config=source.store
+    )
+    record = ModelRecord.of(manifest)
+    record.check_parameters(manifest)
+    kind_of_weights(manifest, source.weights)
+    uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
+    return ChosenModel(store, manifest, record, uri)
 
-    checkpoint: str = field(metadata={"place": "run"})
-    weights: str = "ema"
-    device: str = "auto"
-    graphs: bool = False
-    codec_source: str | None = field(default=None, metadata={"place": "hub"})
-    home: str | None = field(default=None, metadata={"place": "path"})
-    store: StoreConfig = field(default_factory=StoreConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weights(self.weights)
+def load_model(
+    source: ModelSource, *, precision: PrecisionChoice | Literal["run"] = "auto"
+) -> LoadedModel:
+    """Load the model.
 
-    def choose(self) -> ChosenModel:
-        """Find the checkpoint, and see whether it holds the model that it describes.
+    Args:
+        source: Which one, and how.
+        precision: What it is to compute in; "run" is what the run draws its own samples in.
 
-        Raises:
-            ConfigError: If there is no valid checkpoint there.
-            CheckpointError: If what it says makes no sense, or the store fails.
-        """
-        logger.info("reading the checkpoint %s", self.checkpoint)
-        _, store, (manifest,) = choose_checkpoints(
-            self.checkpoint, which="newest", config=self.store
-        )
-        record = ModelRecord.of(manifest)
-        record.check_parameters(manifest)
-        kind_of_weights(manifest, self.weights)
-        uri = CheckpointReader(store, run=manifest.run).uri(manifest.images)
-        return ChosenModel(store, manifest, record, uri)
-
-    def load(self, *, precision: PrecisionChoice | Literal["run"] = "auto") -> LoadedModel:
-        """Load the model.
-
-        Args:
-            precision: What it is to compute in; "run" is what the run draws its own samples in.
-
-        Raises:
-            ConfigError: If there is no valid checkpoint there, or the device cannot be used, or
-                not in this precision.
-            AutoencoderError: If the autoencoder of its latents cannot be had.
-            CheckpointError: If the checkpoint is damaged, or the store fails.
-        """
-        device = usable_device(self.device)
-        if precision != "run":
-            precision = drawing_precision(precision, device)
-        chosen = self.choose()
-        record = chosen.record
-        if precision == "run":
-            precision = precision_of_training(record.engine, device)
-        codec = record.load_codec(
-            source=self.codec_source,
-            cache=paths.cache_folder(self.home),
-            store=self.store,
-            device=device,
-        )
-        # Before memory is taken for a model that the checkpoint may only claim to hold.
-        kind = kind_of_weights(chosen.manifest, self.weights)
-        weights = load_weights(chosen.store, chosen.manifest, kind)
-        model = record.build()
-        model.load_state_dict(weights)
-        if precision == "bf16":
-            # As the engines have it: buffers stay in float32.
-            for parameter in model.parameters():
-                parameter.data = parameter.data.bfloat16()
-        model = model.to(device).eval()
-        return LoadedModel(
-            checkpoint=chosen.uri,
-            attempt=chosen.manifest.attempt,
-            model=with_graphs(model, device) if self.graphs else model,
-            record=record,
-            flow=Flow(record.flow),
-            codec=codec,
-            device=device,
-            precision=precision,
-            own=chosen.own,
-        )
+    Raises:
+        ConfigError: If there is no valid checkpoint there, or the device cannot be used, or
+            not in this precision.
+        AutoencoderError: If the autoencoder of its latents cannot be had.
+        CheckpointError: If the checkpoint is damaged, or the store fails.
+    """
+    device = usable_device(source.device)
+    if precision != "run":
+        precision = drawing_precision(precision, device)
+    chosen = choose_model(source)
+    record = chosen.record
+    if precision == "run":
+        precision = precision_of_training(record.engine, device)
+    codec = record.load_codec(
+        source=source.codec_source,
+        cache=paths.cache_folder(source.home),
+        store=source.store,
+        device=device,
+    )
+    # Before memory is taken for a model that the checkpoint may only claim to hold.
+    kind = kind_of_weights(chosen.manifest, source.weights)
+    weights = load_weights(chosen.store, chosen.manifest, kind)
+    model = record.build()
+    model.load_state_dict(weights)
+    if precision == "bf16":
+        # As the engines have it: buffers stay in float32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    model = model.to(device).eval()
+    return LoadedModel(
+        checkpoint=chosen.uri,
+        attempt=chosen.manifest.attempt,
+        model=with_graphs(model, device) if source.graphs else model,
+        record=record,
+        flow=Flow(record.flow),
+        codec=codec,
+        device=device,
+        precision=precision,
+        own=chosen.own,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from trainer.config.job import (
 from trainer.config.reading import ConfigError, from_dict
 from trainer.config.shapes import ImageShape, flow_shape
 from trainer.engine.protocol import EngineConfig
+from trainer.evaluation.config import decay_of
 from trainer.evaluation.reports import EvaluationReport, evaluation_key
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
@@ -155,40 +155,22 @@ class _Autoencoder:
     sha256: str
 
 
-_WEIGHTS = re.compile(r"master|ema(?::(?P<decay>0?\.\d{1,20}|0))?")
-
-
-def check_weights(text: str) -> None:
-    """Refuse what names no weights, whatever the checkpoint.
-
-    Raises:
-        ConfigError: It is neither "ema", "master", nor "ema:" with a decay.
-    """
-    if not _WEIGHTS.fullmatch(text):
-        raise ConfigError(
-            f"weights={text!r} names none: give ema, master, or ema:0.999 for one of "
-            "train.ema.decays"
-        )
-
-
 def kind_of_weights(manifest: Manifest, text: str) -> str:
     """Return the kind of values that a name of weights means in a checkpoint.
 
     Args:
         manifest: The checkpoint.
-        text: See `check_weights`.
+        text: See `decay_of`.
 
     Raises:
         ConfigError: The checkpoint has no such average.
         InvalidManifest: What it says of its averages makes no sense.
     """
-    check_weights(text)
-    found = _WEIGHTS.fullmatch(text)
-    decay = found and found["decay"]
+    decay = decay_of(text)
     if decay is None:
         return text
     train = _recorded(manifest, "train", _Averages, only=["ema"]) or _Averages()
-    kind = ema_kind(float(decay), main=train.ema.decay)
+    kind = ema_kind(decay, main=train.ema.decay)
     if kind not in manifest.kinds:
         kept = ", ".join(f"{each:g}" for each in (train.ema.decay, *train.ema.decays))
         raise ConfigError(

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
 from models.products import float32_products
 from trainer.config.reading import ConfigError
 from trainer.engine.protocol import EngineConfig
-
-Precision = Literal["fp32", "tf32", "bf16"]
-"""What a network computes in; states, times and what a codec decodes are in float32 always.
-
-"fp32" rounds every product as float32 does; "tf32" lets a GPU round what goes into a product to 10
-bits of mantissa and add up in float32; "bf16" has weights and activations in bfloat16, and products
-of float32 as "tf32" has them.
-"""
-PrecisionChoice = Literal["auto", "fp32", "tf32", "bf16"]
-"""A precision; "auto" is bf16 on a GPU that has it, and fp32 elsewhere."""
+from trainer.evaluation.config import Precision, PrecisionChoice
 
 
 def drawing_precision(choice: PrecisionChoice, device: torch.device) -> Precision:

@@ -23,11 +23,11 @@ from trainer.evaluation.feature_sets import (
     COMPARED_IMAGES,
     NEIGHBOURS,
     FeatureSet,
-    Nearness,
     nearest_distances,
     spread_evenly,
 )
 from trainer.evaluation.features import FeatureExtractor, IndexedExtraction
+from trainer.evaluation.figures import Distance, Nearness, RealFigures
 from trainer.evaluation.frechet import frechet_distance
 from trainer.evaluation.grid import TakenSamples
 from trainer.evaluation.learned_features import (
@@ -35,7 +35,7 @@ from trainer.evaluation.learned_features import (
     LearnedConvFeatures,
     learned_features,
 )
-from trainer.evaluation.measures import Distance, Measured, RealFigures, Target, measures
+from trainer.evaluation.measures import Measured, Target, measures
 from trainer.evaluation.npz import open_reference
 from trainer.evaluation.pairs import ComparedImages
 from trainer.evaluation.real_images import HOLD_OUT_MORE, RealImages, check_held, few_held_out

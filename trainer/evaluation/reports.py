@@ -16,9 +16,7 @@ from pydantic import Field
 from pipelines.documents import DocumentError, parse_json, seal, unseal, validate_as
 from trainer.checkpoint import layout
 from trainer.config.job import EvalConfig
-from trainer.evaluation.feature_sets import Nearness
-from trainer.evaluation.learned_features import LabelAgreement
-from trainer.evaluation.measures import Distance, Measures, RealFigures
+from trainer.evaluation.figures import Distance, LabelAgreement, Measures, Nearness, RealFigures
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
 from trainer.storage.store import Store, check_key
@@ -61,7 +59,7 @@ class Measurement:
         labels: How often each class is drawn: "in turn" is equally often.
         resize: By which filter the data set's pictures were brought to size. An extractor's own
             filter is the extractor's.
-        precision: What the network computed in, see `trainer.evaluation.precision`; empty in
+        precision: What the network computed in, see `trainer.evaluation.config`; empty in
             reports of older versions, which do not tell.
     """
 

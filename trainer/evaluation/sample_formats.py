@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,8 @@ from PIL import Image
 
 from pipelines.index import INDEX_NAME
 from pipelines.ingest.write import LabelledImage, index_of, pack_shard
+from trainer.evaluation.config import FormatName
 from trainer.storage.store import Store
-
-FormatName = Literal["png", "npz", "mds"]
 
 PARTS = "parts/"
 """What the keys begin with of what is removed once a set is complete."""

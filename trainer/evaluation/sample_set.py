@@ -19,15 +19,8 @@ from torch import Tensor
 
 from pipelines.documents import DocumentError, parse_json, seal, validate_as
 from trainer.config.reading import ConfigError
-from trainer.evaluation.precision import Precision
-from trainer.evaluation.sample_formats import (
-    FORMATS,
-    PARTS,
-    DrawnPart,
-    FormatName,
-    KeptPart,
-    SampleFormat,
-)
+from trainer.evaluation.config import FormatName, Precision
+from trainer.evaluation.sample_formats import FORMATS, PARTS, DrawnPart, KeptPart, SampleFormat
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_or_set_aside, read_sealed
 from trainer.storage.store import Store, in_threads

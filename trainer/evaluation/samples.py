@@ -20,7 +20,8 @@ from pipelines.progress import Progress, figures_in
 from trainer import rng
 from trainer.config.shapes import ImageShape
 from trainer.engine.expert_shards import shards_of
-from trainer.evaluation.precision import Precision, products_in
+from trainer.evaluation.config import Precision
+from trainer.evaluation.precision import products_in
 from trainer.host_group import HostGroup
 
 logger = logging.getLogger(__name__)

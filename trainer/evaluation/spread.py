@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from trainer.config.job import changed_science
-from trainer.evaluation.measures import Distance
+from trainer.evaluation.figures import Distance
 from trainer.evaluation.reports import Measurement
 
 _SEED = "train.seed:"

@@ -11,21 +11,20 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.domains import Checked
 from pipelines.files import sync, sync_all
 from trainer.checkpoint.content import load_weights
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.objects import safetensors_header
 from trainer.config.reading import ConfigError, to_dict
-from trainer.evaluation.model_record import ModelRecord, check_weights, kind_of_weights
+from trainer.evaluation.model_record import ModelRecord, kind_of_weights
 from trainer.evaluation.reports import MeasuredDistance, evaluation_key, read_distances
+from trainer.export.config import ExportSettings
 from trainer.export.model_card import ModelCard, WeightsFile
 from trainer.storage.store import Store
 
@@ -168,35 +167,6 @@ def _results(store: Store, manifest: Manifest, weights: Sequence[str]) -> list[M
         attempts=(manifest.attempt,),
     )
     return [each for each in found if each.measurement.weights in weights]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings(Checked):
-    """What to export, and where to.
-
-    Attributes:
-        output: Folder or file to write.
-        file: "folder" for diffusers and torch, or "safetensors" for one file of weights.
-        weights: "ema", "ema:0.999" for one of `train.ema.decays`, "master" for the weights without
-            averaging, or, in a folder, "both": then the EMA is loaded by default, and master as
-            diffusers' variant of that name.
-        overwrite: Replace the file, or the folder of an earlier export, at `output`.
-    """
-
-    output: str = field(metadata={"place": "path"})
-    file: Literal["folder", "safetensors"] = "folder"
-    weights: str = "ema"
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weights != "both":
-            check_weights(self.weights)
-        if self.file == "safetensors" and self.weights == "both":
-            raise ConfigError(
-                "weights=both does not fit into file=safetensors, one set of weights; export twice "
-                "with weights=ema and weights=master, or set file=folder"
-            )
 
 
 def export_checkpoint(store: Store, manifest: Manifest, settings: ExportSettings) -> Path:

@@ -18,9 +18,6 @@ from trainer.page.sections import (
 from trainer.page.story import RunStory
 from trainer.page.style import STYLE
 
-PAGE = "report.html"
-"""Name of a run's page, in its folder of the store and among the artifacts of its tracker."""
-
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MAX_TITLE = 60
 

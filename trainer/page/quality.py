@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from trainer.evaluation.measures import Distance, RealFigures
+from trainer.evaluation.figures import Distance, RealFigures
 from trainer.evaluation.reports import Measurement
 from trainer.evaluation.spread import common_seeds
 from trainer.page.arms import Arm, average, lines, mean_and_spread

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ import psutil
 from cluster.contract import Payload
 from cluster.node_check import Judgement, NodeCheck, NodePlace, Sight
 from cluster.process_group import interface_of
-from pipelines.formats import format_bytes, format_table
+from pipelines.formats import format_bytes, format_count, format_table
 from trainer.config.reading import from_dict
 from trainer.metrics.mlflow_backend import file_number, tracking_uri
 from trainer.metrics.tracker import TrackingConfig
@@ -34,6 +35,7 @@ from trainer.storage.errors import LeaseLost, StoreError
 from trainer.storage.lease import MAX_ATTEMPTS, Fence, Lease
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import StoreConfig
+from trainer.training.at_once import Look
 
 if TYPE_CHECKING:
     from trainer.config.job import JobConfig
@@ -133,11 +135,18 @@ def look_at_node(place: NodePlace, payload: Mapping[str, Any]) -> dict[str, Any]
     Returns:
         A `NodeReport` as plain values.
     """
-    faults, warnings = _look_at_store(payload), list[str]()
-    cache_bytes = _look_at_cache(Path(payload["cache"]), faults)
-    device = _look_at_devices(place.gpus, faults)
-    _look_at_tracker(payload, faults, warnings)
-    faults += filter(None, (_interface_fault(name) for name in _INTERFACES))
+    set_environment(from_dict(StoreConfig, payload["store"]))
+    store = Look("the store", partial(_look_at_store, payload))
+    tracker = Look("MLflow", partial(_look_at_tracker, payload))
+    devices = Look("the devices", partial(_look_at_devices, place.gpus))
+    peer = Look("another node", partial(_is_reachable, place.peer))
+    name = Look("this node's own name", _time_name)
+    cache_bytes, cache_faults = _look_at_cache(Path(payload["cache"]))
+    code, versions = digest_code(), _versions()
+
+    store_faults, (device, device_faults) = store.take(), devices.take()
+    tracker_faults, warnings = tracker.take()
+    interface_faults = filter(None, (_interface_fault(name) for name in _INTERFACES))
     report = NodeReport(
         host=socket.gethostname(),
         device=device,
@@ -146,12 +155,15 @@ def look_at_node(place: NodePlace, payload: Mapping[str, Any]) -> dict[str, Any]
         cache_bytes=cache_bytes,
         scratch_bytes=free_scratch(payload["scratch"]),
         interface=os.environ.get(_INTERFACES[0]) or interface_of(place.address or "127.") or "",
-        name_s=_time_name(),
-        code=digest_code(),
-        versions=_versions(),
-        faults=tuple(faults),
+        name_s=name.take(),
+        code=code,
+        versions=versions,
+        faults=(
+            *(*store_faults, *cache_faults, *device_faults),
+            *(*tracker_faults, *interface_faults),
+        ),
         warnings=tuple(warnings),
-        reaches_peer=not place.peer or _is_reachable(place.peer),
+        reaches_peer=peer.take(),
     )
     return asdict(report)
 
@@ -159,7 +171,6 @@ def look_at_node(place: NodePlace, payload: Mapping[str, Any]) -> dict[str, Any]
 def _look_at_store(payload: Mapping[str, Any]) -> list[str]:
     """Find the launch in the store, and write there, as each worker will."""
     config = from_dict(StoreConfig, payload["store"])
-    set_environment(config)
     # Why it is out of reach is to be told before the launch takes this node for silent.
     quick = replace(
         config,
@@ -179,44 +190,51 @@ def _look_at_store(payload: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _look_at_cache(folder: Path, faults: list[str]) -> int:
-    """Return what is free for the cache, in bytes."""
+def _look_at_cache(folder: Path) -> tuple[int, list[str]]:
+    """Return what is free for the cache, in bytes, and what is wrong with it."""
+    place = f"the cache folder {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            faults.append(f"the cache folder {folder} cannot be written (home, shards.cache_dir)")
-        return shutil.disk_usage(folder).free
+        can_write = os.access(folder, os.W_OK)
+        faults = [] if can_write else [f"{place} cannot be written (home, shards.cache_dir)"]
+        return shutil.disk_usage(folder).free, faults
     except OSError as error:
-        faults.append(f"the cache folder {folder} cannot be made: {error} (home, shards.cache_dir)")
-        return 0
+        return 0, [f"{place} cannot be made: {error} (home, shards.cache_dir)"]
 
 
-def _look_at_devices(wanted: int, faults: list[str]) -> str:
-    """Return what a worker computes on; with GPUs, compare their number with what is wanted."""
+def _look_at_devices(wanted: int) -> tuple[str, list[str]]:
+    """Return what a worker computes on, and what is wrong with it: fewer GPUs than are wanted."""
     if wanted == 0:
-        return "cpu"
+        return "cpu", []
     try:
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(
             asked, capture_output=True, text=True, timeout=2 * _ANSWER_S, check=False
         )
     except FileNotFoundError:  # a container may have the driver without it
-        return f"{wanted} GPUs"
+        return format_count(wanted, "GPU"), []
     except subprocess.TimeoutExpired:
-        faults.append("nvidia-smi does not answer: look at the driver, or restart the node")
-        return f"{wanted} GPUs"
+        fault = "nvidia-smi does not answer: look at the driver, or restart the node"
+        return format_count(wanted, "GPU"), [fault]
     names = done.stdout.strip().splitlines() if done.returncode == 0 else []
+    faults = []
     if len(names) < wanted:
         said = "" if names else f" ({(done.stderr or done.stdout).strip()[:200]})"
+        are = "GPU is" if wanted == 1 else "GPUs are"
         faults.append(
-            f"{wanted} GPUs are wanted there, and its driver shows {len(names)}{said}: look at "
+            f"{wanted} {are} wanted there, and its driver shows {len(names)}{said}: look at "
             "nvidia-smi, and at --num-gpus of `ray start`"
         )
-    return f"{len(names)} x {names[0]}" if names else "no GPU"
+    return f"{len(names)} x {names[0]}" if names else "no GPU", faults
 
 
-def _look_at_tracker(payload: Mapping[str, Any], faults: list[str], warnings: list[str]) -> None:
-    """See whether the first rank could tell MLflow from here; any node may have it."""
+def _look_at_tracker(payload: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """See whether the first rank could tell MLflow from here; any node may have it.
+
+    Returns:
+        Faults, and warnings.
+    """
+    faults, warnings = list[str](), list[str]()
     config = from_dict(TrackingConfig, payload["tracking"])
     uri = tracking_uri(config, payload["home"])
     own, there = file_number(config, payload["home"]), payload["tracker_file"]
@@ -232,6 +250,7 @@ def _look_at_tracker(payload: Mapping[str, Any], faults: list[str], warnings: li
             faults.append(f"{text}; tracking.required=false trains without waiting for it")
         else:
             warnings.append(text)
+    return faults, warnings
 
 
 def _why_silent(url: str) -> str | None:
@@ -285,6 +304,9 @@ def _interface_fault(variable: str) -> str | None:
 
 
 def _is_reachable(door: str) -> bool:
+    """Tell whether something listens at HOST:PORT; where there is nothing to reach, it does."""
+    if not door:
+        return True
     host, _, port = door.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()

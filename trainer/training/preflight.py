@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from functools import partial
-from threading import Thread
+from typing import Any
 
 from trainer.autoencoder.config import codec_digest
 from trainer.checkpoint.manifest import Manifest
@@ -16,13 +15,14 @@ from trainer.config import paths
 from trainer.config.job import JobConfig, science
 from trainer.config.reading import ConfigError
 from trainer.config.shapes import picture_shape
-from trainer.data.splits import Split, check_latents, open_split
+from trainer.data.splits import check_latents, open_split
 from trainer.evaluation.choice import open_checkpoint
 from trainer.evaluation.extractors import check_features
 from trainer.evaluation.real_images import check_measurable
 from trainer.metrics.mlflow_backend import TrackerUnreachable, check_tracker
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import Store
+from trainer.training.at_once import Look
 from trainer.training.resume import all_damaged_error, check_start, science_changes
 from trainer.training.tracking import tracking_ui_hint
 
@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | None:
     """Check the home folder, the store, the tracker, the data set and the start.
 
-    MLflow is asked beside the rest, which need not wait for its server, nor for its import.
+    All that answers late is asked at once. Of several that fail the first of this order is told:
+    the home folder, the store, weights of extractors, the data set, MLflow, the run's checkpoints,
+    the autoencoder and stored latents, what samples are measured by, the start.
 
     Args:
         job: The validated configuration.
@@ -49,33 +51,49 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
         AutoencoderError: If the codec's autoencoder is missing or not as the settings say.
         MissingWeights: If the weights of the extractor of features cannot be had.
     """
-    logger.info("checking the store and MLflow")
+    logger.info("checking the store, the data set and MLflow")
     set_environment(job.store)
     _check_home(job)
     store = open_store(paths.runs_uri(job), job.store)
-    _check_writable(store, job.run)
-    pages = _beside(partial(_check_tracker, job))
+    writable = Look("the store", partial(_check_writable, store, job.run))
+    pages = Look("MLflow", partial(_check_tracker, job))
+    newest = Look("the run's checkpoints", partial(_newest, job, store))
     # Missing weights are found now and not after the last image.
-    check_features(job.eval.features, job.store)
-    images, held_out = _prepared_data(job)
-    if not pages.done():
-        logger.info("waiting for MLflow")
-    report(pages.result())
+    weights = Look("the extractor's weights", partial(check_features, job.eval.features, job.store))
+    if job.data.prepare == "digits":
+        writable.take()
+        weights.take()
+        _write_digits(job)
+    train, test = (
+        Look(f"the data set's {split}/", partial(open_split, job, split))
+        for split in ("train", "test")
+    )
+    codec = Look("the autoencoder", partial(_check_codec, job))
+    measurable = Look("the held-out images", partial(_check_measurable, job))
+
+    writable.take()
+    weights.take()
+    images, held_out = train.take(), test.take()
+    report(pages.take())
     report(
         f"data {' '.join(paths.data_prefixes(job))}: {len(images):,} training and "
         f"{len(held_out):,} held-out images"
     )
-    logger.info("looking for checkpoints of the run")
-    newest = _newest(job, store)
-    digest = codec_digest(
-        job.codec,
-        cache=paths.cache(job),
-        store=job.store,
-        image_channels=picture_shape(job.data, job.codec).channels,
-    )
-    check_latents(job, codec_digest=digest)
-    check_measurable(job, report=report)
+    own, digest = newest.take(), codec.take()
+    for line in measurable.take():
+        report(line)
     chosen = science(job, data_digest=images.digest, codec_digest=digest)
+    _check_start(job, chosen, own, report)
+    return own
+
+
+def _check_start(
+    job: JobConfig,
+    chosen: Mapping[str, Any],
+    newest: Manifest | None,
+    report: Callable[[str], None],
+) -> None:
+    """Refuse a start that would mix runs, and say what a resumed run changes."""
     changes = check_start(job, chosen, newest)
     if job.resume not in ("auto", "never"):
         if newest is None:
@@ -87,21 +105,25 @@ def preflight(job: JobConfig, *, report: Callable[[str], None]) -> Manifest | No
             )
     if changes:
         report(f"warning: resuming with changed settings: {'; '.join(changes)}")
-    return newest
 
 
-def _beside(work: Callable[[], str]) -> Future[str]:
-    """Begin something in a thread, which neither a refusal nor Ctrl-C waits for."""
-    result: Future[str] = Future()
+def _check_codec(job: JobConfig) -> str | None:
+    """Check the autoencoder, and latents against it; return its digest, None in pixel space."""
+    digest = codec_digest(
+        job.codec,
+        cache=paths.cache(job),
+        store=job.store,
+        image_channels=picture_shape(job.data, job.codec).channels,
+    )
+    check_latents(job, codec_digest=digest)
+    return digest
 
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
 
-    Thread(target=run, name="preflight", daemon=True).start()
-    return result
+def _check_measurable(job: JobConfig) -> list[str]:
+    """Check what samples are measured by, and return what there is to say of it."""
+    lines: list[str] = []
+    check_measurable(job, report=lines.append)
+    return lines
 
 
 def _check_tracker(job: JobConfig) -> str:
@@ -143,10 +165,8 @@ def _check_writable(store: Store, run: str) -> None:
     store.delete(key)
 
 
-def _prepared_data(job: JobConfig) -> tuple[Split, Split]:
-    if job.data.prepare == "digits":
-        from pipelines.ingest.digits import ensure_digits
+def _write_digits(job: JobConfig) -> None:
+    from pipelines.ingest.digits import ensure_digits
 
-        logger.info("writing scikit-learn's digits into shards, unless they are there")
-        ensure_digits(paths.data_prefix(job))
-    return open_split(job, "train"), open_split(job, "test")
+    logger.info("writing scikit-learn's digits into shards, unless they are there")
+    ensure_digits(paths.data_prefix(job))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config.job import EvalConfig
-from trainer.evaluation.feature_sets import Nearness
+from trainer.evaluation.figures import Distance, Nearness, RealFigures
 from trainer.evaluation.reports import (
     CheckpointReport,
-    Distance,
     EvaluationReport,
     Measurement,
     Origin,
-    RealFigures,
     evaluation_key,
 )
 from trainer.storage.store import Store

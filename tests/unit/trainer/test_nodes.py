@@ -8,6 +8,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -396,6 +397,40 @@ def test_the_gpus_are_counted_where_there_is_nvidia_smi(
     assert report.device == device
     assert len(report.faults) == (fault is not None)
     assert fault is None or fault in report.faults[0]
+
+
+def test_what_answers_late_on_a_node_is_asked_at_once(
+    check: NodeCheck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow answers once the driver is being asked, and the driver once MLflow is."""
+    driver_asked, mlflow_asked = tmp_path / "driver", tmp_path / "mlflow"
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            mlflow_asked.touch()
+            while not driver_asked.exists():
+                time.sleep(0.05)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Says nothing."""
+
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/nvidia-smi"
+    script = f"touch {driver_asked}; until [ -e {mlflow_asked} ]; do sleep 0.05; done; echo A GPU"
+    program.write_text(f"#!{shutil.which('sh')}\nPATH={os.environ['PATH']}\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setattr(module, "_ANSWER_S", 60.0)
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        tracking = {**check.payload["tracking"], "uri": uri, "required": True}
+        place = NodePlace(address="127.0.0.1", workers=1, gpus=1)
+        report = look(check, place, tracking=tracking, tracker_file=None)
+        server.shutdown()
+    assert (report.device, report.faults) == ("1 x A GPU", ())
 
 
 def test_a_door_that_is_closed_is_not_reached(check: NodeCheck) -> None:

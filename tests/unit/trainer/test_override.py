@@ -18,8 +18,8 @@ import trainer.config.groups
 from pipelines.documents import DocumentError
 from tests.support.commands import refusal
 from tests.support.configuration import configuration
+from trainer.cli.drawing_config import SampleConfig
 from trainer.cli.launch import main
-from trainer.cli.sample import SampleConfig
 from trainer.config.composition import _check_header, compose_job, parse_words
 from trainer.config.job import JobConfig
 from trainer.config.overrides import parse_override

@@ -14,7 +14,7 @@ from trainer.config.job import JobConfig
 from trainer.config.reading import from_dict, to_dict
 from trainer.config.settings import leaf_types
 from trainer.config.written_paths import resolve_places
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
+from trainer.evaluation.config import CheckpointEvaluationConfig
 from trainer.storage.open import open_store
 
 DIGITS = "+exp=digits"

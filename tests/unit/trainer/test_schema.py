@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.support.configuration import configuration
-from trainer.cli.sample import SampleConfig
+from trainer.cli.drawing_config import SampleConfig
 from trainer.config.composition import compose_job, parse_words
 from trainer.config.groups import members
 from trainer.config.job import JobConfig, config_fingerprint, difference, fingerprinted, science

@@ -10,7 +10,7 @@ import pytest
 from pipelines.domains import Checked
 from tests.support.commands import GIVEN, leaves, refusal
 from tests.support.configuration import configuration
-from trainer.cli.sample import SampleConfig
+from trainer.cli.drawing_config import SampleConfig
 from trainer.config.job import JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.config.settings import Setting, leaf_types

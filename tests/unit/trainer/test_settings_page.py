@@ -10,11 +10,10 @@ from tests.support.commands import GIVEN
 from tests.support.configuration import configuration
 from trainer.cli.checkpoints import ExportConfig
 from trainer.cli.checkpoints import main as checkpoints
-from trainer.cli.inpaint import InpaintConfig
+from trainer.cli.drawing_config import InpaintConfig, SampleConfig
 from trainer.cli.inpaint import main as inpaint
 from trainer.cli.launch import main as launch
 from trainer.cli.run_handle import RetentionSettings
-from trainer.cli.sample import SampleConfig
 from trainer.cli.sample import main as sample
 from trainer.config.composition import parse_words
 from trainer.config.job import JobConfig

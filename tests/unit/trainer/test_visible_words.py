@@ -13,7 +13,8 @@ from pipelines.console import say, say_error, visible
 from trainer.cli import evaluate
 from trainer.cli.checkpoint_table import Entry, table
 from trainer.cli.console import Console
-from trainer.evaluation.reports import CheckpointReport, Distance, Measurement
+from trainer.evaluation.figures import Distance
+from trainer.evaluation.reports import CheckpointReport, Measurement
 from trainer.export.model_card import _cell, _code
 from trainer.log_lines import forward_logs, show_logs
 

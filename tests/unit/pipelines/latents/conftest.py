@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.codec import AutoencoderKlCodec
-from pipelines.ingest.latent_origin import Encoder
+from pipelines.ingest.latent_config import Encoder
 from pipelines.ingest.write import LabelledImage, write_dataset
 from tests.support.autoencoder import saved_autoencoder
 from tests.unit.pipelines import pictures

@@ -8,8 +8,8 @@ import torch
 from models.codec import AutoencoderKlCodec
 from pipelines.decode.contract import DecodeConfig
 from pipelines.decode.make import make_decoder
-from pipelines.ingest.encode import EncodeConfig, plan_encoding
-from pipelines.ingest.latent_origin import Encoder
+from pipelines.ingest.encode import plan_encoding
+from pipelines.ingest.latent_config import EncodeConfig, Encoder
 from pipelines.shards import ShardedDataset, ShardsConfig
 from trainer.cli.latents import main
 

@@ -21,7 +21,7 @@ from pipelines.decode.contract import LatentDecodeConfig
 from pipelines.decode.make import make_decoder
 from pipelines.ingest.__main__ import main as ingest_command
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latent_origin import Encoder
+from pipelines.ingest.latent_config import Encoder
 from pipelines.latent_record import read_latent_record
 from pipelines.shards import ShardedDataset
 from tests.unit.pipelines.latents.arrays import labels, moments, same, save, take_in

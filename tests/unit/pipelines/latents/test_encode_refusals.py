@@ -16,7 +16,7 @@ from pipelines.errors import (
     OccupiedPrefixError,
 )
 from pipelines.ingest.about import read_about
-from pipelines.ingest.latent_origin import Encoder
+from pipelines.ingest.latent_config import Encoder
 from pipelines.ingest.write import LabelledImage, write_dataset
 from pipelines.latent_record import read_latent_record
 from pipelines.shards import ShardedDataset

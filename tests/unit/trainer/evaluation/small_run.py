@@ -19,7 +19,7 @@ from tests.support.saved import save_now
 from tests.unit.trainer.evaluation.two_kinds import two_kinds
 from trainer.config.job import DataConfig, EvalConfig, FeatureConfig
 from trainer.config.reading import to_dict
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig
+from trainer.evaluation.config import CheckpointEvaluationConfig
 from trainer.evaluation.reports import EvaluationReport, Origin
 from trainer.state import Fragment
 from trainer.storage.open import open_store

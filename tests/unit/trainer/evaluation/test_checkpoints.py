@@ -38,9 +38,9 @@ from trainer.engine.optimizer import OptimConfig
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluation import learned_features
 from trainer.evaluation.checkpoints import evaluate_checkpoints, measure_model
+from trainer.evaluation.config import SamplerChoice
 from trainer.evaluation.final import FinalEvaluation, Publisher
 from trainer.evaluation.grid import class_grid
-from trainer.evaluation.loading import SamplerChoice
 from trainer.evaluation.reference import MeasuringStopped, reference_of_run
 from trainer.evaluation.reports import (
     EvaluationReport,

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from tests.support.saved import save_random_model
 from trainer.config.reading import ConfigError
 from trainer.evaluation.choice import choose_checkpoints
-from trainer.evaluation.loading import ModelSource
-from trainer.export.export import ExportSettings, export_checkpoint
+from trainer.evaluation.config import ModelSource
+from trainer.evaluation.loading import load_model
+from trainer.export.config import ExportSettings
+from trainer.export.export import export_checkpoint
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
 
@@ -43,8 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_average_of_a_decay_is_taken(
     run: str, tmp_path: Path, weights: str, factor: float
 ) -> None:
-    trained = ModelSource(checkpoint=run, device="cpu", weights="master").load().model
-    chosen = ModelSource(checkpoint=run, device="cpu", weights=weights).load().model
+    trained = load_model(ModelSource(checkpoint=run, device="cpu", weights="master")).model
+    chosen = load_model(ModelSource(checkpoint=run, device="cpu", weights=weights)).model
     _, store, (manifest,) = choose_checkpoints(run, which="newest", config=StoreConfig())
     settings = ExportSettings(output=f"{tmp_path}/out", file="safetensors", weights=weights)
     exported = load_file(export_checkpoint(store, manifest, settings))
@@ -55,7 +57,7 @@ def test_the_average_of_a_decay_is_taken(
 
 def test_one_that_is_not_kept_is_refused_with_those_that_are(run: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no average of that decay, but of 0\.9, 0\.999"):
-        ModelSource(checkpoint=run, device="cpu", weights="ema:0.99").load()
+        load_model(ModelSource(checkpoint=run, device="cpu", weights="ema:0.99"))
     _, store, (manifest,) = choose_checkpoints(run, which="newest", config=StoreConfig())
     settings = ExportSettings(output=f"{tmp_path}/out", weights="ema:0.99")
     with pytest.raises(ConfigError, match=r"train\.ema\.decays keeps further ones"):
@@ -63,8 +65,8 @@ def test_one_that_is_not_kept_is_refused_with_those_that_are(run: str, tmp_path:
     assert list(tmp_path.iterdir()) == []
     before = run.replace("several", "one")  # of before there were several
     with pytest.raises(ConfigError, match=r"but of 0\.9999;"):
-        ModelSource(checkpoint=before, device="cpu", weights="ema:0.999").load()
-    ModelSource(checkpoint=before, device="cpu", weights="ema:0.9999").load()
+        load_model(ModelSource(checkpoint=before, device="cpu", weights="ema:0.999"))
+    load_model(ModelSource(checkpoint=before, device="cpu", weights="ema:0.9999"))
 
 
 @pytest.mark.parametrize("weights", ["", "both", "mean", "ema:", "ema:1.0", "ema:2", "ema:0.9 "])

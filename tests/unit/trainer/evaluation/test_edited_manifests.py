@@ -11,7 +11,8 @@ from tests.unit.trainer.export.runs import RUN, SavedRun, export, save_run
 from trainer.checkpoint.errors import CheckpointMismatch, InvalidManifest
 from trainer.checkpoint.layout import manifest_key
 from trainer.evaluation.choice import open_checkpoint
-from trainer.evaluation.loading import ModelSource
+from trainer.evaluation.config import ModelSource
+from trainer.evaluation.loading import load_model
 from trainer.storage.store import StoreConfig
 
 GROUPS = ("model", "flow", "data", "codec", "autoencoder", "train", "engine", "loader", "data_set")
@@ -58,7 +59,7 @@ def refusals(run: SavedRun, output: Path, science: dict[str, Any]) -> list[str]:
     said = []
     try:
         for use in (
-            lambda: ModelSource(checkpoint=run.uri, device="cpu").load(precision="run"),
+            lambda: load_model(ModelSource(checkpoint=run.uri, device="cpu"), precision="run"),
             lambda: export(run, output),
         ):
             with pytest.raises((InvalidManifest, CheckpointMismatch)) as caught:
@@ -105,4 +106,5 @@ def test_a_model_that_the_checkpoint_does_not_hold_is_not_built(run, tmp_path, g
 
 
 def test_the_untouched_manifest_is_used(run):
-    assert ModelSource(checkpoint=run.uri, device="cpu").load().record.index_sha256 == "d1" * 32
+    trained = load_model(ModelSource(checkpoint=run.uri, device="cpu"))
+    assert trained.record.index_sha256 == "d1" * 32

@@ -18,9 +18,10 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from trainer.evaluation.feature_sets import FeatureSet
 from trainer.evaluation.features import IndexedExtraction
+from trainer.evaluation.figures import Measures
 from trainer.evaluation.frechet import frechet_distance
 from trainer.evaluation.inception import PUBLISHED, InceptionFeatures
-from trainer.evaluation.measures import Measures, Target, measures
+from trainer.evaluation.measures import Target, measures
 from trainer.evaluation.pairs import ComparedImages
 from trainer.evaluation.weights import WeightsFile
 from trainer.host_group import HostGroup

@@ -24,12 +24,11 @@ from tests.unit.trainer.measurements import real_figures
 from trainer.config.job import EvalConfig, FeatureConfig
 from trainer.config.shapes import ImageShape
 from trainer.evaluation.extractors import check_features
-from trainer.evaluation.feature_sets import Nearness
 from trainer.evaluation.features import RandomConvFeatures
+from trainer.evaluation.figures import Distance, Measures, Nearness
 from trainer.evaluation.frechet import FeatureStatistics, frechet_distance
 from trainer.evaluation.grid import TakenSamples, grid_png
 from trainer.evaluation.learned_features import label_agreement, learned_features
-from trainer.evaluation.measures import Distance, Measures
 from trainer.evaluation.reports import EvaluationReport, Origin
 from trainer.evaluation.samples import ImageSampler, SampleBlock
 from trainer.evaluation.sums import FeatureSums

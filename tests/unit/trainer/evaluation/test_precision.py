@@ -16,7 +16,8 @@ from trainer.cli import evaluate, sample
 from trainer.config.reading import ConfigError
 from trainer.engine.protocol import EngineConfig
 from trainer.evaluation.checkpoints import evaluate_checkpoints
-from trainer.evaluation.loading import ModelSource
+from trainer.evaluation.config import ModelSource
+from trainer.evaluation.loading import load_model
 from trainer.evaluation.precision import (
     auto_precision,
     drawing_precision,
@@ -59,7 +60,7 @@ def test_a_model_is_loaded_in_the_precision_that_is_asked_for(tmp_path: Path) ->
     source = ModelSource(checkpoint=f"{tmp_path}/runs/small", device="cpu")
     labels, drawn = torch.tensor([0, 1]), {}
     for asked, precision in (("auto", "fp32"), ("bf16", "bf16"), ("run", "bf16")):
-        trained = source.load(precision=asked)
+        trained = load_model(source, precision=asked)
         wanted = torch.bfloat16 if precision == "bf16" else torch.float32
         assert trained.precision == precision
         assert {each.dtype for each in trained.model.parameters()} == {wanted}
@@ -71,7 +72,7 @@ def test_a_model_is_loaded_in_the_precision_that_is_asked_for(tmp_path: Path) ->
     assert torch.equal(drawn["bf16"], drawn["run"])
     assert 0 < (drawn["bf16"] - drawn["auto"]).abs().max() < 0.1
     with pytest.raises(ConfigError, match="precision=tf32"):
-        source.load(precision="tf32")
+        load_model(source, precision="tf32")
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from models.flow.sampler_config import SamplerConfig
 from pipelines.shards import ShardedDataset
 from tests.support.saved import save_random_model
 from trainer.config.reading import ConfigError, to_dict
+from trainer.evaluation.config import ModelSource
 from trainer.evaluation.drawing import SamplesNotKept, draw_samples
-from trainer.evaluation.loading import ModelSource
+from trainer.evaluation.loading import choose_model
 from trainer.evaluation.sample_set import SamplePlan, SampleSet, WholeSet, part_size
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
@@ -40,7 +41,7 @@ def plan(source: ModelSource) -> SamplePlan:
     return SamplePlan(
         run="small",
         images=100,
-        attempt=source.choose().manifest.attempt,
+        attempt=choose_model(source).manifest.attempt,
         weights="ema",
         sampler=to_dict(SamplerConfig(solver="euler", steps=2, guidance_scale=2.0)),
         seed=3,

@@ -17,7 +17,8 @@ from trainer.cli.evaluate import main
 from trainer.config.job import EvalConfig
 from trainer.config.reading import to_dict
 from trainer.evaluation import checkpoints
-from trainer.evaluation.checkpoints import CheckpointEvaluationConfig, evaluate_checkpoints
+from trainer.evaluation.checkpoints import evaluate_checkpoints
+from trainer.evaluation.config import CheckpointEvaluationConfig
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import CheckpointReport
 from trainer.storage.open import open_store

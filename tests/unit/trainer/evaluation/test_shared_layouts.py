@@ -16,7 +16,8 @@ from tests.support.saved import save_random_model
 from tests.unit.trainer.evaluation.test_sample_set import finished, pixels
 from trainer.cli import sample
 from trainer.config.reading import ConfigError, to_dict
-from trainer.evaluation.loading import LoadedModel, ModelSource
+from trainer.evaluation.config import ModelSource
+from trainer.evaluation.loading import LoadedModel, choose_model, load_model
 from trainer.evaluation.sample_set import SamplePlan
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig
@@ -33,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def trained(source: ModelSource) -> LoadedModel:
-    return source.load()
+    return load_model(source)
 
 
 def test_variations_have_one_coarse_picture_and_fine_ones_of_their_own(
@@ -64,7 +65,7 @@ def test_a_set_of_layouts_does_not_depend_on_the_cut(source: ModelSource, tmp_pa
     plan = SamplePlan(
         run="small",
         images=100,
-        attempt=source.choose().manifest.attempt,
+        attempt=choose_model(source).manifest.attempt,
         weights="ema",
         sampler=to_dict(EULER),
         seed=3,

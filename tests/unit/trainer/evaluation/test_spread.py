@@ -16,7 +16,7 @@ from trainer.cli.evaluate import spread_table
 from trainer.cli.sweep_table import RunResults, tables_of
 from trainer.config.job import science
 from trainer.config.sweeps import SweepPoint
-from trainer.evaluation.measures import Distance
+from trainer.evaluation.figures import Distance
 from trainer.evaluation.reports import CheckpointReport, Measurement
 from trainer.evaluation.spread import MeasuredSet, spreads
 from trainer.storage.store import StoreConfig
@@ -206,7 +206,7 @@ def test_runs_below_a_folder_called_checkpoints_are_told_apart(monkeypatch):
         width, _ = widths[uri.removesuffix("/checkpoints/000000000100")]
         return None, None, SimpleNamespace(science={**SCIENCE, "model": {"width": width}})
 
-    monkeypatch.setattr(evaluate, "open_checkpoint", opened)
+    monkeypatch.setattr("trainer.evaluation.choice.open_checkpoint", opened)
     found = spreads(evaluate._sets(told, StoreConfig()))
     assert [(each.runs, each.frechet.mean) for each in found] == [
         ((run,), frechet) for run, (_, frechet) in widths.items()

@@ -14,7 +14,8 @@ from torch import nn
 from models.flow.sampler_config import SamplerConfig
 from tests.support.saved import save_random_model
 from trainer.cli import sample
-from trainer.evaluation.loading import ModelSource
+from trainer.evaluation.config import ModelSource
+from trainer.evaluation.loading import load_model
 from trainer.evaluation.samples import ImageSampler
 from trainer.evaluation.strips import between, film, film_picture, interpolation, picture_of
 from trainer.storage.open import open_store
@@ -30,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def loaded(run: str) -> tuple[ImageSampler, nn.Module]:
-    trained = ModelSource(checkpoint=run, device="cpu").load()
+    trained = load_model(ModelSource(checkpoint=run, device="cpu"))
     sampler = trained.image_sampler(SamplerConfig(solver="heun", steps=8), seed=3, batch=4)
     return sampler, trained.model
 

@@ -12,13 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.evaluation import features
-from trainer.evaluation.feature_sets import (
-    FeatureSet,
-    Nearness,
-    nearest_distances,
-    spread_evenly,
-)
+from trainer.evaluation.feature_sets import FeatureSet, nearest_distances, spread_evenly
 from trainer.evaluation.features import IndexedExtraction, RandomConvFeatures
+from trainer.evaluation.figures import Nearness
 from trainer.evaluation.frechet import FrechetError, frechet_distance
 from trainer.evaluation.precision import products_in
 from trainer.evaluation.sums import FeatureSums

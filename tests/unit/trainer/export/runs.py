@@ -16,7 +16,8 @@ from trainer.autoencoder.config import CodecConfig
 from trainer.config.job import DataConfig, JobConfig, config_fingerprint, science
 from trainer.config.shapes import flow_shape
 from trainer.evaluation.choice import open_checkpoint
-from trainer.export.export import ExportSettings, export_checkpoint
+from trainer.export.config import ExportSettings
+from trainer.export.export import export_checkpoint
 from trainer.state import Fragment, TrainState
 from trainer.storage.open import open_store
 from trainer.storage.store import StoreConfig

@@ -28,7 +28,8 @@ from tests.unit.trainer.export.runs import (
 from trainer.checkpoint.errors import CheckpointMismatch, DamagedCheckpoint
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.config.reading import ConfigError
-from trainer.export.export import ExportSettings, write_whole
+from trainer.export.config import ExportSettings
+from trainer.export.export import write_whole
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MASTER = "diffusion_pytorch_model.master.safetensors"

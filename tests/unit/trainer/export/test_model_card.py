@@ -15,9 +15,9 @@ from trainer.autoencoder.config import CodecConfig
 from trainer.config.job import DataConfig, EvalConfig
 from trainer.config.reading import to_dict
 from trainer.evaluation.choice import open_checkpoint
+from trainer.evaluation.figures import Distance
 from trainer.evaluation.reports import (
     CheckpointReport,
-    Distance,
     EvaluationReport,
     Measurement,
     Origin,

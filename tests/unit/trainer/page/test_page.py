@@ -23,7 +23,7 @@ from tests.unit.trainer.page.told import (
 )
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.evaluation.measures import Measures
+from trainer.evaluation.figures import Measures
 from trainer.page.arms import arms_of
 from trainer.page.chart import compact
 from trainer.page.markup import Html, join, style_sheet, tag, text

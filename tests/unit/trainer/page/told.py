@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.documents import seal
-from trainer.evaluation.feature_sets import Nearness
-from trainer.evaluation.measures import Distance, Measures, RealFigures
+from trainer.evaluation.figures import Distance, Measures, Nearness, RealFigures
 from trainer.evaluation.reports import (
     CheckpointReport,
     EvaluationReport,

@@ -287,7 +287,7 @@ def crds(archive: Path) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Runs the check, and says whether there was one."""
     if not any(arguments):
-        say("manifests: not checked against KubeRay's CRDs, no archive is named by KUBERAY_CRDS")
+        say("manifests: not checked against KubeRay's CRDs, KUBERAY_CRDS names no archive")
         return 0
     archive = Path(arguments[0])
     if not archive.is_file():

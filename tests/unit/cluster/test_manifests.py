@@ -210,6 +210,39 @@ def test_ray_and_aws_take_the_cluster_file(job, more):
     assert "0.0.0.0" not in " ".join(starts)
 
 
+@pytest.mark.parametrize(
+    ("named", "lies_beside", "archive"),
+    [(None, False, ""), (None, True, "beside"), ("/mine.tar", True, "/mine.tar")],
+)
+def test_every_change_is_held_against_kuberays_schemas_where_they_are_at_hand(
+    tmp_path, named, lies_beside, archive
+):
+    """By `.ci/run`, of which all that takes long is stood in for."""
+    script = (ROOT / ".ci/run").read_text()
+    (place,) = re.findall(r"^beside=(\S+)$", script, re.MULTILINE)
+    project, said = tmp_path / "a/project", tmp_path / "said"
+    (project / ".ci").mkdir(parents=True)
+    (project / ".ci/run").write_text(script)
+    python, make = project / ".venv/bin/python", tmp_path / "bin/make"
+    for command in (python, make):
+        command.parent.mkdir(parents=True)
+        command.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+        command.chmod(0o755)
+    if lies_beside:
+        (project / place).parent.mkdir(parents=True)
+        (project / place).touch()
+    environment = {"PATH": f"{make.parent}{os.pathsep}{os.environ['PATH']}"}
+    if named is not None:
+        environment["KUBERAY_CRDS"] = named
+    subprocess.run(["bash", project / ".ci/run"], env=environment, check=True)
+    wanted = place if archive == "beside" else archive
+    assert said.read_text().splitlines() == [
+        "check",
+        f"-m tests.support.kuberay {wanted}",
+        "test",
+    ]
+
+
 def test_the_container_file_is_for_this_project():
     text = written("container")
     python = re.search(r"FROM python:(3\.\d+)", text)

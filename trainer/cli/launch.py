@@ -170,7 +170,7 @@ def _launch(job: JobConfig, words: Sequence[str], start: StartTimes | None = Non
         console.note("this run is complete; train.total_images=N makes it longer")
         if has_unsent(job, newest, store=store):
             with _hold(job, store, console, threading.Event(), []) as lease:
-                send_unsent(job, newest, report.metrics(), store=store, token=lease.token)
+                send_unsent(job, newest, report.points(), store=store, token=lease.token)
         return ending.complete(job, console, report, page=ending.write_page(job, console))
 
     stop = threading.Event()

@@ -17,6 +17,7 @@ from pipelines.documents import DocumentError, parse_json, seal, unseal, validat
 from trainer.checkpoint import layout
 from trainer.config.job import EvalConfig
 from trainer.evaluation.figures import Distance, LabelAgreement, Measures, Nearness, RealFigures
+from trainer.metrics.tracker import by_protocol
 from trainer.storage.errors import MissingObject
 from trainer.storage.kept import read_sealed
 from trainer.storage.store import Store, check_key
@@ -321,6 +322,10 @@ class EvaluationReport(_Report):
             values["eval/label_agreement"] = self.labels.samples
             values["reference/classifier_held_out_accuracy"] = self.labels.held_out
         return values
+
+    def points(self) -> dict[str, float]:
+        """Return the figures as `metrics` does, by names that tell the protocol."""
+        return by_protocol(self.metrics(), self.measurement.protocol(self.features))
 
 
 class MeasuredDistance(NamedTuple):

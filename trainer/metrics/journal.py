@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipelines.documents import DocumentError, parse_json, read_bounded, validate_as
-from trainer.metrics.tracker import MAX_POINTS, Point
+from trainer.metrics.tracker import MAX_POINTS, Point, by_protocol
 from trainer.storage.errors import MissingObject, StoreError
 from trainer.storage.store import Store
 
@@ -89,6 +89,11 @@ class Entry:
         """Whether it is an end that is told for a process that may have told its own."""
         return self.kind == "end" and bool(self.values)
 
+    @property
+    def protocol(self) -> str:
+        """How the figures of `values` were measured; "" if nothing tells."""
+        return self.tags.get("protocol", "") if self.kind == "page" else self.text
+
     def to_line(self) -> bytes:
         """Return it as a line that carries its own checksum."""
         told = {key: value for key, value in asdict(self).items() if value not in ("", 0, {})}
@@ -106,20 +111,23 @@ class Entry:
         if checksum != b"%08x" % zlib.crc32(body):
             raise DocumentError("its checksum does not fit")
         entry: Entry = validate_as(cls, parse_json(body))
-        if entry.kind in ("points", "measured"):
+        if entry.kind in ("points", "measured", "page"):
             entry.point()
         return entry
 
     def point(self) -> Point:
-        """Return the point that it tells.
+        """Return the point that it tells, of what was measured by its protocol.
 
         Raises:
             DocumentError: Its values are no numbers.
         """
         try:
-            return Point.from_json([self.images, self.values])
+            point = Point.from_json([self.images, self.values])
         except (ValueError, OverflowError) as error:
             raise DocumentError(f"its values are no numbers ({error})") from None
+        if self.kind == "points":
+            return point
+        return point._replace(values=by_protocol(point.values, self.protocol))
 
 
 @dataclass(frozen=True, kw_only=True)

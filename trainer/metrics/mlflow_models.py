@@ -63,15 +63,28 @@ class RunModels:
         found = self._client.search_logged_models([self._experiment], wanted, max_results=1)
         return str(found[0].model_id) if found else None
 
+    def first_protocol(self, group: str) -> str | None:
+        """Return the protocol of the first figure that was ranked; None if there is none.
+
+        Args:
+            group: First part of the names of figures that count.
+        """
+        versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
+        for each in sorted(versions, key=lambda version: int(version.version)):
+            for tag, told in each.tags.items():
+                if tag.startswith(f"{group}/") and tag.endswith(_PROTOCOL):
+                    return str(told)
+        return None
+
     def rank(self, model_id: str, *, figure: str, value: float, protocol: str) -> None:
         """Give the model of the lowest figure the alias `best` in the registry.
 
-        Figures of one name and one protocol are compared: those that most models have, of equally
-        many this one's.
+        Figures of one protocol are compared: those that most models have, of equally many this
+        one's.
 
         Args:
             model_id: The model that was measured.
-            figure: Name of the figure.
+            figure: Name of the figure's curve.
             value: What the model has.
             protocol: How it was measured.
         """
@@ -90,7 +103,7 @@ class RunModels:
             )
         client.set_model_version_tag(name, mine.version, figure, repr(value))
         client.set_model_version_tag(name, mine.version, f"{figure}{_PROTOCOL}", protocol)
-        own = figure, protocol
+        own = _kind(figure), protocol
         curves: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
         curves[own][mine.version] = value
         for each in versions:
@@ -99,7 +112,7 @@ class RunModels:
                 # What this one had before may have been measured otherwise.
                 is_before = (each.version, measured) == (mine.version, figure)
                 if tag.endswith(_PROTOCOL) and measured in each.tags and not is_before:
-                    curves[measured, told][each.version] = float(each.tags[measured])
+                    curves[_kind(measured), told][each.version] = float(each.tags[measured])
         values = curves[max(curves, key=lambda curve: (len(curves[curve]), curve == own))]
         best = min(values, key=lambda version: values[version])
         client.set_registered_model_alias(name, _BEST, best)
@@ -117,3 +130,8 @@ class RunModels:
 
     def _name(self, images: int) -> str:
         return f"{self._run}-{images:012d}"
+
+
+def _kind(figure: str) -> str:
+    """Return a figure's name without its group, which tells its protocol at most."""
+    return figure.partition("/")[2]

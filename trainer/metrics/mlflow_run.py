@@ -12,7 +12,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 from pipelines.console import visible
 from trainer.metrics.journal import Entry
 from trainer.metrics.mlflow_backend import ExperimentDeleted, connect, experiment_id
+from trainer.metrics.mlflow_figures import FigureCurves, with_figures
 from trainer.metrics.mlflow_models import RunModels
+from trainer.metrics.tracker import UNKNOWN, by_protocol
 
 _RUN_TAG = "lapflow.run"
 _PLACE_TAG = "mlflow.lapflow.place"  # the pages show no tag that begins so
@@ -121,6 +123,7 @@ class MlflowRun:
         self._models = RunModels(
             client, experiment, run=self._run, run_id=self.run_id, place=self._place_digest
         )
+        self._figures = FigureCurves(client, self.run_id, self._models)
 
     def _put_below(self, client: Any, experiment: str, sweep: TrackedSweep) -> None:
         """Have MLflow show the run below the sweep's, which is begun if there is none yet."""
@@ -248,12 +251,9 @@ class MlflowRun:
     def _send_points(self, entries: Sequence[Entry], *, model_id: str | None = None) -> None:
         from mlflow.entities import Metric
 
-        if self._newest is None:
-            told = self._client.get_run(self.run_id).data.to_proto().metrics
-            self._newest = {each.key: (each.step, each.timestamp, each.value) for each in told}
-        newest, fresh = dict(self._newest), []
+        newest, fresh = self._newest_points(), []
         for entry in entries:
-            for name, value in entry.point().values.items():
+            for name, value in self._curves(entry, newest).items():
                 step, time_ms, there = newest.get(name, (-1, -1, 0.0))
                 if entry.kind == "measured" and entry.images < step:
                     # Measured beside training, it may come late.
@@ -270,6 +270,23 @@ class MlflowRun:
         if fresh:
             self._client.log_batch(self.run_id, metrics=fresh)
         self._newest = newest
+
+    def _newest_points(self) -> dict[str, tuple[int, int, float]]:
+        """Return step, time and value of the newest point of each curve."""
+        if self._newest is None:
+            told = self._client.get_run(self.run_id).data.to_proto().metrics
+            self._newest = {each.key: (each.step, each.timestamp, each.value) for each in told}
+        return dict(self._newest)
+
+    def _curves(self, entry: Entry, there: Collection[str]) -> dict[str, float]:
+        """Return the values of an entry by the curves that they belong to."""
+        values = entry.point().values.items()
+        return {self._figures.curve(name, there): value for name, value in values}
+
+    def _lowest(self, entry: Entry, there: Collection[str]) -> str:
+        """Return the curve of the figure that an entry names."""
+        (name,) = by_protocol({entry.name: 0.0}, entry.protocol)
+        return self._figures.curve(name, there)
 
     def _has_point(self, name: str, step: int) -> bool:
         told = self._client.get_metric_history(self.run_id, name)
@@ -335,6 +352,10 @@ class MlflowRun:
         if entry.images > 0:
             self._client.set_tag(self.run_id, _MEASURED_TAG, str(entry.images))
         text = entry.text.replace("{run_id}", self.run_id)
+        if entry.values:
+            there = self._newest_points()
+            figures, lowest = self._curves(entry, there), self._lowest(entry, there)
+            text = with_figures(text, entry.images, figures, lowest=lowest)
         self._client.set_tag(self.run_id, _OWN_PAGE_TAG, _digest(text))
         self._client.set_tag(self.run_id, _PAGE_TAG, text)
 
@@ -354,11 +375,11 @@ class MlflowRun:
     def _send_measured(self, entry: Entry) -> None:
         model_id = self._models.find(entry.images)
         self._send_points([entry], model_id=model_id)
-        value = entry.point().values.get(entry.name)
+        there = self._newest_points()
+        lowest = self._lowest(entry, there)
+        value = self._curves(entry, there).get(lowest)
         if model_id is not None and value is not None:
-            self._models.rank(
-                model_id, figure=entry.name, value=value, protocol=entry.text or "unknown"
-            )
+            self._models.rank(model_id, figure=lowest, value=value, protocol=entry.text or UNKNOWN)
 
     def _send_runs(self, entry: Entry) -> None:
         """Put runs below this one, the newest of each place, if they are in its experiment."""

@@ -233,7 +233,8 @@ class MlflowTracker(Tracker):
             values: The figures.
             images: The checkpoint's position of the run.
             lowest: That of the figures which is the lowest for the best one; it may be missing.
-            protocol: How they were measured; only figures of the same are compared.
+            protocol: How they were measured; only figures of the same are compared, or in one
+                curve.
         """
         told = {name: float(value).hex() for name, value in values.items()}
         self.journal.append(
@@ -246,17 +247,16 @@ class MlflowTracker(Tracker):
                 values=told,
             )
         )
-        rows = "\n".join(f"| `{name}` | {value:.5g} |" for name, value in values.items())
-        head = ""
-        if lowest in values:
-            head = f"After {images:,} images **{lowest} = {values[lowest]:.4g}**\n\n"
-        table = f"After {images:,} images:\n\n| figure | value |\n| --- | --- |\n{rows}\n"
+        # Whoever sends it knows which curves those figures are in.
         self.journal.append(
             Entry(
                 kind="page",
                 time_ms=_now_ms(),
                 images=images,
-                text=f"{head}{self._page}\n{table}",
+                name=lowest,
+                text=self._page,
+                values=told,
+                tags={"protocol": protocol},
             )
         )
 

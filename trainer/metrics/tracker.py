@@ -7,6 +7,7 @@ would have sent them may be gone together with its machine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
@@ -17,6 +18,8 @@ from pipelines.domains import Checked
 
 MAX_POINTS = 1000
 """So many points a checkpoint takes along at most; of older ones the store has a copy."""
+UNKNOWN = "unknown"
+"""Stands for the protocol of figures whose protocol nothing tells."""
 
 
 class Point(NamedTuple):
@@ -34,6 +37,39 @@ class Point(NamedTuple):
         """Rebuild a point from `to_json`."""
         images, values = encoded
         return cls(images, {name: float.fromhex(value) for name, value in values.items()})
+
+
+_OF_PROTOCOL = re.compile(r"([^/@]+)@([^/@]+)/(.+)")
+
+
+class Figure(NamedTuple):
+    """The name of a figure that was measured by a protocol: only those of the same compare."""
+
+    group: str
+    """Its first part, such as "eval"."""
+    protocol: str
+    """How it was measured."""
+    rest: str
+    """What follows in its name."""
+
+    @classmethod
+    def parse(cls, name: str) -> Figure | None:
+        """Take a name of `by_protocol` apart; None if a metric has no protocol."""
+        found = _OF_PROTOCOL.fullmatch(name)
+        return None if found is None else cls(*found.groups())
+
+
+def by_protocol(figures: Mapping[str, float], protocol: str) -> dict[str, float]:
+    """Name figures after their protocol too: `eval/x` becomes `eval@PROTOCOL/x`.
+
+    So they carry it wherever points go, through checkpoints too, and whoever draws curves can keep
+    protocols apart.
+    """
+    named = {}
+    for name, value in figures.items():
+        group, _, rest = name.partition("/")
+        named[f"{group}@{protocol or UNKNOWN}/{rest}"] = value
+    return named
 
 
 class InvalidTrackingUri(ValueError):
@@ -118,7 +154,8 @@ class Tracker:
             values: The figures.
             images: The checkpoint's position of the run.
             lowest: That of the figures which is the lowest for the best one; it may be missing.
-            protocol: How they were measured; only figures of the same are compared.
+            protocol: How they were measured; only figures of the same are compared, or in one
+                curve.
         """
 
     def close(self, status: str, reason: str = "") -> None:

@@ -57,7 +57,9 @@ def _header(arms: Sequence[Arm], stories: Sequence[RunStory]) -> Html:
         heading, status = first.name, _status(first)
     else:
         heading = f"{len(stories)} runs"
-        status = f"{len(arms)} arms" if len(arms) > 1 else "one arm, several seeds"
+        seeds = len({story.uri if story.seed is None else story.seed for story in stories})
+        one = "one arm, several seeds" if seeds > 1 else "one training, several times"
+        status = f"{len(arms)} arms" if len(arms) > 1 else one
     chip = tag("span", status, class_="chip")
     words = tag("p", _in_short(first) if len(arms) == 1 else "side by side", class_="lead")
     return tag("header", tag("p", "LapFlow", class_="brand"), tag("h1", heading, " ", chip), words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -213,16 +213,27 @@ def _spreads(
                 name, count = group[0].story.name, f"{len(group)} seeds"
                 values = [[column(each) for each in group] for column in columns]
                 yield [name, "", f"{images:,}", count, *map(_spread, values)]
-        if len(runs) > 1:
+        # Two runs of one seed are one training done twice, whose mean counts once.
+        trained: defaultdict[object, list[list[_Figure]]] = defaultdict(list)
+        for uri, group in runs.items():
+            seed = group[0].story.seed
+            trained[uri if seed is None else ("seed", seed)].append(group)
+        if len(trained) > 1:
             common = common_seeds(
                 [{each.measurement.seed for each in run} for run in runs.values()]
             )
             used = [
-                [each for each in run if not common or each.measurement.seed in common]
-                for run in runs.values()
+                [
+                    [each for each in run if not common or each.measurement.seed in common]
+                    for run in alike
+                ]
+                for alike in trained.values()
             ]
-            values = [[_mean([column(each) for each in run]) for run in used] for column in columns]
-            count = f"{len(runs)} seeds"
+            values = [
+                [_mean([_mean([column(each) for each in run]) for run in alike]) for alike in used]
+                for column in columns
+            ]
+            count = f"{len(trained)} seeds"
             yield [label, count, f"{images:,}", "", *map(_spread, values)]
 
 
@@ -241,19 +252,34 @@ def _written(value: float | None, how: str) -> str:
 
 
 def _curve(arms: Sequence[Arm], figures: Sequence[_Figure], features: str) -> Html:
-    if len({each.images for each in figures}) < 2:
+    """Draw a curve for each run, all of it of the same sampling seeds."""
+    curves = _alike(figures)
+    if len({images for curve in curves.values() for images in curve}) < 2:
         return Html()
-    curves: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for each in figures:
-        curves[each.story.uri][each.images].append(each.distance.frechet)
     real = [value for each in figures if (value := _real(each.distance, "frechet"))]
     return line_chart(
         f"Fréchet distance ({features})",
         "over the run, lower is better; by the protocol above",
-        lines(
-            arms,
-            lambda story: {x: average(y) for x, y in sorted(curves[story.uri].items())},
-        ),
+        lines(arms, lambda story: curves.get(story.uri, {})),
         log=True,
         levels=[("real images", average(real))] if real else [],
     )
+
+
+def _alike(figures: Sequence[_Figure]) -> dict[str, dict[int, float]]:
+    """Return distances of each run by images: means over the seeds that all checkpoints share.
+
+    Where they share none, only those with the seed of most checkpoints are in a curve.
+    """
+    measured: defaultdict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    for each in figures:
+        measured[each.story.uri, each.images][each.measurement.seed] = each.distance.frechet
+    seeds = common_seeds(measured.values())
+    if not seeds:
+        counts = Counter(seed for by_seed in measured.values() for seed in by_seed)
+        seeds = {min(counts, key=lambda seed: (-counts[seed], seed))}
+    curves: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for (uri, images), by_seed in sorted(measured.items()):
+        if seeds <= by_seed.keys():
+            curves[uri][images] = average([by_seed[seed] for seed in sorted(seeds)])
+    return dict(curves)

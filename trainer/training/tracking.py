@@ -249,7 +249,7 @@ def send_unsent(
     Args:
         job: The configuration.
         complete: The run's last checkpoint.
-        figures: What its evaluation measured.
+        figures: What its evaluation measured, by names that tell the protocol.
         store: Where runs are kept.
         token: Number of this launch.
 

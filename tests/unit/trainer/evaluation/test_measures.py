@@ -33,6 +33,7 @@ from trainer.evaluation.reports import EvaluationReport, Origin
 from trainer.evaluation.samples import ImageSampler, SampleBlock
 from trainer.evaluation.sums import FeatureSums
 from trainer.evaluation.weights import MissingWeights
+from trainer.metrics.tracker import by_protocol
 
 
 def statistics(mean, covariance):
@@ -320,6 +321,11 @@ def test_a_report_puts_each_figure_beside_its_references():
         "reference/classifier_held_out_accuracy": 1.0,
     }
     assert EvaluationReport.from_json(report.to_json()) == report
+    # Told as points, they say by which protocol, as only those of one stand in a curve.
+    protocol = report.measurement.protocol("random_conv")
+    points = report.points()
+    assert points.keys() == by_protocol(report.metrics(), protocol).keys()
+    assert points[f"eval@{protocol}/frechet_random_conv"] == 0.3
 
 
 def test_samples_are_kept_as_pictures_as_far_as_there_is_room():

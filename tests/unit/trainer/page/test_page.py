@@ -226,6 +226,33 @@ def test_runs_are_compared_by_the_sampling_seeds_that_all_have(store):
     assert "2.5 ± 0.71" in words(page_of(store, "a-0", "a-1"))
 
 
+def test_a_training_that_was_done_twice_is_one_seed(store):
+    for run, frechet in (("a", 2.0), ("a-again", 2.4)):
+        tell_run(store, run, settings=settings_of(train={"seed": 0}))
+        tell_figures(store, run, 6400, frechet)
+    told = words(page_of(store, "a", "a-again"))
+    assert "one training, several times" in told
+    assert "seeds" not in told
+    tell_run(store, "b", settings=settings_of(train={"seed": 1}))
+    tell_figures(store, "b", 6400, 3.2)
+    told = words(page_of(store, "a", "a-again", "b"))
+    assert "one arm, several seeds" in told
+    assert re.search(r"2 seeds\s+6,400\s+2\.7 ± 0\.71", told)
+
+
+def test_a_curve_is_of_the_same_sampling_seeds_all_along(store):
+    tell_run(store, "a")
+    for images, seed, frechet in ((3200, 7, 9.0), (6400, 1, 2.0)):
+        tell_figures(store, "a", images, frechet, seed=seed)
+    curve = "over the run, lower is better"
+    assert curve not in page_of(store, "a")
+    tell_figures(store, "a", 3200, 4.0, seed=1)
+    page = page_of(store, "a")
+    assert curve in page
+    assert "a: 4 at 3,200" in page
+    assert "a: 2 at 6,400" in page
+
+
 def test_what_was_measured_twice_alike_counts_once(store):
     tell_run(store, "a")
     tell_figures(store, "a", 6400, 2.0)

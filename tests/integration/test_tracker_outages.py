@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import sqlite3
 import time
 from contextlib import closing, contextmanager
@@ -19,10 +20,12 @@ from tests.support.tracked import (
     only_run,
     open_tracker,
     pictures,
+    tracked_run,
     wait_until,
 )
 from trainer.cli.track import main as track
-from trainer.metrics.journal import Entry
+from trainer.metrics.entry import Entry
+from trainer.metrics.journal import Journal
 from trainer.metrics.mlflow_backend import cause, check_tracker
 from trainer.metrics.tracker import TrackingConfig
 
@@ -111,6 +114,49 @@ def test_a_run_that_is_trained_anew_in_its_deleted_place_is_running_again(tmp_pa
     wait_until(lambda: only_run(client).data.tags["user"] == "bob")
     assert only_run(client).info.status == "RUNNING"
     again.close("KILLED")
+
+
+@pytest.mark.parametrize("by", ["ship", "launch"])
+def test_what_was_left_before_the_run_was_deleted_is_sent_and_replaces_nothing(
+    by, tmp_path, empty_tracker, capsys
+):
+    client = finished_elsewhere(tmp_path, empty_tracker)
+    shutil.rmtree(tmp_path / "store/runs/r", ignore_errors=True)  # with what counts launches
+    before = shown(client, tmp_path)
+    place = tracked_run(tmp_path).journal
+    place.folder.mkdir(parents=True)
+    left = next((tmp_path / "node").rglob("*.jsonl"))
+    shutil.copy(left, place.folder / "000000000007-00002-000001.jsonl")
+    if by == "ship":
+        assert track(["ship", str(tmp_path / "store/runs/r"), f"home={tmp_path}"]) == 0
+    else:
+        open_tracker(TrackingConfig(flush_timeout_s=60), tmp_path).close("FINISHED")
+    assert not place.names()
+    after = shown(client, tmp_path)
+    assert after.pop("points") == [*before.pop("points"), (15, 1.0)]
+    assert (before.pop("models"), after.pop("models")) == ({"20"}, {"10", "20"})
+    assert after["tags"].pop("late") == "kept"
+    assert after == before
+
+
+def test_what_nobody_may_send_yet_is_not_told_to_be_whole(tmp_path, empty_tracker, capsys):
+    local_tracker(tmp_path, empty_tracker).close("FINISHED")
+    place = tracked_run(tmp_path).journal
+    journal = Journal(
+        place,
+        writer="000000000007-00002",
+        address=Entry(kind="address", time_ms=1, values={"uri": f"sqlite:///{tmp_path}/mlflow.db"}),
+    )
+    # A process that has not gone writes it on.
+    journal.append(Entry(kind="points", time_ms=1, images=10, values={"late": (1.0).hex()}))
+    words = ["ship", str(tmp_path / "store/runs/r"), f"home={tmp_path}"]
+    assert track(words) == 1
+    assert "the rest waits" in capsys.readouterr().out
+    journal.rotate()
+    assert track(words) == 0
+    assert not place.names()
+    client = local_client(tmp_path)
+    assert history(client, only_run(client).info.run_id, "late") == [(10, 1.0)]
 
 
 def finished_elsewhere(home, empty_tracker):

@@ -10,20 +10,17 @@ attempt, the driver at the end, the next launch, or `python -m trainer.track shi
 
 from __future__ import annotations
 
-import json
+import fcntl
 import logging
 import os
 import threading
-import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import Field
-
-from pipelines.documents import DocumentError, parse_json, read_bounded, validate_as
-from trainer.metrics.tracker import MAX_POINTS, Point, by_protocol
+from pipelines.documents import DocumentError, read_bounded
+from trainer.metrics.entry import Entry
+from trainer.metrics.tracker import MAX_POINTS, Point
 from trainer.storage.errors import MissingObject, StoreError
 from trainer.storage.store import Store
 
@@ -39,95 +36,6 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 class JournalUnreadable(StoreError):
     """A part of the journal is on this machine, which does not read it; trying later may help."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One thing to tell, and when it happened.
-
-    Attributes:
-        kind: What it is.
-        time_ms: When, in milliseconds since 1970.
-        images: Its position of the run.
-        name: Of a picture or a data set, of the metric to compare by; why a run has ended; "total"
-            of points that are the last word.
-        text: A picture or a file as base64, a document, a page, an address, a status.
-        values: Metrics as hexadecimal floats, or texts by name.
-        tags: More texts by name.
-    """
-
-    kind: Literal[
-        "address",
-        "begin",
-        "settings",
-        "tags",
-        "dataset",
-        "page",
-        "report",
-        "file",
-        "points",
-        "picture",
-        "checkpoint",
-        "measured",
-        "runs",
-        "end",
-    ]
-    time_ms: Annotated[int, Field(ge=0, lt=2**53)]
-    images: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    name: str = ""
-    text: str = ""
-    values: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_total(self) -> bool:
-        """Whether it has points that stand for the whole run so far, wherever their curves are."""
-        return self.kind == "points" and self.name == "total"
-
-    @property
-    def is_for_another(self) -> bool:
-        """Whether it is an end that is told for a process that may have told its own."""
-        return self.kind == "end" and bool(self.values)
-
-    @property
-    def protocol(self) -> str:
-        """How the figures of `values` were measured; "" if nothing tells."""
-        return self.tags.get("protocol", "") if self.kind == "page" else self.text
-
-    def to_line(self) -> bytes:
-        """Return it as a line that carries its own checksum."""
-        told = {key: value for key, value in asdict(self).items() if value not in ("", 0, {})}
-        body = json.dumps({"time_ms": self.time_ms, **told}, separators=(",", ":")).encode()
-        return b"%08x %s\n" % (zlib.crc32(body), body)
-
-    @classmethod
-    def from_line(cls, line: bytes) -> Entry:
-        """Read a line of `to_line`.
-
-        Raises:
-            DocumentError: It is damaged.
-        """
-        checksum, _, body = line.partition(b" ")
-        if checksum != b"%08x" % zlib.crc32(body):
-            raise DocumentError("its checksum does not fit")
-        entry: Entry = validate_as(cls, parse_json(body))
-        if entry.kind in ("points", "measured", "page"):
-            entry.point()
-        return entry
-
-    def point(self) -> Point:
-        """Return the point that it tells, of what was measured by its protocol.
-
-        Raises:
-            DocumentError: Its values are no numbers.
-        """
-        try:
-            point = Point.from_json([self.images, self.values])
-        except (ValueError, OverflowError) as error:
-            raise DocumentError(f"its values are no numbers ({error})") from None
-        if self.kind == "points":
-            return point
-        return point._replace(values=by_protocol(point.values, self.protocol))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +159,10 @@ class Journal:
     def find_earlier(self) -> None:
         """Put what others of the run have left before what this process tells.
 
+        The numbers of launches begin anew when somebody deletes the run's folder in the store, so
+        what a higher number has left comes first. What a process with a higher number writes now,
+        to which this one has lost the run, is left to it.
+
         Raises:
             StoreError: The store fails.
         """
@@ -260,8 +172,14 @@ class Journal:
                 _Segment(name=name, entries=None, is_on_disk=not stored, is_in_store=stored)
                 for name, stored in names.items()
                 if name < self._writer
+                or (self._is_of_before(name) and not _is_written(self._place.folder / name))
             ]
+            earlier.sort(key=lambda segment: (not self._is_of_before(segment.name), segment.name))
             self._segments = [*earlier, *self._segments]
+
+    def _is_of_before(self, name: str) -> bool:
+        """Tell whether a segment seems to be of before the numbers of launches began anew."""
+        return name > self._writer and not name.startswith(f"{self._writer}-")
 
     def waiting(self, most: int) -> list[Entry]:
         """Return the oldest entries that have not arrived, of one segment.
@@ -292,7 +210,8 @@ class Journal:
         """
         with self._lock:
             head = self._segments[0]
-            return f"{head.name.removesuffix(_SUFFIX)}-{head.sent:06d}"
+            before = "0-" if self._is_of_before(head.name) else ""  # less than any number
+            return f"{before}{head.name.removesuffix(_SUFFIX)}-{head.sent:06d}"
 
     def arrived(self, count: int) -> None:
         """Forget the oldest entries."""
@@ -373,6 +292,8 @@ class Journal:
         try:
             self._place.folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._place.folder / name, _NEW, 0o644)
+            with suppress(OSError):  # not all file systems know locks
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lose_disk(segment, error)
         assert segment.entries is not None
@@ -455,6 +376,18 @@ class Journal:
             if segment.is_in_store:
                 with suppress(StoreError):  # sent once more later, it changes nothing
                     self._place.store.delete(self._place.prefix + segment.name)
+
+
+def _is_written(path: Path) -> bool:
+    """Tell whether a process has a segment open to write, on this machine."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # the store alone has it, or its file system knows no locks
+    return False
 
 
 def _entries(content: bytes, *, of: str) -> list[Entry]:

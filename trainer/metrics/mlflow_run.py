@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.console import visible
-from trainer.metrics.journal import Entry
+from trainer.metrics.entry import Entry
 from trainer.metrics.mlflow_backend import ExperimentDeleted, connect, experiment_id
 from trainer.metrics.mlflow_figures import FigureCurves, with_figures
 from trainer.metrics.mlflow_models import RunModels

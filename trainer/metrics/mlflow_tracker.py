@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from pipelines.addresses import hide_credentials
 from pipelines.console import visible
 from pipelines.proxies import proxy_hint
-from trainer.metrics.journal import Entry, Journal, JournalPlace
+from trainer.metrics.entry import Entry
+from trainer.metrics.journal import Journal, JournalPlace
 from trainer.metrics.mlflow_backend import cause, is_refusal, tracking_uri
 from trainer.metrics.mlflow_run import MlflowRun, TrackedSweep
 from trainer.metrics.tracker import Point, Tracker, TrackingConfig

@@ -322,7 +322,7 @@ def ship(
         tracker = MlflowTracker(config, tracked, writer=f"{lease.token:012d}-{_DRIVER}")
         # Whoever would end it is gone.
         tracker.end("KILLED", "its processes ended without a word", if_running=True)
-        is_whole = tracker.flush()
+        is_whole = tracker.flush() and not journal.names()
         shipped.append(Shipped(tracking_uri(config, str(home)), tracker.arrived, is_whole))
     return shipped
 

@@ -9,7 +9,8 @@ import pytest
 
 from pipelines.documents import DocumentError
 from trainer.metrics import journal as journals
-from trainer.metrics.journal import Entry, Journal, JournalPlace, identities
+from trainer.metrics.entry import Entry
+from trainer.metrics.journal import Journal, JournalPlace, identities
 from trainer.metrics.tracker import MAX_POINTS, Point
 from trainer.storage.errors import StoreError
 from trainer.storage.local import LocalStore
@@ -103,6 +104,27 @@ def test_what_dead_processes_left_comes_first_and_in_their_order(place):
     assert taken(mine) == [10, 30, 31, 40, 41, 50, 51, 52]
     assert files(place) == files_of(place, 11)
     assert stored(place) == []
+
+
+def test_what_was_left_before_launches_were_counted_anew_comes_first(place):
+    """Somebody has deleted the run's folder, whose leases count launches."""
+    for launch, images in ((7, 7), (8, 8), (1, 20)):
+        died = begin(place, launch)
+        died.append(point(images))
+        died.rotate()
+    mine = begin(place, 2)
+    mine.append(point(30))
+    mine.rotate()
+    mine.find_earlier()
+    assert mine.position().startswith("0-000000000007-")
+    positions, images = [], []
+    while part := mine.waiting(1):
+        positions.append(mine.position())
+        images += [entry.images for entry in part if entry.kind == "points"]
+        mine.arrived(1)
+    assert images == [7, 8, 20, 30]
+    assert positions == sorted(positions)
+    assert not place.names()
 
 
 def files_of(place, launch):

@@ -27,10 +27,10 @@ from trainer.config.job import DataConfig, FeatureConfig, JobConfig
 from trainer.config.shapes import ImageShape
 from trainer.data.splits import open_split
 from trainer.evaluation.features import RandomConvFeatures
-from trainer.evaluation.grid import TakenSamples
 from trainer.evaluation.layout import Layout
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.samples import ImageSampler
+from trainer.evaluation.taken import TakenSamples
 from trainer.host_group import HostGroup
 from trainer.metrics.buffer import MetricBuffer
 
@@ -197,7 +197,7 @@ def measured(context: WorkerContext, payload: dict[str, Any]) -> None:
     labels = torch.arange(payload["images"]) % 3
     taken = TakenSamples(picture_bytes=64, max_bytes=64 * 9, shown=[payload["images"] - 1])
     found = reference.measure(sampler, Mild(), labels, keep=taken)
-    pictures = ranks.rank == 0 and hashlib.sha256(taken.npz()).hexdigest()
+    pictures = ranks.rank == 0 and hashlib.sha256(b"".join(taken.npz())).hexdigest()
     context.report(
         {
             "rank": context.rank,

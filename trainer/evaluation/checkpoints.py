@@ -22,7 +22,7 @@ from trainer.config.job import EvalConfig, JobConfig
 from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.evaluation.choice import choose_checkpoints
 from trainer.evaluation.config import CheckpointEvaluationConfig, Precision
-from trainer.evaluation.grid import MAX_PICTURES_BYTES, TakenSamples, class_grid, grid_png
+from trainer.evaluation.grid import class_grid, grid_png
 from trainer.evaluation.loading import LoadedModel, load_model, usable_device
 from trainer.evaluation.measures import Measured
 from trainer.evaluation.model_record import ModelRecord, own_eval
@@ -35,6 +35,7 @@ from trainer.evaluation.reports import (
     reference_kind,
 )
 from trainer.evaluation.samples import ImageSampler
+from trainer.evaluation.taken import MAX_PICTURES_BYTES, TakenSamples
 from trainer.storage.errors import CheckpointError, StoreError
 from trainer.storage.kept import read_or_set_aside, set_aside
 from trainer.storage.open import open_store
@@ -175,10 +176,11 @@ class _Evaluation:
             report = None
         wanted = self._config.write_samples and key("samples.npz") not in results.list(key(""))
         if report is None or wanted:
-            pictures, report = self._measure(manifest, measurement, precision)
+            measured, report = self._measure(manifest, measurement, precision)
             try:
-                for name, data in pictures.items():
-                    results.put(key(name), data)
+                results.put(key("grid.png"), measured.grid())
+                if self._config.write_samples:
+                    results.put_pieces(key("samples.npz"), measured.taken.npz())
                 results.put(key("report.json"), report.to_json())
             except StoreError as error:
                 raise UnwrittenReport(report, error) from error
@@ -190,7 +192,7 @@ class _Evaluation:
 
     def _measure(
         self, manifest: Manifest, measurement: Measurement, precision: Precision
-    ) -> tuple[dict[str, bytes], CheckpointReport]:
+    ) -> tuple[MeasuredModel, CheckpointReport]:
         """Draw and measure in parts, of which no more is kept than is written."""
         uri = CheckpointReader(self._store, run=manifest.run).uri(manifest.images)
         if self._loaded is None:
@@ -206,10 +208,7 @@ class _Evaluation:
             samples=asked.samples,
             max_picture_bytes=MAX_PICTURES_BYTES if self._config.write_samples else 0,
         )
-        pictures = {"grid.png": measured.grid()}
-        if self._config.write_samples:
-            pictures["samples.npz"] = measured.taken.npz()
-        return pictures, measured.report(
+        return measured, measured.report(
             self._reference,
             checkpoint=uri,
             run=manifest.run,

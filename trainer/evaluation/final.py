@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ from trainer.engine.protocol import Engine
 from trainer.errors import is_user_error
 from trainer.evaluation.extractors import run_on_all
 from trainer.evaluation.figures import LabelAgreement
-from trainer.evaluation.grid import TakenSamples, grid_png
+from trainer.evaluation.grid import grid_png
 from trainer.evaluation.learned_features import join_batches, label_agreement
 from trainer.evaluation.precision import precision_of_training
 from trainer.evaluation.reference import EvalReference
 from trainer.evaluation.reports import EvaluationReport, Origin, evaluation_key
 from trainer.evaluation.samples import ImageSampler
 from trainer.evaluation.strips import Moment, film, film_picture, png_of
+from trainer.evaluation.taken import TakenSamples
 from trainer.host_group import HostGroup
 from trainer.metrics.tracker import Tracker
 from trainer.storage.errors import CheckpointError
@@ -58,13 +60,13 @@ class Publisher:
     report: Callable[[dict[str, object]], None]
 
     def publish(
-        self, report: EvaluationReport, *, samples: bytes, grid: bytes, film: bytes | None
+        self, report: EvaluationReport, *, samples: Iterator[bytes], grid: bytes, film: bytes | None
     ) -> None:
         """Write results, and hand them to the driver where the store does not take them.
 
         Args:
             report: The figures; which checkpoint they are of is filled in.
-            samples: The samples as an archive.
+            samples: The samples as an archive, in pieces.
             grid: Some of them as a picture.
             film: How one of each of the first classes came into being; None if it was not drawn.
         """
@@ -72,9 +74,10 @@ class Publisher:
             whole = replace(report, origin=replace(report.origin, attempt=self.attempt()))
             # The report comes last: where it is, the evaluation is complete.
             pictures = {"grid.png": grid} | ({} if film is None else {"film.png": film})
-            results = {"samples.npz": samples, **pictures, "report.json": whole.to_json()}
-            for name, data in results.items():
-                self.store.put(evaluation_key(self.run, self.images, name), data)
+            key = partial(evaluation_key, self.run, self.images)
+            self.store.put_pieces(key("samples.npz"), samples)
+            for name, data in {**pictures, "report.json": whole.to_json()}.items():
+                self.store.put(key(name), data)
         except CheckpointError as error:
             figures = report.to_json().decode()
             self.report({"kind": "unwritten", "text": str(error), "report": figures})

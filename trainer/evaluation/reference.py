@@ -29,7 +29,6 @@ from trainer.evaluation.feature_sets import (
 from trainer.evaluation.features import FeatureExtractor, IndexedExtraction
 from trainer.evaluation.figures import Distance, Nearness, RealFigures
 from trainer.evaluation.frechet import frechet_distance
-from trainer.evaluation.grid import TakenSamples
 from trainer.evaluation.learned_features import (
     KeptFeatures,
     LearnedConvFeatures,
@@ -41,6 +40,7 @@ from trainer.evaluation.pairs import ComparedImages
 from trainer.evaluation.real_images import HOLD_OUT_MORE, RealImages, check_held, few_held_out
 from trainer.evaluation.samples import ImageSampler
 from trainer.evaluation.stored import read_stored, stored_digest, stored_target
+from trainer.evaluation.taken import TakenSamples
 from trainer.host_group import HostGroup
 from trainer.storage.kept import KeptFiles
 from trainer.storage.open import set_environment

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from pipelines.index import INDEX_NAME
 from pipelines.ingest.write import LabelledImage, index_of, pack_shard
 from trainer.evaluation.config import FormatName
+from trainer.evaluation.taken import npz_pieces
 from trainer.storage.store import Store
 
 PARTS = "parts/"
@@ -148,45 +148,18 @@ def _pixels_key(number: int) -> str:
     return f"{PARTS}{number:05d}.npy"
 
 
-class _Pipe:
-    """Takes what a ZIP file is written to, in order, until it is taken out."""
-
-    def __init__(self) -> None:
-        self._held = bytearray()
-
-    def write(self, data: bytes) -> int:
-        self._held += data
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-    def take(self) -> bytes:
-        taken = bytes(self._held)
-        self._held.clear()
-        return taken
-
-
 def _npz_pieces(
     store: Store, parts: Sequence[KeptPart], labels: NDArray[np.int64]
 ) -> Iterator[bytes]:
-    """Write arrays as `numpy.savez` does, to the same bytes whenever they are written."""
-    pipe = _Pipe()
-    member = partial(zipfile.ZipInfo, date_time=(1980, 1, 1, 0, 0, 0))
-    with zipfile.ZipFile(pipe, "w") as archive:
-        with archive.open(member("arr_0.npy"), "w", force_zip64=True) as file:
-            for place, part in enumerate(parts):
-                stored = io.BytesIO(store.get(_pixels_key(part.number)))
-                pixels = np.load(stored, allow_pickle=False)
-                if place == 0:
-                    shape = (len(labels), *pixels.shape[1:])
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
-                file.write(pixels.tobytes())
-                yield pipe.take()
-        with archive.open(member("arr_1.npy"), "w") as file:
-            file.write(_npy(labels))
-    yield pipe.take()
+    """Write the arrays, with one part in memory at a time, to the same bytes for any parts."""
+    pixels = (_pixels(store, part) for part in parts)
+    first = next(pixels)
+    shape = (len(labels), *first.shape[1:])
+    return npz_pieces((each.tobytes() for each in chain([first], pixels)), labels, shape=shape)
+
+
+def _pixels(store: Store, part: KeptPart) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = np.load(
+        io.BytesIO(store.get(_pixels_key(part.number))), allow_pickle=False
+    )
+    return pixels

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -23,15 +24,17 @@ from models.transformer.lapflow import LapFlowTransformer
 from tests.unit.trainer.measurements import real_figures
 from trainer.config.job import EvalConfig, FeatureConfig
 from trainer.config.shapes import ImageShape
+from trainer.evaluation import taken as taken_module
 from trainer.evaluation.extractors import check_features
 from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.figures import Distance, Measures, Nearness
 from trainer.evaluation.frechet import FeatureStatistics, frechet_distance
-from trainer.evaluation.grid import TakenSamples, grid_png
+from trainer.evaluation.grid import grid_png, pixels_of
 from trainer.evaluation.learned_features import label_agreement, learned_features
 from trainer.evaluation.reports import EvaluationReport, Origin
 from trainer.evaluation.samples import ImageSampler, SampleBlock
 from trainer.evaluation.sums import FeatureSums
+from trainer.evaluation.taken import TakenSamples
 from trainer.evaluation.weights import MissingWeights
 from trainer.metrics.tracker import by_protocol
 
@@ -340,11 +343,47 @@ def test_samples_are_kept_as_pictures_as_far_as_there_is_room():
                 nfe=(float(last - first), 1.0),
             )
         )
-    file = np.load(io.BytesIO(taken.npz()))
+    file = np.load(io.BytesIO(b"".join(taken.npz())))
     wanted = (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
     assert np.array_equal(file["arr_0"], wanted[:5].numpy())
     assert file["arr_1"].tolist() == labels[:5].tolist()
     assert torch.equal(torch.cat([part for part, _ in taken.whole]), images)
+
+
+def test_pictures_take_no_more_memory_for_more_samples():
+    images, labels = torch.zeros(100, 3, 32, 32), torch.zeros(100, dtype=torch.int64)
+
+    def peak(blocks):
+        taken = TakenSamples(picture_bytes=3 * 32 * 32)
+        tracemalloc.start()
+        for first in range(0, 100 * blocks, 100):
+            taken.add(SampleBlock(first=first, images=images, labels=labels, nfe=(1.0,)))
+        for _piece in taken.npz():
+            pass
+        _, largest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return largest
+
+    pictures_bytes = 100 * 200 * 3 * 32 * 32
+    assert peak(200) < peak(20) + pictures_bytes / 10  # pieces are of 4 MiB
+
+
+def test_a_full_disk_leaves_the_first_samples(monkeypatch, caplog):
+    class Full(io.BytesIO):
+        def write(self, data):
+            return super().write(bytes(data)[: max(0, 7 * 64 - self.tell())])
+
+    monkeypatch.setattr(taken_module.tempfile, "TemporaryFile", lambda **_: Full())
+    taken = TakenSamples(picture_bytes=64)
+    images, labels = two_classes(9, 0)
+    for first in (0, 3, 6):
+        part = slice(first, first + 3)
+        taken.add(SampleBlock(first=first, images=images[part], labels=labels[part], nfe=(1.0,)))
+    file = np.load(io.BytesIO(b"".join(taken.npz())))
+    assert np.array_equal(file["arr_0"], pixels_of(images[:6]))
+    assert file["arr_1"].tolist() == labels[:6].tolist()
+    assert "the first 6 samples alone" in caplog.text
+    assert taken.wants(range(6, 9))  # as other ranks take it
 
 
 def test_only_blocks_of_which_something_is_kept_are_wanted():

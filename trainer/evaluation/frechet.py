@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,9 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     The trace of the root is taken from eigenvalues of the symmetric product R^T C2 R with R R^T =
     C1, on one thread of the processor. R is C1's Cholesky factor. The rank-deficient covariances
     of small samples have none: there R has the eigenvectors whose values are more than rounding.
+
+    Raises:
+        FrechetError: It is not finite.
     """
     with one_thread():
         covariance = torch.from_numpy(first.covariance)
@@ -46,4 +50,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         root_trace = float(product.clamp(min=0.0).sqrt().sum())
     shift = first.mean - second.mean
     traces = np.trace(first.covariance) + np.trace(second.covariance)
-    return float(max(0.0, shift @ shift + traces - 2.0 * root_trace))
+    distance = float(shift @ shift + traces - 2.0 * root_trace)
+    if not math.isfinite(distance):
+        raise FrechetError("there is no Fréchet distance of statistics that are not finite")
+    return max(0.0, distance)

@@ -30,6 +30,8 @@ _CHUNK_BYTES = 2**26
 _MAX_STATISTICS_BYTES = 2**28  # of 5,792 features in float64
 _MAX_PICTURES_BYTES = 2**36
 _AT_ONCE = 256
+_ROUNDING = 1e-6
+"""Of the largest covariance, as float32 holds it."""
 
 
 class BadReference(ValueError):
@@ -58,7 +60,7 @@ class StoredReference:
             spatial: Of the spatial ones.
 
         Raises:
-            BadReference: They are damaged, not finite, or of other features.
+            BadReference: They are damaged, not finite, of other features, or no statistics.
         """
         names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
         if not {f"{name}.npy" for name in names} <= {*self.archive.namelist()}:
@@ -69,9 +71,13 @@ class StoredReference:
                 f"{names[0]} and {names[1]} have the shapes {list(mean.shape)} and "
                 f"{list(covariance.shape)}, and there are {features} features"
             )
-        return FeatureStatistics(
-            mean=mean.astype(np.float64), covariance=covariance.astype(np.float64)
-        )
+        covariance = covariance.astype(np.float64)
+        largest = np.abs(covariance).max()
+        if np.abs(covariance - covariance.T).max() > _ROUNDING * largest:
+            raise self._bad(f"{names[1]} is no covariance, as it is not symmetric")
+        if covariance.diagonal().min() < 0:
+            raise self._bad(f"{names[1]} is no covariance, as a variance in it is negative")
+        return FeatureStatistics(mean=mean.astype(np.float64), covariance=covariance)
 
     def count(self) -> int:
         """Return how many pictures there are; 0 for statistics alone.

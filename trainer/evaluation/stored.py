@@ -29,7 +29,8 @@ def read_stored(
     """Read what an open file tells in the features of each extractor; on one rank.
 
     Statistics are taken as they are stored, for "inception"; what is missing is measured of the
-    pictures, and so are the features that pairs are compared by.
+    pictures, and so are the features that pairs are compared by. Where all statistics are stored,
+    no other picture is measured.
 
     Args:
         stored: The file.
@@ -54,8 +55,16 @@ def read_stored(
         count = stored.count()
         if count or statistics is None:
             kept = spread_evenly(count, compared)
-            images = _measured(stored, extractor, channels=channels, kept=kept, device=device)
-            found[f"{name}.compared"] = images.kept(kept).contiguous()
+            is_needed = statistics is None or bool(spatial and spatial_statistics is None)
+            images = _measured(
+                stored,
+                extractor,
+                channels=channels,
+                kept=kept,
+                only_kept=not is_needed,
+                device=device,
+            )
+            found[f"{name}.compared"] = images.kept().contiguous()
             statistics = statistics or images.sums.statistics()
             if spatial:
                 spatial_statistics = spatial_statistics or images.spatial.statistics()
@@ -99,15 +108,21 @@ def _measured(
     *,
     channels: int,
     kept: Tensor,
+    only_kept: bool,
     device: torch.device,
 ) -> FeatureSet:
-    images = FeatureSet(classes=1, kept=kept, layout=extractor.layout)
+    """Measure the pictures, all or those that are kept, whose features are in order."""
+    wanted = kept if only_kept else torch.arange(stored.count())
+    # Pictures that are left out are no gaps: a call of the network takes as many as it can.
+    images = FeatureSet(classes=1, kept=torch.searchsorted(wanted, kept), layout=extractor.layout)
     extraction = IndexedExtraction(extractor, device=device, take=images.take)
     first = 0
     for batch in stored.pictures():
         stored.check_channels(batch, channels)
         indices = torch.arange(first, first + len(batch))
-        extraction.add(batch, torch.zeros(len(batch)).long(), indices)
+        chosen = torch.isin(indices, wanted)
+        places = torch.searchsorted(wanted, indices[chosen])
+        extraction.add(batch[chosen], torch.zeros(len(places)).long(), places)
         first += len(batch)
     extraction.flush()
     return images

@@ -28,7 +28,7 @@ from trainer.evaluation import taken as taken_module
 from trainer.evaluation.extractors import check_features
 from trainer.evaluation.features import RandomConvFeatures
 from trainer.evaluation.figures import Distance, Measures, Nearness
-from trainer.evaluation.frechet import FeatureStatistics, frechet_distance
+from trainer.evaluation.frechet import FeatureStatistics, FrechetError, frechet_distance
 from trainer.evaluation.grid import grid_png, pixels_of
 from trainer.evaluation.learned_features import label_agreement, learned_features
 from trainer.evaluation.reports import EvaluationReport, Origin
@@ -54,6 +54,12 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
     second = statistics([1, 0, 3], np.diag([4.0, 4.0, 1.0]))
     # |m1 - m2|^2 + sum (sigma1 - sigma2)^2
     assert frechet_distance(first, second) == pytest.approx(4 + 1 + 0 + 4, rel=1e-12)
+
+
+def test_a_distance_that_is_not_finite_is_none():
+    first, second = statistics([0, 0], np.eye(2)), statistics([np.nan, 0], np.eye(2))
+    with pytest.raises(FrechetError, match="not finite"):
+        frechet_distance(first, second)
 
 
 def test_frechet_distance_is_a_symmetric_zero_on_itself_even_when_rank_deficient():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.evaluation.feature_sets import spread_evenly
 from trainer.evaluation.layout import Layout
 from trainer.evaluation.measures import Target
 from trainer.evaluation.npz import BadReference, check_reference, open_reference
@@ -66,8 +67,10 @@ class Columns:
 
     digest = ""
     layout = Layout(spatial=4, logits=2)
+    seen = 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
         return images.flatten(1)[:, :12]
 
 
@@ -110,6 +113,25 @@ def test_statistics_are_taken_as_stored_and_what_is_missing_is_measured(tmp_path
     assert (found.images, found.spatial, found.compared) == (0, None, None)
 
 
+@pytest.mark.parametrize("missing", [{}, {"mu": None}, {"mu_s": None}])
+def test_only_what_is_compared_is_measured_where_statistics_are_stored(
+    missing, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("trainer.evaluation.stored.INCEPTION_FEATURES", 6)
+    file = tmp_path / "reference.npz"
+    members = adm_file(file, **missing)
+    extractor = Columns()
+    with open_reference(str(file), HERE) as stored:
+        data = read_stored(stored, {"inception": extractor}, channels=3, compared=50, device=CPU)
+    chosen = spread_evenly(300, 50)
+    wanted = members["arr_0"].transpose(0, 3, 1, 2)[chosen].reshape(50, -1)[:, :6]
+    compared = stored_target(data, "inception", ranks=ALONE, device=CPU).compared
+    assert compared is not None
+    assert np.array_equal((compared.part.numpy() * 127.5 + 127.5).round(), wanted)
+    # In calls of as many pictures as there are in a unit, the last of which is padded.
+    assert extractor.seen == (320 if missing else 64)
+
+
 def test_what_is_not_there_is_none_or_said(tmp_path):
     adm_file(tmp_path / "a.npz", mu=None, arr_0=None)
     with open_reference(str(tmp_path / "a.npz"), HERE) as stored:
@@ -134,6 +156,8 @@ class Canary:
         ({"mu": np.zeros(5)}, r"shapes \[5\] and \[6, 6\]"),
         ({"sigma": np.eye(6)[:5]}, r"shapes \[6\] and \[5, 6\]"),
         ({"mu": np.full(6, np.nan)}, "mu holds values that are not finite"),
+        ({"sigma": -np.eye(6)}, "sigma is no covariance, as a variance in it is negative"),
+        ({"sigma": np.eye(6) + 5 * np.eye(6, k=1)}, "sigma is no covariance, .* not symmetric"),
         ({"mu": np.zeros(6, np.int64)}, "mu: it holds int64"),
         ({"mu": np.array([Canary(Path("sung"))] * 6, object)}, "mu: it holds pickled objects"),
     ],

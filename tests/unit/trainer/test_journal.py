@@ -117,12 +117,12 @@ def test_what_was_left_before_launches_were_counted_anew_comes_first(place):
     mine.rotate()
     mine.find_earlier()
     assert mine.position().startswith("0-000000000007-")
-    positions, images = [], []
+    positions, told = [], []
     while part := mine.waiting(1):
         positions.append(mine.position())
-        images += [entry.images for entry in part if entry.kind == "points"]
+        told += [entry.images for entry in part if entry.kind == "points"]
         mine.arrived(1)
-    assert images == [7, 8, 20, 30]
+    assert told == [7, 8, 20, 30]
     assert positions == sorted(positions)
     assert not place.names()
 

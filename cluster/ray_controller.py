@@ -4,13 +4,18 @@ Ray's own policies count every failure of a long run, charge starts that timed o
 wait for nodes that are gone. Ours decide nothing: whether to go on after a failure is the driver's
 to say (`cluster.recovery`), and workers are started when nodes that answer have room for them.
 
-All but `Trainer` runs in the controller, an actor on the driver's node.
+The controller runs in a thread of the driver.
 """
 
+import asyncio
+import contextlib
+import logging
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,7 +23,6 @@ from ray import cloudpickle
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -32,20 +36,21 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
     ScalingDecision,
 )
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
+from ray.train.v2._internal.logging.logging import SessionFileHandler
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.v2.api.result import Result
 
 from cluster.assignment import Node, WorkerGroupSpec, format_resources, sizes_that_fit
 from cluster.failure import Failure, describe_exit
 from cluster.ray_mailbox import Broken, Mailbox, Seat
 from cluster.ray_nodes import avoiding, free_nodes, live_nodes
 from cluster.ray_output import output_paths
-from cluster.ray_worker import NotJoined
+from cluster.ray_worker import NotJoined, note_attempt
 from cluster.recovery import choose_workers, must_readmit
+from cluster.tested import replaced
 
 _LOOK_S = 0.5
 """How often the controller looks for room."""
@@ -62,6 +67,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         patience_s: How long a start waits for more of them.
         may_grow: Whether nodes can be asked for.
         mailbox: The line to the driver.
+        abandoned: Set once the run is given up, whatever it waits for.
         arguments: Those of Ray's class.
     """
 
@@ -72,6 +78,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         patience_s: float,
         may_grow: bool,
         mailbox: Mailbox,
+        abandoned: threading.Event,
         **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
@@ -79,44 +86,49 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         self._sizes = sizes
         self._patience_s = patience_s
         self._mailbox = mailbox
-        self._controller: Any = None
+        self._abandoned = abandoned
+        self._controller: Controller | None = None
 
-    def fit(self) -> Result:
-        """Runs the controller to its end.
+    def fit(self) -> None:
+        """Runs the controller to its end, in this thread.
+
+        Ray Train would run it in a process of its own, which has to import all that this one has,
+        and takes part of a core from workers that keep all cores busy. So does the actor of its
+        collectives, which nothing here calls.
 
         Raises:
             ray.train.TrainingFailedError: The run ended with it.
+            Abandoned: It was given up.
         """
-        env = get_env_vars_to_propagate()
-        # Where the policies block it, nothing else is to be done.
-        env.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
-        here = ray.get_runtime_context().get_node_id()
-        actor = ray.remote(
-            num_cpus=0, label_selector={"ray.io/node-id": here}, runtime_env={"env_vars": env}
-        )(Controller)
-        self._controller = controller = actor.remote(
-            train_fn_ref=Packed(cloudpickle.dumps(self._get_train_func())),
-            scaling_policy=RoomPolicy(
-                self.scaling_config,
-                self._sizes,
-                self._mailbox,
-                patience_s=self._patience_s,
-                may_grow=self._may_grow,
-            ),
-            failure_policy=AskingPolicy(self._mailbox),
-            train_run_context=self.train_run_context,
-            callbacks=[*self._create_default_callbacks(), AttemptOpener(self._mailbox)],
-        )
-        ray.get(controller.run.remote())
-        result = ray.get(controller.get_result.remote())
+        with (
+            _logging_to_file(),
+            replaced(worker_group, "SynchronizationActor", _NoActor),
+            replaced(state, "_shutdown_sync_actor", _NoActor.shutdown),
+        ):
+            self._controller = controller = Controller(
+                abandoned=self._abandoned,
+                train_fn_ref=Packed(cloudpickle.dumps(self._get_train_func())),
+                scaling_policy=RoomPolicy(
+                    self.scaling_config,
+                    self._sizes,
+                    self._mailbox,
+                    patience_s=self._patience_s,
+                    may_grow=self._may_grow,
+                ),
+                failure_policy=AskingPolicy(self._mailbox, self._abandoned),
+                train_run_context=self.train_run_context,
+                callbacks=[*self._create_default_callbacks(), AttemptOpener(self._mailbox)],
+            )
+            asyncio.run(controller.run())
+        result = controller.get_result()
         if result.error is not None:
             raise result.error
-        return result
 
     def abandon(self) -> None:
-        """Ends the controller, and with it its workers and the wait of `fit`."""
+        """Ends the workers, and with them the wait of `fit`."""
+        self._abandoned.set()
         if self._controller is not None:
-            ray.kill(self._controller)
+            self._controller.release_room()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         # Those of Ray's data sets, and what tidies up behind a controller whose driver lives on,
@@ -144,8 +156,31 @@ class Packed:
         return function
 
 
+class Abandoned(Exception):
+    """The run was given up while the workers were awaited."""
+
+
+class _NoActor:
+    """In the place of the actor behind Ray Train's collectives: the word for "there is none"."""
+
+    @classmethod
+    def options(cls, **_: Any) -> type["_NoActor"]:
+        return cls
+
+    @staticmethod
+    def remote(**_: Any) -> str:
+        return ""
+
+    @staticmethod
+    def shutdown(_: str) -> None:
+        """Has nothing to end."""
+
+
 class Group(WorkerGroup):  # type: ignore[misc]
     """Ray's workers; those of which one is lost before all have met give their room back."""
+
+    room: Any = None
+    """Their placement group, once it is asked for."""
 
     def _start(self) -> None:
         try:
@@ -156,11 +191,53 @@ class Group(WorkerGroup):  # type: ignore[misc]
                 self.shutdown()
             raise
 
+    def _create_placement_group(self, *arguments: Any) -> Any:
+        self.room = super()._create_placement_group(*arguments)
+        return self.room
+
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: str, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        # Ray's own names the actor that the controller runs in.
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[place] for name, values in train_context_args.items()},
+                )
+                for place, worker in enumerate(workers)
+            ]
+        )
+
 
 class Controller(TrainController):  # type: ignore[misc]
-    """Ray's controller; it ends what is left of failed workers before it looks for room."""
+    """Ray's controller; it ends what is left of failed workers before it looks for room.
+
+    Args:
+        abandoned: Set once the run is given up.
+        arguments: Those of Ray's class.
+    """
 
     worker_group_cls = Group
+
+    def __init__(self, *, abandoned: threading.Event, **arguments: Any) -> None:
+        self._abandoned = abandoned
+        super().__init__(**arguments)
+
+    def release_room(self) -> None:
+        """Ends the workers there are, or that are being started, whatever is awaited of them."""
+        group = self._worker_group
+        if group is not None and group.room is not None:
+            group.room.shutdown()
+
+    async def _run_control_loop_iteration(self) -> None:
+        require_wanted(self._abandoned)
+        await super()._run_control_loop_iteration()
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(
         self, controller_state: Any
@@ -170,6 +247,34 @@ class Controller(TrainController):  # type: ignore[misc]
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(
             controller_state
         )
+
+
+def require_wanted(abandoned: threading.Event) -> None:
+    """Ends Ray Train's thread if the run was given up.
+
+    Raises:
+        Abandoned: It was.
+    """
+    if abandoned.is_set():
+        raise Abandoned
+
+
+@contextlib.contextmanager
+def _logging_to_file() -> Iterator[None]:
+    """Has Ray Train's lines among Ray's logs, and not between the driver's own."""
+    handler = SessionFileHandler("ray-train-controller.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("ray.train")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with replaced(logger, "propagate", False):
+            yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+        handler.close()
 
 
 class RoomPolicy(FixedScalingPolicy):  # type: ignore[misc]
@@ -304,15 +409,24 @@ class AskingPolicy(FailurePolicy):  # type: ignore[misc]
 
     Args:
         mailbox: The line to it.
+        abandoned: Set once the run is given up.
     """
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    def __init__(self, mailbox: Mailbox, abandoned: threading.Event) -> None:
         super().__init__(FailureConfig())
         self._mailbox = mailbox
+        self._abandoned = abandoned
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Returns, once the driver wants so, that the workers are to be started again."""
-        self._mailbox.ask(describe_failure(training_failed_error))
+        """Returns, once the driver wants so, that the workers are to be started again.
+
+        Raises:
+            Abandoned: The run was given up meanwhile.
+        """
+        self._mailbox.ask(
+            describe_failure(training_failed_error),
+            meanwhile=partial(require_wanted, self._abandoned),
+        )
         return FailureDecision.RETRY
 
 
@@ -371,7 +485,7 @@ class AttemptOpener(WorkerGroupCallback):  # type: ignore[misc]
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Opens an attempt with its seats, in the order of ranks."""
         files = ray.get([worker.execute_async(output_paths) for worker in workers])
-        self._mailbox.begin(
+        attempt = self._mailbox.begin(
             [
                 Seat(
                     node=worker.metadata.node_id,
@@ -383,4 +497,5 @@ class AttemptOpener(WorkerGroupCallback):  # type: ignore[misc]
                 for worker, paths in zip(workers, files, strict=True)
             ]
         )
+        ray.get([worker.execute_async(note_attempt, attempt) for worker in workers])
         return {}

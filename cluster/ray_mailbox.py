@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import uuid
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +17,8 @@ from cluster.failure import Failure
 
 _MORE_CALLS = 100
 """Calls at a time beside those of workers that wait for a request."""
+_LOOK_S = 0.5
+"""How often the controller, while it waits for the driver's word, looks whether it is given up."""
 HEAR_S = 5.0
 """How long a worker's call waits for a request before it is made again. That it is answered tells
 the worker that its driver is there."""
@@ -178,18 +180,22 @@ class Mailbox:
         self._actor = actor
         self._answer_s = ANSWER_S
 
-    def begin(self, seats: Sequence[Seat]) -> None:
-        """Opens an attempt; called by the controller, before any of its workers asks for it."""
-        ray.get(self._actor.begin.remote(tuple(seats)))
-
-    def attempt(self) -> int:
-        """The number of the attempt, from 0."""
-        attempt: int = ray.get(self._actor.attempt.remote())
+    def begin(self, seats: Sequence[Seat]) -> int:
+        """Opens an attempt, and gives its number, from 0."""
+        attempt: int = ray.get(self._actor.begin.remote(tuple(seats)))
         return attempt
 
-    def ask(self, broken: Broken) -> None:
-        """Returns once the driver wants the workers to be started again; if it does not, never."""
-        ray.get(self._actor.ask.remote(broken))
+    def ask(self, broken: Broken, *, meanwhile: Callable[[], None]) -> None:
+        """Returns once the driver wants the workers to be started again; if it does not, never.
+
+        Args:
+            broken: What happened.
+            meanwhile: Is called now and then while this waits; what it raises ends the wait.
+        """
+        asked = [self._actor.ask.remote(broken)]
+        while not ray.wait(asked, timeout=_LOOK_S)[0]:
+            meanwhile()
+        ray.get(asked)
 
     def allow(
         self, workers: int, *, most: int | None = None, avoided: Collection[str] = ()
@@ -357,6 +363,8 @@ def open_mailbox(config: ClusterConfig) -> Mailbox:
         .options(
             num_cpus=0,
             max_concurrency=waiting + _MORE_CALLS,
+            # Of each call, three processes would tell Ray's head, which keeps it for a dashboard.
+            enable_task_events=False,
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
         )
         .remote()
@@ -390,14 +398,12 @@ class Box:
         self._avoided: frozenset[str] = frozenset()
         self._admitted: frozenset[str] | None = None
 
-    async def begin(self, seats: tuple[Seat, ...]) -> None:
-        """Opens an attempt."""
-        self._take(Started(self._attempts, seats))
+    async def begin(self, seats: tuple[Seat, ...]) -> int:
+        """Opens an attempt, and gives its number."""
+        attempt = self._attempts
+        self._take(Started(attempt, seats))
         self._attempts += 1
-
-    async def attempt(self) -> int:
-        """Gives the number of the attempt that was opened last."""
-        return self._attempts - 1
+        return attempt
 
     async def put(self, sender: str, number: int, event: Event) -> None:
         """Takes a sender's event of that number, from 0."""

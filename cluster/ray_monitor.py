@@ -37,8 +37,8 @@ from cluster.ray_output import OutputLog
 from cluster.ray_wait import Wait
 from cluster.recovery import Fault, History, decide, readmit
 
-_TICK_S = 0.1
-"""How often the driver looks for events and a stop request."""
+_TICK_S = 0.25
+"""How often the driver looks for a stop request, and what else it waits for; an event wakes it."""
 _TIDY_UP_S = 30.0
 """What Ray Train gets to end by itself once the workers have: on a busy machine more than seconds.
 Ray may abort a process of which a thread still calls it when its cluster is gone."""

@@ -111,20 +111,24 @@ def empty_selectors(workers: int) -> list[dict[str, str]]:
 class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
     """Pins the workers before each start, and checks their numbers after it.
 
-    Runs in Ray Train's controller.
-
     Args:
         sizes: The workers; of each number of them that will do.
         timeout_s: How long a start waits for room.
         report: Takes a line when it has to wait.
+        meanwhile: Is called now and then while it waits; what it raises ends the wait.
     """
 
     def __init__(
-        self, *sizes: WorkerGroupSpec, timeout_s: float, report: Callable[[str], None]
+        self,
+        *sizes: WorkerGroupSpec,
+        timeout_s: float,
+        report: Callable[[str], None],
+        meanwhile: Callable[[], None],
     ) -> None:
         self._sizes = {spec.workers: spec for spec in sizes}
         self._timeout_s = timeout_s
         self._report = report
+        self._meanwhile = meanwhile
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Assigns the nodes, once there is room, and writes them into the bundles' selectors.
@@ -165,4 +169,5 @@ class NodePinning(WorkerGroupCallback):  # type: ignore[misc]
                 if str(error) != last:
                     last = str(error)
                     self._report(f"waiting up to {self._timeout_s:g} s for room: {last}")
+            self._meanwhile()
             time.sleep(_LOOK_S)

@@ -27,6 +27,7 @@ from ray._private import node, parameter, ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from cluster.contract import ClusterConfig, ClusterUnavailable
+from cluster.tested import replaced
 
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Ray's shared memory here: it only carries the worker function and messages."""
@@ -130,12 +131,12 @@ def _init(config: ClusterConfig, scratch: Path) -> None:
     with (
         # On Linux Ray replaces 127.0.0.1 by the address the host is reached by, unless it believes
         # that it cannot form clusters here, as on macOS.
-        _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),
+        replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),
         # Each is a process that imports Ray and of which nothing is used: what adds nodes, what
         # shows workers' output to the driver, and the server that without a dashboard counts users.
         # For the last one `ray.init` would wait.
-        _replaced(parameter, "RayParams", few),
-        _replaced(node.Node, "start_api_server", lambda *_, **__: None),
+        replaced(parameter, "RayParams", few),
+        replaced(node.Node, "start_api_server", lambda *_, **__: None),
     ):
         ray.init(
             address="local",
@@ -154,17 +155,6 @@ def _init(config: ClusterConfig, scratch: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Puts something else in the place of what Ray cannot be told otherwise."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
 def _extend_start_limit(seconds: float) -> Iterator[None]:
     """Has Ray wait longer for its node: its own limit of 30 s cannot be set."""
     look = services.get_node
@@ -179,7 +169,7 @@ def _extend_start_limit(seconds: float) -> Iterator[None]:
                     raise
                 time.sleep(0.1)
 
-    with _replaced(services, "get_node", wait):
+    with replaced(services, "get_node", wait):
         yield
 
 

@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import ray
 import ray.train
@@ -40,7 +41,7 @@ from cluster.contract import (
 )
 from cluster.node_check import NodeCheck, check_this_machine
 from cluster.ray_beside import RayBeside
-from cluster.ray_controller import Trainer
+from cluster.ray_controller import Trainer, require_wanted
 from cluster.ray_gate import NodeGate
 from cluster.ray_leaving import LeaveWatch
 from cluster.ray_mailbox import Mailbox, open_mailbox
@@ -54,7 +55,7 @@ from cluster.ray_worker import RendezvousConfig, work
 _TICK_S = 0.1
 """How often the driver looks for room and a stop request."""
 _CLOSE_S = 20.0
-"""What Ray Train's thread gets to end after its controller was."""
+"""What Ray Train's thread gets to end once it is given up."""
 
 _log = logging.getLogger(__name__)
 
@@ -174,9 +175,16 @@ def _trainer(
     # Workers of which each may be anywhere are left to Ray.
     pinned = any(spec.group_size > 1 for spec in sizes)
     callbacks: list[NodePinning | SpareKeeper] = []
+    abandoned = threading.Event()
     if pinned:
-        timeout_s = config.start_timeout_s
-        callbacks.append(NodePinning(*sizes, timeout_s=timeout_s, report=mailbox.report_line))
+        callbacks.append(
+            NodePinning(
+                *sizes,
+                timeout_s=config.start_timeout_s,
+                report=mailbox.report_line,
+                meanwhile=partial(require_wanted, abandoned),
+            )
+        )
     environment = None
     if warm_up is not None and has_spares(config, private=connected.private):
         gpu, threads = sizes[0].gpus > 0, config.cpus_per_worker
@@ -206,6 +214,7 @@ def _trainer(
         patience_s=config.shrink_after_s,
         may_grow=not connected.private,
         mailbox=mailbox,
+        abandoned=abandoned,
     )
 
 
@@ -253,13 +262,15 @@ def _wait_for_room(
 def _environment(config: ClusterConfig, connected: Session) -> Iterator[None]:
     """Ray Train's settings, which it takes from the driver's environment; the user's own stay."""
     settings = {
-        # Each look is a call to every worker.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{max(0.5, config.workers / 500):g}",
+        # Each look is a call to every worker, on whose cores it is answered.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{max(1.0, config.workers / 500):g}",
         # A worker process that stands still this long counts as dead (Ray's default is 600).
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}",
         # It would write each line that is printed twice: once as printed, and once as logged.
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        # It would take the driver's own log over, and print its lines there.
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
         # Workers stay in the directory of the code.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         # The driver watches for nodes that are taken away, and has all workers leave.
@@ -303,6 +314,5 @@ class TrainThread(threading.Thread):
         another one is opened then.
         """
         if self.is_alive():
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._trainer.abandon()
+            self._trainer.abandon()
             self.join(_CLOSE_S)

@@ -18,7 +18,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.collective
 from ray.train.backend import Backend, BackendConfig
 
 from cluster.contract import Beside, Message, Payload, Worker, WorkerContext
@@ -31,13 +30,16 @@ from cluster.scratch import make_scratch
 
 _TELL_END_S = 5.0
 """How long a worker that ends itself waits for its driver to know."""
-_TELL_S = 0.2
-"""How often the driver is told at most how far the run is."""
+_TELL_S = 1.0
+"""How often the driver is told at most how far the run is: each time costs three processes a
+millisecond of cores that other workers keep busy."""
 
 _listeners: list[socket.socket] = []
 """Of rank 0's process: the socket between being opened and being joined."""
 _folders: list[Path] = []
 """Of rank 0's process: the folder in which workers of one node meet."""
+_attempts: list[int] = []
+"""Which attempt this process is a worker of."""
 _boards: list[Board] = []
 """Where this process writes, or reads, what the first worker of the node hears."""
 
@@ -79,6 +81,11 @@ class _Rendezvous(Backend):  # type: ignore[misc]
             place=place, timeout_s=backend_config.timeout_s, secret=new_secret()
         )
         worker_group.execute(_enter, rendezvous, backend_config, boards)
+
+
+def note_attempt(attempt: int) -> None:
+    """Has this process be a worker of an attempt."""
+    _attempts[:] = [attempt]
 
 
 def _open_board() -> tuple[str, str] | None:
@@ -187,7 +194,7 @@ def work(worker: Worker, payload: Payload, mailbox: Mailbox, *, gpu: bool, besid
     gc.enable()
     place = ray.train.get_context()
     rank = place.get_world_rank()
-    attempt = ray.train.collective.broadcast_from_rank_zero(mailbox.attempt() if rank == 0 else -1)
+    (attempt,) = _attempts
     ear = Ear(mailbox, attempt, _boards[0] if _boards else None)
     ear.start()
     voice = Voice(mailbox, attempt, rank)

@@ -4,7 +4,10 @@ A private part may change its meaning with any release, and then training could 
 So whoever touches one asks first, and pyproject.toml asks pip for the same versions.
 """
 
+import contextlib
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
@@ -35,3 +38,20 @@ def require_tested(package: str, tested: str) -> None:
             f"{package} {found} is installed. Private parts of it are used here, which were tested "
             f"with {package} {tested} alone: pip install '{package}{tested}'"
         )
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Puts something else in the place of a private part, where a package cannot be told otherwise.
+
+    Args:
+        owner: What has the part: a module, a class, an object.
+        name: The part's name there.
+        value: What takes its place for the length of a `with` block.
+    """
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -99,10 +99,8 @@ def test_who_fetches_waits_for_the_first_event_until_it_is_told_to_wait_no_longe
 def test_attempts_are_numbered_as_they_begin() -> None:
     async def run() -> list[object]:
         box, seat = Box(), Seat(node="n", address="127.0.0.1", host="h", pid=1)
-        await box.begin((seat,))
-        first = await box.attempt()
-        await box.begin((seat, seat))
-        return [first, await box.attempt(), *await box.fetch(0)]
+        numbers = [await box.begin((seat,)), await box.begin((seat, seat))]
+        return [*numbers, *await box.fetch(0)]
 
     seat = Seat(node="n", address="127.0.0.1", host="h", pid=1)
     assert asyncio.run(run()) == [0, 1, Started(0, (seat,)), Started(1, (seat, seat))]

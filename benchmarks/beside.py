@@ -1,4 +1,9 @@
-"""Training steps while another process measures a checkpoint, against the same steps alone."""
+"""Training steps while another process measures a checkpoint, against the same steps alone.
+
+Cores of one processor share its clock and its power, so one that works slows another whatever it
+works on. Therefore a third candidate has the other core multiply matrices that never leave its own
+first cache: what a measurement costs beyond that is its own.
+"""
 
 import argparse
 import multiprocessing
@@ -25,8 +30,10 @@ from trainer.evaluation.samples import ImageSampler
 
 _CLASSES = 10
 _DESCRIPTION = """\
-The same updates alone, and while a process with a core or a GPU of its own draws and measures
-samples, as with eval.during.where=beside. `slower` is by how much of a step.
+The same updates alone, beside a process that multiplies matrices in the first cache of its own
+core, and beside one with a core or a GPU of its own that draws and measures samples, as with
+eval.during.where=beside. `slower` is by how much of a step alone, `slower_than_busy` by how much of
+one beside the multiplications: what the two share but a processor's clock.
 
   python -m benchmarks.beside --threads 1
   python -m benchmarks.beside --device cuda --neighbour cuda:1"""
@@ -34,9 +41,9 @@ samples, as with eval.during.where=beside. `slower` is by how much of a step.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    parser = command.parser("beside", description=_DESCRIPTION, rounds=7)
+    parser = command.parser("beside", description=_DESCRIPTION, rounds=15)
     command.add_size(parser, size="B/2", depth=2, batch=8)
-    parser.add_argument("--updates", type=command.positive, default=20, help="default 20")
+    parser.add_argument("--updates", type=command.positive, default=5, help="of a turn; default 5")
     parser.add_argument("--neighbour", help="device of the process beside; default cpu, or cuda:1")
     options = parser.parse_args(arguments)
     setting = command.setting("beside", options)
@@ -54,37 +61,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _ in range(options.updates):
             work()
 
-    with _neighbour(options, neighbour) as process:
+    with (
+        _neighbour(_multiply_for_ever) as busy,
+        _neighbour(_measure_for_ever, options, neighbour) as measuring,
+    ):
 
-        def alone() -> None:
-            os.kill(process, signal.SIGSTOP)
-            updates()
+        def beside(*working: int) -> Callable[[], object]:
+            def turn() -> None:
+                for process in (busy, measuring):
+                    os.kill(process, signal.SIGCONT if process in working else signal.SIGSTOP)
+                updates()
 
-        def beside() -> None:
-            os.kill(process, signal.SIGCONT)
-            updates()
+            return turn
 
-        candidates: dict[str, Callable[[], object]] = {"alone": alone, "beside": beside}
         timings = interleave(
-            candidates, rounds=options.rounds, stopwatch=stopwatch_of(setting.device)
+            {"alone": beside(), "beside busy": beside(busy), "beside measuring": beside(measuring)},
+            rounds=options.rounds,
+            stopwatch=stopwatch_of(setting.device),
         )
+    alone, among_busy, _ = timings
     for timing in timings:
         setting.report.add(
             steps=timing.name,
             update_s=timing.minimum / options.updates,
             spread=timing.spread,
-            slower=timing.ratio - 1,
+            slower=timing.minimum / alone.minimum - 1,
+            slower_than_busy=timing.minimum / among_busy.minimum - 1,
         )
     setting.deliver()
     return 0
 
 
 @contextmanager
-def _neighbour(options: argparse.Namespace, device: str) -> Iterator[int]:
-    """Run the process beside for the length of a `with` block, once it has measured something."""
+def _neighbour(work: Callable[..., None], *arguments: object) -> Iterator[int]:
+    """Run a process beside for the length of a `with` block, once it is at work."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_measure_for_ever, args=(options, device, theirs), daemon=True)
+    process = context.Process(target=work, args=(*arguments, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -94,6 +107,16 @@ def _neighbour(options: argparse.Namespace, device: str) -> Iterator[int]:
     finally:
         process.kill()
         process.join()
+
+
+def _multiply_for_ever(begun: Connection) -> None:
+    torch.set_num_threads(1)
+    # Three of them take 27 of the 32 KiB and more that first caches have.
+    left, right, product = (torch.rand(48, 48) for _ in range(3))
+    torch.mm(left, right, out=product)
+    begun.send("busy")
+    while True:
+        torch.mm(left, right, out=product)
 
 
 def _measure_for_ever(options: argparse.Namespace, name: str, begun: Connection) -> None:

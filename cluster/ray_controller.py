@@ -1,8 +1,8 @@
 """Ray Train's controller with policies of our own: it looks for room, and asks the driver.
 
-Ray's own policies count every failure of a long run, charge starts that timed out, and let a start
-wait for nodes that are gone. Ours decide nothing: whether to go on after a failure is the driver's
-to say (`cluster.recovery`), and workers are started when nodes that answer have room for them.
+Ray's own policy counts every failure of a long run, and charges starts that timed out. Ours decides
+nothing: whether to go on after a failure is the driver's to say (`cluster.recovery`). Workers are
+started when nodes that answer have room for them (`cluster.ray_room`).
 
 The controller runs in a thread of the driver.
 """
@@ -12,7 +12,6 @@ import contextlib
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,30 +29,21 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import (
-    FixedScalingPolicy,
-    NoopDecision,
-    ResizeDecision,
-    ScalingDecision,
-)
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
 from ray.train.v2._internal.logging.logging import SessionFileHandler
 from ray.train.v2.api.callback import RayTrainCallback
-from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from cluster.assignment import Node, WorkerGroupSpec, format_resources, sizes_that_fit
+from cluster.assignment import WorkerGroupSpec
 from cluster.failure import Failure, describe_exit
 from cluster.ray_mailbox import Broken, Mailbox, Seat
-from cluster.ray_nodes import avoiding, free_nodes, live_nodes
 from cluster.ray_output import output_paths
+from cluster.ray_room import RoomPolicy, one_line
 from cluster.ray_worker import NotJoined, note_attempt
-from cluster.recovery import choose_workers, must_readmit
 from cluster.tested import replaced
 
-_LOOK_S = 0.5
-"""How often the controller looks for room."""
 _SIGTERM = "receives a SIGTERM"
 """What Ray says of a worker that one has ended."""
 _FAILED_STARTS = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
@@ -277,133 +267,6 @@ def _logging_to_file() -> Iterator[None]:
         handler.close()
 
 
-class RoomPolicy(FixedScalingPolicy):  # type: ignore[misc]
-    """Starts the workers once nodes that answer have room for them.
-
-    Args:
-        scaling_config: Ray Train's.
-        sizes: The workers; of each number of them that will do.
-        mailbox: Takes what is lacking.
-        patience_s: How long a start waits for more of them.
-        may_grow: Whether nodes can be asked for, by an actor that is started for it.
-    """
-
-    def __init__(
-        self,
-        scaling_config: ScalingConfig,
-        sizes: Sequence[WorkerGroupSpec],
-        mailbox: Mailbox,
-        *,
-        patience_s: float,
-        may_grow: bool,
-    ) -> None:
-        super().__init__(scaling_config)
-        self._may_grow = may_grow
-        self._sizes = {spec.workers: spec for spec in sizes}
-        self._mailbox = mailbox
-        self._patience_s = patience_s
-        self._wanted = self._most = max(self._sizes)
-        self._avoided: frozenset[str] = frozenset()
-        self._barred: frozenset[str] = frozenset()
-        self._left_out: frozenset[str] = frozenset()
-        self._since_s: float | None = None
-
-    def on_controller_start_worker_group(
-        self, *, scaling_config: ScalingConfig, num_workers: int
-    ) -> dict[str, str] | None:
-        """Has no worker start on nodes that are avoided, are not admitted, or do not answer.
-
-        Ray itself takes a node that is gone for alive, and for the place of workers, for up to a
-        minute.
-        """
-        return avoiding(self._left_out) or None
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """Asks for nodes, where that can help."""
-        if self._may_grow:
-            super().after_controller_start(train_run_context)
-
-    def _maybe_send_resource_request(self) -> None:
-        if self._may_grow:
-            super()._maybe_send_resource_request()
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Decides to start the workers, or, after a while, to look again."""
-        self._maybe_send_resource_request()
-        now = time.monotonic()
-        if self._since_s is None:
-            self._since_s = now
-            self._wanted = self._mailbox.wanted() or self._wanted
-            self._most = self._mailbox.most() or max(self._sizes)
-            self._avoided = self._mailbox.avoided()
-        try:
-            nodes = self._free_nodes(now - self._since_s)
-            alive = {node.id for node in live_nodes()}
-        except (ray.exceptions.RayError, RuntimeError) as error:
-            # An error of this policy would end the run.
-            self._mailbox.tell_lacking(f"Ray does not tell what is free: {_line(error)}")
-            time.sleep(_LOOK_S)
-            return NoopDecision()
-        workers = choose_workers(
-            tuple(size for size in self._sizes if size <= self._most),
-            sizes_that_fit(self._sizes.values(), nodes),
-            wanted=self._wanted,
-            waited_s=now - self._since_s,
-            patience_s=self._patience_s,
-        )
-        if workers is None:
-            text = describe_room(self._sizes[self._wanted], nodes)
-            if self._barred:
-                text += f"; {len(self._barred)} more unfit or not yet looked at"
-            self._mailbox.tell_lacking(text)
-            time.sleep(_LOOK_S)
-            return NoopDecision()
-        self._since_s = None
-        self._left_out = frozenset(alive.difference(node.id for node in nodes))
-        return ResizeDecision(
-            num_workers=workers,
-            resources_per_worker=self.scaling_config._resources_per_worker_not_none,
-        )
-
-    def _free_nodes(self, waited_s: float) -> tuple[Node, ...]:
-        """What is free on nodes that are to be used."""
-        admitted = self._mailbox.admitted()
-        free = free_nodes()
-        if admitted is None and not self._avoided:
-            return free
-        live = live_nodes()
-        if admitted is not None:
-            self._barred = frozenset(node.id for node in live if node.id not in admitted)
-            free, live = (
-                tuple(node for node in nodes if node.id in admitted) for nodes in (free, live)
-            )
-        if not self._avoided:
-            return free
-        sizes = [spec for size, spec in self._sizes.items() if size <= self._most]
-        others = [node for node in free if node.id not in self._avoided]
-        idle = [node for node in live if node.id not in self._avoided]
-        if not must_readmit(
-            sizes_that_fit(sizes, others),
-            sizes_that_fit(sizes, idle),
-            waited_s=waited_s,
-            patience_s=self._patience_s,
-        ):
-            return tuple(others)
-        self._avoided = frozenset()
-        self._mailbox.readmit()
-        return free
-
-
-def describe_room(spec: WorkerGroupSpec, nodes: tuple[Node, ...]) -> str:
-    """What there is for the workers, node by node as far as a line goes."""
-    room = spec.groups_that_fit(*nodes) * spec.group_size
-    answer = "1 node answers" if len(nodes) == 1 else f"{len(nodes)} nodes answer"
-    listing = [f"{node.address} has {format_resources(node.cpus, node.gpus)}" for node in nodes]
-    more = f", and {len(listing) - 4} more" if len(listing) > 4 else ""
-    free = f" ({', '.join(listing[:4])}{more} free)" if listing else ""
-    return f"waiting for room for {spec.workers} workers: {answer}{free}, room for {room}"
-
-
 class AskingPolicy(FailurePolicy):  # type: ignore[misc]
     """Has the driver decide what follows a failure.
 
@@ -434,10 +297,10 @@ def describe_failure(error: TrainingFailedError) -> Broken:
     """What Ray Train tells of a failure, in terms that travel."""
     if isinstance(error, WorkerGroupError):
         failures = tuple(_failure(rank, one) for rank, one in error.worker_failures.items())
-        return Broken("workers", failures, _line(error))
+        return Broken("workers", failures, one_line(error))
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     if isinstance(cause, _FAILED_STARTS):
-        return Broken("start", (), _line(cause))
+        return Broken("start", (), one_line(cause))
     # Workers that were lost, or that failed to meet, while Ray Train prepared them.
     origin = getattr(cause, "cause", None)
     if isinstance(origin, NotJoined):
@@ -446,7 +309,7 @@ def describe_failure(error: TrainingFailedError) -> Broken:
     of_workers = isinstance(cause, RayActorError) or (
         isinstance(cause, RayTaskError) and not isinstance(origin, ImportError)
     )
-    text = f"{type(origin).__name__}: {_line(origin)}" if origin is not None else _line(cause)
+    text = f"{type(origin).__name__}: {one_line(origin)}" if origin is not None else one_line(cause)
     return Broken("workers" if of_workers else "else", (), text)
 
 
@@ -462,14 +325,10 @@ def _failure(rank: int, error: BaseException) -> Failure:
             "was lost with its process or its node (it ended by itself, which its last words tell, "
             "or was killed, by hand or because memory ran out)"
         )
-        return Failure(rank=rank, attempt=-1, kind="died", text=f"{text}: {_line(cause)}")
+        return Failure(rank=rank, attempt=-1, kind="died", text=f"{text}: {one_line(cause)}")
     return Failure(
-        rank=rank, attempt=-1, kind="raised", text=f"{type(cause).__name__}: {_line(cause)}"
+        rank=rank, attempt=-1, kind="raised", text=f"{type(cause).__name__}: {one_line(cause)}"
     )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 class AttemptOpener(WorkerGroupCallback):  # type: ignore[misc]

@@ -11,11 +11,10 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2.api.exceptions import ControllerError
 
-from cluster import ray_controller, ray_loss
+from cluster import ray_controller, ray_loss, ray_room
 from cluster.assignment import Node, WorkerGroupSpec
 from cluster.contract import Caller, ClusterConfig, Line, LostWorkers
 from cluster.failure import Failure, WorkerRefused
-from cluster.ray_controller import RoomPolicy
 from cluster.ray_leaving import Leave, LeaveWatch
 from cluster.ray_mailbox import (
     Advanced,
@@ -30,6 +29,7 @@ from cluster.ray_mailbox import (
 )
 from cluster.ray_monitor import RunMonitor
 from cluster.ray_output import OutputLog
+from cluster.ray_room import RoomPolicy
 from cluster.ray_worker import NotJoined
 
 
@@ -199,7 +199,7 @@ def test_workers_that_are_gone_are_not_asked_to_leave() -> None:
 def test_no_more_workers_start_than_the_driver_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = (Node(id="a", address="a", cpus=4, gpus=0),)
     for look in ("free_nodes", "live_nodes"):
-        monkeypatch.setattr(ray_controller, look, lambda: nodes)
+        monkeypatch.setattr(ray_room, look, lambda: nodes)
     sizes = [WorkerGroupSpec(workers=n, group_size=1, cpus=1, gpus=0) for n in (2, 3, 4)]
     started = []
     for most in (None, 3, 2):
@@ -287,12 +287,12 @@ def test_workers_start_beside_a_node_that_is_avoided_while_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = {name: Node(id=name, address=name, cpus=1, gpus=0) for name in "abc"}
-    monkeypatch.setattr(ray_controller, "_LOOK_S", 0.0)
-    monkeypatch.setattr(ray_controller, "live_nodes", lambda: tuple(free.values()))
+    monkeypatch.setattr(ray_room, "_LOOK_S", 0.0)
+    monkeypatch.setattr(ray_room, "live_nodes", lambda: tuple(free.values()))
     busy = {name: free[name] for name in "ab"}
     looks = [tuple(busy.values()), tuple(free.values())]
     monkeypatch.setattr(
-        ray_controller, "free_nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0]
+        ray_room, "free_nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0]
     )
     readmitted: list[str] = []
     line = SimpleNamespace(

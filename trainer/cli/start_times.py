@@ -84,8 +84,10 @@ class StartTimes(logging.Handler):
         """Hear what a worker is at; the last first update makes the table."""
         if self._is_told or line.level != "INFO" or line.attempt > 0:
             return
-        said = _Said(self._now() - self._began, line.text)
-        self._workers.setdefault(line.rank, []).append(said)
+        lines = self._workers.setdefault(line.rank, [])
+        if lines and lines[-1].text == FIRST_UPDATE:
+            return  # it goes on, while another may still be on its way there
+        lines.append(_Said(self._now() - self._began, line.text))
         if all(lines[-1].text == FIRST_UPDATE for lines in self._workers.values()):
             self._tell()
 

@@ -75,6 +75,21 @@ def test_a_row_lasts_until_the_next_thing_and_is_the_slowest_worker(start, clock
     assert rows[0][1:] == ["0.0 s", "1.5 s"]
 
 
+def test_what_a_worker_goes_on_with_does_not_hide_that_it_has_started(start, clock, shown):
+    for rank in (0, 1):
+        say(start, clock, 2.0, rank, "met")
+    say(start, clock, 3.0, 0, FIRST_UPDATE)
+    say(start, clock, 3.1, 0, "compiled 8 passes of blocks in 20.0 s")
+    say(start, clock, 3.2, 0, "drawing 10 images")
+    assert shown == []
+    say(start, clock, 4.0, 1, FIRST_UPDATE)
+    _, *rows = cells(shown)
+    assert rows[1:] == [
+        ["met", "2.0 s", "2.0 s", "worker 1"],
+        ["all until the first update", "4.0 s"],
+    ]
+
+
 def test_it_is_told_once_and_of_the_first_start_alone(start, clock, shown):
     say(start, clock, 1.0, 0, "met", attempt=1)
     say(start, clock, 1.5, 0, "a line that somebody has printed", level=None)

@@ -24,7 +24,7 @@ Seconds of one Fréchet distance between statistics of 2,048 features, as `train
 it (`ours`) and as torch-fidelity does, for covariances of full rank and of few images; and, with
 --images, the peak memory of a process that takes so many images' values of Inception's size.
 
-  python -m benchmarks.frechet
+  python -m benchmarks.frechet --processor-time
   python -m benchmarks.frechet --images 5000,50000"""
 
 
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=command.whole_numbers, default=(), help="measure memory instead"
     )
+    command.add_processor_time(parser)
     options = parser.parse_args(arguments)
     options.device = "cpu"
     setting = command.setting("frechet", options)
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "torch-fidelity": partial(_fidelity, one, two),
             "ours": partial(frechet_distance, one, two),
         }
-        timings = interleave(works, rounds=options.rounds, stopwatch=stopwatch_of(setting.device))
+        stopwatch = stopwatch_of(setting.device, processor=options.processor_time)
+        timings = interleave(works, rounds=options.rounds, stopwatch=stopwatch)
         distances = {"torch-fidelity": _fidelity(one, two), "ours": frechet_distance(one, two)}
         for timing in timings:
             setting.report.add(

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ from trainer.storage.local import LocalStore
 
 _DESCRIPTION = """\
 The same updates alone, and with a tracker that takes a point of the curves every so many of them:
-the point is written down, and sent while training goes on. `slower` is by how much of a step.
+the point is written down, and sent while training goes on. `slower` is by how much of a step, as
+the clock shows it. `sending_ms` is the processor time that the tracker's thread takes for a point,
+those after a round too, and `of_a_core` its share of one core from one point to the next: what it
+costs where ranks use all cores.
 
   python -m benchmarks.tracking
   python -m benchmarks.tracking --uri http://HOST:5000 --metrics 200"""
@@ -94,18 +98,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 time.sleep(0.1)
             return taken_s
 
+        before_s = _sending_s()
         timings = interleave(steps, rounds=options.rounds, stopwatch=stopwatch)
+        sending_s = (_sending_s() - before_s) / max(1, len(steps["tracked"].told_s))
         tracker.close("FINISHED")
     for timing in timings:
+        update_s = timing.minimum / options.updates
+        sending = {
+            "sending_ms": 1000 * sending_s,
+            "of_a_core": sending_s / (update_s * options.every),
+        }
         setting.report.add(
             steps=timing.name,
-            update_s=timing.minimum / options.updates,
+            update_s=update_s,
             spread=timing.spread,
-            told_ms=1000 * min(steps[timing.name].told_s),
+            told_ms=1000 * min(steps[timing.name].told_s, default=0.0),
             slower=timing.ratio - 1,
+            **(sending if timing.name == "tracked" else {}),
         )
     setting.deliver()
     return 0
+
+
+def _sending_s() -> float:
+    """Return the processor time that the tracker's thread has taken so far."""
+    (thread,) = (each for each in threading.enumerate() if each.name == "mlflow")
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
 
 
 def _open(config: TrackingConfig, home: Path) -> MlflowTracker:

@@ -27,6 +27,7 @@ from trainer.cli.track import main as track
 from trainer.metrics.entry import Entry
 from trainer.metrics.journal import Journal
 from trainer.metrics.mlflow_backend import cause, check_tracker
+from trainer.metrics.mlflow_run import MlflowRun
 from trainer.metrics.tracker import TrackingConfig
 
 pytestmark = pytest.mark.slow
@@ -157,6 +158,39 @@ def test_what_nobody_may_send_yet_is_not_told_to_be_whole(tmp_path, empty_tracke
     assert not place.names()
     client = local_client(tmp_path)
     assert history(client, only_run(client).info.run_id, "late") == [(10, 1.0)]
+
+
+def test_entries_before_one_that_is_refused_are_each_sent_once(
+    tmp_path, empty_tracker, monkeypatch
+):
+    shutil.copy(empty_tracker, tmp_path / "mlflow.db")
+    left = Journal(
+        tracked_run(tmp_path).journal,
+        writer="000000000001-00000",
+        address=Entry(kind="address", time_ms=1),
+    )
+    for images in range(1, 31):
+        name = "x" * 2000 if images == 20 else "loss"
+        values = {name: (1.0).hex()}
+        left.append(Entry(kind="points", time_ms=images, images=images, values=values))
+    left.rotate()
+    failed = []
+    send = MlflowRun.send
+
+    def counted(self, entries, *, position):
+        try:
+            send(self, entries, position=position)
+        except Exception:
+            failed.append(len(entries))
+            raise
+
+    monkeypatch.setattr(MlflowRun, "send", counted)
+    tracker = open_tracker(TrackingConfig(flush_timeout_s=60), tmp_path, launch=2)
+    tracker.close("FINISHED")
+    client = local_client(tmp_path)
+    told = history(client, only_run(client).info.run_id, "loss")
+    assert told == [(images, 1.0) for images in range(1, 31) if images != 20]
+    assert failed == [30, 30, 30, 1, 1, 1]
 
 
 def finished_elsewhere(home, empty_tracker):

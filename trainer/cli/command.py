@@ -139,7 +139,9 @@ def parse_settings(parser: CommandParser, words: Sequence[str]) -> argparse.Name
     """Parse a command line whose `overrides` may stand before, between and behind its flags."""
     options, rest = parser.parse_known_args(words)
     if flags := [word for word in rest if word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+        name = flags[0].lstrip("-").partition("=")[0].replace("-", "_")
+        told = f"; a setting is written without dashes, {name}=VALUE" if name else ""
+        parser.error(f"unrecognized arguments: {' '.join(flags)}{told}")
     # It was a setting of `checkpoints list`, and is understood everywhere.
     given = [*options.overrides, *rest]
     options.json |= any(word.lower() == "json=true" for word in given)

@@ -24,7 +24,7 @@ from trainer.evaluation.reports import EvaluationReport, RunTime, evaluation_key
 from trainer.page.page import make_page
 from trainer.page.story import read_story
 from trainer.storage.errors import LeaseLost, StoreError
-from trainer.storage.kept import read_or_set_aside
+from trainer.storage.kept import read_or_pass_over, read_or_set_aside
 from trainer.storage.open import open_store
 from trainer.training.goodput import Timesheet, time_line, time_metrics
 from trainer.training.tracking import add_to_run, tracking_ui_hint
@@ -32,7 +32,7 @@ from trainer.training.tracking import add_to_run, tracking_ui_hint
 logger = logging.getLogger(__name__)
 
 
-def final_report(job: JobConfig) -> EvaluationReport | None:
+def final_report(job: JobConfig, *, only_read: bool = False) -> EvaluationReport | None:
     """Read what was measured at the end of a run; None if that is still to do.
 
     A report that cannot be believed is put aside with a warning. One of other `eval` settings, of
@@ -40,6 +40,7 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
 
     Args:
         job: The configuration.
+        only_read: Leave a report that cannot be believed where it is.
 
     Raises:
         StoreError: The store fails.
@@ -50,7 +51,8 @@ def final_report(job: JobConfig) -> EvaluationReport | None:
     if newest is None:
         return None
     key = evaluation_key(job.run, newest.images, "report.json")
-    report = read_or_set_aside(store, key, EvaluationReport)
+    read = read_or_pass_over if only_read else read_or_set_aside
+    report = read(store, key, EvaluationReport)
     if report is None or _of_the_end(report.settings) != _of_the_end(to_dict(job.eval)):
         return None
     told = report.origin

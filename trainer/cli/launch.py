@@ -37,7 +37,7 @@ Train LapFlow: compose an experiment, check it, run it on Ray workers, evaluate 
   python -m trainer.launch +exp=digits                 train on real images in minutes, on a laptop
   python -m trainer.launch +exp=digits train.seed=1 run=digits-1
   python -m trainer.launch --multirun +exp=digits train.seed=0,1,2     one run after the other
-  python -m trainer.launch +exp=imagenet_xl dry_run=true    what XL costs, before anything starts
+  python -m trainer.launch +exp=imagenet_xl_latents dry_run=true    what XL costs, before it starts
   ray job submit --working-dir . -- python -m trainer.launch +exp=digits
 
 Run the same command again and the run goes on from its newest valid checkpoint."""

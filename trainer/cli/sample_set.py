@@ -27,7 +27,7 @@ from trainer.config.shapes import picture_shape
 from trainer.evaluation.config import ModelSource, Precision
 from trainer.evaluation.drawing import draw_samples
 from trainer.evaluation.loading import ChosenModel, choose_model
-from trainer.evaluation.precision import auto_precision
+from trainer.evaluation.precision import auto_precision, drawing_precision
 from trainer.evaluation.sample_set import SamplePlan, SampleSet, WholeSet, part_size
 from trainer.storage.open import open_store
 
@@ -97,9 +97,12 @@ def _plan(config: SampleConfig, chosen: ChosenModel, count: int) -> SamplePlan:
 
 def _precision_of_set(config: SampleConfig) -> Precision:
     """Decide it before there are workers, for it decides the samples."""
-    if config.precision != "auto":
-        return config.precision
     gpus = config.cluster.gpus_per_worker
+    if config.precision != "auto":
+        # Of what an unknown cluster has its workers tell; what is refused here leaves no plan.
+        here = config.cluster.backend == "local" and not torch.cuda.is_available()
+        has_none = gpus == 0 or (gpus == "auto" and here)
+        return drawing_precision(config.precision, torch.device("cpu" if has_none else "cuda"))
     found = auto_precision(is_on_gpu=torch.cuda.is_available() if gpus == "auto" else gpus > 0)
     logger.info("drawing in %s; precision=… draws in another", found)
     return found

@@ -190,7 +190,7 @@ def is_complete(job: JobConfig) -> bool:
         chosen = science(job, data_digest=trained_on, codec_digest=codec_digest)
         return (
             not changed_science(newest.science, chosen)
-            and final_report(job) is not None
+            and final_report(job, only_read=True) is not None
             and not is_waiting(job, newest, store=store)
         )
     except (CheckpointError, DataError, ConfigError):

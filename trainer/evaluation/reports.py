@@ -205,7 +205,7 @@ class EvaluationReport(_Report):
         frechet: Samples against held-out real images; lower is better. None where there are too
             few of these.
         frechet_untrained: The same for the untrained model: where training started.
-        diversity, nearest, more, real: See `Distance`.
+        diversity, nearest, more, real, held_out_accuracy: See `Distance`.
         network_evaluations: Network evaluations per image as counted; a guided pair counts as two.
         segment_evaluations: The same in each segment, from noise to data.
         settings: The evaluation's configuration.
@@ -229,6 +229,7 @@ class EvaluationReport(_Report):
     nearest: Nearness | None = None
     more: Measures | None = None
     real: RealFigures | None = None
+    held_out_accuracy: float | None = None
     labels: LabelAgreement | None = None
     real_images: int | None = None
     unusable_real_images: int = 0
@@ -265,6 +266,7 @@ class EvaluationReport(_Report):
             nearest=told.nearest,
             more=told.more,
             real=told.real,
+            held_out_accuracy=told.held_out_accuracy,
             network_evaluations=sum(nfe),
             segment_evaluations=nfe,
             # As JSON would hold them, so that a report read back compares equal.
@@ -288,6 +290,7 @@ class EvaluationReport(_Report):
                 nearest=self.nearest,
                 more=self.more,
                 real=self.real,
+                held_out_accuracy=self.held_out_accuracy,
             ),
         )
 

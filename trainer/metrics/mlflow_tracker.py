@@ -330,11 +330,12 @@ class MlflowTracker(Tracker):
 
     def _send_all(self) -> None:
         self._insist(self.journal.find_earlier)
-        most = _METRICS_PER_CALL
+        alone = 0  # so many go one by one, as there is one among them that is refused
         while True:
             if self._has_given_up.is_set():
                 return
             ending = self._ending.is_set()
+            most = 1 if alone else _METRICS_PER_CALL
             waiting: list[Entry] = self._insist(partial(self.journal.waiting, most))
             part = _sent_together(waiting)
             try:
@@ -342,16 +343,16 @@ class MlflowTracker(Tracker):
                     self._insist(partial(self._send, part))
                     self.journal.arrived(len(part))
                     self.arrived += sum(each.kind != "address" for each in part)
-                    most = _METRICS_PER_CALL
+                    alone = max(0, alone - len(part))
                 elif ending:
                     return
             except _Refused:
                 if len(part) == 1:
                     _log.warning("MLflow at %s refuses a call, which is dropped", self._uri)
                     self.journal.arrived(1)
-                most = 1
+                alone = len(part) if len(part) > 1 else 0
             # What comes in quick succession goes in one call.
-            if len(part) == len(waiting):
+            if len(part) == len(waiting) and not alone:
                 self._ending.wait(self._gather_s)
 
     def _send(self, part: Sequence[Entry]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from tests.support.configuration import configuration
+from tests.support.saved import save_random_model
 from trainer.cli.console import Console
 from trainer.cli.ending import (
     FAILED,
@@ -12,8 +13,12 @@ from trainer.cli.ending import (
     UNSAVED,
     end_failed,
     end_stopped,
+    final_report,
     how_to_go_on,
 )
+from trainer.config import paths
+from trainer.evaluation.reports import evaluation_key
+from trainer.storage.open import open_store
 from trainer.training.goodput import LaunchTime, total_time
 
 URI = "s3://bucket/lapflow/runs/digits/checkpoints/000000001280"
@@ -89,3 +94,14 @@ def test_programs_are_told_how_a_launch_ended(job, capsys):
     unsaved = end_stopped(job, console, signal_number=2)
     assert unsaved.exit_code == UNSAVED
     assert "could not be saved, the last after 1,600 images: disk full" in unsaved.error
+
+
+def test_whoever_only_looks_leaves_a_damaged_report_where_it_is(job):
+    store = open_store(paths.runs_uri(job), job.store)
+    save_random_model(store, run=job.run, images=100)
+    key = evaluation_key(job.run, 100, "report.json")
+    store.put(key, damaged := b"{}")
+    assert final_report(job, only_read=True) is None
+    assert store.get(key) == damaged
+    assert final_report(job) is None
+    assert key not in store.list(f"{job.run}/")

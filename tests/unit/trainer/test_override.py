@@ -19,6 +19,7 @@ from pipelines.documents import DocumentError
 from tests.support.commands import refusal
 from tests.support.configuration import configuration
 from trainer.cli.drawing_config import SampleConfig
+from trainer.cli.evaluate import main as evaluate
 from trainer.cli.launch import main
 from trainer.config.composition import _check_header, compose_job, parse_words
 from trainer.config.job import JobConfig
@@ -27,6 +28,13 @@ from trainer.config.reading import ConfigError, from_dict, to_dict
 from trainer.training.validate import validate
 
 DIGITS = "+exp=digits"
+
+
+def test_a_setting_that_is_written_with_dashes_is_told_how(capsys):
+    for words in (["--seeds", "3"], ["--seeds=3"]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate(["checkpoint=x", *words])
+        assert "a setting is written without dashes, seeds=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["run", "123", "1", "1e3", "0x10", "true", "on", "1_000", "007"])

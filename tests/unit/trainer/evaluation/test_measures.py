@@ -306,6 +306,7 @@ def test_a_report_puts_each_figure_beside_its_references():
             nearest=Nearness(mean=0.5, close_share=0.25),
             more=Measures(kernel_distance=-0.125, recall=0.0, compared=20, compared_real=200),
             real=real_figures(0.1),
+            held_out_accuracy=0.75,
         ),
         frechet_untrained=2.0,
         nfe=(1.0, 2.5),
@@ -330,6 +331,7 @@ def test_a_report_puts_each_figure_beside_its_references():
         "reference/classifier_held_out_accuracy": 1.0,
     }
     assert EvaluationReport.from_json(report.to_json()) == report
+    assert [each.held_out_accuracy for each in report.distances] == [0.75]
     # Told as points, they say by which protocol, as only those of one stand in a curve.
     protocol = report.measurement.protocol("random_conv")
     points = report.points()

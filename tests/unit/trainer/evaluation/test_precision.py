@@ -126,6 +126,9 @@ def test_a_set_is_of_one_precision(
     assert "engine" not in science_of(place)
     words = [f"checkpoint={place}/runs/small", "n=4", "sampler.steps=2", f"output={tmp_path}/set"]
     words += ["cluster.gpus_per_worker=0", f"home={tmp_path}/home"]
+    # What is refused leaves no plan behind, which would refuse the corrected command.
+    assert sample.main([*words, "precision=tf32"]) == 2
+    assert "precision=tf32 is for NVIDIA's GPUs" in capsys.readouterr().err
     assert sample.main([*words, "precision=bf16"]) == 0
     assert "network evaluations each, in bf16" in capsys.readouterr().out
     for other in (["precision=fp32"], []):

@@ -71,6 +71,7 @@ class Incident:
         saved: Images of the newest checkpoint when it began.
         silence_s: The longest time without an update between `time` and `recovered`.
         lost: Images that were trained again.
+        at_risk: The most that may be, as `Mark.at_risk` has it.
         starts: How often training began anew.
         earliest: The earliest image that it began at; None if it never did.
         helped: Whether the command had to be given again though the fault did not end the driver.
@@ -84,6 +85,7 @@ class Incident:
     saved: int
     silence_s: float
     lost: int
+    at_risk: int
     starts: int
     earliest: int | None
     helped: bool
@@ -94,8 +96,11 @@ class Incident:
         found = []
         if self.earliest is not None and self.earliest < self.saved:
             found.append(f"went back to {self.earliest:,} images though {self.saved:,} were saved")
-        if self.starts and self.lost > 2 * INTERVAL * self.starts:
-            found.append(f"lost {self.lost:,} images in {self.starts} starts")
+        if self.lost > self.at_risk:
+            found.append(
+                f"lost {self.lost:,} images in {self.starts} starts, where {self.at_risk:,} were "
+                "not saved, or on their way"
+            )
         if self.announced and self.lost:
             found.append(f"lost {self.lost:,} images though there was time to save")
         if self.helped:
@@ -213,7 +218,7 @@ def _incident(stand: Stand, planned: Plan) -> Incident:
         helped = True
         stand.launch()
     marks = stand.watch.marks[first:]
-    resumed = [place for place, mark in enumerate(marks) if mark.resumed]
+    resumed = [mark for mark in marks[1:] if mark.resumed]
     told = [mark.time for mark in marks if not mark.resumed]
     return Incident(
         name=planned.name,
@@ -222,9 +227,10 @@ def _incident(stand: Stand, planned: Plan) -> Incident:
         recovered=marks[-1].time,
         saved=saved,
         silence_s=max((after - before for before, after in pairwise(told)), default=0.0),
-        lost=sum(max(0, marks[place - 1].images - marks[place].images) for place in resumed),
+        lost=sum(mark.lost for mark in resumed),
+        at_risk=sum(mark.at_risk(INTERVAL) for mark in resumed),
         starts=len(resumed),
-        earliest=min((marks[place].images for place in resumed), default=None),
+        earliest=min((mark.images for mark in resumed), default=None),
         helped=helped,
         announced=fault.announced,
     )

@@ -164,6 +164,18 @@ def kill_dashboard(stand: Stand, chance: random.Random) -> str:
 
 
 def lose_head(stand: Stand, chance: random.Random) -> str:
+    _replace_head(stand)
+    return "the head was without power, and came back"
+
+
+def take_head(stand: Stand, chance: random.Random) -> str:
+    stand.cluster.drain(stand.cluster.head, deadline_s=120)
+    assert stand.wait_for_end() == 128 + signal.SIGTERM
+    _replace_head(stand)
+    return "the head was taken after a notice, once the driver had ended, and came back"
+
+
+def _replace_head(stand: Stand) -> None:
     head = stand.cluster.head
     head.power_off()
     for host in stand.cluster.others:
@@ -171,7 +183,6 @@ def lose_head(stand: Stand, chance: random.Random) -> str:
     stand.power_on(head)
     for host in stand.cluster.hosts:
         stand.cluster.wait_until_up(host)
-    return "the head was without power, and came back"
 
 
 def _overwrite(process: psutil.Process, old: bytes, new: bytes) -> int:
@@ -215,5 +226,6 @@ FAULTS: Mapping[str, Fault] = {
     "driver killed": Fault(kill_driver, ends_driver=True),
     "dashboard killed": Fault(kill_dashboard),
     "head lost": Fault(lose_head, ends_driver=True),
+    "head taken": Fault(take_head, ends_driver=True, announced=True),
 }
 """By name."""

@@ -48,7 +48,8 @@ def settings(folder: Path, *, images: int) -> list[str]:
         f"train.global_batch={BATCH}",
         f"train.total_images={images}",
         f"checkpoint.interval_images={INTERVAL}",
-        f"runtime.log_interval_images={4 * BATCH}",
+        # Each update is told, so that what is lost is counted and not estimated.
+        f"runtime.log_interval_images={BATCH}",
         "eval.grid_interval_images=0",
         "eval.classifier=false",
         # A URL, so that each node has a cache.
@@ -131,8 +132,12 @@ class Stand:
     def terminate_driver(self) -> None:
         """Ask the driver to end by SIGTERM, and wait until it has."""
         self.cluster.head.signal(_DRIVER, signal.SIGTERM)
+        self.wait_for_end()
+
+    def wait_for_end(self) -> int:
+        """Wait until the driver ends, and give its exit code."""
         assert self._driver is not None
-        self._driver.wait(PATIENCE_S)
+        return self._driver.wait(PATIENCE_S)
 
     @contextmanager
     def full_cache(self, host: Host) -> Iterator[None]:

@@ -11,20 +11,21 @@ from tests.chaos.campaign import SPACING, Incident, Story, digest, length, plan,
 from tests.chaos.faults import FAULTS
 from tests.chaos.picture import save_timeline
 from tests.chaos.stand import INTERVAL, run_undisturbed, stand
-from tests.chaos.watch import Mark
+from tests.chaos.watch import Mark, Watch
 from tests.support.hosts import why_not
 
-# A killed rank is in tests/integration/test_job.py, to the bit too.
-HELD = ("power cut", "network cut")
-SEED = 18
+# One without a word, one that is announced, one that is waited through. A killed rank is in
+# tests/integration/test_job.py, to the bit too.
+HELD = ("power cut", "node terminated", "network cut")
+SEED = 16
 
 
 def incident(**changes: object) -> Incident:
     """A fault that was survived as it should be."""
     usual = {
         **{"name": "power cut", "what": "left was off", "time": 10.0, "recovered": 40.0},
-        **{"saved": 1280, "silence_s": 25.0, "lost": 300, "starts": 1, "earliest": 1280},
-        "helped": False,
+        **{"saved": 1280, "silence_s": 25.0, "lost": 300, "at_risk": 300, "starts": 1},
+        **{"earliest": 1280, "helped": False},
     }
     return Incident(**{**usual, **changes})  # type: ignore[arg-type]
 
@@ -44,11 +45,46 @@ def test_what_is_lost_beyond_what_was_not_saved_is_a_problem() -> None:
     assert incident().problems() == []
     assert incident(starts=0, earliest=None, lost=0).problems() == []
     assert "went back to 0 images though 1,280 were saved" in incident(earliest=0).problems()[0]
-    assert "lost 1,025 images" in incident(lost=2 * INTERVAL + 1).problems()[0]
+    assert "lost 301 images in 1 starts, where 300" in incident(lost=301).problems()[0]
     announced = incident(lost=64, announced=True).problems()
     assert announced == ["power cut: lost 64 images though there was time to save"]
     assert incident(lost=0, announced=True).problems() == []
     assert "had to be given again" in incident(helped=True).problems()[0]
+
+
+def told(folder: Path, *lines: str) -> Mark:
+    """Where a run went on that told these lines, one after the other."""
+    (log := folder / "driver.log").write_text("".join(f"{line}\n" for line in lines))
+    (watch := Watch(log)).close()
+    (mark,) = (mark for mark in watch.marks if mark.resumed)
+    return mark
+
+
+def test_what_is_lost_is_counted_to_the_image_by_what_the_run_tells(tmp_path: Path) -> None:
+    begins = ("64/9,999 images (1%)", "512/9,999 images (5%)")
+    saved = "checkpoint: file:///store/runs/digits/checkpoints/000000000512"
+    failed = "2026-11-30 10:00:00Z attempt 0: {}; 704 images were trained, 512 images are saved; …"
+    back = "resumed after 512 images from file:///store/runs/digits/checkpoints/000000000512"
+
+    seen = told(tmp_path, *begins, saved, "640/9,999 images (6%)", back)
+    assert (seen.reached, seen.saved, seen.lost, seen.at_risk(INTERVAL)) == (640, 512, 128, 128)
+    # The last update was told by another worker than the one that tells of each.
+    seen = told(tmp_path, *begins, saved, "640/9,999 images (6%)", failed.format("…"), back)
+    assert (seen.reached, seen.lost, seen.at_risk(INTERVAL)) == (704, 192, 192)
+    # A node that is taken without a save.
+    left = failed.format("all workers left, since right is taken away in 28 s")
+    assert told(tmp_path, *begins, saved, "704/9,999 images (7%)", left, back).lost == 192
+    # What was lost may have an interval more only while its save is on its way.
+    late = ("1,024/9,999 images (10%)", "1,088/9,999 images (11%)")
+    seen = told(tmp_path, *begins, saved, *late, back)
+    assert (seen.lost, seen.at_risk(INTERVAL)) == (576, 576)
+    seen = told(tmp_path, *begins, saved, *late, saved.replace("0512", "1024"), back)
+    assert (seen.lost, seen.at_risk(INTERVAL)) == (576, 64)
+    seen = told(tmp_path, *begins, *late, back)
+    assert (seen.lost, seen.at_risk(INTERVAL)) == (576, 576)
+    # Without a checkpoint it says nothing about where it begins.
+    seen = told(tmp_path, *begins, saved, "64/9,999 images (1%)")
+    assert (seen.images, seen.lost, seen.at_risk(INTERVAL)) == (0, 512, 0)
 
 
 @pytest.mark.slow  # the first picture of a process

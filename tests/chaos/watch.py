@@ -10,6 +10,8 @@ from pathlib import Path
 
 _PROGRESS = re.compile(r"^([\d,]+)/[\d,]+ images \(", re.M)
 _RESUMED = re.compile(r"resumed after ([\d,]+) images")
+_SAVED = re.compile(r"^checkpoint: \S*/0*(\d+)/?$", re.M)
+_FAILED = re.compile(r"([\d,]+) images were trained, ")
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,32 @@ class Mark:
         time: Of `time.monotonic`, in seconds.
         images: How many images are trained.
         resumed: Whether that is what a checkpoint had that the run goes on from.
+        reached: If so, how many images were trained before, by all that the run has told.
+        saved: Likewise, what the newest checkpoint had that it told of.
     """
 
     time: float
     images: int
     resumed: bool = False
+    reached: int = 0
+    saved: int = 0
+
+    @property
+    def lost(self) -> int:
+        """Images that were trained, and are trained again from here."""
+        return max(0, self.reached - self.images) if self.resumed else 0
+
+    def at_risk(self, interval_images: int) -> int:
+        """The most images that may be trained again from here.
+
+        That is what came after the newest save that was told of, which is the last or, as long as
+        that is on its way, the one before.
+
+        Args:
+            interval_images: Images between two saves.
+        """
+        due = self.reached - self.reached % interval_images
+        return max(0, self.reached - max(self.saved, due - interval_images))
 
 
 class Watch:
@@ -39,6 +62,8 @@ class Watch:
 
     def __init__(self, log: Path) -> None:
         self.marks: list[Mark] = []
+        self._reached = 0
+        self._saved = 0
         self._log = log
         self._ended = threading.Event()
         log.touch()
@@ -73,7 +98,12 @@ class Watch:
                     if found := _PROGRESS.search(line):
                         self._progress(now, _number(found[1]))
                     elif found := _RESUMED.search(line):
-                        self.marks.append(Mark(now, _number(found[1]), resumed=True))
+                        self._resume(now, _number(found[1]))
+                    elif found := _SAVED.search(line):
+                        self._saved = max(self._saved, _number(found[1]))
+                    elif found := _FAILED.search(line):
+                        # By workers that outlived those whose last lines were lost with them.
+                        self._reached = max(self._reached, _number(found[1]))
                 if is_last:
                     return
                 time.sleep(0.05)
@@ -81,8 +111,13 @@ class Watch:
     def _progress(self, now: float, images: int) -> None:
         if images < self.images and not self.marks[-1].resumed:
             # It began without a checkpoint, of which nothing is told.
-            self.marks.append(Mark(now, 0, resumed=True))
+            self._resume(now, 0)
         self.marks.append(Mark(now, images))
+        self._reached = max(self._reached, images)
+
+    def _resume(self, now: float, images: int) -> None:
+        self.marks.append(Mark(now, images, resumed=True, reached=self._reached, saved=self._saved))
+        self._reached = images
 
 
 def _number(text: str) -> int:

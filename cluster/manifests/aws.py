@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.manifests.deployment import DRAIN_S, Deployment, check_image, check_name, to_yaml
+from cluster.manifests.deployment import FOLDER, Deployment, check_image, check_name, to_yaml
 
 _PORT = 6379
 _USER_HOME = "/home/ray"
@@ -15,8 +15,19 @@ ray up FILE; ray dashboard FILE    forwards port 8265 by SSH, as nothing but SSH
 python -m cluster.jobs submit --address http://127.0.0.1:8265 --working-dir . -- \\
     {entrypoint}
 ray down FILE
-The profile lets a node reach the store, and the head start nodes. Spot instances have two minutes
-from notice to end, in which a checkpoint must be saved."""
+The profile lets a node reach the store, and the head start nodes.{spot}"""
+_SPOT = """
+Each spot instance asks EC2 whether it is taken away, and has Ray know (cluster.spot_notice): runs
+then save at once. One that ends without a notice is a node lost, at most a checkpoint's interval.
+What it heard is in /tmp/spot_notice.log, in the container."""
+_WATCH = (
+    f"cd {FOLDER} && {{ RAY_AUTH_MODE=token setsid nohup flock --nonblock /tmp/spot_notice.lock "
+    "python -m cluster.spot_notice >> /tmp/spot_notice.log 2>&1 < /dev/null & }"
+)
+"""It outlives the terminal of the command, and is there once, however often `ray up` is called."""
+_UNHEARD = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+"""It is for SIGTERM at `ray start --block`. Here the first process of a container is a terminal's
+shell, which heeds no SIGTERM and passes none on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +70,7 @@ def cluster_yaml(job: Deployment, place: Aws) -> str:
         "max_workers": job.nodes,
         "provider": {"type": "aws", "region": place.region, "cache_stopped_nodes": False},
         "auth": {"ssh_user": "ubuntu"},
-        "docker": {
-            "image": place.image,
-            "container_name": "lapflow",
-            "pull_before_run": True,
-            "run_options": [
-                "--shm-size=16g",
-                "--ulimit=nofile=65536:65536",
-                "--ulimit=memlock=-1",
-                f"--stop-timeout={job.stop_grace_s + DRAIN_S}",
-            ],
-            "worker_run_options": ["--gpus=all"] if job.gpus_per_node else [],
-        },
+        "docker": _containers(job, place),
         "head_node_type": "head",
         "available_node_types": {
             "head": {
@@ -97,7 +97,11 @@ def cluster_yaml(job: Deployment, place: Aws) -> str:
             f"{start} --head --port={_PORT} --dashboard-host=127.0.0.1 "
             "--autoscaling-config=~/ray_bootstrap_config.yaml",
         ],
-        "worker_start_ray_commands": ["ray stop", f"{start} --address=$RAY_HEAD_IP:{_PORT}"],
+        "worker_start_ray_commands": [
+            "ray stop",
+            f"{start} --address=$RAY_HEAD_IP:{_PORT}",
+            *([_WATCH] if place.spot else []),
+        ],
     }
     heading = _HEADING.format(
         name=job.name,
@@ -105,12 +109,25 @@ def cluster_yaml(job: Deployment, place: Aws) -> str:
         instance=place.instance,
         workers=job.workers,
         entrypoint=job.entrypoint,
+        spot=_SPOT if place.spot else "",
     )
     return to_yaml(values, heading=heading)
 
 
+def _containers(job: Deployment, place: Aws) -> dict[str, Any]:
+    limits = ("--ulimit=nofile=65536:65536", "--ulimit=memlock=-1")
+    return {
+        "image": place.image,
+        "container_name": "lapflow",
+        "pull_before_run": True,
+        "run_options": ["--shm-size=16g", *limits],
+        "worker_run_options": ["--gpus=all"] if job.gpus_per_node else [],
+    }
+
+
 def _environment(job: Deployment) -> dict[str, str]:
-    return {"RAY_AUTH_MODE": "token", **job.environment}
+    usual = {name: value for name, value in job.environment.items() if name != _UNHEARD}
+    return {"RAY_AUTH_MODE": "token", **usual}
 
 
 def _node(place: Aws, instance: str, disk_gb: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ _LONGEST_NAME = 47
 """Of a RayJob; KubeRay names clusters, pods and services after it."""
 HOME = "/data/lapflow"
 """Where a node keeps its caches, in the container."""
+FOLDER = "/opt/lapflow"
+"""Where this project is, in the container."""
 DRAIN_S = 30
 """What a node gets beyond a last checkpoint: for the notice to come, and for Ray to end."""
 
@@ -25,7 +27,7 @@ _CONTAINER_FILE = f"""\
 # CUDA comes with torch's packages, the driver from the node (NVIDIA container toolkit).
 FROM python:3.11-slim-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
-WORKDIR /opt/lapflow
+WORKDIR {FOLDER}
 COPY pyproject.toml constraints.txt install.sh README.md LICENSE ./
 COPY install install
 COPY cluster cluster
@@ -43,13 +45,13 @@ RUN apt-get update && apt-get install -y --no-install-recommends wget rsync && \
     useradd --uid 1000 --create-home ray && install -d -o ray -g ray {HOME} && \\
     echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/lapflow.sh  # for login shells
 COPY --from=build /opt/venv /opt/venv
-COPY --from=build /opt/lapflow /opt/lapflow
+COPY --from=build {FOLDER} {FOLDER}
 ENV PATH=/opt/venv/bin:$PATH \\
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \\
     LAPFLOW_HOME={HOME} RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 \\
     MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1
 USER 1000
-WORKDIR /opt/lapflow
+WORKDIR {FOLDER}
 """
 
 

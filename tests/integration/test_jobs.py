@@ -1,4 +1,4 @@
-"""`python -m cluster.jobs` on a real cluster that asks for a token."""
+"""Commands that speak to a real cluster that asks for a token: `cluster.jobs` and others."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from tests.support.job import ROOT
-from tests.support.ray_cluster import RayCluster, ray_cluster
+from tests.support.metadata_service import metadata_service
+from tests.support.ray_cluster import HOST, RayCluster, ray_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -320,3 +322,32 @@ def test_a_driver_ends_with_its_entrypoint(cluster, folder):
     wait_for(lambda: place.read_text() == "ended")
     wait_for(lambda: not Path(f"/proc/{driver}").exists())
     assert "The job's entrypoint has ended" in cluster.job("logs", "shell").stdout
+
+
+def test_a_spot_notice_drains_the_node(cluster, folder):
+    """Ray ends a drained node's raylet once nothing runs there; so this is the last test."""
+    node = psutil.Process(cluster.nodes[HOST].pid)
+
+    def is_up() -> bool:
+        titles = []
+        for each in node.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # or it is a zombie
+                titles.append(" ".join(each.cmdline()))
+        return any("/raylet/raylet" in title for title in titles)
+
+    assert is_up()
+    with metadata_service() as instance:
+        watch = begin(
+            cluster,
+            *("--service", instance.address),
+            cwd=folder,
+            program=("-m", "cluster.spot_notice"),
+            RAY_ADDRESS=cluster.address,
+        )
+        wait_for(lambda: len(instance.asked) >= 2)
+        assert watch.poll() is None
+        instance.announce("terminate", time.time() + 120)
+        ended = end(watch)
+    assert ended.code == 0, ended.err
+    assert "DRAIN_NODE_REASON_PREEMPTION" in ended.err
+    wait_for(lambda: not is_up())

@@ -170,6 +170,7 @@ def test_every_setting_that_a_page_names_exists(page):
     known = {each.key for kind in GIVEN for each in settings_of(kind)}
     streams = {"data.streams.prefix", "data.streams.weight"}
     commands = {command.module for command in COMMANDS.values()}
+    commands.add("cluster.spot_notice")  # for nodes, and not for users
     named = {
         name
         for name in NAMED.findall(shown(page))

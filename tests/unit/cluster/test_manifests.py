@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -205,9 +206,49 @@ def test_ray_and_aws_take_the_cluster_file(job, more):
     worker = values["available_node_types"]["worker"]
     assert worker["min_workers"] == worker["max_workers"] == values["max_workers"]
     assert ("InstanceMarketOptions" in worker["node_config"]) == bool(more)
-    starts = [values["head_start_ray_commands"][-1], values["worker_start_ray_commands"][-1]]
+    head, worker = values["head_start_ray_commands"], values["worker_start_ray_commands"]
+    starts = [*head[1:], *worker[1:]]
     assert all("RAY_AUTH_MODE=token" in start for start in starts)
     assert "0.0.0.0" not in " ".join(starts)
+    watches = [each for each in starts if "-m cluster.spot_notice" in each]
+    assert len(watches) == bool(more)
+    # Nothing that looks as if SIGTERM were heard in a container of Ray's launcher.
+    assert "DRAIN" not in " ".join(starts)
+    assert "stop-timeout" not in " ".join(values["docker"]["run_options"])
+
+
+def test_the_watch_for_a_spot_notice_outlives_the_terminal_that_starts_it(tmp_path):
+    """By the shell of Ray's launcher, which closes once the command has returned; and it is one."""
+    from ray.autoscaler._private.command_runner import _with_interactive
+
+    from cluster.manifests.aws import _WATCH
+
+    log, lock = tmp_path / "log", tmp_path / "lock"
+    (python := tmp_path / "python").write_text('#!/bin/sh\necho "$$ $PWD $@"\nexec sleep 600\n')
+    python.chmod(0o755)
+    command = _WATCH.replace("/opt/lapflow", str(tmp_path))
+    command = command.replace("/tmp/spot_notice.lock", str(lock))
+    command = command.replace("/tmp/spot_notice.log", str(log))
+    # Its own profile would have it find another Python.
+    words = " ".join(_with_interactive(command)).replace("--login", "--norc")
+    terminal = f"import pty; pty.spawn(['sh', '-c', {words!r}])"
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment["HOME"] = str(tmp_path)
+    (tmp_path / ".bashrc").touch()
+    begin = [sys.executable, "-c", terminal]
+    for _ in range(2):
+        subprocess.run(begin, env=environment, check=True, capture_output=True, timeout=60)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    ((pid, *said),) = map(str.split, log.read_text().splitlines())
+    try:
+        assert said == [str(tmp_path), "-m", "cluster.spot_notice"]
+        assert os.getsid(int(pid)) != os.getsid(0)
+        os.kill(int(pid), 0)
+    finally:
+        os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""When all workers are to save and leave, to be started again: a node goes, or one has come.
+"""When all workers are to save and leave: a node goes, or one has come.
+
+They are started again, unless the driver's own node goes, which nothing outlives.
 
 Runs in the driver, which asks Ray's control server a little every few seconds.
 """
@@ -41,11 +43,25 @@ class Leave:
     workers: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """Why the run is to be saved and to end.
+
+    Attributes:
+        reason: In words.
+        grace_s: How long it has; None if that is not known.
+    """
+
+    reason: str
+    grace_s: float | None = None
+
+
 class LeaveWatch:
     """Looks for reasons to leave.
 
     Args:
         sizes: The workers; of each number of them that will do.
+        home: Ray's name of the driver's own node.
         grow: When to take more workers, as `cluster.grow`.
         is_fit: Whether workers may go to the node of an id.
     """
@@ -54,13 +70,16 @@ class LeaveWatch:
         self,
         sizes: Sequence[WorkerGroupSpec],
         *,
+        home: str,
         grow: Literal["checkpoint", "now", "never"],
         is_fit: Callable[[str], bool] = lambda _node: True,
     ) -> None:
         self._sizes = {spec.workers: spec for spec in sizes}
+        self._home = home
         self._grow = grow
         self._is_fit = is_fit
         self._drain_looked_s = 0.0
+        self._going: dict[str, float | None] = {}
         self._room_looked_s = 0.0
         self._search: Future[tuple[Node, ...]] | None = None
         self._saves: int | None = None
@@ -73,6 +92,12 @@ class LeaveWatch:
     def stop_growing(self) -> None:
         """Takes no more workers from now on."""
         self._grow = "never"
+
+    def look_home(self) -> End | None:
+        """Gives why the run is to end, if the driver's own node goes; to be called often."""
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+            return end_of_draining(self._home, self._draining())
+        return None
 
     def look(self, seats: Sequence[Seat], *, saves: int) -> Leave | None:
         """Gives a reason to leave, if there is one now; to be called often.
@@ -89,14 +114,23 @@ class LeaveWatch:
         return None
 
     def _look(self, seats: Sequence[Seat], saves: int) -> Leave | None:
-        now = time.monotonic()
-        if now - self._drain_looked_s >= _DRAIN_LOOK_S:
-            self._drain_looked_s = now
-            if leave := leave_of_draining(seats, draining_nodes()):
-                return leave
+        if leave := leave_of_draining(seats, self._draining()):
+            return leave
         if self._grow == "never" or len(seats) >= max(self._sizes):
             return None
-        return self._look_for_room(seats, saves, now)
+        return self._look_for_room(seats, saves, time.monotonic())
+
+    def _draining(self) -> dict[str, float | None]:
+        """The nodes that will be taken away, by a look of some seconds ago, and when by now."""
+        now = time.monotonic()
+        if now - self._drain_looked_s >= _DRAIN_LOOK_S:
+            self._drain_looked_s, self._going = now, {}
+            self._going = draining_nodes()
+        passed_s = now - self._drain_looked_s
+        return {
+            node: None if left_s is None else left_s - passed_s
+            for node, left_s in self._going.items()
+        }
 
     def _look_for_room(self, seats: Sequence[Seat], saves: int, now: float) -> Leave | None:
         # In a thread, since a node that does not answer takes seconds.
@@ -138,17 +172,34 @@ def leave_of_draining(seats: Sequence[Seat], going: dict[str, float | None]) -> 
     ranks = [rank for rank, seat in enumerate(seats) if seat.node in going]
     if not ranks:
         return None
-    told = [going[seats[rank].node] for rank in ranks]
-    known = [left for left in told if left is not None and left > 0]
     place = ", ".join(sorted({seats[rank].address for rank in ranks}))
-    what = f"{place} ({format_ranks(ranks)}) is taken away"
-    if not known:
-        return Leave(kind="preemption", reason=what)
+    when, grace_s = _in_time([going[seats[rank].node] for rank in ranks])
     return Leave(
         kind="preemption",
-        reason=f"{what} in {min(known):.0f} s",
-        grace_s=max(1.0, min(known) - _MARGIN_S),
+        reason=f"{place} ({format_ranks(ranks)}) is taken away{when}",
+        grace_s=grace_s,
     )
+
+
+def end_of_draining(home: str, going: dict[str, float | None]) -> End | None:
+    """The reason to end, if the driver's own node goes, with ranks or without.
+
+    Args:
+        home: Ray's name of that node.
+        going: As `leave_of_draining` takes it.
+    """
+    if home not in going:
+        return None
+    when, grace_s = _in_time([going[home]])
+    return End(reason=f"the node of this launch is taken away{when}", grace_s=grace_s)
+
+
+def _in_time(told_s: Sequence[float | None]) -> tuple[str, float | None]:
+    """When the first goes, in words, and how long is left to end before it does."""
+    known = [left_s for left_s in told_s if left_s is not None and left_s > 0]
+    if not known:
+        return "", None
+    return f" in {min(known):.0f} s", max(1.0, min(known) - _MARGIN_S)
 
 
 def with_own(free: Sequence[Node], own: Sequence[str], spec: WorkerGroupSpec) -> tuple[Node, ...]:

@@ -32,7 +32,7 @@ class Request:
 
     Attributes:
         kind: To `go` on; to `stop` for good; or to `leave`, since they will be started again.
-        grace_s: How long they have to leave; None if nothing hurries them.
+        grace_s: How long they have; None if nothing hurries them.
     """
 
     kind: Literal["go", "leave", "stop"]
@@ -253,9 +253,9 @@ class Mailbox:
         """What the driver reads events by; there is one."""
         return Inbox(self._actor)
 
-    def ask_to_stop(self) -> None:
-        """Asks all workers to stop, of this attempt and of any later."""
-        ray.get(self._actor.ask_to_stop.remote())
+    def ask_to_stop(self, grace_s: float | None) -> None:
+        """Asks all workers to stop, of this attempt and of any later, within that time."""
+        ray.get(self._actor.ask_to_stop.remote(grace_s))
 
     def ask_to_leave(self, attempt: int, grace_s: float | None) -> None:
         """Asks the workers of one attempt to leave, all of them at their next common moment."""
@@ -389,7 +389,7 @@ class Box:
         self._next: Counter[str] = Counter()
         self._early: dict[tuple[str, int], Event] = {}
         self._attempts = 0
-        self._stopped = False
+        self._stop: Request | None = None
         self._leaving: dict[int, Request] = {}
         self._changed = asyncio.Event()
         self._allowed = asyncio.Event()
@@ -467,9 +467,9 @@ class Box:
         """Gives the nodes to which workers may go."""
         return self._admitted
 
-    async def ask_to_stop(self) -> None:
+    async def ask_to_stop(self, grace_s: float | None) -> None:
         """Wants all workers to stop, whatever it wanted before."""
-        self._stopped = True
+        self._stop = Request("stop", grace_s)
         self._tell_change()
 
     async def ask_to_leave(self, attempt: int, grace_s: float | None) -> None:
@@ -488,7 +488,7 @@ class Box:
             await self._changed.wait()
 
     def _request(self, attempt: int) -> Request:
-        return Request("stop") if self._stopped else self._leaving.get(attempt, GO)
+        return self._stop or self._leaving.get(attempt, GO)
 
     def _tell_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

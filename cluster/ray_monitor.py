@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from cluster.contract import Caller, ClusterConfig, ClusterUnavailable, LostWorkers, Outcome
 from cluster.failure import Failure, WorkerFailed
 from cluster.ray_gate import NodeGate
-from cluster.ray_leaving import Leave, LeaveWatch, format_ranks
+from cluster.ray_leaving import End, Leave, LeaveWatch, format_ranks
 from cluster.ray_loss import Loss
 from cluster.ray_mailbox import (
     Advanced,
@@ -223,11 +223,7 @@ class RunMonitor:
         stopped = False
         try:
             while self._fit.is_alive() and not self._standing.is_done():
-                # Not stop.wait(): the event may be set by a signal handler that interrupts this
-                # very thread, and would then wait for the lock that wait() holds.
-                if self._caller.stop.is_set() and not stopped:
-                    stopped = True
-                    self._mailbox.ask_to_stop()
+                stopped = stopped or self._look_for_stop()
                 self._handle(self._inbox.fetch(_TICK_S))
                 if stopped and not self._standing.at_work and self._loss is None:
                     return Outcome(status="stopped", restarts=self._standing.restarts)
@@ -391,6 +387,23 @@ class RunMonitor:
         )
         self._keep_words(loss, cause)
         self._allowed_s = time.monotonic()
+
+    def _look_for_stop(self) -> bool:
+        """Asks all workers to save and to stop, if somebody wants it or the driver's node goes."""
+        end: End | None = None
+        # Not stop.wait(): the event may be set by a signal handler that interrupts this very
+        # thread, and would then wait for the lock that wait() holds.
+        if not self._caller.stop.is_set():
+            end = None if self._watch is None else self._watch.look_home()
+            if end is None:
+                return False
+            self._tell(
+                f"{end.reason}; all workers save, and the run ends, for what starts them again "
+                "is there: the same command goes on from the last save"
+            )
+            self._caller.stop.set()
+        self._mailbox.ask_to_stop(None if end is None else end.grace_s)
+        return True
 
     def _look_for_leave(self) -> None:
         """Has all workers save and leave, if there is a reason."""

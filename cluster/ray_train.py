@@ -113,9 +113,9 @@ def run(
         number = " to ".join(map(str, sorted({sizes[0].workers, sizes[-1].workers})))
         caller.report(f"workers: waiting for {number} of them to load and to meet")
         at_last.callback(fit.close)
-        # Nobody takes a private cluster's only node away and leaves this process.
-        watch = None if connected.private else _leave_watch(config, sizes, gate)
         here = ray.get_runtime_context().get_node_id()
+        # Nobody takes a private cluster's only node away and leaves this process.
+        watch = None if connected.private else _leave_watch(config, sizes, gate, home=here)
         output = OutputLog(caller.listener.take, here=here, names_nodes=not connected.private)
         return RunMonitor(config, mailbox, fit, caller, watch=watch, output=output, gate=gate).run()
 
@@ -142,11 +142,11 @@ def _open_gate(
 
 
 def _leave_watch(
-    config: ClusterConfig, sizes: Sequence[WorkerGroupSpec], gate: NodeGate | None
+    config: ClusterConfig, sizes: Sequence[WorkerGroupSpec], gate: NodeGate | None, *, home: str
 ) -> LeaveWatch:
     if gate is None:
-        return LeaveWatch(sizes, grow=config.grow)
-    return LeaveWatch(sizes, grow=config.grow, is_fit=gate.is_fit)
+        return LeaveWatch(sizes, home=home, grow=config.grow)
+    return LeaveWatch(sizes, home=home, grow=config.grow, is_fit=gate.is_fit)
 
 
 def _loop(

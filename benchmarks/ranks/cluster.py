@@ -104,7 +104,7 @@ def measure_stop(ranks: int, ranks_per_node: int) -> dict[str, Cell]:
         asked = [asyncio.create_task(box.hear(0, GO)) for _ in range(nodes)]
         await asyncio.sleep(0)
         began = time.perf_counter()
-        await box.ask_to_stop()
+        await box.ask_to_stop(None)
         heard = await asyncio.gather(*asked)
         assert set(heard) == {Request("stop")}
         return time.perf_counter() - began

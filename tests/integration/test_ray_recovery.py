@@ -4,6 +4,7 @@ One cluster serves all tests.
 """
 
 import re
+import signal
 import socket
 import threading
 import time
@@ -25,7 +26,7 @@ from tests.support.ray_cluster import HOST, RayCluster, ray_cluster
 
 pytestmark = pytest.mark.slow
 
-OTHER, NEW, NEWER, SPARE = "127.0.0.3", "127.0.0.4", "127.0.0.5", "127.0.0.6"
+OTHER, NEW, NEWER, SPARE, LAST = (f"127.0.0.{number}" for number in range(3, 8))
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +360,28 @@ def test_a_node_that_is_lost_for_good_ends_a_run_by_time_alone(
         )
     assert f"{NEWER} (the node does not answer)" in story.line("the workers start again")
     assert HOST in story.line("waiting for room")
+
+
+def test_a_run_ends_saved_when_the_drivers_own_node_is_asked_to_end(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    """SIGTERM at `ray start --head --block`, as an evicted pod gets it; the head goes with it."""
+    cluster.add(LAST, 1)
+    story, saved = Story(), tmp_path / "saved"
+
+    def announce(message: Message) -> None:
+        if len(story.messages) == 2:
+            cluster.nodes[HOST].send_signal(signal.SIGTERM)
+
+    outcome = launch(
+        cluster,
+        story,
+        {"saved": str(saved), "total": 100_000, "step_s": 0.1},
+        watch=announce,
+    )
+
+    assert (outcome.status, outcome.restarts) == ("stopped", 0)
+    left, also = (message for message in story.messages if "left" in message)
+    assert left["left"] == also["left"] == int(saved.read_text()) > 0
+    assert 0 < left["grace_s"] < 30
+    assert story.line(r"this launch is taken away in \d+ s; all workers save, and the run ends")

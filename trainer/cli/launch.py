@@ -57,7 +57,8 @@ common settings (--explain KEY says what a setting, or each of a group, means; -
   home=FOLDER                  local files; default $LAPFLOW_HOME or ~/lapflow
 
 exit codes: 0 done, 1 failed, 2 refused before it began, 3 went to its end or was stopped but
-checkpoints could not be saved, 130 or 143 stopped by a signal, its last state saved"""
+checkpoints could not be saved, 130 or 143 stopped by a signal, or (143) since its node is
+taken away, its last state saved"""
 
 _MANY_RUNS = "--jobs and --address are for several runs: give --multirun too"
 
@@ -191,7 +192,8 @@ def _launch(job: JobConfig, words: Sequence[str], start: StartTimes | None = Non
         if outcome.status == "stopped" and not console.finished:
             if not received and (taken := _find_loss(store, lease, lost)):
                 return ending.end_lost(job, console, taken)
-            number = received[0] if received else signal.SIGINT
+            # Without a signal it was told that its node goes, as by SIGTERM elsewhere.
+            number = received[0] if received else signal.SIGTERM
             return ending.end_stopped(job, console, signal_number=number)
         return ending.end_finished(job, console)
 

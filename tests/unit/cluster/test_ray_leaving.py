@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster import ray_loss
+from cluster import ray_leaving, ray_loss
 from cluster.assignment import Node, WorkerGroupSpec
 from cluster.failure import Failure
-from cluster.ray_leaving import Leave, format_ranks, leave_of_draining, with_own
+from cluster.ray_leaving import End, Leave, LeaveWatch, format_ranks, leave_of_draining, with_own
 from cluster.ray_loss import Loss
 from cluster.ray_mailbox import Broken, Seat, Started
 from cluster.ray_monitor import Standing, seating
@@ -47,6 +47,53 @@ def test_workers_leave_before_the_first_of_their_nodes_goes(
     assert leave is not None
     assert (leave.kind, leave.reason) == ("preemption", reason)
     assert leave.grace_s == (None if grace_s is None else pytest.approx(grace_s))
+
+
+class Clock:
+    """A time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def test_a_run_ends_with_the_drivers_own_node_whether_or_not_a_rank_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, looks = Clock(), list[float]()
+    going: dict[str, float | None] = {}
+
+    def look() -> dict[str, float | None]:
+        looks.append(clock.now_s)
+        return dict(going)
+
+    monkeypatch.setattr(ray_leaving, "time", clock)
+    monkeypatch.setattr(ray_leaving, "draining_nodes", look)
+    watch = LeaveWatch([], home="9", grow="never")
+    assert watch.look_home() is None
+    going["9"] = 150.0
+    clock.now_s += 0.1
+    assert watch.look_home() is None  # it does not ask as often as it is asked
+    clock.now_s += 2.0
+    told = End(reason="the node of this launch is taken away in 150 s", grace_s=147.0)
+    assert watch.look_home() == told
+    clock.now_s += 1.0
+    later = watch.look_home()
+    assert later is not None
+    assert later.grace_s == pytest.approx(146.0)  # by a look of a second ago
+    assert len(looks) == 2
+    clock.now_s += 2.0
+    going["9"] = None
+    assert watch.look_home() == End(reason="the node of this launch is taken away")
+    clock.now_s += 2.0
+    going.clear()
+    going["2"] = 30.0
+    assert watch.look_home() is None
+    leave = watch.look(SEATS, saves=0)
+    assert leave is not None
+    assert leave.reason == "10.0.0.2 (ranks 2 to 3) is taken away in 30 s"
 
 
 def test_room_counts_what_the_workers_themselves_hold() -> None:

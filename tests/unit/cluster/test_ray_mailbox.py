@@ -34,7 +34,7 @@ def test_a_thousand_workers_wait_for_the_stop_by_one_call_each() -> None:
             await box.put("rank 0", number, {"step": number})
             await asyncio.sleep(0)
         before = sum(task.done() for task in waiting)
-        await box.ask_to_stop()
+        await box.ask_to_stop(None)
         heard = await asyncio.gather(*waiting)
         late = await box.hear(0, GO)  # and who comes late does not wait
         return before, {request.kind for request in heard}, late.kind
@@ -52,10 +52,10 @@ def test_a_wish_to_leave_is_for_one_attempt_and_a_stop_for_all() -> None:
         other = await box.hear(4, GO)
         await box.ask_to_leave(4, None)  # of which those before have nothing
         known = await box.hear(3, known)
-        await box.ask_to_stop()
+        await box.ask_to_stop(9.0)
         return [nothing, leave, known, other, await box.hear(3, leave), await box.hear(4, GO)]
 
-    leave, stop = Request("leave", 20.0), Request("stop")
+    leave, stop = Request("leave", 20.0), Request("stop", 9.0)
     assert asyncio.run(run()) == [GO, leave, leave, GO, stop, stop]
 
 

@@ -15,7 +15,7 @@ from cluster import ray_controller, ray_loss, ray_room
 from cluster.assignment import Node, WorkerGroupSpec
 from cluster.contract import Caller, ClusterConfig, Line, LostWorkers
 from cluster.failure import Failure, WorkerRefused
-from cluster.ray_leaving import Leave, LeaveWatch
+from cluster.ray_leaving import End, Leave, LeaveWatch
 from cluster.ray_mailbox import (
     Advanced,
     Begun,
@@ -40,6 +40,7 @@ class Way:
         self.events: list[Event] = []
         self.allowed: list[tuple[int, int | None]] = []
         self.asked: list[int] = []
+        self.stopped: list[float | None] = []
         self.avoided: frozenset[str] = frozenset()
 
     def inbox(self) -> "Way":
@@ -56,13 +57,20 @@ class Way:
     def ask_to_leave(self, attempt: int, grace_s: float | None) -> None:
         self.asked.append(attempt)
 
+    def ask_to_stop(self, grace_s: float | None) -> None:
+        self.stopped.append(grace_s)
+
 
 class Watch(LeaveWatch):
     """Gives the reason to leave that a test wants."""
 
     def __init__(self) -> None:
-        super().__init__([], grow="now")
+        super().__init__([], home="home", grow="now")
         self.reason: Leave | None = None
+        self.end: End | None = None
+
+    def look_home(self) -> End | None:
+        return self.end
 
     def look(self, seats: object, *, saves: int) -> Leave | None:
         return self.reason
@@ -129,6 +137,25 @@ def failures(attempt: int, workers: int, kind: str = "raised") -> list[Failure]:
         Failure(rank=rank, attempt=attempt, kind=kind, text=text)  # type: ignore[arg-type]
         for rank in range(workers)
     ]
+
+
+def test_a_run_whose_drivers_node_is_taken_away_saves_and_ends() -> None:
+    """As after SIGTERM at the driver, but within the time that the node has left."""
+    driver = Driver()
+    driver.hear(*at_work(0, "ab", 8))
+    assert not driver.monitor._look_for_stop()
+    assert driver.line.stopped == []
+    driver.watch.end = End(reason="the node of this launch is taken away in 150 s", grace_s=147.0)
+    assert driver.monitor._look_for_stop()
+    assert driver.line.stopped == [147.0]
+    assert driver.monitor._caller.stop.is_set()
+    assert "in 150 s; all workers save, and the run ends" in driver.told[-1]
+    assert driver.line.asked == []  # nobody is started again
+
+    driver = Driver()
+    driver.monitor._caller.stop.set()  # by SIGTERM: nothing is known to hurry it but who sent that
+    assert driver.monitor._look_for_stop()
+    assert driver.line.stopped == [None]
 
 
 @pytest.mark.parametrize("kind", ["refused", "raised", "died"])

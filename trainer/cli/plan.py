@@ -120,7 +120,7 @@ def _words(job: JobConfig, found: Sequence[Candidate], own: Candidate | None) ->
             f"{format_bytes(own.memory.total)}{fits}; its queues, simulated block by block, take "
             f"{simulated_ms(own):,.1f} ms."
         )
-    words.append(assumptions(job.cluster.hardware))
+    words.append(assumptions(workload(job), job.cluster.hardware, zero_stage=zero_stage(job)))
     return words
 
 

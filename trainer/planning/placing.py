@@ -20,11 +20,12 @@ from models.transformer.cost import (
     parameters,
     partitioned_parameters,
 )
-from pipelines.formats import format_table
+from pipelines.formats import format_count, format_table
 from trainer.config.job import JobConfig, micro_batch
 from trainer.config.reading import ConfigError
-from trainer.config.shapes import flow_shape
+from trainer.config.shapes import encodes, flow_shape, picture_shape
 from trainer.engine.zero_config import KEEP_WEIGHTS, zero_config
+from trainer.planning.device_work import encoder_flops, launches
 from trainer.planning.planner import Candidate, Choices, best, candidate, candidates, choose
 from trainer.planning.report import placement_table
 from trainer.planning.workload import ScaleLoad, Workload
@@ -183,7 +184,24 @@ def workload(job: JobConfig) -> Workload:
             bucket_elements="reduce_bucket_size",
             reduces_in_backward="overlap_comm",
         ),
+        **_device_work(job),
     )
+
+
+def _device_work(job: JobConfig) -> dict[str, Any]:
+    """What a device has to do beside the network's products."""
+    is_eager = job.engine.compile == "off"  # nobody has counted the kernels of compiled blocks
+    return {
+        "encoder_flops": encoder_flops(picture_shape(job.data, job.codec).size ** 2)
+        if encodes(job)
+        else 0.0,
+        "encodes_in_fp32": job.codec.encode_precision == "fp32",
+        "launches": launches(
+            scales=job.flow.scales, depth=job.model.depth, qk_norm=job.model.qk_norm
+        )
+        if is_eager
+        else 0,
+    }
 
 
 def _leaves_kept_weights_open(job: JobConfig) -> bool:
@@ -254,7 +272,9 @@ def changed_jobs(job: JobConfig) -> dict[str, JobConfig]:
             job, engine=replace(job.engine, activation_checkpointing=every)
         )
     if workers % 2 == 0:
-        jobs[f"{workers // 2} GPUs and as many images on each"] = _resize(job, workers=workers // 2)
+        jobs[f"{format_count(workers // 2, 'GPU')} and as many images on each"] = _resize(
+            job, workers=workers // 2
+        )
     jobs[f"{2 * workers} GPUs and as many images on each"] = _resize(job, workers=2 * workers)
     return jobs
 

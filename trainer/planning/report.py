@@ -9,6 +9,7 @@ from typing import Any
 from cluster.hardware import HardwareConfig
 from pipelines.formats import format_bytes, format_table
 from trainer.engine.zero_config import KEEP_WEIGHTS
+from trainer.planning.device_work import update_bytes_each
 from trainer.planning.planner import USABLE, Candidate, Choices, best, choose
 from trainer.planning.queues import simulate
 from trainer.planning.whole_scale import (
@@ -62,14 +63,41 @@ def explain(
     return words
 
 
-def assumptions(hardware: HardwareConfig) -> str:
-    """Say in a sentence what times stand on, and how far from it measured steps were."""
+def assumptions(workload: Workload, hardware: HardwareConfig, *, zero_stage: int) -> str:
+    """Say in a sentence what times stand on, and how far from it measured steps were.
+
+    Args:
+        workload: The training step.
+        hardware: What it runs on.
+        zero_stage: 0 (no ZeRO) to 3.
+    """
+    counted = [
+        f"matrix products at {hardware.matmul_tflops:g} TFLOP/s",
+        f"what is sent, at {hardware.node_link_gb_per_s:g} GB/s inside a node and "
+        f"{hardware.network_gb_per_s:g} between nodes",
+    ]
+    if not workload.offload:
+        moved = update_bytes_each(workload, zero_stage=zero_stage)
+        counted.append(
+            f"an update of {moved} bytes for each parameter of a rank at "
+            f"{hardware.memory_gb_per_s:g} GB/s of its memory"
+        )
+    if workload.encoder_flops:
+        kind = "fp32" if workload.encodes_in_fp32 else "bf16"
+        rate = hardware.fp32_tflops if workload.encodes_in_fp32 else hardware.matmul_tflops
+        counted.append(
+            f"{workload.encoder_flops / 1e12:.3f} TFLOP to encode an image, in {kind} at {rate:g} "
+            "TFLOP/s"
+        )
+    if workload.launches:
+        counted.append(
+            f"at least {hardware.launch_us:g} us of the host for each of the {workload.launches:,} "
+            "kernels of a pass"
+        )
     return (
-        f"Times count matrix products at {hardware.matmul_tflops:g} TFLOP/s and what is sent, at "
-        f"{hardware.node_link_gb_per_s:g} GB/s inside a node and {hardware.network_gb_per_s:g} "
-        "between nodes (cluster.hardware). Norms, the update, encoding images online and kernels "
-        "that are waited for are left out: one H200 took 2.0 to 2.4 times the time of its products "
-        "with 64 images and more, and many times that with six (docs/benchmarks.md)."
+        f"Times count {'; '.join(counted)} (cluster.hardware). Norms, activations and what "
+        "DeepSpeed does beside are left out: one H200 took 1.9 to 2.4 times as long where products "
+        "are many, and 3 to 7 times where they are few (docs/benchmarks.md)."
     )
 
 
@@ -84,7 +112,7 @@ def _describe_whole_scale(
     if choices.keeps_weights:
         workload = replace(workload, kept_parameters=max(KEEP_WEIGHTS.values()))
     whole = fastest_whole_scale(workload, hardware, zero_stages=choices.zero_stages)
-    if whole is None or whole.time.total >= chosen.time.total:
+    if whole is None or whole.time.busy >= chosen.time.busy:
         return []
     return [
         f"With {whole}, ZeRO-{whole.zero_stage}, a step would take {_ms(whole.time.total)} at "
@@ -193,7 +221,13 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms"
 
 
-_SHORT = {"gradients": "grads", "activations": "activ.", "reduction": "reduce"}
+_SHORT = {
+    "gradients": "grads",
+    "activations": "activ.",
+    "reduction": "reduce",
+    "encoding": "encode",
+    "launching": "launch",
+}
 
 
 def placement_table(
@@ -210,7 +244,8 @@ def placement_table(
     head = ["", "placement", "ZeRO"]
     head += [_SHORT.get(name, name) for name in shown[0].memory.parts]
     head += ["GiB", *(["host"] if offload else []), "fits"]
-    head += [_SHORT.get(name, name) for name in _times(shown[0], offload)]
+    timed = _timed(shown)
+    head += [_SHORT.get(name, name) for name in timed]
     head += ["ms", "images/s"]
     rows = [head]
     for one in shown:
@@ -220,7 +255,7 @@ def placement_table(
         row += [f"{one.memory.total / _GIB:.2f}"]
         row += [f"{one.memory.host / _GIB:.2f}"] if offload else []
         row += ["yes" if one.fits else "no"]
-        row += [f"{1000 * value:.1f}" for value in _times(one, offload).values()]
+        row += [f"{1000 * value:.1f}" for value in (one.time.parts[name] for name in timed)]
         row += [f"{1000 * one.time.total:.1f}", f"{one.images_per_second:,.0f}"]
         rows.append(row)
     table = format_table(rows, align=f"<<{'>' * (len(head) - 2)}")
@@ -246,5 +281,11 @@ def as_json(one: Candidate) -> dict[str, Any]:
     }
 
 
-def _times(one: Candidate, offload: bool) -> dict[str, float]:
-    return {name: value for name, value in one.time.parts.items() if offload or name != "offload"}
+def _timed(shown: Sequence[Candidate]) -> list[str]:
+    """The parts of a step's time to show: of those that few steps have, the ones that some has."""
+    seldom = ("offload", "encoding", "launching")
+    return [
+        name
+        for name in shown[0].time.parts
+        if name not in seldom or any(one.time.parts[name] for one in shown)
+    ]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from cluster.hardware import HardwareConfig
 from cluster.placement import Placement
+from trainer.planning.device_work import encoding_seconds, launching_seconds, update_seconds
 from trainer.planning.streams import (
     LATENCY_S,
     MIX,
@@ -39,12 +40,19 @@ class StepTime:
         exchange: Tokens exchanged by expert groups, as far as nothing hides it.
         offload: What goes to host memory and back, and the update there, as far as nothing hides
             it.
+        update: The update on the device, at the rate of its memory.
+        encoding: Images that are encoded in the step.
+        launching: What the host takes to launch the kernels of the passes, beyond the seconds of
+            their products: equally long for all placements.
     """
 
     compute: float
     reduction: float
     exchange: float
     offload: float = 0.0
+    update: float = 0.0
+    encoding: float = 0.0
+    launching: float = 0.0
 
     @property
     def parts(self) -> dict[str, float]:
@@ -55,6 +63,11 @@ class StepTime:
     def total(self) -> float:
         """Seconds of the step."""
         return sum(self.parts.values())
+
+    @property
+    def busy(self) -> float:
+        """Seconds of the step where launching kernels takes no time."""
+        return self.total - self.launching
 
 
 Timing = Callable[[Pass], tuple[float, float]]
@@ -73,16 +86,15 @@ def step_time(
 ) -> StepTime:
     """Predict the time of one training step.
 
-    Compute is 6 FLOPs for each multiply-add of the forward pass, 2 more for those that are
-    recomputed; 2 of 6 are the forward pass's. Only matrix products count: not norms, the update on
-    the device, or an autoencoder that encodes images on the way.
+    Compute is 6 FLOPs for each multiply-add, 2 of them the forward pass's, and 2 more where it is
+    recomputed. Norms and activations do not count; the update and more stand in `device_work`.
 
     What overlaps: the reduction of gradients with the backward pass it belongs to, where
     `workload.hides_reduction`; with `workload.overlaps_exchange`, and not with stage 3, what coarse
     scales exchange with what the finest scale computes, and the reverse; the weights that stage 3
     gathers for a block of the forward pass with the block before it; and an EMA on the host with
-    all passes. Whatever travels at the same time shares the link. The rest
-    waits: weights that are gathered after an update, or again for the backward pass.
+    all passes. Whatever travels at the same time shares the link. The rest waits: weights that are
+    gathered after an update, or again for the backward pass.
 
     Args:
         workload: The training step.
@@ -93,8 +105,7 @@ def step_time(
         beside: What coarse scales do beside what the placement asks for.
     """
     timing, steps = timing or pass_seconds, workload.grad_accum_steps
-    hidden = workload.hides_reduction(zero_stage)
-    reducing = steps if zero_stage >= 2 else 1
+    hidden, reducing = workload.hides_reduction(zero_stage), steps if zero_stage >= 2 else 1
     shards = Shards.of(workload, placement)
     reduced = _reductions(workload, shards, hardware, zero_stage)
     passes = lay_out(
@@ -108,18 +119,21 @@ def step_time(
     )
     compute = steps * passes.compute
     seconds = partial(_passes_seconds, timing=timing, steps=steps, reducing=reducing)
-    with_exchange = seconds(passes)
-    exchanges = placement.sharded or beside
-    without = seconds(passes.without_exchange) if exchanges else with_exchange
+    with_exchange = without = seconds(passes)
+    if placement.sharded or beside:
+        without = seconds(passes.without_exchange)
     waiting = _waiting_seconds(workload, placement, hardware, zero_stage)
-    if not hidden:
-        waiting += reducing * sum(each.link + each.network for each in reduced)
-    hidden_s = max(compute, without, with_exchange)
+    if not hidden:  # the first message's latency is not seen beside the rest
+        waiting += reducing * sum(_unshared(each) - LATENCY_S for each in reduced)
+    passes_s = max(compute, without, with_exchange)
     return StepTime(
         compute=compute,
         reduction=max(0.0, without - compute) + waiting,
         exchange=max(0.0, with_exchange - max(compute, without)),
-        offload=_host_seconds(workload, placement, hardware, hidden=hidden_s),
+        offload=_host_seconds(workload, placement, hardware, hidden=passes_s),
+        update=update_seconds(workload, placement, zero_stage=zero_stage, hardware=hardware),
+        encoding=encoding_seconds(workload, hardware),
+        launching=max(0.0, launching_seconds(workload, hardware) - compute),
     )
 
 
@@ -367,11 +381,12 @@ def _reductions(
 
     Stage 0 all-reduces gradients. Stages 1 and 2 send each to the rank that keeps it, or with
     state in host memory all-reduce them too; stage 3 reduce-scatters them. No stage knows another
-    way with another backend.
+    way with another backend. A bucket that is kept by several ranks is sent in as many messages.
     """
     rings = 1 if zero_stage == 3 else 2
     if workload.reduces_to_owners and zero_stage in (1, 2):
         rings = 0
+    kept = sum(weights * ranks / workload.world_size for weights, ranks in shards.every)
     first, other = (
         _transfer(workload, shards, hardware, first=each, rings=rings) for each in (True, False)
     )
@@ -381,7 +396,9 @@ def _reductions(
         own, transfer = other if block else first
         numbers, link, network = numbers + own, link + transfer.link, network + transfer.network
         if block == 0 or numbers >= workload.bucket_elements:
-            found.append(Transfer(block or -1, link, network, LATENCY_S))
+            # A bucket begins and ends anywhere among those that a rank keeps.
+            owners = 1 if rings else min(workload.world_size, 1 + numbers / kept)
+            found.append(Transfer(block or -1, link, network, owners * LATENCY_S))
             numbers, link, network = 0.0, 0.0, 0.0
     return tuple(found)
 

@@ -95,7 +95,8 @@ def fastest_whole_scale(
 ) -> WholeScale | None:
     """Find the fastest step with a coarse scale whole on one rank of each group.
 
-    It is a bound: whatever the memory, whatever keys and values of coarser scales the owner needs.
+    It is a bound: whatever the memory, whatever keys and values of coarser scales the owner needs,
+    and however long the host launches kernels, of which it has more.
 
     Returns:
         The fastest; None if there is no coarse scale or no group.
@@ -123,7 +124,7 @@ def fastest_whole_scale(
         for stage in zero_stages
         if group > 1 and placement.ranks[owned] == 1 and finest - owned not in workload.tied
     )
-    return min(found, key=lambda one: one.time.total, default=None)
+    return min(found, key=lambda one: one.time.busy, default=None)
 
 
 def _owner_time(

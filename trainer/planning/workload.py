@@ -84,6 +84,10 @@ class Workload:
         kept_parameters: Weights that ZeRO-3 may keep from the forward to the backward pass,
             DeepSpeed's stage3_max_reuse_distance. (stage3_max_live_parameters only bounds what is
             gathered ahead.)
+        encoder_flops: Of an autoencoder that encodes each image in the step; 0 for none.
+        encodes_in_fp32: Whether it does so in float32, without TF32.
+        launches: Kernels of a forward and a backward pass without recomputation; 0 where nobody
+            has counted them.
     """
 
     scales: tuple[ScaleLoad, ...]
@@ -108,6 +112,9 @@ class Workload:
     overlaps_exchange: bool = False
     regathers: bool = True
     kept_parameters: int = 1_000_000_000
+    encoder_flops: float = 0.0
+    encodes_in_fp32: bool = True
+    launches: int = 0
 
     def hides_reduction(self, zero_stage: int) -> bool:
         """Whether the backward pass hides the reduction of gradients with a ZeRO stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from collections import deque
@@ -169,10 +170,11 @@ class BesideEvaluations:
     def _leave(self, images: int) -> None:
         """Say how a checkpoint is measured that was not; another launch of the run does so."""
         if self._is_finished:
+            run = shlex.quote(self._known.store.uri(self._known.run))
             self._known.warn(
                 images,
                 "there was no room or no time for it before the end of training; "
-                f"{typed('trainer.evaluate')} checkpoint=URI checkpoints=all measures it",
+                f"{typed('trainer.evaluate')} checkpoint={run} checkpoints=all measures it",
             )
 
     def _tell(self, told: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,8 @@ from trainer.training.hooks import UpdateReport
 
 logger = logging.getLogger(__name__)
 
+_SILENT = "6"
+"""Level of the profiler's own log at which nothing is left to say; it is 5 unless it is set."""
 _TRACKED_BYTES = 64 << 20
 """What the traces of all ranks may have together to be sent to the tracker too."""
 
@@ -104,6 +107,8 @@ class Profile:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
+            # Its own lines on standard error say when it begins and ends, of every rank.
+            os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
             with self._told_alone():
                 running = profile(activities=activities)
                 running.start()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.hardware import peak_tflops
+from cluster.hardware import memory_gb_per_s, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,19 @@ from cluster.hardware import peak_tflops
 )
 def test_a_peak_is_of_the_very_device(name, peak):
     assert peak_tflops(name) == peak
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA H200", 4800.0),
+        ("NVIDIA H100 80GB HBM3", 3350.0),
+        ("NVIDIA H100 PCIe", 2000.0),
+        ("NVIDIA A100-SXM4-40GB", 1555.0),
+        ("NVIDIA A100-SXM4-80GB", 2039.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("cpu", None),
+    ],
+)
+def test_a_memorys_rate_is_of_the_very_device(name, rate):
+    assert memory_gb_per_s(name) == rate

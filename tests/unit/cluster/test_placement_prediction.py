@@ -257,7 +257,8 @@ def test_gradients_that_go_to_one_rank_each_are_sent_once():
     ring = 7 / 8 * 2 * 2_019_000_000 / 400e9
     time = step_time(work, REPLICATED, zero_stage=1, hardware=NODE)
     # While one rank receives, the others send.
-    assert time.reduction == pytest.approx(8 / 7 * ring + ring)
+    # A bucket whose gradients several ranks keep is sent in so many messages: seven more in all.
+    assert time.reduction == pytest.approx(8 / 7 * ring + ring + 8 * 20e-6)
     # Nobody keeps only a part without ZeRO, and ZeRO-3 does no better.
     for stage in (0, 3):
         assert step_time(work, REPLICATED, zero_stage=stage, hardware=NODE) == step_time(
@@ -302,7 +303,8 @@ def test_overlap_hides_the_exchange_of_coarse_scales_but_none_of_the_finest():
 def test_an_ema_on_the_host_comes_and_goes_while_passes_do():
     node = replace(NODE, host_link_gb_per_s=50)
     beside = step_time(xl(ema_on_host=True), REPLICATED, zero_stage=1, hardware=node)
-    assert beside == step_time(xl(), REPLICATED, zero_stage=1, hardware=node)
+    here = step_time(xl(), REPLICATED, zero_stage=1, hardware=node)
+    assert beside == replace(here, update=beside.update)
     slow = replace(node, host_link_gb_per_s=1)
     late = step_time(xl(ema_on_host=True), REPLICATED, zero_stage=1, hardware=slow)
     assert late.offload == pytest.approx(4 * 2_019_000_000 / 8 / 1e9 - late.compute)
@@ -319,7 +321,8 @@ def test_an_ema_on_the_host_has_all_passes_for_its_way(stage, to_owners):
     )
     late = step_time(work, REPLICATED, zero_stage=stage, hardware=node)
     here = step_time(replace(work, ema_on_host=False), REPLICATED, zero_stage=stage, hardware=node)
-    beside = copied - (late.total - here.total)
+    # Only an average on the device is part of the update.
+    beside = copied - (late.total - late.update - (here.total - here.update))
     # Passes take what the GPU does and what it waits for, but for what follows the update.
     assert here.compute <= beside <= here.total
 

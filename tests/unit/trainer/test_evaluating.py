@@ -54,7 +54,10 @@ class Known:
     def __init__(self, left=()):
         self.left = list(left)
         self.told, self.warned, self.deleted = [], {}, set()
-        self.store = SimpleNamespace(get=lambda key: f"picture of {key}".encode())
+        self.run = "a"
+        self.store = SimpleNamespace(
+            get=lambda key: f"picture of {key}".encode(), uri=lambda key: f"s3://bucket/runs/{key}"
+        )
 
     def catch_up(self, is_due):
         if self.left == ["fails"]:
@@ -199,7 +202,7 @@ def test_the_end_waits_for_what_has_begun_and_tells_of_the_rest(started):
     closing.join(60)
     assert [images for images, _ in known.told] == [100]
     assert list(known.warned) == [200]
-    assert "trainer.evaluate" in known.warned[200]
+    assert "trainer.evaluate checkpoint=s3://bucket/runs/a checkpoints=all" in known.warned[200]
 
 
 @pytest.mark.parametrize("limit", ["patient_s", "last_s"])

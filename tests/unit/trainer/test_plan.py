@@ -197,7 +197,7 @@ def test_weights_are_kept_where_there_is_room_and_the_user_has_not_said(xl):
     auto = with_engine(many, placement="auto", zero_stage=3)
     found, settled = predict_configured(auto), settle(auto)
     assert found.keeps_weights
-    assert found.time.total <= 0.5
+    assert found.time.total - found.time.encoding - found.time.update <= 0.5
     assert settled.engine.deepspeed == {"zero_optimization": dict(KEEP_WEIGHTS)}
     again = predict_configured(settled)
     assert (again.memory, again.time, str(again)) == (found.memory, found.time, str(found))
@@ -341,7 +341,7 @@ def test_each_average_takes_its_room(xl, stage):
 
 
 def test_the_plan_says_what_separate_weights_cost(capsys):
-    assert main(job_words("h100_8")) == 0
+    assert main(job_words("h100_8", images=96)) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert re.search(
         r"Against one scale with the same images \(replicated, ZeRO-[^:]*: [\d.]+ GiB, [\d.]+ ms\) "

@@ -70,7 +70,7 @@ def updates_of(trace: bytes) -> set[str]:
         (range(3, 100), {"update 4", "update 5"}, 50),  # the run ends before
     ],
 )
-def test_whole_updates_are_in_the_trace_and_no_other(updates, profiled, images, tmp_path):
+def test_whole_updates_are_in_the_trace_and_no_other(updates, profiled, images, tmp_path, capfd):
     run = Profiled(tmp_path, updates)
     run.train(5)
     (key,) = run.store.list("run/")
@@ -79,6 +79,7 @@ def test_whole_updates_are_in_the_trace_and_no_other(updates, profiled, images, 
     assert updates_of(trace) == profiled
     assert run.files.kept == {f"profile/{images:012d}/rank-00000.json.gz": trace}
     assert f"were profiled: {len(profiled)}; their" in run.told[0]["text"]
+    assert capfd.readouterr().err == ""  # of every rank
 
 
 @pytest.mark.parametrize("updates", [range(0), range(5, 6), range(9, 10)])

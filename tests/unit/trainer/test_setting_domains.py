@@ -39,6 +39,7 @@ FROM_ZERO = (
 ABOVE_ZERO = (
     "codec.scale mlp_ratio learning_rate epsilon "
     "start_timeout_s room_timeout_s gpu_memory_gib matmul_tflops node_link_gb_per_s "
+    "fp32_tflops memory_gb_per_s launch_us "
     "network_gb_per_s "
     "host_link_gb_per_s host_memory_gib download_timeout_s cache_limit_gib connect_timeout_s "
     "read_timeout_s"

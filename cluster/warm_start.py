@@ -15,6 +15,7 @@ import gc
 import importlib
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,15 @@ from multiprocessing import forkserver, resource_tracker
 
 _WHAT = "LAPFLOW_WARM_UP"
 """Tells the server what to call; it takes that away again."""
+_LOOK_S = 0.1
+"""How often the server looks for its caller while it imports."""
 
 
 def start(warm_up: Callable[[], None], *, threads: int) -> None:
     """Starts the server, unless it runs; does not wait for what it imports.
+
+    One that runs serves other workers too, whatever it was started for: they import the rest, and
+    have a number of threads of their own.
 
     Args:
         warm_up: An importable function that imports what workers need.
@@ -85,13 +91,36 @@ def _load(what: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     module, _, function = what.partition(":")
     gc.disable()  # imports make no garbage
-    try:
-        getattr(importlib.import_module(module), function)()
-    except Exception:
-        traceback.print_exc()
+    with _ending_with_caller():
+        try:
+            getattr(importlib.import_module(module), function)()
+        except Exception:
+            traceback.print_exc()
     gc.freeze()  # pages that nobody writes to are shared
     gc.enable()
     atexit.register(os._exit, 0)  # to take all of it apart would take a second; forks have no part
+
+
+@contextmanager
+def _ending_with_caller() -> Iterator[None]:
+    """Ends this process at once if its caller does in a `with` block: a refusal waits for nothing.
+
+    Later the server itself finds out.
+    """
+    caller, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_S):
+            if os.getppid() != caller:
+                os._exit(0)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()  # one thread alone may be there at a fork
 
 
 if _what := os.environ.pop(_WHAT, ""):  # in the server alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pipelines.errors import MissingDatasetError
 from pipelines.ingest.write import LabelledImage, write_dataset
 from tests.support.faulty_proxy import FaultyProxy, Request, faulty_proxy
 from tests.support.http_faults import Answer, Held
+from tests.support.job import ROOT
 from tests.support.s3_server import S3Server
 from tests.unit.pipelines import pictures
 from trainer.config.composition import compose_job
@@ -106,6 +108,23 @@ def test_of_several_failures_the_first_in_order_is_told_however_late(
             proxy.inject(Answer(status=status, code=code), when=KINDS[name])
     with pytest.raises(told):
         preflight(job, report=print)
+
+
+def test_settings_of_a_store_are_typed_through_make(proxy, tmp_path):
+    """The store is written to, and read from, before a data set that is not there is refused."""
+    words = [
+        *(f"home={tmp_path}", f"store.uri=s3://{BUCKET}/store", "tracking.required=false"),
+        *(f"store.endpoint_url={proxy.endpoint_url}", f"tracking.uri={proxy.endpoint_url}"),
+        *("data.prepare=none", f"data.prefix=s3://{BUCKET}/nothing"),
+    ]
+    # What is installed is not looked at anew.
+    make = ["make", "--old-file=setup", "train", f"ARGS={' '.join(words)}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"There is no dataset at s3://{BUCKET}/nothing/train" in done.stderr
+    probe = KINDS["the store's probe"]
+    asked = [request.method for request in proxy.requests if probe(request)]
+    assert asked == ["PUT", "DELETE"]
 
 
 def test_what_looks_log_is_told_in_the_order_in_which_they_are_taken(capsys):

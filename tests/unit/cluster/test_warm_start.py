@@ -26,6 +26,7 @@ def running(tmp_path: Path, what: str) -> Iterator["subprocess.Popen[str]"]:
         [sys.executable, "-c", RUN, what, str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "WARM_RUN_OF": str(tmp_path)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -109,4 +110,15 @@ def test_all_end_with_a_caller_that_is_killed(tmp_path):
         told(process, 2)
         assert len(left(tmp_path)) >= 4
         process.kill()
+        wait_until_gone(tmp_path)
+
+
+def test_who_refuses_to_start_waits_for_no_import_and_leaves_none_behind(tmp_path):
+    with running(tmp_path, "refuse") as process:
+        (server,) = told(process, 1)
+        assert psutil.Process(server["importing"]).ppid() == process.pid
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.wait(300) == 2
         wait_until_gone(tmp_path)

@@ -26,6 +26,12 @@ def warm_up() -> None:
     tabnanny.imported_by = os.getpid()  # type: ignore[attr-defined]
 
 
+def import_for_long() -> None:
+    """Tell that it has begun, and take longer than any test waits."""
+    _say({"importing": os.getpid()})
+    time.sleep(3000)
+
+
 def tell(context: WorkerContext, payload: Payload) -> None:
     """Report what a fork has of the process that it comes from, and of its caller."""
     import numpy as np
@@ -56,10 +62,15 @@ def main(what: str, folder: str) -> int:
     """Run them.
 
     Args:
-        what: "tell"; "kill", which one of them does to itself; or "wait" for a stop.
+        what: "tell"; "kill", which one of them does to itself; "wait" for a stop; or "refuse" to
+            start them, once imports have begun.
         folder: Where to be once the server has started.
     """
     config = ClusterConfig(backend="local", workers=2, gpus_per_worker=0)
+    if what == "refuse":
+        prepare(config, import_for_long)
+        sys.stdin.read(1)
+        return 2
     os.environ["SET_EARLY"] = "1"
     prepare(config, warm_up)
     del os.environ["SET_EARLY"]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.ingest.arrays import BadArrayError, parse_npy
+from pipelines.npy import BadArrayError, parse_npy
 from trainer.evaluation.frechet import FeatureStatistics
 from trainer.storage.open import open_store
 from trainer.storage.store import Store, StoreConfig

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pipelines.ingest.about import read_about
-from pipelines.ingest.arrays import BadArrayError, parse_npy
 from pipelines.latent_record import read_latent_record
+from pipelines.npy import BadArrayError, parse_npy
 from tests.unit.pipelines.latents.arrays import moments, same, save, take_in
 from tests.unit.pipelines.latents.encoding import files_in
 

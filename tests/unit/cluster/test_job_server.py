@@ -18,6 +18,9 @@ from cluster.job_server import (
     entrypoint,
     without_mark,
 )
+from tests.house.import_graph import read_import_graph
+from tests.house.measures import PACKAGES
+from tests.house.source_file import When
 from tests.support.job import ROOT
 
 
@@ -148,3 +151,12 @@ def test_what_a_job_takes_along_is_small(tmp_path):
         "tests",
         ".venv",
     }
+    # Nothing that goes along needs what stays, unless somebody asks for it.
+    graph = read_import_graph(ROOT, PACKAGES)
+    files = {name: file.path for name, file in graph.files.items()}
+    lost = [
+        (importer, imported)
+        for (importer, imported), when in graph.edges.items()
+        if when is When.LOADING and files[importer] in names and files[imported] not in names
+    ]
+    assert lost == []

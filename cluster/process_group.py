@@ -22,6 +22,9 @@ import os
 import resource
 import secrets
 import socket
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -35,8 +38,31 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _GLOO_GROUPS = 4
 """How many groups of gloo's a worker has at least, each with a connection to each other worker."""
 _OTHER_FILES = 256
+_NAMED = 8
+"""So many workers that did not come are named."""
+_HERE = "here"
+_ALL_HERE = "all here"
 _BYTES = 32
 """Length of the secret, of a challenge, and of a proof."""
+
+
+class WorkersAbsent(RuntimeError):
+    """Not all workers came to the meeting in time, or they could not connect to each other.
+
+    Args:
+        ranks: Those that did not come; none if that is not known.
+        text: What happened, without them.
+    """
+
+    def __init__(self, ranks: Sequence[int], text: str) -> None:
+        super().__init__(tuple(ranks), text)  # as it is made again elsewhere
+        self.ranks = tuple(ranks)
+        self.text = text
+
+    def __str__(self) -> str:
+        named = ", ".join(f"worker {rank}" for rank in self.ranks[:_NAMED])
+        more = f" and {len(self.ranks) - _NAMED} more" if len(self.ranks) > _NAMED else ""
+        return f"{self.text}: {named}{more}" if named else self.text
 
 
 class PeerUnproven(RuntimeError):
@@ -59,7 +85,7 @@ class Rendezvous:
 
     Attributes:
         place: Path of a file in a folder of this user's alone, or host and port of a store.
-        timeout_s: How long they wait for one another.
+        timeout_s: How long they wait for one another, and then may take to connect.
         secret: Known to them only.
     """
 
@@ -140,8 +166,9 @@ def join(
         listener: The socket behind the rendezvous, if it is an address; rank 0's alone.
 
     Raises:
-        RuntimeError: Some worker did not come in time, or this process may not open a file, that is
-            a connection, for each of them.
+        WorkersAbsent: Some worker did not come in time, or they do not reach each other.
+        RuntimeError: This process may not open a file, that is a connection, for each of them; or
+            another worker ended meanwhile.
         PeerUnproven: Something else came in a worker's place.
     """
     allow_connections(rank_info.world_size)
@@ -163,14 +190,8 @@ def join(
     torch.set_num_threads(threads)
     if device != "cpu":
         torch.cuda.set_device(device)
-    store = _store(rank_info, rendezvous, listener)
-    dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl",
-        store=store,
-        rank=rank_info.rank,
-        world_size=rank_info.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+    store = meet(rank_info, rendezvous, listener)
+    _connect(rank_info, store, "gloo" if device == "cpu" else "nccl", rendezvous.timeout_s)
     store.set_timeout(COLLECTIVE_TIMEOUT)
     _Proofs.rendezvous = rendezvous
     prove_peers()
@@ -195,6 +216,122 @@ def allow_connections(world_size: int) -> None:
             f"take {needed:,}: raise the hard limit of open files (ulimit -Hn, LimitNOFILE= of a "
             "service, --ulimit nofile= of a container) on each node."
         )
+
+
+def meet(rank_info: RankInfo, rendezvous: Rendezvous, listener: socket.socket | None = None) -> Any:
+    """Waits at the store until all workers are there.
+
+    torch's own meeting would wait as long as the group's collectives may take, and not say for
+    whom. Here a worker sends the store three words, however many others there are.
+
+    Args:
+        rank_info: This worker's place.
+        rendezvous: Where to meet; the same for all.
+        listener: As for `join`.
+
+    Returns:
+        The store, of torch's.
+
+    Raises:
+        WorkersAbsent: Some worker did not come in time.
+        RuntimeError: The worker that serves the store ended meanwhile.
+    """
+    limit_s, size = rendezvous.timeout_s, rank_info.world_size
+    deadline = time.monotonic() + limit_s
+    store = _reach_store(rank_info, rendezvous, listener)
+    store.set(f"{_HERE}/{rank_info.rank}", "")
+    if store.add(_HERE, 1) == size:
+        store.set(_ALL_HERE, "")
+    try:
+        store.wait([_ALL_HERE], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+    except RuntimeError as error:
+        # Each is looked for, since torch has no type of its own for the end of a wait.
+        if absent := _find_absent(store, range(size)):
+            raise WorkersAbsent(absent, describe_absence(len(absent), size, limit_s)) from error
+    return store
+
+
+def describe_absence(absent: int, workers: int, timeout_s: float) -> str:
+    """Says that workers did not come.
+
+    Args:
+        absent: How many.
+        workers: Of how many.
+        timeout_s: How long they were waited for.
+    """
+    return (
+        f"{absent} of {workers} workers did not come to meet the others within {timeout_s:g} s "
+        "(cluster.start_timeout_s), for they load slowly, stand still, or do not reach them"
+    )
+
+
+def _find_absent(store: Any, ranks: Sequence[int]) -> list[int]:
+    """Those that have not come, by halves: with a thousand of them most of the answers are one."""
+    if store.check([f"{_HERE}/{rank}" for rank in ranks]):
+        return []
+    if len(ranks) == 1:
+        return list(ranks)
+    half = len(ranks) // 2
+    return _find_absent(store, ranks[:half]) + _find_absent(store, ranks[half:])
+
+
+def _connect(rank_info: RankInfo, store: Any, backend: str, timeout_s: float) -> None:
+    """Forms the group of all workers, who have met."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    require_tested("torch", TESTED_TORCH)  # the call that sets a group's timeout is private
+    # gloo's connections are made now. NCCL's are made by the first collective, so what is given
+    # here counts for that one.
+    limit = timedelta(seconds=timeout_s) if backend == "gloo" else COLLECTIVE_TIMEOUT
+    began_s = time.monotonic()
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank_info.rank,
+            world_size=rank_info.world_size,
+            timeout=limit,
+        )
+    except RuntimeError as error:
+        if time.monotonic() - began_s < timeout_s:
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise WorkersAbsent(
+            (),
+            f"All {rank_info.world_size} workers came, and could not connect to each other within "
+            f"{timeout_s:g} s (cluster.start_timeout_s): a worker stands still, or its node cannot "
+            f"be reached at the interface that it uses (docs/scale-out.md, Network): {said}",
+        ) from error
+    if backend == "gloo":
+        distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+
+
+def _reach_store(
+    rank_info: RankInfo, rendezvous: Rendezvous, listener: socket.socket | None
+) -> Any:
+    """The store. One that another worker serves may be listened for, and not answer."""
+    if isinstance(rendezvous.place, str) or listener is not None:
+        return _store(rank_info, rendezvous, listener)
+    reached: list[Any] = []
+
+    def reach() -> None:
+        try:
+            reached.append(_store(rank_info, rendezvous, None))
+        except RuntimeError as error:
+            reached.append(error)
+
+    # torch tries twice as long as it is told to, and waits for ever for who has taken the
+    # connection and says nothing.
+    reaching = threading.Thread(target=reach, name="rendezvous", daemon=True)
+    reaching.start()
+    reaching.join(rendezvous.timeout_s)
+    if not reached:
+        told = describe_absence(1, rank_info.world_size, rendezvous.timeout_s)
+        raise WorkersAbsent((0,), told)
+    if isinstance(reached[0], RuntimeError):
+        raise reached[0]
+    return reached[0]
 
 
 def _store(rank_info: RankInfo, rendezvous: Rendezvous, listener: socket.socket | None) -> Any:

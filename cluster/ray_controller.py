@@ -38,6 +38,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from cluster.assignment import WorkerGroupSpec
 from cluster.failure import Failure, describe_exit
+from cluster.process_group import WorkersAbsent
 from cluster.ray_mailbox import Broken, Mailbox, Seat
 from cluster.ray_output import output_paths
 from cluster.ray_room import RoomPolicy, one_line
@@ -303,6 +304,9 @@ def describe_failure(error: TrainingFailedError) -> Broken:
         return Broken("start", (), one_line(cause))
     # Workers that were lost, or that failed to meet, while Ray Train prepared them.
     origin = getattr(cause, "cause", None)
+    for late in (cause, origin):
+        if isinstance(late, WorkersAbsent):
+            return Broken("start", (), late.text, absent=late.ranks)
     if isinstance(origin, NotJoined):
         failure = Failure(rank=origin.rank, attempt=-1, kind="raised", text=origin.text)
         return Broken("workers", (failure,), origin.text)

@@ -16,6 +16,8 @@ from cluster.recovery import FaultKind
 
 _PEER_GRACE_S = 1.5
 """How long a failure waits for those of other workers, one of which may be its cause."""
+_NAMED = 4
+"""So many workers that did not come are named."""
 _ANSWER_S = 10.0
 """How long it waits to know whether nodes answer."""
 
@@ -110,23 +112,34 @@ class Loss:
         """The cause in words, with rank and node."""
         if not failures:
             if self._leave is None:
-                return self.broken.text
+                return self.broken.text + self._absentees()
             return f"all workers left, since {self._leave.reason}"
         root = root_cause(failures)
-        seat = self._seats[root.rank] if root.rank < len(self._seats) else None
-        gone = " (the node does not answer)" if self._has_lost_node(root.rank) else ""
         more = f", {len(failures) - 1} more with it" if len(failures) > 1 else ""
-        on = f" on {seat.address}{gone}" if seat else ""
         late = f", when {self._leave.reason}" if self._leave is not None else ""
-        return f"worker {root.rank}{on} {_how(root)}{more}{late}"
+        return f"{self._place(root.rank)} {_how(root)}{more}{late}"
+
+    def _absentees(self) -> str:
+        absent = self.broken.absent
+        if not absent:
+            return ""
+        more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+        return f": {', '.join(map(self._place, absent[:_NAMED]))}{more}"
+
+    def _place(self, rank: int) -> str:
+        if rank >= len(self._seats):
+            return f"worker {rank}"
+        gone = " (the node does not answer)" if self._has_lost_node(rank) else ""
+        return f"worker {rank} on {self._seats[rank].address}{gone}"
 
     def origin(self, failures: Sequence[Failure]) -> Seat | None:
         """A worker on the node where it began.
 
-        None if it began on several nodes, or with all workers, or if each only lost another.
+        None if it began on several nodes, or with all workers, or if each only lost another. Of a
+        start that was waited for in vain, a worker that did not come.
         """
         roots = root_causes(failures) if failures else []
-        ranks = {one.rank for one in roots if not is_of_lost_peer(one)}
+        ranks = {one.rank for one in roots if not is_of_lost_peer(one)}.union(self.broken.absent)
         seats = [self._seats[rank] for rank in ranks if rank < len(self._seats)]
         is_one = len({seat.node for seat in seats}) == 1 and len(seats) < len(self._seats)
         return seats[0] if is_one else None

@@ -145,11 +145,13 @@ class Broken:
         kind: `workers` failed, their `start` did, or `else` something that no start would cure.
         failures: Of the workers, as far as it knows; of no attempt in particular.
         text: What it says itself.
+        absent: The ranks that did not come to meet the others in time.
     """
 
     kind: Literal["workers", "start", "else"]
     failures: tuple[Failure, ...]
     text: str
+    absent: tuple[int, ...] = ()
 
 
 Event: TypeAlias = (

@@ -11,7 +11,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from ray.train.backend import Backend, BackendConfig
 
 from cluster.contract import Beside, Message, Payload, Worker, WorkerContext
 from cluster.failure import Failure, exit_failure, run_worker
-from cluster.process_group import RankInfo, Rendezvous, join, listen, new_secret
+from cluster.process_group import (
+    RankInfo,
+    Rendezvous,
+    WorkersAbsent,
+    describe_absence,
+    join,
+    listen,
+    new_secret,
+)
 from cluster.ray_ear import Board, Ear
 from cluster.ray_mailbox import Advanced, Begun, Event, Finished, Kept, Left, Mailbox
 from cluster.ray_output import OutputTail, output_paths
@@ -70,17 +78,40 @@ class _Rendezvous(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: RendezvousConfig) -> None:
-        boards = dict(filter(None, worker_group.execute(_open_board)))
+        limit_s = backend_config.timeout_s
+        boards = dict(filter(None, gather(worker_group.execute_async(_open_board), limit_s)))
         together = len(boards) == 1
-        place = (
-            worker_group.execute_single(0, _make_file, backend_config.scratch)
+        opening = (
+            worker_group.execute_single_async(0, _make_file, backend_config.scratch)
             if together
-            else worker_group.execute_single(0, _open)
+            else worker_group.execute_single_async(0, _open)
         )
-        rendezvous = Rendezvous(
-            place=place, timeout_s=backend_config.timeout_s, secret=new_secret()
-        )
-        worker_group.execute(_enter, rendezvous, backend_config, boards)
+        (place,) = gather([opening], limit_s)
+        rendezvous = Rendezvous(place=place, timeout_s=limit_s, secret=new_secret())
+        entering = worker_group.execute_async(_enter, rendezvous, backend_config, boards)
+        # To load torch, to meet and to connect may each take so long.
+        gather(entering, 3 * limit_s)
+
+
+def gather(calls: Sequence[Any], timeout_s: float) -> list[Any]:
+    """What calls of workers gave.
+
+    Args:
+        calls: Of each worker one, in the order of ranks.
+        timeout_s: How long they may take.
+
+    Raises:
+        WorkersAbsent: Some did not answer in time.
+        ray.exceptions.RayError: One of them failed.
+    """
+    try:
+        given: list[Any] = ray.get(list(calls), timeout=timeout_s)
+        return given
+    except ray.exceptions.GetTimeoutError as error:
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)
+        absent = [rank for rank, call in enumerate(calls) if call not in done]
+        told = describe_absence(len(absent), len(calls), timeout_s)
+        raise WorkersAbsent(absent, told) from error
 
 
 def note_attempt(attempt: int) -> None:
@@ -144,6 +175,8 @@ def _enter(rendezvous: Rendezvous, config: RendezvousConfig, boards: Mapping[str
     _find_board(boards)
     try:
         _join(rendezvous, config)
+    except WorkersAbsent:
+        raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         raise NotJoined(ray.train.get_context().get_world_rank(), text) from error

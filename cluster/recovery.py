@@ -6,7 +6,8 @@ month of single faults never ends a run, while one that gets no further does soo
 fails is charged to neither: it is tried again until `cluster.room_timeout_s` have passed without
 workers. Failing again after the very same images is no fault of the cluster, and ends the run
 after `cluster.max_failures_in_place` times. A node on which `cluster.max_failures_of_node` failures
-in a row began, and none elsewhere meanwhile, is avoided as long as others suffice.
+in a row began, and none elsewhere meanwhile, is avoided as long as others suffice. To this a start
+counts that a node's workers did not come to.
 """
 
 from collections.abc import Collection, Sequence
@@ -123,6 +124,7 @@ def decide(history: History, fault: Fault, config: ClusterConfig) -> tuple[Histo
 def _after_start(history: History, fault: Fault, config: ClusterConfig) -> tuple[History, Decision]:
     since = history.starting_s if history.starts else fault.at_s
     history = replace(history, starts=history.starts + 1, starting_s=since)
+    history, avoids = _blame(history, fault, config)
     passed = fault.at_s - since
     if passed >= config.room_timeout_s:
         return history, Decision(
@@ -135,6 +137,7 @@ def _after_start(history: History, fault: Fault, config: ClusterConfig) -> tuple
         reason=f"failed starts are not counted for {config.room_timeout_s:g} s "
         "(cluster.room_timeout_s)",
         wait_s=_wait_s(history.starts + 1),
+        avoids=avoids,
     )
 
 

@@ -22,6 +22,54 @@ file.unlink()
 file.parent.rmdir()
 """
 
+MEET = """
+import socket, sys, threading, time
+from pathlib import Path
+from cluster import process_group
+from cluster.process_group import COLLECTIVE_TIMEOUT, RankInfo, Rendezvous, WorkersAbsent
+from cluster.process_group import join, leave, listen, meet
+
+def place_of(rank, size):
+    return RankInfo(rank=rank, world_size=size, local_rank=rank, local_world_size=size)
+
+def at(place, timeout_s=1):
+    return Rendezvous(place=place, timeout_s=timeout_s, secret=b"secret")
+
+def wait_in_vain(name, rank, size, place, listener=None):
+    began = time.monotonic()
+    try:
+        join(place_of(rank, size), at(place), device="cpu", threads=1, listener=listener)
+    except WorkersAbsent as absent:
+        assert time.monotonic() - began < 30
+        print(f"{name}: {absent.ranks} {absent}", flush=True)
+
+folder = Path(sys.argv[1])
+join(place_of(0, 1), at(str(folder / "alone"), 60), device="cpu", threads=1)
+import torch, torch.distributed as dist
+kept = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+print("collectives:", kept == COLLECTIVE_TIMEOUT)
+leave()
+
+wait_in_vain("file", 0, 2, str(folder / "file"))
+listener = listen("127.0.0.1")
+place = listener.getsockname()
+others = [
+    threading.Thread(target=meet, args=(place_of(rank, 5), at(place, 60)), daemon=True)
+    for rank in (1, 4)
+]
+for other in others:
+    other.start()
+wait_in_vain("store", 0, 5, place, listener)
+
+mute = listen("127.0.0.1")
+wait_in_vain("mute", 1, 2, mute.getsockname())
+
+threading.Thread(target=meet, args=(place_of(1, 2), at(str(folder / "still"), 60))).start()
+wait_in_vain("still", 0, 2, str(folder / "still"))
+import os
+os._exit(0)
+"""
+
 
 def test_any_loopback_address_is_the_loopback_interface():
     loopback = interface_of("127.0.0.1")
@@ -67,6 +115,21 @@ def test_who_has_left_looks_for_the_rendezvous_no_more(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LEAVE, str(folder / "rendezvous")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, folder.exists()) == (0, False), done.stderr
+
+
+@pytest.mark.slow
+def test_who_waits_in_vain_for_others_says_for_whom_and_does_so_in_time(tmp_path: Path) -> None:
+    """Whoever is missing, wherever they meet, and also where one comes and then stands still."""
+    command = [sys.executable, "-c", MEET, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert sorted(told) == ["collectives", "file", "mute", "still", "store"], done.stderr
+    assert told["collectives"] == "True"
+    assert told["file"].startswith("(1,) 1 of 2 workers did not come to meet the others within 1 s")
+    assert told["file"].endswith(": worker 1")
+    assert told["store"].startswith("(2, 3) 2 of 5 workers did not come")
+    assert told["mute"].startswith("(0,) 1 of 2 workers")
+    assert told["still"].startswith("() All 2 workers came, and could not connect")
 
 
 def test_a_worker_may_open_a_connection_to_each_other_one_or_says_why_not() -> None:

@@ -15,6 +15,7 @@ from cluster import ray_controller, ray_loss, ray_room
 from cluster.assignment import Node, WorkerGroupSpec
 from cluster.contract import Caller, ClusterConfig, Line, LostWorkers
 from cluster.failure import Failure, WorkerRefused
+from cluster.process_group import WorkersAbsent
 from cluster.ray_leaving import End, Leave, LeaveWatch
 from cluster.ray_mailbox import (
     Advanced,
@@ -300,6 +301,36 @@ def test_a_worker_that_cannot_enter_the_group_is_named_and_its_node_is_blamed(
         driver.hear(Started(attempt, seats("ab")), not_joined(1, "RuntimeError: no CUDA device"))
     assert "worker 1 on b failed with RuntimeError: no CUDA device" in driver.told[-2]
     assert driver.line.avoided == {"b"}
+
+
+def absent(*ranks: int) -> Broken:
+    """What the driver hears where the first worker has waited for others in vain."""
+    cause = pickle.loads(pickle.dumps(WorkersAbsent(ranks, "they did not come within 120 s")))
+    error = RayTaskError("_enter", "", cause).make_dual_exception_instance()
+    broken = ray_controller.describe_failure(ControllerError(error))
+    assert broken == ray_controller.describe_failure(ControllerError(cause))  # its own finding
+    return broken
+
+
+def test_a_meeting_that_a_worker_does_not_come_to_is_a_failed_start_and_its_node_is_named() -> None:
+    """Those who waited are not to blame, and nothing is charged."""
+    driver = Driver(max_failures=0, max_failures_of_node=2)
+    driver.hear(*at_work(0, "ab", 64))
+    for attempt in (1, 2):
+        driver.hear(Started(attempt, seats("ab")), absent(1))
+        (line,) = [one for one in driver.told if f"attempt {attempt}: they" in one]
+        assert "within 120 s: worker 1 on b" in line
+        assert "failed starts are not counted" in line
+    assert driver.line.avoided == {"b"}
+    assert "b (b) is avoided while other nodes suffice" in driver.told[-1]
+
+
+def test_a_meeting_that_is_missed_from_everywhere_or_by_nobody_knows_whom_blames_no_node() -> None:
+    driver = Driver(max_failures=0)
+    driver.hear(*at_work(0, "ab", 64))
+    for attempt, ranks in enumerate([(0, 1), (0, 1), (), ()], start=1):
+        driver.hear(Started(attempt, seats("ab")), absent(*ranks))
+    assert driver.line.avoided == frozenset()
 
 
 def test_a_worker_that_only_lost_another_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:

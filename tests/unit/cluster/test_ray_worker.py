@@ -5,7 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
+from cluster.process_group import WorkersAbsent
+from cluster.ray_worker import gather
+
+_SILENT = "a call that is not answered"
 _ENDING = """
 import sys, threading, time
 from cluster import ray_worker
@@ -43,3 +48,23 @@ def test_a_worker_ends_though_another_of_its_threads_stands_still_or_fails_while
             check=False,
         )
     assert ended.returncode == 75
+
+
+def test_who_does_not_answer_its_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process that was stopped before it could come to the meeting."""
+
+    def get(calls: list[str], *, timeout: float) -> list[str]:
+        if _SILENT in calls:
+            raise ray.exceptions.GetTimeoutError(f"{timeout}")
+        return calls
+
+    def wait(calls: list[str], **_: object) -> tuple[list[str], list[str]]:
+        done = [call for call in calls if call != _SILENT]
+        return done, [_SILENT]
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", wait)
+    assert gather(["a", "b"], 5) == ["a", "b"]
+    with pytest.raises(WorkersAbsent, match=r"1 of 3 workers .* within 5 s .*: worker 1") as late:
+        gather(["a", _SILENT, "b"], 5)
+    assert late.value.ranks == (1,)

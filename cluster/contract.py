@@ -56,7 +56,8 @@ class ClusterConfig:
         max_failures_of_node: Ray only. So many failures in a row that began on one node have it
             avoided while other nodes suffice; 0 does not look.
         max_preemptions: Ray only. After how many announced losses of nodes, likewise given back.
-        start_timeout_s: How long to wait for free resources, and for all workers to meet.
+        start_timeout_s: How long to wait for free resources, for the workers' processes, for all
+            workers to meet, and for them to connect.
         preflight_s: How long a node gets to look at itself before workers may be placed on it; 0
             looks at none.
         room_timeout_s: Ray only. How long a run that has begun waits for nodes to come back, and

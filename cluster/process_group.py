@@ -185,7 +185,6 @@ def join(
         os.environ.setdefault(name, value)
 
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(threads)
     if device != "cpu":

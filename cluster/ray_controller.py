@@ -186,6 +186,37 @@ class Group(WorkerGroup):  # type: ignore[misc]
         self.room = super()._create_placement_group(*arguments)
         return self.room
 
+    def _create_workers(self, *arguments: Any, **more: Any) -> Any:
+        with self._bounding():
+            return super()._create_workers(*arguments, **more)
+
+    def _init_train_context(self, *arguments: Any) -> None:
+        with self._bounding():
+            super()._init_train_context(*arguments)
+
+    @contextlib.contextmanager
+    def _bounding(self) -> Iterator[None]:
+        """Ends all processes where one of them does not answer, for which Ray Train would wait."""
+        limit_s = self._worker_group_start_timeout_s
+        is_over = threading.Event()
+
+        def give_up() -> None:
+            is_over.set()
+            self.room.shutdown()
+
+        timer = threading.Timer(limit_s, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (ray.exceptions.RayError, *_FAILED_STARTS) as error:
+            if not is_over.is_set():
+                raise
+            told = f"not all workers' processes came up within {limit_s:g} s"
+            raise WorkersAbsent((), f"{told} (cluster.start_timeout_s)") from error
+        finally:
+            timer.cancel()
+
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: str, train_context_args: dict[str, list[Any]]
     ) -> None:

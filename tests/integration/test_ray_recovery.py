@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-from cluster import ray_mailbox, ray_spares
+from cluster import ray_mailbox, ray_spares, ray_worker
 from cluster.contract import Message
 from cluster.failure import WorkerFailed
+from cluster.process_group import Rendezvous
 from cluster.ray_nodes import avoiding
 from tests.support.counting_run import BATCH, INTERVAL, LIMIT_S, Story, launch, warm_up
 from tests.support.ray_cluster import HOST, RayCluster, ray_cluster
@@ -39,10 +41,10 @@ def cluster() -> Iterator[RayCluster]:
         yield cluster
 
 
-def processes(cluster: RayCluster, title: str) -> list[psutil.Process]:
-    """Those of the cluster whose title begins so."""
+def processes(cluster: RayCluster, title: str, address: str = "") -> list[psutil.Process]:
+    """Those of the cluster, or of one node, whose title begins so."""
     found: list[psutil.Process] = []
-    for node in cluster.nodes.values():
+    for node in [cluster.nodes[address]] if address else cluster.nodes.values():
         for one in psutil.Process(node.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # or it is a zombie
                 if " ".join(one.cmdline()).startswith(title):
@@ -216,6 +218,45 @@ def test_a_node_on_which_workers_fail_again_and_again_is_left_alone(
     seats = [line for line in story.lines if re.search(r"attempt 2: rank \d on", line)]
     assert len(seats) == 2
     assert not [line for line in seats if f" on {address} " in line]
+
+
+def test_a_worker_that_stands_still_before_it_meets_the_others_is_named_and_replaced(
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No failure is charged: there is none to give."""
+    story = Story()
+    places: list[Rendezvous] = []
+
+    def stop_one(*, timeout_s: float, **given: Any) -> Rendezvous:
+        if not places:
+            timeout_s = 3.0
+            (node,) = wait_for(story, r"attempt 0: rank 1 on ([\d.]+)")
+            (worker,) = processes(cluster, "ray::RayTrainWorker", node)
+            worker.suspend()
+        places.append(Rendezvous(timeout_s=timeout_s, **given))
+        return places[-1]
+
+    monkeypatch.setattr(ray_worker, "Rendezvous", stop_one)
+    outcome = launch(
+        cluster,
+        story,
+        {"saved": str(tmp_path / "saved"), "total": 50},
+        max_failures=0,
+    )
+
+    assert (outcome.status, outcome.restarts, len(places)) == ("finished", 1, 2)
+    late = story.line(r"attempt 0: 1 of 2 workers did not come to meet the others within 3 s")
+    assert re.search(r": worker 1 on 127\.0\.0\.\d; nothing is saved; the workers start ag", late)
+    assert "failed starts are not counted" in late
+
+
+def wait_for(story: Story, pattern: str) -> tuple[str, ...]:
+    """What is in the groups of the first line of that pattern, once it is told."""
+    limit = time.monotonic() + LIMIT_S
+    while not (found := [one for line in story.lines if (one := re.search(pattern, line))]):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    return found[0].groups()
 
 
 def test_ray_knows_a_selector_of_all_nodes_but_some(cluster: RayCluster) -> None:

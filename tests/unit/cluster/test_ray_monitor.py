@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2.api.exceptions import ControllerError
@@ -16,6 +16,7 @@ from cluster.assignment import Node, WorkerGroupSpec
 from cluster.contract import Caller, ClusterConfig, Line, LostWorkers
 from cluster.failure import Failure, WorkerRefused
 from cluster.process_group import WorkersAbsent
+from cluster.ray_controller import Group
 from cluster.ray_leaving import End, Leave, LeaveWatch
 from cluster.ray_mailbox import (
     Advanced,
@@ -331,6 +332,28 @@ def test_a_meeting_that_is_missed_from_everywhere_or_by_nobody_knows_whom_blames
     for attempt, ranks in enumerate([(0, 1), (0, 1), (), ()], start=1):
         driver.hear(Started(attempt, seats("ab")), absent(*ranks))
     assert driver.line.avoided == frozenset()
+
+
+def test_processes_that_do_not_come_up_in_time_are_ended_and_it_is_a_failed_start() -> None:
+    """Ray Train would wait for them without an end."""
+    group, given_up = Group.__new__(Group), threading.Event()
+    group._worker_group_start_timeout_s = 0.01
+    group.room = SimpleNamespace(shutdown=given_up.set)
+    with (
+        pytest.raises(WorkersAbsent, match=r"came up within 0.01 s \(cluster") as late,
+        group._bounding(),
+    ):
+        lose_workers(given_up)
+    assert ray_controller.describe_failure(ControllerError(late.value)).kind == "start"
+    group._worker_group_start_timeout_s = 600
+    with pytest.raises(RayActorError), group._bounding():
+        lose_workers(given_up)
+
+
+def lose_workers(given_up: threading.Event) -> None:
+    """As Ray Train, where their room is given back while it waits for them."""
+    assert given_up.wait(60)
+    raise RayActorError
 
 
 def test_a_worker_that_only_lost_another_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:

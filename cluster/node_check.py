@@ -76,8 +76,8 @@ class NodeCheck:
         look: Looks at the node that it is called on: an importable function, whose module loads
             fast, for nobody trains before it has come back.
         payload: What it needs.
-        judge: Judges sights, in the caller's process. Nodes are compared with the first of them
-            that answered.
+        judge: Judges sights, in the caller's process. It may compare nodes with the first of them
+            that answered, so where some come later, that of one that is fit is given first.
     """
 
     look: Callable[[NodePlace, Payload], Payload]

@@ -114,8 +114,10 @@ def test_every_ailment_is_named_with_its_node(stand: Stand) -> None:
     done = stand.launch("cluster.workers=3", *stand.sharing)
     assert done.returncode == 2, done.stdout + done.stderr
     said = " ".join((done.stdout + done.stderr).split())
-    assert "left: its code is another than that of head; bring both to the same commit" in said
-    assert f"left: it has numpy 1.0.1 (not {numpy}) as head has; install the same" in said
+    assert (
+        "left: its code is another than that of the launch; bring both to the same commit" in said
+    )
+    assert f"left: it has numpy 1.0.1 (not {numpy}) as the launch has; install" in said
     assert f"right: the cache folder {HOME}/cache cannot be made: " in said
     assert "head: " not in said
 

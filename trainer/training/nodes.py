@@ -6,10 +6,7 @@ of it (`judge_nodes`). This module loads without torch, for the launch waits for
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -36,23 +33,11 @@ from trainer.storage.lease import MAX_ATTEMPTS, Fence, Lease
 from trainer.storage.open import open_store, set_environment
 from trainer.storage.store import StoreConfig
 from trainer.training.at_once import Look
+from trainer.training.builds import SAME_CODE, Build, find_differences, own_build
 
 if TYPE_CHECKING:
     from trainer.config.job import JobConfig
 
-_PACKAGES = (
-    "torch",
-    "deepspeed",
-    "ray",
-    "mosaicml-streaming",
-    "nvidia-dali-cuda130",
-    "numpy",
-    "safetensors",
-    "mlflow",
-    "boto3",
-)
-_CODE = ("cluster", "models", "pipelines", "trainer")
-_SAME_CODE = "bring both to the same commit, or submit the job with --working-dir ."
 _LITTLE_BYTES = 1 << 30
 _ALL_REDUCE_BYTES = 1 << 24
 _CLOCK_S = 30.0
@@ -122,7 +107,8 @@ def node_check(job: JobConfig, lease: Lease) -> NodeCheck:
         "cache": str(job.shards.cache_dir or paths.cache(job)),
         "scratch": job.cluster.scratch_dir,
     }
-    return NodeCheck(look=look_at_node, payload=payload, judge=judge_nodes)
+    judge = partial(judge_nodes, launch=own_build())
+    return NodeCheck(look=look_at_node, payload=payload, judge=judge)
 
 
 def look_at_node(place: NodePlace, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +128,7 @@ def look_at_node(place: NodePlace, payload: Mapping[str, Any]) -> dict[str, Any]
     peer = Look("another node", partial(_is_reachable, place.peer))
     name = Look("this node's own name", _time_name)
     cache_bytes, cache_faults = _look_at_cache(Path(payload["cache"]))
-    code, versions = digest_code(), _versions()
+    own = own_build()
 
     store_faults, (device, device_faults) = store.take(), devices.take()
     tracker_faults, warnings = tracker.take()
@@ -156,8 +142,8 @@ def look_at_node(place: NodePlace, payload: Mapping[str, Any]) -> dict[str, Any]
         scratch_bytes=free_scratch(payload["scratch"]),
         interface=os.environ.get(_INTERFACES[0]) or interface_of(place.address or "127.") or "",
         name_s=name.take(),
-        code=code,
-        versions=versions,
+        code=own.code,
+        versions=dict(own.versions),
         faults=(
             *(*store_faults, *cache_faults, *device_faults),
             *(*tracker_faults, *interface_faults),
@@ -335,11 +321,13 @@ def free_scratch(folder: str | None) -> int:
         return shutil.disk_usage(tempfile.gettempdir()).free
 
 
-def judge_nodes(sights: Sequence[Sight]) -> Judgement:
+def judge_nodes(sights: Sequence[Sight], *, launch: Build) -> Judgement:
     """Say which nodes cannot take part and why, and what else is amiss.
 
     Args:
-        sights: What came of the look at each. Those that answered are compared with the first.
+        sights: What came of the look at each. In packages that the launch does without, those that
+            answered are compared with the first.
+        launch: What the launch runs, and each node has to.
     """
     reports = {
         sight.node: report for sight in sights if (report := _read(sight.report)) is not None
@@ -351,7 +339,13 @@ def judge_nodes(sights: Sequence[Sight]) -> Judgement:
         if (report := reports.get(sight.node)) is None or first is None:
             unfit[sight.node] = (_why_unread(sight),)
             continue
-        faults = [*report.faults, *find_differences(report, first)]
+        differences = find_differences(
+            Build(code=report.code, versions=report.versions),
+            launch,
+            others=first.versions,
+            whose=first.host,
+        )
+        faults = [*report.faults, *differences]
         if not report.reaches_peer and sight.peer in reports:
             faults.append(
                 f"it does not reach {reports[sight.peer].host} at {sight.place.peer}: let nodes "
@@ -374,25 +368,7 @@ def _why_unread(sight: Sight) -> str:
     if sight.report is None:
         return f"{sight.place.address}: {sight.error}"
     host = sight.report.get("host", sight.place.address)
-    return f"{host}: its code is another than that of the launch; {_SAME_CODE}"
-
-
-def find_differences(node: NodeReport, first: NodeReport) -> list[str]:
-    """Say in what a node that cannot train with another differs from it, each as a clause."""
-    found = []
-    if node.code != first.code:
-        found.append(f"its code is another than that of {first.host}; {_SAME_CODE}")
-    other = [
-        f"{name} {node.versions.get(name, 'missing')} (not {first.versions.get(name, 'there')})"
-        for name in sorted({*node.versions, *first.versions})
-        if node.versions.get(name) != first.versions.get(name)
-    ]
-    if other:
-        found.append(
-            f"it has {', '.join(other)} as {first.host} has; install the same constraints.txt on "
-            "all nodes"
-        )
-    return found
+    return f"{host}: its code is another than that of the launch; {SAME_CODE}"
 
 
 def find_shortages(node: NodeReport, sight: Sight) -> list[str]:
@@ -442,27 +418,6 @@ def node_table(sights: Sequence[Sight], reports: Mapping[str, NodeReport]) -> st
         if (node := reports.get(sight.node)) is not None
     ]
     return format_table([head, *rows], align="<><>>>><>")
-
-
-def digest_code() -> str:
-    """Return a SHA-256 of the source of our packages as this process would import it."""
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parents[2]
-    for package in _CODE:
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(f"{file.relative_to(root)}\0".encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def measure_all_reduce(device: str) -> str:

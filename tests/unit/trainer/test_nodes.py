@@ -32,10 +32,11 @@ from tests.support.worker_runs import TINY
 from trainer.config.composition import compose_job
 from trainer.storage.lease import hold_lease
 from trainer.storage.local import LocalStore
+from trainer.training import builds
 from trainer.training import nodes as module
+from trainer.training.builds import Build, digest_code
 from trainer.training.nodes import (
     NodeReport,
-    digest_code,
     find_shortages,
     free_scratch,
     judge_nodes,
@@ -58,9 +59,10 @@ FIRST = NodeReport(
     versions={"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0"},
 )
 SECOND = replace(FIRST, host="gpu-2")
+LAUNCH = Build(code=FIRST.code, versions=FIRST.versions)
 
 
-def judge(*reports: NodeReport | Sight) -> Judgement:
+def judge(*reports: NodeReport | Sight, launch: Build = LAUNCH) -> Judgement:
     """Judge what nodes 0, 1, … tell; each is to reach the one before."""
     return judge_nodes(
         [
@@ -70,7 +72,8 @@ def judge(*reports: NodeReport | Sight) -> Judgement:
                 node=str(number), place=PLACE, report=asdict(one), peer=str(max(0, number - 1))
             )
             for number, one in enumerate(reports)
-        ]
+        ],
+        launch=launch,
     )
 
 
@@ -95,13 +98,33 @@ def test_every_node_is_named_with_every_reason() -> None:
     ).unfit
     assert set(unfit) == {"1", "2", "3", "4"}
     (code,) = unfit["1"]
-    assert code.startswith("gpu-2: its code is another than that of gpu-1")
+    assert code.startswith("gpu-2: its code is another than that of the launch")
     (versions,) = unfit["2"]
     assert versions.startswith(
-        "gpu-3: it has ray missing (not 2.60.0), torch 2.12.1 (not 2.13.0) as gpu-1 has"
+        "gpu-3: it has ray missing (not 2.60.0), torch 2.12.1 (not 2.13.0) as the launch has"
     )
     assert unfit["3"] == ("gpu-4: the cache folder /c cannot be made",)
     assert unfit["4"] == ("10.0.0.5: it is mute",)
+
+
+def test_nodes_are_held_against_the_launch_and_not_against_whichever_of_them_is_first() -> None:
+    odd = replace(FIRST, host="odd", code="b" * 64, versions={**FIRST.versions, "torch": "2.12.1"})
+    judgement = judge(odd, SECOND, replace(FIRST, host="gpu-3"))
+    assert set(judgement.unfit) == {"0"}
+    code, versions = judgement.unfit["0"]
+    assert code.startswith("odd: its code is another than that of the launch")
+    assert versions.startswith("odd: it has torch 2.12.1 (not 2.13.0) as the launch has")
+    newer = Build(code="c" * 64, versions=FIRST.versions)
+    assert set(judge(FIRST, SECOND, launch=newer).unfit) == {"0", "1"}
+
+
+def test_in_packages_that_the_launch_does_without_nodes_agree_with_each_other() -> None:
+    """As a head without GPUs does without DALI."""
+    dali = {**FIRST.versions, "nvidia-dali-cuda130": "2.0"}
+    with_dali = replace(FIRST, versions=dali)
+    assert judge(with_dali, replace(with_dali, host="gpu-2")).unfit == {}
+    (other,) = judge(with_dali, SECOND).unfit["1"]
+    assert other.startswith("gpu-2: it has nvidia-dali-cuda130 missing (not 2.0) as gpu-1 has")
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -455,10 +478,10 @@ def test_a_node_looks_without_torch() -> None:
 def test_the_digest_is_that_of_the_code_and_of_nothing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(module.__file__).parents[2]
+    root = Path(builds.__file__).parents[2]
     for package in ("cluster", "models", "pipelines", "trainer"):
         shutil.copytree(root / package, tmp_path / package)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "trainer/training/nodes.py"))
+    monkeypatch.setattr(builds, "__file__", str(tmp_path / "trainer/training/builds.py"))
     before = digest_code()
     assert len(before) == hashlib.sha256().digest_size * 2
     (tmp_path / "trainer/__pycache__").mkdir(exist_ok=True)

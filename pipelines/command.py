@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
 from typing import Any, NoReturn, TextIO
 
 from pipelines.addresses import hide_credentials
@@ -181,7 +182,7 @@ def tell_event(event: str, values: Mapping[str, Any]) -> None:
     """Tell programs what happens, in a line of JSON, where they have asked for events.
 
     Args:
-        event: What it is; the last one of a command is "answer".
+        event: What it is; the last one of a command is "answer", the others carry their time.
         values: More of it, of what `plain_values` knows.
     """
     if _Answers.with_events:
@@ -189,6 +190,8 @@ def tell_event(event: str, values: Mapping[str, Any]) -> None:
             name: _without_credentials(value) if isinstance(value, str) else plain_values(value)
             for name, value in values.items()
         }
+        if event != "answer":
+            told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **told}
         line = json.dumps({"event": event, **told})
         write(line, _Answers.stream, for_programs=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -126,13 +127,15 @@ class Console:
                 self.images = max(self.images, int(message["images"]))
                 # It was given up before, perhaps by workers that were started again since.
                 self.failed_saves.pop(int(message["images"]), None)
-                self._show(f"checkpoint: {message['uri']}")
+                self._show(f"{_heading(message)}checkpoint: {message['uri']}")
             case "checkpoint_failed":
                 self.failed_saves[int(message["images"])] = str(message["text"])
-                self._show(f"warning: {message['uri']} could not be saved: {message['text']}")
+                lost = f"{message['uri']} could not be saved: {message['text']}"
+                self._show(f"{_heading(message)}warning: {lost}")
             case "resumed":
                 self.last_checkpoint = str(message["uri"])
-                self._show(f"resumed after {message['images']:,} images from {message['uri']}")
+                place = f"{message['images']:,} images from {message['uri']}"
+                self._show(f"{_heading(message)}resumed after {place}")
             case "unmeasured":
                 self.unmeasured = str(message["text"])
             case "unwritten":
@@ -143,3 +146,9 @@ class Console:
                 self.tracked = str(message.get("run_id", ""))
             case "end":
                 self.finished = message["end"] == "finished"
+
+
+def _heading(message: Mapping[str, Any]) -> str:
+    """When, in which attempt and by which rank, in the form of the cluster's own lines."""
+    now = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
+    return f"{now} attempt {message['attempt']}: rank {message['rank']}: "

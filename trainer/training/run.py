@@ -157,11 +157,17 @@ def _enter(fence: Fence, ranks: HostGroup) -> None:
 
 
 def reporter_of(context: WorkerContext) -> Callable[[dict[str, Any]], None]:
-    """The way of the first rank's messages to the driver; the others' go nowhere."""
+    """The way of the first rank's messages to the driver; the others' go nowhere.
+
+    Those of checkpoints tell in which attempt they were saved or read.
+    """
 
     def report(message: dict[str, Any]) -> None:
-        if message.get("kind") in ("resumed", "checkpoint"):
+        kind = message.get("kind")
+        if kind in ("resumed", "checkpoint"):
             context.keep(message["images"])
+        if kind in ("resumed", "checkpoint", "checkpoint_failed"):
+            message = {**message, "attempt": context.attempt, "rank": context.rank}
         context.report(message)
 
     return report if context.rank == 0 else lambda _message: None

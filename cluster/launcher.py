@@ -65,7 +65,7 @@ def run(
         stop: Set it to ask the workers to stop; they end when they choose to. An exception that a
             signal handler raises here ends them at once.
         report: Called in this thread with lines for a person. While there is no room for the
-            workers, the last one says "waiting up to" so long, or "waiting for room".
+            workers, the last one about them says "waiting for room", or "waiting up to" so long.
         listener: Takes each line that a worker logs, and on Ray each other that its process writes,
             also the last ones of a process that was killed. None has `report` take them.
         group_size: How many consecutive ranks always share a node; divides `config.workers`.

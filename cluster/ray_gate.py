@@ -125,9 +125,9 @@ class NodeGate:
         return fit
 
     @property
-    def leaves_out(self) -> bool:
-        """Whether there are nodes that are not fit."""
-        return bool(self._unfit)
+    def left_out(self) -> int:
+        """How many nodes are not fit."""
+        return len(self._unfit)
 
     def is_fit(self, node: str) -> bool:
         """Whether a node may get workers."""

@@ -34,7 +34,7 @@ from cluster.ray_mailbox import (
     Started,
 )
 from cluster.ray_output import OutputLog
-from cluster.ray_wait import Wait
+from cluster.ray_wait import Wait, with_time
 from cluster.recovery import Fault, History, decide, readmit
 
 _TICK_S = 0.25
@@ -202,7 +202,7 @@ class RunMonitor:
         self._watch = watch
         self._gate = gate
         self._leave: Leave | None = None
-        self._wait = Wait(config, self._tell)
+        self._wait = Wait(self._tell_wait, room_timeout_s=config.room_timeout_s)
         self._loss: Loss | None = None
         self._output = output
         self._silent: list[tuple[Loss, LostWorkers]] = []
@@ -436,8 +436,13 @@ class RunMonitor:
             if lost.ranks:
                 self._caller.listener.lose(lost)
 
+    def _tell_wait(self, text: str) -> None:
+        # Of the attempt that is over; before the first there is none.
+        attempt = self._standing.attempt
+        self._tell(f"attempt {attempt}: {text}" if attempt >= 0 else text)
+
     def _tell(self, text: str) -> None:
-        self._caller.report(f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())} {text}")
+        self._caller.report(with_time(text))
 
 
 def seating(started: Started) -> list[str]:

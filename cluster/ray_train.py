@@ -24,7 +24,6 @@ import ray.train
 from cluster.assignment import (
     WorkerGroupSpec,
     assign_nodes,
-    format_resources,
     gpus_per_worker,
     oversubscription_warning,
     require_room,
@@ -48,8 +47,10 @@ from cluster.ray_mailbox import Mailbox, open_mailbox
 from cluster.ray_monitor import RunMonitor
 from cluster.ray_nodes import NodePinning, empty_selectors, free_nodes
 from cluster.ray_output import OutputLog
+from cluster.ray_room import describe_room
 from cluster.ray_session import Session, session
 from cluster.ray_spares import SpareKeeper, spare_environment
+from cluster.ray_wait import Wait, with_time
 from cluster.ray_worker import RendezvousConfig, work
 
 _TICK_S = 0.1
@@ -222,38 +223,26 @@ def _wait_for_room(
     config: ClusterConfig, spec: WorkerGroupSpec, caller: Caller, gate: NodeGate | None
 ) -> bool:
     """Waits until what the workers need is free; False if a stop was asked meanwhile."""
-    cpus, gpus = spec.workers * spec.cpus, spec.workers * spec.gpus
+    limit = f"{config.start_timeout_s:g} s (cluster.start_timeout_s)"
     deadline = time.monotonic() + config.start_timeout_s
-    last = ""
+    wait = Wait(lambda text: caller.report(with_time(f"{text}, up to {limit}")))
     while not caller.stop.is_set():
-        free = ray.available_resources()
-        enough = free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus
-        now = f"{format_resources(free.get('CPU', 0), free.get('GPU', 0))} are free"
         if gate is not None:
             gate.look()
-        if spec.group_size > 1 or gate is not None:
-            nodes = [node for node in free_nodes() if gate is None or gate.is_fit(node.id)]
-            groups = spec.groups_that_fit(*nodes)
-            enough = groups >= spec.groups
-            if spec.group_size > 1:
-                now += f", in which {groups} of {spec.groups} groups that share a node fit"
-            elif gate is not None and gate.leaves_out:
-                now += f", in which {groups} of {spec.groups} workers fit on nodes that can train"
-        if enough:
+        nodes = tuple(node for node in free_nodes() if gate is None or gate.is_fit(node.id))
+        if spec.groups_that_fit(*nodes) >= spec.groups:
             return True
+        lacking = describe_room(spec, nodes)
+        if gate is not None and gate.left_out:
+            lacking += f"; {gate.left_out} more unfit"
         if time.monotonic() > deadline:
             raise ClusterTooSmall(
-                f"The workers need {format_resources(cpus, gpus)}, and after "
-                f"{config.start_timeout_s:g} s only {now}: other jobs hold the rest of "
-                "the cluster. Wait for them, ask for less (cluster.workers, "
+                f"The workers found no room within {limit}: {lacking}. Wait for other jobs, look "
+                "at nodes that do not answer, ask for less (cluster.workers, "
                 "cluster.cpus_per_worker), or raise cluster.start_timeout_s."
             )
-        if now != last:
-            caller.report(
-                f"waiting up to {config.start_timeout_s:g} s (cluster.start_timeout_s) for "
-                f"{format_resources(cpus, gpus)}: {now}, other jobs hold the rest of the cluster"
-            )
-            last = now
+        wait.note(lacking)
+        wait.look()
         time.sleep(_TICK_S)
     return False
 

@@ -3,11 +3,10 @@
 import time
 from typing import Protocol
 
-from cluster.contract import ClusterConfig
 from cluster.failure import WorkerFailed
 
 _LACKING_S = 5.0
-"""A wait for room is told after this long: what lost workers held becomes free only gradually."""
+"""A wait for room is told after this long: what workers held becomes free only gradually."""
 _LACKING_AGAIN_S = 30.0
 
 
@@ -23,12 +22,12 @@ class Wait:
     """The time without workers: told now and then, and bounded.
 
     Args:
-        config: The run's.
         tell: Takes a line.
+        room_timeout_s: How long a run that has begun may wait.
     """
 
-    def __init__(self, config: ClusterConfig, tell: Tell) -> None:
-        self._config = config
+    def __init__(self, tell: Tell, *, room_timeout_s: float = float("inf")) -> None:
+        self._room_timeout_s = room_timeout_s
         self._tell = tell
         self._since_s: float | None = None
         self._since = ""
@@ -61,7 +60,7 @@ class Wait:
         if self._since_s is None or not self._lacking:
             return
         now = time.monotonic()
-        if now - self._since_s > self._config.room_timeout_s:
+        if now - self._since_s > self._room_timeout_s:
             raise WorkerFailed(
                 f"The workers cannot be started since {self._since}, for "
                 f"{now - self._since_s:.0f} s (cluster.room_timeout_s): {self._lacking}. Add "
@@ -70,3 +69,8 @@ class Wait:
         if now - self._told_s >= _LACKING_AGAIN_S:
             self._told_s = now
             self._tell(f"{self._lacking}, since {self._since}")
+
+
+def with_time(text: str) -> str:
+    """A line with the time of the clock before it."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())} {text}"

@@ -48,7 +48,8 @@ their data, that came after the checkpoint from which the run went on."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _TOLD_EVERY_S = 5.0
 _MAX_MARKS = 64
-_ROOM = re.compile(r"(^|Z )waiting (up to|for room)")
+_ROOM = re.compile(r"(^|Z )(attempt \d+: )?waiting (up to|for room)")
+_STARTS = re.compile(r"(^|Z )(attempt \d+|workers): ")
 
 _Seconds = Annotated[float, Field(ge=0)]
 _Images = Annotated[int, Field(ge=0)]
@@ -248,11 +249,13 @@ class Timesheet:
         self.total: dict[Kind, float] | None = None
 
     def hear_line(self, text: str) -> None:
-        """Take a line of the cluster: while it waits for room, it says so."""
+        """Take a line of the cluster: it says that it waits for room, and that workers start."""
         with self._lock:
-            self._leave_room()
             if _ROOM.search(text):
-                self._room_since = self._now()
+                if self._room_since is None:
+                    self._room_since = self._now()
+            elif _STARTS.search(text):
+                self._leave_room()
 
     def hear(self, message: Mapping[str, Any]) -> None:
         """Take a message of the workers."""

@@ -56,8 +56,10 @@ class Simulation:
         self.truth[kind] += seconds
 
     def wait_for_room(self, seconds: float) -> None:
-        self.sheet.hear_line("waiting up to 120 s (cluster.start_timeout_s) for 2 CPU")
-        self.idle(seconds, "waiting_for_room")
+        self.sheet.hear_line("2026-11-30 08:05:30Z waiting for room for 2 workers: 1 node answers")
+        self.idle(seconds / 2, "waiting_for_room")
+        self.sheet.hear_line("warning: no worker goes to left: its disk is full")
+        self.idle(seconds / 2, "waiting_for_room")
         self.sheet.hear_line("workers: waiting for 2 of them to load and to meet")
 
     def begin(self, start_s: float) -> None:
@@ -258,8 +260,14 @@ def test_workers_that_were_replaced_are_not_listened_to() -> None:
 def test_a_launch_that_found_no_room() -> None:
     life = Simulation()
     life.idle(5.0, "start")
-    life.sheet.hear_line("2026-11-30 08:05:35Z waiting for room for 2 workers: 1 node answers")
+    line = "attempt 0: waiting for room for 2 workers: 1 node answers"
+    for _ in range(2):
+        life.sheet.hear_line(f"2026-11-30 08:05:35Z {line}")
+        life.idle(30.0, "waiting_for_room")
+    life.sheet.hear_line("10.0.0.7 has come, and is fit for workers")
     life.idle(120.0, "waiting_for_room")
+    life.sheet.hear_line("2026-11-30 08:08:35Z attempt 1: 2 workers on 2 nodes")
+    life.idle(5.0, "start")
     assert total_time([life.sheet.launch]) == life.truth
 
 

@@ -36,8 +36,8 @@ exit codes: those of the job's command; 4 if the job server went away and did no
 five minutes, 130 if you leave by Ctrl-C: the job goes on then; 2 if a job is refused"""
 
 _UNKNOWN_END = 4
-_STOPPED = (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of a job that has ended as it was asked to, or had not begun."""
+_STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a job that has ended as it was asked to. One that had not begun has none."""
 _TRAIN = (("-m", "trainer.launch"), ("-m", "trainer", "train"), ("lapflow", "train"))
 
 
@@ -173,9 +173,12 @@ def _stop(options: argparse.Namespace) -> Outcome:
         job = server.wait(options.id, note=_tell)
     except JobServerLost as error:
         return Outcome("", {"job": options.id}, _UNKNOWN_END, error=str(error))
-    if job.exit_code in _STOPPED:
+    if job.exit_code in _STOPPED or (job.exit_code is None and job.status == "STOPPED"):
         return Outcome(_line(job), _values(job))
-    fault = f"job {job.id} ended with exit code {job.exit_code}: see python -m cluster.jobs logs"
+    if job.exit_code is None:
+        return _ended(job)
+    logs = f"python -m cluster.jobs logs {job.id}"
+    fault = f"job {job.id} ended with exit code {job.exit_code}: see {logs}"
     if job.exit_code == 128 + signal.SIGKILL:
         fault = (
             f"job {job.id} did not end in the time it was given, and was killed: what came after "

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster import job_server
 from cluster.job_server import (
+    Job,
     JobServer,
     JobServerError,
     _Following,
@@ -22,6 +24,7 @@ from tests.house.import_graph import read_import_graph
 from tests.house.measures import PACKAGES
 from tests.house.source_file import When
 from tests.support.job import ROOT
+from trainer.cli import jobs
 
 
 def shell(*words: str) -> subprocess.Popen[str]:
@@ -29,6 +32,66 @@ def shell(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         entrypoint(words), shell=True, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+class Client:
+    """Ray's, which keeps what it is to send."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def submit_job(self, *, entrypoint: str, **_: object) -> str:
+        self.sent.append(entrypoint)
+        return "a"
+
+
+def test_no_job_is_sent_to_a_server_that_is_open_to_others(monkeypatch):
+    server = JobServer.__new__(JobServer)
+    server._client, server.address = Client(), "http://10.0.0.7:8265"
+    asked = []
+
+    def door(address):
+        asked.append(address)
+        return "asks for no token"
+
+    monkeypatch.setattr(job_server, "open_door", door)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+
+    def submit():
+        needs = {"working_dir": ".", "stop_grace_s": 30.0, "job_id": None, "metadata": {}}
+        return server.submit(["true"], **needs)
+
+    refusal = r"10.0.0.7:8265 asks for no token, so whoever reaches it may run what they like"
+    with pytest.raises(JobServerError, match=refusal):
+        submit()
+    assert (server._client.sent, asked) == ([], [server.address])
+    monkeypatch.setattr(job_server, "open_door", lambda _: None)
+    assert submit() == "a"
+    monkeypatch.setattr(job_server, "open_door", door)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert submit() == "a"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "answer", "said"),
+    [
+        ("STOPPED", 143, 0, ""),
+        ("STOPPED", None, 0, ""),  # it had not begun
+        ("SUCCEEDED", 0, 0, ""),
+        ("FAILED", None, 1, "job a failed, and its command left no exit code: the head went away"),
+        ("FAILED", 3, 3, "job a ended with exit code 3: see python -m cluster.jobs logs a"),
+        ("STOPPED", 137, 137, "job a did not end in the time it was given, and was killed"),
+    ],
+)
+def test_a_stop_answers_with_how_the_job_ended(monkeypatch, status, code, answer, said):
+    message = "the head went away"
+    job = Job(id="a", status=status, message=message, exit_code=code, seconds=3.0, metadata={})
+    server = SimpleNamespace(stop=lambda _: False, wait=lambda _, *, note: job)
+    monkeypatch.setattr(jobs, "JobServer", lambda _: server)
+    outcome = jobs._stop(SimpleNamespace(address=None, id="a"))
+    assert outcome.exit_code == answer
+    assert outcome.error.startswith(said)
+    assert bool(outcome.error) == bool(answer)
 
 
 @pytest.mark.parametrize("code", [0, 3, 143])

@@ -23,7 +23,7 @@ file.parent.rmdir()
 """
 
 MEET = """
-import socket, sys, threading, time
+import os, sys, threading
 from pathlib import Path
 from cluster import process_group
 from cluster.process_group import COLLECTIVE_TIMEOUT, RankInfo, Rendezvous, WorkersAbsent
@@ -36,11 +36,9 @@ def at(place, timeout_s=1):
     return Rendezvous(place=place, timeout_s=timeout_s, secret=b"secret")
 
 def wait_in_vain(name, rank, size, place, listener=None):
-    began = time.monotonic()
     try:
         join(place_of(rank, size), at(place), device="cpu", threads=1, listener=listener)
     except WorkersAbsent as absent:
-        assert time.monotonic() - began < 30
         print(f"{name}: {absent.ranks} {absent}", flush=True)
 
 folder = Path(sys.argv[1])
@@ -66,7 +64,6 @@ wait_in_vain("mute", 1, 2, mute.getsockname())
 
 threading.Thread(target=meet, args=(place_of(1, 2), at(str(folder / "still"), 60))).start()
 wait_in_vain("still", 0, 2, str(folder / "still"))
-import os
 os._exit(0)
 """
 

@@ -14,7 +14,8 @@ TRACEBACK_LINES = 25
 """How much of a worker's traceback is passed on."""
 
 _LOST_PEER = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore|dist(backend|network)error",
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore|wait timeout|"
+    r"dist(backend|network|store)error",
     re.IGNORECASE,
 )
 """What an exception says whose only cause is that another worker is gone."""

@@ -7,6 +7,7 @@ from cluster.failure import (
     WorkerRefused,
     describe_exit,
     exit_failure,
+    is_of_lost_peer,
     root_cause,
     run_worker,
 )
@@ -89,6 +90,20 @@ def test_a_signal_is_named():
 )
 def test_what_an_exit_code_says(code, words):
     assert describe_exit(code).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RuntimeError: Wait timeout",
+        "DistStoreError: wait timeout after 1500ms, keys: /default_pg/0//cuda//0",
+        "DistNetworkError: failed to recv, got 0 bytes",
+    ],
+)
+def test_what_torchs_stores_say_of_a_peer_that_is_gone_blames_nobody(text):
+    assert is_of_lost_peer(failure(0, "raised", text))
+    boom = failure(1, "raised", "RuntimeError: boom")
+    assert root_cause([failure(0, "raised", text), boom]) == boom
 
 
 GLOO = failure(0, "raised", "RuntimeError: [gloo/pair.cc] Connection closed by peer")

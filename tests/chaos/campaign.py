@@ -19,8 +19,8 @@ from tests.support.job import final_state
 
 SPACING = 3 * INTERVAL
 """Images between two faults, about: some checkpoints."""
-_LAST = INTERVAL
-"""Images after the last fault, or those that are trained while others last."""
+_LAST = 8 * INTERVAL
+"""Images after the last fault. Until a run hears of a notice, it may train for ten seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ def plan(seed: int, count: int, *, names: Sequence[str] = tuple(FAULTS)) -> list
     ]
 
 
-def length(faults: int) -> int:
-    """Images of a run that so many faults befall."""
-    return SPACING * faults + _LAST
+def length(faults: int, *, last: int = _LAST) -> int:
+    """Images of a run that so many faults befall, with some to train after them."""
+    return SPACING * faults + last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,8 @@ class Incident:
                 f"lost {self.lost:,} images in {self.starts} starts, where {self.at_risk:,} were "
                 "not saved, or on their way"
             )
+        if self.announced and not self.starts:
+            found.append("the run came to its end and did not heed the notice")
         if self.announced and self.lost:
             found.append(f"lost {self.lost:,} images though there was time to save")
         if self.helped:

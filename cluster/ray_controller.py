@@ -18,7 +18,8 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray import cloudpickle
+from ray import ActorID, cloudpickle
+from ray._private.state import actors
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -256,6 +257,11 @@ class Controller(TrainController):  # type: ignore[misc]
         group = self._worker_group
         if group is not None and group.room is not None:
             group.room.shutdown()
+        # Of those that have no process yet, Ray would wait for it.
+        connection = ray._private.worker.global_worker
+        for actor in actors(job_id=connection.current_job_id).values():
+            if actor["ActorClassName"] == Group._worker_cls.__name__ and actor["State"] != "DEAD":
+                connection.core_worker.kill_actor(ActorID.from_hex(actor["ActorID"]), True)
 
     async def _run_control_loop_iteration(self) -> None:
         require_wanted(self._abandoned)

@@ -302,6 +302,9 @@ class TrainThread(threading.Thread):
         No thread may be left waiting when the connection is closed: Ray aborts the whole process if
         another one is opened then.
         """
-        if self.is_alive():
-            self._trainer.abandon()
-            self.join(_CLOSE_S)
+        deadline = time.monotonic() + _CLOSE_S
+        # Again and again: the workers may just be about to be asked for.
+        while self.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._trainer.abandon()
+            self.join(_TICK_S)

@@ -60,6 +60,8 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         may_grow: Whether nodes can be asked for.
         mailbox: The line to the driver.
         abandoned: Set once the run is given up, whatever it waits for.
+        callbacks: Called before and after each start of the workers. Those of Ray's configuration
+            would be sent to all of them.
         arguments: Those of Ray's class.
     """
 
@@ -71,9 +73,11 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         may_grow: bool,
         mailbox: Mailbox,
         abandoned: threading.Event,
+        callbacks: Sequence[WorkerGroupCallback],
         **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
+        self._callbacks = callbacks
         self._may_grow = may_grow
         self._sizes = sizes
         self._patience_s = patience_s
@@ -109,7 +113,11 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
                 ),
                 failure_policy=AskingPolicy(self._mailbox, self._abandoned),
                 train_run_context=self.train_run_context,
-                callbacks=[*self._create_default_callbacks(), AttemptOpener(self._mailbox)],
+                callbacks=[
+                    *self._create_default_callbacks(),
+                    *self._callbacks,
+                    AttemptOpener(self._mailbox),
+                ],
             )
             asyncio.run(controller.run())
         result = controller.get_result()

@@ -208,7 +208,6 @@ def _trainer(
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str(connected.scratch),
-            callbacks=callbacks,
             worker_runtime_env=environment,
         ),
         sizes=sizes,
@@ -216,6 +215,7 @@ def _trainer(
         may_grow=not connected.private,
         mailbox=mailbox,
         abandoned=abandoned,
+        callbacks=callbacks,
     )
 
 

@@ -14,9 +14,12 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 """Ray's shared memory here: it only carries the worker function and messages."""
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _LOG_LINES = 5
+_AGENT = Path(__file__).with_name("ray_agent.py")
+"""What the raylet runs in the place of Ray's agent."""
 _START_ERRORS = (OSError, RuntimeError, ValueError, ray.exceptions.RayError)
 
 # Ray reports what it is used for unless told otherwise. Users can override.
@@ -137,6 +142,9 @@ def _init(config: ClusterConfig, scratch: Path) -> None:
         # For the last one `ray.init` would wait.
         replaced(parameter, "RayParams", few),
         replaced(node.Node, "start_api_server", lambda *_, **__: None),
+        replaced(
+            services, "start_ray_process", partial(_start_process, services.start_ray_process)
+        ),
     ):
         ray.init(
             address="local",
@@ -152,6 +160,21 @@ def _init(config: ClusterConfig, scratch: Path) -> None:
             # The workers get an environment of their own, so processes started ahead are of no use.
             _system_config={"prestart_worker_first_driver": False},
         )
+
+
+def _start_process(start: Callable[..., Any], command: list[str], *kind: str, **more: Any) -> Any:
+    """Starts one of Ray's daemons; the raylet with an agent that offers nothing."""
+    return start([_without_agent(word) for word in command], *kind, **more)
+
+
+def _without_agent(word: str) -> str:
+    name, _, agent = word.partition("=")
+    if name != "--dashboard_agent_command":
+        return word
+    told = dict(each.split("=", 1) for each in shlex.split(agent) if "=" in each)
+    # Neither site-packages nor what the environment says are of use to it.
+    own = [sys.executable, "-ISE", str(_AGENT), told["--session-dir"], told["--node-id"]]
+    return f"{name}={subprocess.list2cmdline(own)}"
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ class Transcript:
     said: list[dict[str, Any]]
     errors: str
     listening: set[str]
+    titles: list[str]
     left: list[psutil.Process]
 
 
@@ -92,6 +93,7 @@ def watch(driver: subprocess.Popen[str]) -> Transcript:
     said: list[dict[str, Any]] = []
     family: list[psutil.Process] = []
     listening: set[str] = set()
+    titles: list[str] = []
     for line in driver.stdout:
         if not line.startswith("{"):
             continue  # Ray itself remarks on the killed worker.
@@ -99,12 +101,18 @@ def watch(driver: subprocess.Popen[str]) -> Transcript:
         if len([one for one in said if one.get("attempt") == 1]) == 2 and not family:
             family = psutil.Process(driver.pid).children(recursive=True)
             listening = {address for process in family for address in listening_on(process)}
+            titles = [" ".join(process.cmdline()) for process in family]
             os.killpg(driver.pid, signal.SIGINT)
     _, errors = driver.communicate()
     # The system may take its time over the dead; what goes on is never dead.
     _, left = psutil.wait_procs(family, timeout=TIMEOUT_S / 4)
     return Transcript(
-        exit_code=driver.returncode, said=said, errors=errors, listening=listening, left=left
+        exit_code=driver.returncode,
+        said=said,
+        errors=errors,
+        listening=listening,
+        titles=titles,
+        left=left,
     )
 
 
@@ -135,3 +143,17 @@ def test_nothing_is_left_of_the_cluster(transcript: Transcript) -> None:
 def test_everything_listens_on_loopback(transcript: Transcript) -> None:
     assert transcript.listening
     assert {address.removeprefix("::ffff:") for address in transcript.listening} == {"127.0.0.1"}
+
+
+def test_no_process_is_started_for_nothing(transcript: Transcript) -> None:
+    """Neither Ray's agent for a dashboard nor the actor at which its workers would meet."""
+    kinds = ("gcs_server", "raylet --", "ray_agent.py", "RuntimeEnvAgent", "Box")
+    of_kinds = {kind: [title for title in transcript.titles if kind in title] for kind in kinds}
+    # The raylet's words have those of what it starts.
+    of_kinds["ray_agent.py"] = [
+        title for title in of_kinds["ray_agent.py"] if "--raylet_socket" not in title
+    ]
+    assert {kind: len(found) for kind, found in of_kinds.items()} == dict.fromkeys(kinds, 1)
+    workers = [title for title in transcript.titles if "RayTrainWorker" in title]
+    assert len(workers) == 2
+    assert len(transcript.titles) == len(kinds) + len(workers), transcript.titles

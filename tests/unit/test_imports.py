@@ -6,9 +6,14 @@ import sys
 import pytest
 
 WORKER = """
+import torch
 import trainer.training.worker
+from trainer.engine.optimizer import OptimConfig, adamw
 from trainer.engine.zero import import_deepspeed
 import_deepspeed()
+optimizer = adamw([torch.nn.Parameter(torch.ones(1))], OptimConfig())
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
 """
 DATA = """
 from pipelines.source import prepare_streaming
@@ -57,7 +62,7 @@ with TemporaryDirectory() as folder:
         (HELP, "trainer.cli.latents", {"torch", "ray", "mlflow", "boto3"}),
         (LISTS, "trainer.cli.run_handle", {"torch", "ray", "mlflow", "boto3"}),
         ("import cluster.ray_train", "cluster.process_group", {"torch"}),
-        (WORKER, "deepspeed", {"mlflow", "scipy", "pandas", "ray", "streaming"}),
+        (WORKER, "deepspeed", {"mlflow", "scipy", "pandas", "ray", "streaming", "torch._dynamo"}),
         (DATA, "streaming", {"transformers", "sklearn", "torchvision", "scipy", "pandas"}),
     ],
     ids=[

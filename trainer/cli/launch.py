@@ -208,8 +208,6 @@ def warm_up() -> None:
     from trainer.engine.zero import import_deepspeed
 
     import_deepspeed()
-    # It is imported by the first optimizer that torch makes.
-    importlib.import_module("torch._dynamo")
     warm_up_alone()
 
 

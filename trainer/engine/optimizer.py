@@ -61,6 +61,7 @@ def adamw(
     """Build torch's AdamW, fused on GPUs and in host memory, from settings that engines share."""
     import torch
 
+    spare_compiler()
     return torch.optim.AdamW(
         parameters,
         lr=optim.learning_rate,
@@ -69,6 +70,20 @@ def adamw(
         weight_decay=optim.weight_decay,
         fused=True,
     )
+
+
+def spare_compiler() -> None:
+    """Keep the first optimizer of a process from importing torch's compiler, half a second's work.
+
+    Torch asks the compiler to leave some methods of optimizers alone, at their first call. Nothing
+    that is compiled here calls them, so they stand for their own versions that are left alone.
+    """
+    from torch.optim import Optimizer
+
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(getattr(Optimizer, name), "__wrapped__", None)
+        if method is not None:
+            vars(method).setdefault("__dynamo_disable", method)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

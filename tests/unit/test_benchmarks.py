@@ -68,7 +68,7 @@ TINY_MODEL = [*TINY, "--size", "tiny", "--image-size", "8"]
         pytest.param(
             beside,
             [*TINY_MODEL, "--batch", "6", "--updates", "2"],
-            2,
+            3,
             marks=pytest.mark.slow,
         ),
         pytest.param(transfer, TINY_MODEL, 4, marks=pytest.mark.slow),

@@ -13,7 +13,7 @@ _SCRIPT = """\
 # {run}: {nodes} node(s) with {workers} workers, by python -m cluster.manifests.
 #   sbatch FILE                               in the project's folder, which all nodes share
 #   scancel --batch --signal=TERM JOBID       saves a last checkpoint; plain scancel does not
-{directives}
+{end_for_good}{directives}
 set -euo pipefail
 
 # Ray of this job alone: a token, ports and folders of its own. Nothing here ends others' Ray.
@@ -31,9 +31,14 @@ export LAPFLOW_HOME=${{LAPFLOW_HOME:-${{SLURM_TMPDIR:-/tmp}}/lapflow-$(id -un)}}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 step=(srun --overlap --ntasks=1 --nodes=1 --kill-on-bad-exit=0)
 
-address_of() {{
-    "${{step[@]}}" --nodelist="$1" hostname --ip-address |
-        tr ' ' '\\n' | grep -m1 -v '^127\\.0\\.[01]\\.1$'
+address_of() {{  # address_of NODE: one of IPv4 that other nodes reach; Ray takes HOST:PORT
+    local all
+    all=$("${{step[@]}}" --nodelist="$1" hostname --ip-address)
+    tr ' ' '\\n' <<< "$all" | grep -m1 -v -e : -e '^127\\.0\\.[01]\\.1$' -e '^$' || {{
+        echo "error: $1 names no IPv4 address that other nodes reach, but '$all'" \\
+            "(hostname --ip-address); give its name one in DNS or /etc/hosts" >&2
+        return 1
+    }}
 }}
 
 pids=()
@@ -63,11 +68,12 @@ own_folder='
     shift
     exec "$@"'
 start() {{  # start NODE ROLE…: Ray on one node, as long as this script lives
-    local node=$1
+    local node=$1 address
+    address=$(address_of "$node")
     shift
     "${{step[@]}}" --nodelist="$node" --cpus-per-task={cpus}{step_gpus} \\
         bash -c "$own_folder" - "$scratch" \\
-        ray start --block --disable-usage-stats --node-ip-address="$(address_of "$node")" \\
+        ray start --block --disable-usage-stats --node-ip-address="$address" \\
         --num-cpus={cpus} --num-gpus={gpus} --temp-dir="$scratch/ray" \\
         --dashboard-agent-listen-port="$((port + 1))" "$@" &
     pids+=($!)
@@ -118,6 +124,9 @@ wait "$driver" 2>/dev/null || last=$?
 echo "exit code $code"
 exit "$code"
 """
+_END_FOR_GOOD = """\
+#   scancel JOBID                             after that, or the job is queued again and goes on
+"""
 _REQUEUE = """\
     # Stopped with its state saved: it goes on when it is scheduled again.
     if [ -n "$stopped" ] && [ "$code" = 143 ]; then scontrol requeue "$SLURM_JOB_ID" || true; fi
@@ -133,7 +142,8 @@ class Slurm:
         partition: Name of a partition; None is Slurm's own choice.
         account: Name of an account; None is Slurm's own choice.
         activate: Line of shell that makes `python` and `ray` those of the project.
-        requeue: Whether a job that was stopped by its limit is queued again.
+        requeue: Whether a job that was stopped, by its limit or by `scancel --batch`, is queued
+            again.
         exclusive: Whether nodes are taken whole.
         start_timeout_s: How long to wait for Ray on all nodes.
     """
@@ -175,6 +185,7 @@ def batch_script(job: Deployment, place: Slurm) -> str:
         start_timeout=place.start_timeout_s,
         command=shlex.join(job.command),
         requeue=_REQUEUE if place.requeue else "",
+        end_for_good=_END_FOR_GOOD if place.requeue else "",
     )
 
 

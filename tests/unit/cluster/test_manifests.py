@@ -317,7 +317,10 @@ STUBS = {
         exec "$@"
     """,
     "hostname": """
-        case $STUB_NODE in node-a) echo "127.0.1.1 10.0.0.1";; *) echo 10.0.0.2;; esac
+        case $STUB_NODE in
+            node-a) echo "::1 fe80::1%eth0 127.0.1.1 10.0.0.1 ";;
+            *) echo "${ADDRESS_B:-10.0.0.2}";;
+        esac
     """,
     "ray": """
         echo "$STUB_NODE ray $* token $(cat $RAY_AUTH_TOKEN_PATH | wc -c)" >> "$SAID"
@@ -406,6 +409,18 @@ def test_a_batch_script_starts_nothing_in_a_folder_that_leads_elsewhere(slurm, t
     assert "ray start" not in (tmp_path / "said").read_text()
 
 
+def test_a_batch_script_names_a_node_that_others_cannot_reach(slurm, tmp_path, capfd):
+    alone = slurm | {"ENDS": "0", "ADDRESS_B": "::1 127.0.0.1"}
+    with run_script(script(), alone, tmp_path) as process:
+        process.communicate()
+    assert process.returncode == 1
+    told = "error: node-b names no IPv4 address that other nodes reach, but '::1 127.0.0.1'"
+    assert told in capfd.readouterr().err
+    said = (tmp_path / "said").read_text()
+    assert "node-b ray start" not in said
+    assert "node-a ray ended" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("requeue", [True, False])
 def test_a_batch_script_that_is_stopped_has_training_save_and_is_queued_again(
@@ -422,6 +437,8 @@ def test_a_batch_script_that_is_stopped_has_training_save_and_is_queued_again(
     assert lines.count("driver asked to stop") == 1
     assert lines.index("driver asked to stop") < lines.index("node-a ray ended")
     assert ("scontrol requeue 4242" in lines) == requeue
+    head = (tmp_path / "job.sh").read_text().split("#SBATCH")[0]
+    assert ("scancel JOBID  " in head) == requeue  # who wants it to end is told how
     if requeue:  # Slurm ends what asks for it, so that it is the last
         assert lines[-1] == "scontrol requeue 4242"
 

@@ -203,6 +203,16 @@ class Group(WorkerGroup):  # type: ignore[misc]
         with self._bounding():
             super()._init_train_context(*arguments)
 
+    def end(self) -> None:
+        """Ends the workers there are, or that are being started, whatever is awaited of them."""
+        if self.room is not None:
+            self.room.shutdown()
+        # Of those that have no process yet, Ray would wait for it.
+        connection = ray._private.worker.global_worker
+        for actor in actors(job_id=connection.current_job_id).values():
+            if actor["ActorClassName"] == self._worker_cls.__name__ and actor["State"] != "DEAD":
+                connection.core_worker.kill_actor(ActorID.from_hex(actor["ActorID"]), True)
+
     @contextlib.contextmanager
     def _bounding(self) -> Iterator[None]:
         """Ends all processes where one of them does not answer, for which Ray Train would wait."""
@@ -211,7 +221,8 @@ class Group(WorkerGroup):  # type: ignore[misc]
 
         def give_up() -> None:
             is_over.set()
-            self.room.shutdown()
+            with contextlib.suppress(ray.exceptions.RayError):
+                self.end()
 
         timer = threading.Timer(limit_s, give_up)
         timer.daemon = True
@@ -262,14 +273,8 @@ class Controller(TrainController):  # type: ignore[misc]
 
     def release_room(self) -> None:
         """Ends the workers there are, or that are being started, whatever is awaited of them."""
-        group = self._worker_group
-        if group is not None and group.room is not None:
-            group.room.shutdown()
-        # Of those that have no process yet, Ray would wait for it.
-        connection = ray._private.worker.global_worker
-        for actor in actors(job_id=connection.current_job_id).values():
-            if actor["ActorClassName"] == Group._worker_cls.__name__ and actor["State"] != "DEAD":
-                connection.core_worker.kill_actor(ActorID.from_hex(actor["ActorID"]), True)
+        if self._worker_group is not None:
+            self._worker_group.end()
 
     async def _run_control_loop_iteration(self) -> None:
         require_wanted(self._abandoned)

@@ -334,11 +334,13 @@ def test_a_meeting_that_is_missed_from_everywhere_or_by_nobody_knows_whom_blames
     assert driver.line.avoided == frozenset()
 
 
-def test_processes_that_do_not_come_up_in_time_are_ended_and_it_is_a_failed_start() -> None:
+def test_processes_that_do_not_come_up_in_time_are_ended_and_it_is_a_failed_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ray Train would wait for them without an end."""
     group, given_up = Group.__new__(Group), threading.Event()
     group._worker_group_start_timeout_s = 0.01
-    group.room = SimpleNamespace(shutdown=given_up.set)
+    monkeypatch.setattr(group, "end", given_up.set)
     with (
         pytest.raises(WorkersAbsent, match=r"came up within 0.01 s \(cluster") as late,
         group._bounding(),

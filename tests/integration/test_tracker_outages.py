@@ -2,6 +2,7 @@
 
 import base64
 import io
+import queue
 import shutil
 import sqlite3
 import time
@@ -191,6 +192,36 @@ def test_entries_before_one_that_is_refused_are_each_sent_once(
     told = history(client, only_run(client).info.run_id, "loss")
     assert told == [(images, 1.0) for images in range(1, 31) if images != 20]
     assert failed == [30, 30, 30, 1, 1, 1]
+
+
+def test_a_slow_mlflow_leaves_no_more_on_the_disk_alone_than_a_checkpoint_takes_along(
+    tmp_path, empty_tracker, monkeypatch
+):
+    began, go_on = queue.Queue(), queue.Queue()
+    send = MlflowRun.send
+
+    def slowly(self, entries, *, position):
+        began.put(True)
+        go_on.get(timeout=60)
+        send(self, entries, position=position)
+
+    monkeypatch.setattr(MlflowRun, "send", slowly)
+    tracker = local_tracker(tmp_path, empty_tracker)
+    began.get(timeout=60)
+    for images in range(1, 2001):
+        tracker.metrics({"loss": 1.0}, images=images)
+    assert min(point.images for point in tracker.unsent()) > 1
+    go_on.put(True)
+    began.get(timeout=60)  # it has looked how much waits before it sends once more
+    store = tracked_run(tmp_path).journal
+    assert [*store.names().values()].count(True) >= 4
+    assert len(tracker.unsent()) < 500  # the others are safe
+    for _ in range(10_000):
+        go_on.put(True)
+    tracker.close("FINISHED")
+    client = local_client(tmp_path)
+    points = history(client, only_run(client).info.run_id, "loss")
+    assert [step for step, _ in points] == list(range(1, 2001))
 
 
 def finished_elsewhere(home, empty_tracker):

@@ -262,6 +262,12 @@ class Journal:
             points += [each.point() for each in waiting if each.kind in ("points", "measured")]
         return points[-MAX_POINTS:]
 
+    def is_long(self) -> bool:
+        """Tell whether this machine alone may have more points than a checkpoint takes along."""
+        with self._lock:
+            unsafe = sum(not each.is_in_store for each in self._segments)
+        return unsafe * _MAX_ENTRIES > MAX_POINTS
+
     def newest_address(self) -> dict[str, str]:
         """Return where the newest of what is there was to go; nothing if none of it tells so.
 

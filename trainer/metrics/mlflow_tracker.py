@@ -335,6 +335,8 @@ class MlflowTracker(Tracker):
             if self._has_given_up.is_set():
                 return
             ending = self._ending.is_set()
+            if self.journal.is_long():
+                self._keep_waiting()
             most = 1 if alone else _METRICS_PER_CALL
             waiting: list[Entry] = self._insist(partial(self.journal.waiting, most))
             part = _sent_together(waiting)

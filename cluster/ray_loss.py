@@ -158,12 +158,20 @@ class Loss:
         folder = PurePath(seat.output[0]).parent
         return f"Ray's logs of it are in {folder} on {seat.address}: {files}, and raylet.out."
 
-    def error(self, failures: Sequence[Failure]) -> WorkerFailed:
-        """What to raise if the run is given up."""
+    def error(self, failures: Sequence[Failure], *, reason: str) -> WorkerFailed:
+        """What to raise if the run is given up.
+
+        Args:
+            failures: All of the attempt.
+            reason: Why the workers are not started again.
+        """
         if failures:
             root = root_cause(failures)
             return root.error(hint=self.place_of_logs(root.rank))
-        return WorkerFailed(f"The workers could not be run: {self.broken.text}")
+        if self.broken.kind == "workers" and self._leave is not None:
+            why = self._leave.reason
+            return WorkerFailed(f"All workers left, since {why}. They do not start again: {reason}")
+        return WorkerFailed(f"The workers could not be run: {self.broken.text}{self._absentees()}")
 
 
 def _how(failure: Failure) -> str:

@@ -355,7 +355,7 @@ class RunMonitor:
             self._tell_words()
             self._output.close(timeout_s=_WORDS_S)
             self._tell(f"{where}; the workers are not started again: {reason}")
-            raise loss.error(failures)
+            raise loss.error(failures, reason=reason)
         when = f"in {decision.wait_s:g} s" if decision.wait_s else "at once"
         self._tell(f"{where}; the workers start again {when}: {decision.reason}")
         if decision.avoids is not None and seat is not None:

@@ -129,7 +129,7 @@ def test_a_failure_that_workers_told_is_not_taken_from_ray_as_well() -> None:
     assert (
         loss.describe(failures) == "worker 1 on 10.0.0.1 failed with KeyError: 'x', 1 more with it"
     )
-    assert str(loss.error(failures)) == "Worker 1 failed with KeyError: 'x'"
+    assert str(loss.error(failures, reason="")) == "Worker 1 failed with KeyError: 'x'"
     assert not loss.is_known(failures, left=[])  # four more may have something to say
     assert loss.is_known(failures, left=[2, 3, 4, 5])
 
@@ -166,7 +166,7 @@ def test_where_logs_are_is_told_with_the_node() -> None:
     lost = Failure(rank=1, attempt=-1, kind="died", text="was ended by SIGKILL.")
     loss = Loss(Broken("workers", (lost,), ""), [SEATS[0], seat])
     assert (loss.died, loss.first_of_nodes()) == ((1,), [1])
-    assert str(loss.error([lost])) == (
+    assert str(loss.error([lost], reason="")) == (
         "Worker 1 was ended by SIGKILL. Ray's logs of it are in /tmp/ray/s/logs on 10.0.0.1: "
         "w-7.out and w-7.err, and raylet.out."
     )

@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from cluster import ray_controller, ray_loss, ray_room
 from cluster.assignment import Node, WorkerGroupSpec
 from cluster.contract import Caller, ClusterConfig, Line, LostWorkers
-from cluster.failure import Failure, WorkerRefused
+from cluster.failure import Failure, WorkerFailed, WorkerRefused
 from cluster.process_group import WorkersAbsent
 from cluster.ray_controller import Group
 from cluster.ray_leaving import End, Leave, LeaveWatch
@@ -95,7 +95,7 @@ class Heard:
 class Driver:
     """A monitor whose turns a test takes."""
 
-    def __init__(self, **settings: int) -> None:
+    def __init__(self, **settings: float) -> None:
         self.line, self.watch, self.told = Way(), Watch(), list[str]()
         self.heard = Heard()
         caller = Caller(
@@ -223,6 +223,26 @@ def test_workers_that_are_gone_are_not_asked_to_leave() -> None:
     assert driver.line.asked == []
     driver.hear(Begun(1))
     assert driver.line.asked == [1]
+
+
+def test_a_run_that_ends_by_notices_says_so_and_not_that_its_workers_could_not_be_run() -> None:
+    driver = Driver(max_preemptions=0)
+    driver.hear(*at_work(0, "ab", 8))
+    driver.watch.reason = Leave(kind="preemption", reason="a (rank 0) is taken away in 120 s")
+    driver.hear()
+    with pytest.raises(WorkerFailed) as given_up:
+        driver.hear(Left(0, 0), Left(0, 1), Broken("workers", (), "The worker was asked to leave."))
+    assert str(given_up.value) == (
+        "All workers left, since a (rank 0) is taken away in 120 s. They do not start again: "
+        "cluster.max_preemptions=0 announced losses are spent, and no new checkpoint gave one back"
+    )
+
+
+def test_a_run_that_ends_since_a_worker_never_came_names_it() -> None:
+    driver = Driver(room_timeout_s=1e-9)
+    driver.hear(Started(0, seats("ab")), absent(1))
+    with pytest.raises(WorkerFailed, match="could not be run: they .* 120 s: worker 1 on b"):
+        driver.hear(Started(1, seats("ab")), absent(1))
 
 
 def test_no_more_workers_start_than_the_driver_allows(monkeypatch: pytest.MonkeyPatch) -> None:

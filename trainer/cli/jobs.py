@@ -73,6 +73,13 @@ def _submit(options: argparse.Namespace) -> Outcome:
     grace_s, metadata, name = _needs(options.command, options.working_dir)
     if options.stop_grace is not None:
         grace_s = options.stop_grace
+    elif _training_settings(options.command) is not None and not _is_own(options.working_dir):
+        _tell(
+            f"warning: the settings of this job are not looked at, for it is sent from "
+            f"{visible(str(Path(options.working_dir).resolve()))}, and this code lies in "
+            f"{visible(str(CONFIG_FOLDER.parent))}; a stop gives it {grace_s:.0f} s, whatever "
+            "checkpoint.grace_s is: --stop-grace SECONDS gives it more"
+        )
     server = JobServer(options.address)
     job_id = server.submit(
         options.command,
@@ -95,7 +102,7 @@ def _needs(command: Sequence[str], working_dir: str) -> tuple[float, Mapping[str
         ConfigError: It is a training job whose settings cannot be.
     """
     overrides = _training_settings(command)
-    if overrides is None or Path(working_dir).resolve() != CONFIG_FOLDER.parent:
+    if overrides is None or not _is_own(working_dir):
         return TO_LEAVE_S, {}, None
     from trainer.config import paths
     from trainer.config.composition import compose_job
@@ -109,6 +116,11 @@ def _needs(command: Sequence[str], working_dir: str) -> tuple[float, Mapping[str
     job = compose_job(settings)
     told = {"run": job.run, "uri": paths.run_uri(job), "workers": str(job.cluster.workers)}
     return job.checkpoint.grace_s + TO_LEAVE_S, told, job.run
+
+
+def _is_own(working_dir: str) -> bool:
+    """Whether a job runs the code that runs here, so that its settings can be looked at here."""
+    return Path(working_dir).resolve() == CONFIG_FOLDER.parent
 
 
 def _training_settings(command: Sequence[str]) -> Sequence[str] | None:

@@ -73,6 +73,33 @@ def test_no_job_is_sent_to_a_server_that_is_open_to_others(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("command", "more", "is_warned"),
+    [
+        ("python -m trainer.launch +exp=digits", [], True),
+        ("lapflow train +exp=digits", [], True),
+        ("python -m trainer.launch +exp=digits", ["--stop-grace", "90"], False),
+        ("python -m trainer.launch +exp=digits", ["--working-dir", str(ROOT)], False),
+        ("sh train.sh", [], False),  # nothing says that it trains
+    ],
+)
+def test_a_training_job_of_another_folder_is_warned_of_the_time_that_a_stop_gives_it(
+    monkeypatch, capsys, tmp_path, command, more, is_warned
+):
+    sent = {}
+    server = SimpleNamespace(
+        address="http://127.0.0.1:8265", submit=lambda _, **given: sent.update(given) or "a"
+    )
+    monkeypatch.setattr(jobs, "JobServer", lambda _: server)
+    own = ["submit", "--no-wait", "--working-dir", str(tmp_path), *more]
+    assert jobs.main([*own, "--", *command.split()]) == 0
+    told = capsys.readouterr().err
+    assert (f"sent from {tmp_path}, and this code lies in {ROOT}" in told) == is_warned
+    assert ("a stop gives it 30 s, whatever checkpoint.grace_s is" in told) == is_warned
+    given_s = {(): 30, ("--stop-grace", "90"): 90}.get(tuple(more), 150)
+    assert sent["stop_grace_s"] == given_s
+
+
+@pytest.mark.parametrize(
     ("status", "code", "answer", "said"),
     [
         ("STOPPED", 143, 0, ""),

@@ -5,14 +5,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import ray
 
-from cluster import ray_ear
+from cluster import ray_ear, ray_mailbox
 from cluster.failure import STOOD_STILL
 from cluster.ray_ear import Board, Ear, Heard
-from cluster.ray_mailbox import GO, Request
+from cluster.ray_mailbox import GO, HEAR_S, Mailbox, Request
 
 
 class Line:
@@ -156,6 +157,32 @@ def test_workers_leave_together_when_the_one_that_asks_has_no_answer() -> None:
     told = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [STOOD_STILL, STOOD_STILL]
     assert all("out of reach" in text for text in told)
+
+
+def test_a_driver_that_is_silent_for_30_s_is_lost_and_no_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The numbers that docs/operations.md gives."""
+    passed_s = [0.0]
+
+    def get(_call: object, *, timeout: float) -> Request:
+        passed_s[0] += timeout
+        raise ray.exceptions.GetTimeoutError("no answer")
+
+    monkeypatch.setattr(ray_mailbox.ray, "get", get)
+    actor = SimpleNamespace(hear=SimpleNamespace(remote=lambda *_: None))
+    ear = Ear(Mailbox(actor), 0, Board())
+    left_s: list[float] = []
+
+    def leave() -> None:
+        left_s.append(passed_s[0])
+        ear.close()
+
+    monkeypatch.setattr(ear, "_leave", leave)
+    ear.run()
+    assert left_s == [30.0]
+    assert HEAR_S < ray_mailbox.ANSWER_S  # for so long a mailbox that is there may not answer
+    assert ray_ear._SILENT_S == 10.0  # after which the others of a node ask by themselves
 
 
 def test_a_driver_that_answers_once_more_is_not_lost() -> None:

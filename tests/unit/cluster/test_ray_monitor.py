@@ -241,7 +241,7 @@ def test_a_run_that_ends_by_notices_says_so_and_not_that_its_workers_could_not_b
 def test_a_run_that_ends_since_a_worker_never_came_names_it() -> None:
     driver = Driver(room_timeout_s=1e-9)
     driver.hear(Started(0, seats("ab")), absent(1))
-    with pytest.raises(WorkerFailed, match="could not be run: they .* 120 s: worker 1 on b"):
+    with pytest.raises(WorkerFailed, match=r"could not be run: they .* 120 s: worker 1 on b"):
         driver.hear(Started(1, seats("ab")), absent(1))
 
 

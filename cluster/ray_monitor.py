@@ -329,10 +329,6 @@ class RunMonitor:
     def _decide(self, loss: Loss, failures: Sequence[Failure], *, stopped: bool) -> None:
         standing = self._standing
         images = standing.farthest(failures)
-        is_vain = standing.has_outgrown() and images is None and self._leave is None
-        if is_vain and loss.broken.kind != "else" and not stopped:
-            self._shrink(loss, failures)
-            return
         seat = loss.origin(failures)
         fault = Fault(
             kind=loss.kind,
@@ -341,6 +337,8 @@ class RunMonitor:
             blur_images=standing.blur_images,
             saves=standing.saves,
             node=None if seat is None else seat.node,
+            workers=0 if standing.starting else len(standing.seats),
+            proven=standing.proven,
         )
         history, decision = decide(self._history, fault, self._config)
         self._avoid(history)
@@ -356,6 +354,9 @@ class RunMonitor:
             self._output.close(timeout_s=_WORDS_S)
             self._tell(f"{where}; the workers are not started again: {reason}")
             raise loss.error(failures, reason=reason)
+        if decision.most is not None:
+            self._shrink(loss, cause, decision.most, decision.reason)
+            return
         when = f"in {decision.wait_s:g} s" if decision.wait_s else "at once"
         self._tell(f"{where}; the workers start again {when}: {decision.reason}")
         if decision.avoids is not None and seat is not None:
@@ -372,18 +373,14 @@ class RunMonitor:
         if self._watch is not None:
             self._watch.avoid(history.avoided)
 
-    def _shrink(self, loss: Loss, failures: Sequence[Failure]) -> None:
+    def _shrink(self, loss: Loss, cause: str, most: int, reason: str) -> None:
         """Goes back to as many workers as are known to train, for the rest of the launch."""
-        standing = self._standing
-        self._most = standing.proven
-        self._history = replace(self._history, starts=0)
+        self._most = most
         if self._watch is not None:
             self._watch.stop_growing()
-        cause = loss.describe(failures)
         self._tell(
-            f"attempt {standing.attempt}: {cause}; no update was made with "
-            f"{len(standing.seats)} workers, so {self._most} start again at once, as many as "
-            "trained before, and this launch takes no more"
+            f"attempt {self._standing.attempt}: {cause}; {reason}, so {most} start again at once, "
+            "as many as trained before, and this launch takes no more"
         )
         self._keep_words(loss, cause)
         self._allowed_s = time.monotonic()

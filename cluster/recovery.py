@@ -7,7 +7,8 @@ fails is charged to neither: it is tried again until `cluster.room_timeout_s` ha
 workers. Failing again after the very same images is no fault of the cluster, and ends the run
 after `cluster.max_failures_in_place` times. A node on which `cluster.max_failures_of_node` failures
 in a row began, and none elsewhere meanwhile, is avoided as long as others suffice. To this a start
-counts that a node's workers did not come to.
+counts that a node's workers did not come to. Where more workers than trained before make no update,
+as many as did start again, and no more are taken: that is charged to nothing.
 """
 
 from collections.abc import Collection, Sequence
@@ -36,6 +37,8 @@ class Fault:
             rank may have ended it, and the driver is told now and then.
         saves: How many times the run has saved more images than ever before.
         node: On which node it began; None if that is not known.
+        workers: How many there were; 0 if they were not there yet.
+        proven: How many there were when an update was last made; 0 before the first.
     """
 
     kind: FaultKind
@@ -44,6 +47,8 @@ class Fault:
     blur_images: int = 0
     saves: int = 0
     node: str | None = None
+    workers: int = 0
+    proven: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +89,14 @@ class Decision:
         wait_s: How long to wait before.
         reason: In words, with the setting that decides.
         avoids: The node that is avoided from now on; None if there is no new one.
+        most: No more workers than these are started from now on; None if that does not change.
     """
 
     action: Literal["retry", "stop"]
     reason: str
     wait_s: float = 0.0
     avoids: str | None = None
+    most: int | None = None
 
 
 def decide(history: History, fault: Fault, config: ClusterConfig) -> tuple[History, Decision]:
@@ -111,6 +118,12 @@ def decide(history: History, fault: Fault, config: ClusterConfig) -> tuple[Histo
         saves=max(fault.saves, history.saves),
         in_place=0 if healed else history.in_place,
     )
+    if _has_outgrown(fault):
+        return replace(history, starts=0), Decision(
+            action="retry",
+            reason=f"no update was made with {fault.workers} workers",
+            most=fault.proven,
+        )
     if fault.kind == "start":
         return _after_start(history, fault, config)
     history = replace(history, starts=0)
@@ -119,6 +132,13 @@ def decide(history: History, fault: Fault, config: ClusterConfig) -> tuple[Histo
     if fault.kind == "preemption":
         return _after_preemption(history, config)
     return _after_failure(history, fault, config)
+
+
+def _has_outgrown(fault: Fault) -> bool:
+    """Whether more workers than trained before failed, and had made no update."""
+    if fault.kind in ("preemption", "resize"):
+        return False
+    return fault.workers > fault.proven > 0 and fault.images is None
 
 
 def _after_start(history: History, fault: Fault, config: ClusterConfig) -> tuple[History, Decision]:

@@ -233,3 +233,26 @@ def test_nodes_that_are_avoided_are_used_where_others_do_not_suffice(
         assert must
     else:
         assert not must
+
+
+@given(runs(), CONFIGS, st.integers(0, 6), st.integers(0, 6))
+def test_workers_that_came_and_made_no_update_are_sent_away_and_charged_to_nothing(
+    faults: list[Fault], config: ClusterConfig, workers: int, proven: int
+) -> None:
+    """At once, whatever is spent and however they failed; those that are known to train stay."""
+    history = History()
+    for fault in faults:
+        grown = replace(fault, workers=workers, proven=proven)
+        announced = fault.kind == "preemption"
+        after, decision = decide(history, grown, config)
+        plain, usual = decide(history, fault, config)
+        if workers > proven > 0 and fault.images is None and not announced:
+            assert (decision.action, decision.wait_s, decision.most) == ("retry", 0.0, proven)
+            assert f"no update was made with {workers} workers" in decision.reason
+            assert after.failures <= history.failures
+            assert after.preemptions <= history.preemptions
+            assert (after.avoided, after.starts) == (history.avoided, 0)
+        else:
+            assert (after, decision) == (plain, usual)
+            assert decision.most is None
+        history = plain  # as if the same had come to a run that spends

@@ -180,6 +180,14 @@ def test_a_node_that_joins_and_is_unfit_does_not_end_a_healthy_run(kind: str) ->
     driver.hear(*failed)
 
 
+def test_a_worker_that_joins_and_does_not_come_to_the_meeting_does_not_stay() -> None:
+    driver = Driver(max_failures=0)
+    driver.hear(*at_work(0, "ab", 8))
+    driver.hear(Started(1, seats("abc")), absent(2))
+    assert driver.line.allowed == [(2, 2)]
+    assert "worker 2 on c; no update was made with 3 workers, so 2 start again" in driver.told[-1]
+
+
 def test_a_refusal_of_the_first_workers_or_of_proven_ones_ends_the_run() -> None:
     driver = Driver()
     with pytest.raises(WorkerRefused, match="no cache"):

@@ -111,7 +111,7 @@ class Ear(threading.Thread):
         self._attempt = attempt
         self._board = board
         self._over = threading.Event()
-        self._heard_s = time.monotonic()
+        self._until_s: float | None = None
         self._answers, self._seen = 0, 0
         self._answered_s = time.monotonic()
         self._misses = 0
@@ -131,10 +131,8 @@ class Ear(threading.Thread):
         return self.request.kind == "leave" and not self._complete
 
     def grace_s(self) -> float | None:
-        """How many seconds are left to return in; None if nothing hurries."""
-        if self.request.grace_s is None:
-            return None
-        return max(0.0, self.request.grace_s - (time.monotonic() - self._heard_s))
+        """How many seconds are left to return in, by what hurries most; None if nothing does."""
+        return None if self._until_s is None else max(0.0, self._until_s - time.monotonic())
 
     def close(self) -> None:
         """Leaves the process alone from now on."""
@@ -187,7 +185,14 @@ class Ear(threading.Thread):
         # of one that asks for all and stood still.
         is_older = _KINDS.index(request.kind) < _KINDS.index(self.request.kind)
         if request != self.request and not is_older:
-            self._heard_s, self.request = time.monotonic(), request
+            self.request = request
+            self._hurry(request.grace_s)
+
+    def _hurry(self, grace_s: float | None) -> None:
+        # A stop that nothing hurries gives a node that is being taken away no more time.
+        if grace_s is not None:
+            until_s = time.monotonic() + grace_s
+            self._until_s = until_s if self._until_s is None else min(self._until_s, until_s)
 
     def _post(self, *, lost: bool) -> None:
         if self._board is not None and self._board.is_own:

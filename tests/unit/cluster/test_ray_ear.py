@@ -71,7 +71,7 @@ def test_one_worker_of_a_node_asks_and_all_hear(monkeypatch: pytest.MonkeyPatch)
     wait_for(lambda: all(ear.request == line.wanted for ear in heard))
     assert all(0 < (ear.grace_s() or 0) <= 30 for ear in heard)
     line.wanted = Request("stop")
-    wait_for(lambda: all(ear.is_stop_wanted() and ear.grace_s() is None for ear in heard))
+    wait_for(lambda: all(ear.request == line.wanted for ear in heard))
     assert set(line.calls) == {0}
     for ear in heard:
         ear.close()
@@ -110,6 +110,31 @@ def test_an_older_answer_of_the_one_that_asks_takes_nothing_back(
         assert ear._look(ear._board)  # type: ignore[arg-type]
         assert (ear.request, ear.is_stop_wanted()) == (heard, True)
         assert (ear.grace_s() or 0.0) <= left_s
+
+
+def test_what_is_asked_for_later_gives_no_more_time_but_may_give_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line, now_s = Line(), [100.0]
+    monkeypatch.setattr(ray_ear, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    ear = Ear(line, 0)  # type: ignore[arg-type]
+
+    def left_s(wanted: Request) -> float | None:
+        line.wanted = wanted
+        ear.listen()
+        assert ear.request == wanted
+        return ear.grace_s()
+
+    assert left_s(Request("leave")) is None  # as there is room for more of them
+    assert left_s(Request("leave", 100.0)) == 100.0
+    now_s[0] += 10.0
+    assert left_s(Request("leave", 25.0)) == 25.0  # another node goes, and sooner
+    now_s[0] += 5.0
+    assert left_s(Request("stop")) == 20.0  # the node does not wait for it
+    now_s[0] += 30.0
+    assert ear.grace_s() == 0.0
+    ear = Ear(line, 1)  # type: ignore[arg-type]
+    assert left_s(Request("stop", 147.0)) == 147.0
 
 
 _LOST = """

@@ -14,7 +14,8 @@ TRACEBACK_LINES = 25
 """How much of a worker's traceback is passed on."""
 
 _LOST_PEER = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore|wait timeout|"
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore|"
+    r"runtimeerror: wait timeout|wait timeout after|"
     r"dist(backend|network|store)error",
     re.IGNORECASE,
 )

@@ -317,7 +317,7 @@ def _reach_store(
     def reach() -> None:
         try:
             reached.append(_store(rank_info, rendezvous, None))
-        except RuntimeError as error:
+        except Exception as error:
             reached.append(error)
 
     # torch tries twice as long as it is told to, and waits for ever for who has taken the
@@ -328,7 +328,7 @@ def _reach_store(
     if not reached:
         told = describe_absence(1, rank_info.world_size, rendezvous.timeout_s)
         raise WorkersAbsent((0,), told)
-    if isinstance(reached[0], RuntimeError):
+    if isinstance(reached[0], Exception):
         raise reached[0]
     return reached[0]
 

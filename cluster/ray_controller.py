@@ -10,12 +10,13 @@ The controller runs in a thread of the driver.
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray import ActorID, cloudpickle
@@ -49,6 +50,8 @@ from cluster.tested import replaced
 _SIGTERM = "receives a SIGTERM"
 """What Ray says of a worker that one has ended."""
 _FAILED_STARTS = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+
+_log = logging.getLogger(__name__)
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]
@@ -94,7 +97,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
 
         Raises:
             ray.train.TrainingFailedError: The run ended with it.
-            Abandoned: It was given up.
+            Abandoned: It was given up, unless Ray Train has made an error of its own of that.
         """
         with (
             _logging_to_file(),
@@ -177,10 +180,19 @@ class _NoActor:
 
 
 class Group(WorkerGroup):  # type: ignore[misc]
-    """Ray's workers; those of which one is lost before all have met give their room back."""
+    """Ray's workers; those of which one is lost before all have met give their room back.
 
-    room: Any = None
-    """Their placement group, once it is asked for."""
+    Attributes:
+        groups: Those of a controller, to which Ray gives a group only once it has started.
+        room: Their placement group, once it is asked for.
+    """
+
+    groups: ClassVar[list["Group"]] = []
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.room: Any = None
+        self.groups[:] = [self]
 
     def _start(self) -> None:
         try:
@@ -217,18 +229,26 @@ class Group(WorkerGroup):  # type: ignore[misc]
     def _bounding(self) -> Iterator[None]:
         """Ends all processes where one of them does not answer, for which Ray Train would wait."""
         limit_s = self._worker_group_start_timeout_s
-        is_over = threading.Event()
+        ending = threading.Lock()
+        is_over, is_done = threading.Event(), threading.Event()
 
         def give_up() -> None:
-            is_over.set()
-            with contextlib.suppress(ray.exceptions.RayError):
+            with ending:
+                if is_done.is_set():  # they came while the time ran out
+                    return
+                is_over.set()
+            try:
                 self.end()
+            except Exception as error:  # then Ray itself is away, which the wait finds out
+                _log.warning("Workers that do not come up cannot be ended: %s", error)
 
         timer = threading.Timer(limit_s, give_up)
         timer.daemon = True
         timer.start()
         try:
             yield
+            with ending:
+                is_done.set()
         except (ray.exceptions.RayError, *_FAILED_STARTS) as error:
             if not is_over.is_set():
                 raise
@@ -265,16 +285,16 @@ class Controller(TrainController):  # type: ignore[misc]
         arguments: Those of Ray's class.
     """
 
-    worker_group_cls = Group
-
     def __init__(self, *, abandoned: threading.Event, **arguments: Any) -> None:
         self._abandoned = abandoned
+        self._groups: list[Group] = []
+        self.worker_group_cls = type("Group", (Group,), {"groups": self._groups})
         super().__init__(**arguments)
 
     def release_room(self) -> None:
         """Ends the workers there are, or that are being started, whatever is awaited of them."""
-        if self._worker_group is not None:
-            self._worker_group.end()
+        for group in self._groups:
+            group.end()
 
     async def _run_control_loop_iteration(self) -> None:
         require_wanted(self._abandoned)
@@ -303,7 +323,7 @@ def require_wanted(abandoned: threading.Event) -> None:
 @contextlib.contextmanager
 def _logging_to_file() -> Iterator[None]:
     """Has Ray Train's lines among Ray's logs, and not between the driver's own."""
-    handler = SessionFileHandler("ray-train-controller.log")
+    handler = SessionFileHandler(f"ray-train-controller-{os.getpid()}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("ray.train")
     before = logger.level
@@ -337,6 +357,7 @@ class AskingPolicy(FailurePolicy):  # type: ignore[misc]
         Raises:
             Abandoned: The run was given up meanwhile.
         """
+        require_wanted(self._abandoned)
         self._mailbox.ask(
             describe_failure(training_failed_error),
             meanwhile=partial(require_wanted, self._abandoned),

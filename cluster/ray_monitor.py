@@ -248,7 +248,7 @@ class RunMonitor:
         elif isinstance(self._fit.error, TrainingFailedError):
             raise WorkerFailed(f"The workers could not be run: {self._fit.error}")
         elif self._fit.error is not None:
-            raise ClusterUnavailable(f"Ray failed: {self._fit.error}")
+            raise ClusterUnavailable(f"Ray failed: {self._fit.error}") from self._fit.error
         return Outcome(
             status="stopped" if stopped else "finished", restarts=self._standing.restarts
         )

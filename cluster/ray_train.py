@@ -110,10 +110,10 @@ def run(
         beside = RayBeside(config, gpus_per_worker=gpus)
         loop = _loop(worker, payload, mailbox, gpu=gpus > 0, beside=beside)
         fit = TrainThread(_trainer(config, sizes, loop, mailbox, connected, warm_up=warm_up))
+        at_last.callback(fit.close)
         fit.start()
         number = " to ".join(map(str, sorted({sizes[0].workers, sizes[-1].workers})))
         caller.report(f"workers: waiting for {number} of them to load and to meet")
-        at_last.callback(fit.close)
         here = ray.get_runtime_context().get_node_id()
         # Nobody takes a private cluster's only node away and leaves this process.
         watch = None if connected.private else _leave_watch(config, sizes, gate, home=here)
@@ -302,9 +302,17 @@ class TrainThread(threading.Thread):
         No thread may be left waiting when the connection is closed: Ray aborts the whole process if
         another one is opened then.
         """
+        if not self.is_alive():
+            return
         deadline = time.monotonic() + _CLOSE_S
-        # Again and again: the workers may just be about to be asked for.
-        while self.is_alive() and time.monotonic() < deadline:
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._trainer.abandon()
-            self.join(_TICK_S)
+
+        def abandon() -> None:
+            # Again and again: the workers may just be about to be asked for.
+            while self.is_alive() and time.monotonic() < deadline:
+                with contextlib.suppress(Exception):  # what ended the run is told, and not this
+                    self._trainer.abandon()
+                self.join(_TICK_S)
+
+        # A thread of its own, for Ray that is away lets each call wait.
+        threading.Thread(target=abandon, name="abandon", daemon=True).start()
+        self.join(_CLOSE_S)

@@ -89,28 +89,33 @@ class _Rendezvous(Backend):  # type: ignore[misc]
         (place,) = gather([opening], limit_s)
         rendezvous = Rendezvous(place=place, timeout_s=limit_s, secret=new_secret())
         entering = worker_group.execute_async(_enter, rendezvous, backend_config, boards)
-        # To load torch, to meet and to connect may each take so long.
-        gather(entering, 3 * limit_s)
+        gather(entering, limit_s, each=("to load torch", "to meet", "to connect"))
 
 
-def gather(calls: Sequence[Any], timeout_s: float) -> list[Any]:
+def gather(calls: Sequence[Any], limit_s: float, each: Sequence[str] = ()) -> list[Any]:
     """What calls of workers gave.
 
     Args:
         calls: Of each worker one, in the order of ranks.
-        timeout_s: How long they may take.
+        limit_s: How long they may take.
+        each: What they do one after the other, if each of that may take so long.
 
     Raises:
         WorkersAbsent: Some did not answer in time.
         ray.exceptions.RayError: One of them failed.
     """
     try:
-        given: list[Any] = ray.get(list(calls), timeout=timeout_s)
+        given: list[Any] = ray.get(list(calls), timeout=max(1, len(each)) * limit_s)
         return given
     except ray.exceptions.GetTimeoutError as error:
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)
         absent = [rank for rank, call in enumerate(calls) if call not in done]
-        told = describe_absence(len(absent), len(calls), timeout_s)
+        told = describe_absence(len(absent), len(calls), limit_s)
+        if each:
+            told = (
+                f"{len(absent)} of {len(calls)} workers took longer than {limit_s:g} s "
+                f"(cluster.start_timeout_s) each {', '.join(each)}"
+            )
         raise WorkersAbsent(absent, told) from error
 
 

@@ -32,6 +32,8 @@ _EVERY_S = 5.0
 _ANSWER_S = 2.0
 _DRAIN_S = 30.0
 """What Ray's command gets, which starts a Python of its own."""
+_RAY_STARTS_S = 10.0
+"""What it may take until it counts: rather is a node left too early than too late."""
 
 _log = logging.getLogger("spot_notice")
 
@@ -70,7 +72,7 @@ class MetadataService:
         """
         try:
             told = self._get()
-        except HTTPException as error:
+        except (HTTPException, ValueError) as error:  # the latter of a token that is none
             raise OSError(f"{type(error).__name__}: {error}") from error
         return None if told is None else read_notice(told)
 
@@ -116,7 +118,7 @@ def drain_command(ray: Path, notice: Notice, *, now: float) -> list[str]:
     Args:
         ray: The program.
         notice: What EC2 said.
-        now: Seconds since 1970.
+        now: Seconds since 1970. Ray counts from when its program has started.
     """
     words = [
         *(str(ray), "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"),
@@ -124,7 +126,11 @@ def drain_command(ray: Path, notice: Notice, *, now: float) -> list[str]:
     ]
     if notice.at is None:
         return words
-    return [*words, "--deadline-remaining-seconds", str(max(1, int(notice.at - now)))]
+    return [
+        *words,
+        "--deadline-remaining-seconds",
+        str(max(1, int(notice.at - now - _RAY_STARTS_S))),
+    ]
 
 
 def drain(notice: Notice) -> bool:

@@ -66,7 +66,7 @@ def told(folder: Path, *lines: str) -> Mark:
 
 def test_what_is_lost_is_counted_to_the_image_by_what_the_run_tells(tmp_path: Path) -> None:
     begins = ("64/9,999 images (1%)", "512/9,999 images (5%)")
-    saved = "checkpoint: file:///store/runs/digits/checkpoints/000000000512"
+    saved = "2026-11-30 10:00:00Z attempt 0: rank 0: checkpoint: file:///store/runs/digits/checkpoints/000000000512"
     failed = "2026-11-30 10:00:00Z attempt 0: {}; 704 images were trained, 512 images are saved; …"
     back = "resumed after 512 images from file:///store/runs/digits/checkpoints/000000000512"
 

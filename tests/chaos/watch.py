@@ -10,7 +10,7 @@ from pathlib import Path
 
 _PROGRESS = re.compile(r"^([\d,]+)/[\d,]+ images \(", re.M)
 _RESUMED = re.compile(r"resumed after ([\d,]+) images")
-_SAVED = re.compile(r"^checkpoint: \S*/0*(\d+)/?$", re.M)
+_SAVED = re.compile(r"(?:^|: )checkpoint: \S*/0*(\d+)/?$", re.M)
 _FAILED = re.compile(r"([\d,]+) images were trained, ")
 
 

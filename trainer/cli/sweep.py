@@ -205,12 +205,16 @@ def make_here(*, quiet: bool) -> Make:
     """
 
     def make(points: Sequence[SweepPoint], stop: StopRequest) -> Iterator[Ended]:
+        # A launch also stops by itself, where this machine is about to be taken away.
+        is_over = False
         for number, point in enumerate(points, 1):
-            if stop.received:
+            if stop.received or is_over:
                 yield Ended(point=point, what="not begun")
                 continue
             say(f"run {number} of {len(points)}: {point.job.run}")
-            yield _launch_here(point, stop, quiet=quiet)
+            run = _launch_here(point, stop, quiet=quiet)
+            is_over = run.what == "stopped"
+            yield run
 
     return make
 

@@ -106,6 +106,11 @@ def test_what_torchs_stores_say_of_a_peer_that_is_gone_blames_nobody(text):
     assert root_cause([failure(0, "raised", text), boom]) == boom
 
 
+def test_a_database_that_waits_for_a_lock_is_no_peer_that_is_gone():
+    text = "OperationalError: (1205, 'Lock wait timeout exceeded; try restarting transaction')"
+    assert not is_of_lost_peer(failure(0, "raised", text))
+
+
 GLOO = failure(0, "raised", "RuntimeError: [gloo/pair.cc] Connection closed by peer")
 BUG = failure(1, "raised", "KeyError: 'colour'")
 DEATH = failure(2, "died", "was ended by SIGKILL")

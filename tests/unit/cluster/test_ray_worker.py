@@ -68,3 +68,10 @@ def test_who_does_not_answer_its_start_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(WorkersAbsent, match=r"1 of 3 workers .* within 5 s .*: worker 1") as late:
         gather(["a", _SILENT, "b"], 5)
     assert late.value.ranks == (1,)
+    limits: list[float] = []
+    monkeypatch.setattr(
+        ray, "get", lambda calls, *, timeout: limits.append(timeout) or get(calls, timeout=timeout)
+    )
+    with pytest.raises(WorkersAbsent, match=r"took longer than 5 s .* each to load, to meet"):
+        gather(["a", _SILENT, "b"], 5, each=("to load", "to meet"))
+    assert limits == [10]

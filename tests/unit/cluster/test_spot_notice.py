@@ -117,7 +117,7 @@ def test_ray_is_told_how_long_its_node_has() -> None:
     assert command == [
         *("/venv/bin/ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"),
         *("--reason-message", "EC2 is about to terminate this spot instance"),
-        *("--deadline-remaining-seconds", "118"),
+        *("--deadline-remaining-seconds", "108"),
     ]
     # By a clock that is ahead: Ray takes no time that is over.
     assert drain_command(ray, Notice("stop", AT), now=AT + 9)[-1] == "1"

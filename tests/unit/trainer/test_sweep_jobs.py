@@ -189,6 +189,21 @@ def test_what_asks_the_sweep_to_stop_asks_the_launch_too(
     assert sent == [signal.SIGTERM] * passed_on
 
 
+def test_a_launch_that_stops_by_itself_is_followed_by_no_other(monkeypatch, points):
+    """As where this machine is about to be taken away."""
+    whats = iter(("failed", "stopped", "complete"))
+    begun: list[SweepPoint] = []
+
+    def launch(point: SweepPoint, _stop: StopRequest, *, quiet: bool) -> sweep.Ended:
+        begun.append(point)
+        return sweep.Ended(point=point, what=next(whats))
+
+    monkeypatch.setattr(sweep, "_launch_here", launch)
+    made = list(sweep.make_here(quiet=True)(points[:3], StopRequest()))
+    assert [run.what for run in made] == ["failed", "stopped", "not begun"]
+    assert begun == list(points[:2])
+
+
 @pytest.mark.parametrize(
     ("code", "what"),
     [

@@ -28,6 +28,8 @@ install_import_hook("models", "beartype.beartype")
 #   DS_ACCELERATOR             set by the product on each CPU rank; the server that ranks are forked
 #                              from imports DeepSpeed before that
 #   MLFLOW_SERVER_ENABLE_JOB_EXECUTION   set by the product where it serves the pages
+#   _MLFLOW_SERVER_SERVE_ARTIFACTS       set by `mlflow server`, which runs in a fork of a process
+#                              that has imported what it needs as one that serves does
 #   AWS_DEFAULT_REGION, AWS_EC2_METADATA_DISABLED, S3_ENDPOINT_URL, MLFLOW_S3_ENDPOINT_URL,
 #   NO_PROXY                   keep the tests of stores from whatever this machine is configured to
 #                              reach; whole jobs get the credentials alone, and settings

@@ -135,6 +135,10 @@ def test_what_a_killed_process_told_a_dead_server_is_there_at_last(tmp_path, emp
         assert "is no run, and nothing of one waits" in capsys.readouterr().err
 
 
+# Of checkpoints and grids, so that a job that trains while it waits for a server makes few.
+SELDOM = 6400
+
+
 def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
     tmp_path, empty_tracker, capsys
 ):
@@ -142,13 +146,14 @@ def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
     home = tmp_path / "home"
     home.mkdir()
     with mlflow_server(tmp_path, empty_tracker) as server:
-        words = [*SMALL, "cluster.backend=local", "eval.grid_interval_images=1280"]
+        words = [*SMALL, "cluster.backend=local", "cluster.workers=1", "engine=plain"]
+        words += [f"checkpoint.interval_images={SELDOM}", f"eval.grid_interval_images={SELDOM}"]
         words += [f"tracking.uri={server.uri}", "tracking.flush_timeout_s=1"]
         with job(*words, "train.total_images=64000000", home=home) as killed:
-            killed.wait_for(r"checkpoint: \S+/000000001280")
+            killed.wait_for(rf"checkpoint: \S+/{SELDOM:012d}")
             server.kill()
             killed.wait_for("tried again")
-            missed = saves(killed)[-1] + 2560
+            missed = saves(killed)[-1] + SELDOM
             wait_until(lambda: saves(killed)[-1] > missed)
             server.start()
             client = mlflow.MlflowClient(server.uri)
@@ -163,7 +168,7 @@ def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
             last = saves(killed)[-1]
             wait_until(lambda: saves(killed)[-1] > last)  # so none is being saved, and untold
             killed.kill_everything()
-        end = saves(killed)[-1] + 2560
+        end = saves(killed)[-1] + 2 * SELDOM
         words += [f"train.total_images={end}"]
         with job(*words, "tracking.required=false", home=home) as finished:
             assert finished.wait() == 0, finished.output
@@ -181,7 +186,7 @@ def test_a_job_tells_all_through_two_outages_a_deletion_and_its_own_death(
         saved = [
             images for images, _ in history(client, run.info.run_id, "speed/checkpoint_failed")
         ]
-        assert saved == list(range(1280, end + 1, 1280))
+        assert saved == list(range(SELDOM, end + 1, SELDOM))
         assert len(run.outputs.model_outputs) == len(saved)
         # The grid of the checkpoint from which it went on may not have been drawn yet.
         (resumed,) = re.findall(r"resumed after ([\d,]+) images", finished.output)

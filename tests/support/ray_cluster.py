@@ -117,7 +117,8 @@ def ray_cluster(
     head = (
         *("--head", "--port", str(port), "--include-dashboard", str(dashboard).lower()),
         *("--dashboard-host", HOST, "--dashboard-port", str(dashboard_port)),
-        *("--temp-dir", str(scratch / "ray")),
+        # What would add nodes, where none can be had, is a process for nothing.
+        *("--temp-dir", str(scratch / "ray"), "--no-monitor"),
     )
     hosts = [HOST] + [f"127.0.0.{3 + index}" for index in range(len(more_cpus))]
     nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -160,6 +161,8 @@ def _start(
             [
                 *(_ray(), "start", "--block", "--disable-usage-stats", *arguments),
                 *("--object-store-memory", str(200 * 2**20)),
+                # It shows workers' output to drivers, and ours take theirs another way.
+                *("--include-log-monitor", "false"),
             ],
             env=os.environ | environment,
             stdout=output,

@@ -77,10 +77,13 @@ class RayHosts:
             *(_RAY, "start", "--disable-usage-stats", "--node-ip-address", host.address),
             *("--num-cpus", str(self._cpus[host.name])),
             *("--object-store-memory", str(_OBJECT_STORE_BYTES)),
+            # Processes for nothing: it shows workers' output to drivers, and ours take theirs
+            # another way; the head's monitor would add nodes where none can be had.
+            *("--include-log-monitor", "false"),
         )
         if host is self.head:
             # Without --block, with which the head would end as soon as its dashboard does.
-            role = ("--head", "--port", str(_PORT), "--dashboard-host", "127.0.0.1")
+            role = ("--head", "--no-monitor", "--port", str(_PORT), "--dashboard-host", "127.0.0.1")
             service = f"{join((*words, *role))}; sleep infinity\n"
         else:
             role = (NODE.strip(), "--address", self.address)

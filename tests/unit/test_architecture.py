@@ -102,7 +102,9 @@ def test_the_set_up_of_tests_sets_what_is_listed_and_users_are_told():
     """The list, with reasons, is in tests/conftest.py."""
     tests = ROOT / "tests"
     files = [*tests.rglob("conftest.py"), *(tests / "support").glob("*.py")]
-    sets = re.compile(r'(?:setdefault|setenv)\("([A-Z][A-Z\d]\w+)"|"([A-Z][A-Z\d]\w+)"(?::|\] =)')
+    sets = re.compile(
+        r'(?:setdefault|setenv)\("(_?[A-Z][A-Z\d]\w+)"|"(_?[A-Z][A-Z\d]\w+)"(?::|\] =)'
+    )
     found = {name for path in files for names in sets.findall(path.read_text()) for name in names}
 
     _, told, untold = re.split(

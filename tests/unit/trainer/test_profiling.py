@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.job import ROOT
 from trainer.config.job import RuntimeConfig
 from trainer.config.reading import ConfigError
 from trainer.host_group import HostGroup
@@ -70,7 +73,7 @@ def updates_of(trace: bytes) -> set[str]:
         (range(3, 100), {"update 4", "update 5"}, 50),  # the run ends before
     ],
 )
-def test_whole_updates_are_in_the_trace_and_no_other(updates, profiled, images, tmp_path, capfd):
+def test_whole_updates_are_in_the_trace_and_no_other(updates, profiled, images, tmp_path):
     run = Profiled(tmp_path, updates)
     run.train(5)
     (key,) = run.store.list("run/")
@@ -79,7 +82,30 @@ def test_whole_updates_are_in_the_trace_and_no_other(updates, profiled, images, 
     assert updates_of(trace) == profiled
     assert run.files.kept == {f"profile/{images:012d}/rank-00000.json.gz": trace}
     assert f"were profiled: {len(profiled)}; their" in run.told[0]["text"]
-    assert capfd.readouterr().err == ""  # of every rank
+
+
+SILENT = """
+import sys
+from pathlib import Path
+from tests.unit.trainer.test_profiling import Profiled
+run = Profiled(Path(sys.argv[1]), range(1, 2))
+run.train(3)
+print(run.told[0]["text"])
+"""
+
+
+@pytest.mark.slow
+def test_the_profiler_itself_says_nothing_on_standard_error(tmp_path):
+    """In a process of its own, as a rank has one: it asks once what it may say."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SILENT, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "were profiled: 1; their" in ended.stdout
+    assert ended.stderr == ""
 
 
 @pytest.mark.parametrize("updates", [range(0), range(5, 6), range(9, 10)])

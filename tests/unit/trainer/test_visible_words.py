@@ -55,13 +55,14 @@ def test_an_error_a_log_line_and_every_message_of_a_worker_is_one_line(text):
 
         assert is_one_line(took(lambda: say_error(ValueError(text))))
         console = Console()
+        worker = {"attempt": 0, "rank": 0}
         for message in (
             {"kind": "note", "text": text},
             {"kind": "progress", "text": text},
             {"kind": "warning", "rank": 1, "text": text},
-            {"kind": "checkpoint", "images": 1, "uri": text},
-            {"kind": "checkpoint_failed", "images": 1, "uri": text, "text": text},
-            {"kind": "resumed", "images": 1, "uri": text},
+            {"kind": "checkpoint", "images": 1, "uri": text, **worker},
+            {"kind": "checkpoint_failed", "images": 1, "uri": text, "text": text, **worker},
+            {"kind": "resumed", "images": 1, "uri": text, **worker},
         ):
             assert is_one_line(took(lambda message=message: console.message(message)))
         for level in (None, "WARNING"):

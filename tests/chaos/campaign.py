@@ -6,7 +6,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -175,6 +175,7 @@ def run_through(
     """
     story = Story(began=time.monotonic(), marks=stand.watch.marks)
     stand.launch()
+    firsts: list[int] = []
     try:
         for each in plans:
             if time.monotonic() - story.began > seconds:
@@ -183,12 +184,20 @@ def run_through(
             if not stand.wait_for_images(each.images, after=story.began):
                 story.problems.append(f"the run ended before {each.name!r} could befall it")
                 break
+            first = len(stand.watch.marks) - 1
             story.incidents.append(_incident(stand, each))
+            firsts.append(first)
             report(f"{time.monotonic() - story.began:6.0f} s  {story.incidents[-1].line()}")
         _finish(stand, story)
     except StuckRun as error:
         story.problems.append(str(error))
     story.ended = time.monotonic()
+    story.incidents = [
+        settle(each, story.marks[first:after])
+        for each, first, after in zip(
+            story.incidents, firsts, [*(one + 1 for one in firsts[1:]), None], strict=False
+        )
+    ]
     story.problems += [text for each in story.incidents for text in each.problems()]
     if (newest := stand.newest_saved()) != images:
         story.problems.append(f"the newest checkpoint has {newest:,} images instead of {images:,}")
@@ -220,21 +229,46 @@ def _incident(stand: Stand, planned: Plan) -> Incident:
         helped = True
         stand.launch()
     marks = stand.watch.marks[first:]
-    resumed = [mark for mark in marks[1:] if mark.resumed]
-    told = [mark.time for mark in marks if not mark.resumed]
-    return Incident(
+    incident = Incident(
         name=planned.name,
         what=what,
         time=began,
         recovered=marks[-1].time,
         saved=saved,
-        silence_s=max((after - before for before, after in pairwise(told)), default=0.0),
-        lost=sum(mark.lost for mark in resumed),
-        at_risk=sum(mark.at_risk(INTERVAL) for mark in resumed),
-        starts=len(resumed),
-        earliest=min((mark.images for mark in resumed), default=None),
+        silence_s=0.0,
+        lost=0,
+        at_risk=0,
+        starts=0,
+        earliest=None,
         helped=helped,
         announced=fault.announced,
+    )
+    return settle(incident, marks)
+
+
+def settle(incident: Incident, marks: Sequence[Mark]) -> Incident:
+    """Tell what a fault cost by all that the run told before the next one.
+
+    Args:
+        incident: The fault. A run may have trained on for a while before it noticed.
+        marks: From the last one before the fault on.
+    """
+    resumed = [place for place, mark in enumerate(marks) if place and mark.resumed]
+    recovered = incident.recovered
+    if resumed:
+        front = max(mark.reached for mark in marks[1:] if mark.resumed)
+        beyond = [mark.time for mark in marks[resumed[-1] :] if mark.images > front]
+        recovered = max(recovered, next(iter(beyond), marks[-1].time))
+    told = [mark.time for mark in marks if not mark.resumed and mark.time <= recovered]
+    starts = [marks[place] for place in resumed]
+    return replace(
+        incident,
+        recovered=recovered,
+        silence_s=max((after - before for before, after in pairwise(told)), default=0.0),
+        lost=sum(mark.lost for mark in starts),
+        at_risk=sum(mark.at_risk(INTERVAL) for mark in starts),
+        starts=len(starts),
+        earliest=min((mark.images for mark in starts), default=None),
     )
 
 

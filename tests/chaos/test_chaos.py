@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.campaign import SPACING, Incident, Story, digest, length, plan, run_through
+from tests.chaos.campaign import (
+    SPACING,
+    Incident,
+    Story,
+    digest,
+    length,
+    plan,
+    run_through,
+    settle,
+)
 from tests.chaos.faults import FAULTS
 from tests.chaos.picture import save_timeline
 from tests.chaos.stand import INTERVAL, run_undisturbed, stand
@@ -89,6 +98,23 @@ def test_what_is_lost_is_counted_to_the_image_by_what_the_run_tells(tmp_path: Pa
     # Without a checkpoint it says nothing about where it begins.
     seen = told(tmp_path, *begins, saved, "64/9,999 images (1%)")
     assert (seen.images, seen.lost, seen.at_risk(INTERVAL)) == (0, 512, 0)
+
+
+def test_a_fault_that_a_run_notices_late_costs_what_it_costs_then() -> None:
+    """As memory that is spoiled: the run trains on, and is set back before the next fault."""
+    noticed = [
+        *(Mark(9.0, 2048), Mark(10.5, 2112), Mark(11.0, 2176)),
+        Mark(28.0, 2048, resumed=True, reached=2176, saved=2048),
+        *(Mark(30.0, 2112), Mark(31.0, 2176), Mark(32.0, 2240), Mark(40.0, 2304)),
+    ]
+    early = settle(incident(recovered=10.5, saved=2048), noticed[:2])
+    assert (early.starts, early.lost, early.silence_s) == (0, 0, 1.5)
+    whole = settle(early, noticed)
+    assert (whole.starts, whole.lost, whole.at_risk, whole.earliest) == (1, 128, 128, 2048)
+    assert (whole.recovered, whole.silence_s) == (32.0, 19.0)
+    # What the fault before has cost is not counted again.
+    after = settle(incident(time=33.0, recovered=40.0, saved=2048), noticed[6:])
+    assert (after.starts, after.lost, after.silence_s) == (0, 0, 8.0)
 
 
 @pytest.mark.slow  # the first picture of a process

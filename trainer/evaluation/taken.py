@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.evaluation.grid import pixels_of
 from trainer.evaluation.samples import SampleBlock
+from trainer.storage.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,18 @@ class TakenSamples:
 
     def _pieces(self, count: int) -> Iterator[bytes]:
         left = count * self._picture_bytes
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.seek(0)
-            while left and (piece := self._file.read(min(left, _PIECE_BYTES))):
+            while left:
+                if not (piece := self._file.read(min(left, _PIECE_BYTES))):
+                    raise OSError(f"{left:,} bytes of them are gone")
                 left -= len(piece)
                 yield piece
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise StoreError(f"The samples kept in {folder} cannot be read: {error}") from error
 
 
 def npz_pieces(

@@ -35,9 +35,10 @@ def place_of(rank, size):
 def at(place, timeout_s=1):
     return Rendezvous(place=place, timeout_s=timeout_s, secret=b"secret")
 
-def wait_in_vain(name, rank, size, place, listener=None):
+def wait_in_vain(name, rank, size, place, listener=None, timeout_s=1):
+    meeting = at(place, timeout_s)
     try:
-        join(place_of(rank, size), at(place), device="cpu", threads=1, listener=listener)
+        join(place_of(rank, size), meeting, device="cpu", threads=1, listener=listener)
     except WorkersAbsent as absent:
         print(f"{name}: {absent.ranks} {absent}", flush=True)
 
@@ -57,7 +58,7 @@ others = [
 ]
 for other in others:
     other.start()
-wait_in_vain("store", 0, 5, place, listener)
+wait_in_vain("store", 0, 5, place, listener, timeout_s=6)  # those that come need a moment
 
 mute = listen("127.0.0.1")
 wait_in_vain("mute", 1, 2, mute.getsockname())

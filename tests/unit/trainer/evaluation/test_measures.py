@@ -37,6 +37,7 @@ from trainer.evaluation.sums import FeatureSums
 from trainer.evaluation.taken import TakenSamples
 from trainer.evaluation.weights import MissingWeights
 from trainer.metrics.tracker import by_protocol
+from trainer.storage.errors import StoreError
 
 
 def statistics(mean, covariance):
@@ -392,6 +393,17 @@ def test_a_full_disk_leaves_the_first_samples(monkeypatch, caplog):
     assert file["arr_1"].tolist() == labels[:6].tolist()
     assert "the first 6 samples alone" in caplog.text
     assert taken.wants(range(6, 9))  # as other ranks take it
+
+
+def test_pictures_that_a_disk_has_lost_are_told_and_not_packed_short(monkeypatch):
+    lost = io.BytesIO()
+    monkeypatch.setattr(taken_module.tempfile, "TemporaryFile", lambda **_: lost)
+    taken = TakenSamples(picture_bytes=64)
+    images, labels = two_classes(9, 0)
+    taken.add(SampleBlock(first=0, images=images, labels=labels, nfe=(1.0,)))
+    lost.truncate(100)
+    with pytest.raises(StoreError, match=r"samples kept in .* cannot be read: 476 bytes"):
+        list(taken.npz())
 
 
 def test_only_blocks_of_which_something_is_kept_are_wanted():

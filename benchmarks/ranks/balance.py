@@ -96,7 +96,10 @@ def measure(job: JobConfig, *, updates: int) -> dict[str, Cell]:
 
 
 def rank_seconds(job: JobConfig, timing: Timing | None) -> Callable[[Carried], float]:
-    """Return what tells the seconds of an update of a rank that carries so much.
+    """Return what tells the seconds of a step of a rank that carries so much.
+
+    Without what is equal for all ranks and would hide how they differ: the update on the device,
+    and the host's time to launch kernels.
 
     Args:
         job: The job.
@@ -109,13 +112,14 @@ def rank_seconds(job: JobConfig, timing: Timing | None) -> Callable[[Carried], f
         loads = tuple(
             replace(load, images=own) for load, own in zip(work.scales, images, strict=True)
         )
-        return step_time(
+        step = step_time(
             replace(work, scales=loads),
             placement,
             zero_stage=zero_stage(job),
             hardware=job.cluster.hardware,
             timing=timing,
-        ).total
+        )
+        return step.busy - step.update
 
     return seconds
 

@@ -296,13 +296,14 @@ def test_a_run_goes_on_after_a_hang_ctrl_c_a_killed_worker_and_a_killed_job(
     """One run through all of it, so that each has to leave what the next goes on from."""
     uri = f"{s3.make_bucket('killed')}/lapflow"
     words = (*SMALL, f"store.uri={uri}", f"store.endpoint_url={s3.endpoint_url}")
-    words += ("checkpoint.interval_images=640",)  # so that there is room for all of it
 
-    def launch(*settings):
-        return job(*words, *settings, home=home, environment=finished.credentials)
+    def launch(*settings, interval_images=640):  # so that there is room for all of it
+        interval = f"checkpoint.interval_images={interval_images}"
+        return job(*words, interval, *settings, home=home, environment=finished.credentials)
 
     soon = ("runtime.hang_s=4", "shards.download_patience_s=1", "shards.download_timeout_s=1")
-    with launch(*soon) as interrupted:
+    # Soon after a save the next one is far: a rank that waits in one for another is less watched.
+    with launch(*soon, interval_images=1280) as interrupted:
         interrupted.wait_for("the hang watchdog is armed: after 8 s without an update")
         interrupted.wait_for(r"checkpoint: \S+")
         stopped = interrupted.workers()[0]

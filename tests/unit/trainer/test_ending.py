@@ -90,7 +90,8 @@ def test_programs_are_told_how_a_launch_ended(job, capsys):
     console.times.total = total_time([LaunchTime(wall_s=90.0)])
     assert end_stopped(job, console, signal_number=2).values["time_s"]["start"] == 90.0
     assert "time: 1m30s in all launches: start 100.0%" in capsys.readouterr().out
-    console.message({"kind": "checkpoint_failed", "images": 1600, "uri": "x", "text": "disk full"})
+    lost = {"images": 1600, "uri": "x", "text": "disk full", "attempt": 0, "rank": 0}
+    console.message({"kind": "checkpoint_failed", **lost})
     unsaved = end_stopped(job, console, signal_number=2)
     assert unsaved.exit_code == UNSAVED
     assert "could not be saved, the last after 1,600 images: disk full" in unsaved.error

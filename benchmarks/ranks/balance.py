@@ -99,7 +99,7 @@ def rank_seconds(job: JobConfig, timing: Timing | None) -> Callable[[Carried], f
     """Return what tells the seconds of a step of a rank that carries so much.
 
     Without what is equal for all ranks and would hide how they differ: the update on the device,
-    and the host's time to launch kernels.
+    images that are encoded, and the host's time to launch kernels.
 
     Args:
         job: The job.
@@ -119,7 +119,7 @@ def rank_seconds(job: JobConfig, timing: Timing | None) -> Callable[[Carried], f
             hardware=job.cluster.hardware,
             timing=timing,
         )
-        return step.busy - step.update
+        return step.busy - step.update - step.encoding
 
     return seconds
 
